@@ -1,0 +1,30 @@
+# Every target works in .venv, which scvi-init.sh makes when it is missing or out of date.
+# PYTHON=python3.13 (or a path) makes .venv anew with that Python.
+
+DATA ?= ../shared/data
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test lint bench
+
+# One worker a core, but each holds torch and scvi-tools in memory.
+WORKERS := $(shell n=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+
+env:
+	@PYTHON="$(PYTHON)" ./scvi-init.sh
+
+demo: env ## the whole pipeline on a small made-up Census
+	.venv/bin/python -m census_scvi.demo
+
+test: env ## all tests; PYTEST_ARGS="-k name -x" are passed on
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+lint: env ## ruff and mypy
+	.venv/bin/python -m ruff check
+	.venv/bin/python -m ruff format --check
+	.venv/bin/python -m mypy
+
+bench: env ## label transfer on real blood cells, DATA=folder of the .h5ad files (docs/blood.md); 20 minutes
+	.venv/bin/python benchmarks/label_transfer.py --data $(DATA)

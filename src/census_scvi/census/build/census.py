@@ -1,0 +1,190 @@
+"""Write a local Census (SOMA) from sources of cells, in blocks, whole or not at all."""
+
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pandas as pd
+import tiledbsoma as soma
+
+from census_scvi.census.build import schema
+from census_scvi.census.build.experiment import write_experiment
+from census_scvi.census.build.gene_ids import GeneReport
+from census_scvi.census.build.info import write_info
+from census_scvi.census.build.sources import Source
+from census_scvi.errors import UserError
+from census_scvi.workspace.atomic import remove, sync
+from census_scvi.workspace.lock import directory_lock
+from census_scvi.workspace.provenance import code_state
+
+logger = logging.getLogger(__name__)
+
+# Cells whose counts are held at a time: 2,048 cells with 3,000 genes each are a table of 0.12 GB.
+BLOCK_ROWS = 2048
+
+
+@dataclass(frozen=True)
+class DatasetReport:
+    """What went in of one dataset."""
+
+    dataset_id: str
+    organism: str
+    n_cells: int
+    n_primary: int
+    genes: GeneReport
+
+    def __str__(self) -> str:
+        unique = "" if self.n_primary == self.n_cells else f" ({self.n_primary:,} primary)"
+        return f"{self.dataset_id} ({self.organism}): {self.n_cells:,} cells{unique}, {self.genes}"
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What a build wrote: cells and genes by organism, and every dataset."""
+
+    uri: str
+    n_cells: dict[str, int]
+    n_genes: dict[str, int]
+    datasets: tuple[DatasetReport, ...]
+    seconds: float
+
+
+def build_census(
+    uri: str | Path, sources: Sequence[Source], *, force: bool = False, block_rows: int = BLOCK_ROWS
+) -> BuildReport:
+    """Write the cells of `sources` as a new Census in the folder `uri`.
+
+    The Census is written to `<uri>.partial`, whose root comes last, and renamed when it is complete: a build that
+    fails or is killed leaves nothing that opens. Memory holds the labels of all cells and the counts of `block_rows`.
+
+    Raises
+    ------
+    UserError
+        `uri` exists and `force` is not set, or is not local; two sources have the same dataset_id; counts are not
+        whole numbers of 0 or more; or another build is writing to the same place.
+    """
+    began = time.monotonic()
+    target = check_target(uri, force=force)
+    _check_sources(sources)
+    with _partial_folder(target) as partial:
+        sizes = _write_census(partial, sources, block_rows)
+        _check_census(partial, sources)
+        _put_in_place(partial, target)
+    report = BuildReport(
+        uri=str(target),
+        n_cells={organism: n_cells for organism, (n_cells, _) in sizes.items()},
+        n_genes={organism: n_genes for organism, (_, n_genes) in sizes.items()},
+        datasets=tuple(
+            DatasetReport(s.dataset_id, s.organism, len(s.obs), int(s.obs["is_primary_data"].sum()), s.genes)
+            for s in sources
+        ),
+        seconds=time.monotonic() - began,
+    )
+    for organism, (n_cells, n_genes) in sizes.items():
+        logger.info("%s: %s cells, %s genes in all", organism, f"{n_cells:,}", f"{n_genes:,}")
+    logger.info("%s written in %.1f s", target, report.seconds)
+    return report
+
+
+def check_target(uri: str | Path, *, force: bool) -> Path:
+    """The folder to build in; UserError unless it is free, or holds a Census and `force` is set."""
+    if "://" in str(uri):
+        raise UserError(f"{uri}: a Census is built in a local folder; build it there and copy the folder")
+    target = Path(uri).absolute()
+    if not target.exists():
+        return target
+    if not force:
+        raise UserError(f"{uri} exists; choose another uri, or replace it with --force")
+    if not (target / "__group").is_dir() or not (target / "census_data").is_dir():
+        raise UserError(f"{uri} exists and is no Census: it is not replaced; remove it yourself or choose another uri")
+    return target
+
+
+def _check_sources(sources: Sequence[Source]) -> None:
+    if not sources:
+        raise UserError("no datasets to build a Census from")
+    ids = pd.Series([source.dataset_id for source in sources])
+    if ids.duplicated().any():
+        twice = ids[ids.duplicated()].iloc[0]
+        raise UserError(f"dataset_id {twice!r} is used more than once; every dataset needs its own")
+    given = [s.obs["observation_joinid"] for s in sources if "observation_joinid" in s.obs]
+    if given and pd.concat(given).duplicated().any():
+        raise UserError("observation_joinid is not unique over the datasets; leave it out and it is made")
+    for source in sources:
+        if source.organism not in schema.ORGANISMS:
+            raise UserError(f"organism {source.organism!r} is not one of {', '.join(schema.ORGANISMS)}")
+
+
+@contextmanager
+def _partial_folder(target: Path) -> Iterator[Path]:
+    """An empty folder beside the target, held by a lock; removed when the build fails."""
+    partial = target.with_name(target.name + ".partial")
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written there ({error})") from error
+    lock = partial / "build.lock"
+    with directory_lock(lock, "build-census"):
+        for leftover in partial.iterdir():
+            if leftover != lock:
+                remove(leftover)
+        try:
+            yield partial
+        finally:
+            remove(partial)
+
+
+def _write_census(partial: Path, sources: Sequence[Source], block_rows: int) -> dict[str, tuple[int, int]]:
+    """Returns {organism: (cells, genes)}."""
+    sizes = {}
+    with soma.Collection.create((partial / "census_data").as_uri()) as census_data:
+        for organism in schema.ORGANISMS:
+            chosen = [(number, source) for number, source in enumerate(sources) if source.organism == organism]
+            if not chosen:
+                continue
+            sizes[organism] = write_experiment(census_data, organism, chosen, n_datasets=len(sources), rows=block_rows)
+    with soma.Collection.create((partial / "census_info").as_uri()) as info:
+        write_info(info, sources)
+    _write_root(partial)
+    return sizes
+
+
+def _write_root(partial: Path) -> None:
+    """The root comes last: without it the folder does not open as a Census."""
+    with soma.Collection.create(partial.as_uri()) as root:
+        for name in ("census_info", "census_data"):
+            with soma.Collection.open((partial / name).as_uri(), "w") as member:
+                root.set(name, member, use_relative_uri=True)
+        root.metadata["created_on"] = datetime.now(UTC).isoformat(timespec="seconds")
+        root.metadata["git_commit_sha"] = code_state().get("commit", "na")
+
+
+def _check_census(partial: Path, sources: Sequence[Source]) -> None:
+    """Look once at what lies on disk before it gets its name."""
+    for organism in {source.organism for source in sources}:
+        with soma.open((partial / "census_data" / organism).as_uri()) as experiment:
+            n_obs = sum(len(source.obs) for source in sources if source.organism == organism)
+            layers = experiment.ms["RNA"].X
+            if experiment.obs.count != n_obs or layers["raw"].nnz != layers["normalized"].nnz:
+                raise RuntimeError(
+                    f"{partial}: {organism} has {experiment.obs.count} of {n_obs} cells, "
+                    f"{layers['raw'].nnz} raw and {layers['normalized'].nnz} normalized values"
+                )
+
+
+def _put_in_place(partial: Path, target: Path) -> None:
+    remove(partial / "build.lock")
+    # A Census is a thousand small files: one call for all is a hundred times faster than one each.
+    os.sync()
+    old = target.with_name(target.name + ".old")
+    remove(old)
+    if target.exists():
+        target.rename(old)
+    partial.rename(target)
+    sync(target.parent)
+    remove(old)

@@ -1,0 +1,188 @@
+"""The Census schema, version 2.4.0: organisms, tables, columns, their Arrow types and how they lie on disk.
+
+Follows the CZ CELLxGENE Discover Census schema (docs/cellxgene_census_schema.md in chanzuckerberg/cellxgene-census).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+CENSUS_SCHEMA_VERSION = "2.4.0"
+# The files that go into a local Census are not checked against the CELLxGENE dataset schema, so none is claimed.
+DATASET_SCHEMA_VERSION = "na"
+# Larger integers are not exact in the float32 of X/raw.
+MAX_COUNT = 2**24
+
+
+@dataclass(frozen=True)
+class Organism:
+    """An organism of the Census: experiment name (`homo_sapiens`), label, taxon, and the form of its gene ids."""
+
+    name: str
+    label: str
+    ontology_term_id: str
+    gene_id_prefix: str
+
+
+ORGANISMS = {
+    organism.name: organism
+    for organism in (
+        Organism("homo_sapiens", "Homo sapiens", "NCBITaxon:9606", "ENSG"),
+        Organism("mus_musculus", "Mus musculus", "NCBITaxon:10090", "ENSMUSG"),
+    )
+}
+
+# obs columns with a label for every cell, in the order of the Census.
+LABEL_COLUMNS = (
+    "assay",
+    "assay_ontology_term_id",
+    "cell_type",
+    "cell_type_ontology_term_id",
+    "development_stage",
+    "development_stage_ontology_term_id",
+    "disease",
+    "disease_ontology_term_id",
+    "donor_id",
+    "self_reported_ethnicity",
+    "self_reported_ethnicity_ontology_term_id",
+    "sex",
+    "sex_ontology_term_id",
+    "suspension_type",
+    "tissue",
+    "tissue_ontology_term_id",
+    "tissue_type",
+    "tissue_general",
+    "tissue_general_ontology_term_id",
+)
+
+# obs columns that a file may fill; the others are computed.
+SETTABLE_COLUMNS = (*LABEL_COLUMNS, "is_primary_data", "observation_joinid")
+
+# What the Census says of a cell about which nothing is known. The others are "unknown".
+_LABEL_DEFAULTS = {"suspension_type": "na", "tissue_type": "tissue"}
+
+_LABEL = pa.dictionary(pa.int32(), pa.large_string())
+
+OBS_SCHEMA = pa.schema(
+    [
+        ("soma_joinid", pa.int64()),
+        ("dataset_id", _LABEL),
+        *((name, _LABEL) for name in LABEL_COLUMNS[:9]),
+        ("is_primary_data", pa.bool_()),
+        ("observation_joinid", pa.large_string()),
+        *((name, _LABEL) for name in LABEL_COLUMNS[9:]),
+        ("raw_sum", pa.float64()),
+        ("nnz", pa.int64()),
+        ("raw_mean_nnz", pa.float64()),
+        ("raw_variance_nnz", pa.float64()),
+        ("n_measured_vars", pa.int64()),
+    ]
+)
+
+VAR_SCHEMA = pa.schema(
+    [
+        ("soma_joinid", pa.int64()),
+        ("feature_id", pa.large_string()),
+        ("feature_name", pa.large_string()),
+        ("feature_type", pa.large_string()),
+        ("feature_length", pa.int64()),
+        ("nnz", pa.int64()),
+        ("n_measured_obs", pa.int64()),
+    ]
+)
+
+SUMMARY_SCHEMA = pa.schema([("soma_joinid", pa.int64()), ("label", pa.large_string()), ("value", pa.large_string())])
+
+DATASETS_SCHEMA = pa.schema(
+    [
+        ("soma_joinid", pa.int64()),
+        ("citation", pa.large_string()),
+        ("collection_id", pa.large_string()),
+        ("collection_name", pa.large_string()),
+        ("collection_doi", pa.large_string()),
+        ("dataset_id", pa.large_string()),
+        ("dataset_version_id", pa.large_string()),
+        ("dataset_title", pa.large_string()),
+        ("dataset_h5ad_path", pa.large_string()),
+        ("dataset_total_cell_count", pa.int64()),
+    ]
+)
+
+ORGANISMS_SCHEMA = pa.schema(
+    [
+        ("soma_joinid", pa.int64()),
+        ("organism_ontology_term_id", pa.large_string()),
+        ("organism_label", pa.large_string()),
+        ("organism", pa.large_string()),
+    ]
+)
+
+SUMMARY_CELL_COUNTS_SCHEMA = pa.schema(
+    [
+        ("soma_joinid", pa.int64()),
+        ("organism", _LABEL),
+        ("category", _LABEL),
+        ("label", pa.large_string()),
+        ("ontology_term_id", pa.large_string()),
+        ("total_cell_count", pa.int64()),
+        ("unique_cell_count", pa.int64()),
+    ]
+)
+
+# The label columns whose values are counted in census_info/summary_cell_counts.
+SUMMARY_CATEGORIES = (
+    "cell_type",
+    "assay",
+    "tissue",
+    "tissue_general",
+    "disease",
+    "self_reported_ethnicity",
+    "sex",
+    "suspension_type",
+)
+
+# Assays that read whole transcripts: X/normalized divides their counts by the length of the gene first.
+FULL_GENE_ASSAYS = frozenset({"Smart-seq", "Smart-seq2", "Smart-seq3", "Smart-seq v4", "EFO:0008930", "EFO:0008931"})
+
+
+# Rows and columns of a tile of X on disk.
+X_TILE = 2048
+
+
+def default_label(column: str, organism: str) -> str:
+    """The label of cells for which `column` is not known ("unknown" or "na", as in the Census)."""
+    if column.startswith("self_reported_ethnicity") and organism != "homo_sapiens":
+        return "na"
+    return _LABEL_DEFAULTS.get(column, "unknown")
+
+
+def x_platform_config() -> dict[str, Any]:
+    """How a layer of X lies on disk: row-major tiles of 2,048 x 2,048, zstd; level 3, since a lab waits for it."""
+    zstd = {"_type": "ZstdFilter", "level": 3}
+    return _create_config(
+        capacity=2**16,
+        dims={
+            "soma_dim_0": {"tile": X_TILE, "filters": [zstd]},
+            "soma_dim_1": {"tile": X_TILE, "filters": ["ByteShuffleFilter", zstd]},
+        },
+        attrs={"soma_data": {"filters": ["ByteShuffleFilter", zstd]}},
+        cell_order="row-major",
+        tile_order="row-major",
+        allows_duplicates=True,
+    )
+
+
+def table_platform_config() -> dict[str, Any]:
+    """How obs and var lie on disk. Readers get the rows of an array that allows no duplicates in their order."""
+    zstd = {"_type": "ZstdFilter", "level": 9}
+    return _create_config(
+        capacity=2**16,
+        dims={"soma_joinid": {"filters": ["DoubleDeltaFilter", zstd]}},
+        offsets_filters=["DoubleDeltaFilter", zstd],
+        allows_duplicates=False,
+    )
+
+
+def _create_config(**options: object) -> dict[str, Any]:
+    return {"tiledb": {"create": options}}

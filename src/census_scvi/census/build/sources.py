@@ -1,0 +1,231 @@
+"""Where the cells of a local Census come from: a `Source` is one dataset, its labels, its genes and its counts."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import anndata
+import h5py
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+from census_scvi.census.build.gene_ids import GeneMap, GeneReport, Genes, resolve_genes
+from census_scvi.census.build.h5ad_counts import CountMatrix, check_counts
+from census_scvi.census.build.h5ad_labels import census_labels, table_column
+from census_scvi.config_errors import suggestion
+from census_scvi.errors import UserError
+
+# Rows that are looked at when a file is opened: normalised data is refused before any work.
+_FIRST_LOOK = 256
+
+
+class Source(Protocol):
+    """One dataset of a Census to be built.
+
+    Attributes
+    ----------
+    dataset_id, title
+        Name of the dataset (unique in a Census) and what a person reads.
+    organism
+        Experiment of the Census, such as `homo_sapiens`.
+    path
+        File the cells come from, "" for none.
+    genes
+        What became of the genes of the file.
+    var
+        feature_id (unique), feature_name, feature_length (int64), feature_type; one row a gene.
+    obs
+        One row a cell: the Census' label columns (categorical or str, no missing values), is_primary_data (bool),
+        and observation_joinid where the file has one.
+    """
+
+    dataset_id: str
+    title: str
+    organism: str
+    path: str
+    genes: GeneReport
+    var: pd.DataFrame
+    obs: pd.DataFrame
+
+    def blocks(self, rows: int) -> Iterator[tuple[int, sp.csr_matrix]]:
+        """Yield (first row, raw counts of at most `rows` cells x genes of `var`) in the order of `obs`.
+
+        The CSR holds no duplicates; it may hold explicit zeros. Any number of passes is allowed.
+        """
+        ...
+
+
+class H5adSource:
+    """The cells of an .h5ad, or those of them that `rows` names, read in blocks of rows.
+
+    Use `open_h5ad` to make one.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        dataset_id: str,
+        title: str,
+        organism: str,
+        counts: str,
+        genes: Genes,
+        obs: pd.DataFrame,
+        rows: np.ndarray,
+    ) -> None:
+        self.path, self.dataset_id, self.title, self.organism = str(path), dataset_id, title, organism
+        self.genes, self.var, self.obs = genes.report, genes.var, obs
+        self._counts, self._rows = counts, rows
+        self._column_to_gene = genes.column_to_gene
+
+    def blocks(self, rows: int) -> Iterator[tuple[int, sp.csr_matrix]]:
+        """Yield (first row, raw counts of at most `rows` cells x genes); UserError for what is no raw count."""
+        return regroup(self._selected(rows), rows)
+
+    def _selected(self, rows: int) -> Iterator[sp.csr_matrix]:
+        """The dataset's own cells of each block of the file, columns already turned into genes."""
+        with _open(Path(self.path)) as file:
+            matrix = CountMatrix(file, counts_key(file, self._counts))
+            try:
+                for start, block in matrix.blocks(rows, first=int(self._rows[0]), last=int(self._rows[-1]) + 1):
+                    first, last = np.searchsorted(self._rows, [start, start + block.shape[0]])
+                    if first == last:
+                        continue
+                    check_counts(block, where=f"{self.path}: {self._counts}", first_row=start)
+                    yield self._to_genes(block[self._rows[first:last] - start])
+            except (OSError, KeyError) as error:
+                raise UserError(f"{self.path}: the file is damaged or truncated ({error})") from error
+
+    def _to_genes(self, block: sp.csr_matrix) -> sp.csr_matrix:
+        """Columns of the file -> genes: dropped ones leave, those of the same gene are summed."""
+        gene = self._column_to_gene[block.indices]
+        row = np.repeat(np.arange(block.shape[0]), np.diff(block.indptr))
+        keep = gene >= 0
+        # float64, so that a sum is exact before it is checked against what X/raw can hold.
+        entries = (block.data[keep].astype(np.float64), (row[keep], gene[keep]))
+        return sp.csr_matrix(entries, shape=(block.shape[0], len(self.var)))
+
+
+def regroup(blocks: Iterable[sp.csr_matrix], rows: int) -> Iterator[tuple[int, sp.csr_matrix]]:
+    """Yield (first row, block) of exactly `rows` rows, the last one fewer, from blocks of any size in their order."""
+    start = n_waiting = 0
+    waiting: list[sp.csr_matrix] = []
+    for block in blocks:
+        waiting.append(block)
+        n_waiting += block.shape[0]
+        if n_waiting < rows:
+            continue
+        joined = sp.vstack(waiting, format="csr") if len(waiting) > 1 else block
+        whole = n_waiting - n_waiting % rows
+        for first in range(0, whole, rows):
+            yield start + first, joined[first : first + rows]
+        start, n_waiting, waiting = start + whole, n_waiting - whole, [joined[whole:]]
+    if n_waiting:
+        yield start, sp.vstack(waiting, format="csr")
+
+
+def open_h5ad(
+    path: Path,
+    *,
+    dataset_id: str | None = None,
+    dataset_column: str | None = None,
+    title: str | None = None,
+    organism: str,
+    counts: str = "X",
+    gene_id: str = "index",
+    obs_columns: Mapping[str, str] | None = None,
+    values: Mapping[str, str | bool] | None = None,
+    gene_map: GeneMap | None = None,
+    keep_without_id: bool = False,
+) -> list[H5adSource]:
+    """Open an .h5ad with raw counts as one dataset, or as one a value of the obs column `dataset_column`.
+
+    `obs_columns` maps Census columns to columns of the file, `values` gives Census columns one value for all cells.
+    A column of the file that has a Census name is taken as it is, unless either says otherwise; all others get
+    "unknown" or "na", and is_primary_data True. `counts` is X, raw or layers/<name>; `gene_id` is index or a column
+    of var. Raises UserError for a missing, damaged or unsuitable file, naming it.
+    """
+    try:
+        with _open(path) as file:
+            matrix = CountMatrix(file, counts_key(file, counts))
+            var = _read_frame(file, "raw/var" if counts == "raw" else "var", path)
+            table = _read_frame(file, "obs", path)
+            _check_shape(path, counts, matrix, table, var)
+    except (OSError, KeyError, ValueError) as error:
+        raise UserError(f"{path}: the file is damaged or truncated ({error})") from error
+    try:
+        names = pd.Series(var.index) if gene_id == "index" else table_column(var, gene_id, "var")
+        genes = resolve_genes(names, var, organism=organism, gene_map=gene_map, keep_without_id=keep_without_id)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    labels = census_labels(table, path=path, organism=organism, columns=obs_columns or {}, values=values or {})
+    sources = []
+    for name, rows in _datasets(table, path, dataset_id, dataset_column):
+        sources.append(
+            H5adSource(
+                path,
+                dataset_id=name,
+                title=title if title and dataset_column is None else f"{title}: {name}" if title else name,
+                organism=organism,
+                counts=counts,
+                genes=genes,
+                obs=labels.iloc[rows].reset_index(drop=True),
+                rows=rows,
+            )
+        )
+        next(sources[-1].blocks(_FIRST_LOOK))
+    return sources
+
+
+def counts_key(file: h5py.File, counts: str) -> str:
+    """Where `counts` (X, raw or layers/<name>) lies in the file; UserError naming what there is."""
+    key = {"raw": "raw/X"}.get(counts, counts)
+    if key in file:
+        return key
+    present = [name for name in ("X", "raw") if name in file]
+    present += [f"layers/{name}" for name in file.get("layers", {})]
+    raise UserError(
+        f"{file.filename}: no {counts}{suggestion(counts, present)} (it has {', '.join(present) or 'none'})"
+    )
+
+
+def _open(path: Path) -> h5py.File:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        return h5py.File(path, "r")
+    except OSError as error:
+        raise UserError(f"{path}: not a whole .h5ad file ({error})") from error
+
+
+def _read_frame(file: h5py.File, key: str, path: Path) -> pd.DataFrame:
+    if key not in file:
+        raise UserError(f"{path}: has no {key}; expected an .h5ad as anndata writes it")
+    try:
+        frame = anndata.io.read_elem(file[key])
+    except Exception as error:  # anndata raises errors of many kinds for what it does not know
+        raise UserError(f"{path}: {key} cannot be read ({error})".replace("\n", " ")) from error
+    if not isinstance(frame, pd.DataFrame):
+        raise UserError(f"{path}: {key} is no table; expected an .h5ad as anndata writes it")
+    return frame
+
+
+def _check_shape(path: Path, counts: str, matrix: CountMatrix, obs: pd.DataFrame, var: pd.DataFrame) -> None:
+    if matrix.shape != (len(obs), len(var)):
+        raise UserError(f"{path}: {counts} is {matrix.shape}, but obs x var is {(len(obs), len(var))}")
+    if not len(obs) or not len(var):
+        raise UserError(f"{path}: holds {len(obs)} cells and {len(var)} genes; nothing to build from")
+
+
+def _datasets(
+    table: pd.DataFrame, path: Path, dataset_id: str | None, column: str | None
+) -> list[tuple[str, np.ndarray]]:
+    """(dataset_id, rows of the file) of each dataset."""
+    if column is None:
+        return [(dataset_id or path.stem, np.arange(len(table)))]
+    values = table_column(table, column, f"{path}: obs")
+    if values.isna().any():
+        raise UserError(f"{path}: {int(values.isna().sum()):,} cells have no {column}; every cell needs a dataset")
+    codes, names = pd.factorize(values.astype(str))
+    return [(str(name), np.flatnonzero(codes == code)) for code, name in enumerate(names)]

@@ -1,0 +1,1 @@
+"""The demo Census: made-up cells of human and mouse."""

@@ -1,0 +1,176 @@
+"""Which genes: selection of highly variable ones, and finding a model's genes again in another Census."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import tiledbsoma
+
+from census_scvi.census.cells import require_columns, select_cells
+from census_scvi.census.hvg.select import select_in_one_pass
+from census_scvi.census.open import Census
+from census_scvi.config import HvgSection
+from census_scvi.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def read_var(census: Census) -> pd.DataFrame:
+    """The var frame of the RNA measurement, all columns, in Census order."""
+    return census.experiment.ms["RNA"].var.read().concat().to_pandas()
+
+
+def select_genes(census: Census, value_filter: str | None, settings: HvgSection, seed: int) -> list[str]:
+    """feature_ids of the highly variable genes of the filtered cells, in Census var order.
+
+    seurat_v3 on raw counts, ranked within each combination of the `hvg_batch` columns (Stuart et al. 2019,
+    https://doi.org/10.1016/j.cell.2019.05.031). Where the Census has no more genes than asked for, all are taken, with
+    a warning.
+
+    Raises
+    ------
+    UserError
+        A column is missing, no cell matches, or the genes cannot be ranked in batches of few cells.
+    """
+    require_columns(census, settings.hvg_batch, "hvg.hvg_batch")
+    var = read_var(census)
+    if len(var) <= settings.top_n_hvg:
+        log.warning("hvg.top_n_hvg is %d and the Census has %d genes: all are taken", settings.top_n_hvg, len(var))
+        return list(var["feature_id"].astype(str))
+    select = _select_in_one_pass if settings.engine == "one-pass" else _select_by_census
+    try:
+        chosen = select(census, value_filter, settings, seed)
+    except ValueError as error:  # raised by the loess fit, where a batch has too few cells or counts
+        raise UserError(
+            f"the genes cannot be ranked within each combination of hvg.hvg_batch {settings.hvg_batch}: the fit of"
+            f" variance to mean failed ({str(error).strip()}), as it does in batches of few cells;"
+            " name fewer columns in hvg.hvg_batch, or leave small batches out with census.obs_query_model"
+        ) from None
+    return list(var.loc[var["soma_joinid"].isin(chosen), "feature_id"].astype(str))
+
+
+def _select_in_one_pass(
+    census: Census, value_filter: str | None, settings: HvgSection, seed: int
+) -> npt.NDArray[np.int64]:
+    """soma_joinids of the selected genes."""
+    cells = select_cells(census, value_filter, settings.hvg_batch)
+    return np.flatnonzero(select_in_one_pass(census, cells, settings.top_n_hvg, seed))
+
+
+def _select_by_census(
+    census: Census, value_filter: str | None, settings: HvgSection, seed: int
+) -> npt.NDArray[np.int64]:
+    """soma_joinids of the selected genes."""
+    # Compiles its kernels when it is imported, which takes seconds: only where it is used.
+    from cellxgene_census.experimental.pp import highly_variable_genes
+
+    cells = tiledbsoma.AxisQuery(value_filter=value_filter) if value_filter else None
+    with census.experiment.axis_query("RNA", obs_query=cells) as query, _seeded_jitter(seed):
+        scores = highly_variable_genes(query, n_top_genes=settings.top_n_hvg, batch_key=settings.hvg_batch or None)
+    return scores.index[scores["highly_variable"]].to_numpy()
+
+
+@contextmanager
+def _seeded_jitter(seed: int) -> Iterator[None]:
+    """Make the selection repeatable.
+
+    Where a loess fit fails (batches of few cells) the library retries with jitter from an unseeded generator, and two
+    runs may disagree on some genes.
+    """
+    unseeded = np.random.default_rng
+    with mock.patch("numpy.random.default_rng", lambda given=None: unseeded(seed if given is None else given)):
+        yield
+
+
+def write_genes(path: Path, feature_ids: list[str]) -> None:
+    """Pickle feature_ids as a numpy array of str."""
+    with path.open("wb") as file:
+        pickle.dump(np.array(feature_ids, dtype=np.str_), file, protocol=4)
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Unpickles numpy arrays and plain values; anything that could run code is refused."""
+
+    _ADMITTED = frozenset(
+        (f"{package}.{module}", name)
+        for package in ("numpy._core", "numpy.core")
+        for module, name in (("multiarray", "_reconstruct"), ("numeric", "_frombuffer"))
+    ) | {("numpy", "ndarray"), ("numpy", "dtype")}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self._ADMITTED:
+            raise pickle.UnpicklingError(f"it holds {module}.{name}")
+        return super().find_class(module, name)
+
+
+def read_genes(path: Path) -> list[str]:
+    """feature_ids of a genes file, in order; nothing in the file is executed.
+
+    Raises
+    ------
+    UserError
+        The file is missing, truncated, or not a pickled one-dimensional numpy array of distinct str.
+    """
+    expected = "expected a pickled numpy.ndarray of feature_ids as scvi-prepare.py writes it"
+    try:
+        with path.open("rb") as file:
+            array = _ArrayUnpickler(file).load()
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; run scvi-prepare.py first") from None
+    except Exception as error:  # a damaged pickle can raise anything
+        raise UserError(f"{path} is refused: {error}; {expected}") from None
+    if (
+        not isinstance(array, np.ndarray)
+        or array.ndim != 1
+        or not all(isinstance(gene, str) for gene in array.tolist())
+    ):
+        raise UserError(f"{path} holds a {type(array).__name__}; {expected}")
+    genes = [str(gene) for gene in array]
+    if len(set(genes)) != len(genes):
+        raise UserError(f"{path} lists a gene twice; run scvi-prepare.py --force")
+    return genes
+
+
+def locate_genes(census: Census, feature_ids: list[str], min_share: float) -> npt.NDArray[np.int64]:
+    """Where each of a model's genes lies in a Census.
+
+    Returns
+    -------
+    int64 (genes,): soma_joinid of each gene in this Census' var, -1 where it is absent.
+
+    Raises
+    ------
+    UserError
+        Fewer than `min_share` of the genes are there: the missing ones are listed.
+    """
+    var = read_var(census)
+    joinids = pd.Series(var["soma_joinid"].to_numpy(), index=var["feature_id"].astype(str))
+    found = joinids.reindex(feature_ids).fillna(-1).to_numpy().astype(np.int64)
+    missing = [gene for gene, joinid in zip(feature_ids, found, strict=True) if joinid < 0]
+    share = 1 - len(missing) / len(feature_ids)
+    if share < min_share:
+        hint = "" if share else f"; this Census names genes like {joinids.index[0]!r}"
+        raise UserError(
+            f"{len(missing):,} of the model's {len(feature_ids):,} genes are not in {census.identity['uri']}"
+            f" ({census.identity['organism']}): {share:.1%} are there, genes.min_share asks for {min_share:.1%}."
+            f" Missing: {_listed(missing)}{hint}"
+        )
+    if missing:
+        log.warning(
+            "%d of %d genes are not in this Census and count as 0: %s", len(missing), len(found), _listed(missing)
+        )
+    return found
+
+
+def _listed(names: list[str], most: int = 20) -> str:
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

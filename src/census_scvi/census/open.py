@@ -1,0 +1,101 @@
+"""Open a Census and say which one it is."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cellxgene_census
+import tiledbsoma
+
+from census_scvi.config import CensusSection
+from census_scvi.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# The default of 1 GiB a column costs 8 GB for a gene selection over 90,000 cells, and is slower.
+_TILEDB_CONFIG = {
+    "soma.init_buffer_bytes": 16 * 2**20,
+    "py.init_buffer_bytes": 16 * 2**20,
+    "sm.mem.total_budget": 2 * 2**30,
+}
+
+
+@dataclass(frozen=True)
+class Census:
+    """An open Experiment of a Census.
+
+    Attributes
+    ----------
+    root
+        The Census; must stay open while anything below it is read.
+    experiment
+        The organism's Experiment.
+    identity
+        `uri`, `version`, `schema`, `created_on`, `organism`, `cells`: what makes this Census this Census.
+    """
+
+    root: Any
+    experiment: Any
+    identity: dict[str, Any]
+
+
+@contextmanager
+def open_census(settings: CensusSection) -> Iterator[Census]:
+    """Open the Census that a config names: `uri` where it is set, else the release `version`.
+
+    Raises
+    ------
+    UserError
+        Nothing there, not a Census, not reachable, or without the organism.
+    """
+    where = settings.uri or f"release {settings.version}"
+    if settings.uri and Path(settings.uri).is_file():
+        raise UserError(f"census.uri {where} is a file; build a Census of .h5ad files with scvi-build-census.py")
+    try:
+        # `uri` wins in the API, too; naming a version beside it would make it ask the network.
+        version = None if settings.uri else settings.version
+        root = cellxgene_census.open_soma(uri=settings.uri, census_version=version, tiledb_config=dict(_TILEDB_CONFIG))
+    except (tiledbsoma.DoesNotExistError, tiledbsoma.SOMAError) as error:
+        raise UserError(
+            f"Census {where}: nothing can be opened there; set census.uri to a Census folder or URL ({error})"
+        ) from None
+    except Exception as error:
+        if settings.uri is None:
+            raise UserError(
+                f"Census {where} cannot be found ({_reason(error)});"
+                " set census.version to a release, or census.uri to a local Census"
+            ) from None
+        raise
+    with root:
+        yield _describe(root, settings, where)
+
+
+def _describe(root: Any, settings: CensusSection, where: str) -> Census:
+    if "census_data" not in root or "census_info" not in root:
+        raise UserError(f"Census {where}: a SOMA collection without census_data and census_info, so not a Census")
+    organisms = sorted(root["census_data"].keys())
+    if settings.organism not in organisms:
+        raise UserError(f"Census {where} has no organism {settings.organism!r}; it has {', '.join(organisms)}")
+    experiment = root["census_data"][settings.organism]
+    summary = root["census_info"]["summary"].read().concat().to_pandas().set_index("label")["value"]
+    identity = {
+        "uri": root.uri,
+        "version": None if settings.uri else settings.version,
+        "schema": summary.get("census_schema_version"),
+        "created_on": root.metadata.get("created_on"),
+        "organism": settings.organism,
+        "cells": int(experiment.obs.count),
+    }
+    log.info("Census %s: %s, %s cells", root.uri, settings.organism, f"{identity['cells']:,}")
+    return Census(root, experiment, identity)
+
+
+def _reason(error: Exception) -> str:
+    if "Connection" in type(error).__name__:
+        return "the list of releases cannot be reached; is there a network?"
+    return str(error).strip().partition("\n")[0] or type(error).__name__

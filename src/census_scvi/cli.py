@@ -1,0 +1,131 @@
+"""What the scripts share: arguments, logging, exit codes, errors of one line."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import importlib
+import logging
+import shutil
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from census_scvi.config import Config, load_config
+from census_scvi.errors import UserError
+
+DONE, DEFECT, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
+
+_DESCRIPTIONS = {
+    "prepare": "Select the cells and genes to train on and write them to anndata_model.h5ad and hv_genes.pkl.",
+    "train": "Train scVI on the prepared cells and write the model to scvi.model/.",
+    "create-latent-update": "Embed every cell of the Census and write latent.npy and final_scvi_optimized/.",
+}
+_EPILOG = """\
+settings on the command line win over the file:
+  %(prog)s --config configs/demo.yaml hvg.top_n_hvg=2000 output.directory=run2
+
+exit codes: 0 done, 2 something to mend (one line says what), 1 a defect of ours (traceback)"""
+
+
+def main(stage: str, argv: Sequence[str] | None = None) -> int:
+    """Run a stage as its script does.
+
+    Parameters
+    ----------
+    stage
+        prepare, train or create-latent-update.
+    argv
+        Arguments; those of the process where None.
+
+    Returns
+    -------
+    The exit code.
+    """
+    arguments = _parser(stage).parse_args(argv)
+    return guarded(lambda: _run(stage, arguments))
+
+
+def guarded(work: Callable[[], None]) -> int:
+    """Exit code of some work; what the user can mend is one line on stderr, a defect a traceback."""
+    configure_logging()
+    try:
+        work()
+    except UserError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        if message := _storage_problem(error):
+            return _fail(message)
+        traceback.print_exc()
+        return DEFECT
+    return DONE
+
+
+def configure_logging() -> None:
+    """Times and messages of this project on stderr; of libraries, warnings only."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    project = logging.getLogger("census_scvi")
+    project.handlers = [handler]
+    project.setLevel(logging.INFO)
+    project.propagate = False
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric", "cellxgene_census", "scvi"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (".*is deprecated.*", ".*Variable names are not unique.*", ".*will be removed.*"):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def _parser(stage: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"scvi-{stage}.py",
+        description=_DESCRIPTIONS[stage],
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("settings", nargs="*", metavar="section.key=value", help="settings that win over the file")
+    parser.add_argument("--config", default="scvi-config.yaml", metavar="FILE", help="YAML file (default: %(default)s)")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="show the resolved config, what would be read and written, and what it would take; change nothing",
+    )
+    parser.add_argument("--force", action="store_true", help="do the stage anew, whatever is there")
+    return parser
+
+
+def _run(stage: str, arguments: argparse.Namespace) -> None:
+    config: Config = load_config(arguments.config, arguments.settings)
+    # Imported only now: torch, scvi-tools and TileDB take seconds, and a wrong setting is answered at once.
+    module = importlib.import_module("census_scvi.stages." + stage.replace("-", "_"))
+    if arguments.dry_run:
+        print(module.plan(config).text(config))
+    else:
+        module.run(config, force=arguments.force)
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return USER_ERROR
+
+
+def _storage_problem(error: BaseException) -> str | None:
+    """A line for a full disk, a missing permission or a vanished file, wherever in the chain of causes it stands."""
+    seen: BaseException | None = error
+    while seen is not None:
+        text = str(seen)
+        number = getattr(seen, "errno", None)
+        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text or "errno = 28" in text:
+            free = shutil.disk_usage(Path.cwd()).free
+            return (
+                f"the disk is full ({text.splitlines()[0]}; {free / 2**30:.1f} GiB free in the current folder):"
+                " make room or choose another output.directory, and run the same command again; nothing is lost"
+            )
+        if isinstance(seen, PermissionError):
+            return f"{seen.filename or text}: no permission to write or read there"
+        seen = seen.__cause__ or seen.__context__
+    return None

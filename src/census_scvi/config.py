@@ -1,0 +1,224 @@
+"""Every setting of the YAML file: typed, documented and checked once, before anything heavy is imported."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from census_scvi import config_names
+from census_scvi.config_errors import describe_errors
+from census_scvi.config_file import apply_overrides, read_yaml
+from census_scvi.errors import UserError
+
+Name = Annotated[str, Field(min_length=1)]
+FileName = Annotated[str, Field(min_length=1, pattern=r"^[^/\\]+$")]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Devices = int | list[int] | Literal["auto"]
+
+
+class Section(BaseModel):
+    """A section of the file: no unknown keys, no silent conversions."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_section(cls, values: Any) -> Any:
+        return {} if values is None else values  # `census:` with nothing below it is YAML for null
+
+
+class CensusSection(Section):
+    """Which Census, which cells."""
+
+    organism: Name = "homo_sapiens"
+    """Name of the Experiment in the Census."""
+    uri: Name | None = None
+    """Any SOMA Census: a local folder or s3://...; wins over `version`."""
+    version: Name = "stable"
+    """Release of the CELLxGENE Census, e.g. 2025-11-08, stable or latest."""
+    obs_query: Name | None = None
+    """SOMA value filter of the cells to embed, and with `obs_query_model` to train on; null: all."""
+    obs_query_model: Name | None = None
+    """SOMA value filter of the cells fit for gene selection and training; null: all."""
+
+
+class HvgSection(Section):
+    """Selection of highly variable genes (seurat_v3)."""
+
+    top_n_hvg: Annotated[int, Field(ge=1)] = 8000
+    """Genes to select."""
+    hvg_batch: list[Name] = Field(default_factory=list)
+    """obs columns within whose combinations the genes are ranked; empty: one ranking."""
+    min_genes: Annotated[int, Field(ge=0)] = 0
+    """Cells with fewer detected genes (obs nnz) are left out of selection and training, never of embedding."""
+    engine: Literal["one-pass", "census"] = "one-pass"
+    """Who selects: this project, reading the counts once, or cellxgene-census' own function; the same genes."""
+
+
+class AnndataSection(Section):
+    """The prepared cells."""
+
+    batch_key: list[Name] = Field(default_factory=lambda: ["dataset_id", "assay", "suspension_type", "donor_id"])
+    """obs columns whose combination is the batch."""
+    model_filename: FileName = "anndata_model.h5ad"
+    """File of the prepared cells in the run directory."""
+
+
+class GenesSection(Section):
+    """The gate for genes between Census versions."""
+
+    min_share: Share = 0.98
+    """Least share of the model's genes that a Census must have for its cells to be embedded."""
+
+
+class ModelSection(Section):
+    """The scVI model."""
+
+    filename: FileName = "scvi.model"
+    """Folder of the trained model in the run directory."""
+    n_hidden: Annotated[int, Field(ge=1)] = 128
+    """Nodes a hidden layer."""
+    n_latent: Annotated[int, Field(ge=1)] = 10
+    """Dimensions of the latent space."""
+    n_layers: Annotated[int, Field(ge=1)] = 1
+    """Hidden layers of encoder and decoder."""
+    dropout_rate: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    """Dropout of the encoder."""
+    gene_likelihood: Literal["nb", "zinb", "poisson"] = "nb"
+    """Distribution of the counts."""
+    encode_covariates: bool = False
+    """Whether the encoder sees the batch; false: a cell of any batch can be embedded."""
+
+
+class TrainSection(Section):
+    """Training."""
+
+    max_epochs: Annotated[int, Field(ge=1)] = 100
+    """Passes over the training cells."""
+    batch_size: Annotated[int, Field(ge=2)] = 1024
+    """Cells a minibatch (and device)."""
+    train_size: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
+    """Share of cells trained on; the rest validates."""
+    early_stopping: bool = False
+    """Stop when elbo_validation no longer falls (patience and others: `train.trainer`)."""
+    multi_gpu: bool = False
+    """Train on several `devices` (Lightning DDP)."""
+    num_workers: Annotated[int, Field(ge=0)] = 1
+    """Read-ahead workers of the loader; 0: read between training steps."""
+    devices: Devices = "auto"
+    """With `multi_gpu`: how many devices, or which; otherwise one device is used."""
+    accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto"
+    """Kind of device."""
+    trainer: dict[str, Any] | None = None
+    """More arguments of Lightning's Trainer, e.g. gradient_clip_val."""
+
+
+class LatentSection(Section):
+    """Embedding of all cells."""
+
+    block_size: Annotated[int, Field(ge=1)] = 16384
+    """Cells read, embedded and written at a time."""
+    minified: Literal["all", "sample", "none"] = "all"
+    """Cells in final_scvi_optimized: all, a random sample, or no such folder."""
+    sample_size: Annotated[int, Field(ge=1)] = 10000
+    """Cells of the sample."""
+
+
+class OutputSection(Section):
+    """Where the run is written."""
+
+    directory: Name = "run"
+    """The run directory; relative paths count from the current folder."""
+
+
+class Config(Section):
+    """The whole file; see `README.md` for the table of settings."""
+
+    census: CensusSection = CensusSection()
+    hvg: HvgSection = HvgSection()
+    anndata: AnndataSection = AnndataSection()
+    genes: GenesSection = GenesSection()
+    model: ModelSection = ModelSection()
+    train: TrainSection = TrainSection()
+    training_plan: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of scvi-tools' TrainingPlan and of the model's loss: lr, n_epochs_kl_warmup, max_kl_weight, ..."""
+    latent: LatentSection = LatentSection()
+    output: OutputSection = OutputSection()
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of everything random: split, order of cells, weights, dropout, sampling."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_plan(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("training_plan", {}) is None:
+            return {**values, "training_plan": {}}
+        return values
+
+    @model_validator(mode="after")
+    def _contradictions(self) -> Self:
+        train = self.train
+        if not self.anndata.batch_key:
+            raise ValueError("anndata.batch_key is empty; name at least one obs column, for instance [dataset_id]")
+        if train.early_stopping and train.train_size == 1.0:
+            raise ValueError(
+                "train.early_stopping needs validation cells and train.train_size is 1.0;"
+                " set train.train_size below 1 or train.early_stopping to false"
+            )
+        if self.anndata.model_filename == self.model.filename:
+            raise ValueError(f"anndata.model_filename and model.filename are both {self.model.filename!r}")
+        config_names.check_trainer(train.trainer or {})
+        config_names.check_training_plan(self.training_plan)
+        return self
+
+    @property
+    def directory(self) -> Path:
+        """The run directory."""
+        return Path(self.output.directory)
+
+    def select(self, keys: tuple[str, ...]) -> dict[str, Any]:
+        """Values of dotted keys or whole sections, flat: `{"hvg.top_n_hvg": 8000, ...}`."""
+        flat = flatten(self.model_dump(mode="json"))
+        return {k: v for k, v in flat.items() if any(k == key or k.startswith(key + ".") for key in keys)}
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mapping as dotted keys; an empty mapping stays a value, so that it differs from an absent one."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def digest(values: Any) -> str:
+    """SHA-256 of any JSON-able value, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def load_config(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Config:
+    """Read and check a YAML file.
+
+    Parameters
+    ----------
+    path
+        The YAML file.
+    overrides
+        `section.key=value` strings that win over the file; values are YAML.
+
+    Raises
+    ------
+    UserError
+        Missing or malformed file, unknown key, wrong type or contradiction: file, key and nearest right name.
+    """
+    values = read_yaml(Path(path))
+    overridden = apply_overrides(values, overrides)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError(describe_errors(error, Config, str(path), overridden)) from None

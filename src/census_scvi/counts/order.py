@@ -1,0 +1,114 @@
+"""Which cells train, which validate, and in which order they are met: a function of seed, epoch and rank alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+# Rows read as one piece: random single rows of a compressed file cost a hundred times more.
+BLOCK_ROWS = 64
+# Cells shuffled together: blocks drawn from the whole file, so that a window is a sample of it.
+WINDOW_ROWS = 32768
+
+
+def validation_mask(n_cells: int, train_size: float, seed: int) -> npt.NDArray[np.bool_]:
+    """Bool (cells,): cells held out for validation; `ceil(train_size * n_cells)` cells remain to train on."""
+    n_validation = n_cells - math.ceil(train_size * n_cells)
+    mask = np.zeros(n_cells, dtype=bool)
+    mask[np.random.default_rng([seed, 0]).permutation(n_cells)[:n_validation]] = True
+    return mask
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some of the wanted rows of a block: `rows[first:last]` of the rows that are wanted between `start` and `stop`."""
+
+    start: int
+    stop: int
+    first: int
+    last: int
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+
+@dataclass(frozen=True)
+class Window:
+    """Pieces that are read together, and how their cells are ordered (None: as read)."""
+
+    pieces: list[Piece]
+    order: npt.NDArray[np.int64] | None
+
+
+@dataclass(frozen=True)
+class CellOrder:
+    """The order in which the wanted cells of a file are met.
+
+    Parameters
+    ----------
+    wanted
+        Bool (cells,): the cells that take part.
+    seed
+        Seed of the order; None keeps the order of the file.
+    rank, world_size
+        Which share of the cells, of how many; shares differ by one cell at the most.
+    """
+
+    wanted: npt.NDArray[np.bool_]
+    seed: int | None
+    rank: int = 0
+    world_size: int = 1
+
+    def share(self) -> tuple[int, int]:
+        """First and last place of this rank in the common order of an epoch."""
+        total = int(self.wanted.sum())
+        return self.rank * total // self.world_size, (self.rank + 1) * total // self.world_size
+
+    def windows(self, epoch: int) -> Iterator[Window]:
+        """What to read, in order, for an epoch: each wanted cell of this rank's share exactly once."""
+        # The first number keeps this stream of random numbers apart from that of the validation split.
+        generator = None if self.seed is None else np.random.default_rng([self.seed, 1, epoch, self.rank])
+        pieces: list[Piece] = []
+        gathered = 0
+        for piece in self._pieces(epoch):
+            pieces.append(piece)
+            gathered += len(piece)
+            if gathered >= WINDOW_ROWS:
+                yield Window(pieces, None if generator is None else generator.permutation(gathered))
+                pieces, gathered = [], 0
+        if pieces:
+            yield Window(pieces, None if generator is None else generator.permutation(gathered))
+
+    def _pieces(self, epoch: int) -> Iterator[Piece]:
+        """Blocks of the file in this epoch's order, cut to this rank's share."""
+        starts = np.arange(0, len(self.wanted), BLOCK_ROWS)
+        sizes = np.add.reduceat(self.wanted, starts, dtype=np.int64)
+        blocks = np.arange(len(starts))
+        if self.seed is not None:  # the same permutation on every rank: the shares are cut from one common order
+            blocks = np.random.default_rng([self.seed, 2, epoch]).permutation(blocks)
+        ends = np.cumsum(sizes[blocks])
+        low, high = self.share()
+        for block, end in zip(blocks, ends, strict=True):
+            begin = end - sizes[block]
+            first, last = max(low, begin), min(high, end)
+            if first < last:
+                start = int(starts[block])
+                stop = min(start + BLOCK_ROWS, len(self.wanted))
+                yield Piece(start, stop, int(first - begin), int(last - begin))
+
+
+def minibatch_sizes(n_cells: int, batch_size: int, world_size: int = 1, rank: int = 0) -> list[int]:
+    """Cells in each minibatch of a rank.
+
+    Every rank has the same number of minibatches. A tail of one cell joins the minibatch before it: BatchNorm cannot
+    normalise a single cell, and none is dropped.
+    """
+    mine = (rank + 1) * n_cells // world_size - rank * n_cells // world_size
+    least = n_cells // world_size
+    full, tail = divmod(least, batch_size)
+    count = max(full + (tail > 1), 1)
+    return [batch_size] * (count - 1) + [mine - batch_size * (count - 1)]

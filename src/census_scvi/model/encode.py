@@ -1,0 +1,194 @@
+"""Counts to latent posterior: the forward pass of the encoder, equal to scvi-tools' own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import scipy.sparse as sp
+import scvi
+import torch
+
+from census_scvi.model.build import quiet, skeleton
+
+_MINIBATCH_CELLS = 1024
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Posterior of some cells.
+
+    Attributes
+    ----------
+    mean, variance
+        float32 (cells, n_latent): qz_m and qz_v.
+    library_size
+        float32 (cells,): counts over the model's genes.
+    """
+
+    mean: npt.NDArray[np.float32]
+    variance: npt.NDArray[np.float32]
+    library_size: npt.NDArray[np.float32]
+
+
+class Encoder:
+    """Posterior mean and variance of cells, equal to scvi-tools' own.
+
+    Where the encoder does not see the batch, it is run in a form of its own: counts are mostly zeros and log1p keeps
+    them, so the first layer is a weighted sum of a few rows of its weights, and BatchNorm, at inference, is part of the
+    linear layer before it.
+
+    Parameters
+    ----------
+    model
+        A trained model, on the device to use; later changes to it are not seen.
+    """
+
+    def __init__(self, model: scvi.model.SCVI) -> None:
+        self._module = model.module.eval()
+        self._folded = None if self._module.encode_covariates else _FoldedEncoder(self._module.z_encoder)
+
+    @torch.inference_mode()
+    def __call__(
+        self, counts: sp.csr_matrix, batch_codes: npt.NDArray[np.integer], minibatch: int = _MINIBATCH_CELLS
+    ) -> Latent:
+        """Encode cells.
+
+        Parameters
+        ----------
+        counts
+            CSR float32 (cells, genes), genes in the model's order.
+        batch_codes
+            Integers (cells,), positions in the model's batches; only a model with `encode_covariates` looks at them.
+        minibatch
+            Cells encoded at a time; moves the result by float32 rounding at the most.
+        """
+        means, variances = [], []
+        for start in range(0, counts.shape[0], minibatch):
+            rows = slice(start, start + minibatch)
+            if self._folded is not None:
+                mean, variance = self._folded(counts[rows])
+            else:
+                mean, variance = self._as_scvi_tools(counts[rows], batch_codes[rows])
+            means.append(mean.cpu().numpy())
+            variances.append(variance.cpu().numpy())
+        library_size = np.asarray(counts.sum(axis=1), dtype=np.float32).ravel()
+        return Latent(np.concatenate(means), np.concatenate(variances), library_size)
+
+    def _as_scvi_tools(
+        self, counts: sp.csr_matrix, batch_codes: npt.NDArray[np.integer]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        device = self._module.device
+        batch = torch.from_numpy(batch_codes.astype(np.int64)).unsqueeze(1).to(device)
+        posterior = self._module.inference(torch.from_numpy(counts.toarray()).to(device), batch_index=batch)["qz"]
+        return posterior.loc, posterior.scale.square()
+
+
+class _FoldedEncoder:
+    """scvi-tools' encoder without covariates: sparse first layer, BatchNorm folded into the linear layers."""
+
+    def __init__(self, encoder: scvi.nn.Encoder) -> None:
+        layers = [_fold(layer) for layer in encoder.encoder.fc_layers]
+        (first, self._bias), self._hidden = layers[0], layers[1:]
+        self._first = first.T.contiguous()  # a row a gene
+        self._mean, self._variance = encoder.mean_encoder, encoder.var_encoder
+        self._activation, self._least_variance = encoder.var_activation, encoder.var_eps
+
+    def __call__(self, counts: sp.csr_matrix) -> tuple[torch.Tensor, torch.Tensor]:
+        device = self._first.device
+        hidden = torch.nn.functional.embedding_bag(
+            torch.from_numpy(counts.indices.astype(np.int64)).to(device),
+            self._first,
+            torch.from_numpy(counts.indptr.astype(np.int64)).to(device),
+            mode="sum",
+            per_sample_weights=torch.from_numpy(counts.data).to(device).log1p(),
+            include_last_offset=True,
+        )
+        hidden = torch.relu_(hidden.add_(self._bias))
+        for weight, bias in self._hidden:
+            hidden = torch.relu_(torch.nn.functional.linear(hidden, weight, bias))
+        return self._mean(hidden), self._activation(self._variance(hidden)) + self._least_variance
+
+
+def _fold(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight (out, in) and bias (out,) of Linear and BatchNorm in one, computed in float64."""
+    linear, norm = layer[0], layer[1]
+    scale = norm.weight.double() / torch.sqrt(norm.running_var.double() + norm.eps)
+    weight = linear.weight.double() * scale[:, None]
+    bias = (linear.bias.double() - norm.running_mean.double()) * scale + norm.bias.double()
+    return weight.float().detach(), bias.float().detach()
+
+
+def reference_latent(
+    model: scvi.model.SCVI, genes: list[str], counts: sp.csr_matrix, batches: npt.ArrayLike, accelerator: str = "cpu"
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """The same the way scvi-tools does it: `load_query_data` and `get_latent_representation`.
+
+    Parameters
+    ----------
+    model
+        The trained model.
+    genes
+        feature_ids of the columns.
+    counts
+        CSR float32 (cells, genes).
+    batches
+        Batch label of each cell.
+    accelerator
+        cpu or gpu.
+
+    Returns
+    -------
+    Posterior means and variances, float32 (cells, n_latent) each.
+    """
+    obs = pd.DataFrame({"batch": np.asarray(batches, dtype=object)}, index=[str(i) for i in range(counts.shape[0])])
+    query = ad.AnnData(counts.copy(), obs=obs, var=pd.DataFrame(index=pd.Index(genes, name="feature_id")))
+    with quiet("scvi"):
+        mapped = scvi.model.SCVI.load_query_data(query, model, accelerator=accelerator)
+        mapped.is_trained = True
+        mean, variance = mapped.get_latent_representation(return_dist=True)
+    return mean, variance
+
+
+def extend_batches(model: scvi.model.SCVI, genes: list[str], batches: list[str]) -> scvi.model.SCVI:
+    """The model with more batches, as `load_query_data` gives it, but with nothing random in it.
+
+    scvi-tools leaves the weights of a batch that the model was not trained on at random initial values. Here each is
+    the mean over the trained batches: the same in every run, and in the middle of what the decoder knows. It is no
+    substitute for training: expression under such a batch means nothing.
+
+    Parameters
+    ----------
+    model
+        The trained model.
+    genes
+        Its genes.
+    batches
+        More batch labels; those it has are passed over.
+
+    Returns
+    -------
+    A new model, on the CPU, in eval mode; its registry lists the trained batches first.
+    """
+    trained = batch_labels(model)
+    additional = sorted(set(batches) - set(trained))
+    with quiet("scvi"):
+        extended = scvi.model.SCVI.load_query_data(skeleton(genes, trained + additional), model, accelerator="cpu")
+    weights = extended.module.state_dict()
+    for name, reference in model.module.state_dict().items():
+        if weights[name].shape != reference.shape:  # the last columns are the one-hot batch
+            of_batches = reference[..., -len(trained) :]
+            weights[name][..., -len(additional) :] = of_batches.mean(dim=-1, keepdim=True).cpu()
+    extended.module.load_state_dict(weights)
+    extended.module.eval()
+    extended.is_trained = True
+    return extended
+
+
+def batch_labels(model: scvi.model.SCVI) -> list[str]:
+    """Batch labels in the order of the codes."""
+    return [str(label) for label in model.adata_manager.get_state_registry("batch").categorical_mapping]

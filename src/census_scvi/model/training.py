@@ -1,0 +1,186 @@
+"""Train an scVI model: scvi-tools' own training plan, on any loader, resumable at each epoch."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import lightning
+import scvi
+import torch
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.loggers import TensorBoardLogger
+from scvi.train import Trainer, TrainingPlan
+
+from census_scvi.config import TrainSection
+from census_scvi.counts.loader import PreparedDataModule
+from census_scvi.errors import UserError
+from census_scvi.model.build import quiet
+from census_scvi.model.callbacks import (
+    EarlyStopping,
+    EpochCheckpoint,
+    FiniteLoss,
+    LearningCurves,
+    Progress,
+    TrainMode,
+)
+
+log = logging.getLogger(__name__)
+
+
+def choose_devices(settings: TrainSection) -> dict[str, Any]:
+    """`accelerator`, `devices` and `strategy` for Lightning's Trainer.
+
+    Raises
+    ------
+    UserError
+        `multi_gpu` asks for more devices than there are, or for a kind that is not there.
+    """
+    gpus = torch.cuda.device_count()
+    if settings.accelerator in ("gpu", "cuda") and not gpus:
+        raise UserError(
+            f"train.accelerator is {settings.accelerator} and torch finds no GPU here; set it to auto or cpu,"
+            " or see what ./scvi-init.sh says of the GPU"
+        )
+    if not settings.multi_gpu:
+        if settings.devices != "auto":
+            log.info(
+                "train.devices is %s and counts only with train.multi_gpu: true; one device is used", settings.devices
+            )
+        return {"accelerator": settings.accelerator, "devices": 1, "strategy": "auto"}
+    asked = settings.devices if isinstance(settings.devices, list) else None
+    number = len(asked) if asked else settings.devices if isinstance(settings.devices, int) else max(gpus, 1)
+    if settings.accelerator != "cpu" and (number > gpus or max(asked or [0]) >= max(gpus, 1)):
+        raise UserError(
+            f"train.multi_gpu asks for devices {settings.devices} and torch finds {gpus} GPU(s);"
+            " lower train.devices, or set train.accelerator to cpu to train in several CPU processes"
+        )
+    if settings.accelerator == "cpu":
+        asked = None  # Lightning takes a number of processes there
+    # scvi-tools' module has parameters that the loss does not reach (px_dropout_decoder, l_encoder).
+    return {
+        "accelerator": settings.accelerator,
+        "devices": asked or number,
+        "strategy": "ddp_find_unused_parameters_true",
+    }
+
+
+def fit(
+    model: scvi.model.SCVI,
+    data: PreparedDataModule,
+    settings: TrainSection,
+    plan_arguments: dict[str, Any],
+    *,
+    seed: int,
+    checkpoint: Path,
+    tensorboard: Path,
+) -> LearningCurves:
+    """Train a model in place; goes on from `checkpoint` where that file exists.
+
+    Parameters
+    ----------
+    model
+        The model; trained or not.
+    data
+        Training and validation minibatches.
+    settings
+        The `train` section.
+    plan_arguments
+        Arguments of scvi-tools' TrainingPlan.
+    seed
+        Seed of dropout and of the latent samples (plus the rank, with several processes).
+    checkpoint
+        Written after each epoch.
+    tensorboard
+        Folder of the TensorBoard logs.
+
+    Returns
+    -------
+    The learning curves, those of the epochs before a resume included.
+
+    Raises
+    ------
+    UserError
+        Unsuitable devices or checkpoint, or a loss that is not finite.
+    """
+    devices = choose_devices(settings)
+    plan = TrainingPlan(model.module, **plan_arguments)
+    plan.n_obs_training, plan.n_obs_validation = data.n_train, data.n_val
+    curves, finite = LearningCurves(), FiniteLoss()
+    arguments = dict(settings.trainer or {})
+    callbacks = [
+        TrainMode(),
+        finite,
+        curves,
+        Progress(data.n_train),
+        LearningRateMonitor(logging_interval="epoch"),
+    ]
+    callbacks += _early_stopping(arguments, wanted=settings.early_stopping)
+    callbacks.append(EpochCheckpoint(checkpoint))  # the last, so that it holds the state of the others
+    with (
+        warnings.catch_warnings(),
+        quiet("lightning.pytorch", logging.WARNING),
+        quiet("lightning.fabric", logging.WARNING),
+    ):
+        _ignore_known_warnings()
+        trainer = Trainer(
+            max_epochs=settings.max_epochs,
+            callbacks=callbacks,
+            logger=TensorBoardLogger(tensorboard.parent, name=tensorboard.name, version="", sub_dir=None),
+            default_root_dir=str(tensorboard.parent),
+            **devices,
+            **_trainer_defaults(data) | arguments,
+        )
+        lightning.seed_everything(seed + trainer.global_rank, verbose=False)
+        try:
+            trainer.fit(plan, data, ckpt_path=_resumable(checkpoint), weights_only=True)
+        except ValueError as error:
+            if "satisfy the constraint" not in str(error):  # torch's distributions meet NaN before the loss does
+                raise
+            raise finite.report(trainer, "nan") from error
+    model.module.eval()
+    model.is_trained_ = True
+    return curves
+
+
+def _trainer_defaults(data: PreparedDataModule) -> dict[str, Any]:
+    """What `train.trainer` may override."""
+    return {
+        "check_val_every_n_epoch": 1,
+        "limit_val_batches": None if data.n_val else 0,
+        "enable_progress_bar": False,  # ours counts cells over all epochs
+        "enable_model_summary": False,
+    }
+
+
+def _early_stopping(arguments: dict[str, Any], *, wanted: bool) -> list[lightning.Callback]:
+    """The callback for `train.early_stopping`; takes its arguments out of the Trainer's.
+
+    scvi-tools' Trainer would add it itself, but not with several devices.
+    """
+    defaults = {"monitor": "elbo_validation", "min_delta": 0.0, "patience": 45, "mode": "min", "warmup_epochs": 0}
+    chosen = {key: arguments.pop(f"early_stopping_{key}", default) for key, default in defaults.items()}
+    return [EarlyStopping(**chosen)] if wanted else []
+
+
+def _resumable(checkpoint: Path) -> Path | None:
+    if not checkpoint.exists():
+        return None
+    if not zipfile.is_zipfile(checkpoint):  # its directory comes last: a truncated one is none
+        raise UserError(f"{checkpoint} is damaged; start anew with --force")
+    return checkpoint
+
+
+def _ignore_known_warnings() -> None:
+    for message in (
+        "The '.*_dataloader' does not have many workers",  # ours reads ahead in threads
+        "The number of training batches",
+        "early_stopping was automatically disabled",  # ours is not
+        "Checkpoint directory .* exists",
+        "Found .* in eval mode",  # TrainMode sees to it
+        ".isinstance.treespec, LeafSpec.. is deprecated",
+    ):
+        warnings.filterwarnings("ignore", message=message)

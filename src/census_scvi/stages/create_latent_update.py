@@ -1,0 +1,251 @@
+"""Stage create-latent-update: every cell of the Census through the encoder."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import scvi
+import torch
+from tqdm import tqdm
+
+from census_scvi.census.cells import Cells, select_cells
+from census_scvi.census.genes import locate_genes, read_genes
+from census_scvi.census.open import Census, open_census
+from census_scvi.census.stream import Block, stream_blocks, stream_obs
+from census_scvi.config import Config
+from census_scvi.errors import UserError
+from census_scvi.model.encode import Encoder, Latent, batch_labels, extend_batches, reference_latent
+from census_scvi.model.minified import save_minified
+from census_scvi.model.safe import DESCRIPTION, WEIGHTS, ModelDescription, load_safe, read_description
+from census_scvi.stages.latent_store import PROGRESS, LatentStore
+from census_scvi.stages.plan import Plan
+from census_scvi.workspace import Artifacts, StageRun, Workspace
+
+log = logging.getLogger(__name__)
+
+STAGE = "create-latent-update"
+KEYS = ("census", "anndata.batch_key", "genes", "model.filename", "latent", "seed")
+_PROVEN_CELLS = 256
+_TOLERANCE = 1e-5
+_BASE_MEMORY = 1.3e9
+
+
+def run(config: Config, *, force: bool = False) -> None:
+    """Embed all cells of `obs_query`: `latent.npy`, `latent-idx.npy`, `final_scvi_optimized/`."""
+    artifacts = Artifacts.of(config)
+    with Workspace(config.directory).locked(STAGE) as workspace:
+        inputs: dict[str, Any] = _inputs(workspace, artifacts)
+        description = _fitting_description(config, artifacts)
+        with open_census(config.census) as census:
+            inputs["census"] = census.identity
+            stage = workspace.begin(STAGE, config, KEYS, inputs, force=force, progress=PROGRESS)
+            if stage.done:
+                log.info("%s is done for these settings in %s; --force does it again", STAGE, config.directory)
+                return
+            gene_joinids = locate_genes(census, description.genes, config.genes.min_share)
+            cells = select_cells(census, config.census.obs_query, config.anndata.batch_key)
+            log.info("%s cells in %d batches", f"{len(cells):,}", len(cells.batches))
+            job = _Embedding(config, stage, census, cells, gene_joinids, artifacts)
+            job.embed()
+            written = job.finish()
+            stage.commit(written, job.counts(), census=census.identity, trained_batches=description.batches)
+        log.info("wrote %s: %s cells x %d", config.directory / artifacts.latent, f"{len(cells):,}", job.n_latent)
+
+
+def _inputs(workspace: Workspace, artifacts: Artifacts) -> dict[str, Any]:
+    genes = workspace.require("prepare", [artifacts.genes])
+    return genes | workspace.require("train", [f"{artifacts.model}/{WEIGHTS}", f"{artifacts.model}/{DESCRIPTION}"])
+
+
+def _fitting_description(config: Config, artifacts: Artifacts) -> ModelDescription:
+    """What the model is; UserError where genes or config are not those it was trained with."""
+    description = read_description(config.directory / artifacts.model)
+    path = config.directory / artifacts.genes
+    genes = read_genes(path)
+    if description.organism != config.census.organism:
+        raise UserError(
+            f"the model in {config.directory / artifacts.model} was trained on {description.organism}"
+            f" and census.organism is {config.census.organism}; use the config it was trained with"
+        )
+    if description.batch_key != config.anndata.batch_key:
+        raise UserError(
+            f"the model was trained with anndata.batch_key {description.batch_key}, the config has"
+            f" {config.anndata.batch_key}; use the config it was trained with"
+        )
+    if genes != description.genes:
+        shared = len(set(genes) & set(description.genes))
+        raise UserError(
+            f"{path} lists {len(genes):,} genes such as {genes[0]!r}, the model has {len(description.genes):,} such as"
+            f" {description.genes[0]!r}; {shared:,} are shared, and they must be the same in the same order"
+        )
+    return description
+
+
+class _Embedding:
+    """The work of one run: encode what is not encoded yet, then write what is published."""
+
+    def __init__(
+        self,
+        config: Config,
+        stage: StageRun,
+        census: Census,
+        cells: Cells,
+        gene_joinids: npt.NDArray[np.int64],
+        artifacts: Artifacts,
+    ) -> None:
+        self._config, self._stage, self._census, self._cells = config, stage, census, cells
+        self._gene_joinids, self._artifacts = gene_joinids, artifacts
+        self._trained, self._description = load_safe(config.directory / artifacts.model)
+        self._model = extend_batches(self._trained, self._description.genes, cells.batches)
+        self._codes = _codes_in(self._model, cells)
+        self.n_latent = int(self._trained.module.n_latent)
+        self._store = LatentStore(stage.staging, len(cells), self.n_latent)
+        self._difference: float | None = None
+
+    def embed(self) -> None:
+        """Encode the cells that an earlier run has not."""
+        done, total = self._store.cells_done, len(self._cells)
+        if done:
+            log.info("%s of %s cells were embedded before", f"{done:,}", f"{total:,}")
+        if done == total:
+            return
+        encode = Encoder(_on_device(self._model, self._config))
+        blocks = stream_blocks(
+            self._census,
+            self._cells.joinids,
+            self._gene_joinids,
+            block_size=self._config.latent.block_size,
+            obs_columns=[],
+            first=done,
+        )
+        hidden = not sys.stderr.isatty()
+        with tqdm(total=total, initial=done, desc="embed", unit=" cells", unit_scale=True, disable=hidden) as bar:
+            for block in blocks:
+                rows = slice(block.start, block.start + block.counts.shape[0])
+                latent = encode(block.counts, self._codes[rows])
+                if self._difference is None:
+                    self._difference = self._prove(block, latent)
+                self._store.append(latent)
+                bar.update(len(latent.mean))
+
+    def _prove(self, block: Block, latent: Latent) -> float:
+        """Largest difference to scvi-tools' own way on cells of a block; an error where it is more than rounding."""
+        codes = self._codes[block.start : block.start + block.counts.shape[0]]
+        rows = np.arange(len(codes))
+        if self._description.arguments["encode_covariates"]:
+            # scvi-tools gives batches that it was not trained on random weights: there is nothing to compare with.
+            rows = rows[codes < len(self._description.batches)]
+        rows = rows[:_PROVEN_CELLS]
+        if not len(rows):
+            log.warning("no cell of the first block is of a trained batch: nothing to compare with scvi-tools")
+            return 0.0
+        labels = np.asarray(batch_labels(self._model), dtype=object)[codes[rows]]
+        accelerator = "gpu" if self._model.module.device.type == "cuda" else "cpu"
+        genes, counts = self._description.genes, block.counts[rows]
+        mean, variance = reference_latent(self._trained, genes, counts, labels, accelerator)
+        difference = float(max(np.abs(mean - latent.mean[rows]).max(), np.abs(variance - latent.variance[rows]).max()))
+        if not difference <= _TOLERANCE:
+            raise RuntimeError(f"the latent differs from scvi-tools' own by {difference}, more than {_TOLERANCE}")
+        log.info("equal to scvi-tools' load_query_data on %d cells (largest difference %.1e)", len(rows), difference)
+        return difference
+
+    def finish(self) -> list[str]:
+        """Write what is published into staging; returns its names."""
+        names = self._artifacts
+        np.save(self._stage.path(names.latent_joinids), self._cells.joinids)
+        written = [names.latent, names.latent_joinids]
+        if (chosen := self._minified_cells()) is not None:
+            folder = self._stage.path(names.minified)
+            self._model.to_device("cpu")  # a model.pt that loads where there is no GPU
+            uns = {"trained_batches": np.array(self._description.batches, dtype=object)}
+            save_minified(self._model, self._description.genes, self._minified_blocks(chosen), folder, uns)
+            written.append(names.minified)
+        return written
+
+    def _minified_cells(self) -> npt.NDArray[np.int64] | None:
+        settings, total = self._config.latent, len(self._cells)
+        if settings.minified == "none":
+            return None
+        if settings.minified == "all" or settings.sample_size >= total:
+            return np.arange(total)
+        generator = np.random.default_rng([self._config.seed, 3])
+        return np.sort(generator.choice(total, settings.sample_size, replace=False))
+
+    def _minified_blocks(
+        self, chosen: npt.NDArray[np.int64]
+    ) -> Iterator[tuple[pd.DataFrame, npt.NDArray[np.int32], Latent]]:
+        size = self._config.latent.block_size
+        for start, obs in stream_obs(self._census, self._cells.joinids[chosen], block_size=size):
+            rows = chosen[start : start + size]
+            obs.index = pd.Index(rows.astype(str))
+            yield obs, self._codes[rows], self._store.read(rows)
+
+    def counts(self) -> dict[str, Any]:
+        """What the manifest records."""
+        trained = self._codes < len(self._description.batches)
+        return {
+            "cells": len(self._cells),
+            "genes": len(self._gene_joinids),
+            "genes_missing": int((self._gene_joinids < 0).sum()),
+            "n_latent": self.n_latent,
+            "cells_of_untrained_batches": int((~trained).sum()),
+            "untrained_batches": batch_labels(self._model)[len(self._description.batches) :],
+            "largest_difference_to_scvi_tools": self._difference,
+        }
+
+
+def _codes_in(model: scvi.model.SCVI, cells: Cells) -> npt.NDArray[np.int32]:
+    """Code of each cell's batch in the model's own list."""
+    position = {label: code for code, label in enumerate(batch_labels(model))}
+    return np.array([position[label] for label in cells.batches], dtype=np.int32)[cells.batch_codes]
+
+
+def _on_device(model: scvi.model.SCVI, config: Config) -> scvi.model.SCVI:
+    if config.train.accelerator != "cpu" and torch.cuda.is_available():
+        model.to_device("cuda:0")
+    return model
+
+
+def plan(config: Config) -> Plan:
+    """Cells from the Census, time from a block that is read and encoded."""
+    artifacts = Artifacts.of(config)
+    _inputs(Workspace(config.directory), artifacts)
+    description = _fitting_description(config, artifacts)
+    with open_census(config.census) as census:
+        gene_joinids = locate_genes(census, description.genes, config.genes.min_share)
+        cells = select_cells(census, config.census.obs_query, config.anndata.batch_key)
+        model, _ = load_safe(config.directory / artifacts.model)
+        encode = Encoder(_on_device(model, config))
+        sample = cells.joinids[len(cells) // 2 :][:2048]
+        started = time.monotonic()
+        block = next(iter(stream_blocks(census, sample, gene_joinids, block_size=len(sample), obs_columns=[])))
+        encode(block.counts, np.zeros(len(sample), dtype=np.int32))
+        seconds = (time.monotonic() - started) / len(sample) * len(cells)
+    minified = {"all": len(cells), "sample": min(config.latent.sample_size, len(cells)), "none": 0}
+    n_latent = int(model.module.n_latent)
+    nonzeros = block.counts.nnz / len(sample)
+    return Plan(
+        STAGE,
+        reads=[
+            f"{census.identity['uri']} ({config.census.organism}), cells {config.census.obs_query or 'all'}",
+            str(config.directory / artifacts.genes),
+            f"{config.directory / artifacts.model}/",
+        ],
+        writes=[
+            str(config.directory / artifacts.latent),
+            str(config.directory / artifacts.latent_joinids),
+            *([f"{config.directory / artifacts.minified}/"] if config.latent.minified != "none" else []),
+        ],
+        cells=len(cells),
+        genes=len(description.genes),
+        memory=_BASE_MEMORY + 16.0 * len(cells) + config.latent.block_size * (nonzeros * 60 + 8 * n_latent),
+        disk=len(cells) * (8.0 * n_latent + 12) + minified[config.latent.minified] * (8.0 * n_latent + 120),
+        seconds=seconds,
+    )

@@ -1,0 +1,56 @@
+"""What a stage would do: the answer to --dry-run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import yaml
+
+from census_scvi.config import Config
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a stage would read, write and take; sizes in bytes, time in seconds."""
+
+    stage: str
+    reads: list[str]
+    writes: list[str]
+    cells: int
+    genes: int
+    memory: float
+    disk: float
+    seconds: float
+    notes: list[str] = field(default_factory=list)
+
+    def text(self, config: Config) -> str:
+        """The resolved config and the plan, for people."""
+        lines = [
+            "# resolved config",
+            yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None),
+            f"# {self.stage} would",
+            *(f"  read   {line}" for line in self.reads),
+            *(f"  write  {line}" for line in self.writes),
+            f"  with   {self.cells:,} cells x {self.genes:,} genes",
+            f"  take   about {human_bytes(self.memory)} of memory, {human_bytes(self.disk)} of disk"
+            f" and {human_time(self.seconds)} on this machine",
+            *(f"  note   {line}" for line in self.notes),
+        ]
+        return "\n".join(lines)
+
+
+def human_bytes(number: float) -> str:
+    """Bytes with a unit, e.g. 1.3 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}" if unit in ("B", "kB") else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:.2f} TB"
+
+
+def human_time(seconds: float) -> str:
+    """Seconds as s, min, h or days."""
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"

@@ -1,0 +1,202 @@
+"""Stage train: scVI on the prepared cells."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning
+import pandas as pd
+import scvi
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from census_scvi.config import Config, digest
+from census_scvi.counts.loader import PreparedDataModule
+from census_scvi.errors import UserError
+from census_scvi.model.build import build_model, init_arguments
+from census_scvi.model.callbacks import LearningCurves
+from census_scvi.model.safe import ModelDescription, save_safe
+from census_scvi.model.training import choose_devices, fit
+from census_scvi.stages.plan import Plan
+from census_scvi.workspace import Artifacts, StageRun, Workspace
+
+log = logging.getLogger(__name__)
+
+STAGE = "train"
+KEYS = (
+    "census.organism", "anndata", "model", "training_plan", "seed",
+    "train.max_epochs", "train.batch_size", "train.train_size", "train.early_stopping", "train.multi_gpu",
+    "train.devices", "train.trainer",
+)  # fmt: skip
+CHECKPOINT = "checkpoint.ckpt"
+_BASE_MEMORY = 1.1e9
+
+
+def run(config: Config, *, force: bool = False) -> None:
+    """Train and write `scvi.model/`; a killed run goes on from its last finished epoch."""
+    if _follows():
+        _train_as_follower(config)
+        return
+    artifacts = Artifacts.of(config)
+    choose_devices(config.train)
+    with Workspace(config.directory).locked(STAGE) as workspace:
+        inputs = workspace.require("prepare", [artifacts.prepared])
+        stage = workspace.begin(STAGE, config, KEYS, inputs, force=force, progress=CHECKPOINT)
+        if stage.done:
+            log.info("%s is done for these settings in %s; --force does it again", STAGE, config.directory)
+            return
+        data = _data(config)
+        model = _build(config, data)
+        if stage.resumed:
+            log.info("going on from the last finished epoch")
+        curves = _fit(config, model, data, stage.staging, digest(stage.fingerprint))
+        _save(config, model, data, curves, stage)
+        counts = _counts(model, data, curves)
+        data.cells.close()
+        stage.commit(
+            [artifacts.model],
+            counts,
+            processes=curves.processes,
+            final_metrics=_final(curves),
+            learning_curves=curves.curves,
+        )
+        losses = ", ".join(f"{name} {value:.1f}" for name, value in _final(curves).items())
+        log.info("wrote %s after %d epochs: %s", config.directory / artifacts.model, counts["epochs"], losses)
+
+
+def _follows() -> bool:
+    """Whether this process is one of several of a training and not the first: that one keeps the run directory."""
+    return bool(rank_zero_only.rank) or int(os.environ.get("NODE_RANK", "0")) > 0
+
+
+def _train_as_follower(config: Config) -> None:
+    workspace = Workspace(config.directory)
+    data = _data(config)
+    model = _build(config, data)
+    stage = StageRun(workspace, STAGE, config, {})
+    _fit(config, model, data, stage.staging, digest(stage.staged_fingerprint))
+
+
+def _data(config: Config) -> PreparedDataModule:
+    data = PreparedDataModule(
+        config.directory / Artifacts.of(config).prepared,
+        batch_size=config.train.batch_size,
+        train_size=config.train.train_size,
+        seed=config.seed,
+        workers=config.train.num_workers,
+    )
+    if config.train.early_stopping and not data.n_val:
+        raise UserError(f"train.early_stopping needs validation cells, and of {data.n_train} cells none is left for it")
+    return data
+
+
+def _build(config: Config, data: PreparedDataModule) -> scvi.model.SCVI:
+    lightning.seed_everything(config.seed, verbose=False)
+    cells = data.cells
+    return build_model(cells.genes, cells.batches, init_arguments(config.model), n_cells=cells.n_cells)
+
+
+def _fit(
+    config: Config, model: scvi.model.SCVI, data: PreparedDataModule, staging: Path, run_id: str
+) -> LearningCurves:
+    return fit(
+        model,
+        data,
+        config.train,
+        config.training_plan,
+        seed=config.seed,
+        checkpoint=staging / CHECKPOINT,
+        # One folder a fingerprint: a resumed run goes on in its own, another one is shown beside it.
+        tensorboard=config.directory / Artifacts.of(config).tensorboard / run_id[:12],
+    )
+
+
+def _save(
+    config: Config, model: scvi.model.SCVI, data: PreparedDataModule, curves: LearningCurves, stage: StageRun
+) -> None:
+    """scvi-tools' own form and the safe form, in one folder."""
+    folder = stage.path(Artifacts.of(config).model)
+    model.history_ = {name: _history(name, values) for name, values in curves.curves.items()}
+    model.save(str(folder), overwrite=True)
+    description = ModelDescription(
+        genes=data.cells.genes,
+        batches=data.cells.batches,
+        arguments=init_arguments(config.model),
+        organism=config.census.organism,
+        batch_key=config.anndata.batch_key,
+        n_cells=data.cells.n_cells,
+    )
+    save_safe(model, description, folder)
+
+
+def _history(name: str, values: list[float]) -> pd.DataFrame:
+    """A learning curve in the form of scvi-tools' `model.history`."""
+    return pd.DataFrame({name: values}, index=pd.RangeIndex(len(values), name="epoch"))
+
+
+def _final(curves: LearningCurves) -> dict[str, float]:
+    wanted = ("elbo_train", "elbo_validation", "reconstruction_loss_validation", "kl_local_validation")
+    return {name: round(curves.curves[name][-1], 4) for name in wanted if name in curves.curves}
+
+
+def _counts(model: scvi.model.SCVI, data: PreparedDataModule, curves: LearningCurves) -> dict[str, Any]:
+    return {
+        "cells": data.cells.n_cells,
+        "training_cells": data.n_train,
+        "validation_cells": data.n_val,
+        "genes": data.cells.n_genes,
+        "batches": len(data.cells.batches),
+        "epochs": len(curves.curves["elbo_train"]),
+        "parameters": sum(parameter.numel() for parameter in model.module.parameters()),
+    }
+
+
+def plan(config: Config) -> Plan:
+    """Size from the prepared file, time from a few training steps on its cells."""
+    artifacts = Artifacts.of(config)
+    devices = choose_devices(config.train)
+    workspace = Workspace(config.directory)
+    workspace.require("prepare", [artifacts.prepared])
+    data = _data(config)
+    model = _build(config, data)
+    parameters = sum(parameter.numel() for parameter in model.module.parameters())
+    step = _seconds_per_cell(model, data)
+    processes = len(devices["devices"]) if isinstance(devices["devices"], list) else devices["devices"]
+    validation = 0.4 * data.n_val  # forward only
+    return Plan(
+        STAGE,
+        reads=[str(config.directory / artifacts.prepared)],
+        writes=[f"{config.directory / name}/" for name in (artifacts.model, artifacts.tensorboard)],
+        cells=data.cells.n_cells,
+        genes=data.cells.n_genes,
+        memory=_BASE_MEMORY + 16.0 * parameters + 24.0 * config.train.batch_size * data.cells.n_genes + 6.0e8,
+        disk=12.0 * parameters + 8.0 * parameters,
+        seconds=step * (data.n_train + validation) * config.train.max_epochs / processes,
+        notes=[
+            f"{data.n_train:,} cells train, {data.n_val:,} validate, {len(data.cells.batches):,} batches",
+            f"{parameters:,} parameters",
+            f"devices: {devices['devices']} ({devices['accelerator']})",
+        ],
+    )
+
+
+def _seconds_per_cell(model: scvi.model.SCVI, data: PreparedDataModule, steps: int = 3) -> float:
+    """Time of a training step on the CPU or the first GPU, reading included."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    module = model.module.to(device).train()
+    minibatches = iter(data.train_dataloader())
+    _step(module, next(minibatches), device)  # warms up, and fills the first window
+    started = time.monotonic()
+    cells = sum(_step(module, minibatch, device) for minibatch in itertools.islice(minibatches, steps))
+    return (time.monotonic() - started) / max(cells, 1)
+
+
+def _step(module: torch.nn.Module, minibatch: dict[str, torch.Tensor], device: str) -> int:
+    _, _, losses = module({key: value.to(device) for key, value in minibatch.items()})
+    losses.loss.backward()
+    return len(minibatch["row"])

@@ -1,0 +1,90 @@
+"""A picture of cells before and after integration."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import anndata as ad
+import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import scanpy as sc
+import umap
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+_POINTS = 30_000.0  # marker area times cells: dense where there are many, visible where there are few
+_LEGEND_ENTRIES = 24
+
+
+def draw_before_and_after(
+    cells: ad.AnnData, latent: npt.NDArray[np.float32], path: Path, *, seed: int, batch: str = "batch"
+) -> None:
+    """Four UMAPs: a PCA of log-normalised counts and the latent, each coloured by cell type and by batch.
+
+    Parameters
+    ----------
+    cells
+        Raw counts (cells, genes); obs has `cell_type` and the column `batch` names.
+    latent
+        float32 (cells, n_latent), a row a cell.
+    path
+        PNG to write.
+    seed
+        Seed of UMAP and of the drawing order.
+    batch
+        obs column that tells the batches apart.
+    """
+    embeddings = {
+        "before: PCA of log-normalised counts": _umap(log_pca(cells), seed),
+        "after: scVI latent": _umap(latent, seed),
+    }
+    figure = Figure(figsize=(15, 11), layout="constrained")
+    axes = figure.subplots(2, 2)
+    order = np.random.default_rng(seed).permutation(cells.n_obs)  # no group is drawn on top of the others
+    for column, (title, positions) in enumerate(embeddings.items()):
+        for row, key in enumerate(("cell_type", batch)):
+            labels = cells.obs[key].astype("category").cat.remove_unused_categories()
+            scatter(axes[row, column], positions[order], labels.iloc[order], legend=column == 1)
+            axes[row, column].set_title(f"{title}, by {key.replace('_', ' ')}", fontsize=12, loc="left")
+    figure.savefig(path, dpi=110)
+
+
+def log_pca(cells: ad.AnnData, n_components: int = 50) -> npt.NDArray[np.float32]:
+    """PCA of log-normalised counts (10,000 a cell), float32 (cells, n_components): what a user does without a model."""
+    plain = ad.AnnData(cells.X.copy())
+    sc.pp.normalize_total(plain, target_sum=1e4)
+    sc.pp.log1p(plain)
+    sc.pp.pca(plain, n_comps=min(n_components, min(plain.shape) - 1), random_state=0)
+    return np.asarray(plain.obsm["X_pca"], dtype=np.float32)
+
+
+def scatter(axes: Axes, positions: npt.NDArray[np.float32], labels: pd.Series, *, legend: bool) -> None:
+    """Points coloured by a categorical; the legend stands beside them."""
+    categories = list(labels.cat.categories)
+    colours = _colours(len(categories))
+    size = min(max(_POINTS / len(labels), 0.5), 30)
+    codes = labels.cat.codes.to_numpy()
+    axes.scatter(positions[:, 0], positions[:, 1], s=size, c=colours[codes], linewidths=0, rasterized=True)
+    axes.set_axis_off()
+    if legend:
+        for code, name in enumerate(categories[:_LEGEND_ENTRIES]):
+            axes.scatter([], [], s=30, color=colours[code], label=str(name))
+        more = f"and {len(categories) - _LEGEND_ENTRIES} more" if len(categories) > _LEGEND_ENTRIES else None
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=9, title=more)
+
+
+def _colours(number: int) -> npt.NDArray[np.float64]:
+    """RGBA (number, 4)."""
+    if number <= 20:
+        return np.array([mpl.colormaps["tab20"](i) for i in range(number)])
+    return np.asarray(mpl.colormaps["gist_ncar"](np.linspace(0.02, 0.95, number)))
+
+
+def _umap(values: npt.NDArray[np.float32], seed: int) -> npt.NDArray[np.float32]:
+    # Not through scanpy: its neighbours of more than 8,192 cells fail with the newest pynndescent.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="n_jobs value")  # a seed means one thread, as we want
+        return np.asarray(umap.UMAP(n_neighbors=15, min_dist=0.5, random_state=seed).fit_transform(values))

@@ -1,0 +1,270 @@
+"""A stage's way through the run directory: skip when done, refuse when something changed, resume, commit whole.
+
+A stage writes into `.partial/<stage>/`. To commit, its record is put into the manifest as `committing`, with the
+identities of its outputs; then each output is renamed into place; then the record becomes `done`. Whoever opens the
+directory next carries an interrupted commit to its end, so a kill at any moment leaves the old artifacts or the new.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from census_scvi.config import Config
+from census_scvi.errors import UserError
+from census_scvi.workspace import provenance
+from census_scvi.workspace.artifacts import LOCK, MANIFEST, STAGING
+from census_scvi.workspace.atomic import remove, sync, sync_tree, write_json
+from census_scvi.workspace.identity import Identity, damage, identities
+from census_scvi.workspace.lock import directory_lock
+
+log = logging.getLogger(__name__)
+
+_LARGE = 5_000_000_000  # bytes from which hashing takes long enough to be announced
+
+SCRIPTS = {
+    "prepare": "scvi-prepare.py",
+    "train": "scvi-train.py",
+    "create-latent-update": "scvi-create-latent-update.py",
+}
+
+
+@dataclass
+class Workspace:
+    """A run directory and its manifest."""
+
+    directory: Path
+
+    @contextmanager
+    def locked(self, stage: str) -> Iterator[Workspace]:
+        """Hold the directory for a stage; finishes a commit that a killed run left open."""
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"output.directory {self.directory} cannot be made: {error.strerror}") from None
+        with directory_lock(self.directory / LOCK, SCRIPTS.get(stage, stage)):
+            self._finish_commits()
+            yield self
+
+    def manifest(self) -> dict[str, Any]:
+        """`{"stages": {stage: record}}`; empty where nothing has run."""
+        path = self.directory / MANIFEST
+        if not path.exists():
+            return {"stages": {}}
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise UserError(f"{path} is damaged ({error}); restore it, or move the run directory away") from None
+
+    def record(self, stage: str) -> dict[str, Any] | None:
+        """Record of a finished stage."""
+        return self.manifest()["stages"].get(stage)
+
+    def require(self, stage: str, names: Sequence[str]) -> dict[str, Identity]:
+        """Identities of files that a finished stage wrote, checked against their contents.
+
+        Raises
+        ------
+        UserError
+            The stage has not run, or a file is missing or not what it wrote.
+        """
+        record = self.record(stage)
+        if record is None:
+            raise UserError(f"{self.directory / names[0]} does not exist; run {SCRIPTS[stage]} first")
+        found = {}
+        for name in names:
+            if name not in record["outputs"]:
+                raise UserError(
+                    f"{self.directory / name} was not written by {SCRIPTS[stage]}; run it for these settings"
+                )
+            self._require_sound(stage, name, record["outputs"][name])
+            found[name] = record["outputs"][name]
+        return found
+
+    def begin(
+        self,
+        stage: str,
+        config: Config,
+        keys: tuple[str, ...],
+        inputs: dict[str, Any],
+        *,
+        force: bool,
+        progress: str | None = None,
+    ) -> StageRun:
+        """Decide whether a stage is done, goes on, starts, or must be refused.
+
+        Parameters
+        ----------
+        stage
+            Name of the stage.
+        config
+            The whole config, recorded in the manifest.
+        keys
+            Dotted settings and sections whose values change what the stage writes.
+        inputs
+            Identity of everything the stage reads.
+        force
+            Start anew whatever is there.
+        progress
+            File in staging whose presence means that there is work to go on with; None for a stage that starts over.
+
+        Raises
+        ------
+        UserError
+            The directory holds a finished or unfinished stage of another fingerprint: names the setting or the input.
+        """
+        run = StageRun(self, stage, config, {"config": config.select(keys), "inputs": inputs})
+        if force or progress is None or not run.path(progress).exists():
+            remove(run.staging)
+        if run.resumes:
+            run.resumed = True
+            return run
+        record = self.record(stage)
+        if record is not None and not force:
+            self._refuse_changes(stage, "a finished", record["fingerprint"], run.fingerprint)
+            for name, identity in record["outputs"].items():
+                self._require_sound(stage, name, identity)
+            run.done = True
+            return run
+        if (unfinished := run.staged_fingerprint) is not None:
+            self._refuse_changes(stage, "an unfinished", unfinished, run.fingerprint)
+        run.open()
+        return run
+
+    def _refuse_changes(self, stage: str, state: str, before: dict[str, Any], now: dict[str, Any]) -> None:
+        if changes := _changes(before, now):
+            raise UserError(
+                f"{self.directory} holds {state} {stage} for other settings: {changes};"
+                " set it back, use another output.directory, or --force to do it anew"
+            )
+
+    def _require_sound(self, stage: str, name: str, identity: Identity) -> None:
+        if identity["size"] > _LARGE:
+            log.info("checking %s (%.0f GB)", self.directory / name, identity["size"] / 1e9)
+        if found := damage(self.directory / name, identity):
+            raise UserError(
+                f"{self.directory / name} {found} by {SCRIPTS[stage]}; restore it, or run {SCRIPTS[stage]} --force"
+            )
+
+    def _finish_commits(self) -> None:
+        for stage, record in self.manifest().get("committing", {}).items():
+            log.info("finishing the interrupted commit of %s", stage)
+            self.finish_commit(stage, record)
+
+    def finish_commit(self, stage: str, record: dict[str, Any]) -> None:
+        """Rename staged outputs into place and mark the stage done; may be repeated after a kill at any point."""
+        staging = self.directory / STAGING / stage
+        for name in record["artifacts"]:
+            staged, target = staging / name, self.directory / name
+            if not staged.exists():
+                continue  # renamed before the kill
+            if target.is_dir():  # a folder cannot be replaced in one step: the old one steps aside first
+                aside = staging / f"{name}.old"
+                remove(aside)
+                target.rename(aside)
+            staged.replace(target)
+        sync(self.directory)
+        manifest = self.manifest()
+        manifest["stages"][stage] = record
+        manifest.get("committing", {}).pop(stage, None)
+        write_json(self.directory / MANIFEST, manifest)
+        remove(staging)
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Settings and inputs that differ, in words; empty where none does."""
+    words = []
+    old, new = before["config"], now["config"]
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            words.append(f"{key} was {json.dumps(old.get(key))} and is {json.dumps(new.get(key))}")
+    old, new = before["inputs"], now["inputs"]
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) != new.get(name):
+            words.append(f"the input {name} is another one than before")
+    return "; ".join(words)
+
+
+@dataclass
+class StageRun:
+    """One run of a stage: where it writes, whether it goes on with earlier work, how it ends."""
+
+    workspace: Workspace
+    stage: str
+    config: Config
+    fingerprint: dict[str, Any]
+    done: bool = False
+    resumed: bool = False
+    started: datetime = field(default_factory=lambda: datetime.now(UTC))
+    _clock: float = field(default_factory=time.monotonic)
+    _cpu: float = field(default_factory=time.process_time)
+
+    @property
+    def staging(self) -> Path:
+        """Folder for unfinished output; survives a kill."""
+        return self.workspace.directory / STAGING / self.stage
+
+    @property
+    def staged_fingerprint(self) -> dict[str, Any] | None:
+        """Fingerprint of the unfinished work in `staging`, if there is any."""
+        path = self.staging / "fingerprint.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    @property
+    def resumes(self) -> bool:
+        """Whether `staging` holds earlier work for the same fingerprint."""
+        return self.staged_fingerprint == self.fingerprint
+
+    def open(self) -> None:
+        """Make an empty `staging`."""
+        remove(self.staging)
+        self.staging.mkdir(parents=True)
+        write_json(self.staging / "fingerprint.json", self.fingerprint)
+
+    def path(self, name: str) -> Path:
+        """Where to write an output before it is committed."""
+        return self.staging / name
+
+    def commit(self, artifacts: Sequence[str], counts: dict[str, Any], **details: Any) -> None:
+        """Put the outputs in place and record the stage as done.
+
+        Parameters
+        ----------
+        artifacts
+            Names of files and folders in `staging` to publish, relative to the run directory.
+        counts
+            What the stage counted: cells, genes, ...
+        details
+            More JSON-able facts for the record.
+        """
+        sync_tree(self.staging)
+        record = {
+            "stage": self.stage,
+            "artifacts": list(artifacts),
+            "fingerprint": self.fingerprint,
+            "config": self.config.model_dump(mode="json"),
+            "outputs": identities(self.staging, artifacts),
+            "counts": counts,
+            "resumed": self.resumed,
+            "seed": self.config.seed,
+            "started": self.started.isoformat(timespec="seconds"),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": round(time.monotonic() - self._clock, 3),
+            "cpu_seconds": round(time.process_time() - self._cpu, 3),
+            "peak_memory_bytes": provenance.peak_memory_bytes(),
+            "packages": provenance.package_versions(),
+            "code": provenance.code_state(),
+            "hardware": provenance.hardware(),
+            **details,
+        }
+        manifest = self.workspace.manifest()
+        manifest.setdefault("committing", {})[self.stage] = record
+        write_json(self.workspace.directory / MANIFEST, manifest)
+        self.workspace.finish_commit(self.stage, record)

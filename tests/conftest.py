@@ -1,0 +1,33 @@
+"""Fixtures shared by the tests."""
+
+import os
+from pathlib import Path
+
+import pytest
+from pipeline import Run
+
+
+@pytest.fixture(scope="session")
+def demo_census(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a small demo Census: 1,500 human and 500 mouse cells, 600 genes each; built once a worker."""
+    from census_scvi.census.demo.cells import write_demo_census
+
+    uri = tmp_path_factory.mktemp("demo") / "census"
+    write_demo_census(uri, seed=0, scale=0.25, n_genes=600)
+    return str(uri)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Folder with real .h5ad files; skips where there is none."""
+    folder = os.environ.get("CENSUS_SCVI_TEST_DATA")
+    path = Path(folder) if folder else Path(__file__).parents[2] / "shared" / "data"
+    if not path.is_dir():
+        pytest.skip(f"no real data: {path} does not exist (set CENSUS_SCVI_TEST_DATA)")
+    return path
+
+
+@pytest.fixture(scope="session")
+def finished_run(demo_census: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run of all three stages on the demo Census; tests only read it."""
+    return Run(tmp_path_factory.mktemp("finished"), demo_census).all()

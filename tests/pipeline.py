@@ -1,0 +1,65 @@
+"""Running the stages in tests: in-process, since importing scvi-tools takes six seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from census_scvi.cli import main
+
+ROOT = Path(__file__).parents[1]
+STAGES = ("prepare", "train", "create-latent-update")
+
+SMALL: dict[str, Any] = {
+    "census": {"obs_query_model": "is_primary_data == True and nnz >= 50"},
+    "hvg": {"top_n_hvg": 200, "hvg_batch": ["assay"]},
+    "model": {"n_hidden": 16, "n_latent": 4},
+    "train": {"max_epochs": 3, "batch_size": 256, "num_workers": 1, "accelerator": "cpu"},
+    "training_plan": {"lr": 1e-3, "n_epochs_kl_warmup": 2},
+    "latent": {"block_size": 512},
+}
+
+
+class Run:
+    """A run directory with its config file."""
+
+    def __init__(self, folder: Path, uri: str, **sections: dict[str, Any]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.directory = folder / "run"
+        self.config = folder / "config.yaml"
+        values = {key: dict(value) for key, value in SMALL.items()}
+        values["census"]["uri"] = uri
+        values["output"] = {"directory": str(self.directory)}
+        for section, keys in sections.items():
+            values[section] = {**values.get(section, {}), **keys}
+        self.config.write_text(yaml.safe_dump(values))
+
+    def __call__(self, stage: str, *arguments: str) -> int:
+        return main(stage, ["--config", str(self.config), *arguments])
+
+    def all(self) -> Run:
+        for stage in STAGES:
+            assert self(stage) == 0, stage
+        return self
+
+    def path(self, name: str) -> Path:
+        return self.directory / name
+
+    def manifest(self) -> dict[str, Any]:
+        return json.loads(self.path("manifest.json").read_text())
+
+    def record(self, stage: str) -> dict[str, Any]:
+        return self.manifest()["stages"][stage]
+
+    def subprocess(self, stage: str, *arguments: str, before: str = "") -> subprocess.CompletedProcess[str]:
+        """The stage in a process of its own; `before` is code that runs first, for planting a failure."""
+        code = f"import sys; from census_scvi.cli import main; {before}\nsys.exit(main({stage!r}, sys.argv[1:]))"
+        command = [sys.executable, "-c", code, "--config", str(self.config), *arguments]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)

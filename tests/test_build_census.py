@@ -1,0 +1,637 @@
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import cellxgene_census
+import cellxgene_census.experimental.pp
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+import tiledbsoma as soma
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from census_scvi.census.build import census, experiment, h5ad_counts, schema
+from census_scvi.census.build.census import build_census
+from census_scvi.census.build.config import load_build_config
+from census_scvi.census.build.experiment import observation_joinids
+from census_scvi.census.build.gene_ids import GeneMap, resolve_genes
+from census_scvi.census.build.sources import open_h5ad, regroup
+from census_scvi.errors import UserError
+from census_scvi.stages.build_census import build_from_config, main
+
+GENES = [f"ENSG{number:011d}" for number in range(1, 41)]
+
+
+def make_counts(n_cells: int, n_genes: int, seed: int = 0) -> sp.csr_matrix:
+    rng = np.random.default_rng(seed)
+    return sp.csr_matrix(rng.poisson(0.7, (n_cells, n_genes)).astype(np.float32))
+
+
+def write_h5ad(
+    path: Path, counts: Any = None, *, genes: list[str] | None = None, obs: dict[str, Any] | None = None, **more: Any
+) -> ad.AnnData:
+    counts = make_counts(50, len(genes or GENES)) if counts is None else counts
+    n_cells = counts.shape[0]
+    table = pd.DataFrame(
+        obs or {"annotation": pd.Categorical(["T", "B"] * (n_cells // 2)), "patient": ["p1"] * n_cells},
+        index=[f"{path.stem}-{cell}" for cell in range(n_cells)],
+    )
+    adata = ad.AnnData(counts, obs=table, var=pd.DataFrame(index=genes or GENES), **more)
+    adata.write_h5ad(path)
+    return adata
+
+
+def write_config(folder: Path, *datasets: dict[str, Any], **keys: Any) -> Path:
+    path = folder / "build.yaml"
+    defaults = {"organism": "homo_sapiens"}
+    path.write_text(yaml.safe_dump({"uri": "census", "datasets": [{**defaults, **d} for d in datasets], **keys}))
+    return path
+
+
+def build_yaml(path: Path, **options: Any) -> Any:
+    return build_from_config(load_build_config(path), **options)
+
+
+@pytest.fixture
+def two_files(tmp_path: Path) -> tuple[Path, dict[str, ad.AnnData]]:
+    """A config of a human file split into two datasets, a human file with other genes, and a mouse file."""
+    obs = {
+        "annotation": ["T", "B", None, "T"] * 15,
+        "patient": np.repeat(["p1", "p2"], 30),
+        "study": ["s1", "s2", "s2"] * 20,
+        "assay": ["10x 3' v3"] * 60,
+        "is_primary_data": [True, True, False] * 20,
+    }
+    other = GENES[10:] + [f"ENSG{number:011d}" for number in range(50, 60)]
+    mouse = [f"ENSMUSG{number:011d}" for number in range(1, 21)]
+    files = {
+        "a": write_h5ad(tmp_path / "a.h5ad", make_counts(60, 40, 1), obs=obs),
+        "b": write_h5ad(tmp_path / "b.h5ad", make_counts(30, 40, 2), genes=other),
+        "m": write_h5ad(tmp_path / "m.h5ad", make_counts(20, 20, 3), genes=mouse),
+    }
+    config = write_config(
+        tmp_path,
+        {
+            "file": "a.h5ad",
+            "dataset_id": {"column": "study"},
+            "obs": {"cell_type": "annotation", "donor_id": "patient"},
+            "values": {"suspension_type": "cell", "tissue": "blood"},
+        },
+        {"file": "b.h5ad", "values": {"assay": "Smart-seq2", "donor_id": 7}},
+        {"file": "m.h5ad", "dataset_id": "mouse", "organism": "Mus musculus"},
+    )
+    return config, files
+
+
+def test_the_api_reads_the_counts_of_the_files(two_files: tuple[Path, dict[str, ad.AnnData]]) -> None:
+    config, files = two_files
+    report = build_yaml(config)
+    assert report.n_cells == {"homo_sapiens": 90, "mus_musculus": 20}
+    assert report.n_genes == {"homo_sapiens": 50, "mus_musculus": 20}
+    study = files["a"].obs["study"].astype(str)
+    expected = {"s1": files["a"][study == "s1"], "s2": files["a"][study == "s2"], "b": files["b"], "mouse": files["m"]}
+    with cellxgene_census.open_soma(uri=report.uri) as census:
+        for name, file in expected.items():
+            organism = "Mus musculus" if name == "mouse" else "Homo sapiens"
+            adata = cellxgene_census.get_anndata(census, organism, obs_value_filter=f"dataset_id == '{name}'")
+            adata.var_names = adata.var["feature_id"]
+            absent = ~adata.var_names.isin(file.var_names)
+            assert adata.X[:, absent].nnz == 0
+            assert (adata[:, file.var_names].X != file.X).nnz == 0
+
+
+def test_labels_defaults_and_statistics(two_files: tuple[Path, dict[str, ad.AnnData]]) -> None:
+    report = build_yaml(two_files[0])
+    with cellxgene_census.open_soma(uri=report.uri) as census:
+        obs = cellxgene_census.get_obs(census, "Homo sapiens")
+        mouse = cellxgene_census.get_obs(census, "mus_musculus")
+        layers = census["census_data"]["homo_sapiens"].ms["RNA"].X
+        raw = layers["raw"].read().coos().concat().to_scipy().tocsr()
+        normalized = layers["normalized"].read().coos().concat().to_scipy().tocsr()
+        var = cellxgene_census.get_var(census, "homo_sapiens")
+        presence = cellxgene_census.get_presence_matrix(census, "homo_sapiens").toarray()
+    assert list(obs["soma_joinid"]) == list(range(90))
+    assert (obs["dataset_id"].astype(str).ne(obs["dataset_id"].astype(str).shift())).sum() == 3
+    assert obs["cell_type"].value_counts()[["T", "B", "unknown"]].to_dict() == {"T": 30, "B": 15, "unknown": 45}
+    assert set(obs["donor_id"]) == {"p1", "p2", "7"}
+    assert set(obs["assay"]) == {"10x 3' v3", "Smart-seq2"}
+    assert set(obs["tissue_general"]) == {"blood", "unknown"}
+    assert set(obs["suspension_type"]) == {"cell", "na"}
+    assert set(obs["tissue_type"]) == {"tissue"}
+    assert set(mouse["self_reported_ethnicity"]) == {"na"}
+    assert int((~obs["is_primary_data"]).sum()) == 20
+    assert obs["observation_joinid"].is_unique
+    assert np.array_equal(obs["raw_sum"], np.asarray(raw.sum(axis=1)).ravel())
+    assert np.array_equal(obs["nnz"], np.diff(raw.indptr))
+    for cell in range(0, 90, 7):
+        values = raw[cell].data
+        assert obs["raw_mean_nnz"][cell] == pytest.approx(values.mean())
+        assert obs["raw_variance_nnz"][cell] == pytest.approx(values.var(ddof=1))
+    assert np.array_equal(var["nnz"], np.bincount(raw.indices, minlength=50))
+    n_cells = obs["dataset_id"].value_counts()[["s1", "s2", "b"]].to_numpy()
+    assert presence.shape[1] == 50
+    assert np.array_equal(var["n_measured_obs"], n_cells @ presence[:3].astype(int))
+    assert set(obs.loc[obs["dataset_id"] == "b", "n_measured_vars"]) == {int(presence[2].sum())}
+    assert np.allclose(np.asarray(normalized.sum(axis=1)).ravel(), 1, atol=1e-5)
+    assert np.allclose(normalized[0].data, raw[0].data / raw[0].data.sum())
+
+
+def test_full_gene_assays_are_normalized_by_length(tmp_path: Path) -> None:
+    length = pd.Series(range(100, 4100, 100), index=GENES)
+    genes = tmp_path / "genes.tsv"
+    genes.write_text("ensembl_id\tsymbol\tlength\n" + "".join(f"{g}\tS{g[-2:]}\t{n}\n" for g, n in length.items()))
+    adata = write_h5ad(tmp_path / "a.h5ad")
+    dataset = {"file": "a.h5ad", "values": {"assay": "Smart-seq2"}}
+    report = build_yaml(write_config(tmp_path, dataset, genes={"map": {"homo_sapiens": "genes.tsv"}}))
+    with cellxgene_census.open_soma(uri=report.uri) as census:
+        layer = census["census_data"]["homo_sapiens"].ms["RNA"].X["normalized"]
+        found = layer.read().coos().concat().to_scipy().toarray()
+        var = cellxgene_census.get_var(census, "homo_sapiens")
+    per_base = adata.X.toarray() / length.to_numpy()
+    assert np.allclose(found, per_base / per_base.sum(axis=1, keepdims=True), rtol=1e-5)
+    assert list(var["feature_name"]) == [f"S{gene[-2:]}" for gene in GENES]
+    assert list(var["feature_length"]) == list(length)
+
+
+@pytest.mark.parametrize("kind", ["h5ad", "demo"])
+def test_schema(kind: str, request: pytest.FixtureRequest, two_files: tuple[Path, dict[str, ad.AnnData]]) -> None:
+    uri = request.getfixturevalue("demo_census") if kind == "demo" else build_yaml(two_files[0]).uri
+    with cellxgene_census.open_soma(uri=uri) as census:
+        assert set(census.metadata) >= {"created_on", "git_commit_sha", "soma_encoding_version", "soma_object_type"}
+        info = census["census_info"]
+        assert set(info) == {"summary", "datasets", "organisms", "summary_cell_counts"}
+        summary = info["summary"].read().concat().to_pandas().set_index("label")["value"]
+        assert summary["census_schema_version"] == "2.4.0"
+        organisms = info["organisms"].read().concat().to_pandas()
+        assert list(organisms["organism"]) == ["homo_sapiens", "mus_musculus"]
+        datasets = info["datasets"].read().concat().to_pandas()
+        cells = 0
+        for organism in ("homo_sapiens", "mus_musculus"):
+            experiment = census["census_data"][organism]
+            assert experiment.metadata["soma_object_type"] == "SOMAExperiment"
+            assert set(experiment.ms["RNA"]) == {"X", "var", "feature_dataset_presence_matrix"}
+            assert _types(experiment.obs.schema) == _types(schema.OBS_SCHEMA)
+            assert len(experiment.obs.schema) == 28
+            assert _types(experiment.ms["RNA"].var.schema) == _types(schema.VAR_SCHEMA)
+            layers = experiment.ms["RNA"].X
+            assert set(layers) == {"raw", "normalized"}
+            assert {str(layers[name].schema.field("soma_data").type) for name in layers} == {"float"}
+            presence = experiment.ms["RNA"]["feature_dataset_presence_matrix"]
+            assert str(presence.schema.field("soma_data").type) == "bool"
+            assert presence.shape == (len(datasets), experiment.ms["RNA"].var.count)
+            obs = experiment.obs.read(column_names=["soma_joinid", "dataset_id"]).concat().to_pandas()
+            assert list(obs["soma_joinid"]) == list(range(layers["raw"].shape[0]))
+            cells += len(obs)
+        assert int(summary["total_cell_count"]) == cells == datasets["dataset_total_cell_count"].sum()
+        counts = info["summary_cell_counts"].read().concat().to_pandas()
+        for _, group in counts.groupby(["organism", "category"], observed=True):
+            assert group["total_cell_count"].sum() in {90, 20, 1500, 500}
+
+
+def _types(table: Any) -> list[tuple[str, str]]:
+    return [(field.name, str(field.type)) for field in table]
+
+
+@pytest.mark.parametrize("kind", ["h5ad", "demo"])
+def test_gene_selection_of_the_api(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    if kind == "demo":
+        uri = request.getfixturevalue("demo_census")
+    else:
+        genes = [f"ENSG{number:011d}" for number in range(300)]
+        rates = np.random.default_rng(0).gamma(1, 1, 300)
+        counts = np.random.default_rng(1).poisson(rates, (200, 300)).astype(np.float32)
+        obs = {"study": ["s1", "s2"] * 100}
+        write_h5ad(tmp_path / "a.h5ad", sp.csr_matrix(counts), genes=genes, obs=obs)
+        uri = build_yaml(write_config(tmp_path, {"file": "a.h5ad", "dataset_id": {"column": "study"}})).uri
+    with cellxgene_census.open_soma(uri=uri) as census:
+        with census["census_data"]["homo_sapiens"].axis_query("RNA") as query:
+            genes_found = cellxgene_census.experimental.pp.highly_variable_genes(
+                query, n_top_genes=50, batch_key="dataset_id"
+            )
+    assert int(genes_found["highly_variable"].sum()) == 50
+
+
+BAD = {
+    "fraction": (0.5, "0.5"),
+    "negative": (-1.0, "-1"),
+    "nan": (np.nan, "nan"),
+    "infinite": (np.inf, "inf"),
+    "huge": (2.0**25, "larger than"),
+}
+
+
+@pytest.mark.parametrize("row", [3, 700], ids=["first-look", "later-block"])
+@pytest.mark.parametrize(("value", "text"), BAD.values(), ids=BAD)
+def test_what_is_no_count_is_refused_by_name(tmp_path: Path, value: float, text: str, row: int) -> None:
+    counts = make_counts(800, 40).tolil()
+    counts[row, 5] = value
+    write_h5ad(tmp_path / "bad.h5ad", counts.tocsr())
+    config = write_config(tmp_path, {"file": "bad.h5ad"})
+    with pytest.raises(UserError, match=f"bad.h5ad: X holds .*{text}|bad.h5ad: X holds .* row {row}") as error:
+        build_yaml(config)
+    assert f"row {row}, column 5" in str(error.value)
+    assert not (tmp_path / "census").exists()
+    assert not (tmp_path / "census.partial").exists()
+
+
+def test_missing_truncated_and_foreign_files_are_refused_by_name(tmp_path: Path) -> None:
+    write_h5ad(tmp_path / "whole.h5ad")
+    content = (tmp_path / "whole.h5ad").read_bytes()
+    (tmp_path / "cut.h5ad").write_bytes(content[: len(content) // 2])
+    (tmp_path / "text.h5ad").write_text("no HDF5")
+    with h5py.File(tmp_path / "foreign.h5ad", "w") as file:
+        file["X"] = np.zeros((2, 2))
+    for name, text in {
+        "absent.h5ad": "no such file",
+        "cut.h5ad": "not a whole",
+        "text.h5ad": "not a whole",
+        "foreign.h5ad": "expected an .h5ad",
+    }.items():
+        with pytest.raises(UserError, match=f"{name}: .*{text}"):
+            open_h5ad(tmp_path / name, organism="homo_sapiens")
+
+
+@pytest.mark.parametrize("layout", ["csr", "csc", "dense", "integers"])
+@pytest.mark.parametrize("counts", ["X", "raw", "layers/counts"])
+def test_every_layout_and_place_of_the_counts(
+    tmp_path: Path, layout: str, counts: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(h5ad_counts, "_CSC_WINDOW", 300)
+    monkeypatch.setattr(h5ad_counts, "_DENSE_WINDOW", 400)
+    matrix = make_counts(50, 40)
+    stored = {
+        "csr": matrix,
+        "csc": matrix.tocsc(),
+        "dense": matrix.toarray(),
+        "integers": matrix.astype(np.int32),
+    }[layout]
+    if counts == "X":
+        write_h5ad(tmp_path / "a.h5ad", stored)
+    else:
+        adata = write_h5ad(tmp_path / "a.h5ad", stored, layers={"counts": stored})
+        adata.raw = adata.copy()
+        adata.X = np.log1p(matrix.toarray())
+        adata.write_h5ad(tmp_path / "a.h5ad")
+    (source,) = open_h5ad(tmp_path / "a.h5ad", organism="homo_sapiens", counts=counts)
+    for rows in (7, 16, 1000):
+        starts, blocks = zip(*source.blocks(rows), strict=True)
+        assert list(starts) == list(range(0, 50, rows))
+        assert (sp.vstack(blocks) != matrix).nnz == 0
+
+
+def test_wrong_place_of_the_counts_lists_the_right_ones(tmp_path: Path) -> None:
+    write_h5ad(tmp_path / "a.h5ad", layers={"counts": make_counts(50, 40)})
+    with pytest.raises(UserError, match=r"no layers/count; did you mean layers/counts\?"):
+        open_h5ad(tmp_path / "a.h5ad", organism="homo_sapiens", counts="layers/count")
+
+
+@settings(max_examples=40, deadline=None)
+@given(sizes=st.lists(st.integers(0, 9), max_size=8), rows=st.integers(1, 12))
+def test_regroup_keeps_every_row_once_in_order(sizes: list[int], rows: int) -> None:
+    total = sum(sizes)
+    matrix = sp.csr_matrix(np.arange(1, total + 1)[:, None])
+    edges = np.cumsum([0, *sizes])
+    blocks = list(regroup((matrix[a:b] for a, b in pairwise(edges)), rows))
+    assert [start for start, _ in blocks] == list(range(0, total, rows))
+    assert [int(v) for _, block in blocks for v in block.toarray().ravel()] == list(range(1, total + 1))
+
+
+def test_versions_duplicates_and_symbols(tmp_path: Path) -> None:
+    genes = [f"{GENES[0]}.12", GENES[1], "TP53", f"{GENES[0]}_PAR_Y", "NOWHERE", "TWICE"]
+    (tmp_path / "map.tsv").write_text(
+        f"ensembl_id\tsymbol\tlength\tgene_type\n{GENES[1]}.3\tTP53\t77\tprotein_coding\n"
+        f"{GENES[2]}\tTWICE\t1\tx\n{GENES[3]}\tTWICE\t1\tx\n"
+    )
+    counts = make_counts(50, 6)
+    write_h5ad(tmp_path / "a.h5ad", counts, genes=genes)
+    config = {"genes": {"map": {"homo_sapiens": "map.tsv"}}}
+    report = build_yaml(write_config(tmp_path, {"file": "a.h5ad"}, **config))
+    genes_report = report.datasets[0].genes
+    assert (genes_report.kept, genes_report.dropped, genes_report.summed, genes_report.by_symbol) == (2, 2, 2, 1)
+    with cellxgene_census.open_soma(uri=report.uri) as census:
+        adata = cellxgene_census.get_anndata(census, "homo_sapiens")
+    dense = counts.toarray()
+    assert list(adata.var["feature_id"]) == GENES[:2]
+    assert list(adata.var["feature_name"]) == [GENES[0], "TP53"]
+    assert list(adata.var["feature_type"]) == ["unknown", "protein_coding"]
+    assert np.array_equal(adata.X.toarray(), np.c_[dense[:, 0] + dense[:, 3], dense[:, 1] + dense[:, 2]])
+
+    config["genes"]["without_id"] = "keep"  # type: ignore[assignment]
+    kept = build_yaml(write_config(tmp_path, {"file": "a.h5ad"}, **config), force=True)
+    assert kept.datasets[0].genes.under_symbol == 2
+    with cellxgene_census.open_soma(uri=kept.uri) as census:
+        assert list(cellxgene_census.get_var(census, "homo_sapiens")["feature_id"]) == [*GENES[:2], "NOWHERE", "TWICE"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(names=st.lists(st.sampled_from([*GENES[:3], f"{GENES[0]}.1", "A", "B", ""]), min_size=1, max_size=12))
+def test_every_column_is_kept_dropped_or_summed(names: list[str]) -> None:
+    for keep in (False, True):
+        try:
+            genes = resolve_genes(
+                pd.Series(names),
+                pd.DataFrame(index=names),
+                organism="homo_sapiens",
+                gene_map=None,
+                keep_without_id=keep,
+            )
+        except UserError:
+            assert not any(name.startswith("ENSG") for name in names)
+            continue
+        report = genes.report
+        assert report.in_file == len(names) == report.kept + report.dropped + report.summed
+        assert genes.var["feature_id"].is_unique
+        assert set(genes.column_to_gene[genes.column_to_gene >= 0]) == set(range(len(genes.var)))
+
+
+def test_genes_of_another_organism_are_refused(tmp_path: Path) -> None:
+    write_h5ad(tmp_path / "a.h5ad")
+    with pytest.raises(UserError, match=r"a\.h5ad: .*ids are of homo_sapiens, but organism is mus_musculus"):
+        open_h5ad(tmp_path / "a.h5ad", organism="mus_musculus")
+
+
+def test_symbols_without_a_map_are_refused(tmp_path: Path) -> None:
+    write_h5ad(tmp_path / "a.h5ad", genes=[f"GENE{number}" for number in range(40)])
+    with pytest.raises(UserError, match=r"a\.h5ad: no gene has an Ensembl id .* give a symbol map"):
+        open_h5ad(tmp_path / "a.h5ad", organism="homo_sapiens")
+
+
+def test_a_gene_map_that_is_none_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "map.tsv").write_text("gene,name\n1,2\n")
+    with pytest.raises(UserError, match=r"map.tsv: a gene map needs the columns ensembl_id and symbol"):
+        GeneMap(tmp_path / "map.tsv")
+    with pytest.raises(UserError, match="no such gene map"):
+        GeneMap(tmp_path / "absent.tsv")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "text"),
+    [
+        ({"obs": {"cell_type": "anotation"}}, "obs has no column 'anotation'; did you mean annotation?"),
+        ({"gene_id": "ensembl"}, "var has no column 'ensembl'"),
+        ({"dataset_id": {"column": "studdy"}}, "obs has no column 'studdy'"),
+        ({"obs": {"is_primary_data": "annotation"}}, "is_primary_data holds B, T; expected true or false"),
+    ],
+)
+def test_wrong_columns_are_named_with_the_nearest(tmp_path: Path, dataset: dict[str, Any], text: str) -> None:
+    write_h5ad(tmp_path / "a.h5ad")
+    with pytest.raises(UserError) as error:
+        build_yaml(write_config(tmp_path, {"file": "a.h5ad", **dataset}))
+    assert text in str(error.value)
+    assert "a.h5ad" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"urri": "x"}, "urri is not a setting; did you mean uri?"),
+        ({"genes": {"mapp": {}}}, "genes.mapp is not a setting; did you mean map?"),
+        ({"genes": {"without_id": "maybe"}}, "genes.without_id is 'maybe'"),
+        ({"genes": {"map": {"human": "x"}}}, "is 'human', expected one of homo_sapiens, mus_musculus"),
+        ({"dataset": {"cuonts": "X"}}, "datasets[1].cuonts is not a setting; did you mean counts?"),
+        ({"dataset": {"organism": "rat"}}, "datasets[1].organism is 'rat', expected one of homo_sapiens"),
+        (
+            {"dataset": {"obs": {"celltype": "x"}}},
+            "celltype is not a column of the Census that a file can fill",
+        ),
+        ({"dataset": {"obs": {"raw_sum": "x"}}}, "raw_sum is not a column of the Census that a file can fill"),
+        ({"dataset": {"obs": {"sex": "x"}, "values": {"sex": "male"}}}, "sex is set in obs and in values"),
+        ({"dataset": {"values": {"is_primary_data": "perhaps"}}}, "values.is_primary_data is 'perhaps', expected true"),
+        ({"dataset": {"dataset_id": {"colum": "x"}}}, "colum is not a setting; did you mean column?"),
+        ({"datasets": []}, "datasets is [], expected one dataset or more"),
+        ({"datasets": "a.h5ad"}, "datasets is 'a.h5ad', expected a list"),
+        ({"dataset": {"dataset_id": 5}}, "datasets[1].dataset_id is 5, expected a name in quotes or {column: "),
+        ({"uri": "s3://bucket/census"}, "uri is 's3://bucket/census', expected a local folder"),
+    ],
+)
+def test_mistakes_in_the_yaml_are_one_line(tmp_path: Path, change: dict[str, Any], text: str) -> None:
+    dataset = {"file": "a.h5ad", "organism": "homo_sapiens", **change.pop("dataset", {})}
+    path = tmp_path / "build.yaml"
+    path.write_text(yaml.safe_dump({"uri": "census", "datasets": [dataset], **change}))
+    with pytest.raises(UserError) as error:
+        load_build_config(path)
+    assert text in str(error.value)
+    assert str(error.value).startswith(f"{path}: ")
+    assert "\n" not in str(error.value)
+
+
+def test_paths_are_relative_to_the_yaml_and_to_data(tmp_path: Path) -> None:
+    path = write_config(tmp_path, {"file": "a.h5ad"}, data="files", genes={"map": {"homo_sapiens": "map.tsv"}})
+    config = load_build_config(path)
+    assert config.uri == tmp_path / "census"
+    assert config.datasets[0].file == tmp_path / "files" / "a.h5ad"
+    assert config.genes.map["homo_sapiens"] == tmp_path / "files" / "map.tsv"
+    assert load_build_config(path, data=tmp_path / "other").datasets[0].file == tmp_path / "other" / "a.h5ad"
+
+
+def test_existing_target_is_kept_unless_forced(two_files: tuple[Path, dict[str, ad.AnnData]]) -> None:
+    config, _ = two_files
+    report = build_yaml(config)
+    created = _created_on(report.uri)
+    with pytest.raises(UserError, match="exists; choose another uri, or replace it with --force"):
+        build_yaml(config)
+    assert _created_on(report.uri) == created
+    assert build_yaml(config, force=True).n_cells == report.n_cells
+    assert sorted(path.name for path in config.parent.iterdir()) == [
+        "a.h5ad",
+        "b.h5ad",
+        "build.yaml",
+        "census",
+        "m.h5ad",
+    ]
+
+
+def test_force_replaces_no_folder_that_is_no_census(tmp_path: Path) -> None:
+    write_h5ad(tmp_path / "a.h5ad")
+    (tmp_path / "census").mkdir()
+    (tmp_path / "census" / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="is no Census"):
+        build_yaml(write_config(tmp_path, {"file": "a.h5ad"}), force=True)
+    assert (tmp_path / "census" / "thesis.txt").exists()
+
+
+def _created_on(uri: str) -> str:
+    with soma.open(uri) as census:
+        return str(census.metadata["created_on"])
+
+
+STEPS: dict[str, tuple[Any, str]] = {
+    "obs": (experiment, "_obs_tables"),
+    "counts": (experiment, "_write_block"),
+    "census_info": (census, "write_info"),
+    "root": (census, "_write_root"),
+}
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["failed", "killed"])
+@pytest.mark.parametrize("step", STEPS)
+def test_a_build_that_stops_leaves_nothing_that_opens(
+    two_files: tuple[Path, dict[str, ad.AnnData]], step: str, killed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, _ = two_files
+    partial = config.parent / "census.partial"
+    as_left_by_kill = config.parent / "snapshot"
+
+    def stop(*_: Any, **__: Any) -> None:
+        shutil.copytree(partial, as_left_by_kill)
+        raise RuntimeError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*STEPS[step], stop)
+        with pytest.raises(RuntimeError, match="stopped"):
+            build_yaml(config)
+    assert not (config.parent / "census").exists()
+    assert not partial.exists()
+    if killed:
+        as_left_by_kill.rename(partial)
+        with pytest.raises(soma.DoesNotExistError):
+            cellxgene_census.open_soma(uri=str(partial))
+    assert build_yaml(config).n_cells["homo_sapiens"] == 90
+    assert not partial.exists()
+
+
+def test_a_second_build_of_the_same_census_is_refused(
+    two_files: tuple[Path, dict[str, ad.AnnData]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, _ = two_files
+    write_info: Callable[..., None] = census.write_info
+
+    def meanwhile(*arguments: Any) -> None:
+        with pytest.raises(UserError, match="is in use by build-census"):
+            build_yaml(config)
+        write_info(*arguments)
+
+    monkeypatch.setattr(census, "write_info", meanwhile)
+    assert build_yaml(config).n_cells["homo_sapiens"] == 90
+
+
+def test_a_census_can_be_moved(two_files: tuple[Path, dict[str, ad.AnnData]]) -> None:
+    report = build_yaml(two_files[0])
+    moved = Path(report.uri).with_name("moved")
+    Path(report.uri).rename(moved)
+    with cellxgene_census.open_soma(uri=str(moved)) as census:
+        assert cellxgene_census.get_anndata(census, "homo_sapiens").shape == (90, 50)
+
+
+def test_cells_without_any_count_stay(tmp_path: Path) -> None:
+    write_h5ad(tmp_path / "a.h5ad", sp.csr_matrix((6, 40), dtype=np.float32))
+    report = build_yaml(write_config(tmp_path, {"file": "a.h5ad"}))
+    with cellxgene_census.open_soma(uri=report.uri) as census:
+        obs = cellxgene_census.get_obs(census, "homo_sapiens")
+        assert list(obs["nnz"]) == [0] * 6
+        assert np.isfinite(obs[["raw_mean_nnz", "raw_variance_nnz"]]).all(axis=None)
+
+
+def test_two_datasets_of_one_name_are_refused(tmp_path: Path) -> None:
+    write_h5ad(tmp_path / "a.h5ad")
+    config = write_config(tmp_path, {"file": "a.h5ad", "dataset_id": "x"}, {"file": "a.h5ad", "dataset_id": "x"})
+    with pytest.raises(UserError, match="dataset_id 'x' is used more than once"):
+        build_yaml(config)
+
+
+def test_blocks_smaller_than_the_data_give_the_same_census(
+    two_files: tuple[Path, dict[str, ad.AnnData]], tmp_path: Path
+) -> None:
+    assert two_files[0].exists()
+    sources = [s for name in ("a", "b") for s in open_h5ad(tmp_path / f"{name}.h5ad", organism="homo_sapiens")]
+    found = []
+    for rows in (1000, 7):
+        build_census(tmp_path / f"rows-{rows}", sources, block_rows=rows)
+        with cellxgene_census.open_soma(uri=str(tmp_path / f"rows-{rows}")) as census:
+            found.append(cellxgene_census.get_anndata(census, "homo_sapiens"))
+    assert (found[0].X != found[1].X).nnz == 0
+    pd.testing.assert_frame_equal(found[0].obs, found[1].obs)
+    pd.testing.assert_frame_equal(found[0].var, found[1].var)
+
+
+def test_tiles_of_x_do_not_change_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks begin and end anywhere in a tile, and hold several tiles of genes."""
+    monkeypatch.setattr(schema, "X_TILE", 16)
+    adata = write_h5ad(tmp_path / "a.h5ad", make_counts(50, 40))
+    build_census(tmp_path / "census", open_h5ad(tmp_path / "a.h5ad", organism="homo_sapiens"), block_rows=11)
+    with cellxgene_census.open_soma(uri=str(tmp_path / "census")) as census:
+        assert (cellxgene_census.get_anndata(census, "homo_sapiens").X != adata.X).nnz == 0
+
+
+def test_observation_joinids_are_unique_and_the_same_in_every_build() -> None:
+    first, second = observation_joinids("a", 1000), observation_joinids("b", 1000)
+    assert len({*first, *second}) == 2000
+    assert observation_joinids("a", 10) == first[:10]
+
+
+def test_own_columns_are_taken_but_term_ids_follow_their_label(tmp_path: Path) -> None:
+    obs = {
+        "cell_type": ["T cell"] * 50,
+        "cell_type_ontology_term_id": ["CL:0000084"] * 50,
+        "fine": ["Treg"] * 50,
+        "tissue": ["blood"] * 50,
+        "tissue_ontology_term_id": ["UBERON:0000178"] * 50,
+    }
+    write_h5ad(tmp_path / "a.h5ad", obs=obs)
+    (source,) = open_h5ad(tmp_path / "a.h5ad", organism="homo_sapiens", values={"tissue_general": "immune system"})
+    assert source.obs["tissue_general_ontology_term_id"].iloc[0] == "unknown"
+    (source,) = open_h5ad(tmp_path / "a.h5ad", organism="homo_sapiens", obs_columns={"cell_type": "fine"})
+    assert source.obs["tissue_general_ontology_term_id"].iloc[0] == "UBERON:0000178"
+    first = source.obs.iloc[0]
+    assert (first["cell_type"], first["cell_type_ontology_term_id"]) == ("Treg", "unknown")
+    assert (first["tissue"], first["tissue_ontology_term_id"]) == ("blood", "UBERON:0000178")
+
+
+@pytest.fixture
+def arguments(two_files: tuple[Path, dict[str, ad.AnnData]]) -> Iterator[list[str]]:
+    yield [str(two_files[0])]
+    logging.getLogger().handlers.clear()
+
+
+def test_command(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 0
+    assert "s1 (homo_sapiens): 20 cells" in capsys.readouterr().out
+    assert main(arguments) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert "--force" in error
+    assert main([*arguments, "--force"]) == 0
+
+
+def test_command_for_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--demo", str(tmp_path / "demo"), "--scale", "0.05", "--genes", "120", "--seed", "1"]) == 0
+    assert "400 cells, 6 datasets" in capsys.readouterr().out
+    assert main(["--demo", str(tmp_path / "demo2"), "--scale", "0.0001"]) == 2
+
+
+def test_a_defect_shows_its_traceback(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(census, "write_info", lambda *_: 1 / 0)
+    assert main(arguments) == 1
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["blood", "pancreas"])
+def test_example_configs_on_real_data(real_data: Path, tmp_path: Path, name: str) -> None:
+    config = load_build_config(Path(__file__).parents[1] / "configs" / f"build-{name}.yaml", data=real_data)
+    report = build_from_config(config.model_copy(update={"uri": tmp_path / "census"}))
+    file = ad.read_h5ad(config.datasets[0].file)
+    organism = config.datasets[0].organism
+    with cellxgene_census.open_soma(uri=report.uri) as census:
+        adata = cellxgene_census.get_anndata(census, organism)
+        for dataset in report.datasets:
+            cells = (adata.obs["dataset_id"] == dataset.dataset_id).to_numpy()
+            own = file if len(report.datasets) == 1 else file[file.obs["dataset"] == dataset.dataset_id]
+            adata.var_names = adata.var["feature_id"]
+            shared = own.var_names.intersection(adata.var_names)
+            assert len(shared) == report.n_genes[organism]
+            assert (adata[cells][:, shared].X != own[:, shared].X).nnz == 0
+            labels = own.obs["cell_type_coarse" if name == "blood" else "cell_type"]
+            assert list(adata.obs.loc[cells, "cell_type"]) == list(labels)
+    dropped = {"blood": 0, "pancreas": 965}[name]
+    assert report.datasets[0].genes.dropped == dropped

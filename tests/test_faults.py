@@ -1,0 +1,198 @@
+"""kill -9 in the middle of each stage, a full disk, two runs at once: nothing is lost, and a rerun ends the same."""
+
+import errno
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import h5py
+import pytest
+import torch
+from pipeline import ROOT, STAGES, Run
+
+from census_scvi.model.safe import load_safe
+
+# Each plants a kill -9 at the nth call of a function of the stage.
+KILL = """
+import os, signal
+import {module} as module
+calls = [0]
+real = module.{name}
+def dying(*a, **k):
+    calls[0] += 1
+    if calls[0] == {nth}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*a, **k)
+module.{name} = dying
+"""
+POINTS = {
+    "prepare while it writes cells": ("prepare", "census_scvi.stages.prepare", "H5adWriter.append", 1),
+    "prepare in its commit": ("prepare", "census_scvi.workspace.run", "Workspace.finish_commit", 1),
+    "train in its third epoch": ("train", "census_scvi.model.callbacks", "FiniteLoss.on_train_batch_end", 12),
+    "train while it saves": ("train", "census_scvi.stages.train", "save_safe", 1),
+    "latent in its third block": ("create-latent-update", "census_scvi.stages.latent_store", "LatentStore.append", 3),
+    "latent while it writes the minified model": (
+        "create-latent-update",
+        "census_scvi.model.minified",
+        "H5adWriter.append",
+        2,
+    ),
+}
+
+
+def digests(run: Run) -> dict[str, Any]:
+    """What the stages made, without what holds times (manifest, model.pt's zip)."""
+    found: dict[str, Any] = {}
+    for name in ("hv_genes.pkl", "latent.npy", "latent-idx.npy", "scvi.model/weights.safetensors"):
+        found[name] = hashlib.sha256(run.path(name).read_bytes()).hexdigest()
+    for name in ("anndata_model.h5ad", "final_scvi_optimized/adata.h5ad"):
+        cells = ad.read_h5ad(run.path(name))
+        found[name] = (cells.obs.to_csv(), cells.X.data.tobytes(), cells.X.indices.tobytes(), sorted(cells.obsm))
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(demo_census: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    torch.set_num_threads(1)
+    return Run(tmp_path_factory.mktemp("undisturbed"), demo_census).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", POINTS)
+def test_kill_9_and_a_rerun_end_like_an_undisturbed_run(
+    point: str, undisturbed: Run, demo_census: str, tmp_path: Path
+) -> None:
+    stage, module, name, nth = POINTS[point]
+    run = Run(tmp_path, demo_census)
+    for earlier in STAGES[: STAGES.index(stage)]:
+        assert run(earlier) == 0
+    names_before = {path.name for path in run.directory.iterdir()} if run.directory.exists() else set()
+    killed = run.subprocess(stage, before=KILL.format(module=module, name=name, nth=nth))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    if "commit" not in point:
+        left = {path.name for path in run.directory.iterdir()} - names_before
+        assert left <= {".lock", ".partial", "manifest.json", "tb_logs"}, "half-written artifacts stand in their place"
+    for later in STAGES[STAGES.index(stage) :]:
+        assert run(later) == 0
+    assert digests(run) == digests(undisturbed)
+
+
+def fails_with_full_disk(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, nth: int) -> None:
+    real, calls = getattr(owner, name), [0]
+
+    def full(*arguments: Any, **options: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == nth:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, full)
+
+
+@pytest.mark.parametrize(
+    ("stage", "owner", "name", "nth"),
+    [
+        ("prepare", h5py.Dataset, "resize", 30),
+        ("train", torch, "save", 2),
+        ("create-latent-update", os, "fsync", 9),
+    ],
+    ids=["prepare", "train", "latent"],
+)
+def test_a_full_disk_is_one_line_and_the_rerun_ends_the_same(
+    stage: str,
+    owner: Any,
+    name: str,
+    nth: int,
+    undisturbed: Run,
+    demo_census: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    torch.set_num_threads(1)
+    run = Run(tmp_path, demo_census)
+    for earlier in STAGES[: STAGES.index(stage)]:
+        assert run(earlier) == 0
+    with monkeypatch.context() as planted:
+        fails_with_full_disk(planted, owner, name, nth)
+        assert run(stage) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert len(errors) == 1
+    assert "the disk is full" in errors[0]
+    for later in STAGES[STAGES.index(stage) :]:
+        assert run(later) == 0
+    assert digests(run) == digests(undisturbed)
+
+
+def test_no_permission_is_one_line(demo_census: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root may write everywhere")
+    tmp_path.chmod(0o500)
+    assert Run(tmp_path / "x", demo_census)("prepare") == 2
+    assert "no permission" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_runs_on_one_directory(demo_census: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run(tmp_path, demo_census)
+    wait = "import census_scvi.stages.prepare as p, sys, time; p.select_genes = lambda *a: time.sleep(60)"
+    code = f"import sys; {wait}; from census_scvi.cli import main; main('prepare', sys.argv[1:])"
+    with subprocess.Popen([sys.executable, "-c", code, "--config", str(run.config)], stderr=subprocess.PIPE) as first:
+        try:
+            assert first.stderr is not None
+            while b"cells in" not in first.stderr.readline():
+                assert first.poll() is None
+            assert run("prepare") == 2
+            assert f"is in use by scvi-prepare.py (process {first.pid} on" in capsys.readouterr().err
+        finally:
+            first.kill()
+    assert run("prepare") == 0
+
+
+DDP = {"max_epochs": 3, "batch_size": 128, "multi_gpu": True, "devices": 2, "accelerator": "cpu"}
+
+
+def start(script: Path, run: Run) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(script), "--config", str(run.config)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+@pytest.mark.slow
+def test_two_cpu_processes_train_one_model_and_resume(demo_census: str, tmp_path: Path) -> None:
+    """DDP as an operator starts it: the script, with multi_gpu; and once more, killed in an epoch and resumed."""
+    undisturbed, killed = (Run(tmp_path / name, demo_census, train=DDP) for name in ("undisturbed", "killed"))
+    assert undisturbed("prepare") == 0
+    done = start(ROOT / "scvi-train.py", undisturbed)
+    assert done.returncode == 0, done.stderr
+    record = undisturbed.record("train")
+    assert record["processes"] == 2
+    assert record["counts"]["epochs"] == 3
+    assert record["learning_curves"]["elbo_validation"][-1] < record["learning_curves"]["elbo_validation"][0]
+
+    assert killed("prepare") == 0
+    script = tmp_path / "dying.py"
+    plant = KILL.format(module="census_scvi.model.callbacks", name="FiniteLoss.on_train_batch_end", nth=12)
+    script.write_text(f"{plant}\nimport sys\nfrom census_scvi.cli import main\nsys.exit(main('train'))\n")
+    assert start(script, killed).returncode == -signal.SIGKILL
+    checkpoint = torch.load(killed.path(".partial/train/checkpoint.ckpt"), weights_only=True)
+    first, second = (state["cpu"] for state in checkpoint["random_states"])
+    assert not torch.equal(first, second)  # each process draws its own noise
+    assert start(ROOT / "scvi-train.py", killed).returncode == 0
+    weights = [load_safe(run.path("scvi.model"))[0].module.state_dict() for run in (undisturbed, killed)]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+    assert undisturbed("create-latent-update") == 0
+
+
+def test_a_minified_folder_in_the_way_is_replaced_whole(undisturbed: Run, demo_census: str, tmp_path: Path) -> None:
+    run = Run(tmp_path, demo_census)
+    shutil.copytree(undisturbed.directory, run.directory)
+    (run.path("final_scvi_optimized") / "stray").touch()
+    assert run("create-latent-update", "--force") == 0
+    assert not (run.path("final_scvi_optimized") / "stray").exists()

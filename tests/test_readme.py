@@ -1,0 +1,106 @@
+"""The README is true: its commands run as printed, its table of settings is the config's own."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import cellxgene_census
+import pytest
+import yaml
+from pipeline import ROOT, SMALL
+from pydantic import BaseModel
+
+from census_scvi.config import Config
+
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# Run by CI itself, and this test is part of one of them.
+NOT_HERE = ("make demo", "make test", "make lint", "./scvi-init.sh", "tensorboard ")
+
+
+def settings(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """Dotted name, default and meaning of every setting."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from settings(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field.get_default(call_default_factory=True), str(field.description)
+
+
+def table() -> list[str]:
+    """The rows of the README's table."""
+    return [f"| `{name}` | `{json.dumps(default)}` | {meaning} |" for name, default, meaning in settings(Config)]
+
+
+def test_the_table_of_settings_is_the_config_s_own() -> None:
+    readme = (ROOT / "README.md").read_text()
+    rows = readme.partition("| setting | default | meaning |\n|---|---|---|\n")[2].partition("\n\n")[0]
+    assert rows.splitlines() == table()
+
+
+def blocks(document: Path) -> list[tuple[str, str]]:
+    """Language and content of each fenced block."""
+    return re.findall(r"^```(\w+)\n(.*?)^```", document.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def sandbox(demo_census: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the project as a user has it, whose Census and settings are small and local."""
+    folder = tmp_path_factory.mktemp("sandbox") / "census-scvi"
+    ignored = shutil.ignore_patterns(".git", ".venv", "demo", "run*", "__pycache__", "tests", "*.egg-info", ".*_cache")
+    shutil.copytree(ROOT, folder, ignore=ignored)
+    small = {**SMALL, "census": {**SMALL["census"], "uri": demo_census}}
+    (folder / "scvi-config.yaml").write_text(yaml.safe_dump(small))
+    (folder / "configs/mus_musculus.yaml").write_text(yaml.safe_dump({**small, "output": {"directory": "run-mouse"}}))
+    with cellxgene_census.open_soma(uri=demo_census) as root:
+        cells = cellxgene_census.get_anndata(root, "Homo sapiens")
+    cells.var_names = cells.var["feature_id"]
+    mine = ad.AnnData(cells.X, obs=cells.obs[["cell_type", "donor_id"]], var=cells.var[[]])
+    mine.obs = mine.obs.rename(columns={"cell_type": "annotation", "donor_id": "patient"})
+    mine.obs["run"] = cells.obs["dataset_id"].astype(str).to_numpy()
+    mine.write_h5ad(folder / "my-cells.h5ad")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_command_runs_as_printed(document: Path, sandbox: Path) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    for language, content in blocks(document):
+        if language == "yaml" and (name := re.match(r"# ([\w-]+\.yaml)\n", content)):
+            (sandbox / name[1]).write_text(content)
+        elif language == "python":
+            done = subprocess.run(
+                [sys.executable, "-c", content],
+                cwd=sandbox,
+                env=environment,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert done.returncode == 0, f"{content}\n{done.stderr}"
+        elif language == "sh":
+            commands = [line for line in content.splitlines() if line and not line.startswith(NOT_HERE)]
+            commands = [line for line in commands if not line.startswith((". .venv", "#"))]
+            done = subprocess.run(
+                ["bash", "-euc", "\n".join(commands)], cwd=sandbox, env=environment,
+                capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            assert done.returncode == 0, f"{content}\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_and_pictures_exist(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
+        if "://" not in target:
+            assert (document.parent / target).exists(), target
+
+
+if __name__ == "__main__":
+    print("\n".join(table()))

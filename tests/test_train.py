@@ -1,0 +1,419 @@
+"""Training: every setting takes effect, plain scvi-tools reads the model, a resumed run is the undisturbed one."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pytest
+import scvi
+import torch
+from pipeline import Run
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from census_scvi.config import load_config
+from census_scvi.counts.loader import PreparedDataModule
+from census_scvi.errors import UserError
+from census_scvi.model import callbacks, training
+from census_scvi.model.build import build_model, init_arguments
+from census_scvi.model.safe import load_safe
+from census_scvi.stages import train
+
+
+@pytest.fixture(scope="module")
+def prepared(demo_census: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run with prepare done; trained with other settings, each in a copy."""
+    run = Run(tmp_path_factory.mktemp("prepared"), demo_census)
+    assert run("prepare") == 0
+    return run
+
+
+def copy_of(prepared: Run, folder: Path, **sections: dict[str, Any]) -> Run:
+    """Another run directory with the same prepared cells."""
+    uri = load_config(prepared.config).census.uri
+    run = Run(folder, str(uri), **sections)
+    run.directory.mkdir()
+    for name in ("manifest.json", "anndata_model.h5ad", "hv_genes.pkl"):
+        run.path(name).write_bytes(prepared.path(name).read_bytes())
+    return run
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    return load_safe(run.path("scvi.model"))[0].module.state_dict()
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_plain_scvi_tools_loads_the_model(finished_run: Run) -> None:
+    cells = ad.read_h5ad(finished_run.path("anndata_model.h5ad"))
+    model = scvi.model.SCVI.load(str(finished_run.path("scvi.model")), adata=cells)
+    assert equal(model.module.state_dict(), weights(finished_run))
+    assert np.isfinite(model.get_latent_representation()).all()
+    assert np.isfinite(model.get_elbo())
+    assert model.get_normalized_expression(indices=[0, 1], transform_batch=cells.obs["batch"].iloc[0]).shape == (2, 200)
+    assert len(model.history["elbo_train"]) == 3
+    assert model.summary_stats["n_cells"] == cells.n_obs
+
+
+def test_the_registry_is_the_one_the_cells_give(finished_run: Run) -> None:
+    cells = ad.read_h5ad(finished_run.path("anndata_model.h5ad"))
+    scvi.model.SCVI.setup_anndata(cells, batch_key="batch")
+    theirs = scvi.model.SCVI(cells).registry["field_registries"]
+    ours = scvi.model.SCVI.load(str(finished_run.path("scvi.model")), adata=False).registry["field_registries"]
+    assert ours["X"]["summary_stats"] == theirs["X"]["summary_stats"]
+    assert ours["X"]["state_registry"]["n_obs"] == theirs["X"]["state_registry"]["n_obs"]
+    assert list(ours["X"]["state_registry"]["column_names"]) == list(theirs["X"]["state_registry"]["column_names"])
+    for field in ("batch", "labels"):
+        mine, yours = (side[field]["state_registry"]["categorical_mapping"] for side in (ours, theirs))
+        assert list(mine) == list(yours)
+
+
+def test_the_safe_form_holds_no_pickle_and_gives_the_same_model(finished_run: Run) -> None:
+    folder = finished_run.path("scvi.model")
+    assert sorted(path.name for path in folder.iterdir()) == ["model.json", "model.pt", "weights.safetensors"]
+    model, description = load_safe(folder)
+    plain = scvi.model.SCVI.load(str(folder), adata=ad.read_h5ad(finished_run.path("anndata_model.h5ad")))
+    assert equal(model.module.state_dict(), plain.module.state_dict())
+    assert description.organism == "homo_sapiens"
+    assert description.genes == list(plain.adata.var_names)
+    assert not model.module.training
+
+
+@pytest.mark.parametrize("damage", ["truncate", "other genes", "no json", "newer"])
+def test_a_damaged_safe_form_is_refused(finished_run: Run, tmp_path: Path, damage: str) -> None:
+    for name in ("model.json", "weights.safetensors"):
+        (tmp_path / name).write_bytes((finished_run.path("scvi.model") / name).read_bytes())
+    description = json.loads((tmp_path / "model.json").read_text())
+    if damage == "truncate":
+        weights_file = tmp_path / "weights.safetensors"
+        weights_file.write_bytes(weights_file.read_bytes()[:-100])
+    elif damage == "other genes":
+        description["genes"] = description["genes"][:-1]
+    elif damage == "newer":
+        description["format"] = 99
+    (tmp_path / "model.json").write_text("{" if damage == "no json" else json.dumps(description))
+    with pytest.raises(UserError):
+        load_safe(tmp_path)
+
+
+# --- every setting takes effect
+
+
+def linear_layers(module: torch.nn.Module) -> list[torch.nn.Linear]:
+    return [layer for layer in module.modules() if isinstance(layer, torch.nn.Linear)]
+
+
+def test_model_settings_take_effect(prepared: Run, tmp_path: Path) -> None:
+    settings = {
+        "n_hidden": 24, "n_latent": 7, "n_layers": 3, "dropout_rate": 0.35, "gene_likelihood": "zinb",
+        "encode_covariates": True, "filename": "mine.model",
+    }  # fmt: skip
+    run = copy_of(prepared, tmp_path, model=settings, train={"max_epochs": 1})
+    assert run("train") == 0
+    module = load_safe(run.path("mine.model"))[0].module
+    encoder = linear_layers(module.z_encoder.encoder)
+    assert [layer.out_features for layer in encoder] == [24, 24, 24]
+    assert module.z_encoder.mean_encoder.out_features == 7
+    assert {layer.p for layer in module.z_encoder.modules() if isinstance(layer, torch.nn.Dropout)} == {0.35}
+    assert module.gene_likelihood == "zinb"
+    batches = run.record("prepare")["counts"]["batches"]
+    assert encoder[0].in_features == 200 + batches  # the encoder sees the batch
+    assert [layer.out_features for layer in linear_layers(module.decoder.px_decoder)] == [24, 24, 24]
+
+
+def capture_fit(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What reaches scvi-tools: the Trainer's arguments, the plan, the number of steps an epoch."""
+    seen: dict[str, Any] = {}
+    real = training.Trainer
+
+    class Spy(real):  # type: ignore[misc, valid-type]
+        def __init__(self, **arguments: Any) -> None:
+            seen["arguments"] = arguments
+            super().__init__(**arguments)
+
+        def fit(self, plan: Any, data: PreparedDataModule, **arguments: Any) -> None:
+            super().fit(plan, data, **arguments)
+            seen.update(trainer=self, plan=plan, data=data, steps=self.num_training_batches)
+
+    monkeypatch.setattr(training, "Trainer", Spy)
+    return seen
+
+
+def test_train_and_plan_settings_take_effect(prepared: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = capture_fit(monkeypatch)
+    run = copy_of(
+        prepared,
+        tmp_path,
+        train={
+            "max_epochs": 2, "batch_size": 100, "train_size": 0.8, "num_workers": 3, "accelerator": "cpu",
+            "trainer": {"gradient_clip_val": 0.5, "check_val_every_n_epoch": 2},
+        },
+        training_plan={"lr": 3e-3, "n_epochs_kl_warmup": 4, "max_kl_weight": 0.7, "weight_decay": 1e-3, "eps": 0.02},
+    )  # fmt: skip
+    assert run("train") == 0
+    n_cells = run.record("prepare")["counts"]["cells"]
+    assert run.record("train")["counts"]["training_cells"] == int(np.ceil(0.8 * n_cells))
+    assert run.record("train")["counts"]["epochs"] == 2
+    assert seen["steps"] == int(np.ceil(np.ceil(0.8 * n_cells) / 100))
+    assert seen["data"]._workers == 3
+    assert seen["trainer"].gradient_clip_val == 0.5
+    assert seen["arguments"]["check_val_every_n_epoch"] == 2
+    optimiser = seen["trainer"].optimizers[0].param_groups[0]
+    assert (optimiser["lr"], optimiser["weight_decay"], optimiser["eps"]) == (3e-3, 1e-3, 0.02)
+    assert (seen["plan"].n_epochs_kl_warmup, seen["plan"].max_kl_weight) == (4, 0.7)
+    assert seen["plan"].kl_weight == pytest.approx(0.7 * 2 / 4)
+
+
+def test_the_seed_decides_the_weights(prepared: Run, tmp_path: Path) -> None:
+    runs = {}
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        runs[name] = copy_of(prepared, tmp_path / name, train={"max_epochs": 1})
+        # prepare reads the seed as well: what it wrote is the same, and its record is not looked at here
+        assert runs[name]("train", f"seed={seed}") == 0
+    assert equal(weights(runs["a"]), weights(runs["b"]))
+    assert not equal(weights(runs["a"]), weights(runs["c"]))
+
+
+def test_early_stopping_stops(prepared: Run, tmp_path: Path) -> None:
+    trainer = {"early_stopping_patience": 2, "early_stopping_min_delta": 1e9}
+    run = copy_of(prepared, tmp_path, train={"max_epochs": 30, "early_stopping": True, "trainer": trainer})
+    assert run("train") == 0
+    assert run.record("train")["counts"]["epochs"] == 3
+
+
+def test_all_cells_may_train(prepared: Run, tmp_path: Path) -> None:
+    run = copy_of(prepared, tmp_path, train={"max_epochs": 1, "train_size": 1.0})
+    assert run("train") == 0
+    assert run.record("train")["counts"]["validation_cells"] == 0
+    assert "elbo_validation" not in run.record("train")["final_metrics"]
+
+
+def test_devices_without_multi_gpu_are_said_not_to_count(
+    prepared: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("census_scvi").propagate = True
+    with caplog.at_level(logging.INFO):
+        chosen = training.choose_devices(load_config(prepared.config, ["train.devices=[0,1]"]).train)
+    assert chosen["devices"] == 1
+    assert "train.devices is [0, 1] and counts only with train.multi_gpu: true" in caplog.text
+
+
+@pytest.mark.skipif(torch.cuda.device_count() > 3, reason="this machine has the devices that the test asks for")
+@pytest.mark.parametrize("settings", [["train.multi_gpu=true", "train.devices=[0,1,2,3]", "train.accelerator=auto"]])
+def test_more_devices_than_there_are_is_refused(
+    prepared: Run, settings: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert prepared("train", *settings) == 2
+    assert "train.multi_gpu asks for devices [0, 1, 2, 3] and torch finds" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there_is_refused(prepared: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert prepared("train", "train.accelerator=gpu") == 2
+    assert "torch finds no GPU here" in capsys.readouterr().err
+
+
+# --- what training does to the cells
+
+
+def test_a_tail_of_one_cell_trains(prepared: Run, tmp_path: Path) -> None:
+    n_cells = prepared.record("prepare")["counts"]["cells"]
+    run = copy_of(prepared, tmp_path, train={"train_size": 1.0, "max_epochs": 1, "batch_size": n_cells - 1})
+    assert run("train") == 0
+
+
+def test_cells_without_counts_train_and_embed_without_nan(demo_census: str, tmp_path: Path) -> None:
+    run = Run(tmp_path, demo_census, hvg={"top_n_hvg": 2}, train={"max_epochs": 2}).all()
+    assert run.record("prepare")["counts"]["cells_without_counts"] > 0
+    assert all(torch.isfinite(tensor).all() for tensor in weights(run).values())
+    assert np.isfinite(np.load(run.path("latent.npy"))).all()
+
+
+def test_each_training_cell_once_an_epoch_with_its_own_counts(finished_run: Run) -> None:
+    cells = ad.read_h5ad(finished_run.path("anndata_model.h5ad"))
+    data = PreparedDataModule(
+        finished_run.path("anndata_model.h5ad"), batch_size=100, train_size=0.9, seed=0, workers=2
+    )
+    rows = []
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        for minibatch in loader:
+            row = minibatch["row"].numpy()
+            rows += row.tolist()
+            assert np.array_equal(minibatch["X"].numpy(), cells.X[row].toarray())
+            assert np.array_equal(minibatch["batch"].numpy().ravel(), cells.obs["batch"].cat.codes.to_numpy()[row])
+    assert sorted(rows) == list(range(cells.n_obs))
+
+
+# --- training mode
+
+
+def test_a_second_training_runs_in_training_mode(finished_run: Run, tmp_path: Path) -> None:
+    config = load_config(finished_run.config, ["train.max_epochs=1", "model.dropout_rate=0.5"])
+    model, _ = load_safe(finished_run.path("scvi.model"))  # loaded: in eval mode
+    before = {name: tensor.clone() for name, tensor in model.module.state_dict().items()}
+    modes = []
+    real = model.module.forward
+    model.module.forward = lambda *a, **k: (
+        modes.append((model.module.training, torch.is_grad_enabled())),
+        real(*a, **k),
+    )[1]
+    for attempt in ("first", "second"):
+        data = PreparedDataModule(
+            finished_run.path("anndata_model.h5ad"), batch_size=256, train_size=0.9, seed=0, workers=0
+        )
+        training.fit(
+            model,
+            data,
+            config.train,
+            {},
+            seed=0,
+            checkpoint=tmp_path / f"{attempt}.ckpt",
+            tensorboard=tmp_path / attempt,
+        )
+    assert {training_mode for training_mode, gradients in modes if gradients} == {True}
+    assert {training_mode for training_mode, gradients in modes if not gradients} == {False}  # validation
+    moved = model.module.state_dict()
+    name = next(name for name in moved if name.endswith("running_mean"))
+    assert not torch.equal(before[name], moved[name])  # BatchNorm is not frozen
+
+
+# --- TensorBoard
+
+
+def test_tensorboard_has_the_curves(finished_run: Run) -> None:
+    (folder,) = finished_run.path("tb_logs").iterdir()
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    wanted = {"train_loss_epoch", "train_loss", "validation_loss", "elbo_train", "elbo_validation", "kl_local_train",
+              "reconstruction_loss_train", "reconstruction_loss_validation", "kl_local_validation"}  # fmt: skip
+    assert wanted - {"train_loss_epoch"} <= tags
+    assert any(tag.startswith("lr") for tag in tags)
+    assert len(events.Scalars("elbo_validation")) == 3
+
+
+# --- failures
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_batch_and_advice(
+    prepared: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copy_of(prepared, tmp_path, training_plan={"lr": 1e30}, train={"max_epochs": 5})
+    assert run("train") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: the loss is nan at step ")
+    assert "minibatch" in error
+    assert "lower training_plan.lr" in error
+    assert not run.path("scvi.model").exists()
+
+
+def test_a_run_stopped_in_an_epoch_goes_on_to_the_weights_of_an_undisturbed_one(
+    prepared: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.set_num_threads(1)
+    settings: dict[str, Any] = {"train": {"max_epochs": 5}, "model": {"dropout_rate": 0.3}}
+    undisturbed = copy_of(prepared, tmp_path / "undisturbed", **settings)
+    assert undisturbed("train") == 0
+
+    stopped = copy_of(prepared, tmp_path / "stopped", **settings)
+
+    class Stop(Exception): ...
+
+    def stop(self: Any, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.current_epoch == 3 and batch_idx == 2:
+            raise Stop
+
+    with monkeypatch.context() as planted:
+        planted.setattr(callbacks.FiniteLoss, "on_train_batch_end", stop)
+        assert stopped("train") == 1
+    torch.manual_seed(12345)  # a new process has another random state
+    assert stopped("train") == 0
+    assert equal(weights(undisturbed), weights(stopped))
+    ours, theirs = (run.record("train")["learning_curves"] for run in (undisturbed, stopped))
+    assert ours == theirs
+    assert stopped.record("train")["resumed"]
+
+
+def test_a_damaged_checkpoint_is_said(
+    prepared: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copy_of(prepared, tmp_path)
+    with monkeypatch.context() as planted:
+        planted.setattr(train, "_save", lambda *_: 1 / 0)
+        assert run("train") == 1
+    checkpoint = run.path(".partial/train/checkpoint.ckpt")
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-50])
+    assert run("train") == 2
+    assert "checkpoint.ckpt is damaged; start anew with --force" in capsys.readouterr().err
+    assert run("train", "--force") == 0
+
+
+def test_training_again_skips_and_force_replaces(
+    prepared: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copy_of(prepared, tmp_path, train={"max_epochs": 1})
+    assert run("train") == 0
+    finished = run.record("train")["finished"]
+    assert run("train") == 0
+    assert "train is done for these settings" in capsys.readouterr().err
+    assert run("train", "train.max_epochs=2") == 2
+    assert "train.max_epochs was 1 and is 2" in capsys.readouterr().err
+    assert run.record("train")["finished"] == finished
+    assert run("train", "train.max_epochs=2", "--force") == 0
+    assert run.record("train")["counts"]["epochs"] == 2
+
+
+def test_dry_run_of_train(prepared: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(prepared.directory.iterdir())
+    assert prepared("train", "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert "parameters" in out
+    assert "scvi.model/" in out
+    assert sorted(prepared.directory.iterdir()) == before
+
+
+def test_the_model_equals_one_that_scvi_tools_builds(prepared: Run) -> None:
+    config = load_config(prepared.config)
+    cells = ad.read_h5ad(prepared.path("anndata_model.h5ad"))
+    torch.manual_seed(7)
+    ours = build_model(list(cells.var_names), list(cells.obs["batch"].cat.categories), init_arguments(config.model))
+    scvi.model.SCVI.setup_anndata(cells, batch_key="batch")
+    torch.manual_seed(7)
+    theirs = scvi.model.SCVI(cells, **init_arguments(config.model))
+    assert equal(ours.module.state_dict(), theirs.module.state_dict())
+
+
+def test_counts_changed_after_prepare_are_refused(
+    prepared: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copy_of(prepared, tmp_path)
+    path = run.path("anndata_model.h5ad")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    assert run("train") == 2
+    assert "anndata_model.h5ad has other contents than were written by scvi-prepare.py" in capsys.readouterr().err
+    path.write_bytes(data[:1000])
+    assert run("train") == 2
+    assert "has 1,000 bytes where" in capsys.readouterr().err
+    path.unlink()
+    assert run("train") == 2
+    assert "is missing" in capsys.readouterr().err
+
+
+def test_train_before_prepare(demo_census: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert Run(tmp_path, demo_census)("train") == 2
+    assert "anndata_model.h5ad does not exist; run scvi-prepare.py first" in capsys.readouterr().err
+
+
+def test_no_stage_needs_the_pickle(finished_run: Run, tmp_path: Path) -> None:
+    """model.pt is an export: without it, and with something else under its name, the model is the same."""
+    for name in ("model.json", "weights.safetensors"):
+        (tmp_path / name).write_bytes((finished_run.path("scvi.model") / name).read_bytes())
+    assert equal(load_safe(tmp_path)[0].module.state_dict(), weights(finished_run))
+    (tmp_path / "model.pt").write_bytes(b"no pickle")
+    assert equal(load_safe(tmp_path)[0].module.state_dict(), weights(finished_run))

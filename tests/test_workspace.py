@@ -1,0 +1,234 @@
+"""The run directory: old or new, never half; skipped, refused or resumed; locked."""
+
+import contextlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from census_scvi.config import Config, OutputSection
+from census_scvi.errors import UserError
+from census_scvi.workspace import Artifacts, Workspace
+from census_scvi.workspace.identity import BLOCK_BYTES, damage, file_identity
+from census_scvi.workspace.provenance import peak_memory_bytes
+
+KEYS = ("hvg", "seed")
+
+
+def config_of(folder: Path, seed: int = 0) -> Config:
+    return Config(output=OutputSection(directory=str(folder)), seed=seed)
+
+
+def run_stage(folder: Path, content: str, seed: int = 0, *, force: bool = False) -> bool:
+    """A stage with a file and a folder as outputs; False where it was done before."""
+    config = config_of(folder, seed)
+    with Workspace(folder).locked("prepare") as workspace:
+        stage = workspace.begin("prepare", config, KEYS, {}, force=force)
+        if stage.done:
+            return False
+        stage.path("file.txt").write_text(content)
+        stage.path("model").mkdir(exist_ok=True)
+        stage.path("model/weights").write_text(content)
+        stage.path("model/more").write_text(content)
+        stage.commit(["file.txt", "model"], {"cells": 1})
+    return True
+
+
+def contents(folder: Path) -> set[str]:
+    return {(folder / name).read_text() for name in ("file.txt", "model/weights", "model/more")}
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing catches it."""
+
+
+def kill_after(calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Die before the given call of whatever changes a name in a folder."""
+    left = [calls]
+
+    def dying(real: Callable) -> Callable:
+        def call(*arguments: object, **options: object) -> object:
+            if left[0] == 0:
+                raise Killed
+            left[0] -= 1
+            return real(*arguments, **options)
+
+        return call
+
+    for name in ("replace", "rename", "unlink"):
+        monkeypatch.setattr(Path, name, dying(getattr(Path, name)))
+    monkeypatch.setattr("shutil.rmtree", dying(__import__("shutil").rmtree))
+
+
+@settings(max_examples=25, deadline=None)
+@given(calls=st.integers(0, 14))
+def test_killed_at_any_rename_the_artifacts_are_the_old_or_the_new(
+    calls: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("run")
+    run_stage(folder, "old")
+    with pytest.MonkeyPatch.context() as planted:
+        kill_after(calls, planted)
+        with contextlib.suppress(Killed, UserError):
+            run_stage(folder, "new", seed=1)
+        with contextlib.suppress(Killed):
+            run_stage(folder, "new", seed=1, force=True)
+    with Workspace(folder).locked("train") as workspace:  # whoever comes next mends it
+        record = workspace.record("prepare")
+        assert record is not None
+        (content,) = contents(folder)
+        assert content == ("old" if record["seed"] == 0 else "new")
+        workspace.require("prepare", ["file.txt", "model/weights", "model/more"])
+    assert run_stage(folder, "new", seed=1, force=True)
+    assert contents(folder) == {"new"}
+
+
+def test_done_is_skipped_and_another_setting_is_refused_by_name(tmp_path: Path) -> None:
+    assert run_stage(tmp_path, "one")
+    assert not run_stage(tmp_path, "two")
+    with pytest.raises(UserError, match="holds a finished prepare for other settings: seed was 0 and is 3"):
+        run_stage(tmp_path, "two", seed=3)
+    assert contents(tmp_path) == {"one"}
+    assert run_stage(tmp_path, "two", seed=3, force=True)
+    assert contents(tmp_path) == {"two"}
+
+
+def test_an_unfinished_stage_goes_on_only_for_the_same_settings(tmp_path: Path) -> None:
+    def begin(seed: int, *, force: bool = False) -> bool:
+        with Workspace(tmp_path).locked("train") as workspace:
+            stage = workspace.begin("train", config_of(tmp_path, seed), KEYS, {}, force=force, progress="work")
+            there = stage.path("work").exists()
+            stage.path("work").touch()
+            return there
+
+    assert not begin(0)
+    assert begin(0)
+    with pytest.raises(UserError, match="an unfinished train for other settings: seed was 0 and is 1"):
+        begin(1)
+    assert begin(0)
+    assert not begin(1, force=True)
+
+
+def test_a_stage_that_starts_over_does_not_mind_unfinished_work(tmp_path: Path) -> None:
+    for seed in (0, 1):  # the first stops without a commit, as after a mistake in the settings
+        with Workspace(tmp_path).locked("prepare") as workspace:
+            stage = workspace.begin("prepare", config_of(tmp_path, seed), KEYS, {}, force=False)
+            assert not stage.path("work").exists()
+            stage.path("work").touch()
+
+
+def test_an_input_that_changed_under_a_finished_stage_is_named(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    for identity, outcome in (("a", "starts"), ("a", "done"), ("b", "refused")):
+        with Workspace(tmp_path).locked("train") as workspace:
+            if outcome == "refused":
+                with pytest.raises(UserError, match=r"the input cells\.h5ad is another one than before"):
+                    workspace.begin("train", config, KEYS, {"cells.h5ad": identity}, force=False)
+                continue
+            stage = workspace.begin("train", config, KEYS, {"cells.h5ad": identity}, force=False)
+            assert stage.done == (outcome == "done")
+            if not stage.done:
+                stage.commit([], {})
+
+
+def test_an_altered_output_is_refused_by_the_stage_itself(tmp_path: Path) -> None:
+    run_stage(tmp_path, "one")
+    (tmp_path / "file.txt").write_text("two")
+    with pytest.raises(UserError, match=r"file\.txt has other contents than were written by scvi-prepare\.py"):
+        run_stage(tmp_path, "one")
+
+
+def test_the_second_run_is_told_who_holds_the_directory(tmp_path: Path) -> None:
+    with Workspace(tmp_path).locked("train"):
+        code = (
+            "import sys, pathlib; from census_scvi.workspace import Workspace\n"
+            f"with Workspace(pathlib.Path({str(tmp_path)!r})).locked('prepare'): pass"
+        )
+        second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert second.returncode != 0
+    assert "is in use by scvi-train.py (process " in second.stderr
+
+
+def test_the_lock_ends_with_the_process(tmp_path: Path) -> None:
+    code = (
+        "import os, pathlib, signal; from census_scvi.workspace import Workspace\n"
+        f"with Workspace(pathlib.Path({str(tmp_path)!r})).locked('prepare'): os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=False)
+    with Workspace(tmp_path).locked("prepare"):
+        pass
+
+
+def test_the_manifest_says_what_ran(tmp_path: Path) -> None:
+    run_stage(tmp_path, "one")
+    record = json.loads((tmp_path / "manifest.json").read_text())["stages"]["prepare"]
+    assert record["config"]["hvg"]["top_n_hvg"] == 8000
+    assert record["fingerprint"]["config"] == {
+        "hvg.engine": "one-pass", "hvg.hvg_batch": [], "hvg.min_genes": 0, "hvg.top_n_hvg": 8000, "seed": 0
+    }  # fmt: skip
+    assert record["outputs"]["file.txt"] == {
+        "size": 3, "sha256": ["7692c3ad3540bb803c020b3aee66cd8887123234ea0c6e7143c0add73ff431ed"]
+    }  # fmt: skip
+    for key in ("seconds", "cpu_seconds", "peak_memory_bytes", "packages", "hardware", "started", "finished", "seed"):
+        assert key in record
+    assert record["packages"]["scvi-tools"]
+
+
+def test_peak_memory_is_this_process_s_own_and_not_its_parent_s() -> None:
+    ballast = np.ones(60_000_000)  # 0.5 GB, in this process
+    code = "from census_scvi.workspace.provenance import peak_memory_bytes; print(peak_memory_bytes())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < ballast.nbytes < peak_memory_bytes()
+
+
+def test_a_damaged_manifest_is_said(tmp_path: Path) -> None:
+    run_stage(tmp_path, "one")
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+        run_stage(tmp_path, "one")
+
+
+def test_output_directory_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"output\.directory .*/file cannot be made: File exists"):
+        run_stage(tmp_path / "file", "one")
+
+
+@given(data=st.binary(max_size=2000), flip=st.integers(0, 1999))
+def test_any_changed_byte_changes_the_identity(
+    data: bytes, flip: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("identity") / "file"
+    path.write_bytes(data)
+    identity = file_identity(path)
+    assert damage(path, identity) is None
+    if flip < len(data):
+        path.write_bytes(data[:flip] + bytes([data[flip] ^ 1]) + data[flip + 1 :])
+        assert damage(path, identity) == "has other contents than were written"
+    path.write_bytes(data + b"x")
+    assert "bytes where" in str(damage(path, identity))
+
+
+def test_large_files_are_hashed_in_blocks(tmp_path: Path) -> None:
+    path = tmp_path / "large"
+    with path.open("wb") as file:
+        file.truncate(BLOCK_BYTES + 5)
+    one = file_identity(path)
+    assert len(one["sha256"]) == 2
+    with path.open("r+b") as file:
+        file.seek(BLOCK_BYTES + 1)
+        file.write(b"x")
+    other = file_identity(path)
+    assert one["sha256"][0] == other["sha256"][0]  # the list says which block differs
+    assert one["sha256"][1] != other["sha256"][1]
+
+
+def test_names_of_artifacts_follow_the_config(tmp_path: Path) -> None:
+    names = Artifacts.of(config_of(tmp_path))
+    assert (names.prepared, names.model, names.genes) == ("anndata_model.h5ad", "scvi.model", "hv_genes.pkl")
