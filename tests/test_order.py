@@ -13,12 +13,8 @@ def rows_of(cells: CellOrder, epoch: int) -> list[int]:
     """Rows of the file in the order in which they are met."""
     met: list[int] = []
     for window in cells.windows(epoch):
-        rows = [
-            piece.start + np.flatnonzero(cells.wanted[piece.start : piece.stop])[piece.first : piece.last]
-            for piece in window.pieces
-        ]
-        gathered = np.concatenate(rows)
-        met += (gathered if window.order is None else gathered[window.order]).tolist()
+        read = np.concatenate([np.arange(start, stop) for start, stop in window.blocks])
+        met += read[window.chosen].tolist()
     return met
 
 

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import lightning
-import numpy as np
-import numpy.typing as npt
 import torch
 
+from census_scvi.counts.minibatch import DenseMinibatches, Minibatch, densify, sparse_minibatch
 from census_scvi.counts.order import CellOrder, Window, minibatch_sizes, validation_mask
-from census_scvi.counts.reader import PreparedCells, Rows, concatenate
+from census_scvi.counts.reader import PreparedCells, Rows
 from census_scvi.errors import UserError
 from census_scvi.readahead import read_ahead
-
-Minibatch = dict[str, torch.Tensor]
 
 
 class MinibatchLoader:
     """An epoch of minibatches, as an iterable that Lightning takes for a dataloader.
 
     Each minibatch is `{"X": float32 (cells, genes), "batch": int64 (cells, 1), "labels": int64 (cells, 1), "row":
-    int64 (cells,)}`, dense, on the CPU; `row` is the cell's row in the prepared file.
+    int64 (cells,)}` on the CPU; `row` is the cell's row in the prepared file. Sparse ones have `n_detected`, `genes`
+    and `counts` in place of X (see `minibatch.densify`).
 
     Parameters
     ----------
@@ -33,59 +32,61 @@ class MinibatchLoader:
     batch_size
         Cells a minibatch.
     workers
-        Windows read ahead.
+        Threads that read and decode ahead; 0 reads between minibatches.
     epoch
         Asked at the start of each pass for the epoch, which decides the order.
+    device
+        Asked at the start of each pass where the minibatches go: to a GPU they go sparse, in pinned memory.
     """
 
     def __init__(
-        self, cells: PreparedCells, order: CellOrder, batch_size: int, workers: int, epoch: Callable[[], int]
+        self,
+        cells: PreparedCells,
+        order: CellOrder,
+        batch_size: int,
+        workers: int,
+        epoch: Callable[[], int],
+        device: Callable[[], torch.device] = lambda: torch.device("cpu"),
     ) -> None:
         self._cells = cells
         self._order = order
         self._workers = workers
         self._epoch = epoch
+        self._device = device
         n_wanted = int(order.wanted.sum())
         self._sizes = minibatch_sizes(n_wanted, batch_size, order.world_size, order.rank)
+        self._dense = DenseMinibatches(cells.n_genes)
 
     def __len__(self) -> int:
         return len(self._sizes)
 
     def __iter__(self) -> Iterator[Minibatch]:
-        windows = read_ahead(self._read, self._order.windows(self._epoch()), self._workers)
+        device = self._device()
+        with ThreadPoolExecutor(max(self._workers, 1), thread_name_prefix="decode") as pool:
+            windows = read_ahead(self._reader(pool), self._order.windows(self._epoch()), workers=min(self._workers, 1))
+            for parts in self._cut(windows):
+                if device.type == "cpu":
+                    yield self._dense.make(parts)
+                else:
+                    yield sparse_minibatch(parts, pin=device.type == "cuda")
+
+    def _reader(self, pool: ThreadPoolExecutor) -> Callable[[Window], Rows]:
+        threads = pool if self._workers > 1 else None
+        return lambda window: self._cells.read(window.blocks, threads, max(self._workers, 1)).take(window.chosen)
+
+    def _cut(self, windows: Iterator[Rows]) -> Iterator[list[Rows]]:
+        """The windows' cells in portions of a minibatch, each from one window or more."""
         window, used = next(windows), 0
         for size in self._sizes:
             parts: list[Rows] = []
             missing = size
             while missing:
-                if used == len(window.rows):
+                if used == len(window):
                     window, used = next(windows), 0
-                taken = min(missing, len(window.rows) - used)
-                parts.append(_take(window, slice(used, used + taken)))
+                taken = min(missing, len(window) - used)
+                parts.append(window.take(slice(used, used + taken)))
                 used, missing = used + taken, missing - taken
-            yield _minibatch(concatenate(parts))
-
-    def _read(self, window: Window) -> Rows:
-        parts = []
-        for piece in window.pieces:
-            rows = self._cells.read(piece.start, piece.stop)
-            chosen = np.flatnonzero(self._order.wanted[piece.start : piece.stop])[piece.first : piece.last]
-            parts.append(rows if len(chosen) == len(rows.rows) else _take(rows, chosen))
-        return concatenate(parts, window.order)
-
-
-def _take(rows: Rows, chosen: npt.NDArray[np.int64] | slice) -> Rows:
-    return Rows(rows.rows[chosen], rows.counts[chosen], rows.batch_codes[chosen])
-
-
-def _minibatch(rows: Rows) -> Minibatch:
-    codes = torch.from_numpy(rows.batch_codes).unsqueeze(1)
-    return {
-        "X": torch.from_numpy(rows.counts.toarray()),
-        "batch": codes,
-        "labels": torch.zeros_like(codes),
-        "row": torch.from_numpy(rows.rows),
-    }
+            yield parts
 
 
 class PreparedDataModule(lightning.LightningDataModule):
@@ -102,7 +103,7 @@ class PreparedDataModule(lightning.LightningDataModule):
     seed
         Seed of the split and of the order.
     workers
-        Windows read ahead.
+        Threads that read and decode ahead.
 
     Raises
     ------
@@ -126,7 +127,7 @@ class PreparedDataModule(lightning.LightningDataModule):
         if self.n_train < 2 * world_size:
             raise UserError(f"{self.n_train} training cells are too few for {world_size} processes; 2 each are needed")
         order = CellOrder(~self._validation, self._seed, rank, world_size)
-        return MinibatchLoader(self.cells, order, self._batch_size, self._workers, epoch=self._epoch)
+        return self._loader(order, self._epoch)
 
     def val_dataloader(self) -> MinibatchLoader | list[Minibatch]:
         """Validation cells, in the order of the file; nothing where all cells train."""
@@ -134,7 +135,17 @@ class PreparedDataModule(lightning.LightningDataModule):
         if self.n_val < world_size:
             return []
         order = CellOrder(self._validation, None, rank, world_size)
-        return MinibatchLoader(self.cells, order, self._batch_size, self._workers, epoch=lambda: 0)
+        return self._loader(order, lambda: 0)
+
+    def on_after_batch_transfer(self, batch: Minibatch, dataloader_idx: int) -> Minibatch:
+        """Make a sparse minibatch dense, on the device."""
+        return batch if "X" in batch else densify(batch, self.cells.n_genes)
+
+    def _loader(self, order: CellOrder, epoch: Callable[[], int]) -> MinibatchLoader:
+        return MinibatchLoader(self.cells, order, self._batch_size, self._workers, epoch, self._device)
+
+    def _device(self) -> torch.device:
+        return self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
 
     def _rank(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 # Rows read as one piece: random single rows of a compressed file cost a hundred times more.
 BLOCK_ROWS = 64
-# Cells shuffled together: blocks drawn from the whole file, so that a window is a sample of it.
+# Rows read and shuffled together: blocks drawn from the whole file, so that a window is a sample of it.
 WINDOW_ROWS = 32768
 
 
@@ -24,24 +24,19 @@ def validation_mask(n_cells: int, train_size: float, seed: int) -> npt.NDArray[n
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Some of the wanted rows of a block: `rows[first:last]` of the rows that are wanted between `start` and `stop`."""
-
-    start: int
-    stop: int
-    first: int
-    last: int
-
-    def __len__(self) -> int:
-        return self.last - self.first
-
-
-@dataclass(frozen=True)
 class Window:
-    """Pieces that are read together, and how their cells are ordered (None: as read)."""
+    """Blocks that are read together, and which of their cells are met, in order.
 
-    pieces: list[Piece]
-    order: npt.NDArray[np.int64] | None
+    Attributes
+    ----------
+    blocks
+        First row and row after the last, each.
+    chosen
+        int64 (cells,): positions among the rows of the blocks.
+    """
+
+    blocks: list[tuple[int, int]]
+    chosen: npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -72,19 +67,21 @@ class CellOrder:
         """What to read, in order, for an epoch: each wanted cell of this rank's share exactly once."""
         # The first number keeps this stream of random numbers apart from that of the validation split.
         generator = None if self.seed is None else np.random.default_rng([self.seed, 1, epoch, self.rank])
-        pieces: list[Piece] = []
-        gathered = 0
-        for piece in self._pieces(epoch):
-            pieces.append(piece)
-            gathered += len(piece)
-            if gathered >= WINDOW_ROWS:
-                yield Window(pieces, None if generator is None else generator.permutation(gathered))
-                pieces, gathered = [], 0
-        if pieces:
-            yield Window(pieces, None if generator is None else generator.permutation(gathered))
+        blocks = list[tuple[int, int]]()
+        chosen = list[npt.NDArray[np.int64]]()
+        n_rows = 0
+        for start, stop, cells in self._blocks(epoch):
+            blocks.append((start, stop))
+            chosen.append(cells + n_rows)
+            n_rows += stop - start
+            if n_rows >= WINDOW_ROWS:
+                yield _window(blocks, chosen, generator)
+                blocks, chosen, n_rows = [], [], 0
+        if blocks:
+            yield _window(blocks, chosen, generator)
 
-    def _pieces(self, epoch: int) -> Iterator[Piece]:
-        """Blocks of the file in this epoch's order, cut to this rank's share."""
+    def _blocks(self, epoch: int) -> Iterator[tuple[int, int, npt.NDArray[np.int64]]]:
+        """First row, row after the last and wanted cells of the blocks of this rank's share, in this epoch's order."""
         starts = np.arange(0, len(self.wanted), BLOCK_ROWS)
         sizes = np.add.reduceat(self.wanted, starts, dtype=np.int64)
         blocks = np.arange(len(starts))
@@ -98,7 +95,14 @@ class CellOrder:
             if first < last:
                 start = int(starts[block])
                 stop = min(start + BLOCK_ROWS, len(self.wanted))
-                yield Piece(start, stop, int(first - begin), int(last - begin))
+                yield start, stop, np.flatnonzero(self.wanted[start:stop])[first - begin : last - begin]
+
+
+def _window(
+    blocks: list[tuple[int, int]], chosen: list[npt.NDArray[np.int64]], generator: np.random.Generator | None
+) -> Window:
+    cells = np.concatenate(chosen)
+    return Window(blocks, cells if generator is None else generator.permutation(cells))
 
 
 def minibatch_sizes(n_cells: int, batch_size: int, world_size: int = 1, rank: int = 0) -> list[int]:

@@ -1,40 +1,63 @@
-"""Read cells of a prepared .h5ad in blocks of rows."""
+"""Read cells of a prepared .h5ad in blocks of rows, in threads."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import h5py
+import numba
 import numpy as np
 import numpy.typing as npt
-import scipy.sparse as sp
 from anndata.io import read_elem
 
+from census_scvi.counts.vector import Vector
 from census_scvi.errors import UserError
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Some cells of the file.
+    """Some cells of the file, in any order; their counts lie in shared vectors.
 
     Attributes
     ----------
     rows
         int64 (cells,): row in the file.
-    counts
-        CSR float32 (cells, genes).
     batch_codes
         int64 (cells,): position in `PreparedCells.batches`.
+    first, last
+        int64 (cells,): where the non-zeros of each cell lie in `genes` and `counts`.
+    genes
+        uint16 or int32 (non-zeros,): column of each non-zero.
+    counts
+        uint16 or float32 (non-zeros,): uint16 where that holds all of them exactly.
     """
 
     rows: npt.NDArray[np.int64]
-    counts: sp.csr_matrix
     batch_codes: npt.NDArray[np.int64]
+    first: npt.NDArray[np.int64]
+    last: npt.NDArray[np.int64]
+    genes: npt.NDArray[np.uint16] | npt.NDArray[np.int32]
+    counts: npt.NDArray[np.uint16] | npt.NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, chosen: npt.NDArray[np.int64] | slice) -> Rows:
+        """Some of the cells, in the order asked for; counts are not copied."""
+        per_cell = ("rows", "batch_codes", "first", "last")
+        return replace(self, **{name: getattr(self, name)[chosen] for name in per_cell})
+
+    def fill(self, dense: npt.NDArray[np.float32]) -> None:
+        """Write the counts into `dense`, float32 (cells, genes), zeros included."""
+        _fill(self.first, self.last, self.genes, self.counts, dense)
 
 
 class PreparedCells:
     """The file that prepare writes: raw counts as CSR, obs with the column `batch`.
+
+    Holds 1 to 4 bytes a cell (its batch); counts are read when they are asked for.
 
     Attributes
     ----------
@@ -50,10 +73,9 @@ class PreparedCells:
         self.path = path
         try:
             self._file = h5py.File(path, "r")
-            # Kept open: looking a dataset up costs as much as reading a small block.
-            self._data, self._indices, self._row_ends, self._codes = (
-                self._file[key] for key in ("X/data", "X/indices", "X/indptr", "obs/batch/codes")
-            )
+            self._counts, self._genes = Vector(self._file["X/data"]), Vector(self._file["X/indices"])
+            self._row_ends = _mapped(self._file["X/indptr"])
+            self._codes = self._file["obs/batch/codes"][:]
             self.n_cells, self.n_genes = (int(n) for n in self._file["X"].attrs["shape"])
             self.genes = [str(gene) for gene in read_elem(self._file["var"]).index]
             self.batches = [str(label) for label in read_elem(self._file["obs/batch/categories"])]
@@ -62,23 +84,73 @@ class PreparedCells:
 
     def close(self) -> None:
         """Close the file."""
+        self._counts.close()
+        self._genes.close()
         self._file.close()
 
-    def read(self, start: int, stop: int) -> Rows:
-        """Cells of consecutive rows."""
-        row_ends = self._row_ends[start : stop + 1].astype(np.int64)
-        first, last = row_ends[0], row_ends[-1]
-        counts = sp.csr_matrix(
-            (self._data[first:last], self._indices[first:last], row_ends - first),
-            shape=(stop - start, self.n_genes),
+    def read(self, blocks: list[tuple[int, int]], pool: Executor | None = None, threads: int = 1) -> Rows:
+        """Cells of blocks of consecutive rows, in the order of the blocks.
+
+        Parameters
+        ----------
+        blocks
+            First row and row after the last, each.
+        pool, threads
+            Where to decode, and into how many tasks to cut the work; None decodes here.
+
+        Raises
+        ------
+        UserError
+            The file is truncated or damaged there.
+        """
+        row_ends = [np.asarray(self._row_ends[start : stop + 1], dtype=np.int64) for start, stop in blocks]
+        places = np.concatenate([[0], np.cumsum([ends[-1] - ends[0] for ends in row_ends])])
+        genes = np.empty(places[-1], np.uint16 if self.n_genes <= 2**16 else np.int32)
+        narrow = np.empty(places[-1], np.uint16)
+
+        def decode(some: range) -> bool:
+            exact = True
+            for number in some:
+                place = slice(places[number], places[number + 1])
+                first, last = int(row_ends[number][0]), int(row_ends[number][-1])
+                self._genes.read_into(first, last, genes[place])
+                exact &= self._counts.read_into(first, last, narrow[place])
+            return exact
+
+        parts = [range(part, len(blocks), threads) for part in range(min(threads, len(blocks)))]
+        counts: npt.NDArray[np.uint16] | npt.NDArray[np.float32] = narrow
+        if not all(pool.map(decode, parts) if pool else map(decode, parts)):
+            counts = np.empty(places[-1], np.float32)  # rare: counts beyond 65,535, or not whole numbers
+            for number, ends in enumerate(row_ends):
+                self._counts.read_into(int(ends[0]), int(ends[-1]), counts[places[number] : places[number + 1]])
+        if len(genes) and genes.max() >= self.n_genes:
+            raise UserError(
+                f"{self.path} names gene {genes.max()} of {self.n_genes}: it is damaged; run scvi-prepare.py --force"
+            )
+        bounds = [place + ends - ends[0] for place, ends in zip(places[:-1], row_ends, strict=True)]
+        rows = np.concatenate([np.arange(start, stop, dtype=np.int64) for start, stop in blocks])
+        return Rows(
+            rows=rows,
+            batch_codes=self._codes[rows].astype(np.int64),
+            first=np.concatenate([bound[:-1] for bound in bounds]),
+            last=np.concatenate([bound[1:] for bound in bounds]),
+            genes=genes,
+            counts=counts,
         )
-        codes = self._codes[start:stop].astype(np.int64)
-        return Rows(np.arange(start, stop, dtype=np.int64), counts, codes)
 
 
-def concatenate(parts: list[Rows], order: npt.NDArray[np.int64] | None = None) -> Rows:
-    """Cells of several reads as one, optionally permuted."""
-    rows = np.concatenate([part.rows for part in parts])
-    counts = sp.vstack([part.counts for part in parts], format="csr")
-    codes = np.concatenate([part.batch_codes for part in parts])
-    return Rows(rows, counts, codes) if order is None else Rows(rows[order], counts[order], codes[order])
+def _mapped(dataset: h5py.Dataset) -> npt.NDArray[np.integer]:
+    """A vector left on disk until it is looked at, where the file stores it in one piece, as prepare does."""
+    offset = dataset.id.get_offset()
+    if offset is None:
+        return dataset[:]
+    return np.memmap(dataset.file.filename, dataset.dtype, "r", offset, dataset.shape)
+
+
+@numba.njit(nogil=True, cache=True)
+def _fill(first, last, genes, counts, dense):  # type: ignore[no-untyped-def]
+    for cell in range(len(first)):
+        row = dense[cell]
+        row[:] = 0
+        for i in range(first[cell], last[cell]):
+            row[genes[i]] = counts[i]
