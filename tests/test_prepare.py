@@ -9,6 +9,7 @@ from pathlib import Path
 
 import anndata as ad
 import cellxgene_census
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -46,6 +47,8 @@ def test_the_file_is_what_to_anndata_gives(finished_run: Run, demo_census: str, 
     reference = expected(demo_census, "(is_primary_data == True and nnz >= 50)", written.var_names.tolist())
     reference.write_h5ad(tmp_path / "reference.h5ad")
     reference = ad.read_h5ad(tmp_path / "reference.h5ad")
+    assert written.obs_names.tolist() != reference.obs_names.tolist()  # the file is shuffled
+    written = written[reference.obs_names].copy()
     pd.testing.assert_frame_equal(written.obs.drop(columns="batch"), reference.obs)
     pd.testing.assert_frame_equal(written.var, reference.var)
     for part in ("data", "indices", "indptr"):
@@ -56,15 +59,32 @@ def test_the_file_is_what_to_anndata_gives(finished_run: Run, demo_census: str, 
     assert written.X.indices.dtype == np.int32
 
 
-def test_the_size_of_the_blocks_changes_nothing(
-    finished_run: Run, demo_census: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("part_pools", [1, 100])
+def test_the_size_of_runs_pools_and_parts_changes_the_order_alone(
+    part_pools: int, finished_run: Run, demo_census: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("census_scvi.stages.prepare.BLOCK_CELLS", 97)
+    monkeypatch.setattr("census_scvi.counts.file_order.RUN_CELLS", 97)
+    monkeypatch.setattr("census_scvi.counts.file_order.POOL_RUNS", 3)
+    monkeypatch.setattr("census_scvi.stages.prepared_store.PART_POOLS", part_pools)
     run = Run(tmp_path, demo_census)
     assert run("prepare") == 0
     ours, theirs = (ad.read_h5ad(r.path("anndata_model.h5ad")) for r in (run, finished_run))
+    ours = ours[theirs.obs_names]
     pd.testing.assert_frame_equal(ours.obs, theirs.obs)
     assert (ours.X != theirs.X).nnz == 0
+    assert not list(run.directory.glob("**/part-*"))
+
+
+def test_obs_columns_and_compression_take_effect(finished_run: Run, demo_census: str, tmp_path: Path) -> None:
+    run = Run(tmp_path, demo_census, anndata={"obs_columns": ["cell_type", "nnz"], "compression": "none"})
+    assert run("prepare") == 0
+    ours, theirs = (ad.read_h5ad(r.path("anndata_model.h5ad")) for r in (run, finished_run))
+    assert ours.obs.columns.tolist() == ["soma_joinid", "cell_type", "nnz", "batch"]
+    pd.testing.assert_frame_equal(ours.obs, theirs.obs[ours.obs.columns])
+    assert (ours.X != theirs.X).nnz == 0
+    with h5py.File(run.path("anndata_model.h5ad")) as file:
+        assert file["X/data"].compression is None
+    assert run("train") == 0
 
 
 def test_backed_reading_gives_the_same(finished_run: Run) -> None:
@@ -179,11 +199,12 @@ def test_a_batch_of_one_cell_is_kept_and_named(
             "names 'assey', which is no obs column of the Census; did you mean assay?",
         ),
         (["hvg.hvg_batch=[assey]"], "hvg.hvg_batch names 'assey'"),
+        (["anndata.obs_columns=[cell_tipe]"], "anndata.obs_columns names 'cell_tipe'"),
         (["hvg.hvg_batch=[soma_joinid]"], "hvg.hvg_batch names 'soma_joinid'"),
         (["census.organism=danio_rerio"], "has no organism 'danio_rerio'; it has homo_sapiens, mus_musculus"),
         (["census.uri=/nowhere/census"], "Census /nowhere/census: nothing can be opened there"),
     ],
-    ids=["empty", "column", "syntax", "quotes", "batch_key", "hvg_batch", "joinid", "organism", "uri"],
+    ids=["empty", "column", "syntax", "quotes", "batch_key", "hvg_batch", "obs_columns", "joinid", "organism", "uri"],
 )
 def test_what_the_census_lacks_is_one_clear_line(
     settings: list[str], message: str, demo_census: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -66,6 +66,10 @@ class AnndataSection(Section):
     """obs columns whose combination is the batch."""
     model_filename: FileName = "anndata_model.h5ad"
     """File of the prepared cells in the run directory."""
+    obs_columns: list[Name] | None = None
+    """obs columns to keep in that file, beside soma_joinid and batch; null: all."""
+    compression: Literal["gzip", "none"] = "gzip"
+    """Of the counts in that file: none takes four times the space and is read in half the time."""
 
 
 class GenesSection(Section):

@@ -93,8 +93,10 @@ def _seeded_jitter(seed: int) -> Iterator[None]:
 
 def write_genes(path: Path, feature_ids: list[str]) -> None:
     """Pickle feature_ids as a numpy array of str."""
-    with path.open("wb") as file:
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
         pickle.dump(np.array(feature_ids, dtype=np.str_), file, protocol=4)
+    partial.replace(path)
 
 
 class _ArrayUnpickler(pickle.Unpickler):

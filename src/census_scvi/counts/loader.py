@@ -76,17 +76,19 @@ class MinibatchLoader:
 
     def _cut(self, windows: Iterator[Rows]) -> Iterator[list[Rows]]:
         """The windows' cells in portions of a minibatch, each from one window or more."""
-        window, used = next(windows), 0
-        for size in self._sizes:
-            parts: list[Rows] = []
-            missing = size
-            while missing:
-                if used == len(window):
-                    window, used = next(windows), 0
+        sizes = iter(self._sizes)
+        parts: list[Rows] = []
+        missing = next(sizes)
+        for window in windows:
+            used = 0
+            while used < len(window):
                 taken = min(missing, len(window) - used)
                 parts.append(window.take(slice(used, used + taken)))
                 used, missing = used + taken, missing - taken
-            yield parts
+                if not missing:
+                    yield parts
+                    parts, missing = [], next(sizes, 0)
+            del window  # or it would be held while the next but one is made
 
 
 class PreparedDataModule(lightning.LightningDataModule):

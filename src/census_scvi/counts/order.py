@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-# Rows read as one piece: random single rows of a compressed file cost a hundred times more.
-BLOCK_ROWS = 64
+# Rows read as one piece; prepare has shuffled them (see `file_order`). Single rows would cost a hundred times more.
+BLOCK_ROWS = 256
 # Rows read and shuffled together: blocks drawn from the whole file, so that a window is a sample of it.
-WINDOW_ROWS = 32768
+WINDOW_ROWS = 16384
 
 
 def validation_mask(n_cells: int, train_size: float, seed: int) -> npt.NDArray[np.bool_]:

@@ -10,6 +10,7 @@ import h5py
 import numba
 import numpy as np
 import numpy.typing as npt
+import scipy.sparse as sp
 from anndata.io import read_elem
 
 from census_scvi.counts.vector import Vector
@@ -49,6 +50,12 @@ class Rows:
         per_cell = ("rows", "batch_codes", "first", "last")
         return replace(self, **{name: getattr(self, name)[chosen] for name in per_cell})
 
+    def csr(self, n_genes: int) -> sp.csr_matrix:
+        """The counts, float32 (cells, genes), of cells as they were read: consecutive and none left out."""
+        row_ends = np.concatenate([self.first[:1], self.last])
+        counts = (self.counts.astype(np.float32), self.genes.astype(np.int32), row_ends)
+        return sp.csr_matrix(counts, shape=(len(self), n_genes))
+
     def fill(self, dense: npt.NDArray[np.float32]) -> None:
         """Write the counts into `dense`, float32 (cells, genes), zeros included."""
         _fill(self.first, self.last, self.genes, self.counts, dense)
@@ -74,7 +81,7 @@ class PreparedCells:
         try:
             self._file = h5py.File(path, "r")
             self._counts, self._genes = Vector(self._file["X/data"]), Vector(self._file["X/indices"])
-            self._row_ends = _mapped(self._file["X/indptr"])
+            self._row_ends = Vector(self._file["X/indptr"])
             self._codes = self._file["obs/batch/codes"][:]
             self.n_cells, self.n_genes = (int(n) for n in self._file["X"].attrs["shape"])
             self.genes = [str(gene) for gene in read_elem(self._file["var"]).index]
@@ -84,8 +91,8 @@ class PreparedCells:
 
     def close(self) -> None:
         """Close the file."""
-        self._counts.close()
-        self._genes.close()
+        for vector in (self._counts, self._genes, self._row_ends):
+            vector.close()
         self._file.close()
 
     def read(self, blocks: list[tuple[int, int]], pool: Executor | None = None, threads: int = 1) -> Rows:
@@ -103,7 +110,7 @@ class PreparedCells:
         UserError
             The file is truncated or damaged there.
         """
-        row_ends = [np.asarray(self._row_ends[start : stop + 1], dtype=np.int64) for start, stop in blocks]
+        row_ends = [self._ends(start, stop) for start, stop in blocks]
         places = np.concatenate([[0], np.cumsum([ends[-1] - ends[0] for ends in row_ends])])
         genes = np.empty(places[-1], np.uint16 if self.n_genes <= 2**16 else np.int32)
         narrow = np.empty(places[-1], np.uint16)
@@ -138,13 +145,11 @@ class PreparedCells:
             counts=counts,
         )
 
-
-def _mapped(dataset: h5py.Dataset) -> npt.NDArray[np.integer]:
-    """A vector left on disk until it is looked at, where the file stores it in one piece, as prepare does."""
-    offset = dataset.id.get_offset()
-    if offset is None:
-        return dataset[:]
-    return np.memmap(dataset.file.filename, dataset.dtype, "r", offset, dataset.shape)
+    def _ends(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        """Where the non-zeros of each row of a block end, the row before it included."""
+        ends = np.empty(stop - start + 1, np.int64)
+        self._row_ends.read_into(start, stop + 1, ends)
+        return ends
 
 
 @numba.njit(nogil=True, cache=True)

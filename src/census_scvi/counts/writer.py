@@ -16,7 +16,7 @@ import pandas as pd
 import scipy.sparse as sp
 from anndata.io import write_elem
 
-from census_scvi.counts.vector import VectorWriter
+from census_scvi.counts.vector import Compression, VectorWriter
 
 # The loader reads blocks of 256 cells, 100,000 non-zeros and more: much larger chunks would be decoded for little of
 # what they hold.
@@ -39,8 +39,8 @@ class H5adWriter:
         Frame of the genes, indexed by feature_id.
     uns
         Unstructured annotation.
-    compressed
-        Compress with gzip, or with nothing.
+    compression
+        Of the counts.
 
     Examples
     --------
@@ -50,10 +50,10 @@ class H5adWriter:
     """
 
     def __init__(
-        self, path: Path, var: pd.DataFrame, uns: dict[str, Any] | None = None, *, compressed: bool = True
+        self, path: Path, var: pd.DataFrame, uns: dict[str, Any] | None = None, *, compression: Compression = "gzip"
     ) -> None:
         self._file = h5py.File(path, "w")
-        self._compressed = compressed
+        self._compression = compression
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="compress")
         self._file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
         self._n_genes = len(var)
@@ -125,9 +125,9 @@ class H5adWriter:
             self._begin_column(f"obs/{name}", obs[name])
         group = self._file.create_group("X")
         group.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0"})
-        options: dict[str, Any] = {"chunk": _CHUNK_NONZEROS, "compressed": self._compressed, "pool": self._pool}
+        options: dict[str, Any] = {"chunk": _CHUNK_NONZEROS, "compression": self._compression, "pool": self._pool}
         self._counts = VectorWriter(group, "data", np.float32, **options)
-        self._genes = VectorWriter(group, "indices", np.int32, **options)
+        self._genes = VectorWriter(group, "indices", np.int32, random_low_byte=True, **options)
 
     def _begin_column(self, key: str, column: pd.Series) -> None:
         if isinstance(column.dtype, pd.CategoricalDtype):

@@ -123,7 +123,7 @@ class _Embedding:
             self._gene_joinids,
             block_size=self._config.latent.block_size,
             obs_columns=[],
-            first=done,
+            starts=range(done, total, self._config.latent.block_size),
         )
         hidden = not sys.stderr.isatty()
         with tqdm(total=total, initial=done, desc="embed", unit=" cells", unit_scale=True, disable=hidden) as bar:

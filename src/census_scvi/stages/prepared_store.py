@@ -1,0 +1,116 @@
+"""The prepared cells on disk, shuffled, written part by part; a killed run goes on at the first missing part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from anndata.io import read_elem
+
+from census_scvi.counts.file_order import Pool, pools
+from census_scvi.counts.reader import PreparedCells
+from census_scvi.counts.writer import H5adWriter
+from census_scvi.workspace.atomic import sync
+
+Cells = tuple[pd.DataFrame, sp.csr_matrix]
+# Some 200,000 cells and a minute of work are what a kill costs.
+PART_POOLS = 12
+# Cells appended at a time.
+_SLICE = 2048
+
+
+class PreparedStore:
+    """A standard .h5ad of all cells, put together from parts that are .h5ad files themselves.
+
+    Parameters
+    ----------
+    target
+        The file in the end; parts lie beside it until then.
+    n_cells
+        Cells in all.
+    seed
+        Decides the order of the cells (see `file_order`).
+    writer
+        Opens a writer for a path.
+    """
+
+    def __init__(self, target: Path, n_cells: int, seed: int, writer: Callable[[Path], H5adWriter]) -> None:
+        self._target, self._writer = target, writer
+        every = list(pools(n_cells, seed))
+        groups = [every[first : first + PART_POOLS] for first in range(0, len(every), PART_POOLS)]
+        self._parts = {target.with_name(f"part-{number:05d}.h5ad"): group for number, group in enumerate(groups)}
+
+    def missing(self) -> list[Pool]:
+        """What is not on disk yet, in the order in which `fill` takes it."""
+        return [pool for group in self._missing().values() for pool in group]
+
+    def fill(self, runs: Iterator[Cells]) -> Iterator[int]:
+        """Write the missing parts; yields the number of cells of each pool that is written.
+
+        Parameters
+        ----------
+        runs
+            obs and counts of each run of each missing pool, in order.
+        """
+        for path, group in self._missing().items():
+            with self._whole(path) as writer:
+                for pool in group:
+                    parts = [next(runs) for _ in pool.starts]
+                    obs, counts = pd.concat([obs for obs, _ in parts]), sp.vstack([counts for _, counts in parts])
+                    del parts
+                    order = pool.order()
+                    for first in range(0, len(order), _SLICE):
+                        some = order[first : first + _SLICE]
+                        writer.append(obs.iloc[some], counts=counts[some])
+                    yield len(order)
+
+    def join(self) -> None:
+        """Make the file of its parts, which must all be there."""
+        if self._target.exists():
+            return
+        if len(self._parts) == 1:
+            next(iter(self._parts)).rename(self._target)
+            return
+        with self._whole(self._target) as writer:
+            for path in self._parts:
+                for obs, counts in _slices(path):
+                    writer.append(obs, counts=counts)
+
+    def _missing(self) -> dict[Path, list[Pool]]:
+        if self._target.exists():
+            return {}
+        return {path: group for path, group in self._parts.items() if not path.exists()}
+
+    @contextmanager
+    def _whole(self, path: Path) -> Iterator[H5adWriter]:
+        """Write a file under another name until it is whole."""
+        partial = path.with_name(path.name + ".partial")
+        with self._writer(partial) as writer:
+            yield writer
+        sync(partial)
+        partial.replace(path)
+
+
+def _slices(path: Path) -> Iterator[Cells]:
+    with h5py.File(path, "r") as file:
+        obs = read_elem(file["obs"])
+    cells = PreparedCells(path)
+    for start in range(0, cells.n_cells, _SLICE):
+        stop = min(start + _SLICE, cells.n_cells)
+        yield obs.iloc[start:stop], cells.read([(start, stop)]).csr(cells.n_genes)
+    cells.close()
+
+
+def count_nonzeros(path: Path) -> tuple[int, int]:
+    """Non-zeros of a prepared file, and cells without any."""
+    with h5py.File(path, "r") as file:
+        row_ends = file["X/indptr"]
+        empty = 0
+        for start in range(0, len(row_ends) - 1, 2**20):
+            empty += int((np.diff(row_ends[start : start + 2**20 + 1]) == 0).sum())
+        return int(row_ends[-1]), empty

@@ -1,0 +1,233 @@
+"""The counts on disk: coded past the HDF5 library and the same to every reader; shuffled once; minibatches of them."""
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import anndata as ad
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from census_scvi.counts import file_order
+from census_scvi.counts.file_order import pools
+from census_scvi.counts.loader import PreparedDataModule
+from census_scvi.counts.minibatch import DenseMinibatches, densify, sparse_minibatch
+from census_scvi.counts.reader import PreparedCells
+from census_scvi.counts.vector import Vector, VectorWriter
+from census_scvi.counts.writer import H5adWriter
+from census_scvi.errors import UserError
+from census_scvi.stages import prepared_store
+from census_scvi.stages.prepared_store import PreparedStore
+
+LARGEST = {"small": 9, "above uint8": 1_000, "above uint16": 100_000}
+
+
+def cells_of(n_cells: int, n_genes: int = 50, *, largest: int = 9, seed: int = 0) -> tuple[pd.DataFrame, sp.csr_matrix]:
+    generator = np.random.default_rng(seed)
+    detected = generator.random((n_cells, n_genes)) < 0.2
+    counts = sp.csr_matrix(
+        np.where(detected, generator.integers(1, largest + 1, (n_cells, n_genes)), 0), dtype=np.float32
+    )
+    batch = pd.Categorical.from_codes(generator.integers(0, 3, n_cells), list("abc"))
+    return pd.DataFrame({"batch": batch}, index=[str(i) for i in range(n_cells)]), counts
+
+
+def write(path: Path, n_cells: int, **options: int) -> sp.csr_matrix:
+    obs, counts = cells_of(n_cells, **options)
+    with H5adWriter(path, pd.DataFrame(index=[f"g{i}" for i in range(counts.shape[1])])) as file:
+        file.append(obs, counts=counts)
+    return counts
+
+
+# --- vectors
+
+
+@settings(deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=8),
+    chunk=st.integers(1, 16),
+    compression=st.sampled_from(["gzip", "none"]),
+    noisy=st.booleans(),
+    dtype=st.sampled_from([np.int32, np.float32]),
+    data=st.data(),
+)
+def test_a_vector_is_what_h5py_reads_and_any_range_of_it_is_right(
+    sizes: list[int], chunk: int, compression: str, noisy: bool, dtype: type, data: st.DataObject
+) -> None:
+    values = np.random.default_rng(sum(sizes)).integers(-(2**31), 2**31, sum(sizes)).astype(np.int32).view(dtype)
+    with TemporaryDirectory() as folder, h5py.File(Path(folder) / "x.h5", "w") as file, ThreadPoolExecutor(2) as pool:
+        written = VectorWriter(file, "x", dtype, chunk=chunk, compression=compression, pool=pool, random_low_byte=noisy)
+        for part in np.split(values, np.cumsum(sizes)[:-1]):
+            written.append(part)
+        written.finish()
+        file.flush()
+        assert file["x"][:].tobytes() == values.tobytes()
+        first, last = sorted(data.draw(st.tuples(*[st.integers(0, len(values))] * 2)))
+        out = np.empty(last - first, dtype)
+        vector = Vector(file["x"])
+        vector.read_into(first, last, out)
+        vector.close()
+        assert out.tobytes() == values[first:last].tobytes()
+
+
+@pytest.mark.parametrize(
+    "filters", [{"compression": "lzf"}, {"compression": "gzip"}, {"chunks": None}, {"dtype": ">i4"}]
+)
+def test_a_vector_that_another_program_wrote_is_read_too(filters: dict, tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        dataset = file.create_dataset("x", data=np.arange(1000, dtype=np.int32), **{"chunks": (64,), **filters})
+        file.flush()
+        out = np.empty(500, np.int32)
+        assert Vector(dataset).read_into(100, 600, out)
+        assert out.tolist() == list(range(100, 600))
+
+
+def test_values_that_do_not_fit_are_said_not_to(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        vector = Vector(file.create_dataset("x", data=np.float32([1, 65_535, 65_536, 0.5, np.nan, -1])))
+        file.flush()
+        out = np.empty(1, np.uint16)
+        assert [vector.read_into(i, i + 1, out) for i in range(6)] == [True, True, False, False, False, False]
+
+
+@pytest.mark.parametrize("where", ["X/data", "X/indices"])
+def test_a_damaged_chunk_is_named(where: str, tmp_path: Path) -> None:
+    write(tmp_path / "x.h5ad", 200)
+    with h5py.File(tmp_path / "x.h5ad") as file:
+        chunk = file[where].id.get_chunk_info(0)
+    with (tmp_path / "x.h5ad").open("r+b") as raw:
+        raw.seek(chunk.byte_offset + chunk.size // 2)
+        raw.write(b"\xff" * 20)
+    cells = PreparedCells(tmp_path / "x.h5ad")
+    with pytest.raises(UserError, match=rf"x.h5ad is damaged .* /{where} from element 0 on"):
+        cells.read([(0, 100)])
+
+
+def test_a_truncated_file_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "x.h5ad", 200)
+    data = (tmp_path / "x.h5ad").read_bytes()
+    (tmp_path / "x.h5ad").write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match=r"x.h5ad is no .h5ad that scvi-prepare.py wrote .*truncated"):
+        PreparedCells(tmp_path / "x.h5ad")
+
+
+def test_a_file_shortened_while_it_is_read_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "x.h5ad", 20_000)
+    cells = PreparedCells(tmp_path / "x.h5ad")
+    with (tmp_path / "x.h5ad").open("r+b") as raw:
+        raw.truncate(50_000)
+    with pytest.raises(UserError, match=r"x.h5ad is damaged or was changed after it was written"):
+        cells.read([(0, 20_000)])
+
+
+# --- the order of the file
+
+
+@given(n_cells=st.integers(1, 3000), run=st.integers(1, 200), runs=st.integers(1, 9), seed=st.integers(0, 5))
+def test_each_cell_is_in_one_pool(n_cells: int, run: int, runs: int, seed: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(file_order, "RUN_CELLS", run)
+        patch.setattr(file_order, "POOL_RUNS", runs)
+        met: list[int] = []
+        for pool in pools(n_cells, seed):
+            cells = [
+                place
+                for start, size in zip(pool.starts, pool.sizes(), strict=True)
+                for place in range(start, start + size)
+            ]
+            met += np.array(cells)[pool.order()].tolist()
+        assert sorted(met) == list(range(n_cells))
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing catches it."""
+
+
+@settings(deadline=None, max_examples=25)
+@given(kills=st.lists(st.integers(1, 12), max_size=4), parts=st.integers(1, 4), n_cells=st.integers(1, 700))
+def test_a_killed_store_ends_as_an_undisturbed_one(kills: list[int], parts: int, n_cells: int) -> None:
+    obs, counts = cells_of(n_cells)
+
+    def fill(folder: Path, kill_at: int | None = None) -> bytes:
+        store = PreparedStore(
+            folder / "x.h5ad", n_cells, 0, lambda path: H5adWriter(path, pd.DataFrame(index=list("g" * 50)))
+        )
+        read = [0]
+
+        def runs():
+            for pool in store.missing():
+                for start, size in zip(pool.starts, pool.sizes(), strict=True):
+                    read[0] += 1
+                    if read[0] == kill_at:
+                        raise Killed
+                    yield obs.iloc[start : start + size], counts[start : start + size]
+
+        for _ in store.fill(runs()):
+            pass
+        store.join()
+        return hashlib.sha256((folder / "x.h5ad").read_bytes()).digest()
+
+    with TemporaryDirectory() as one, TemporaryDirectory() as other, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(file_order, "RUN_CELLS", 32)
+        patch.setattr(file_order, "POOL_RUNS", 2)
+        patch.setattr(prepared_store, "PART_POOLS", parts)
+        for kill in kills:
+            try:
+                fill(Path(one), kill)
+            except Killed:
+                continue
+        assert fill(Path(one)) == fill(Path(other))
+
+
+# --- minibatches
+
+
+@pytest.mark.parametrize("largest", LARGEST.values(), ids=LARGEST)
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_sparse_and_dense_minibatches_are_the_counts(largest: int, workers: int, tmp_path: Path) -> None:
+    counts = write(tmp_path / "x.h5ad", 3000, largest=largest)
+    data = PreparedDataModule(tmp_path / "x.h5ad", batch_size=256, train_size=1.0, seed=0, workers=workers)
+    loader = data.train_dataloader()
+    rows = []
+    for dense in loader:
+        row = dense["row"].numpy()
+        rows += row.tolist()
+        assert np.array_equal(dense["X"].numpy(), counts[row].toarray())
+    assert sorted(rows) == list(range(3000))
+    read = data.cells.read([(0, 40), (90, 100)]).take(np.array([3, 45, 0]))
+    sparse = sparse_minibatch([read, read], pin=False)
+    made = densify(sparse, counts.shape[1])
+    assert np.array_equal(made["X"].numpy(), counts[[3, 95, 0, 3, 95, 0]].toarray())
+    assert sparse["counts"].dtype == (torch.float32 if largest > 65_535 else torch.uint16)
+    assert torch.equal(made["batch"], DenseMinibatches(counts.shape[1]).make([read, read])["batch"])
+
+
+def test_memory_of_a_minibatch_is_used_again_only_when_nobody_holds_it(tmp_path: Path) -> None:
+    write(tmp_path / "x.h5ad", 3000)
+    data = PreparedDataModule(tmp_path / "x.h5ad", batch_size=100, train_size=1.0, seed=0, workers=0)
+    held, copies, places = [], [], set()
+    for number, minibatch in enumerate(data.train_dataloader()):
+        places.add(minibatch["X"].data_ptr())
+        if number % 7 == 0:
+            held.append(minibatch["X"][5:].T)  # a view, and no other reference
+            copies.append(held[-1].clone())
+    assert all(torch.equal(one, other) for one, other in zip(held, copies, strict=True))
+    assert len(places) <= len(held) + 2
+
+
+def test_a_prepared_file_without_compression_is_larger_and_the_same(tmp_path: Path) -> None:
+    obs, counts = cells_of(4000)
+    for compression in ("gzip", "none"):
+        with H5adWriter(tmp_path / compression, pd.DataFrame(index=list("g" * 50)), compression=compression) as file:
+            file.append(obs, counts=counts)
+    sizes = [(tmp_path / name).stat().st_size for name in ("gzip", "none")]
+    assert sizes[1] > 1.5 * sizes[0]
+    one, other = (ad.read_h5ad(tmp_path / name) for name in ("gzip", "none"))
+    assert (one.X != other.X).nnz == 0
