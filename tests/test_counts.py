@@ -2,6 +2,8 @@
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,6 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from census_scvi.census import stream
 from census_scvi.counts import file_order
 from census_scvi.counts.file_order import pools
 from census_scvi.counts.loader import PreparedDataModule
@@ -130,20 +133,27 @@ def test_a_file_shortened_while_it_is_read_is_named(tmp_path: Path) -> None:
 # --- the order of the file
 
 
-@given(n_cells=st.integers(1, 3000), run=st.integers(1, 200), runs=st.integers(1, 9), seed=st.integers(0, 5))
-def test_each_cell_is_in_one_pool(n_cells: int, run: int, runs: int, seed: int) -> None:
+@given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=60), runs=st.integers(1, 9), seed=st.integers(0, 5))
+def test_each_cell_is_in_one_pool(sizes: list[int], runs: int, seed: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(file_order, "RUN_CELLS", run)
         patch.setattr(file_order, "POOL_RUNS", runs)
         met: list[int] = []
-        for pool in pools(n_cells, seed):
-            cells = [
-                place
-                for start, size in zip(pool.starts, pool.sizes(), strict=True)
-                for place in range(start, start + size)
-            ]
-            met += np.array(cells)[pool.order()].tolist()
-        assert sorted(met) == list(range(n_cells))
+        for pool in pools(list(pairwise([0, *np.cumsum(sizes).tolist()])), seed):
+            cells = np.concatenate([np.arange(*run) for run in pool.runs])
+            met += cells[pool.order()].tolist()
+        assert sorted(met) == list(range(sum(sizes)))
+
+
+@given(joinids=st.sets(st.integers(0, 500), min_size=1), tile=st.integers(1, 90), tiles=st.integers(1, 3))
+def test_runs_end_where_tiles_end(joinids: set[int], tile: int, tiles: int) -> None:
+    ids = np.array(sorted(joinids))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stream, "X_TILE", tile)
+        runs = stream.tile_runs(ids, tiles)
+    assert [place for run in runs for place in range(*run)] == list(range(len(ids)))
+    assert [set(ids[slice(*run)] // (tile * tiles)) for run in runs] == [
+        {n} for n in sorted(set(ids // (tile * tiles)))
+    ]
 
 
 class Killed(BaseException):
@@ -154,20 +164,24 @@ class Killed(BaseException):
 @given(kills=st.lists(st.integers(1, 12), max_size=4), parts=st.integers(1, 4), n_cells=st.integers(1, 700))
 def test_a_killed_store_ends_as_an_undisturbed_one(kills: list[int], parts: int, n_cells: int) -> None:
     obs, counts = cells_of(n_cells)
+    writer = partial(H5adWriter, var=pd.DataFrame(index=[f"g{i}" for i in range(50)]))
 
     def fill(folder: Path, kill_at: int | None = None) -> bytes:
         store = PreparedStore(
-            folder / "x.h5ad", n_cells, 0, lambda path: H5adWriter(path, pd.DataFrame(index=list("g" * 50)))
+            folder / "x.h5ad",
+            stream.consecutive(0, n_cells, 32),
+            0,
+            writer,
         )
         read = [0]
 
         def runs():
             for pool in store.missing():
-                for start, size in zip(pool.starts, pool.sizes(), strict=True):
+                for start, stop in pool.runs:
                     read[0] += 1
                     if read[0] == kill_at:
                         raise Killed
-                    yield obs.iloc[start : start + size], counts[start : start + size]
+                    yield obs.iloc[start:stop], counts[start:stop]
 
         for _ in store.fill(runs()):
             pass
@@ -175,7 +189,6 @@ def test_a_killed_store_ends_as_an_undisturbed_one(kills: list[int], parts: int,
         return hashlib.sha256((folder / "x.h5ad").read_bytes()).digest()
 
     with TemporaryDirectory() as one, TemporaryDirectory() as other, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(file_order, "RUN_CELLS", 32)
         patch.setattr(file_order, "POOL_RUNS", 2)
         patch.setattr(prepared_store, "PART_POOLS", parts)
         for kill in kills:
@@ -225,7 +238,9 @@ def test_memory_of_a_minibatch_is_used_again_only_when_nobody_holds_it(tmp_path:
 def test_a_prepared_file_without_compression_is_larger_and_the_same(tmp_path: Path) -> None:
     obs, counts = cells_of(4000)
     for compression in ("gzip", "none"):
-        with H5adWriter(tmp_path / compression, pd.DataFrame(index=list("g" * 50)), compression=compression) as file:
+        with H5adWriter(
+            tmp_path / compression, pd.DataFrame(index=[f"g{i}" for i in range(50)]), compression=compression
+        ) as file:
             file.append(obs, counts=counts)
     sizes = [(tmp_path / name).stat().st_size for name in ("gzip", "none")]
     assert sizes[1] > 1.5 * sizes[0]

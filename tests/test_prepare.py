@@ -63,7 +63,7 @@ def test_the_file_is_what_to_anndata_gives(finished_run: Run, demo_census: str, 
 def test_the_size_of_runs_pools_and_parts_changes_the_order_alone(
     part_pools: int, finished_run: Run, demo_census: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("census_scvi.counts.file_order.RUN_CELLS", 97)
+    monkeypatch.setattr("census_scvi.census.stream.X_TILE", 97)
     monkeypatch.setattr("census_scvi.counts.file_order.POOL_RUNS", 3)
     monkeypatch.setattr("census_scvi.stages.prepared_store.PART_POOLS", part_pools)
     run = Run(tmp_path, demo_census)

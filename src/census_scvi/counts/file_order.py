@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-# Consecutive cells read together, and how many such runs are held in memory and shuffled.
-RUN_CELLS = 2048
+Run = tuple[int, int]
+# Runs, of some 2,000 cells, that are held in memory and shuffled.
 POOL_RUNS = 8
 
 
@@ -24,26 +24,24 @@ class Pool:
 
     Attributes
     ----------
-    starts
-        First cell of each run, ascending: a position in the selection of `n_cells` cells.
+    runs
+        First cell of each, and the one after its last: positions among the selected cells, ascending.
     """
 
-    starts: list[int]
-    n_cells: int
+    runs: list[Run]
     seed: tuple[int, ...]
 
-    def sizes(self) -> list[int]:
-        """Cells of each run."""
-        return [min(RUN_CELLS, self.n_cells - start) for start in self.starts]
+    def __len__(self) -> int:
+        return sum(stop - start for start, stop in self.runs)
 
     def order(self) -> npt.NDArray[np.int64]:
         """In which order the cells of the runs, one run after another, are written."""
-        return np.random.default_rng(self.seed).permutation(sum(self.sizes()))
+        return np.random.default_rng(self.seed).permutation(len(self))
 
 
-def pools(n_cells: int, seed: int) -> Iterator[Pool]:
-    """The pools of a file, each cell in exactly one; a function of the number of cells and the seed."""
+def pools(runs: list[Run], seed: int) -> Iterator[Pool]:
+    """The pools of a file, each run in exactly one; a function of the runs and the seed."""
     # The numbers behind the seed keep these random numbers apart from those of the split and of the epochs.
-    runs = np.random.default_rng([seed, 3]).permutation(np.arange(0, n_cells, RUN_CELLS))
+    order = np.random.default_rng([seed, 3]).permutation(len(runs))
     for number, first in enumerate(range(0, len(runs), POOL_RUNS)):
-        yield Pool(sorted(runs[first : first + POOL_RUNS].tolist()), n_cells, (seed, 4, number))
+        yield Pool(sorted(runs[i] for i in order[first : first + POOL_RUNS]), (seed, 4, number))

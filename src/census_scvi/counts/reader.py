@@ -126,7 +126,8 @@ class PreparedCells:
 
         parts = [range(part, len(blocks), threads) for part in range(min(threads, len(blocks)))]
         counts: npt.NDArray[np.uint16] | npt.NDArray[np.float32] = narrow
-        if not all(pool.map(decode, parts) if pool else map(decode, parts)):
+        exact = list(pool.map(decode, parts) if pool else map(decode, parts))  # all of them, whatever the first says
+        if not all(exact):
             counts = np.empty(places[-1], np.float32)  # rare: counts beyond 65,535, or not whole numbers
             for number, ends in enumerate(row_ends):
                 self._counts.read_into(int(ends[0]), int(ends[-1]), counts[places[number] : places[number + 1]])

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from census_scvi.census.cells import Cells, select_cells
 from census_scvi.census.genes import locate_genes, read_genes
 from census_scvi.census.open import Census, open_census
-from census_scvi.census.stream import Block, stream_blocks, stream_obs
+from census_scvi.census.stream import Block, consecutive, stream_blocks, stream_obs
 from census_scvi.config import Config
 from census_scvi.errors import UserError
 from census_scvi.model.encode import Encoder, Latent, batch_labels, extend_batches, reference_latent
@@ -121,9 +121,8 @@ class _Embedding:
             self._census,
             self._cells.joinids,
             self._gene_joinids,
-            block_size=self._config.latent.block_size,
+            blocks=consecutive(done, total, self._config.latent.block_size),
             obs_columns=[],
-            starts=range(done, total, self._config.latent.block_size),
         )
         hidden = not sys.stderr.isatty()
         with tqdm(total=total, initial=done, desc="embed", unit=" cells", unit_scale=True, disable=hidden) as bar:
@@ -225,7 +224,7 @@ def plan(config: Config) -> Plan:
         encode = Encoder(_on_device(model, config))
         sample = cells.joinids[len(cells) // 2 :][:2048]
         started = time.monotonic()
-        block = next(iter(stream_blocks(census, sample, gene_joinids, block_size=len(sample), obs_columns=[])))
+        block = next(iter(stream_blocks(census, sample, gene_joinids, blocks=[(0, len(sample))], obs_columns=[])))
         encode(block.counts, np.zeros(len(sample), dtype=np.int32))
         seconds = (time.monotonic() - started) / len(sample) * len(cells)
     minified = {"all": len(cells), "sample": min(config.latent.sample_size, len(cells)), "none": 0}

@@ -16,9 +16,8 @@ from tqdm import tqdm
 from census_scvi.census.cells import Cells, require_columns, select_cells, training_filter
 from census_scvi.census.genes import read_genes, read_var, select_genes, write_genes
 from census_scvi.census.open import Census, open_census
-from census_scvi.census.stream import Block, stream_blocks
+from census_scvi.census.stream import Block, stream_blocks, tile_runs
 from census_scvi.config import Config
-from census_scvi.counts import file_order
 from census_scvi.counts.writer import H5adWriter
 from census_scvi.stages.plan import Plan
 from census_scvi.stages.prepared_store import PreparedStore, count_nonzeros
@@ -30,6 +29,7 @@ STAGE = "prepare"
 KEYS = ("census", "hvg", "anndata", "seed")
 # Resident before the first cell: the imports of this stage, and TileDB's buffers and pool.
 _BASE_MEMORY = 1.0e9
+_SAMPLE_CELLS = 2048
 
 
 def run(config: Config, *, force: bool = False) -> None:
@@ -87,19 +87,17 @@ def _write(census: Census, cells: Cells, genes: list[str], config: Config, path:
     """Stream the cells to the file; returns what was counted."""
     var = read_var(census).set_index("feature_id").loc[genes]
     writer = partial(H5adWriter, var=var, compression=config.anndata.compression)
-    store = PreparedStore(path, len(cells), config.seed, writer)
+    store = PreparedStore(path, tile_runs(cells.joinids), config.seed, writer)
     missing = store.missing()
-    starts = [start for pool in missing for start in pool.starts]
-    done = len(cells) - sum(size for pool in missing for size in pool.sizes())
+    done = len(cells) - sum(map(len, missing))
     if done:
         log.info("%s of %s cells were written before", f"{done:,}", f"{len(cells):,}")
     blocks = stream_blocks(
         census,
         cells.joinids,
         var["soma_joinid"].to_numpy(),
-        block_size=file_order.RUN_CELLS,
+        blocks=[run for pool in missing for run in pool.runs],
         obs_columns=config.anndata.obs_columns,
-        starts=starts,
     )
     hidden = not sys.stderr.isatty()
     with tqdm(total=len(cells), initial=done, desc="prepare", unit=" cells", unit_scale=True, disable=hidden) as bar:
@@ -134,9 +132,9 @@ def plan(config: Config) -> Plan:
         cells = select_cells(census, training_filter(config), config.anndata.batch_key)
         var = read_var(census)
         n_genes = min(config.hvg.top_n_hvg, len(var))
-        sample = cells.joinids[len(cells) // 2 :][: file_order.RUN_CELLS]
+        sample = cells.joinids[len(cells) // 2 :][:_SAMPLE_CELLS]
         started = time.monotonic()
-        block = next(iter(stream_blocks(census, sample, var["soma_joinid"].to_numpy(), block_size=len(sample))))
+        block = next(iter(stream_blocks(census, sample, var["soma_joinid"].to_numpy(), blocks=[(0, len(sample))])))
         seconds = (time.monotonic() - started) / len(sample) * len(cells)
         detected = np.sort(np.bincount(block.counts.indices, minlength=len(var)))[::-1]
     nonzeros = detected[:n_genes].sum() / len(sample) * len(cells)
@@ -147,7 +145,7 @@ def plan(config: Config) -> Plan:
         writes=[str(config.directory / name) for name in (artifacts.prepared, artifacts.genes)],
         cells=len(cells),
         genes=n_genes,
-        memory=_BASE_MEMORY + 12.0 * len(cells) + 12.0 * file_order.RUN_CELLS * detected.sum() / len(sample) * 4,
+        memory=_BASE_MEMORY + 12.0 * len(cells) + 12.0 * _SAMPLE_CELLS * detected.sum() / len(sample) * 4,
         disk=nonzeros * 3.5 + 60.0 * len(cells),
         seconds=4 * seconds,  # gene selection reads the counts twice and computes on them; writing reads them once
         notes=["genes are not selected yet: disk is for the genes detected most often, so an upper bound"],

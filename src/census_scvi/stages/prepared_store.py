@@ -12,7 +12,7 @@ import pandas as pd
 import scipy.sparse as sp
 from anndata.io import read_elem
 
-from census_scvi.counts.file_order import Pool, pools
+from census_scvi.counts.file_order import Pool, Run, pools
 from census_scvi.counts.reader import PreparedCells
 from census_scvi.counts.writer import H5adWriter
 from census_scvi.workspace.atomic import sync
@@ -31,17 +31,17 @@ class PreparedStore:
     ----------
     target
         The file in the end; parts lie beside it until then.
-    n_cells
-        Cells in all.
+    runs
+        Runs of cells that are read together: first, and after the last.
     seed
         Decides the order of the cells (see `file_order`).
     writer
         Opens a writer for a path.
     """
 
-    def __init__(self, target: Path, n_cells: int, seed: int, writer: Callable[[Path], H5adWriter]) -> None:
+    def __init__(self, target: Path, runs: list[Run], seed: int, writer: Callable[[Path], H5adWriter]) -> None:
         self._target, self._writer = target, writer
-        every = list(pools(n_cells, seed))
+        every = list(pools(runs, seed))
         groups = [every[first : first + PART_POOLS] for first in range(0, len(every), PART_POOLS)]
         self._parts = {target.with_name(f"part-{number:05d}.h5ad"): group for number, group in enumerate(groups)}
 
@@ -60,7 +60,7 @@ class PreparedStore:
         for path, group in self._missing().items():
             with self._whole(path) as writer:
                 for pool in group:
-                    parts = [next(runs) for _ in pool.starts]
+                    parts = [next(runs) for _ in pool.runs]
                     obs, counts = pd.concat([obs for obs, _ in parts]), sp.vstack([counts for _, counts in parts])
                     del parts
                     order = pool.order()
