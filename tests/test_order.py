@@ -69,8 +69,13 @@ def test_a_tail_of_one_joins_the_minibatch_before_it() -> None:
     assert minibatch_sizes(2, 128) == [2]
 
 
-@given(n=st.integers(1, 3000), share=st.floats(0.01, 1.0), seed=st.integers(0, 9))
-def test_validation_cells_are_fixed_by_the_seed(n: int, share: float, seed: int) -> None:
-    mask = validation_mask(n, share, seed)
+@given(n=st.integers(1, 3000), share=st.floats(0.01, 1.0), seed=st.integers(0, 9), many=st.sampled_from([500, 10_000]))
+def test_validation_cells_are_fixed_by_the_seed(n: int, share: float, seed: int, many: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(order, "MANY_CELLS", many)
+        mask = validation_mask(n, share, seed)
+        assert np.array_equal(mask, validation_mask(n, share, seed))
     assert (~mask).sum() == np.ceil(share * n)
-    assert np.array_equal(mask, validation_mask(n, share, seed))
+    if n >= many:  # whole blocks but for one
+        shares = [mask[start : start + 8].mean() for start in range(0, n, 8)]
+        assert sum(0 < part < 1 for part in shares) <= 1

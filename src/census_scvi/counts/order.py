@@ -13,13 +13,26 @@ import numpy.typing as npt
 BLOCK_ROWS = 256
 # Rows read and shuffled together: blocks drawn from the whole file, so that a window is a sample of it.
 WINDOW_ROWS = 16384
+# From how many cells on validation holds out whole blocks.
+MANY_CELLS = 2**20
 
 
 def validation_mask(n_cells: int, train_size: float, seed: int) -> npt.NDArray[np.bool_]:
-    """Bool (cells,): cells held out for validation; `ceil(train_size * n_cells)` cells remain to train on."""
+    """Bool (cells,): cells held out for validation; `ceil(train_size * n_cells)` cells remain to train on.
+
+    Of many cells whole blocks are held out, thousands of them, so that neither pass decodes what it does not use.
+    """
     n_validation = n_cells - math.ceil(train_size * n_cells)
-    mask = np.zeros(n_cells, dtype=bool)
-    mask[np.random.default_rng([seed, 0]).permutation(n_cells)[:n_validation]] = True
+    rows = BLOCK_ROWS if n_cells >= MANY_CELLS else 1
+    blocks = np.random.default_rng([seed, 0]).permutation(-(-n_cells // rows))
+    sizes = np.minimum(rows, n_cells - blocks * rows)
+    whole = int(np.searchsorted(np.cumsum(sizes), n_validation, side="right"))
+    held_out = np.zeros(len(blocks), dtype=bool)
+    held_out[blocks[:whole]] = True
+    mask = np.repeat(held_out, rows)[:n_cells]
+    if whole < len(blocks):
+        start = blocks[whole] * rows
+        mask[start : start + n_validation - int(mask.sum())] = True
     return mask
 
 

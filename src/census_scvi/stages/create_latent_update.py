@@ -35,6 +35,7 @@ KEYS = ("census", "anndata.batch_key", "genes", "model.filename", "latent", "see
 _PROVEN_CELLS = 256
 _TOLERANCE = 1e-5
 _BASE_MEMORY = 1.3e9
+_SAMPLE_BLOCKS = 4
 
 
 def run(config: Config, *, force: bool = False) -> None:
@@ -222,14 +223,20 @@ def plan(config: Config) -> Plan:
         cells = select_cells(census, config.census.obs_query, config.anndata.batch_key)
         model, _ = load_safe(config.directory / artifacts.model)
         encode = Encoder(_on_device(model, config))
-        sample = cells.joinids[len(cells) // 2 :][:2048]
-        started = time.monotonic()
-        block = next(iter(stream_blocks(census, sample, gene_joinids, blocks=[(0, len(sample))], obs_columns=[])))
-        encode(block.counts, np.zeros(len(sample), dtype=np.int32))
-        seconds = (time.monotonic() - started) / len(sample) * len(cells)
+        # The first block opens and compiles; from the second on, one is read while another is encoded.
+        size = min(config.latent.block_size, -(-len(cells) // _SAMPLE_BLOCKS))
+        sample = consecutive(0, len(cells), size)[-_SAMPLE_BLOCKS:]
+        started, n_sampled = time.monotonic(), 0
+        for block in stream_blocks(census, cells.joinids, gene_joinids, blocks=sample, obs_columns=[]):
+            encode(block.counts, np.zeros(block.counts.shape[0], dtype=np.int32))
+            if block.start == sample[0][0]:
+                started = time.monotonic()
+            else:
+                n_sampled += block.counts.shape[0]
+        seconds = (time.monotonic() - started) / max(n_sampled, 1) * len(cells)
     minified = {"all": len(cells), "sample": min(config.latent.sample_size, len(cells)), "none": 0}
     n_latent = int(model.module.n_latent)
-    nonzeros = block.counts.nnz / len(sample)
+    nonzeros = block.counts.nnz / block.counts.shape[0]
     return Plan(
         STAGE,
         reads=[

@@ -13,13 +13,16 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from census_scvi.census.build.schema import X_TILE
 from census_scvi.census.cells import Cells, require_columns, select_cells, training_filter
 from census_scvi.census.genes import read_genes, read_var, select_genes, write_genes
+from census_scvi.census.hvg.tally import GeneTally
 from census_scvi.census.open import Census, open_census
 from census_scvi.census.stream import Block, stream_blocks, tile_runs
 from census_scvi.config import Config
+from census_scvi.counts.file_order import POOL_RUNS
 from census_scvi.counts.writer import H5adWriter
-from census_scvi.stages.plan import Plan
+from census_scvi.stages.plan import Plan, human_bytes
 from census_scvi.stages.prepared_store import PreparedStore, count_nonzeros
 from census_scvi.workspace import Artifacts, StageRun, Workspace
 
@@ -27,9 +30,14 @@ log = logging.getLogger(__name__)
 
 STAGE = "prepare"
 KEYS = ("census", "hvg", "anndata", "seed")
-# Resident before the first cell: the imports of this stage, and TileDB's buffers and pool.
-_BASE_MEMORY = 1.0e9
-_SAMPLE_CELLS = 2048
+# For --dry-run, checked by benchmarks/stages.py. Resident before the first cell: the imports of this stage, and
+# TileDB's buffers and pool.
+_BASE_MEMORY = 0.8e9
+_SAMPLE_RUNS = 6
+_VARIABLE = 0.7
+_BYTES_A_NONZERO = {"gzip": 1.9, "none": 8.0}
+# Time of the stage in readings of all counts: one to select genes, one to write them, and what is not done beside.
+_PASSES, _FIXED_SECONDS = 2.2, 3.0
 
 
 def run(config: Config, *, force: bool = False) -> None:
@@ -126,18 +134,29 @@ def _with_batch(block: Block, cells: Cells) -> pd.DataFrame:
 
 
 def plan(config: Config) -> Plan:
-    """Cells and genes from the Census, the rest from a block that is read and timed."""
+    """Cells and genes from the Census, the rest from some runs of cells that are read and timed."""
     with open_census(config.census) as census:
         _check_columns(census, config)
         cells = select_cells(census, training_filter(config), config.anndata.batch_key)
+        groups = select_cells(census, training_filter(config), config.hvg.hvg_batch).batches
         var = read_var(census)
         n_genes = min(config.hvg.top_n_hvg, len(var))
-        sample = cells.joinids[len(cells) // 2 :][:_SAMPLE_CELLS]
+        runs = tile_runs(cells.joinids)
+        sample = [runs[len(runs) * place // _SAMPLE_RUNS] for place in range(min(_SAMPLE_RUNS, len(runs)))]
+        read = partial(
+            stream_blocks, census, cells.joinids, var["soma_joinid"].to_numpy(), obs_columns=config.anndata.obs_columns
+        )
+        next(iter(read(blocks=sample[:1])))  # opens and compiles
         started = time.monotonic()
-        block = next(iter(stream_blocks(census, sample, var["soma_joinid"].to_numpy(), blocks=[(0, len(sample))])))
-        seconds = (time.monotonic() - started) / len(sample) * len(cells)
-        detected = np.sort(np.bincount(block.counts.indices, minlength=len(var)))[::-1]
-    nonzeros = detected[:n_genes].sum() / len(sample) * len(cells)
+        detected, n_sampled, obs_bytes = np.zeros(len(var)), 0, 0.0
+        for block in read(blocks=sample):
+            detected += np.bincount(block.counts.indices, minlength=len(var))
+            n_sampled += len(block.obs)
+            obs_bytes += _stored_bytes(block.obs)
+        seconds = (time.monotonic() - started) / n_sampled * len(cells)
+    # Of the genes detected most often, variable ones are not all.
+    nonzeros = (_VARIABLE if n_genes < len(var) else 1.0) * np.sort(detected)[::-1][:n_genes].sum() / n_sampled
+    kept = nonzeros * len(cells) * _BYTES_A_NONZERO[config.anndata.compression] + obs_bytes / n_sampled * len(cells)
     artifacts = Artifacts.of(config)
     return Plan(
         STAGE,
@@ -145,8 +164,27 @@ def plan(config: Config) -> Plan:
         writes=[str(config.directory / name) for name in (artifacts.prepared, artifacts.genes)],
         cells=len(cells),
         genes=n_genes,
-        memory=_BASE_MEMORY + 12.0 * len(cells) + 12.0 * _SAMPLE_CELLS * detected.sum() / len(sample) * 4,
-        disk=nonzeros * 3.5 + 60.0 * len(cells),
-        seconds=4 * seconds,  # gene selection reads the counts twice and computes on them; writing reads them once
-        notes=["genes are not selected yet: disk is for the genes detected most often, so an upper bound"],
+        memory=_BASE_MEMORY
+        + 25.0 * len(cells)
+        + GeneTally.memory(len(groups), len(var))
+        + POOL_RUNS * X_TILE * nonzeros * 16,
+        disk=kept,
+        seconds=_FIXED_SECONDS + _PASSES * seconds,
+        notes=[
+            "genes are not selected yet: disk and memory are estimates from the genes detected most often",
+            f"while it joins the parts, twice as much disk: {human_bytes(2 * kept)}",
+        ],
     )
+
+
+def _stored_bytes(obs: pd.DataFrame) -> float:
+    """About what obs takes in the file: labels compress well, text and numbers that differ from cell to cell do not."""
+    stored = 1.0 * len(obs)  # the names
+    for _, column in obs.items():
+        if isinstance(column.dtype, pd.CategoricalDtype):
+            stored += 0.5 * len(obs)
+        elif column.dtype.kind in "biuf":
+            stored += min(column.dtype.itemsize, 6) * len(obs) * (column.nunique() > 2)
+        else:
+            stored += (column.str.len().mean() + 16) * len(obs)
+    return stored

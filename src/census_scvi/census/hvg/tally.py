@@ -38,10 +38,15 @@ class GeneTally:
 
     def __init__(self, n_batches: int, n_genes: int, *, kept: int | None = None) -> None:
         if kept is None:
-            kept = int(np.clip(_LARGEST_BYTES // (4 * n_batches * n_genes), _FEWEST_KEPT, _MOST_KEPT))
+            kept = _n_kept(n_batches, n_genes)
         # Side by side, since they are used together: sum, sum of squares, the smallest of the largest counts.
         self._moments = np.zeros((n_batches, n_genes, 3))
         self.largest = np.zeros((n_batches, n_genes, kept), dtype=np.float32)
+
+    @staticmethod
+    def memory(n_batches: int, n_genes: int) -> int:
+        """Bytes that a tally takes."""
+        return n_batches * n_genes * (24 + 4 * _n_kept(n_batches, n_genes))
 
     @property
     def sums(self) -> npt.NDArray[np.float64]:
@@ -83,6 +88,10 @@ class GeneTally:
             squares[batch] -= np.where(above, kept**2 - limit**2, 0).sum(axis=1)
             exact[batch] = ~above.all(axis=1)
         return sums, squares, exact
+
+
+def _n_kept(n_batches: int, n_genes: int) -> int:
+    return int(np.clip(_LARGEST_BYTES // (4 * n_batches * n_genes), _FEWEST_KEPT, _MOST_KEPT))
 
 
 @numba.njit(nogil=True, cache=True)

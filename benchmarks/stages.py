@@ -1,0 +1,99 @@
+"""What each stage takes at growing numbers of cells, beside what its --dry-run predicts.
+
+    python benchmarks/stages.py --census FOLDER --folder FOLDER --cells 50000 200000 [--genes 8000]
+
+Runs prepare, train (one epoch of a small network) and create-latent-update of the first cells of a Census, each in a
+process of its own, and prints peak memory, time and disk, predicted and taken; FOLDER/stages.json has every run.
+`benchmarks/scale.py` makes such a Census.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+STAGES = {"prepare": "prepare", "train": "train", "create-latent-update": "create_latent_update"}
+PLAN = """
+import json, sys
+from importlib import import_module
+from census_scvi.config import load_config
+plan = import_module(f"census_scvi.stages.{sys.argv[1]}").plan(load_config(sys.argv[2], sys.argv[3:]))
+print(json.dumps({"seconds": plan.seconds, "memory": plan.memory, "disk": plan.disk}))
+"""
+
+
+def main() -> None:
+    """Run and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--census", type=Path, required=True)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--cells", type=int, nargs="+", required=True)
+    parser.add_argument("--genes", type=int, default=8000)
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    runs = [
+        {"cells": n_cells, "stage": stage, **_stage(stage, n_cells, arguments)}
+        for n_cells in arguments.cells
+        for stage in STAGES
+    ]
+    (arguments.folder / "stages.json").write_text(json.dumps(runs, indent=1))
+    print(
+        "| stage | cells | peak GB (predicted) | wall s (predicted) | disk GB (predicted) |",
+        "|---|---|---|---|---|",
+        sep="\n",
+    )
+    for stage in STAGES:
+        for run in (run for run in runs if run["stage"] == stage):
+            figures = [f"{run[key] / unit:.2f} ({run['predicted'][key] / unit:.2f})" for key, unit in UNITS.items()]
+            print(f"| {stage} | {run['cells']:,} | {' | '.join(figures)} |")
+
+
+UNITS = {"memory": 1e9, "seconds": 1.0, "disk": 1e9}
+
+
+def _stage(stage: str, n_cells: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    directory = arguments.folder / f"cells-{n_cells}"
+    config = arguments.folder / "empty.yaml"
+    config.write_text("census:\n")
+    settings = [
+        f"census.uri={arguments.census}",
+        f"census.obs_query='soma_joinid < {n_cells}'",
+        f"output.directory={directory}",
+        f"hvg.top_n_hvg={arguments.genes}",
+        "hvg.hvg_batch=[assay]",
+        "anndata.batch_key=[dataset_id, donor_id]",
+        "train.max_epochs=1",
+        "train.accelerator=cpu",
+        "model.n_hidden=32",
+    ]
+    predicted = json.loads(_python("-c", PLAN, STAGES[stage], str(config), *settings).splitlines()[-1])
+    _python(f"scvi-{stage}.py", "--config", str(config), *settings, "--force")
+    record = json.loads((directory / "manifest.json").read_text())["stages"][stage]
+    return {
+        "predicted": predicted,
+        "seconds": record["seconds"],
+        "cpu_seconds": record["cpu_seconds"],
+        "memory": record["peak_memory_bytes"],
+        "disk": sum(output["size"] for output in record["outputs"].values()),
+    }
+
+
+def _python(*command: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", *command],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed: {done.stderr}")
+    return done.stdout
+
+
+if __name__ == "__main__":
+    main()
