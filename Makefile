@@ -2,15 +2,16 @@
 # PYTHON=python3.13 (or a path) makes .venv anew with that Python.
 
 DATA ?= ../shared/data
+BENCH ?= bench
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint bench
+.PHONY: help env demo test lint bench bench-blood
 
 # One worker a core, but each holds torch and scvi-tools in memory.
 WORKERS := $(shell n=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 
 env:
 	@PYTHON="$(PYTHON)" ./scvi-init.sh
@@ -26,5 +27,12 @@ lint: env ## ruff and mypy
 	.venv/bin/python -m ruff format --check
 	.venv/bin/python -m mypy
 
-bench: env ## label transfer on real blood cells, DATA=folder of the .h5ad files (docs/blood.md); 20 minutes
+bench: env ## speed and memory at scale beside the libraries (docs/performance.md), in BENCH=folder; 10 GB, 40 minutes
+	.venv/bin/python -c 'import scdataset, tiledbsoma_ml' 2>/dev/null || .venv/bin/python -m pip install -q -e '.[bench]'
+	.venv/bin/python benchmarks/scale.py --folder $(BENCH)
+	.venv/bin/python benchmarks/stages.py --census $(BENCH)/census --folder $(BENCH)/stages --cells 50000 200000
+	.venv/bin/python benchmarks/coding.py $(BENCH)/prepared/anndata_model.h5ad
+	.venv/bin/python benchmarks/shuffle.py $(BENCH)/prepared/anndata_model.h5ad
+
+bench-blood: env ## label transfer on real blood cells, DATA=folder of the .h5ad files (docs/blood.md); 20 minutes
 	.venv/bin/python benchmarks/label_transfer.py --data $(DATA)

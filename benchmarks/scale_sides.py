@@ -151,12 +151,17 @@ def latent_library(folder: Folder) -> Any:
 
 
 def _consume(minibatches: Iterator[Any]) -> int:
-    """Cells of some dense minibatches."""
+    """Cells of some minibatches; the clock starts after the first, for which files are opened and code is compiled."""
     cells = 0
+    next(minibatches)
+    CLOCK.start()
     for _, minibatch in zip(range(MINIBATCHES), minibatches, strict=False):
-        x = minibatch["X"] if isinstance(minibatch, dict) else minibatch
-        cells += len(x)
+        cells += len(minibatch["row"] if isinstance(minibatch, dict) and "row" in minibatch else _dense(minibatch))
     return cells
+
+
+def _dense(minibatch: Any) -> Any:
+    return minibatch["X"] if isinstance(minibatch, dict) else minibatch
 
 
 def loader_ours(folder: Folder) -> Any:
@@ -169,10 +174,7 @@ def loader_ours_uncompressed(folder: Folder) -> Any:
 
 def loader_ours_sparse(folder: Folder) -> Any:
     """As they are sent to a GPU, where they are made dense."""
-    cells = 0
-    for _, minibatch in zip(range(MINIBATCHES), _ours(folder.prepared, "meta"), strict=False):
-        cells += len(minibatch["row"])
-    return cells
+    return _consume(_ours(folder.prepared, "meta"))
 
 
 def _ours(directory: str, device: str) -> Iterator[Any]:
@@ -182,7 +184,6 @@ def _ours(directory: str, device: str) -> Iterator[Any]:
     from census_scvi.counts.order import CellOrder
     from census_scvi.counts.reader import PreparedCells
 
-    CLOCK.start()
     cells = PreparedCells(Path(directory) / "anndata_model.h5ad")
     order = CellOrder(np.ones(cells.n_cells, bool), seed=0)
     return iter(MinibatchLoader(cells, order, MINIBATCH, 2, epoch=lambda: 0, device=lambda: torch.device(device)))
@@ -195,7 +196,6 @@ def loader_scvi_in_memory(folder: Folder) -> Any:
     adata = ad.read_h5ad(Path(folder.prepared) / "anndata_model.h5ad")
     scvi.model.SCVI.setup_anndata(adata, batch_key="batch")
     manager = scvi.model.SCVI(adata).adata_manager
-    CLOCK.start()  # what a user waits for once is not what is compared
     return _consume(iter(scvi.dataloaders.AnnDataLoader(manager, batch_size=MINIBATCH, shuffle=True)))
 
 
@@ -235,7 +235,7 @@ def loader_tiledbsoma_ml(folder: Folder) -> Any:
     dataset = ExperimentDataset(
         query, layer_name="raw", obs_column_names=["dataset_id"], batch_size=MINIBATCH, shuffle=True
     )
-    return _consume(minibatch[0] for minibatch in experiment_dataloader(dataset))
+    return _consume(minibatch[0] for minibatch in iter(experiment_dataloader(dataset)))
 
 
 SIDES: dict[str, Callable[[Folder], Any]] = {

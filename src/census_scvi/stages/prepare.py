@@ -31,13 +31,15 @@ log = logging.getLogger(__name__)
 STAGE = "prepare"
 KEYS = ("census", "hvg", "anndata", "seed")
 # For --dry-run, checked by benchmarks/stages.py. Resident before the first cell: the imports of this stage, and
-# TileDB's buffers and pool.
-_BASE_MEMORY = 0.8e9
-_SAMPLE_RUNS = 6
+# TileDB's buffers.
+_BASE_MEMORY = 0.4e9
+# A non-zero takes so many bytes while it is read (in two rows of tiles, twice) and in the pool that is shuffled.
+_BYTES_READ, _BYTES_POOLED = 96.0, 16.0
+_SAMPLE_RUNS = 12
 _VARIABLE = 0.7
 _BYTES_A_NONZERO = {"gzip": 1.9, "none": 8.0}
 # Time of the stage in readings of all counts: one to select genes, one to write them, and what is not done beside.
-_PASSES, _FIXED_SECONDS = 2.2, 3.0
+_PASSES, _FIXED_SECONDS = 2.1, 1.5
 
 
 def run(config: Config, *, force: bool = False) -> None:
@@ -167,7 +169,7 @@ def plan(config: Config) -> Plan:
         memory=_BASE_MEMORY
         + 25.0 * len(cells)
         + GeneTally.memory(len(groups), len(var))
-        + POOL_RUNS * X_TILE * nonzeros * 16,
+        + X_TILE * (_BYTES_READ * detected.sum() / n_sampled + POOL_RUNS * _BYTES_POOLED * nonzeros),
         disk=kept,
         seconds=_FIXED_SECONDS + _PASSES * seconds,
         notes=[

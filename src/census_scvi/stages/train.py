@@ -34,7 +34,8 @@ KEYS = (
     "train.devices", "train.trainer",
 )  # fmt: skip
 CHECKPOINT = "checkpoint.ckpt"
-_BASE_MEMORY = 1.1e9
+# For --dry-run, checked by benchmarks/stages.py: the imports; bytes for each entry of a minibatch; what is done once.
+_BASE_MEMORY, _BYTES_AN_ENTRY, _FIXED_SECONDS = 0.75e9, 140.0, 3.0
 _SAMPLE_SECONDS = 5.0
 
 
@@ -175,9 +176,9 @@ def plan(config: Config) -> Plan:
         writes=[f"{config.directory / name}/" for name in (artifacts.model, artifacts.tensorboard)],
         cells=data.cells.n_cells,
         genes=data.cells.n_genes,
-        memory=_BASE_MEMORY + 16.0 * parameters + 24.0 * config.train.batch_size * data.cells.n_genes + 6.0e8,
+        memory=_BASE_MEMORY + 16.0 * parameters + _BYTES_AN_ENTRY * config.train.batch_size * data.cells.n_genes,
         disk=8.5 * parameters,
-        seconds=step * (data.n_train + validation) * config.train.max_epochs / processes,
+        seconds=_FIXED_SECONDS + step * (data.n_train + validation) * config.train.max_epochs / processes,
         notes=[
             f"{data.n_train:,} cells train, {data.n_val:,} validate, {len(data.cells.batches):,} batches",
             f"{parameters:,} parameters",
