@@ -23,7 +23,7 @@ from census_scvi.config import Config
 from census_scvi.counts.file_order import POOL_RUNS
 from census_scvi.counts.writer import H5adWriter
 from census_scvi.stages.plan import Plan, human_bytes
-from census_scvi.stages.prepared_store import PreparedStore, count_nonzeros
+from census_scvi.stages.prepared_store import PART_POOLS, PreparedStore, count_nonzeros
 from census_scvi.workspace import Artifacts, StageRun, Workspace
 
 log = logging.getLogger(__name__)
@@ -174,7 +174,11 @@ def plan(config: Config) -> Plan:
         seconds=_FIXED_SECONDS + _PASSES * seconds,
         notes=[
             "genes are not selected yet: disk and memory are estimates from the genes detected most often",
-            f"while it joins the parts, twice as much disk: {human_bytes(2 * kept)}",
+            *(
+                [f"while it joins its parts, twice as much disk: {human_bytes(2 * kept)}"]
+                if len(runs) > PART_POOLS * POOL_RUNS
+                else []
+            ),
         ],
     )
 
