@@ -157,7 +157,7 @@ def _positions(joinids: npt.NDArray[np.int64], found: npt.NDArray[np.int64]) -> 
 
 
 def _coordinates(joinids: npt.NDArray[np.int64]) -> slice | npt.NDArray[np.int64]:
-    """A slice where most ids of the range are wanted: TileDB reads it, and more, in half the time of a list."""
+    """One range where most of its ids are wanted; the others are dropped."""
     if joinids[-1] - joinids[0] < 2 * len(joinids):
         return slice(int(joinids[0]), int(joinids[-1]))
     return joinids

@@ -25,7 +25,7 @@ Compression = Literal["gzip", "none"]
 Chunks = tuple[npt.NDArray[np.int64], npt.NDArray[np.uint32]]
 _NO_CHUNKS: Chunks = (np.empty(0, np.int64), np.empty(0, np.uint32))
 _DEFLATE, _SHUFFLE = h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE
-# igzip's: as small as zlib's first at twice its speed, and the quickest to decode.
+# igzip's: as small as zlib's first, and quicker to write and to decode.
 _LEVEL = 3
 
 
@@ -96,7 +96,7 @@ class VectorWriter:
 class Vector:
     """Reads a one-dimensional dataset of numbers: in chunks as above, or in one piece; others through h5py.
 
-    Decoding past the library costs a fifth of what it costs within, and any number of threads can do it at once.
+    Decoding past the library costs half of what it costs within, and any number of threads can do it at once.
 
     Parameters
     ----------
