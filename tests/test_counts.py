@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from census_scvi.census import stream
 from census_scvi.counts import file_order
 from census_scvi.counts.file_order import pools
-from census_scvi.counts.loader import PreparedDataModule
+from census_scvi.counts.loader import MinibatchLoader, PreparedDataModule
 from census_scvi.counts.minibatch import DenseMinibatches, densify, sparse_minibatch
 from census_scvi.counts.reader import PreparedCells
 from census_scvi.counts.vector import Vector, VectorWriter
@@ -220,6 +220,27 @@ def test_sparse_and_dense_minibatches_are_the_counts(largest: int, workers: int,
     assert np.array_equal(made["X"].numpy(), counts[[3, 95, 0, 3, 95, 0]].toarray())
     assert sparse["counts"].dtype == (torch.float32 if largest > 65_535 else torch.uint16)
     assert torch.equal(made["batch"], DenseMinibatches(counts.shape[1]).make([read, read])["batch"])
+
+
+def test_a_pass_goes_on_where_another_was(tmp_path: Path) -> None:
+    write(tmp_path / "cells.h5ad", 300)
+
+    def minibatches(done: int = 0) -> tuple[MinibatchLoader, list[np.ndarray]]:
+        data = PreparedDataModule(tmp_path / "cells.h5ad", batch_size=32, train_size=1.0, seed=0, workers=1)
+        loader = data.train_dataloader()
+        if done:
+            loader.load_state_dict({"minibatches": done})
+        return loader, [minibatch["row"].numpy().copy() for minibatch in loader]
+
+    _, whole = minibatches()
+    for done in range(len(whole)):
+        loader, rest = minibatches(done)
+        assert np.array_equal(np.concatenate(rest), np.concatenate(whole[done:]))
+        assert loader.state_dict() == {"minibatches": len(whole)}
+        assert np.concatenate([minibatch["row"] for minibatch in loader]).size == 300  # the next pass is whole
+    paused = iter(loader)
+    next(paused), next(paused)
+    assert loader.state_dict() == {"minibatches": 2}
 
 
 def test_memory_of_a_minibatch_is_used_again_only_when_nobody_holds_it(tmp_path: Path) -> None:

@@ -9,10 +9,10 @@ from census_scvi.counts import order
 from census_scvi.counts.order import CellOrder, minibatch_sizes, validation_mask
 
 
-def rows_of(cells: CellOrder, epoch: int) -> list[int]:
+def rows_of(cells: CellOrder, epoch: int, skip: int = 0) -> list[int]:
     """Rows of the file in the order in which they are met."""
     met: list[int] = []
-    for window in cells.windows(epoch):
+    for window in cells.windows(epoch, skip):
         read = np.concatenate([np.arange(start, stop) for start, stop in window.blocks])
         met += read[window.chosen].tolist()
     return met
@@ -37,6 +37,11 @@ def test_each_wanted_cell_once_an_epoch_over_all_ranks(wanted, seed, epoch, worl
 @given(wanted=cells, seed=st.integers(0, 99), epoch=st.integers(0, 3))
 def test_the_order_is_a_function_of_seed_and_epoch(wanted, seed, epoch) -> None:
     assert rows_of(CellOrder(wanted, seed), epoch) == rows_of(CellOrder(wanted, seed), epoch)
+
+
+@given(wanted=cells, seed=st.integers(0, 99), skip=st.integers(0, 320))
+def test_what_is_skipped_is_the_beginning(wanted, seed, skip) -> None:
+    assert rows_of(CellOrder(wanted, seed), 0, skip) == rows_of(CellOrder(wanted, seed), 0)[skip:]
 
 
 def test_another_epoch_and_another_seed_have_another_order() -> None:

@@ -311,31 +311,96 @@ def test_a_loss_that_is_not_finite_stops_with_step_batch_and_advice(
     assert not run.path("scvi.model").exists()
 
 
-def test_a_run_stopped_in_an_epoch_goes_on_to_the_weights_of_an_undisturbed_one(
-    prepared: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+RESUMABLE: dict[str, Any] = {"train": {"max_epochs": 4}, "model": {"dropout_rate": 0.3}}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(prepared: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
     torch.set_num_threads(1)
-    settings: dict[str, Any] = {"train": {"max_epochs": 5}, "model": {"dropout_rate": 0.3}}
-    undisturbed = copy_of(prepared, tmp_path / "undisturbed", **settings)
-    assert undisturbed("train") == 0
+    run = copy_of(prepared, tmp_path_factory.mktemp("undisturbed"), **RESUMABLE)
+    assert run("train") == 0
+    return run
 
-    stopped = copy_of(prepared, tmp_path / "stopped", **settings)
 
-    class Stop(Exception): ...
+def stop_in(run: Run, epoch: int, minibatch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train until the end of that minibatch, before anything is saved of it."""
 
     def stop(self: Any, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.current_epoch == 3 and batch_idx == 2:
-            raise Stop
+        if (trainer.current_epoch, batch_idx) == (epoch, minibatch):
+            raise InterruptedError
 
     with monkeypatch.context() as planted:
         planted.setattr(callbacks.FiniteLoss, "on_train_batch_end", stop)
-        assert stopped("train") == 1
+        run("train")
+    assert not run.path("scvi.model").exists()
+
+
+@pytest.mark.parametrize(
+    ("minutes", "epoch", "minibatch", "first"),
+    [(10, 3, 2, (3, 0)), (0, 3, 2, (3, 2)), (0, 0, 1, (0, 1)), (0, 1, -1, (1, -1)), (0, 2, 0, (2, 0))],
+    ids=["epochs only", "within an epoch", "in the first epoch", "before the last minibatch", "at an epoch's start"],
+)
+def test_a_stopped_run_goes_on_to_the_weights_and_curves_of_an_undisturbed_one(
+    minutes: float,
+    epoch: int,
+    minibatch: int,
+    first: tuple[int, int],
+    prepared: Run,
+    undisturbed: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    n_minibatches = -(-undisturbed.record("train")["counts"]["training_cells"] // 256)
+    minibatch, first = minibatch % n_minibatches, (first[0], first[1] % n_minibatches)
+    torch.set_num_threads(1)
+    settings = {**RESUMABLE, "train": {**RESUMABLE["train"], "checkpoint_minutes": minutes}}
+    stopped = copy_of(prepared, tmp_path, **settings)
+    stop_in(stopped, epoch, minibatch, monkeypatch)
     torch.manual_seed(12345)  # a new process has another random state
+    steps = []
+    real = callbacks.FiniteLoss.on_train_batch_start
+
+    def note(self: Any, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        steps.append((trainer.current_epoch, batch_idx))
+        real(self, trainer, module, batch, batch_idx)
+
+    monkeypatch.setattr(callbacks.FiniteLoss, "on_train_batch_start", note)
     assert stopped("train") == 0
+    assert steps[0] == first
     assert equal(weights(undisturbed), weights(stopped))
     ours, theirs = (run.record("train")["learning_curves"] for run in (undisturbed, stopped))
     assert ours == theirs
     assert stopped.record("train")["resumed"]
+
+
+def test_accumulated_gradients_survive_a_stop(prepared: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(1)
+    settings = {
+        "train": {
+            "max_epochs": 2,
+            "batch_size": 128,
+            "trainer": {"accumulate_grad_batches": 3},
+            "checkpoint_minutes": 0,
+        }
+    }
+    runs = [copy_of(prepared, tmp_path / name, **settings) for name in ("undisturbed", "stopped")]
+    stop_in(runs[1], 1, 5, monkeypatch)
+    for run in runs:
+        assert run("train") == 0
+    assert equal(*map(weights, runs))
+
+
+def test_a_checkpoint_of_other_processes_is_refused(
+    prepared: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copy_of(prepared, tmp_path)
+    stop_in(run, 1, 0, monkeypatch)
+    path = run.path(".partial/train/checkpoint.ckpt")
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["processes"] *= 4
+    torch.save(checkpoint, path)
+    assert run("train") == 2
+    assert "is of a training in 4 process(es), and now there are 1" in capsys.readouterr().err
 
 
 def test_a_damaged_checkpoint_is_said(

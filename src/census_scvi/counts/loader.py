@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,6 +18,9 @@ from census_scvi.readahead import read_ahead
 
 class MinibatchLoader:
     """An epoch of minibatches, as an iterable that Lightning takes for a dataloader.
+
+    `state_dict` says how far the current pass is; after `load_state_dict` the next pass begins there, without reading
+    what lies before.
 
     Each minibatch is `{"X": float32 (cells, genes), "batch": int64 (cells, 1), "labels": int64 (cells, 1), "row":
     int64 (cells,)}` on the CPU; `row` is the cell's row in the prepared file. Sparse ones have `n_detected`, `genes`
@@ -56,15 +59,21 @@ class MinibatchLoader:
         n_wanted = int(order.wanted.sum())
         self._sizes = minibatch_sizes(n_wanted, batch_size, order.world_size, order.rank)
         self._dense = DenseMinibatches(cells.n_genes)
+        self._met = 0  # minibatches of the current pass
+        self._skip = 0  # minibatches that the next pass leaves out
 
     def __len__(self) -> int:
         return len(self._sizes)
 
     def __iter__(self) -> Iterator[Minibatch]:
         device = self._device()
+        self._met, self._skip = self._skip, 0
+        sizes = self._sizes[self._met :]
+        order = self._order.windows(self._epoch(), skip=sum(self._sizes[: self._met]))
         with ThreadPoolExecutor(max(self._workers, 1), thread_name_prefix="decode") as pool:
-            windows = read_ahead(self._reader(pool), self._order.windows(self._epoch()), workers=min(self._workers, 1))
-            for parts in self._cut(windows):
+            windows = read_ahead(self._reader(pool), order, workers=min(self._workers, 1))
+            for parts in _cut(windows, sizes):
+                self._met += 1
                 if device.type == "cpu":
                     yield self._dense.make(parts)
                 else:
@@ -74,21 +83,30 @@ class MinibatchLoader:
         threads = pool if self._workers > 1 else None
         return lambda window: self._cells.read(window.blocks, threads, max(self._workers, 1)).take(window.chosen)
 
-    def _cut(self, windows: Iterator[Rows]) -> Iterator[list[Rows]]:
-        """The windows' cells in portions of a minibatch, each from one window or more."""
-        sizes = iter(self._sizes)
-        parts: list[Rows] = []
-        missing = next(sizes)
-        for window in windows:
-            used = 0
-            while used < len(window):
-                taken = min(missing, len(window) - used)
-                parts.append(window.take(slice(used, used + taken)))
-                used, missing = used + taken, missing - taken
-                if not missing:
-                    yield parts
-                    parts, missing = [], next(sizes, 0)
-            del window  # or it would be held while the next but one is made
+    def state_dict(self) -> dict[str, int]:
+        """How many minibatches of the current pass were met."""
+        return {"minibatches": self._met}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Let the next pass begin after as many minibatches."""
+        self._skip = state["minibatches"]
+
+
+def _cut(windows: Iterator[Rows], sizes: Iterable[int]) -> Iterator[list[Rows]]:
+    """The windows' cells in portions of a minibatch, each from one window or more."""
+    sizes = iter(sizes)
+    parts: list[Rows] = []
+    missing = next(sizes, 0)
+    for window in windows:
+        used = 0
+        while used < len(window):
+            taken = min(missing, len(window) - used)
+            parts.append(window.take(slice(used, used + taken)))
+            used, missing = used + taken, missing - taken
+            if not missing:
+                yield parts
+                parts, missing = [], next(sizes, 0)
+        del window  # or it would be held while the next but one is made
 
 
 class PreparedDataModule(lightning.LightningDataModule):

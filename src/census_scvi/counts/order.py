@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -76,8 +76,17 @@ class CellOrder:
         total = int(self.wanted.sum())
         return self.rank * total // self.world_size, (self.rank + 1) * total // self.world_size
 
-    def windows(self, epoch: int) -> Iterator[Window]:
-        """What to read, in order, for an epoch: each wanted cell of this rank's share exactly once."""
+    def windows(self, epoch: int, skip: int = 0) -> Iterator[Window]:
+        """What to read, in order, for an epoch: each wanted cell of this rank's share exactly once.
+
+        Without the first `skip` cells, in the middle of an epoch.
+        """
+        for window in self._windows(epoch):
+            if skip < len(window.chosen):
+                yield replace(window, chosen=window.chosen[skip:])
+            skip = max(skip - len(window.chosen), 0)
+
+    def _windows(self, epoch: int) -> Iterator[Window]:
         # The first number keeps this stream of random numbers apart from that of the validation split.
         generator = None if self.seed is None else np.random.default_rng([self.seed, 1, epoch, self.rank])
         blocks = list[tuple[int, int]]()

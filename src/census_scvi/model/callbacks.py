@@ -1,11 +1,10 @@
-"""What happens beside the training steps: train mode, checkpoints, finite loss, learning curves, progress."""
+"""What happens beside the training steps: train mode, finite loss, learning curves, progress."""
 
 from __future__ import annotations
 
 import logging
 import math
 import sys
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import lightning
@@ -14,7 +13,6 @@ from scvi.train._callbacks import LoudEarlyStopping
 from tqdm import tqdm
 
 from census_scvi.errors import UserError
-from census_scvi.workspace.atomic import sync
 
 log = logging.getLogger(__name__)
 
@@ -32,49 +30,6 @@ class TrainMode(lightning.Callback):
     def on_train_start(self, trainer: Trainer, pl_module: Plan) -> None:
         """Switch the module to training mode."""
         pl_module.train()
-
-
-class EpochCheckpoint(lightning.Callback):
-    """Save all that an undisturbed run would have in memory after each epoch: weights, optimiser, random state.
-
-    The order of cells needs no saving: it is a function of seed and epoch. The file is replaced in one step.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._random_state: dict[str, torch.Tensor] | None = None
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: Plan) -> None:
-        """Write the checkpoint; runs on every rank, since their random states are gathered."""
-        partial = self._path.with_suffix(".partial")
-        trainer.save_checkpoint(partial, weights_only=False)
-        if trainer.is_global_zero:
-            sync(partial)
-            partial.replace(self._path)
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: Plan, checkpoint: dict[str, Any]) -> None:
-        """Add the random state of each rank."""
-        mine = {"cpu": torch.get_rng_state()}
-        if pl_module.device.type == "cuda":
-            mine["cuda"] = torch.cuda.get_rng_state(pl_module.device)
-        states: list[Any] = [mine]
-        if trainer.world_size > 1:
-            states = [None] * trainer.world_size
-            torch.distributed.all_gather_object(states, mine)
-        checkpoint["random_states"] = states
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: Plan, checkpoint: dict[str, Any]) -> None:
-        """Keep this rank's random state until the first step."""
-        self._random_state = checkpoint["random_states"][trainer.global_rank]
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: Plan) -> None:
-        """Restore the random state as the last thing before the first step of a resumed run."""
-        if self._random_state is None:
-            return
-        torch.set_rng_state(self._random_state["cpu"].cpu())
-        if "cuda" in self._random_state:
-            torch.cuda.set_rng_state(self._random_state["cuda"].cpu(), pl_module.device)
-        self._random_state = None
 
 
 class FiniteLoss(lightning.Callback):
@@ -171,7 +126,7 @@ class Progress(lightning.Callback):
         """Show the bar, at the place where a resumed run goes on."""
         self._bar = tqdm(
             total=self._n_train * (trainer.max_epochs or 1),
-            initial=self._n_train * trainer.current_epoch,
+            initial=self._n_train * (trainer.fit_loop.total_batch_idx + 1) // trainer.num_training_batches,
             disable=not (trainer.is_global_zero and sys.stderr.isatty()),
             desc="train",
             unit=" cells",

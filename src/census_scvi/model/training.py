@@ -1,4 +1,4 @@
-"""Train an scVI model: scvi-tools' own training plan, on any loader, resumable at each epoch."""
+"""Train an scVI model: scvi-tools' own training plan, on any loader, resumable."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from census_scvi.errors import UserError
 from census_scvi.model.build import quiet
 from census_scvi.model.callbacks import (
     EarlyStopping,
-    EpochCheckpoint,
     FiniteLoss,
     LearningCurves,
     Progress,
     TrainMode,
 )
+from census_scvi.model.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ def fit(
     seed
         Seed of dropout and of the latent samples (plus the rank, with several processes).
     checkpoint
-        Written after each epoch.
+        Written after each epoch, and every `settings.checkpoint_minutes` within one.
     tensorboard
         Folder of the TensorBoard logs.
 
@@ -119,7 +119,7 @@ def fit(
         LearningRateMonitor(logging_interval="epoch"),
     ]
     callbacks += _early_stopping(arguments, wanted=settings.early_stopping)
-    callbacks.append(EpochCheckpoint(checkpoint))  # the last, so that it holds the state of the others
+    callbacks.append(Checkpoint(checkpoint, settings.checkpoint_minutes))
     with (
         warnings.catch_warnings(),
         quiet("lightning.pytorch", logging.WARNING),

@@ -40,7 +40,7 @@ _SAMPLE_SECONDS = 5.0
 
 
 def run(config: Config, *, force: bool = False) -> None:
-    """Train and write `scvi.model/`; a killed run goes on from its last finished epoch."""
+    """Train and write `scvi.model/`; a killed run goes on from its last checkpoint."""
     if _follows():
         _train_as_follower(config)
         return
@@ -55,7 +55,7 @@ def run(config: Config, *, force: bool = False) -> None:
         data = _data(config)
         model = _build(config, data)
         if stage.resumed:
-            log.info("going on from the last finished epoch")
+            log.info("going on from the last checkpoint")
         curves = _fit(config, model, data, stage.staging, digest(stage.fingerprint))
         _save(config, model, data, curves, stage)
         counts = _counts(model, data, curves)
