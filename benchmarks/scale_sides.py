@@ -238,6 +238,25 @@ def loader_tiledbsoma_ml(folder: Folder) -> Any:
     return _consume(minibatch[0] for minibatch in iter(experiment_dataloader(dataset)))
 
 
+def loader_annbatch(folder: Folder) -> Any:
+    """From its own store, made of the prepared file beforehand; settings of its README, dense on the CPU."""
+    import torch
+    import zarr
+    from annbatch import DatasetCollection, Loader
+
+    zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"})
+    store = folder.scratch.parent / "annbatch.zarr"
+    if not store.exists():
+        DatasetCollection(store).add_adatas([Path(folder.prepared) / "anndata_model.h5ad"], shuffle=True)
+    loader = Loader(batch_size=MINIBATCH, chunk_size=512, preload_nchunks=32, shuffle=True, preload_to_gpu=False)
+    loader.use_collection(DatasetCollection(store, mode="r"))
+    return _consume(_to_dense(minibatch["X"]) for minibatch in iter(loader))
+
+
+def _to_dense(counts: Any) -> Any:
+    return counts.to_dense() if hasattr(counts, "to_dense") else counts.toarray()
+
+
 SIDES: dict[str, Callable[[Folder], Any]] = {
     name: value for name, value in globals().items() if name.partition("_")[0] in {"hvg", "prepare", "latent", "loader"}
 }

@@ -144,16 +144,18 @@ def test_each_cell_is_in_one_pool(sizes: list[int], runs: int, seed: int) -> Non
         assert sorted(met) == list(range(sum(sizes)))
 
 
-@given(joinids=st.sets(st.integers(0, 500), min_size=1), tile=st.integers(1, 90), tiles=st.integers(1, 3))
-def test_runs_end_where_tiles_end(joinids: set[int], tile: int, tiles: int) -> None:
+@given(joinids=st.sets(st.integers(0, 500), min_size=1), tile=st.integers(1, 90), cells=st.integers(0, 200))
+def test_runs_end_where_tiles_end(joinids: set[int], tile: int, cells: int) -> None:
     ids = np.array(sorted(joinids))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stream, "X_TILE", tile)
-        runs = stream.tile_runs(ids, tiles)
+        runs = stream.tile_runs(ids, cells)
     assert [place for run in runs for place in range(*run)] == list(range(len(ids)))
-    assert [set(ids[slice(*run)] // (tile * tiles)) for run in runs] == [
-        {n} for n in sorted(set(ids // (tile * tiles)))
-    ]
+    tiles = [set(ids[slice(*run)] // tile) for run in runs]
+    assert sum(map(len, tiles)) == len(set(ids // tile))  # none is read twice
+    assert all(stop - start <= cells or len(rows) == 1 for (start, stop), rows in zip(runs, tiles, strict=True))
+    joined = [second[1] - first[0] for first, second in pairwise(runs)]
+    assert all(n_cells > cells for n_cells in joined)  # as few as may be
 
 
 class Killed(BaseException):

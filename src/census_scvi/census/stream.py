@@ -75,8 +75,8 @@ def stream_blocks(
     yield from read_ahead(read, blocks, workers=1)
 
 
-def tile_runs(joinids: npt.NDArray[np.int64], tiles: int = 1) -> list[tuple[int, int]]:
-    """Positions (first, after the last) of the cells of each `tiles` tiles of X on disk.
+def tile_runs(joinids: npt.NDArray[np.int64], cells: int = 0) -> list[tuple[int, int]]:
+    """Positions (first, after the last) of the cells that lie together in whole rows of tiles of X on disk.
 
     A tile is decoded whole: reading as many cells across the border of two takes twice as long.
 
@@ -84,12 +84,16 @@ def tile_runs(joinids: npt.NDArray[np.int64], tiles: int = 1) -> list[tuple[int,
     ----------
     joinids
         int64 (cells,), ascending.
-    tiles
-        Rows of tiles, 2,048 cells each, that make a run.
+    cells
+        Rows of tiles, 2,048 cells each, are joined to runs of no more cells than this; a single one may have more.
     """
-    span = tiles * X_TILE
-    borders = np.arange(joinids[0] // span + 1, joinids[-1] // span + 1) * span
-    bounds = np.unique([0, *np.searchsorted(joinids, borders), len(joinids)]).tolist()
+    borders = np.arange(joinids[0] // X_TILE + 1, joinids[-1] // X_TILE + 1) * X_TILE
+    ends = np.unique([*np.searchsorted(joinids, borders), len(joinids)])
+    bounds = [0]
+    while bounds[-1] < len(joinids):
+        furthest = np.searchsorted(ends, bounds[-1] + max(cells, 1), side="right") - 1
+        next_end = np.searchsorted(ends, bounds[-1], side="right")
+        bounds.append(int(ends[max(furthest, next_end)]))
     return list(itertools.pairwise(bounds))
 
 
@@ -117,7 +121,7 @@ def stream_nonzeros(
     def read(run: tuple[int, int]) -> list[pa.Table]:
         return list(matrix.read(coords=(_coordinates(joinids[slice(*run)]),)).tables())
 
-    runs = tile_runs(joinids, tiles=2)
+    runs = tile_runs(joinids, 2 * X_TILE)
     for (start, stop), tables in zip(runs, read_ahead(read, runs, workers=1), strict=True):
         block = joinids[start:stop]
         for table in tables:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from census_scvi.census.cells import Cells, select_cells
 from census_scvi.census.genes import locate_genes, read_genes
 from census_scvi.census.open import Census, open_census
-from census_scvi.census.stream import Block, consecutive, stream_blocks, stream_obs
+from census_scvi.census.stream import Block, consecutive, stream_blocks, stream_obs, tile_runs
 from census_scvi.config import Config
 from census_scvi.errors import UserError
 from census_scvi.model.encode import Encoder, Latent, batch_labels, extend_batches, reference_latent
@@ -124,7 +124,7 @@ class _Embedding:
             self._census,
             self._cells.joinids,
             self._gene_joinids,
-            blocks=consecutive(done, total, self._config.latent.block_size),
+            blocks=[block for block in _blocks(self._cells, self._config.latent.block_size) if block[0] >= done],
             obs_columns=[],
         )
         hidden = not sys.stderr.isatty()
@@ -203,6 +203,11 @@ class _Embedding:
         }
 
 
+def _blocks(cells: Cells, block_size: int) -> list[tuple[int, int]]:
+    """Positions (first, after the last) of blocks of up to `block_size` cells; where it allows, whole rows of tiles."""
+    return [block for run in tile_runs(cells.joinids, block_size) for block in consecutive(*run, block_size)]
+
+
 def _codes_in(model: scvi.model.SCVI, cells: Cells) -> npt.NDArray[np.int32]:
     """Code of each cell's batch in the model's own list."""
     position = {label: code for code, label in enumerate(batch_labels(model))}
@@ -227,7 +232,7 @@ def plan(config: Config) -> Plan:
         encode = Encoder(_on_device(model, config))
         # The first block opens and compiles; from the second on, one is read while another is encoded.
         size = min(config.latent.block_size, -(-len(cells) // _SAMPLE_BLOCKS))
-        sample = consecutive(0, len(cells), size)[-_SAMPLE_BLOCKS:]
+        sample = _blocks(cells, size)[-_SAMPLE_BLOCKS:]
         started, n_sampled = time.monotonic(), 0
         for block in stream_blocks(census, cells.joinids, gene_joinids, blocks=sample, obs_columns=[]):
             encode(block.counts, np.zeros(block.counts.shape[0], dtype=np.int32))
