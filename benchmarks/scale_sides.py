@@ -240,7 +240,6 @@ def loader_tiledbsoma_ml(folder: Folder) -> Any:
 
 def loader_annbatch(folder: Folder) -> Any:
     """From its own store, made of the prepared file beforehand; settings of its README, dense on the CPU."""
-    import torch
     import zarr
     from annbatch import DatasetCollection, Loader
 
@@ -248,7 +247,7 @@ def loader_annbatch(folder: Folder) -> Any:
     store = folder.scratch.parent / "annbatch.zarr"
     if not store.exists():
         DatasetCollection(store).add_adatas([Path(folder.prepared) / "anndata_model.h5ad"], shuffle=True)
-    loader = Loader(batch_size=MINIBATCH, chunk_size=512, preload_nchunks=32, shuffle=True, preload_to_gpu=False)
+    loader = Loader(batch_size=MINIBATCH, chunk_size=512, preload_nchunks=32, shuffle=True, to="torch")
     loader.use_collection(DatasetCollection(store, mode="r"))
     return _consume(_to_dense(minibatch["X"]) for minibatch in iter(loader))
 

@@ -23,6 +23,7 @@ from census_scvi.counts.file_order import pools
 from census_scvi.counts.loader import MinibatchLoader, PreparedDataModule
 from census_scvi.counts.minibatch import DenseMinibatches, densify, sparse_minibatch
 from census_scvi.counts.reader import PreparedCells
+from census_scvi.counts.row_hash import row_hashes
 from census_scvi.counts.vector import Vector, VectorWriter
 from census_scvi.counts.writer import H5adWriter
 from census_scvi.errors import UserError
@@ -269,3 +270,25 @@ def test_a_prepared_file_without_compression_is_larger_and_the_same(tmp_path: Pa
     assert sizes[1] > 1.5 * sizes[0]
     one, other = (ad.read_h5ad(tmp_path / name) for name in ("gzip", "none"))
     assert (one.X != other.X).nnz == 0
+
+
+# --- hashes of counts
+
+
+@given(
+    rows=st.lists(st.dictionaries(st.integers(0, 30), st.integers(1, 40), max_size=6), min_size=1, max_size=40),
+)
+def test_hashes_are_equal_where_the_counts_are(rows: list[dict[int, int]]) -> None:
+    counts = sp.lil_matrix((len(rows), 31), dtype=np.float32)
+    for number, row in enumerate(rows):
+        for gene, count in row.items():
+            counts[number, gene] = count
+    hashes = row_hashes(counts.tocsr()).tolist()
+    distinct = {tuple(sorted(row.items())) for row in rows}
+    assert len(set(zip(hashes, [tuple(sorted(row.items())) for row in rows], strict=True))) == len(distinct)
+    assert len(set(hashes)) == len(distinct)
+
+
+def test_a_hash_is_the_same_on_every_machine() -> None:
+    counts = sp.csr_matrix(np.array([[0, 1, 0, 300], [0, 0, 0, 0]], dtype=np.float32))
+    assert row_hashes(counts).tolist() == [1919750831552362019, 11400714819323198485]

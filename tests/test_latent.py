@@ -49,6 +49,17 @@ def test_the_latent_of_every_cell_equals_load_query_data(finished_run: Run, demo
     np.testing.assert_allclose(minified.obsm["scvi_latent_qzv"], variance, atol=1e-5)
 
 
+def test_cells_of_equal_counts_are_known(finished_run: Run, demo_census: str) -> None:
+    _, _, cells = library_latent(finished_run, demo_census)
+    counts = cells.X.toarray()
+    hashes = np.load(finished_run.path("latent-hash.npy"))
+    assert hashes.dtype == np.uint64
+    _, by_hash = np.unique(hashes, return_inverse=True)
+    _, by_counts = np.unique(counts, axis=0, return_inverse=True)
+    assert len(set(zip(by_hash.tolist(), by_counts.tolist(), strict=True))) == by_hash.max() + 1 == by_counts.max() + 1
+    assert by_hash.max() + 1 < len(counts)  # the Census has copies
+
+
 def test_with_encode_covariates_cells_of_trained_batches_equal_load_query_data(
     demo_census: str, tmp_path: Path
 ) -> None:

@@ -81,6 +81,7 @@ def artifact_table(config: Config, more: Sequence[Path] = ()) -> str:
         names.tensorboard: "TensorBoard: losses, KL weight, learning rate",
         names.latent: f"latent means, {embedded['cells']:,} cells x {embedded['n_latent']}",
         names.latent_joinids: "soma_joinid of each row of the latent",
+        names.latent_hashes: "hash of each cell's counts: copies have equal ones",
         names.minified: "minified model: obs, latent means and variances",
         "manifest.json": "how it was made: config, Census, versions, hashes, times",
     }

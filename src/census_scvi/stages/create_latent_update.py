@@ -20,6 +20,7 @@ from census_scvi.census.genes import locate_genes, read_genes
 from census_scvi.census.open import Census, open_census
 from census_scvi.census.stream import Block, consecutive, stream_blocks, stream_obs, tile_runs
 from census_scvi.config import Config
+from census_scvi.counts.row_hash import row_hashes
 from census_scvi.errors import UserError
 from census_scvi.model.encode import Encoder, Latent, batch_labels, extend_batches, reference_latent
 from census_scvi.model.minified import save_minified
@@ -134,7 +135,7 @@ class _Embedding:
                 latent = encode(block.counts, self._codes[rows])
                 if self._difference is None:
                     self._difference = self._prove(block, latent)
-                self._store.append(latent)
+                self._store.append(latent, row_hashes(block.counts))
                 bar.update(len(latent.mean))
 
     def _prove(self, block: Block, latent: Latent) -> float:
@@ -162,7 +163,7 @@ class _Embedding:
         """Write what is published into staging; returns its names."""
         names = self._artifacts
         np.save(self._stage.path(names.latent_joinids), self._cells.joinids)
-        written = [names.latent, names.latent_joinids]
+        written = [names.latent, names.latent_joinids, names.latent_hashes]
         if (chosen := self._minified_cells()) is not None:
             folder = self._stage.path(names.minified)
             self._model.to_device("cpu")  # a model.pt that loads where there is no GPU
@@ -254,6 +255,7 @@ def plan(config: Config) -> Plan:
         writes=[
             str(config.directory / artifacts.latent),
             str(config.directory / artifacts.latent_joinids),
+            str(config.directory / artifacts.latent_hashes),
             *([f"{config.directory / artifacts.minified}/"] if config.latent.minified != "none" else []),
         ],
         cells=len(cells),
@@ -261,6 +263,6 @@ def plan(config: Config) -> Plan:
         memory=_BASE_MEMORY
         + 16.0 * len(cells)
         + config.latent.block_size * (nonzeros * _BYTES_A_NONZERO + 8 * n_latent),
-        disk=len(cells) * (8.0 * n_latent + 12) + minified[config.latent.minified] * (8.0 * n_latent + 120),
+        disk=len(cells) * (8.0 * n_latent + 20) + minified[config.latent.minified] * (8.0 * n_latent + 120),
         seconds=_FIXED_SECONDS + seconds + _MINIFIED_SECONDS * minified[config.latent.minified],
     )

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from census_scvi.model.encode import Latent
 from census_scvi.workspace.atomic import sync, write_json
@@ -15,7 +17,7 @@ PROGRESS = "progress.json"
 
 
 class LatentStore:
-    """Three .npy files of known size: `latent.npy` (means), `variance.npy`, `library_size.npy`.
+    """Four .npy files of known size: means, variances and library sizes of the posterior, hashes of the counts.
 
     Parameters
     ----------
@@ -27,29 +29,35 @@ class LatentStore:
 
     def __init__(self, folder: Path, n_cells: int, n_latent: int) -> None:
         self._folder = folder
-        self._shapes = {
-            "latent": (n_cells, n_latent),
-            "variance": (n_cells, n_latent),
-            "library_size": (n_cells,),
+        self._files = {
+            "latent": ("<f4", (n_cells, n_latent)),
+            "variance": ("<f4", (n_cells, n_latent)),
+            "library_size": ("<f4", (n_cells,)),
+            "latent-hash": ("<u8", (n_cells,)),
         }
         progress = folder / PROGRESS
         self.cells_done = json.loads(progress.read_text())["cells"] if progress.exists() else 0
         if not self.cells_done:
-            for name, shape in self._shapes.items():
-                self._create(name, shape)
+            for name in self._files:
+                self._create(name)
 
     def path(self, name: str) -> Path:
         """Path of one of the files."""
         return self._folder / f"{name}.npy"
 
-    def append(self, latent: Latent) -> None:
-        """Write the next cells; they count as done only when they are on the disk."""
-        values = {"latent": latent.mean, "variance": latent.variance, "library_size": latent.library_size}
+    def append(self, latent: Latent, hashes: npt.NDArray[np.uint64]) -> None:
+        """Write the next cells and the hashes of their counts; they count as done only when they are on the disk."""
+        values: dict[str, npt.NDArray[Any]] = {
+            "latent": latent.mean,
+            "variance": latent.variance,
+            "library_size": latent.library_size,
+            "latent-hash": hashes,
+        }
         for name, array in values.items():
             with self.path(name).open("r+b") as file:
                 # Plain writes: a memory map would meet a full disk with SIGBUS instead of an error.
                 file.seek(self._offset(name) + self.cells_done * array[0].nbytes)
-                file.write(np.ascontiguousarray(array, dtype="<f4").tobytes())
+                file.write(np.ascontiguousarray(array, dtype=self._files[name][0]).tobytes())
                 file.flush()
                 os.fsync(file.fileno())
         self.cells_done += len(latent.mean)
@@ -57,15 +65,22 @@ class LatentStore:
 
     def read(self, rows: slice | np.ndarray) -> Latent:
         """Posterior of some cells."""
-        arrays = {name: np.array(np.load(self.path(name), mmap_mode="r")[rows]) for name in self._shapes}
-        return Latent(arrays["latent"], arrays["variance"], arrays["library_size"])
+        mean, variance, library_size = (
+            np.array(np.load(self.path(name), mmap_mode="r")[rows]) for name in ("latent", "variance", "library_size")
+        )
+        return Latent(mean, variance, library_size)
 
-    def _create(self, name: str, shape: tuple[int, ...]) -> None:
+    def _create(self, name: str) -> None:
+        kind, shape = self._files[name]
         with self.path(name).open("wb") as file:
-            header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+            header = {"descr": kind, "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
-            file.truncate(file.tell() + 4 * int(np.prod(shape)))
+            file.truncate(file.tell() + self._size(name))
         sync(self.path(name))
 
     def _offset(self, name: str) -> int:
-        return self.path(name).stat().st_size - 4 * int(np.prod(self._shapes[name]))
+        return self.path(name).stat().st_size - self._size(name)
+
+    def _size(self, name: str) -> int:
+        kind, shape = self._files[name]
+        return np.dtype(kind).itemsize * int(np.prod(shape))

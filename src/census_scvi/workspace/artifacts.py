@@ -21,6 +21,7 @@ class Artifacts:
     tensorboard: str = "tb_logs"
     latent: str = "latent.npy"
     latent_joinids: str = "latent-idx.npy"
+    latent_hashes: str = "latent-hash.npy"
     minified: str = "final_scvi_optimized"
 
     @classmethod

@@ -1,0 +1,39 @@
+"""A number for the counts of a cell: equal counts, equal number; unequal ones share it once in 2^64."""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+import numpy.typing as npt
+import scipy.sparse as sp
+
+
+def row_hashes(counts: sp.csr_matrix) -> npt.NDArray[np.uint64]:
+    """Hash of each row's columns and values.
+
+    Parameters
+    ----------
+    counts
+        CSR float32 (cells, genes), indices sorted, no explicit zeros.
+
+    Returns
+    -------
+    uint64 (cells,), the same on every machine.
+    """
+    hashes = np.empty(counts.shape[0], np.uint64)
+    _hash_rows(counts.indptr, counts.indices, counts.data.astype(np.float32, copy=False).view(np.uint32), hashes)
+    return hashes
+
+
+@numba.njit(nogil=True, cache=True)
+def _hash_rows(indptr, indices, bits, hashes):  # type: ignore[no-untyped-def]
+    for row in range(len(hashes)):
+        state = np.uint64(0x9E3779B97F4A7C15)
+        for i in range(indptr[row], indptr[row + 1]):
+            # The finaliser of splitmix64 (Steele, Lea & Flood 2014), fed with one non-zero after the other.
+            state ^= (np.uint64(indices[i]) << np.uint64(32)) | np.uint64(bits[i])
+            state += np.uint64(0x9E3779B97F4A7C15)
+            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            state ^= state >> np.uint64(31)
+        hashes[row] = state

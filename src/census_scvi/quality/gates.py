@@ -1,0 +1,262 @@
+"""What an embedding must show before it is published: arrays in, a number, a bound and a verdict out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.floating]
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One measured property.
+
+    Attributes
+    ----------
+    name
+        Of the property, as in the config's `gates.waived`.
+    value
+        What was measured.
+    side, bound
+        The value must be `at most` or `at least` the bound.
+    stops
+        Whether a failure stops publishing; else it is a warning.
+    detail
+        The finding in words.
+    """
+
+    name: str
+    value: float
+    side: Literal["at most", "at least"]
+    bound: float
+    detail: str
+    stops: bool = True
+
+    @property
+    def passed(self) -> bool:
+        """The verdict; a value that is not a number fails."""
+        return self.value <= self.bound if self.side == "at most" else self.value >= self.bound
+
+    def record(self) -> dict[str, Any]:
+        """For `qa.json`; a value that is not a number is null."""
+        return {**asdict(self), "value": self.value if math.isfinite(self.value) else None, "passed": self.passed}
+
+
+def same_cells(expected: npt.NDArray[np.int64], found: npt.NDArray[np.int64]) -> Gate:
+    """Every cell of the query exactly once, in its order.
+
+    Parameters
+    ----------
+    expected, found
+        int64 (cells,): soma_joinids of the query, ascending, and of the rows of the embedding.
+    """
+    distinct, times = np.unique(found, return_counts=True)
+    missing, additional = np.setdiff1d(expected, distinct), np.setdiff1d(distinct, expected)
+    twice = distinct[times > 1]
+    moved = 0
+    if not (len(missing) + len(additional) + len(twice)):
+        moved = int((expected != found).sum())
+    findings = {"missing": missing, "not of the query": additional, "twice or more": twice}
+    words = [f"{len(ids):,} {name} (the first: {ids[0]})" for name, ids in findings.items() if len(ids)]
+    words += [f"{moved:,} in another order"] if moved else []
+    detail = ", ".join(words) or f"{len(found):,} cells, each once, in the order of the Census"
+    return Gate("cells", len(missing) + len(additional) + len(twice) + moved, "at most", 0, detail)
+
+
+class LatentMoments:
+    """First and second moments of an embedding, summed block by block in float64.
+
+    Parameters
+    ----------
+    n_latent
+        Dimensions.
+    """
+
+    def __init__(self, n_latent: int) -> None:
+        self.n_cells = 0
+        self.not_finite = 0
+        self.first_not_finite: int | None = None
+        self._sum = np.zeros(n_latent)
+        self._products = np.zeros((n_latent, n_latent))
+        self._origin: Floats | None = None  # sums of squares are taken around it, or they would cancel
+
+    def add(self, mean: Floats) -> None:
+        """Add cells: posterior means, (cells, n_latent)."""
+        finite = np.isfinite(mean).all(axis=1)
+        if not finite.all():
+            self.not_finite += int((~finite).sum())
+            if self.first_not_finite is None:
+                self.first_not_finite = self.n_cells + int(np.argmin(finite))
+        self.n_cells += len(mean)
+        mean = np.asarray(mean[finite], np.float64)
+        if not len(mean):
+            return
+        if self._origin is None:
+            self._origin = mean.mean(axis=0)
+        centred = mean - self._origin
+        self._sum += centred.sum(axis=0)
+        self._products += centred.T @ centred
+
+    @property
+    def covariance(self) -> npt.NDArray[np.float64]:
+        """Float64 (n_latent, n_latent), of the posterior means over cells."""
+        n_cells = max(self.n_cells - self.not_finite, 1)
+        return self._products / n_cells - np.outer(self._sum, self._sum) / n_cells**2
+
+
+def finite(moments: LatentMoments) -> Gate:
+    """No NaN and no infinity."""
+    detail = f"all {moments.n_cells:,} cells"
+    if moments.not_finite:
+        detail = f"{moments.not_finite:,} cells are not finite, the first in row {moments.first_not_finite:,}"
+    return Gate("finite", moments.not_finite, "at most", 0, detail)
+
+
+def variance(moments: LatentMoments, bound: float) -> Gate:
+    """Every dimension differs between cells: the least variance of the posterior means."""
+    variances = moments.covariance.diagonal()
+    least = int(variances.argmin())
+    return Gate("variance", float(variances[least]), "at least", bound, f"least in dimension {least}")
+
+
+def active_units(variance: Floats, bound: float) -> Gate:
+    """Share of dimensions that say something of a cell: whose posterior is narrower than the prior, of variance 1.
+
+    Parameters
+    ----------
+    variance
+        (cells, n_latent): posterior variances of a sample of cells.
+    bound
+        Least share.
+    """
+    active = variance.mean(axis=0) < _ACTIVE_BELOW
+    return Gate("active_units", float(active.mean()), "at least", bound, f"{active.sum()} of {len(active)} dimensions")
+
+
+_ACTIVE_BELOW = 0.9
+
+
+def duplicate_dimensions(moments: LatentMoments, bound: float) -> Gate:
+    """No dimension repeats another: the largest absolute correlation of two."""
+    covariance = moments.covariance
+    scale = np.sqrt(np.clip(covariance.diagonal(), np.finfo(float).tiny, None))
+    correlation = np.abs(covariance / np.outer(scale, scale))
+    np.fill_diagonal(correlation, 0.0)
+    one, other = np.unravel_index(correlation.argmax(), correlation.shape)
+    detail = f"largest between dimensions {min(one, other)} and {max(one, other)}" if one != other else "one dimension"
+    return Gate("duplicate_dimensions", float(correlation[one, other]), "at most", bound, detail)
+
+
+def effective_rank(moments: LatentMoments, bound: float) -> Gate:
+    """How many dimensions the cells fill (Roy & Vetterli 2007): exp of the entropy of the covariance's eigenvalues."""
+    eigenvalues = np.clip(np.linalg.eigvalsh(moments.covariance), 0.0, None)
+    shares = eigenvalues / max(eigenvalues.sum(), np.finfo(float).tiny)
+    entropy = -float((shares * np.log(np.clip(shares, np.finfo(float).tiny, None))).sum())
+    return Gate("effective_rank", math.exp(entropy), "at least", bound, f"of {len(eigenvalues)} dimensions")
+
+
+def gene_coverage(found: npt.NDArray[np.bool_], counts: Floats, bound: float) -> list[Gate]:
+    """Share of the model's genes that the Census has, and of the training cells' counts that lie in these.
+
+    Parameters
+    ----------
+    found
+        Bool (genes,): whether the Census has the gene.
+    counts
+        (genes,): counts of each gene over training cells.
+    bound
+        `genes.min_share`.
+    """
+    detail = f"{int(found.sum()):,} of {len(found):,} genes of the model are in the Census"
+    of_counts = float(counts[found].sum() / max(counts.sum(), 1.0))
+    return [
+        Gate("genes", float(found.mean()), "at least", bound, detail),
+        Gate("counts", of_counts, "at least", bound, "of the training cells' counts are in these genes"),
+    ]
+
+
+def re_embedding(joinids: npt.NDArray[np.int64], published: Floats, anew: Floats, bound: float) -> Gate:
+    """What is published is what scvi-tools computes from counts read anew.
+
+    Parameters
+    ----------
+    joinids
+        int64 (cells,): the sampled cells.
+    published, anew
+        (cells, n_latent): of the embedding, and by scvi-tools.
+    bound
+        Largest difference.
+    """
+    differences = np.abs(published.astype(np.float64) - anew).max(axis=1)
+    differences[np.isnan(differences)] = np.inf
+    worst = int(differences.argmax())
+    wrong = int((~(differences <= bound)).sum())
+    detail = f"{len(joinids):,} cells read anew"
+    if wrong:
+        detail = f"{wrong:,} of {detail} differ, most the cell with soma_joinid {joinids[worst]}"
+    return Gate("re_embedding", float(differences[worst]), "at most", bound, detail)
+
+
+def order(hashes: npt.NDArray[np.uint64], latent: Floats, joinids: npt.NDArray[np.int64], bound: float) -> Gate:
+    """Cells of equal counts, copies of one another, have equal embeddings.
+
+    Parameters
+    ----------
+    hashes
+        uint64 (cells,): hash of a cell's counts in the model's genes.
+    latent
+        (cells, n_latent): the embedding; may be a memory map, of which only copies are read.
+    joinids
+        int64 (cells,): soma_joinids, for the report.
+    bound
+        Largest difference.
+    """
+    by_hash = np.argsort(hashes, kind="stable")
+    ordered = hashes[by_hash]
+    same = ordered[1:] == ordered[:-1]
+    copies, originals = by_hash[1:][same], by_hash[:-1][same]
+    largest, worst, wrong = 0.0, 0, 0
+    for start in range(0, len(copies), _ROWS):
+        some = slice(start, start + _ROWS)
+        differences = np.abs(np.asarray(latent[copies[some]], np.float64) - latent[originals[some]]).max(axis=1)
+        differences[np.isnan(differences)] = np.inf
+        wrong += int((~(differences <= bound)).sum())
+        if differences.max() > largest:
+            largest, worst = float(differences.max()), start + int(differences.argmax())
+    detail = f"{len(copies):,} pairs of cells with equal counts"
+    if wrong:
+        pair = f"{joinids[originals[worst]]} and {joinids[copies[worst]]}"
+        detail = f"{wrong:,} of {detail} are embedded apart, most soma_joinids {pair}"
+    return Gate("order", largest, "at most", bound, detail)
+
+
+_ROWS = 2**16
+
+
+def architecture(expected: dict[str, Any], found: dict[str, Any]) -> Gate:
+    """The built module is the one that the config asks for.
+
+    Parameters
+    ----------
+    expected, found
+        Widths, number of parameters, gene list and other properties, by name.
+    """
+    differing = [name for name in expected | found if expected.get(name) != found.get(name)]
+    words = [f"{name} is {_short(found.get(name))}, the config says {_short(expected.get(name))}" for name in differing]
+    detail = "; ".join(words) or ", ".join(f"{name} {_short(value)}" for name, value in expected.items())
+    return Gate("architecture", len(differing), "at most", 0, detail)
+
+
+def _short(value: Any) -> str:
+    return f"{len(value):,} items" if isinstance(value, Sequence) and not isinstance(value, str) else f"{value}"
+
+
+def stopped_by(gates: Iterable[Gate], waived: dict[str, str]) -> list[Gate]:
+    """Gates that stop publishing: failed, no mere warnings, and not waived with a reason."""
+    return [gate for gate in gates if gate.stops and not gate.passed and gate.name not in waived]
