@@ -1,0 +1,252 @@
+"""Embeddings in a Census: whole or not there, read by the Census API, replaced in one step, never doubled."""
+
+import json
+import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import cellxgene_census
+import numpy as np
+import pytest
+import tiledbsoma
+from cellxgene_census import _release_directory
+from cellxgene_census.experimental import get_embedding, get_embedding_metadata
+
+from census_scvi.census import embedding
+from census_scvi.census.embedding import EmbeddingDraft, EmbeddingHash, published_uri, read_embedding, stale_cells
+from census_scvi.errors import UserError
+
+ORGANISM = "homo_sapiens"
+N_LATENT = 4
+INFO = {"id": "1", "census_version": "local", "experiment_name": ORGANISM, "measurement_name": "RNA"}
+PUBLICATIONS = ["a" * 32, "b" * 32]
+
+
+@pytest.fixture
+def experiment(demo_census: str, tmp_path: Path) -> str:
+    """An Experiment of a Census that may be written to."""
+    shutil.copytree(demo_census, tmp_path / "census")
+    return f"{tmp_path}/census/census_data/{ORGANISM}"
+
+
+def n_cells(experiment: str) -> int:
+    with tiledbsoma.open(experiment) as opened:
+        return int(opened.obs.count)
+
+
+def values_of(experiment: str, seed: int) -> np.ndarray:
+    values = np.random.default_rng(seed).normal(size=(n_cells(experiment), N_LATENT)).astype(np.float32)
+    values[::7, 1] = 0.0  # explicit zeros are values
+    return values
+
+
+def fill(draft: EmbeddingDraft, values: np.ndarray, block: int = 400, skip: int = 0) -> None:
+    for start in range(skip, len(values), block):
+        stop = min(start + block, len(values))
+        draft.write(np.arange(start, stop), values[start:stop])
+
+
+def draft_of(experiment: str, publication: str = PUBLICATIONS[0], **options: Any) -> EmbeddingDraft:
+    shape = (n_cells(experiment), options.pop("n_latent", N_LATENT))
+    return EmbeddingDraft(experiment, "scvi", shape, publication, **{"replace": False, **options})
+
+
+def publish(experiment: str, values: np.ndarray, publication: str = PUBLICATIONS[0], *, replace: bool = False) -> None:
+    draft = draft_of(experiment, publication, replace=replace)
+    if not draft.done:
+        fill(draft, values)
+    draft.publish({**INFO, "id": publication})
+
+
+def published(experiment: str) -> np.ndarray | None:
+    uri = published_uri(experiment, "scvi")
+    if uri is None:
+        return None
+    joinids, values = zip(*read_embedding(uri), strict=True)
+    assert np.concatenate(joinids).tolist() == list(range(n_cells(experiment)))
+    return np.concatenate(values)
+
+
+def test_the_census_api_reads_it(experiment: str) -> None:
+    values = values_of(experiment, 0)
+    publish(experiment, values)
+    uri = published_uri(experiment, "scvi")
+    with cellxgene_census.open_soma(uri=str(Path(experiment).parents[1])) as census:
+        cells = cellxgene_census.get_anndata(
+            census, ORGANISM, obs_value_filter="nnz > 200", var_coords=[0, 1], obsm_layers=["scvi"]
+        )
+    joinids = cells.obs["soma_joinid"].to_numpy()
+    assert 0 < len(joinids) < len(values)
+    assert np.array_equal(cells.obsm["scvi"], values[joinids])
+    assert get_embedding_metadata(uri) == {**INFO, "id": PUBLICATIONS[0]}
+
+
+def test_get_embedding_reads_it(experiment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The function asks a server for the releases: here is one, with this Census as a release."""
+    values = values_of(experiment, 0)
+    publish(experiment, values)
+    census = Path(experiment).parents[1]
+    release = {"release_date": None, "release_build": "local", "soma": {"uri": str(census)}, "h5ads": {"uri": ""}}
+
+    class Releases(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            mirrors = {"default": "here", "here": {"provider": "file", "base_uri": "file:///", "region": None}}
+            self.wfile.write(json.dumps(mirrors if "mirrors" in self.path else {"local": release}).encode())
+
+        def log_message(self, *_: Any) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Releases) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/"
+        monkeypatch.setattr(_release_directory, "CELL_CENSUS_RELEASE_DIRECTORY_URL", address + "releases")
+        monkeypatch.setattr(_release_directory, "CELL_CENSUS_MIRRORS_DIRECTORY_URL", address + "mirrors")
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        found = get_embedding("local", str(published_uri(experiment, "scvi")), np.array([5, 3, 700]))
+        server.shutdown()
+    assert np.array_equal(found, values[[5, 3, 700]])
+
+
+def test_cells_without_embedding_have_none(experiment: str) -> None:
+    values = values_of(experiment, 0)
+    draft = draft_of(experiment)
+    draft.write(np.array([3, 10]), values[[3, 10]])
+    draft.publish(INFO)
+    ((joinids, found),) = read_embedding(str(published_uri(experiment, "scvi")))
+    assert joinids.tolist() == [3, 10]
+    assert np.array_equal(found, values[[3, 10]])
+    assert stale_cells(str(published_uri(experiment, "scvi")), np.array([3, 4])).tolist() == [10]
+
+
+def test_nothing_is_there_before_it_is_whole_and_nothing_is_doubled(experiment: str) -> None:
+    values = values_of(experiment, 0)
+    draft = draft_of(experiment)
+    fill(draft, values[:800])
+    assert published(experiment) is None
+    again = draft_of(experiment)  # another process goes on, with blocks that overlap
+    fill(again, values, block=300, skip=500)
+    again.publish(INFO)
+    assert np.array_equal(published(experiment), values)
+    assert draft_of(experiment).done
+
+
+def test_a_taken_name_is_refused(experiment: str) -> None:
+    values = values_of(experiment, 0)
+    publish(experiment, values)
+    with pytest.raises(UserError, match=r"has an obsm\['scvi'\] already; set publish.replace"):
+        draft_of(experiment, PUBLICATIONS[1])
+    with pytest.raises(UserError, match="only one of the same shape can be replaced"):
+        draft_of(experiment, PUBLICATIONS[1], n_latent=N_LATENT + 1, replace=True)
+    assert np.array_equal(published(experiment), values)
+
+
+def test_a_reader_sees_the_old_or_the_new(experiment: str) -> None:
+    old, new = values_of(experiment, 0), values_of(experiment, 1)
+    publish(experiment, old)
+    opened_before = tiledbsoma.open(published_uri(experiment, "scvi"))
+    seen: list[str] = []
+    stop = threading.Event()
+
+    def look() -> None:
+        while not stop.is_set():
+            found = published(experiment)
+            seen.append("old" if np.array_equal(found, old) else "new" if np.array_equal(found, new) else "neither")
+
+    reader = threading.Thread(target=look)
+    reader.start()
+    publish(experiment, new, PUBLICATIONS[1], replace=True)
+    while not seen or seen[-1] == "old":
+        assert reader.is_alive()
+    stop.set()
+    reader.join()
+    assert set(seen) <= {"old", "new"}
+    assert seen == sorted(seen, reverse=True)  # never back
+    assert np.array_equal(published(experiment), new)
+    table = opened_before.read().tables().concat().to_pandas().sort_values(["soma_dim_0", "soma_dim_1"])
+    assert np.array_equal(table["soma_data"].to_numpy(), old.ravel())
+    assert not list(Path(experiment).glob("ms/RNA/obsm/scvi-b*"))
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing catches it."""
+
+
+STEPS = [
+    (tiledbsoma.SparseNDArray, "write", 2),
+    (tiledbsoma.SparseNDArray, "create", 1),
+    (tiledbsoma.Collection, "set", 1),
+    (embedding, "_write_info", 1),
+    (embedding, "remove", 1),
+    (embedding, "remove", 2),
+    (shutil, "copytree", 2),
+    (embedding, "write_json", 1),
+    *((Path, "rename", number) for number in range(1, 7)),
+]
+
+
+@pytest.mark.parametrize("replace", [False, True], ids=["first", "replacement"])
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize(("owner", "name", "nth"), STEPS)
+def test_killed_anywhere_it_is_as_before_or_complete_and_a_rerun_finishes(
+    owner: Any, name: str, nth: int, after: bool, replace: bool, experiment: str
+) -> None:
+    old, new = (values_of(experiment, 0) if replace else None), values_of(experiment, 1)
+    if old is not None:
+        publish(experiment, old)
+    real, calls = getattr(owner, name), [0]
+
+    def dying(*arguments: Any, **options: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == nth and not after:
+            raise Killed
+        result = real(*arguments, **options)
+        if calls[0] == nth:
+            raise Killed
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, dying)
+        try:
+            publish(experiment, new, PUBLICATIONS[1], replace=replace)
+        except Killed:
+            found = published(experiment)
+            assert any(found is side or np.array_equal(found, side) for side in (old, new))
+    publish(experiment, new, PUBLICATIONS[1], replace=replace)
+    assert np.array_equal(published(experiment), new)
+    assert get_embedding_metadata(published_uri(experiment, "scvi"))["id"] == PUBLICATIONS[1]
+
+
+def test_a_hash_does_not_depend_on_blocks_and_changes_with_one_bit() -> None:
+    joinids, values = np.arange(50) * 2, np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
+
+    def digest(*cuts: int) -> str:
+        found = EmbeddingHash()
+        for rows in np.split(np.arange(50), cuts):
+            found.update(joinids[rows], values[rows])
+        return found.hexdigest()
+
+    whole = digest()
+    assert digest(1, 7, 40) == whole
+    values.view(np.uint32)[31, 2] ^= 1
+    assert digest() != whole
+    values.view(np.uint32)[31, 2] ^= 1
+    joinids[3] += 1
+    assert digest() != whole
+
+
+def test_a_cell_with_a_missing_value_is_named(experiment: str) -> None:
+    publish(experiment, values_of(experiment, 0))
+    uri = str(published_uri(experiment, "scvi"))
+    with tiledbsoma.open(uri, "d") as array:
+        array.delete_cells([(slice(17, 17)), (slice(1, 1))])
+    with pytest.raises(UserError, match="soma_joinid 17 has not one value in each of 4 dimensions"):
+        list(read_embedding(uri))
+
+
+def test_a_place_that_is_no_experiment_is_said(tmp_path: Path, demo_census: str) -> None:
+    for place in (str(tmp_path / "nothing"), demo_census):
+        with pytest.raises(UserError, match="is no SOMA Experiment"):
+            published_uri(place, "scvi")
