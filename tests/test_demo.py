@@ -1,5 +1,6 @@
 """`make demo` on a smaller Census: the table names what is there, and there is a picture."""
 
+import shutil
 from pathlib import Path
 
 import matplotlib.image
@@ -14,8 +15,9 @@ def test_the_demo_shows_what_it_made(
     demo_census: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(ROOT)
+    shutil.copytree(demo_census, tmp_path / "census")  # to publish into
     small = [
-        f"census.uri={demo_census}",
+        f"census.uri={tmp_path / 'census'}",
         "census.obs_query_model='is_primary_data == True and nnz >= 50'",
         f"output.directory={tmp_path / 'run'}",
         "hvg.top_n_hvg=100",
@@ -26,6 +28,7 @@ def test_the_demo_shows_what_it_made(
     for line in [line for line in out.splitlines() if line.startswith(f"  {tmp_path}")]:
         assert Path(line.split()[0]).exists()
     assert "raw counts, 1,380 cells x 100 genes, 13 batches" in out
+    assert "published is sound" in out
     assert "latent means, 1,500 cells x 20" in out
     picture = matplotlib.image.imread(tmp_path / "demo-umap.png")
     assert picture.shape[0] > 500

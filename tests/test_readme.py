@@ -55,7 +55,8 @@ def sandbox(demo_census: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sandbox") / "census-scvi"
     ignored = shutil.ignore_patterns(".git", ".venv", "demo", "run*", "__pycache__", "tests", "*.egg-info", ".*_cache")
     shutil.copytree(ROOT, folder, ignore=ignored)
-    small = {**SMALL, "census": {**SMALL["census"], "uri": demo_census}}
+    shutil.copytree(demo_census, folder / "census")  # to publish into
+    small = {**SMALL, "census": {**SMALL["census"], "uri": str(folder / "census")}}
     (folder / "scvi-config.yaml").write_text(yaml.safe_dump(small))
     (folder / "configs/mus_musculus.yaml").write_text(yaml.safe_dump({**small, "output": {"directory": "run-mouse"}}))
     with cellxgene_census.open_soma(uri=demo_census) as root:

@@ -22,6 +22,7 @@ _DESCRIPTIONS = {
     "prepare": "Select the cells and genes to train on and write them to anndata_model.h5ad and hv_genes.pkl.",
     "train": "Train scVI on the prepared cells and write the model to scvi.model/.",
     "create-latent-update": "Embed every cell of the Census and write latent.npy and final_scvi_optimized/.",
+    "publish": "Pass the gates, then publish the embedding in the Census' obsm, with model and provenance.",
 }
 _EPILOG = """\
 settings on the command line win over the file:
@@ -36,7 +37,7 @@ def main(stage: str, argv: Sequence[str] | None = None) -> int:
     Parameters
     ----------
     stage
-        prepare, train or create-latent-update.
+        prepare, train, create-latent-update or publish.
     argv
         Arguments; those of the process where None.
 

@@ -17,6 +17,10 @@ from census_scvi.errors import UserError
 Name = Annotated[str, Field(min_length=1)]
 FileName = Annotated[str, Field(min_length=1, pattern=r"^[^/\\]+$")]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+StoppingGate = Literal[
+    "cells", "finite", "variance", "duplicate_dimensions", "effective_rank", "genes", "counts", "architecture",
+    "re_embedding", "order", "active_units",
+]  # fmt: skip
 Devices = int | list[int] | Literal["auto"]
 
 
@@ -126,12 +130,72 @@ class TrainSection(Section):
 class LatentSection(Section):
     """Embedding of all cells."""
 
-    block_size: Annotated[int, Field(ge=1)] = 16384
+    block_size: Annotated[int, Field(ge=1)] = 4096
     """Cells read, embedded and written at a time."""
     minified: Literal["all", "sample", "none"] = "all"
     """Cells in final_scvi_optimized: all, a random sample, or no such folder."""
     sample_size: Annotated[int, Field(ge=1)] = 10000
     """Cells of the sample."""
+
+
+class GatesSection(Section):
+    """What an embedding must show before it is published."""
+
+    sample_size: Annotated[int, Field(ge=2)] = 2000
+    """Random cells that are read anew and embedded by scvi-tools; the sealed sample."""
+    max_difference: Annotated[float, Field(gt=0.0)] = 1e-5
+    """Largest difference of an embedding from the same cell's, computed by scvi-tools or for a copy of it."""
+    min_variance: Annotated[float, Field(gt=0.0)] = 1e-6
+    """Least variance of a latent dimension over the cells."""
+    min_active_units: Share = 0.1
+    """Least share of the dimensions whose posterior is narrower than the prior."""
+    max_correlation: Share = 0.99
+    """Largest correlation of two dimensions."""
+    min_effective_rank: Annotated[float, Field(ge=1.0)] = 2.0
+    """Least number of dimensions that the cells fill (exp of the entropy of the covariance's eigenvalues)."""
+    label: Name = "cell_type"
+    """obs column of the cell types, for the warnings."""
+    waived: dict[StoppingGate, Name] = Field(default_factory=dict)
+    """Gates that may fail, each with the reason, which is published: `{order: copies were deduplicated}`."""
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """`waived`, by plain names."""
+        return {str(name): reason for name, reason in self.waived.items()}
+
+
+class ContactSection(Section):
+    """Whom to ask."""
+
+    name: str = ""
+    """Name."""
+    email: str = ""
+    """Mail address."""
+    affiliation: str = ""
+    """Institution."""
+
+
+class PublishSection(Section):
+    """Where and under which name the embedding is published."""
+
+    experiment_uri: Name | None = None
+    """The SOMA Experiment; null: the organism's in the Census of this run, where that is a local one."""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = "scvi"
+    """Name of the embedding in obsm."""
+    replace: bool = False
+    """Whether an embedding of that name may be replaced."""
+    model_uri: Name | None = None
+    """Folder or URL (any that fsspec writes to) for the model; null: `published` in the run directory."""
+    title: Name = "scVI embedding of CELLxGENE Census"
+    """Title."""
+    description: str = ""
+    """What it is, for the reader of a catalogue."""
+    license: str = ""
+    """Licence of embedding and model, e.g. CC-BY-4.0."""
+    doi: str = ""
+    """DOI of a paper or data set that describes it."""
+    contact: ContactSection = ContactSection()
+    """Whom to ask."""
 
 
 class OutputSection(Section):
@@ -153,6 +217,8 @@ class Config(Section):
     training_plan: dict[str, Any] = Field(default_factory=dict)
     """Arguments of scvi-tools' TrainingPlan and of the model's loss: lr, n_epochs_kl_warmup, max_kl_weight, ..."""
     latent: LatentSection = LatentSection()
+    gates: GatesSection = GatesSection()
+    publish: PublishSection = PublishSection()
     output: OutputSection = OutputSection()
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of everything random: split, order of cells, weights, dropout, sampling."""

@@ -1,4 +1,4 @@
-"""`make demo`: a small made-up Census, the three stages on it, and what came out."""
+"""`make demo`: a small made-up Census, every stage on it, the proof, and what came out."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ import numpy as np
 from census_scvi.cli import guarded, main
 from census_scvi.config import Config, load_config
 from census_scvi.errors import UserError
+from census_scvi.stages import verify
 from census_scvi.workspace import Artifacts, Workspace
 
 CONFIG = "configs/demo.yaml"
-STAGES = ("prepare", "train", "create-latent-update")
+STAGES = ("prepare", "train", "create-latent-update", "publish")
 
 
 def run_demo(argv: Sequence[str] | None = None) -> int:
-    """Build the demo Census where it is missing, run the stages, show the artifacts; returns the exit code."""
+    """Build the demo Census where it is missing, run the stages, verify, show the artifacts; returns the exit code."""
     overrides = list(sys.argv[1:] if argv is None else argv)
     return guarded(lambda: _run(overrides))
 
@@ -33,7 +34,12 @@ def _run(overrides: list[str]) -> None:
         _say(f"{number}. scvi-{stage}.py --config {CONFIG}")
         if main(stage, ["--config", CONFIG, *overrides]):
             raise UserError(f"the demo stopped in {stage}; the line above says why")
-    _say("5. the picture")
+    published = str(config.directory / Artifacts.of(config).published)
+    verification = [published, "--census", str(config.census.uri)]
+    _say(f"6. scvi-verify.py {' '.join(verification)}")
+    if verify.main(verification):
+        raise UserError("the demo stopped: what it published is not sound; the lines above say where")
+    _say("7. the picture")
     picture = config.directory.parent / "demo-umap.png"
     _draw(config, picture)
     _say(f"done in {time.monotonic() - started:.0f} s")
@@ -72,7 +78,7 @@ def artifact_table(config: Config, more: Sequence[Path] = ()) -> str:
     """Every artifact of a run: path, size, what it holds."""
     stages = Workspace(config.directory).manifest()["stages"]
     names = Artifacts.of(config)
-    prepared, trained, embedded = (stages[stage]["counts"] for stage in STAGES)
+    prepared, trained, embedded, _ = (stages[stage]["counts"] for stage in STAGES)
     shape = f"{prepared['cells']:,} cells x {prepared['genes']:,} genes"
     contents = {
         names.genes: f"{prepared['genes']:,} highly variable genes (feature_id)",
@@ -83,6 +89,8 @@ def artifact_table(config: Config, more: Sequence[Path] = ()) -> str:
         names.latent_joinids: "soma_joinid of each row of the latent",
         names.latent_hashes: "hash of each cell's counts: copies have equal ones",
         names.minified: "minified model: obs, latent means and variances",
+        names.qa: "the gates: value, bound, verdict",
+        names.published: "model, sealed sample of cells, provenance",
         "manifest.json": "how it was made: config, Census, versions, hashes, times",
     }
     rows = [(config.directory / name, text) for name, text in contents.items()]

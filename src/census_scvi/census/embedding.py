@@ -52,6 +52,36 @@ def published_uri(experiment_uri: str, name: str) -> str | None:
         return str(measurement[_OBSM][name].uri)
 
 
+def check_target(
+    experiment_uri: str, name: str, shape: tuple[int, int], publication: str, *, replace: bool
+) -> Path | None:
+    """The array that a publication would replace; None where the name is free, or holds that publication.
+
+    Raises
+    ------
+    UserError
+        The name is taken and `replace` is false, or it cannot be replaced: other dimensions, not on a local disk.
+    """
+    live = published_uri(experiment_uri, name)
+    if live is None or publication_of(live) == publication:
+        return None
+    if not replace:
+        raise UserError(
+            f"{experiment_uri} has an obsm[{name!r}] already; set publish.replace to true to replace it, or"
+            " publish.name to another name"
+        )
+    path = local_path(live)
+    if path is None:
+        raise UserError(f"{live} cannot be replaced, since it is not on a local disk; set publish.name to another")
+    with tiledbsoma.open(live) as array:
+        if array.shape != shape:
+            raise UserError(
+                f"obsm[{name!r}] is {array.shape[0]:,} x {array.shape[1]}, the new one {shape[0]:,} x {shape[1]}:"
+                " only one of the same shape can be replaced; set publish.name to another name"
+            )
+    return path
+
+
 class EmbeddingDraft:
     """An embedding on its way into an Experiment; nobody sees it before `publish`.
 
@@ -71,36 +101,19 @@ class EmbeddingDraft:
     Raises
     ------
     UserError
-        The name is taken and `replace` is false, or it cannot be replaced: other dimensions, not on a local disk.
+        As `check_target` says.
     """
 
     def __init__(self, experiment_uri: str, name: str, shape: tuple[int, int], publication: str, *, replace: bool):
         self._experiment_uri, self._name, self._publication = experiment_uri, name, publication
         live = published_uri(experiment_uri, name)
-        self.done = live is not None and _is_published(live, publication)
-        self._live = None if live is None or self.done else self._replaceable(live, shape, replace=replace)
+        self.done = live is not None and publication_of(live) == publication
         if self.done:
             return
+        self._live = check_target(experiment_uri, name, shape, publication, replace=replace)
         self.uri = f"{_obsm_uri(experiment_uri)}/{name}-{publication[:12]}"
         if not (tiledbsoma.SparseNDArray.exists(self.uri) or self._moving):
             self._create(shape)
-
-    def _replaceable(self, live: str, shape: tuple[int, int], *, replace: bool) -> Path:
-        if not replace:
-            raise UserError(
-                f"{self._experiment_uri} has an obsm[{self._name!r}] already; set publish.replace to true to replace"
-                " it, or publish.name to another name"
-            )
-        path = local_path(live)
-        if path is None:
-            raise UserError(f"{live} cannot be replaced, since it is not on a local disk; set publish.name to another")
-        with tiledbsoma.open(live) as array:
-            if array.shape != shape:
-                raise UserError(
-                    f"obsm[{self._name!r}] is {array.shape[0]:,} x {array.shape[1]}, the new one {shape[0]:,} x"
-                    f" {shape[1]}: only one of the same shape can be replaced; set publish.name to another name"
-                )
-        return path
 
     def _create(self, shape: tuple[int, int]) -> None:
         if self._live is None:
@@ -189,6 +202,17 @@ def stale_cells(uri: str, joinids: Joinids) -> Joinids:
     return np.concatenate(found) if found else np.empty(0, np.int64)
 
 
+def read_cells(uri: str, joinids: Joinids) -> Values:
+    """Embedding of some cells, float32 (cells, dimensions), in ascending order; UserError where one has none."""
+    with tiledbsoma.SparseNDArray.open(uri) as array:
+        table = array.read(coords=(joinids.tolist(),)).tables().concat()
+        found = list(_rows(uri, table, array.shape[1]))
+    embedded = found[0][0] if found else np.empty(0, np.int64)
+    if missing := sorted(set(joinids.tolist()) - set(embedded.tolist())):
+        raise UserError(f"{uri} has no embedding of {len(missing):,} cells, the first with soma_joinid {missing[0]}")
+    return found[0][1]
+
+
 def read_embedding(uri: str) -> Iterator[tuple[Joinids, Values]]:
     """Embedded cells in blocks, by soma_joinid: int64 (cells,) and float32 (cells, dimensions).
 
@@ -262,9 +286,10 @@ def _opened(experiment_uri: str) -> Iterator[Any]:
         yield experiment
 
 
-def _is_published(live: str, publication: str) -> bool:
-    with tiledbsoma.open(live) as array:
-        return bool(array.metadata.get(PUBLICATION) == publication)
+def publication_of(uri: str) -> str | None:
+    """The publication that an embedding names; None where this project has not published it."""
+    with tiledbsoma.open(uri) as array:
+        return array.metadata.get(PUBLICATION)
 
 
 def _write_info(uri: str, info: dict[str, Any], publication: str) -> None:

@@ -248,13 +248,17 @@ def architecture(expected: dict[str, Any], found: dict[str, Any]) -> Gate:
         Widths, number of parameters, gene list and other properties, by name.
     """
     differing = [name for name in expected | found if expected.get(name) != found.get(name)]
-    words = [f"{name} is {_short(found.get(name))}, the config says {_short(expected.get(name))}" for name in differing]
+    words = [f"{name} is {_short(found.get(name))}, expected {_short(expected.get(name))}" for name in differing]
     detail = "; ".join(words) or ", ".join(f"{name} {_short(value)}" for name, value in expected.items())
     return Gate("architecture", len(differing), "at most", 0, detail)
 
 
 def _short(value: Any) -> str:
-    return f"{len(value):,} items" if isinstance(value, Sequence) and not isinstance(value, str) else f"{value}"
+    many = isinstance(value, Sequence) and not isinstance(value, str) and len(value) > _SHOWN
+    return f"{len(value):,} items" if many else f"{value}"
+
+
+_SHOWN = 4
 
 
 def stopped_by(gates: Iterable[Gate], waived: dict[str, str]) -> list[Gate]:

@@ -23,6 +23,8 @@ class Artifacts:
     latent_joinids: str = "latent-idx.npy"
     latent_hashes: str = "latent-hash.npy"
     minified: str = "final_scvi_optimized"
+    qa: str = "qa.json"
+    published: str = "published"
 
     @classmethod
     def of(cls, config: Config) -> Artifacts:

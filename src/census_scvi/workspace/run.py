@@ -33,6 +33,7 @@ SCRIPTS = {
     "prepare": "scvi-prepare.py",
     "train": "scvi-train.py",
     "create-latent-update": "scvi-create-latent-update.py",
+    "publish": "scvi-publish.py",
 }
 
 

@@ -1,0 +1,92 @@
+"""The table `scvi_summary` beside the embeddings of an Experiment: one row a publication, never changed afterwards."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import tiledbsoma
+
+from census_scvi.errors import UserError
+
+SUMMARY = "scvi_summary"
+_MEASUREMENT = "RNA"
+_SCHEMA = pa.schema(
+    [
+        ("soma_joinid", pa.int64()),
+        ("publication", pa.large_string()),
+        ("embedding_name", pa.large_string()),
+        ("embedding_sha256", pa.large_string()),
+        ("n_cells", pa.int64()),
+        ("n_features", pa.int64()),
+        ("published_on", pa.large_string()),
+        ("published_by", pa.large_string()),
+        ("model_sha256", pa.large_string()),
+        ("model_uri", pa.large_string()),
+        ("census_uri", pa.large_string()),
+        ("census_version", pa.large_string()),
+        ("census_schema", pa.large_string()),
+        ("census_created_on", pa.large_string()),
+        ("census_cells", pa.int64()),
+        ("provenance", pa.large_string()),
+    ]
+)
+_MOST_ROWS = 2**31
+
+
+def read_summary(experiment_uri: str) -> pd.DataFrame:
+    """All publications in an Experiment, the oldest first; empty where there is none.
+
+    `provenance` holds the whole record as JSON.
+    """
+    with tiledbsoma.Experiment.open(experiment_uri) as experiment:
+        measurement = experiment.ms[_MEASUREMENT]
+        if SUMMARY not in measurement:
+            return pd.DataFrame({name: [] for name in _SCHEMA.names})
+        return measurement[SUMMARY].read().concat().to_pandas().sort_values("soma_joinid", ignore_index=True)
+
+
+def append_summary(experiment_uri: str, row: dict[str, Any], provenance: dict[str, Any]) -> None:
+    """Add a publication; one that is there already stays as it is.
+
+    Parameters
+    ----------
+    experiment_uri
+        The Experiment.
+    row
+        Values of the columns.
+    provenance
+        All that is known of it.
+    """
+    present = read_summary(experiment_uri)
+    if row["publication"] in set(present["publication"]):
+        return
+    values = {**row, "soma_joinid": len(present), "provenance": json.dumps(provenance, sort_keys=True)}
+    if values.keys() != set(_SCHEMA.names):
+        raise ValueError(f"a publication has {sorted(_SCHEMA.names)}, not {sorted(values)}")
+    with tiledbsoma.DataFrame.open(_table_uri(experiment_uri), "w") as table:
+        table.write(pa.table({field.name: pa.array([values[field.name]], field.type) for field in _SCHEMA}))
+
+
+def provenance_of(experiment_uri: str, publication: str) -> dict[str, Any]:
+    """The record of a publication; UserError where there is none."""
+    rows = read_summary(experiment_uri).set_index("publication")
+    if publication not in rows.index:
+        raise UserError(f"{experiment_uri}: {SUMMARY} has no publication {publication}")
+    return dict(json.loads(str(rows.loc[publication, "provenance"])))
+
+
+def _table_uri(experiment_uri: str) -> str:
+    with tiledbsoma.Experiment.open(experiment_uri) as experiment:
+        measurement = experiment.ms[_MEASUREMENT]
+        if SUMMARY in measurement:
+            return str(measurement[SUMMARY].uri)
+        uri = measurement.uri
+    with tiledbsoma.Measurement.open(uri, "w") as measurement:
+        table = measurement.add_new_dataframe(
+            SUMMARY, schema=_SCHEMA, index_column_names=["soma_joinid"], domain=[(0, _MOST_ROWS - 1)]
+        )
+        table.close()
+        return str(table.uri)

@@ -1,0 +1,210 @@
+"""The chain from a published embedding back to the counts, link by link."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+
+from census_scvi.census.cells import select_cells
+from census_scvi.census.embedding import EmbeddingHash, publication_of, published_uri, read_cells, read_embedding
+from census_scvi.census.genes import locate_genes
+from census_scvi.census.open import Census, open_census
+from census_scvi.census.summary import provenance_of
+from census_scvi.config import CensusSection
+from census_scvi.counts.row_hash import row_hashes
+from census_scvi.errors import UserError
+from census_scvi.model.encode import reference_latent
+from census_scvi.model.facts import built_facts
+from census_scvi.model.safe import load_safe
+from census_scvi.quality.gates import architecture, re_embedding
+from census_scvi.stages.published import COUNT_HASH, LATENT, SEALED, damaged_files, fetch, read_provenance
+from census_scvi.stages.sample import draw_rows, read_sample
+
+
+@dataclass(frozen=True)
+class Link:
+    """One link of the chain: whether it is sound, and what was found."""
+
+    name: str
+    sound: bool
+    finding: str
+
+
+def verify(published: str, census: str | None = None, *, n_cells: int = 500, seed: int | None = None) -> list[Link]:
+    """Look at every link.
+
+    Parameters
+    ----------
+    published
+        Folder or URL that was published with the embedding.
+    census
+        URI of the Census that holds the embedding; None looks at the folder alone.
+    n_cells
+        Cells to read anew.
+    seed
+        Which ones; None draws others each time.
+
+    Returns
+    -------
+    The links in their order; what hangs on a broken one may be missing.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = fetch(published, Path(scratch) / "published")
+        try:
+            record = read_provenance(folder)
+        except UserError as error:
+            return [Link("provenance", False, str(error))]
+        words = f"published {record['published_on']} by {record['published_by']}, publication {record['publication']}"
+        links = [Link("provenance", True, words)]
+        offline = _Folder(folder, record)
+        for look in (offline.files, offline.model, offline.sealed_counts, offline.sealed_embedding, offline.gates):
+            links.append(_looked_at(look))
+        if census is None:
+            return links
+        with open_census(CensusSection(uri=census, organism=record["census"]["organism"])) as opened:
+            online = _InCensus(offline, opened, n_cells, seed)
+            links.append(_looked_at(online.census))
+            if links[-1].sound:  # soma_joinids of another Census mean other cells
+                looks = (online.publication, online.embedding, online.sealed_cells, online.fresh_sample)
+                links += [_looked_at(look) for look in looks]
+        return links
+
+
+def _looked_at(look: Callable[[], tuple[bool, str]]) -> Link:
+    """A link; one that cannot be looked at is broken."""
+    try:
+        return Link(look.__name__, *look())
+    except UserError as error:
+        return Link(look.__name__, False, str(error))
+
+
+class _Folder:
+    """What the published folder alone shows: each method is a link, sound or not, and the finding."""
+
+    def __init__(self, folder: Path, record: dict[str, Any]) -> None:
+        self._folder, self.record = folder, record
+
+    def files(self) -> tuple[bool, str]:
+        """The files are those that were written."""
+        wrong = damaged_files(self._folder, self.record)
+        return not wrong, "; ".join(wrong) or f"{len(self.record['files'])} files as they were written"
+
+    def model(self) -> tuple[bool, str]:
+        """The model is built as its provenance says."""
+        model, description = load_safe(self._folder)
+        stated = {name: value for name, value in self.record["model"].items() if name not in ("sha256", "uri")}
+        gate = architecture(stated, built_facts(model, description.genes))
+        return gate.passed, gate.detail
+
+    def sealed_counts(self) -> tuple[bool, str]:
+        """The counts of the sealed cells are those that were sealed."""
+        cells = self.sealed()
+        wrong = int((row_hashes(cells.X) != cells.obs[COUNT_HASH].to_numpy()).sum())
+        return not wrong, f"{wrong:,} of {cells.n_obs:,} sealed cells have other counts than when they were sealed"
+
+    def sealed_embedding(self) -> tuple[bool, str]:
+        """scvi-tools embeds the sealed cells as they are published."""
+        cells = self.sealed()
+        return self.re_embedded(cells, cells.obsm[LATENT])
+
+    def gates(self) -> tuple[bool, str]:
+        """The gates were passed, or waived with a reason."""
+        found = self.record["gates"]["gates"]
+        wrong = [gate["name"] for gate in found if gate["stops"] and not gate["passed"] and "waived" not in gate]
+        waived = [f"{gate['name']} ({gate['waived']})" for gate in found if "waived" in gate]
+        words = f"{len(found)} gates" + (f", waived: {', '.join(waived)}" if waived else "")
+        return not wrong, f"not passed: {', '.join(wrong)}" if wrong else words
+
+    def sealed(self) -> ad.AnnData:
+        """The sealed sample."""
+        try:
+            return ad.read_h5ad(self._folder / SEALED)
+        except (OSError, KeyError, ValueError) as error:
+            raise UserError(f"{SEALED} cannot be read ({str(error).splitlines()[0]})") from None
+
+    def re_embedded(self, cells: ad.AnnData, published: Any) -> tuple[bool, str]:
+        """Whether scvi-tools and the published model give cells (obs: soma_joinid, batch) what is published."""
+        model, description = load_safe(self._folder)
+        if description.arguments["encode_covariates"]:  # scvi-tools has random weights for other batches
+            trained = cells.obs["batch"].isin(description.batches).to_numpy()
+            cells, published = cells[trained], published[trained]
+        batches = cells.obs["batch"].to_numpy(dtype=object)
+        mean, _ = reference_latent(model, description.genes, cells.X, batches)
+        bound = float(self.record["config"]["gates"]["max_difference"])
+        gate = re_embedding(cells.obs["soma_joinid"].to_numpy(), np.asarray(published), mean, bound)
+        words = f"{len(mean):,} cells, largest difference to scvi-tools' own {gate.value:.1e}"
+        return gate.passed, words if gate.passed else gate.detail
+
+
+class _InCensus:
+    """What the Census shows."""
+
+    def __init__(self, folder: _Folder, census: Census, n_cells: int, seed: int | None) -> None:
+        self._folder, self._census, self._record = folder, census, folder.record
+        self._n_cells = n_cells
+        self._seed = int(np.random.default_rng().integers(2**31)) if seed is None else seed
+        self._name = str(self._record["embedding"]["name"])
+
+    def census(self) -> tuple[bool, str]:
+        """The Census is the one that was embedded."""
+        stated, found = self._record["census"], self._census.identity
+        names = ("schema", "created_on", "organism", "cells")
+        differing = [f"{name} is {found[name]}, not {stated[name]}" for name in names if stated[name] != found[name]]
+        return not differing, "; ".join(differing) or f"{found['cells']:,} cells, created on {found['created_on']}"
+
+    def publication(self) -> tuple[bool, str]:
+        """The Experiment names this publication, with this provenance."""
+        publication = self._record["publication"]
+        live = publication_of(self._embedding_uri())
+        if live != publication:
+            return False, f"the Census holds publication {live}, this folder is of {publication}"
+        stated = provenance_of(self._experiment_uri(), publication)
+        stated.pop("seal", None)
+        same = json.dumps(stated, sort_keys=True) == json.dumps(self._record, sort_keys=True)
+        return same, "as in scvi_summary" if same else "scvi_summary has another provenance of this publication"
+
+    def embedding(self) -> tuple[bool, str]:
+        """Every value is the one that was published."""
+        digest, n_cells = EmbeddingHash(), 0
+        for joinids, values in read_embedding(self._embedding_uri()):
+            digest.update(joinids, values)
+            n_cells += len(joinids)
+        same = digest.hexdigest() == self._record["embedding"]["sha256"]
+        return same, f"{n_cells:,} cells" + ("" if same else ", and their hash is not that of the published ones")
+
+    def sealed_cells(self) -> tuple[bool, str]:
+        """The sealed cells have in the Census the embedding that they were sealed with."""
+        cells = self._folder.sealed()
+        published = read_cells(self._embedding_uri(), cells.obs["soma_joinid"].to_numpy())
+        wrong = int((published != np.asarray(cells.obsm[LATENT])).any(axis=1).sum())
+        return not wrong, f"{wrong:,} of {cells.n_obs:,} sealed cells have another embedding in the Census"
+
+    def fresh_sample(self) -> tuple[bool, str]:
+        """Cells read anew from the Census are embedded as published."""
+        config, genes = self._record["config"], self._record["model"]["genes"]
+        cells = select_cells(self._census, config["census"]["obs_query"], config["anndata"]["batch_key"])
+        rows = draw_rows(len(cells), self._n_cells, self._seed)
+        sample = read_sample(self._census, cells, rows, genes, locate_genes(self._census, genes, 0.0))
+        obs = sample.obs[["soma_joinid", "batch"]].set_axis(sample.joinids.astype(str))
+        published = read_cells(self._embedding_uri(), sample.joinids)
+        sound, words = self._folder.re_embedded(ad.AnnData(sample.counts, obs=obs), published)
+        return sound, f"{words} (--seed {self._seed})"
+
+    def _experiment_uri(self) -> str:
+        """Of this Census, or, where it has no such embedding, the one that was published to."""
+        here = str(self._census.experiment.uri)
+        return here if published_uri(here, self._name) else str(self._record["embedding"]["experiment_uri"])
+
+    def _embedding_uri(self) -> str:
+        experiment = self._experiment_uri()
+        uri = published_uri(experiment, self._name)
+        if uri is None:
+            raise UserError(f"{experiment} has no obsm[{self._name!r}]")
+        return uri

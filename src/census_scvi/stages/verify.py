@@ -1,0 +1,48 @@
+"""Command: walk the chain from a published embedding back to the counts, and say which link broke."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from census_scvi.cli import guarded
+from census_scvi.errors import UserError
+
+_EPILOG = """\
+links, offline:   provenance, files, model, sealed_counts, sealed_embedding, gates
+with --census:    census, publication, embedding, sealed_cells, fresh_sample
+
+exit codes: 0 sound, 2 a link broke or cannot be looked at (it is named), 1 a defect of ours (traceback)"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    arguments = _parser().parse_args(argv)
+    return guarded(lambda: _run(arguments))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="scvi-verify.py",
+        description="Prove that a published embedding is the one that its model gives of its cells.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("published", metavar="PUBLISHED", help="folder or URL that was published with the embedding")
+    parser.add_argument("--census", metavar="URI", help="the Census it is of: cells are read anew from there")
+    parser.add_argument("--sample", type=int, default=500, help="cells to read anew (default %(default)s)")
+    parser.add_argument("--seed", type=int, help="of that sample; without it, another sample each time")
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    # Imported only now: torch, scvi-tools and TileDB take seconds, and --help is answered at once.
+    from census_scvi.stages.chain import verify
+
+    links = verify(arguments.published, arguments.census, n_cells=arguments.sample, seed=arguments.seed)
+    width = max(len(link.name) for link in links)
+    for link in links:
+        print(f"{link.name:<{width}}  {'sound ' if link.sound else 'BROKEN'}  {link.finding}")
+    if broken := [link.name for link in links if not link.sound]:
+        raise UserError(f"{arguments.published} is not sound: {', '.join(broken)} broke; do not use the embedding")
+    print(f"{arguments.published} is sound" + ("" if arguments.census else "; --census URI looks at the Census, too"))

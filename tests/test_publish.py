@@ -1,0 +1,424 @@
+"""Publishing: the gates stop what is wrong and name it; what is published is read by the Census API and verified."""
+
+import json
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import cellxgene_census
+import numpy as np
+import pytest
+import torch
+from cellxgene_census.experimental import get_embedding_metadata
+from pipeline import Run
+from safetensors.torch import load_file, save_file
+from test_faults import KILL
+
+from census_scvi.census.embedding import published_uri
+from census_scvi.census.summary import read_summary
+from census_scvi.config import load_config
+from census_scvi.errors import UserError
+from census_scvi.model.encode import Encoder
+from census_scvi.model.safe import load_safe
+from census_scvi.stages import verify as command
+from census_scvi.stages.chain import Link, verify
+from census_scvi.workspace.identity import identities
+
+ORGANISM = "homo_sapiens"
+Latent = np.ndarray
+
+
+@pytest.fixture
+def run(finished_run: Run, demo_census: str, tmp_path: Path) -> Run:
+    """A copy of a finished run on a copy of its Census, to publish into."""
+    shutil.copytree(demo_census, tmp_path / "census")
+    return copy_of(finished_run, tmp_path)
+
+
+def copy_of(finished: Run, folder: Path, **sections: dict[str, Any]) -> Run:
+    """Another run directory with the same artifacts; records name the Census that they were made from."""
+    run = Run(folder, str(folder / "census"), gates={"sample_size": 300}, **sections)
+    shutil.copytree(finished.directory, run.directory)
+    return run
+
+
+def experiment_of(run: Run) -> str:
+    return f"{load_config(run.config).census.uri}/census_data/{ORGANISM}"
+
+
+def census_of(run: Run) -> str:
+    return str(load_config(run.config).census.uri)
+
+
+def plant(run: Run, **arrays: np.ndarray) -> None:
+    """Let the run have embedded other than it did: artifacts are replaced, and recorded as if written so."""
+    manifest = run.manifest()
+    for name, values in arrays.items():
+        file = f"{name.replace('_', '-')}.npy"
+        np.save(run.path(file), values)
+        manifest["stages"]["create-latent-update"]["outputs"] |= identities(run.directory, [file])
+    run.path("manifest.json").write_text(json.dumps(manifest))
+
+
+def latent_of(run: Run) -> np.ndarray:
+    return np.load(run.path("latent.npy"))
+
+
+def embed(run: Run, change: Callable[[Any], Any]) -> np.ndarray:
+    """The embedding of all cells by the run's model, of counts that were changed before."""
+    model, description = load_safe(run.path("scvi.model"))
+    with cellxgene_census.open_soma(uri=census_of(run)) as census:
+        genes = f"feature_id in {description.genes}"
+        cells = cellxgene_census.get_anndata(census, ORGANISM, var_value_filter=genes)
+    cells.var_names = cells.var["feature_id"].astype(str)
+    counts = change(cells[:, description.genes].X.tocsr().astype(np.float32))
+    counts.sort_indices()
+    return Encoder(model)(counts, np.zeros(counts.shape[0], int)).mean
+
+
+def failed_gates(run: Run) -> set[str]:
+    gates = json.loads(run.path("qa.json").read_text())["gates"]
+    return {gate["name"] for gate in gates if not gate["passed"] and gate["stops"]}
+
+
+def broken(links: list[Link]) -> set[str]:
+    return {link.name for link in links if not link.sound}
+
+
+# --- what is sound
+
+
+def test_what_is_published_is_the_embedding_and_the_census_api_reads_it(run: Run) -> None:
+    assert run("publish") == 0
+    assert not failed_gates(run)
+    latent, joinids = latent_of(run), np.load(run.path("latent-idx.npy"))
+    with cellxgene_census.open_soma(uri=census_of(run)) as census:
+        cells = cellxgene_census.get_anndata(census, ORGANISM, var_coords=[0], obsm_layers=["scvi"])
+    assert cells.obs["soma_joinid"].tolist() == joinids.tolist()
+    assert np.array_equal(cells.obsm["scvi"], latent)
+    summary = read_summary(experiment_of(run))
+    assert len(summary) == 1
+    row, record = summary.iloc[0], json.loads(summary["provenance"][0])
+    assert (row["n_cells"], row["n_features"], row["embedding_name"]) == (*latent.shape, "scvi")
+    assert row["census_cells"] == len(joinids)
+    info = get_embedding_metadata(published_uri(experiment_of(run), "scvi"))
+    assert info["id"] == row["publication"] == record["publication"]
+    assert (info["n_embeddings"], info["n_features"], info["experiment_name"]) == (*latent.shape, ORGANISM)
+    wanted = {
+        "census", "cells_sha256", "genes_sha256", "model", "config", "stages", "gates", "code", "packages", "seed",
+        "hardware", "published_by", "published_on",
+    }  # fmt: skip
+    assert wanted <= record.keys()
+    assert record["stages"]["train"]["counts"]["epochs"] == 3
+    assert record["model"]["genes"] == load_safe(run.path("scvi.model"))[1].genes
+
+
+def test_all_links_are_sound(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("publish") == 0
+    folder = str(run.path("published"))
+    assert broken(verify(folder)) == set()
+    links = verify(folder, census_of(run), n_cells=200, seed=3)
+    assert broken(links) == set()
+    assert [link.name for link in links] == [
+        "provenance", "files", "model", "sealed_counts", "sealed_embedding", "gates", "census", "publication",
+        "embedding", "sealed_cells", "fresh_sample",
+    ]  # fmt: skip
+    assert command.main([folder, "--census", census_of(run), "--sample", "50"]) == 0
+    out = capsys.readouterr().out
+    assert f"{folder} is sound" in out
+    assert "BROKEN" not in out
+
+
+def test_the_sealed_sample_is_random_cells_with_their_counts(run: Run) -> None:
+    assert run("publish") == 0
+    sealed = ad.read_h5ad(run.path("published") / "sealed_sample.h5ad")
+    joinids = sealed.obs["soma_joinid"].to_numpy()
+    assert len(joinids) == 300
+    assert np.array_equal(sealed.obsm["X_scvi"], latent_of(run)[joinids])
+    assert np.array_equal(sealed.obs["count_hash"], np.load(run.path("latent-hash.npy"))[joinids])
+
+
+def test_publishing_again_skips_and_another_model_needs_replace(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("publish") == 0
+    first = run.record("publish")["publication"]
+    assert run("publish") == 0
+    assert "publish is done for these settings" in capsys.readouterr().err
+    assert run("publish", "--force") == 2
+    assert "has an obsm['scvi'] already; set publish.replace to true" in capsys.readouterr().err
+    shutil.copytree(run.path("published"), tmp_path / "first")
+    assert run("publish", "publish.replace=true", "--force") == 0
+    assert len(read_summary(experiment_of(run))) == 2
+    assert broken(verify(str(run.path("published")), census_of(run))) == set()
+    links = {link.name: link for link in verify(str(tmp_path / "first"), census_of(run))}
+    assert not links["publication"].sound
+    assert f"this folder is of {first}" in links["publication"].finding
+
+
+def test_another_name_lies_beside_the_first(run: Run) -> None:
+    assert run("publish") == 0
+    assert run("publish", "publish.name=scvi-2", "--force") == 0
+    for name in ("scvi", "scvi-2"):
+        assert published_uri(experiment_of(run), name)
+
+
+def test_the_model_goes_where_the_config_says(run: Run, tmp_path: Path) -> None:
+    assert run("publish", f"publish.model_uri={tmp_path}/models/v1") == 0
+    assert broken(verify(f"{tmp_path}/models/v1", census_of(run))) == set()
+    assert run("publish", "publish.model_uri=memory://models/v1", "publish.name=other", "--force") == 0
+    assert broken(verify("memory://models/v1")) == set()
+    with pytest.raises(UserError, match="is no published folder"):
+        verify("memory://models/none")
+
+
+def test_a_folder_that_is_not_empty_is_not_overwritten(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    assert run("publish", f"publish.model_uri={tmp_path}/mine") == 2
+    assert "is not empty; set publish.replace" in capsys.readouterr().err
+    assert published_uri(experiment_of(run), "scvi") is None
+    assert (tmp_path / "mine" / "thesis.tex").exists()
+
+
+# --- what is not: caught by a gate
+
+
+def swapped_copies(run: Run) -> np.ndarray:
+    """The embedding with a cell that has a copy, and another one, in each other's place."""
+    latent, hashes = latent_of(run), np.load(run.path("latent-hash.npy"))
+    _, first, times = np.unique(hashes, return_index=True, return_counts=True)
+    one = int(first[times > 1][0])
+    other = int(np.abs(latent - latent[one]).sum(axis=1).argmax())
+    latent[[one, other]] = latent[[other, one]]
+    return latent
+
+
+def other_model(run: Run) -> np.ndarray:
+    model, _ = load_safe(run.path("scvi.model"))
+    weight = model.module.z_encoder.mean_encoder.weight
+    with torch.no_grad():
+        weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)) * weight.std())
+    return latent_of(run) + 0.1 * weight.detach().numpy().sum(axis=1)
+
+
+def without_genes(counts: Any) -> Any:
+    counts = counts.tolil()
+    counts[:, ::2] = 0
+    return counts.tocsr()
+
+
+def constant(run: Run) -> np.ndarray:
+    latent = latent_of(run)
+    latent[:, 2] = 0.25
+    return latent
+
+
+def repeated(run: Run) -> np.ndarray:
+    latent = latent_of(run)
+    latent[:, 3] = latent[:, 0]
+    return latent
+
+
+def not_a_number(run: Run) -> np.ndarray:
+    latent = latent_of(run)
+    latent[321, 1] = np.nan
+    return latent
+
+
+DEFECTS: dict[str, tuple[Callable[[Run], np.ndarray], str]] = {
+    "shuffled genes": (lambda run: embed(run, lambda counts: counts[:, ::-1].tocsr()), "re_embedding"),
+    "genes zero-padded": (lambda run: embed(run, without_genes), "re_embedding"),
+    "collapsed dimension": (constant, "variance"),
+    "repeated dimension": (repeated, "duplicate_dimensions"),
+    "embedding of another model": (other_model, "re_embedding"),
+    "not a number in one cell": (not_a_number, "finite"),
+    "two cells swapped": (swapped_copies, "order"),
+}
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_a_planted_defect_is_caught_and_named(defect: str, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    make, gate = DEFECTS[defect]
+    plant(run, latent=make(run))
+    assert run("publish") == 2
+    assert gate in failed_gates(run)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "stop publishing" in error
+    assert f"{gate}: " in error
+    assert published_uri(experiment_of(run), "scvi") is None
+    assert not len(read_summary(experiment_of(run)))
+
+
+def test_a_dataset_that_is_not_embedded_is_caught(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    with cellxgene_census.open_soma(uri=census_of(run)) as census:
+        obs = cellxgene_census.get_obs(census, ORGANISM, column_names=["dataset_id"])
+    kept = (obs["dataset_id"] != obs["dataset_id"].iloc[-1]).to_numpy()
+    arrays = {
+        name: np.load(run.path(f"{name.replace('_', '-')}.npy")) for name in ("latent", "latent_idx", "latent_hash")
+    }
+    plant(run, **{name: values[kept] for name, values in arrays.items()})
+    assert run("publish") == 2
+    assert f"cells: {(~kept).sum():,} missing" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_model_of_other_widths_is_caught(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("publish", "model.n_hidden=32") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "architecture: n_hidden is [16], expected [32]; parameters is" in error
+
+
+def test_a_gate_is_waived_with_a_reason_that_is_published(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    reason = "the second dimension is the first one's twin, and nobody minds"
+    plant(run, latent=repeated(run))
+    waived = ["gates.waived.duplicate_dimensions=" + reason, "gates.waived.re_embedding=planted"]
+    assert run("publish", *waived, "gates.waived.order=planted") == 0
+    gates = {
+        gate["name"]: gate for gate in json.loads(run.path("published/provenance.json").read_text())["gates"]["gates"]
+    }
+    assert gates["duplicate_dimensions"]["waived"] == reason
+    links = {link.name: link for link in verify(str(run.path("published")))}
+    assert reason in links["gates"].finding
+    assert not links["sealed_embedding"].sound  # a waived gate publishes, and hides nothing
+
+
+def test_an_unknown_gate_is_not_waived(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("publish", "gates.waived.ordr=typo") == 2
+    assert "ordr" in capsys.readouterr().err
+
+
+# --- what is not: caught by verify
+
+
+def flip_bit(path: Path, place: float = 0.5) -> None:
+    data = bytearray(path.read_bytes())
+    data[int(len(data) * place)] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("file", "links"),
+    [
+        ("weights.safetensors", {"files"}),
+        ("sealed_sample.h5ad", {"files"}),
+        ("provenance.json", {"provenance"}),
+    ],
+)
+def test_one_bit_of_the_folder_is_caught(file: str, links: set[str], run: Run) -> None:
+    assert run("publish") == 0
+    flip_bit(run.path("published") / file, 0.7)
+    assert links <= broken(verify(str(run.path("published"))))
+
+
+def test_another_model_in_the_folder_is_caught(run: Run) -> None:
+    assert run("publish") == 0
+    path = run.path("published") / "weights.safetensors"
+    weights = load_file(path)
+    weights["z_encoder.mean_encoder.bias"][1] += 0.01
+    save_file(weights, path)
+    assert broken(verify(str(run.path("published")))) == {"files", "sealed_embedding"}
+
+
+def test_one_bit_of_the_embedding_is_caught(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("publish") == 0
+    uri = Path(str(published_uri(experiment_of(run), "scvi")).removeprefix("file://"))
+    (values,) = uri.glob("__fragments/*/a0.tdb")
+    flip_bit(values)
+    assert command.main([str(run.path("published")), "--census", census_of(run)]) == 2
+    captured = capsys.readouterr()
+    assert "embedding         BROKEN" in captured.out
+    assert "is not sound: embedding" in captured.err
+
+
+def test_two_rows_that_change_places_in_the_census_are_caught(run: Run) -> None:
+    import pyarrow as pa
+    import tiledbsoma
+
+    assert run("publish") == 0
+    latent = latent_of(run)
+    uri = str(published_uri(experiment_of(run), "scvi"))
+    rows, columns = np.repeat([7, 900], latent.shape[1]), np.tile(np.arange(latent.shape[1]), 2)
+    with tiledbsoma.open(uri, "w") as array:
+        array.write(pa.table({"soma_dim_0": rows, "soma_dim_1": columns, "soma_data": latent[[900, 7]].ravel()}))
+    links = {link.name: link for link in verify(str(run.path("published")), census_of(run), n_cells=2000)}
+    assert not links["embedding"].sound
+    assert "2 of 1,500 cells read anew differ" in links["fresh_sample"].finding
+
+
+def test_another_census_is_caught(run: Run, demo_census: str, tmp_path: Path) -> None:
+    from census_scvi.census.demo.cells import write_demo_census
+
+    assert run("publish") == 0
+    write_demo_census(str(tmp_path / "other"), seed=5, scale=0.1, n_genes=200)
+    links = verify(str(run.path("published")), str(tmp_path / "other"))
+    assert links[-1].name == "census"
+    assert not links[-1].sound
+
+
+def test_a_record_that_names_files_outside_its_folder_is_refused(run: Run) -> None:
+    assert run("publish") == 0
+    path = run.path("published") / "provenance.json"
+    record = json.loads(path.read_text())
+    record["files"]["../../../etc/passwd"] = record["files"].pop("model.json")
+    path.write_text(json.dumps(record))
+    (link,) = verify(str(run.path("published")))
+    assert "which lies outside its folder" in link.finding
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", "{}", '{"format": 2, "seal": "", "files": {}}'])
+def test_a_record_that_is_none_is_said(damage: str, tmp_path: Path) -> None:
+    (tmp_path / "provenance.json").write_text(damage)
+    (link,) = verify(str(tmp_path))
+    assert not link.sound
+
+
+# --- targets
+
+
+def test_an_experiment_of_another_census_is_refused(
+    run: Run, demo_census: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from census_scvi.census.demo.cells import write_demo_census
+
+    write_demo_census(str(tmp_path / "other"), seed=5, scale=0.1, n_genes=200)
+    target = f"publish.experiment_uri={tmp_path}/other/census_data/{ORGANISM}"
+    assert run("publish", target) == 2
+    assert "soma_joinids hold within one Census only" in capsys.readouterr().err
+    assert run("publish", "publish.experiment_uri=/nowhere") == 2
+    assert "/nowhere is no SOMA Experiment" in capsys.readouterr().err
+
+
+def test_publish_before_the_embedding(demo_census: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert Run(tmp_path, demo_census)("publish") == 2
+    assert "run scvi-prepare.py first" in capsys.readouterr().err
+
+
+def test_dry_run_of_publish(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(run.directory.rglob("*"))
+    assert run("publish", "--dry-run") == 0
+    assert f"obsm['scvi'] and scvi_summary in file://{experiment_of(run)}" in capsys.readouterr().out
+    assert sorted(run.directory.rglob("*")) == before
+    assert published_uri(experiment_of(run), "scvi") is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("module", "name", "nth"),
+    [
+        ("census_scvi.stages.publish", "write_published", 1),
+        ("census_scvi.stages.publish", "append_summary", 1),
+        ("census_scvi.stages.publish", "EmbeddingDraft.publish", 1),
+        ("census_scvi.workspace.run", "Workspace.finish_commit", 1),
+    ],
+)
+def test_kill_9_and_a_rerun_publish_once(module: str, name: str, nth: int, run: Run) -> None:
+    killed = run.subprocess("publish", before=KILL.format(module=module, name=name, nth=nth))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert run("publish") == 0
+    assert len(read_summary(experiment_of(run))) == 1
+    assert broken(verify(str(run.path("published")), census_of(run))) == set()
