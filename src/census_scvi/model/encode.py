@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,7 +148,8 @@ def reference_latent(
     """
     obs = pd.DataFrame({"batch": np.asarray(batches, dtype=object)}, index=[str(i) for i in range(counts.shape[0])])
     query = ad.AnnData(counts.copy(), obs=obs, var=pd.DataFrame(index=pd.Index(genes, name="feature_id")))
-    with quiet("scvi"):
+    with quiet("scvi"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*has fewer than 3 cells")  # nothing is trained on them
         mapped = scvi.model.SCVI.load_query_data(query, model, accelerator=accelerator)
         mapped.is_trained = True
         mean, variance = mapped.get_latent_representation(return_dist=True)

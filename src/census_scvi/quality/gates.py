@@ -143,14 +143,21 @@ _ACTIVE_BELOW = 0.9
 
 
 def duplicate_dimensions(moments: LatentMoments, bound: float) -> Gate:
-    """No dimension repeats another: the largest absolute correlation of two."""
+    """No dimension repeats another: the largest absolute correlation of two that say something of a cell."""
     covariance = moments.covariance
-    scale = np.sqrt(np.clip(covariance.diagonal(), np.finfo(float).tiny, None))
-    correlation = np.abs(covariance / np.outer(scale, scale))
+    used = np.flatnonzero(covariance.diagonal() > _USED_ABOVE)
+    if len(used) < 2:
+        return Gate("duplicate_dimensions", 0.0, "at most", bound, f"{len(used)} dimensions vary")
+    scale = np.sqrt(covariance.diagonal()[used])
+    correlation = np.abs(covariance[np.ix_(used, used)] / np.outer(scale, scale))
     np.fill_diagonal(correlation, 0.0)
     one, other = np.unravel_index(correlation.argmax(), correlation.shape)
-    detail = f"largest between dimensions {min(one, other)} and {max(one, other)}" if one != other else "one dimension"
+    detail = f"largest between dimensions {used[min(one, other)]} and {used[max(one, other)]}, of {len(used)} that vary"
     return Gate("duplicate_dimensions", float(correlation[one, other]), "at most", bound, detail)
+
+
+# Variance of the means from which a dimension counts as used (Burda et al. 2016); others follow these by accident.
+_USED_ABOVE = 0.01
 
 
 def effective_rank(moments: LatentMoments, bound: float) -> Gate:

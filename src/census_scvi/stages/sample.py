@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import anndata as ad
@@ -71,12 +72,14 @@ def read_sample(
         int64 (genes,): their soma_joinids, -1 for one that the Census lacks: its counts are 0.
     """
     joinids = cells.joinids[rows]
-    found = cellxgene_census.get_anndata(
-        census.root,
-        census.identity["organism"],
-        obs_coords=joinids.tolist(),
-        var_coords=np.sort(gene_joinids[gene_joinids >= 0]).tolist(),
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Transforming to str index")
+        found = cellxgene_census.get_anndata(
+            census.root,
+            census.identity["organism"],
+            obs_coords=joinids.tolist(),
+            var_coords=np.sort(gene_joinids[gene_joinids >= 0]).tolist(),
+        )
     order = pd.Index(found.obs["soma_joinid"]).get_indexer(joinids)
     found = found[order]
     labels = np.array(cells.batches, dtype=object)[cells.batch_codes[rows]]
