@@ -36,6 +36,7 @@ CASES = {
             "loader_scvi_in_memory",
             "loader_scdataset",
             "loader_tiledbsoma_ml",
+            "loader_scvi_tiledb",
             "loader_annbatch",
         ],
     ),

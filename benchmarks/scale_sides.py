@@ -238,6 +238,36 @@ def loader_tiledbsoma_ml(folder: Folder) -> Any:
     return _consume(minibatch[0] for minibatch in iter(experiment_dataloader(dataset)))
 
 
+def loader_scvi_tiledb(folder: Folder) -> Any:
+    """scvi-tools' TileDBDataModule on the Census."""
+    import cellxgene_census
+    import scvi
+    import tiledbsoma
+
+    from census_scvi.census.genes import read_genes
+
+    CLOCK.start()
+    genes = read_genes(Path(folder.prepared) / "hv_genes.pkl")
+    root = cellxgene_census.open_soma(uri=folder.census)
+    experiment = root["census_data"][ORGANISM]
+    var = experiment.ms["RNA"].var.read().concat().to_pandas()
+    joinids = var.loc[var["feature_id"].isin(genes), "soma_joinid"].tolist()
+    cells = tiledbsoma.AxisQuery(value_filter="is_primary_data == True and nnz >= 300")
+    query = experiment.axis_query("RNA", obs_query=cells, var_query=tiledbsoma.AxisQuery(coords=(joinids,)))
+    module = scvi.dataloaders.TileDBDataModule(
+        query,
+        layer_name="raw",
+        batch_column_names=BATCH_KEY,
+        batch_size=MINIBATCH,
+        train_size=1.0,
+        shuffle=True,
+        seed=42,
+        dataloader_kwargs={"num_workers": 0},
+    )
+    module.setup("fit")
+    return _consume(module.on_before_batch_transfer(minibatch, None) for minibatch in iter(module.train_dataloader()))
+
+
 def loader_annbatch(folder: Folder) -> Any:
     """From its own store, made of the prepared file beforehand; settings of its README, dense on the CPU."""
     import zarr

@@ -1,6 +1,7 @@
 """Publishing: the gates stop what is wrong and name it; what is published is read by the Census API and verified."""
 
 import json
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -9,19 +10,25 @@ from typing import Any
 
 import anndata as ad
 import cellxgene_census
+import fsspec
+import matplotlib.image
 import numpy as np
 import pytest
+import scvi
 import torch
+import yaml
 from cellxgene_census.experimental import get_embedding_metadata
 from pipeline import Run
 from safetensors.torch import load_file, save_file
+from scvi.hub import HubModel
 from test_faults import KILL
 
+import census_scvi
 from census_scvi.census.embedding import published_uri
 from census_scvi.census.summary import read_summary
 from census_scvi.config import load_config
 from census_scvi.errors import UserError
-from census_scvi.model.encode import Encoder
+from census_scvi.model.encode import Encoder, batch_labels, reference_latent
 from census_scvi.model.safe import load_safe
 from census_scvi.stages import verify as command
 from census_scvi.stages.chain import Link, verify
@@ -370,6 +377,11 @@ def test_a_record_that_names_files_outside_its_folder_is_refused(run: Run) -> No
     assert "which lies outside its folder" in link.finding
 
 
+def test_a_folder_that_was_not_published_is_said(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main([str(run.directory)]) == 2
+    assert "holds no provenance.json; name the folder `published`" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("damage", ["{", "[]", "{}", '{"format": 2, "seal": "", "files": {}}'])
 def test_a_record_that_is_none_is_said(damage: str, tmp_path: Path) -> None:
     (tmp_path / "provenance.json").write_text(damage)
@@ -422,3 +434,74 @@ def test_kill_9_and_a_rerun_publish_once(module: str, name: str, nth: int, run: 
     assert run("publish") == 0
     assert len(read_summary(experiment_of(run))) == 1
     assert broken(verify(str(run.path("published")), census_of(run))) == set()
+
+
+# --- the model
+
+
+def test_the_hub_folder_loads_offline_with_trained_batches_only(run: Run) -> None:
+    assert run("publish") == 0
+    folder = str(run.path("published"))
+    model, description = load_safe(run.path("scvi.model"))
+    hub = HubModel(folder)
+    loaded = hub.model
+    sealed = ad.read_h5ad(run.path("published") / "sealed_sample.h5ad")
+    trained = sealed.obs["batch"].isin(description.batches).to_numpy()
+    assert 0 < trained.sum() < len(trained)
+    assert batch_labels(loaded) == description.batches
+    assert loaded.adata.obs_names.tolist() == sealed.obs_names[trained].tolist()
+    np.testing.assert_allclose(loaded.get_latent_representation(), sealed.obsm["X_scvi"][trained], atol=1e-5)
+    plain = scvi.model.SCVI.load(folder)
+    assert all(torch.equal(value, model.module.state_dict()[name]) for name, value in plain.module.state_dict().items())
+    assert plain.get_normalized_expression(indices=[0], transform_batch=description.batches[0]).shape[0] == 1
+
+
+def test_load_model_gives_the_published_latents(run: Run, tmp_path: Path) -> None:
+    assert run("publish", "publish.model_uri=memory://hub/one") == 0
+    sealed = ad.read_h5ad(run.path("published") / "sealed_sample.h5ad")
+    for uri in (str(run.path("published")), "memory://hub/one", str(run.path("scvi.model"))):
+        model = census_scvi.load_model(uri, cache=tmp_path / "cache")
+        mean, _ = reference_latent(model, list(sealed.var_names), sealed.X, sealed.obs["batch"])
+        np.testing.assert_allclose(mean, sealed.obsm["X_scvi"], atol=1e-5)
+
+
+def test_a_fetched_model_is_kept_and_a_damaged_copy_fetched_again(run: Run, tmp_path: Path) -> None:
+    assert run("publish", "publish.model_uri=memory://hub/two") == 0
+    census_scvi.load_model("memory://hub/two", cache=tmp_path)
+    (weights,) = tmp_path.glob("*/weights.safetensors")
+    written = weights.stat().st_mtime_ns
+    census_scvi.load_model("memory://hub/two", cache=tmp_path)
+    assert weights.stat().st_mtime_ns == written
+    flip_bit(weights)
+    census_scvi.load_model("memory://hub/two", cache=tmp_path)
+    assert weights.stat().st_mtime_ns != written
+    system = fsspec.filesystem("memory")
+    system.pipe_file("/hub/two/weights.safetensors", b"something else")
+    weights.unlink()
+    with pytest.raises(UserError, match=r"is not what was published: weights\.safetensors has 14 bytes"):
+        census_scvi.load_model("memory://hub/two", cache=tmp_path)
+
+
+def test_a_pickle_is_loaded_only_where_it_is_trusted(finished_run: Run, tmp_path: Path) -> None:
+    shutil.copy(finished_run.path("scvi.model") / "model.pt", tmp_path)
+    with pytest.raises(UserError, match=r"runs whatever code its author put into it; .* trust=True"):
+        census_scvi.load_model(str(tmp_path))
+    assert census_scvi.load_model(str(tmp_path), trust=True).module.n_latent == 4
+    with pytest.raises(UserError, match=r"holds no provenance\.json"):
+        census_scvi.load_model(str(tmp_path / "nothing"))
+
+
+def test_the_card_says_what_was_built_and_its_snippets_run(run: Run) -> None:
+    assert run("publish", "publish.license=CC-BY-4.0", "publish.contact.email=atlas@example.org") == 0
+    card = (run.path("published") / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert (front["library_name"], front["license"]) == ("scvi-tools", "cc-by-4.0")
+    for words in (
+        "17,386 parameters", "1 hidden layers of 16, 4 latent dimensions, dropout 0.1", "negative binomial",
+        "| genes | 200, by Ensembl id |", "atlas@example.org", "| epochs | 3 of at most 3 |", "| re_embedding |",
+        "within each combination of assay", "## Bias and risks", "![Learning curve](training-curve.png)",
+    ):  # fmt: skip
+        assert words in card, words
+    assert matplotlib.image.imread(run.path("published") / "training-curve.png").std() > 0.02
+    for snippet in re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL):
+        exec(compile(snippet, "card", "exec"), {})

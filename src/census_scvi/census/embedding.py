@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +23,7 @@ import tiledbsoma
 
 from census_scvi.errors import UserError
 from census_scvi.workspace.atomic import remove, sync, write_json
+from census_scvi.workspace.uri import local_path
 
 INFO, PUBLICATION = "CxG_embedding_info", "census_scvi_publication"
 _MEASUREMENT, _OBSM = "RNA", "obsm"
@@ -33,14 +33,6 @@ _MOVING = "moving.json"
 
 Values = npt.NDArray[np.float32]
 Joinids = npt.NDArray[np.int64]
-
-
-def local_path(uri: str) -> Path | None:
-    """The folder of a local URI; None for another."""
-    parts = urlparse(uri)
-    if parts.scheme not in ("", "file"):
-        return None
-    return Path(parts.path)
 
 
 def published_uri(experiment_uri: str, name: str) -> str | None:

@@ -58,6 +58,7 @@ def save_safe(model: scvi.model.SCVI, description: ModelDescription, folder: Pat
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.module.state_dict().items()}
     save_file(weights, folder / WEIGHTS)
     (folder / DESCRIPTION).write_text(json.dumps(asdict(description), indent=1) + "\n", encoding="utf-8")
+    (folder / WEIGHTS).chmod((folder / DESCRIPTION).stat().st_mode)  # safetensors lets nobody else read its files
 
 
 def read_description(folder: Path) -> ModelDescription:

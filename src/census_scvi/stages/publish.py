@@ -23,7 +23,6 @@ from census_scvi.census.embedding import (
     EmbeddingDraft,
     EmbeddingHash,
     check_target,
-    local_path,
     published_uri,
     stale_cells,
 )
@@ -33,16 +32,17 @@ from census_scvi.census.summary import append_summary
 from census_scvi.config import Config
 from census_scvi.errors import UserError
 from census_scvi.model.facts import built_facts
+from census_scvi.model.published import PROVENANCE, copy_to, write_published
 from census_scvi.model.safe import DESCRIPTION, WEIGHTS, load_safe
 from census_scvi.quality.gates import Gate, stopped_by
 from census_scvi.stages import qa
 from census_scvi.stages.plan import Plan
-from census_scvi.stages.published import PROVENANCE, copy_to, write_published
 from census_scvi.stages.sample import draw_rows, read_sample
 from census_scvi.workspace import Artifacts, StageRun, Workspace, provenance
 from census_scvi.workspace.atomic import write_json
 from census_scvi.workspace.identity import Identity
 from census_scvi.workspace.lock import directory_lock
+from census_scvi.workspace.uri import local_path
 
 log = logging.getLogger(__name__)
 
@@ -173,7 +173,8 @@ class _Publishing:
             self._folder,
             model,
             description,
-            sample,
+            sample.counts,
+            sample.obs,
             np.asarray(self._latent[sample.rows]),
             record,
         )

@@ -1,0 +1,46 @@
+"""What scvi-tools' model hub loads: the model with its trained batches, and a sample of cells without counts."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import scvi
+from scvi.hub import HubMetadata
+
+from census_scvi.model.encode import Latent, batch_labels
+from census_scvi.model.minified import save_minified
+
+_METADATA = "_scvi_required_metadata.json"
+
+
+def write_hub(folder: Path, model: scvi.model.SCVI, genes: list[str], obs: pd.DataFrame, latent: Latent) -> list[str]:
+    """Write `model.pt`, `adata.h5ad` (minified) and the hub's metadata; returns their names.
+
+    Parameters
+    ----------
+    folder
+        An existing folder.
+    model
+        The trained model; it is left minified.
+    genes
+        Its genes.
+    obs
+        Cells with the column `batch`; those of batches that the model was not trained on are left out, since its
+        decoder knows nothing of them.
+    latent
+        Their posterior.
+    """
+    codes = pd.Index(batch_labels(model)).get_indexer(obs["batch"].astype(str))
+    trained = np.flatnonzero(codes >= 0)
+    posterior = Latent(latent.mean[trained], latent.variance[trained], latent.library_size[trained])
+    cells = obs.iloc[trained].drop(columns="batch")
+    blocks: list[tuple[pd.DataFrame, npt.NDArray[np.int32], Latent]] = [
+        (cells, codes[trained].astype(np.int32), posterior)
+    ]
+    save_minified(model, genes, iter(blocks), folder, {})
+    HubMetadata(scvi.__version__, version("anndata"), "SCVI").save(str(folder / _METADATA), overwrite=True)
+    return ["model.pt", "adata.h5ad", _METADATA]

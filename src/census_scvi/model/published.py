@@ -1,0 +1,255 @@
+"""The folder that is published beside an embedding: the model, a sealed sample of cells, and how both were made.
+
+The model is there twice: in its safe form, which is all that this project reads, and as scvi-tools' model hub wants it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import anndata as ad
+import fsspec
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import scipy.sparse as sp
+import scvi
+from fsspec.callbacks import TqdmCallback
+
+from census_scvi.counts.row_hash import row_hashes
+from census_scvi.errors import UserError
+from census_scvi.model.card import PICTURE, learning_curve, model_card
+from census_scvi.model.encode import Encoder
+from census_scvi.model.hub import write_hub
+from census_scvi.model.safe import DESCRIPTION, WEIGHTS, ModelDescription, load_safe, save_safe
+from census_scvi.workspace.atomic import remove, sync_tree, write_json
+from census_scvi.workspace.identity import damage, identities
+from census_scvi.workspace.uri import local_path
+
+PROVENANCE, SEALED, CARD = "provenance.json", "sealed_sample.h5ad", "README.md"
+COUNT_HASH, LATENT = "count_hash", "X_scvi"
+_FORMAT = 1
+_SEALED_COLUMNS = ("soma_joinid", "observation_joinid", "dataset_id", "cell_type", "batch")
+
+
+def write_published(
+    folder: Path,
+    model: scvi.model.SCVI,
+    description: ModelDescription,
+    counts: sp.csr_matrix,
+    obs: pd.DataFrame,
+    latent: npt.NDArray[np.float32],
+    record: dict[str, Any],
+) -> None:
+    """Make the folder, whole or not at all.
+
+    Parameters
+    ----------
+    folder
+        Where.
+    model, description
+        The trained model.
+    counts, obs
+        The cells that are sealed: CSR float32 (cells, genes), and their obs with soma_joinid and batch.
+    latent
+        float32 (cells, n_latent): their embedding, as it is published.
+    record
+        The provenance; identities of the files and a seal are added.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    remove(partial)
+    partial.mkdir()
+    save_safe(model, description, partial)
+    obs = obs[[name for name in _SEALED_COLUMNS if name in obs]].set_axis(obs["soma_joinid"].astype(str).to_numpy())
+    var = pd.DataFrame(index=pd.Index(description.genes, name="feature_id"))
+    sealed = ad.AnnData(counts, obs=obs.assign(**{COUNT_HASH: row_hashes(counts)}), var=var, obsm={LATENT: latent})
+    sealed.write_h5ad(partial / SEALED, compression="gzip")
+    codes = pd.Index(description.batches).get_indexer(obs["batch"].astype(str))
+    posterior = Encoder(model)(counts, np.maximum(codes, 0))
+    hub = write_hub(partial, load_safe(partial)[0], description.genes, obs, posterior)
+    (partial / PICTURE).write_bytes(learning_curve(record["stages"]["train"]["learning_curves"]))
+    card = model_card(record, description.batches, int((codes >= 0).sum()))
+    (partial / CARD).write_text(card, encoding="utf-8")
+    files = identities(partial, [WEIGHTS, DESCRIPTION, SEALED, *hub, PICTURE, CARD])
+    record = {**record, "format": _FORMAT, "files": files}
+    write_json(partial / PROVENANCE, {**record, "seal": _seal(record)})
+    sync_tree(partial)
+    partial.rename(folder)
+
+
+def _seal(record: dict[str, Any]) -> str:
+    """SHA-256 of the record itself."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """The record of a published folder.
+
+    Raises
+    ------
+    UserError
+        It is damaged, changed, of a newer format, or names files outside its folder.
+    """
+    path = folder / PROVENANCE
+    try:
+        record = dict(json.loads(path.read_text(encoding="utf-8")))
+        seal, form = record.pop("seal"), record["format"]
+        names = list(record["files"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); fetch the published folder again") from None
+    if form != _FORMAT:
+        raise UserError(f"{path} has format {form!r}, this version reads {_FORMAT}; update census-scvi")
+    if outside := [name for name in names if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]:
+        raise UserError(f"{path} names {outside[0]!r}, which lies outside its folder; do not trust it")
+    if seal != _seal(record):
+        raise UserError(f"{path} was changed after it was written: its seal does not fit")
+    return record
+
+
+def damaged_files(folder: Path, record: dict[str, Any]) -> list[str]:
+    """What is wrong with the files of a published folder, a line each."""
+    found = {name: damage(folder / name, identity) for name, identity in record["files"].items()}
+    return [f"{name} {wrong}" for name, wrong in found.items() if wrong]
+
+
+def copy_to(folder: Path, uri: str, *, replace: bool) -> None:
+    """Copy the published folder to another folder or URL.
+
+    On a local disk it appears in one step; elsewhere the provenance comes last.
+
+    Raises
+    ------
+    UserError
+        Something else is there and `replace` is false, or the place cannot be written.
+    """
+    path = local_path(uri)
+    try:
+        system, target = fsspec.url_to_fs(uri)
+        if system.exists(f"{target}/{PROVENANCE}"):
+            with system.open(f"{target}/{PROVENANCE}", "rb") as file:
+                if file.read() == (folder / PROVENANCE).read_bytes():
+                    return
+        if system.exists(target) and system.ls(target) and not replace:
+            raise UserError(
+                f"publish.model_uri {uri} is not empty; set publish.replace to true to replace what is there"
+            )
+        if path is not None:
+            _copy_local(folder, path)
+            return
+        names = sorted(file.name for file in folder.iterdir() if file.name != PROVENANCE)
+        for name in [*names, PROVENANCE]:
+            system.put_file(str(folder / name), f"{target}/{name}")
+    except (ImportError, ValueError, OSError) as error:
+        if path is not None and isinstance(error, OSError):
+            raise  # a full disk, a missing permission
+        raise UserError(f"publish.model_uri {uri} cannot be written: {error}") from None
+
+
+def _copy_local(folder: Path, target: Path) -> None:
+    partial, aside = (target.with_name(target.name + ending) for ending in (".partial", ".old"))
+    for leftover in (partial, aside):
+        remove(leftover)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(folder, partial)
+    sync_tree(partial)
+    if target.exists():
+        target.rename(aside)
+    partial.rename(target)
+    remove(aside)
+
+
+def fetch(uri: str, cache: Path | None = None) -> Path:
+    """A published folder as a local one: itself where it is local, else a copy in the cache.
+
+    Files that are in the cache already, and sound, are not fetched again. What the folder holds is for `damaged_files`
+    to say.
+
+    Parameters
+    ----------
+    uri
+        Folder, or any URL that fsspec reads.
+    cache
+        Where copies are kept; None: `CENSUS_SCVI_CACHE`, or `census-scvi` in the user's cache folder.
+
+    Raises
+    ------
+    UserError
+        No published folder is there, or it cannot be read.
+    """
+    if (path := local_path(uri)) is not None:
+        if not (path / PROVENANCE).exists():
+            raise UserError(f"{uri} holds no {PROVENANCE}; name the folder `published` that scvi-publish.py wrote")
+        return path
+    folder = (cache or _cache()) / hashlib.sha256(uri.encode()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        system, source = fsspec.url_to_fs(uri)
+        _get(system, f"{source}/{PROVENANCE}", folder / PROVENANCE)
+        for name, identity in read_provenance(folder)["files"].items():
+            if damage(folder / name, identity):
+                _get(system, f"{source}/{name}", folder / name)
+    except FileNotFoundError as error:
+        raise UserError(f"{uri} is no published folder: {error} does not exist") from None
+    except (ImportError, ValueError, OSError) as error:
+        raise UserError(f"{uri} cannot be read: {error}") from None
+    return folder
+
+
+def _cache() -> Path:
+    given = os.environ.get("CENSUS_SCVI_CACHE")
+    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "census-scvi"
+
+
+def _get(system: fsspec.AbstractFileSystem, source: str, target: Path) -> None:
+    partial = target.with_name(target.name + ".partial")
+    bar = {"desc": target.name, "unit": "B", "unit_scale": True, "leave": False, "disable": None}
+    system.get_file(source, str(partial), callback=TqdmCallback(tqdm_kwargs=bar))
+    partial.replace(target)
+
+
+def load_model(uri: str, *, trust: bool = False, cache: Path | None = None) -> scvi.model.SCVI:
+    """A published model, ready to embed cells; nothing that it reads can run code.
+
+    Parameters
+    ----------
+    uri
+        Folder or URL (any that fsspec reads) that scvi-publish.py wrote, or a run's `scvi.model`.
+    trust
+        Also load a folder that holds nothing but scvi-tools' own `model.pt`. That is a pickle, and loading it runs
+        whatever code its author put into it.
+    cache
+        Where fetched files are kept; None: `CENSUS_SCVI_CACHE`, or `census-scvi` in the user's cache folder.
+
+    Returns
+    -------
+    A plain scvi-tools model with the batches that it was trained on.
+
+    Raises
+    ------
+    UserError
+        Nothing that can be loaded is there, or a file is not the one that was published.
+    """
+    path = local_path(uri)
+    if path is not None and not (path / PROVENANCE).exists():
+        if (path / DESCRIPTION).exists():
+            return load_safe(path)[0]
+        if (path / "model.pt").exists():
+            return _unpickle(path, trust=trust)
+    folder = fetch(uri, cache)
+    if wrong := damaged_files(folder, read_provenance(folder)):
+        raise UserError(f"{uri} is not what was published: {'; '.join(wrong)}")
+    return load_safe(folder)[0]
+
+
+def _unpickle(folder: Path, *, trust: bool) -> scvi.model.SCVI:
+    if not trust:
+        raise UserError(
+            f"{folder} holds a model of scvi-tools' own form alone: a pickle, and loading it runs whatever code its"
+            " author put into it; where you trust the author, load_model(..., trust=True)"
+        )
+    return scvi.model.SCVI.load(str(folder), adata=None if (folder / "adata.h5ad").exists() else False)
