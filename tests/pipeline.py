@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,15 @@ class Run:
         for section, keys in sections.items():
             values[section] = {**values.get(section, {}), **keys}
         self.config.write_text(yaml.safe_dump(values))
+
+    @classmethod
+    def given(cls, folder: Path, values: dict[str, Any], finished: Path) -> Run:
+        """A copy of a finished run directory, with the config that it was made with."""
+        run = cls.__new__(cls)
+        run.directory, run.config = folder / "run", folder / "config.yaml"
+        run.config.write_text(yaml.safe_dump({**values, "output": {"directory": str(run.directory)}}))
+        shutil.copytree(finished, run.directory)
+        return run
 
     def __call__(self, stage: str, *arguments: str) -> int:
         return main(stage, ["--config", str(self.config), *arguments])

@@ -1,6 +1,7 @@
 """Publishing: the gates stop what is wrong and name it; what is published is read by the Census API and verified."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -13,8 +14,10 @@ import cellxgene_census
 import fsspec
 import matplotlib.image
 import numpy as np
+import pyarrow as pa
 import pytest
 import scvi
+import tiledbsoma
 import torch
 import yaml
 from cellxgene_census.experimental import get_embedding_metadata
@@ -30,9 +33,11 @@ from census_scvi.config import load_config
 from census_scvi.errors import UserError
 from census_scvi.model.encode import Encoder, batch_labels, reference_latent
 from census_scvi.model.safe import load_safe
+from census_scvi.stages import publish
 from census_scvi.stages import verify as command
 from census_scvi.stages.chain import Link, verify
 from census_scvi.workspace.identity import identities
+from census_scvi.workspace.lock import directory_lock
 
 ORGANISM = "homo_sapiens"
 Latent = np.ndarray
@@ -53,7 +58,8 @@ def copy_of(finished: Run, folder: Path, **sections: dict[str, Any]) -> Run:
 
 
 def experiment_of(run: Run) -> str:
-    return f"{load_config(run.config).census.uri}/census_data/{ORGANISM}"
+    census = load_config(run.config).census
+    return f"{census.uri}/census_data/{census.organism}"
 
 
 def census_of(run: Run) -> str:
@@ -79,7 +85,7 @@ def embed(run: Run, change: Callable[[Any], Any]) -> np.ndarray:
     model, description = load_safe(run.path("scvi.model"))
     with cellxgene_census.open_soma(uri=census_of(run)) as census:
         genes = f"feature_id in {description.genes}"
-        cells = cellxgene_census.get_anndata(census, ORGANISM, var_value_filter=genes)
+        cells = cellxgene_census.get_anndata(census, description.organism, var_value_filter=genes)
     cells.var_names = cells.var["feature_id"].astype(str)
     counts = change(cells[:, description.genes].X.tocsr().astype(np.float32))
     counts.sort_indices()
@@ -180,6 +186,45 @@ def test_the_model_goes_where_the_config_says(run: Run, tmp_path: Path) -> None:
     assert broken(verify("memory://models/v1")) == set()
     with pytest.raises(UserError, match="is no published folder"):
         verify("memory://models/none")
+
+
+def test_no_credentials_are_published(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    monkeypatch.setattr(publish, "copy_to", lambda folder, uri, replace: written.append(uri))
+    assert run("publish", "publish.model_uri=https://me:hunter2@host/model?signature=hunter2") == 0
+    assert "hunter2" in written[0]  # it is used
+    texts = [
+        run.path("manifest.json"),
+        *(path for path in run.path("published").iterdir() if path.suffix in (".json", ".md")),
+    ]
+    assert all("hunter2" not in path.read_text() for path in texts)
+    assert "hunter2" not in read_summary(experiment_of(run)).to_json()
+
+
+def test_storage_that_fails_half_way_leaves_what_was_there(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = tiledbsoma.SparseNDArray.write
+
+    def failing(*arguments: Any, **options: Any) -> Any:
+        real(*arguments, **options)
+        raise tiledbsoma.SOMAError("IO Error: connection reset by peer\nat line 1")
+
+    with monkeypatch.context() as planted:
+        planted.setattr(tiledbsoma.SparseNDArray, "write", failing)
+        assert run("publish") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "cannot be written (IO Error: connection reset by peer); readers see what was there before" in error
+    assert published_uri(experiment_of(run), "scvi") is None
+    assert run("publish") == 0
+    assert broken(verify(str(run.path("published")), census_of(run))) == set()
+
+
+def test_two_publishers_at_once(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with directory_lock(Path(experiment_of(run)) / ".scvi-publish.lock", "scvi-publish.py"):
+        assert run("publish") == 2
+    assert f"{experiment_of(run)} is in use by scvi-publish.py (process {os.getpid()} on" in capsys.readouterr().err
+    assert run("publish") == 0
 
 
 def test_a_folder_that_is_not_empty_is_not_overwritten(
@@ -343,9 +388,6 @@ def test_one_bit_of_the_embedding_is_caught(run: Run, capsys: pytest.CaptureFixt
 
 
 def test_two_rows_that_change_places_in_the_census_are_caught(run: Run) -> None:
-    import pyarrow as pa
-    import tiledbsoma
-
     assert run("publish") == 0
     latent = latent_of(run)
     uri = str(published_uri(experiment_of(run), "scvi"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,16 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 import scvi
+import test_publish
 import yaml
-from pipeline import ROOT, STAGES
+from pipeline import ROOT, STAGES, Run
 
 from census_scvi.census.build.census import BuildReport
 from census_scvi.census.build.config import load_build_config
 from census_scvi.cli import main
 from census_scvi.config import Config, load_config
 from census_scvi.stages.build_census import build_from_config
+from census_scvi.stages.chain import verify
 from census_scvi.workspace import Artifacts, Workspace
 
 pytestmark = pytest.mark.slow
@@ -163,6 +166,40 @@ def test_plain_scvi_tools_loads_the_models(finished: Finished) -> None:
     assert np.array_equal(minified.get_latent_representation(), latent)
     assert minified.adata.obs["dataset_id"].tolist() == finished.source.dataset.tolist()
     assert finished.counts("create-latent-update")["cells_of_untrained_batches"] == 0
+
+
+@pytest.fixture
+def publishable(finished: Finished, tmp_path: Path) -> Run:
+    """A copy of the run, with a copy of the Census to publish into."""
+    shutil.copytree(str(finished.config.census.uri), tmp_path / "census")
+    values = finished.config.model_dump(mode="json")
+    values["census"]["uri"], values["gates"]["sample_size"] = str(tmp_path / "census"), 500
+    return Run.given(tmp_path, values, finished.config.directory)
+
+
+def test_real_cells_are_published_and_verified(publishable: Run) -> None:
+    assert publishable("publish") == 0
+    assert not test_publish.failed_gates(publishable)
+    links = verify(str(publishable.path("published")), str(load_config(publishable.config).census.uri))
+    assert test_publish.broken(links) == set()
+
+
+# The files hold no cell twice, so that swapped cells have no copy to be told by: their file is the test's below.
+@pytest.mark.parametrize("defect", sorted(test_publish.DEFECTS.keys() - {"two cells swapped"}))
+def test_a_defect_planted_in_real_cells_is_caught_and_named(
+    defect: str, publishable: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    test_publish.test_a_planted_defect_is_caught_and_named(defect, publishable, capsys)
+
+
+def test_two_cells_that_are_swapped_after_embedding_are_caught(
+    publishable: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    latent = np.load(publishable.path("latent.npy"))
+    latent[[10, 700]] = latent[[700, 10]]
+    np.save(publishable.path("latent.npy"), latent)
+    assert publishable("publish") == 2
+    assert "latent.npy has other contents than were written" in capsys.readouterr().err
 
 
 def test_labels_find_their_cells_better_on_the_latent_than_on_a_pca(

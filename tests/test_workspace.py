@@ -17,6 +17,7 @@ from census_scvi.errors import UserError
 from census_scvi.workspace import Artifacts, Workspace
 from census_scvi.workspace.identity import BLOCK_BYTES, damage, file_identity
 from census_scvi.workspace.provenance import peak_memory_bytes
+from census_scvi.workspace.uri import without_credentials
 
 KEYS = ("hvg", "seed")
 
@@ -232,3 +233,19 @@ def test_large_files_are_hashed_in_blocks(tmp_path: Path) -> None:
 def test_names_of_artifacts_follow_the_config(tmp_path: Path) -> None:
     names = Artifacts.of(config_of(tmp_path))
     assert (names.prepared, names.model, names.genes) == ("anndata_model.h5ad", "scvi.model", "hv_genes.pkl")
+
+
+@pytest.mark.parametrize(
+    ("uri", "written"),
+    [
+        ("s3://bucket/census", "s3://bucket/census"),
+        ("/data/census?x", "/data/census?x"),
+        ("https://me:secret@host/a@b", "https://***@host/a@b"),
+        ("https://host/census?X-Amz-Signature=abc&Expires=1", "https://host/census?***"),
+        ("see ftp://token@host/x and s3://b/c", "see ftp://***@host/x and s3://b/c"),
+    ],
+)
+def test_what_opens_a_door_is_not_written_down(uri: str, written: str) -> None:
+    assert without_credentials({"a": [uri, 1], "b": {"c": uri}, "d": None}) == {
+        "a": [written, 1], "b": {"c": written}, "d": None,
+    }  # fmt: skip

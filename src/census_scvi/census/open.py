@@ -14,6 +14,7 @@ import tiledbsoma
 
 from census_scvi.config import CensusSection
 from census_scvi.errors import UserError
+from census_scvi.workspace.uri import without_credentials
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ def open_census(settings: CensusSection) -> Iterator[Census]:
     UserError
         Nothing there, not a Census, not reachable, or without the organism.
     """
-    where = settings.uri or f"release {settings.version}"
+    where = without_credentials(settings.uri) or f"release {settings.version}"
     if settings.uri and Path(settings.uri).is_file():
         raise UserError(f"census.uri {where} is a file; build a Census of .h5ad files with scvi-build-census.py")
     try:
@@ -84,14 +85,14 @@ def _describe(root: Any, settings: CensusSection, where: str) -> Census:
     experiment = root["census_data"][settings.organism]
     summary = root["census_info"]["summary"].read().concat().to_pandas().set_index("label")["value"]
     identity = {
-        "uri": root.uri,
+        "uri": without_credentials(root.uri),
         "version": None if settings.uri else settings.version,
         "schema": summary.get("census_schema_version"),
         "created_on": root.metadata.get("created_on"),
         "organism": settings.organism,
         "cells": int(experiment.obs.count),
     }
-    log.info("Census %s: %s, %s cells", root.uri, settings.organism, f"{identity['cells']:,}")
+    log.info("Census %s: %s, %s cells", identity["uri"], settings.organism, f"{identity['cells']:,}")
     return Census(root, experiment, identity)
 
 

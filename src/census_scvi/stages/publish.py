@@ -42,7 +42,7 @@ from census_scvi.workspace import Artifacts, StageRun, Workspace, provenance
 from census_scvi.workspace.atomic import write_json
 from census_scvi.workspace.identity import Identity
 from census_scvi.workspace.lock import directory_lock
-from census_scvi.workspace.uri import local_path
+from census_scvi.workspace.uri import local_path, without_credentials
 
 log = logging.getLogger(__name__)
 
@@ -200,7 +200,7 @@ class _Publishing:
             digest.update(self._joinids[some], self._latent[some])
         records = {stage: self._workspace.record(stage) or {} for stage in _EARLIER}
         model = self._stage.fingerprint["inputs"][f"{Artifacts.of(config).model}/{WEIGHTS}"]
-        return {
+        record = {
             "publication": self._progress.publication,
             "published_on": datetime.now(UTC).isoformat(timespec="seconds"),
             "published_by": _user(),
@@ -232,6 +232,7 @@ class _Publishing:
             "hardware": provenance.hardware(),
             "seed": config.seed,
         }
+        return dict(without_credentials(record))
 
     def publish(self) -> None:
         """Write the cells, the model and the summary, and let readers see them."""

@@ -24,6 +24,7 @@ from census_scvi.workspace.artifacts import LOCK, MANIFEST, STAGING
 from census_scvi.workspace.atomic import remove, sync, sync_tree, write_json
 from census_scvi.workspace.identity import Identity, damage, identities
 from census_scvi.workspace.lock import directory_lock
+from census_scvi.workspace.uri import without_credentials
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +122,8 @@ class Workspace:
         UserError
             The directory holds a finished or unfinished stage of another fingerprint: names the setting or the input.
         """
-        run = StageRun(self, stage, config, {"config": config.select(keys), "inputs": inputs})
+        fingerprint = without_credentials({"config": config.select(keys), "inputs": inputs})
+        run = StageRun(self, stage, config, fingerprint)
         if force or progress is None or not run.path(progress).exists():
             remove(run.staging)
         if run.resumes:
@@ -250,7 +252,7 @@ class StageRun:
             "stage": self.stage,
             "artifacts": list(artifacts),
             "fingerprint": self.fingerprint,
-            "config": self.config.model_dump(mode="json"),
+            "config": without_credentials(self.config.model_dump(mode="json")),
             "outputs": identities(self.staging, artifacts),
             "counts": counts,
             "resumed": self.resumed,
