@@ -172,6 +172,16 @@ def test_publishing_again_skips_and_another_model_needs_replace(
     assert f"this folder is of {first}" in links["publication"].finding
 
 
+def test_a_publication_that_is_gone_is_said(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("publish") == 0
+    with tiledbsoma.open(f"{experiment_of(run)}/ms/RNA/obsm", "w") as obsm:
+        del obsm["scvi"]
+    assert run("publish") == 2
+    assert "holds nothing of that name now; --force publishes it again" in capsys.readouterr().err
+    assert run("publish", "--force") == 0
+    assert broken(verify(str(run.path("published")), census_of(run))) == set()
+
+
 def test_another_name_lies_beside_the_first(run: Run) -> None:
     assert run("publish") == 0
     assert run("publish", "publish.name=scvi-2", "--force") == 0
@@ -434,6 +444,20 @@ def test_a_record_that_is_none_is_said(damage: str, tmp_path: Path) -> None:
 # --- targets
 
 
+def another_build(demo_census: str, folder: Path) -> str:
+    """An Experiment of the same cells, numbered the other way round."""
+    shutil.copytree(demo_census, folder / "build")
+    experiment = f"{folder}/build/census_data/{ORGANISM}"
+    with tiledbsoma.open(f"{experiment}/obs") as obs:
+        names = obs.schema.names
+        cells = obs.read().concat().to_pandas()
+    cells["soma_joinid"] = cells["soma_joinid"].to_numpy()[::-1]
+    cells = cells.sort_values("soma_joinid")
+    with tiledbsoma.open(f"{experiment}/obs", "w") as obs:
+        obs.write(pa.Table.from_pandas(cells, preserve_index=False).select(names))
+    return experiment
+
+
 def test_an_experiment_of_another_census_is_refused(
     run: Run, demo_census: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -444,7 +468,10 @@ def test_an_experiment_of_another_census_is_refused(
     assert run("publish", target) == 2
     assert "soma_joinids hold within one Census only" in capsys.readouterr().err
     assert run("publish", "publish.experiment_uri=/nowhere") == 2
-    assert "/nowhere is no SOMA Experiment" in capsys.readouterr().err
+    assert run("publish", f"publish.experiment_uri={another_build(demo_census, tmp_path)}") == 2
+    error = capsys.readouterr().err
+    assert "is of another build of the Census: " in error
+    assert "/nowhere is no SOMA Experiment" in error
 
 
 def test_publish_before_the_embedding(demo_census: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -189,9 +189,12 @@ class EmbeddingDraft:
 
 
 def stale_cells(uri: str, joinids: Joinids) -> Joinids:
-    """soma_joinids that a published embedding holds and `joinids` does not."""
-    found = [np.setdiff1d(some, joinids) for some, _ in read_embedding(uri)]
-    return np.concatenate(found) if found else np.empty(0, np.int64)
+    """soma_joinids that a published embedding holds and `joinids`, ascending, does not."""
+    found = [np.empty(0, np.int64)]
+    for some, _ in read_embedding(uri):
+        places = np.minimum(np.searchsorted(joinids, some), len(joinids) - 1)
+        found.append(some[joinids[places] != some])
+    return np.concatenate(found)
 
 
 def read_cells(uri: str, joinids: Joinids) -> Values:

@@ -23,6 +23,7 @@ from census_scvi.census.embedding import (
     EmbeddingDraft,
     EmbeddingHash,
     check_target,
+    publication_of,
     published_uri,
     stale_cells,
 )
@@ -37,7 +38,7 @@ from census_scvi.model.safe import DESCRIPTION, WEIGHTS, load_safe
 from census_scvi.quality.gates import Gate, stopped_by
 from census_scvi.stages import qa
 from census_scvi.stages.plan import Plan
-from census_scvi.stages.sample import draw_rows, read_sample
+from census_scvi.stages.sample import Sample, draw_rows, read_sample
 from census_scvi.workspace import Artifacts, StageRun, Workspace, provenance
 from census_scvi.workspace.atomic import write_json
 from census_scvi.workspace.identity import Identity
@@ -62,10 +63,11 @@ def run(config: Config, *, force: bool = False) -> None:
     with Workspace(config.directory).locked(STAGE) as workspace, open_census(config.census) as census:
         inputs = _inputs(workspace, artifacts) | {"census": census.identity}
         stage = workspace.begin(STAGE, config, KEYS, inputs, force=force, progress=PROGRESS)
+        experiment_uri = _experiment_uri(config, census)
         if stage.done:
+            _require_published(config, workspace, experiment_uri)
             log.info("%s is done for these settings in %s; --force does it again", STAGE, config.directory)
             return
-        experiment_uri = _experiment_uri(config, census)
         with _target_lock(experiment_uri):
             progress = _Progress(stage.path(PROGRESS))
             _check_target(config, census, experiment_uri, progress.publication)
@@ -74,6 +76,17 @@ def run(config: Config, *, force: bool = False) -> None:
             job.publish()
             stage.commit([artifacts.published], job.counts(), publication=progress.publication)
         log.info("published %s as obsm[%r] of %s", artifacts.latent, config.publish.name, experiment_uri)
+
+
+def _require_published(config: Config, workspace: Workspace, experiment_uri: str) -> None:
+    """UserError where what a finished run published is there no longer."""
+    uri = published_uri(experiment_uri, config.publish.name)
+    expected = (workspace.record(STAGE) or {}).get("publication")
+    if uri is None or publication_of(uri) != expected:
+        raise UserError(
+            f"this run published {expected} as obsm[{config.publish.name!r}] of {experiment_uri}, which holds"
+            f" {'nothing of that name' if uri is None else 'another publication'} now; --force publishes it again"
+        )
 
 
 def _inputs(workspace: Workspace, artifacts: Artifacts) -> dict[str, Any]:
@@ -118,6 +131,24 @@ def _check_target(config: Config, census: Census, experiment_uri: str, publicati
     latent = np.load(config.directory / Artifacts.of(config).latent, mmap_mode="r")
     shape = (_n_rows(census), int(latent.shape[1]))
     check_target(experiment_uri, config.publish.name, shape, publication, replace=config.publish.replace)
+
+
+def _require_same_cells(experiment_uri: str, sample: Sample) -> None:
+    """UserError where the Experiment means other cells by the same soma_joinids."""
+    with tiledbsoma.Experiment.open(experiment_uri) as experiment:
+        names = [name for name in _IDENTIFYING if name in experiment.obs.schema.names and name in sample.obs]
+        obs = experiment.obs.read(coords=(sample.joinids.tolist(),), column_names=["soma_joinid", *names]).concat()
+    theirs = obs.to_pandas().set_index("soma_joinid").reindex(sample.joinids)[names].astype(str).to_numpy()
+    differing = (theirs != sample.obs[names].astype(str).to_numpy()).any(axis=1)
+    if differing.any():
+        raise UserError(
+            f"{experiment_uri} is of another build of the Census: {int(differing.sum()):,} of {len(differing):,} cells"
+            f" with the same soma_joinid are others there ({', '.join(names)}), the first"
+            f" {sample.joinids[differing][0]}; set publish.experiment_uri to the Experiment that was embedded"
+        )
+
+
+_IDENTIFYING = ("dataset_id", "observation_joinid", "donor_id", "assay")
 
 
 class _Progress:
@@ -166,6 +197,7 @@ class _Publishing:
         rows = draw_rows(len(cells), config.gates.sample_size, config.seed)
         log.info("reading %s of %s cells anew", f"{len(rows):,}", f"{len(cells):,}")
         sample = read_sample(self._census, cells, rows, description.genes, gene_joinids)
+        _require_same_cells(self._experiment_uri, sample)
         found = qa.measure(config, cells, gene_joinids, model, description, sample)
         self._judge(found, artifacts)
         record = self._provenance(found, cells, built_facts(model, description.genes))
