@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -228,6 +229,19 @@ def test_storage_that_fails_half_way_leaves_what_was_there(
     assert published_uri(experiment_of(run), "scvi") is None
     assert run("publish") == 0
     assert broken(verify(str(run.path("published")), census_of(run))) == set()
+
+
+def test_a_read_only_target_is_one_line(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = census_of(run)
+    if subprocess.run(["mount", "--bind", folder, folder], capture_output=True, check=False).returncode:
+        pytest.skip("this process may not mount a folder read-only")
+    try:
+        subprocess.run(["mount", "-o", "remount,ro,bind", folder], check=True)
+        assert run("publish") == 2
+    finally:
+        subprocess.run(["umount", folder], check=True)
+    assert "nothing can be written there, the file system is read-only" in capsys.readouterr().err.splitlines()[-1]
+    assert run("publish") == 0
 
 
 def test_two_publishers_at_once(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -192,6 +192,10 @@ def test_a_defect_planted_in_real_cells_is_caught_and_named(
     test_publish.test_a_planted_defect_is_caught_and_named(defect, publishable, capsys)
 
 
+def test_one_bit_of_a_real_embedding_is_caught(publishable: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    test_publish.test_one_bit_of_the_embedding_is_caught(publishable, capsys)
+
+
 def test_two_cells_that_are_swapped_after_embedding_are_caught(
     publishable: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -249,3 +250,18 @@ def test_what_opens_a_door_is_not_written_down(uri: str, written: str) -> None:
     assert without_credentials({"a": [uri, 1], "b": {"c": uri}, "d": None}) == {
         "a": [written, 1], "b": {"c": written}, "d": None,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("place", ["outputs", "artifacts", "stage", "committing"])
+@pytest.mark.parametrize("name", ["../../victim", "/etc/passwd"])
+def test_a_manifest_that_points_outside_is_refused(place: str, name: str, tmp_path: Path) -> None:
+    record: dict[str, Any] = {"artifacts": [], "outputs": {}}
+    if place == "outputs":
+        record["outputs"] = {name: {"size": 1, "sha256": []}}
+    elif place == "artifacts" or place == "committing":
+        record["artifacts"] = [name]
+    stages = {name if place == "stage" else "train": record}
+    manifest = {"stages": {}, "committing": stages} if place == "committing" else {"stages": stages}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="which lies outside the run directory; do not trust it"):
+        Workspace(tmp_path).manifest()

@@ -128,5 +128,7 @@ def _storage_problem(error: BaseException) -> str | None:
             )
         if isinstance(seen, PermissionError):
             return f"{seen.filename or text}: no permission to write or read there"
+        if isinstance(seen, OSError) and number == errno.EROFS:
+            return f"{seen.filename or text}: nothing can be written there, the file system is read-only"
         seen = seen.__cause__ or seen.__context__
     return None

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import anndata as ad
@@ -29,7 +29,7 @@ from census_scvi.model.hub import write_hub
 from census_scvi.model.safe import DESCRIPTION, WEIGHTS, ModelDescription, load_safe, save_safe
 from census_scvi.workspace.atomic import remove, sync_tree, write_json
 from census_scvi.workspace.identity import damage, identities
-from census_scvi.workspace.uri import local_path
+from census_scvi.workspace.uri import leaves_folder, local_path
 
 PROVENANCE, SEALED, CARD = "provenance.json", "sealed_sample.h5ad", "README.md"
 COUNT_HASH, LATENT = "count_hash", "X_scvi"
@@ -104,7 +104,7 @@ def read_provenance(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} is damaged ({error}); fetch the published folder again") from None
     if form != _FORMAT:
         raise UserError(f"{path} has format {form!r}, this version reads {_FORMAT}; update census-scvi")
-    if outside := [name for name in names if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]:
+    if outside := [name for name in names if leaves_folder(name)]:
         raise UserError(f"{path} names {outside[0]!r}, which lies outside its folder; do not trust it")
     if seal != _seal(record):
         raise UserError(f"{path} was changed after it was written: its seal does not fit")

@@ -36,7 +36,7 @@ _BASE_MEMORY = 0.4e9
 # A non-zero takes so many bytes while it is read (in two rows of tiles, twice) and in the pool that is shuffled.
 _BYTES_READ, _BYTES_POOLED = 96.0, 16.0
 _SAMPLE_RUNS = 12
-_VARIABLE = 0.7
+_VARIABLE = 0.6
 _BYTES_A_NONZERO = {"gzip": 1.9, "none": 8.0}
 # Time of the stage in readings of all counts: one to select genes, one to write them, and what is not done beside.
 _PASSES, _FIXED_SECONDS = 2.1, 1.5

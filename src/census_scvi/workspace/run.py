@@ -24,7 +24,7 @@ from census_scvi.workspace.artifacts import LOCK, MANIFEST, STAGING
 from census_scvi.workspace.atomic import remove, sync, sync_tree, write_json
 from census_scvi.workspace.identity import Identity, damage, identities
 from census_scvi.workspace.lock import directory_lock
-from census_scvi.workspace.uri import without_credentials
+from census_scvi.workspace.uri import leaves_folder, without_credentials
 
 log = logging.getLogger(__name__)
 
@@ -61,9 +61,18 @@ class Workspace:
         if not path.exists():
             return {"stages": {}}
         try:
-            return dict(json.loads(path.read_text(encoding="utf-8")))
-        except ValueError as error:
+            manifest = dict(json.loads(path.read_text(encoding="utf-8")))
+            names = [
+                name
+                for records in (manifest["stages"], manifest.get("committing", {}))
+                for stage, record in records.items()
+                for name in (stage, *record["artifacts"], *record["outputs"])
+            ]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is damaged ({error}); restore it, or move the run directory away") from None
+        if outside := [name for name in names if leaves_folder(name)]:
+            raise UserError(f"{path} names {outside[0]!r}, which lies outside the run directory; do not trust it")
+        return manifest
 
     def record(self, stage: str) -> dict[str, Any] | None:
         """Record of a finished stage."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlparse
 
@@ -14,6 +14,12 @@ def local_path(uri: str) -> Path | None:
     if parts.scheme not in ("", "file"):
         return None
     return Path(parts.path)
+
+
+def leaves_folder(name: str) -> bool:
+    """Whether a name that should be relative to a folder points out of it."""
+    path = PurePosixPath(name)
+    return path.is_absolute() or ".." in path.parts
 
 
 def without_credentials(values: Any) -> Any:
