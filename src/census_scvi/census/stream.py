@@ -103,11 +103,12 @@ def consecutive(first: int, last: int, size: int) -> list[tuple[int, int]]:
 
 
 def stream_nonzeros(
-    census: Census, joinids: npt.NDArray[np.int64]
-) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float32]]]:
-    """Non-zero raw counts of cells, all genes: position of the cell in `joinids`, soma_joinid of the gene, count.
+    census: Census, joinids: npt.NDArray[np.int64], labels: npt.NDArray[np.int32]
+) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.float32]]]:
+    """Non-zero raw counts of cells, all genes: label of the cell, soma_joinid of the gene, count.
 
-    In no order within a block, which is why it costs half of what `stream_blocks` does.
+    In no order within a block, which is why it costs half of what `stream_blocks` does. Counts of cells between the
+    wanted ones come as well, labelled -1: taking them out here would copy everything.
 
     Parameters
     ----------
@@ -115,6 +116,8 @@ def stream_nonzeros(
         The open Census.
     joinids
         int64 (cells,), ascending.
+    labels
+        int32 (cells,): 0 or more, whatever the consumer wants to know of the cell.
     """
     matrix = census.experiment.ms["RNA"].X["raw"]
 
@@ -122,15 +125,10 @@ def stream_nonzeros(
         return list(matrix.read(coords=(_coordinates(joinids[slice(*run)]),)).tables())
 
     runs = tile_runs(joinids, 2 * X_TILE)
-    for (start, stop), tables in zip(runs, read_ahead(read, runs, workers=1), strict=True):
-        block = joinids[start:stop]
+    for run, tables in zip(runs, read_ahead(read, runs, workers=1), strict=True):
         for table in tables:
-            cells = _positions(block, table["soma_dim_0"].to_numpy())
-            genes, counts = table["soma_dim_1"].to_numpy(), table["soma_data"].to_numpy()
-            if cells.min() < 0:
-                wanted = cells >= 0
-                cells, genes, counts = cells[wanted], genes[wanted], counts[wanted]
-            yield start + cells.astype(np.int64), genes, counts
+            of_cells = _labels(joinids[slice(*run)], labels[slice(*run)], table["soma_dim_0"].to_numpy())
+            yield of_cells, table["soma_dim_1"].to_numpy(), table["soma_data"].to_numpy()
 
 
 def stream_obs(
@@ -151,13 +149,15 @@ def stream_obs(
         yield start, _read_obs(census, joinids[start : start + block_size], None)
 
 
-def _positions(joinids: npt.NDArray[np.int64], found: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
-    """Where each id that was found stands in ascending `joinids`, -1 where it is not wanted."""
+def _labels(
+    joinids: npt.NDArray[np.int64], labels: npt.NDArray[np.int32], found: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int32]:
+    """Label of each id that was found, from those of the wanted ones, ascending; -1 where it is not wanted."""
     if isinstance(_coordinates(joinids), slice):
-        position = np.full(joinids[-1] - joinids[0] + 1, -1, np.int32)
-        position[joinids - joinids[0]] = np.arange(len(joinids), dtype=np.int32)
-        return position[found - joinids[0]]
-    return np.searchsorted(joinids, found).astype(np.int32)
+        label_at = np.full(joinids[-1] - joinids[0] + 1, -1, np.int32)
+        label_at[joinids - joinids[0]] = labels
+        return label_at[found - joinids[0]]
+    return labels[np.searchsorted(joinids, found)]
 
 
 def _coordinates(joinids: npt.NDArray[np.int64]) -> slice | npt.NDArray[np.int64]:
@@ -180,9 +180,10 @@ def _read_obs(census: Census, joinids: npt.NDArray[np.int64], columns: list[str]
 def _read_counts(
     matrix: Any, joinids: npt.NDArray[np.int64], columns: npt.NDArray[np.int32], n_genes: int
 ) -> sp.csr_matrix:
+    places = np.arange(len(joinids), dtype=np.int32)
     tables = [
         (
-            _positions(joinids, table["soma_dim_0"].to_numpy()),
+            _labels(joinids, places, table["soma_dim_0"].to_numpy()),
             columns[table["soma_dim_1"].to_numpy()],
             table["soma_data"].to_numpy(),
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -39,7 +38,7 @@ def select_in_one_pass(census: Census, cells: Cells, n_top: int, seed: int) -> n
     n_cells = cells.batch_sizes().to_numpy()
     n_genes = census.experiment.ms["RNA"].X["raw"].shape[1]
     tally = GeneTally(len(n_cells), n_genes)
-    for batch, gene, count in _counts(census, cells):
+    for batch, gene, count in stream_nonzeros(census, cells.joinids, cells.batch_codes):
         tally.add(batch, gene, count)
     means, variances = mean_and_variance(tally.sums, tally.squares, n_cells)
     deviation = np.array(
@@ -50,14 +49,6 @@ def select_in_one_pass(census: Census, cells: Cells, n_top: int, seed: int) -> n
     if not exact.all():
         _read_again(census, cells, clip, sums, squares, ~exact)
     return top_genes(normalised_variance(means, deviation, sums, squares, n_cells), n_top)
-
-
-def _counts(
-    census: Census, cells: Cells
-) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.float32]]]:
-    """Batch, gene and value of every non-zero count of the cells."""
-    for cell, gene, count in stream_nonzeros(census, cells.joinids):
-        yield cells.batch_codes[cell], gene, count
 
 
 def _read_again(
@@ -71,8 +62,8 @@ def _read_again(
     """Fill in the clipped sums that the tally could not give: of (batch, gene) pairs with very many large counts."""
     log.info("%d genes have more large counts than were kept: reading them again", wanted.any(axis=0).sum())
     sums[wanted], squares[wanted] = 0, 0
-    for batch, gene, count in _counts(census, cells):
-        chosen = wanted[batch, gene]
+    for batch, gene, count in stream_nonzeros(census, cells.joinids, cells.batch_codes):
+        chosen = (batch >= 0) & wanted[batch, gene]
         batch, gene = batch[chosen], gene[chosen]
         clipped = np.minimum(count[chosen].astype(np.float64), clip[batch, gene])
         np.add.at(sums, (batch, gene), clipped)

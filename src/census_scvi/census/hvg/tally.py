@@ -61,7 +61,7 @@ class GeneTally:
     def add(
         self, batch_codes: npt.NDArray[np.int32], genes: npt.NDArray[np.int64], counts: npt.NDArray[np.float32]
     ) -> None:
-        """Take in non-zero counts: batch, gene and value of each, arrays of equal length."""
+        """Take in non-zero counts: batch (-1: passed over), gene and value of each, arrays of equal length."""
         _add(batch_codes, genes, counts, self._moments, self.largest)
 
     def clipped(
@@ -100,6 +100,8 @@ def _add(batch_codes, genes, counts, moments, largest):  # type: ignore[no-untyp
     kept = largest.shape[2]
     for i in range(len(counts)):
         batch, gene, count = batch_codes[i], genes[i], counts[i]
+        if batch < 0:
+            continue
         moments[batch, gene, 0] += count
         moments[batch, gene, 1] += np.float64(count) * count
         if count <= moments[batch, gene, 2]:
