@@ -258,6 +258,9 @@ def test_a_folder_that_is_not_empty_is_not_overwritten(
     (tmp_path / "mine" / "thesis.tex").touch()
     assert run("publish", f"publish.model_uri={tmp_path}/mine") == 2
     assert "is not empty; set publish.replace" in capsys.readouterr().err
+    for nowhere in ("/proc/model", "nosuchscheme://bucket/model"):
+        assert run("publish", f"publish.model_uri={nowhere}", "--force") == 2
+        assert f"publish.model_uri {nowhere} cannot be written" in capsys.readouterr().err.splitlines()[-1]
     assert published_uri(experiment_of(run), "scvi") is None
     assert (tmp_path / "mine" / "thesis.tex").exists()
 
@@ -486,6 +489,21 @@ def test_an_experiment_of_another_census_is_refused(
     error = capsys.readouterr().err
     assert "is of another build of the Census: " in error
     assert "/nowhere is no SOMA Experiment" in error
+
+
+def test_a_label_that_is_no_column_is_refused(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("publish", "gates.label=cell_tipe") == 2
+    assert "gates.label names 'cell_tipe', which is no obs column of the Census; did you mean cell_type?" in (
+        capsys.readouterr().err
+    )
+
+
+def test_one_dimension_and_an_encoder_that_sees_the_batch(demo_census: str, tmp_path: Path) -> None:
+    shutil.copytree(demo_census, tmp_path / "census")
+    model = {"encode_covariates": True, "n_latent": 1, "gene_likelihood": "zinb"}
+    run = Run(tmp_path, str(tmp_path / "census"), model=model, latent={"minified": "none"}).all()
+    assert run("publish") == 0
+    assert broken(verify(str(run.path("published")), census_of(run))) == set()
 
 
 def test_publish_before_the_embedding(demo_census: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

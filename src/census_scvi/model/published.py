@@ -5,6 +5,7 @@ The model is there twice: in its safe form, which is all that this project reads
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -127,7 +128,6 @@ def copy_to(folder: Path, uri: str, *, replace: bool) -> None:
     UserError
         Something else is there and `replace` is false, or the place cannot be written.
     """
-    path = local_path(uri)
     try:
         system, target = fsspec.url_to_fs(uri)
         if system.exists(f"{target}/{PROVENANCE}"):
@@ -138,16 +138,20 @@ def copy_to(folder: Path, uri: str, *, replace: bool) -> None:
             raise UserError(
                 f"publish.model_uri {uri} is not empty; set publish.replace to true to replace what is there"
             )
-        if path is not None:
+        if (path := local_path(uri)) is not None:
             _copy_local(folder, path)
             return
         names = sorted(file.name for file in folder.iterdir() if file.name != PROVENANCE)
         for name in [*names, PROVENANCE]:
             system.put_file(str(folder / name), f"{target}/{name}")
     except (ImportError, ValueError, OSError) as error:
-        if path is not None and isinstance(error, OSError):
-            raise  # a full disk, a missing permission
+        if isinstance(error, OSError) and error.errno in _SAID_ELSEWHERE:
+            raise
         raise UserError(f"publish.model_uri {uri} cannot be written: {error}") from None
+
+
+# A full disk, a missing permission: the same line wherever they are met.
+_SAID_ELSEWHERE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def _copy_local(folder: Path, target: Path) -> None:

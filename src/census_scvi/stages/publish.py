@@ -18,7 +18,7 @@ import numpy.typing as npt
 import tiledbsoma
 from tqdm import tqdm
 
-from census_scvi.census.cells import Cells, select_cells
+from census_scvi.census.cells import Cells, require_columns, select_cells
 from census_scvi.census.embedding import (
     EmbeddingDraft,
     EmbeddingHash,
@@ -63,6 +63,7 @@ def run(config: Config, *, force: bool = False) -> None:
     with Workspace(config.directory).locked(STAGE) as workspace, open_census(config.census) as census:
         inputs = _inputs(workspace, artifacts) | {"census": census.identity}
         stage = workspace.begin(STAGE, config, KEYS, inputs, force=force, progress=PROGRESS)
+        require_columns(census, [config.gates.label], "gates.label")
         experiment_uri = _experiment_uri(config, census)
         if stage.done:
             _require_published(config, workspace, experiment_uri)
@@ -276,9 +277,9 @@ class _Publishing:
             )
             if not draft.done:
                 self._refuse_stale(name)
-                self._write(draft)
-                if self._config.publish.model_uri:
+                if self._config.publish.model_uri:  # first, since it may be refused
                     copy_to(self._folder, self._config.publish.model_uri, replace=self._config.publish.replace)
+                self._write(draft)
                 append_summary(self._experiment_uri, _summary_row(record), record)
                 draft.publish(_info(record))
         except tiledbsoma.SOMAError as error:

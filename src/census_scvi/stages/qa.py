@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,6 @@ from census_scvi.quality.gates import Gate, LatentMoments
 from census_scvi.quality.neighbours import label_share
 from census_scvi.stages.sample import Sample
 from census_scvi.workspace import Artifacts
-
-log = logging.getLogger(__name__)
 
 _ROWS = 2**16
 _COUNTED_BLOCKS = 64
@@ -117,9 +114,6 @@ def _gene_counts(prepared: Path) -> npt.NDArray[np.float64]:
 def _warnings(config: Config, sample: Sample, published: npt.NDArray[np.float32]) -> list[Gate]:
     """Separation of cell types and mixing of batches, beside a PCA of the same cells and genes."""
     label = config.gates.label
-    if label not in sample.obs:
-        log.warning("gates.label names %r, which is no obs column: separation and mixing are not measured", label)
-        return []
     types, batches = (sample.obs[name].astype(str).to_numpy() for name in (label, "batch"))
     pca = _pca(sample, config.seed)
     separation = [label_share(space, types, seed=config.seed) for space in (published, pca)]
