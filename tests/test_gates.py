@@ -10,6 +10,7 @@ from hypothesis.extra import numpy as arrays
 
 from census_scvi.quality import gates
 from census_scvi.quality.gates import Gate, LatentMoments
+from census_scvi.quality.neighbours import label_share
 
 N_CELLS, N_LATENT = 2000, 5
 
@@ -171,3 +172,45 @@ def test_what_stops_and_what_does_not() -> None:
     assert gates.stopped_by([failed, passed, warning, not_a_number], {}) == [failed, not_a_number]
     assert gates.stopped_by([failed, warning, not_a_number], {"finite": "known", "counts": "known"}) == []
     assert json.loads(json.dumps(not_a_number.record()))["value"] is None
+
+
+# --- separation and mixing
+
+
+def two_groups(distance: float, n_cells: int = 400) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(1)
+    labels = np.repeat(["a", "b"], n_cells // 2)
+    return generator.normal(size=(n_cells, 3)) + distance * (labels == "b")[:, None], labels
+
+
+def test_separated_groups_share_no_neighbours_and_mixed_ones_are_at_chance() -> None:
+    assert label_share(*two_groups(100.0)).value == 1.0
+    mixed = label_share(*two_groups(0.0))
+    assert mixed.chance == pytest.approx(199 / 399)
+    assert mixed.value == pytest.approx(0.5, abs=0.05)
+    assert mixed.low < mixed.value < mixed.high < mixed.low + 0.05
+
+
+def test_a_share_is_the_one_counted_by_hand() -> None:
+    points, labels = two_groups(1.0, 60)
+    distances = np.linalg.norm(points[:, None] - points[None], axis=2)
+    np.fill_diagonal(distances, np.inf)
+    neighbours = np.argsort(distances, axis=1)[:, :7]
+    expected = (labels[neighbours] == labels[:, None]).mean()
+    assert label_share(points, labels, n_neighbours=7).value == pytest.approx(expected)
+
+
+def test_within_a_group_only_its_cells_are_neighbours() -> None:
+    points, groups = two_groups(0.0)
+    batches = np.where(groups == "a", "x", np.tile(["x", "y"], 200))
+    share = label_share(points, batches, within=groups)
+    alone, mixed = (label_share(points[groups == group], batches[groups == group]) for group in "ab")
+    assert alone.value == 1.0
+    assert share.value == pytest.approx((alone.value + mixed.value) / 2)
+    assert share.chance == pytest.approx((1 + 99 / 199) / 2)
+
+
+def test_cells_alone_in_their_group_have_no_neighbours() -> None:
+    points, labels = two_groups(0.0, 4)
+    assert np.isnan(label_share(points, labels, within=np.arange(4)).value)
+    assert not Gate("batch_mixing", float("nan"), "at most", 0.5, "", stops=False).passed

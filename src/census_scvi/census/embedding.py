@@ -21,12 +21,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import tiledbsoma
 
+from census_scvi.census.open import MEASUREMENT
 from census_scvi.errors import UserError
 from census_scvi.workspace.atomic import remove, sync, write_json
 from census_scvi.workspace.uri import local_path
 
 INFO, PUBLICATION = "CxG_embedding_info", "census_scvi_publication"
-_MEASUREMENT, _OBSM = "RNA", "obsm"
+_OBSM = "obsm"
 _TILE_CELLS = 2048
 _READ_CELLS = 16 * _TILE_CELLS
 _MOVING = "moving.json"
@@ -38,7 +39,7 @@ Joinids = npt.NDArray[np.int64]
 def published_uri(experiment_uri: str, name: str) -> str | None:
     """URI of `obsm[name]`; None where there is none."""
     with _opened(experiment_uri) as experiment:
-        measurement = experiment.ms[_MEASUREMENT]
+        measurement = experiment.ms[MEASUREMENT]
         if _OBSM not in measurement or name not in measurement[_OBSM]:
             return None
         return str(measurement[_OBSM][name].uri)
@@ -255,7 +256,7 @@ class EmbeddingHash:
 def _obsm_uri(experiment_uri: str) -> str:
     """URI of ms["RNA"].obsm, which is made where it is missing."""
     with _opened(experiment_uri) as experiment:
-        measurement = experiment.ms[_MEASUREMENT]
+        measurement = experiment.ms[MEASUREMENT]
         if _OBSM in measurement:
             return str(measurement[_OBSM].uri)
         uri = measurement.uri
@@ -276,8 +277,8 @@ def _opened(experiment_uri: str) -> Iterator[Any]:
     except (tiledbsoma.DoesNotExistError, tiledbsoma.SOMAError, TypeError) as error:
         raise UserError(f"{experiment_uri} is no SOMA Experiment ({str(error).splitlines()[0]})") from None
     with experiment:
-        if _MEASUREMENT not in experiment.ms:
-            raise UserError(f"{experiment_uri} has no measurement {_MEASUREMENT}")
+        if MEASUREMENT not in experiment.ms:
+            raise UserError(f"{experiment_uri} has no measurement {MEASUREMENT}")
         yield experiment
 
 

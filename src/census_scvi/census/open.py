@@ -18,6 +18,8 @@ from census_scvi.workspace.uri import without_credentials
 
 log = logging.getLogger(__name__)
 
+MEASUREMENT = "RNA"
+
 # The default of 1 GiB a column costs 8 GB for a gene selection over 90,000 cells, and is slower.
 _TILEDB_CONFIG = {
     "soma.init_buffer_bytes": 16 * 2**20,

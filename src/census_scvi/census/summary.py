@@ -9,10 +9,10 @@ import pandas as pd
 import pyarrow as pa
 import tiledbsoma
 
+from census_scvi.census.open import MEASUREMENT
 from census_scvi.errors import UserError
 
 SUMMARY = "scvi_summary"
-_MEASUREMENT = "RNA"
 _SCHEMA = pa.schema(
     [
         ("soma_joinid", pa.int64()),
@@ -42,7 +42,7 @@ def read_summary(experiment_uri: str) -> pd.DataFrame:
     `provenance` holds the whole record as JSON.
     """
     with tiledbsoma.Experiment.open(experiment_uri) as experiment:
-        measurement = experiment.ms[_MEASUREMENT]
+        measurement = experiment.ms[MEASUREMENT]
         if SUMMARY not in measurement:
             return pd.DataFrame({name: [] for name in _SCHEMA.names})
         return measurement[SUMMARY].read().concat().to_pandas().sort_values("soma_joinid", ignore_index=True)
@@ -80,7 +80,7 @@ def provenance_of(experiment_uri: str, publication: str) -> dict[str, Any]:
 
 def _table_uri(experiment_uri: str) -> str:
     with tiledbsoma.Experiment.open(experiment_uri) as experiment:
-        measurement = experiment.ms[_MEASUREMENT]
+        measurement = experiment.ms[MEASUREMENT]
         if SUMMARY in measurement:
             return str(measurement[SUMMARY].uri)
         uri = measurement.uri
