@@ -199,7 +199,9 @@ def test_the_model_goes_where_the_config_says(run: Run, tmp_path: Path) -> None:
         verify("memory://models/none")
 
 
-def test_no_credentials_are_published(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_credentials_are_published(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     written: list[str] = []
     monkeypatch.setattr(publish, "copy_to", lambda folder, uri, replace: written.append(uri))
     assert run("publish", "publish.model_uri=https://me:hunter2@host/model?signature=hunter2") == 0
@@ -210,6 +212,10 @@ def test_no_credentials_are_published(run: Run, monkeypatch: pytest.MonkeyPatch)
     ]
     assert all("hunter2" not in path.read_text() for path in texts)
     assert "hunter2" not in read_summary(experiment_of(run)).to_json()
+    assert run("publish", "publish.experiment_uri=https://me:hunter2@host/experiment", "--force") == 2
+    captured = capsys.readouterr()
+    assert "https://***@host/experiment is no SOMA Experiment" in captured.err
+    assert "hunter2" not in captured.err + captured.out
 
 
 def test_storage_that_fails_half_way_leaves_what_was_there(

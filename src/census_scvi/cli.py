@@ -15,6 +15,7 @@ from pathlib import Path
 
 from census_scvi.config import Config, load_config
 from census_scvi.errors import UserError
+from census_scvi.workspace.uri import without_credentials
 
 DONE, DEFECT, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
 
@@ -67,10 +68,18 @@ def guarded(work: Callable[[], None]) -> int:
     return DONE
 
 
+class _WithoutCredentials(logging.Formatter):
+    """Takes user, password and signed query out of every URL."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, as it may be kept."""
+        return str(without_credentials(super().format(record)))
+
+
 def configure_logging() -> None:
     """Times and messages of this project on stderr; of libraries, warnings only."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(_WithoutCredentials("%(asctime)s %(message)s", "%H:%M:%S"))
     project = logging.getLogger("census_scvi")
     project.handlers = [handler]
     project.setLevel(logging.INFO)
@@ -110,7 +119,7 @@ def _run(stage: str, arguments: argparse.Namespace) -> None:
 
 
 def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {without_credentials(message)}", file=sys.stderr)
     return USER_ERROR
 
 
