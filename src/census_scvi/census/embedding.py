@@ -132,7 +132,7 @@ class EmbeddingDraft:
         Parameters
         ----------
         joinids
-            int64 (cells,): their soma_joinids.
+            int64 (cells,), ascending: their soma_joinids.
         values
             float32 (cells, dimensions).
         """
@@ -140,8 +140,11 @@ class EmbeddingDraft:
             return
         rows = np.repeat(joinids, values.shape[1])
         columns = np.tile(np.arange(values.shape[1]), len(joinids))
+        # In an array of our own making ascending cells lie in the order of its tiles: sorting takes six times as long.
+        ordered = tiledbsoma.TileDBWriteOptions(sort_coords=self._live is not None)
         with tiledbsoma.SparseNDArray.open(self.uri, "w") as array:
-            array.write(pa.table({"soma_dim_0": rows, "soma_dim_1": columns, "soma_data": values.ravel()}))
+            table = pa.table({"soma_dim_0": rows, "soma_dim_1": columns, "soma_data": values.ravel()})
+            array.write(table, platform_config=ordered)
 
     def publish(self, info: dict[str, Any]) -> None:
         """Let readers see the embedding, with `info` in its metadata; may be repeated after a kill at any point."""
