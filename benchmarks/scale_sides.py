@@ -217,45 +217,40 @@ def loader_scdataset(folder: Folder) -> Any:
     return _consume(iter(dataset))
 
 
-def loader_tiledbsoma_ml(folder: Folder) -> Any:
+def _training_query(folder: Folder) -> Any:
+    """The training cells and the selected genes, as the Census' loaders take them."""
     import cellxgene_census
     import tiledbsoma
-    from tiledbsoma_ml import ExperimentDataset, experiment_dataloader
 
     from census_scvi.census.genes import read_genes
 
-    CLOCK.start()
     genes = read_genes(Path(folder.prepared) / "hv_genes.pkl")
-    root = cellxgene_census.open_soma(uri=folder.census)
-    experiment = root["census_data"][ORGANISM]
+    experiment = cellxgene_census.open_soma(uri=folder.census)["census_data"][ORGANISM]
     var = experiment.ms["RNA"].var.read().concat().to_pandas()
     joinids = var.loc[var["feature_id"].isin(genes), "soma_joinid"].tolist()
     cells = tiledbsoma.AxisQuery(value_filter="is_primary_data == True and nnz >= 300")
-    query = experiment.axis_query("RNA", obs_query=cells, var_query=tiledbsoma.AxisQuery(coords=(joinids,)))
+    return experiment.axis_query("RNA", obs_query=cells, var_query=tiledbsoma.AxisQuery(coords=(joinids,)))
+
+
+def loader_tiledbsoma_ml(folder: Folder) -> Any:
+    from tiledbsoma_ml import ExperimentDataset, experiment_dataloader
+
     dataset = ExperimentDataset(
-        query, layer_name="raw", obs_column_names=["dataset_id"], batch_size=MINIBATCH, shuffle=True
+        _training_query(folder),
+        layer_name="raw",
+        obs_column_names=["dataset_id"],
+        batch_size=MINIBATCH,
+        shuffle=True,
     )
     return _consume(minibatch[0] for minibatch in iter(experiment_dataloader(dataset)))
 
 
 def loader_scvi_tiledb(folder: Folder) -> Any:
     """scvi-tools' TileDBDataModule on the Census."""
-    import cellxgene_census
     import scvi
-    import tiledbsoma
 
-    from census_scvi.census.genes import read_genes
-
-    CLOCK.start()
-    genes = read_genes(Path(folder.prepared) / "hv_genes.pkl")
-    root = cellxgene_census.open_soma(uri=folder.census)
-    experiment = root["census_data"][ORGANISM]
-    var = experiment.ms["RNA"].var.read().concat().to_pandas()
-    joinids = var.loc[var["feature_id"].isin(genes), "soma_joinid"].tolist()
-    cells = tiledbsoma.AxisQuery(value_filter="is_primary_data == True and nnz >= 300")
-    query = experiment.axis_query("RNA", obs_query=cells, var_query=tiledbsoma.AxisQuery(coords=(joinids,)))
     module = scvi.dataloaders.TileDBDataModule(
-        query,
+        _training_query(folder),
         layer_name="raw",
         batch_column_names=BATCH_KEY,
         batch_size=MINIBATCH,
