@@ -174,11 +174,11 @@ class Killed(BaseException):
     """Stands for kill -9: nothing catches it."""
 
 
-STEPS = [
-    (tiledbsoma.SparseNDArray, "write", 2),
-    (tiledbsoma.SparseNDArray, "create", 1),
-    (tiledbsoma.Collection, "set", 1),
-    (embedding, "_write_info", 1),
+# Steps of a first publication and of a replacement: what is called, and which of its calls.
+ANY = [(tiledbsoma.SparseNDArray, "write", 2), (embedding, "_write_info", 1)]
+FIRST = [*ANY, (tiledbsoma.SparseNDArray, "create", 1), (tiledbsoma.Collection, "set", 1)]
+REPLACEMENT = [
+    *ANY,
     (embedding, "remove", 1),
     (embedding, "remove", 2),
     (shutil, "copytree", 2),
@@ -187,9 +187,11 @@ STEPS = [
 ]
 
 
-@pytest.mark.parametrize("replace", [False, True], ids=["first", "replacement"])
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize(("owner", "name", "nth"), STEPS)
+@pytest.mark.parametrize(
+    ("replace", "owner", "name", "nth"),
+    [*((False, *step) for step in FIRST), *((True, *step) for step in REPLACEMENT)],
+)
 def test_killed_anywhere_it_is_as_before_or_complete_and_a_rerun_finishes(
     owner: Any, name: str, nth: int, after: bool, replace: bool, experiment: str
 ) -> None:
@@ -200,23 +202,34 @@ def test_killed_anywhere_it_is_as_before_or_complete_and_a_rerun_finishes(
 
     def dying(*arguments: Any, **options: Any) -> Any:
         calls[0] += 1
-        if calls[0] == nth and not after:
+        dies = calls[0] == nth
+        if dies and not after:
             raise Killed
         result = real(*arguments, **options)
-        if calls[0] == nth:
+        if dies:
             raise Killed
         return result
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(owner, name, dying)
-        try:
+        with pytest.raises(Killed):
             publish(experiment, new, PUBLICATIONS[1], replace=replace)
-        except Killed:
-            found = published(experiment)
-            assert any(found is side or np.array_equal(found, side) for side in (old, new))
+    found = published(experiment)
+    assert any(found is side or np.array_equal(found, side) for side in (old, new))
     publish(experiment, new, PUBLICATIONS[1], replace=replace)
     assert np.array_equal(published(experiment), new)
     assert get_embedding_metadata(published_uri(experiment, "scvi"))["id"] == PUBLICATIONS[1]
+
+
+def test_a_name_that_was_taken_meanwhile_is_replaced_with_a_draft_of_its_own(experiment: str) -> None:
+    first, second = values_of(experiment, 0), values_of(experiment, 1)
+    fill(draft_of(experiment, PUBLICATIONS[1]), second[:800])  # killed here
+    publish(experiment, first)  # another publisher
+    draft = draft_of(experiment, PUBLICATIONS[1], replace=True)
+    assert draft.empty
+    fill(draft, second)
+    draft.publish(INFO)
+    assert np.array_equal(published(experiment), second)
 
 
 def test_a_hash_does_not_depend_on_blocks_and_changes_with_one_bit() -> None:

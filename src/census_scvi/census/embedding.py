@@ -91,6 +91,13 @@ class EmbeddingDraft:
     replace
         Whether an embedding of that name may be replaced.
 
+    Attributes
+    ----------
+    done
+        Whether this publication is what readers see already.
+    empty
+        Whether the draft holds no cells yet, whatever was written to an earlier one.
+
     Raises
     ------
     UserError
@@ -101,11 +108,16 @@ class EmbeddingDraft:
         self._experiment_uri, self._name, self._publication = experiment_uri, name, publication
         live = published_uri(experiment_uri, name)
         self.done = live is not None and publication_of(live) == publication
+        self.empty = False
         if self.done:
             return
         self._live = check_target(experiment_uri, name, shape, publication, replace=replace)
-        self.uri = f"{_obsm_uri(experiment_uri)}/{name}-{publication[:12]}"
-        if not (tiledbsoma.SparseNDArray.exists(self.uri) or self._moving):
+        # Another name for each kind: the name may have been taken since an earlier run, and the draft then has a schema
+        # of its own, whose fragments the array that is there could not read.
+        kind = "" if self._live is None else "-next"
+        self.uri = f"{_obsm_uri(experiment_uri)}/{name}-{publication[:12]}{kind}"
+        self.empty = not (tiledbsoma.SparseNDArray.exists(self.uri) or self._moving)
+        if self.empty:
             self._create(shape)
 
     def _create(self, shape: tuple[int, int]) -> None:

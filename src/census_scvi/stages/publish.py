@@ -199,7 +199,7 @@ class _Publishing:
 
     def _write(self, draft: EmbeddingDraft) -> None:
         total, hidden = len(self._joinids), not sys.stderr.isatty()
-        done = self._progress.cells
+        done = 0 if draft.empty else self._progress.cells
         with tqdm(total=total, initial=done, desc="publish", unit=" cells", unit_scale=True, disable=hidden) as bar:
             for start in range(done, total, _BLOCK_CELLS):
                 stop = min(start + _BLOCK_CELLS, total)
