@@ -27,9 +27,9 @@ lint: env ## ruff and mypy
 	.venv/bin/python -m ruff format --check
 	.venv/bin/python -m mypy
 
-bench: env ## speed and memory at scale beside the libraries (docs/performance.md), in BENCH=folder; 10 GB, 40 minutes
+bench: env ## speed and memory at scale beside the libraries (docs/performance.md), in BENCH=folder; 10 GB, 40 minutes; ANNBATCH=python
 	.venv/bin/python -c 'import scdataset, tiledbsoma_ml' 2>/dev/null || .venv/bin/python -m pip install -q -e '.[bench]'
-	.venv/bin/python benchmarks/scale.py --folder $(BENCH)
+	.venv/bin/python benchmarks/scale.py --folder $(BENCH) $(if $(ANNBATCH),--annbatch $(ANNBATCH))
 	.venv/bin/python benchmarks/stages.py --census $(BENCH)/census --folder $(BENCH)/stages --cells 50000 200000
 	.venv/bin/python benchmarks/coding.py $(BENCH)/prepared/anndata_model.h5ad
 	.venv/bin/python benchmarks/shuffle.py $(BENCH)/prepared/anndata_model.h5ad

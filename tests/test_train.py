@@ -14,7 +14,7 @@ from pipeline import Run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from census_scvi.config import load_config
-from census_scvi.counts.loader import PreparedDataModule
+from census_scvi.counts.data_module import PreparedDataModule
 from census_scvi.errors import UserError
 from census_scvi.model import callbacks, training
 from census_scvi.model.build import build_model, init_arguments

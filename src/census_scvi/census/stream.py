@@ -1,4 +1,4 @@
-"""Counts and obs of chosen cells, a block at a time, in memory that does not grow with the number of cells."""
+"""Counts and obs of chosen cells, some at a time, in memory that does not grow with the number of cells."""
 
 from __future__ import annotations
 
@@ -29,13 +29,10 @@ class Block:
         Position of the first cell in the selection.
     counts
         CSR float32 (cells, genes), indices sorted, int32.
-    obs
-        The columns asked for, a row a cell.
     """
 
     start: int
     counts: sp.csr_matrix
-    obs: pd.DataFrame
 
 
 def stream_blocks(
@@ -44,9 +41,8 @@ def stream_blocks(
     gene_joinids: npt.NDArray[np.int64],
     *,
     blocks: Iterable[tuple[int, int]],
-    obs_columns: list[str] | None = None,
 ) -> Iterator[Block]:
-    """Read raw counts and obs of cells in blocks.
+    """Read raw counts of cells in blocks.
 
     Parameters
     ----------
@@ -58,8 +54,6 @@ def stream_blocks(
         int64 (genes,): the genes, in the order of the wanted columns; -1 gives a column of zeros.
     blocks
         Position of the first cell, and of that after the last, of each block to read; see `tile_runs`.
-    obs_columns
-        obs columns to read beside soma_joinid; None reads all, an empty list reads nothing and gives an empty frame.
     """
     matrix = census.experiment.ms["RNA"].X["raw"]
     # All genes are read and selected here: asking TileDB for 8,000 of 60,000 genes takes almost twice as long.
@@ -68,11 +62,35 @@ def stream_blocks(
     columns[gene_joinids[present]] = present
 
     def read(bounds: tuple[int, int]) -> Block:
-        block = joinids[slice(*bounds)]
-        counts = _read_counts(matrix, block, columns, len(gene_joinids))
-        return Block(bounds[0], counts, _read_obs(census, block, obs_columns))
+        return Block(bounds[0], _read_counts(matrix, joinids[slice(*bounds)], columns, len(gene_joinids)))
 
     yield from read_ahead(read, blocks, workers=1)
+
+
+def stream_obs(
+    census: Census,
+    joinids: npt.NDArray[np.int64],
+    groups: Iterable[npt.NDArray[np.int64]],
+    columns: list[str] | None = None,
+) -> Iterator[tuple[npt.NDArray[np.int64], pd.DataFrame]]:
+    """Read obs of groups of cells: each group, and a row for each of its cells.
+
+    Parameters
+    ----------
+    census
+        The open Census.
+    joinids
+        int64 (cells,), ascending.
+    groups
+        int64 positions in `joinids`, ascending in each group. Large groups: each costs some 30 ms.
+    columns
+        Columns to read beside soma_joinid; None reads all.
+    """
+
+    def read(group: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], pd.DataFrame]:
+        return group, _read_obs(census, joinids[group], columns)
+
+    yield from read_ahead(read, groups, workers=1)
 
 
 def tile_runs(joinids: npt.NDArray[np.int64], cells: int = 0) -> list[tuple[int, int]]:
@@ -131,24 +149,6 @@ def stream_nonzeros(
             yield of_cells, table["soma_dim_1"].to_numpy(), table["soma_data"].to_numpy()
 
 
-def stream_obs(
-    census: Census, joinids: npt.NDArray[np.int64], *, block_size: int
-) -> Iterator[tuple[int, pd.DataFrame]]:
-    """All obs columns of cells, in blocks: position of the first cell and a row a cell.
-
-    Parameters
-    ----------
-    census
-        The open Census.
-    joinids
-        int64 (cells,), ascending.
-    block_size
-        Cells a block.
-    """
-    for start in range(0, len(joinids), block_size):
-        yield start, _read_obs(census, joinids[start : start + block_size], None)
-
-
 def _labels(
     joinids: npt.NDArray[np.int64], labels: npt.NDArray[np.int32], found: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.int32]:
@@ -156,7 +156,7 @@ def _labels(
     if isinstance(_coordinates(joinids), slice):
         label_at = np.full(joinids[-1] - joinids[0] + 1, -1, np.int32)
         label_at[joinids - joinids[0]] = labels
-        return label_at[found - joinids[0]]
+        return _look_up(found, joinids[0], label_at)
     return labels[np.searchsorted(joinids, found)]
 
 
@@ -168,8 +168,6 @@ def _coordinates(joinids: npt.NDArray[np.int64]) -> slice | npt.NDArray[np.int64
 
 
 def _read_obs(census: Census, joinids: npt.NDArray[np.int64], columns: list[str] | None) -> pd.DataFrame:
-    if columns == []:
-        return pd.DataFrame()
     names = None if columns is None else list(dict.fromkeys(["soma_joinid", *columns]))
     obs = census.experiment.obs.read(coords=(_coordinates(joinids),), column_names=names).concat().to_pandas()
     if not np.array_equal(obs["soma_joinid"].to_numpy(), joinids):  # more than was asked for, or in another order
@@ -181,22 +179,16 @@ def _read_counts(
     matrix: Any, joinids: npt.NDArray[np.int64], columns: npt.NDArray[np.int32], n_genes: int
 ) -> sp.csr_matrix:
     places = np.arange(len(joinids), dtype=np.int32)
-    tables = [
-        (
-            _labels(joinids, places, table["soma_dim_0"].to_numpy()),
-            columns[table["soma_dim_1"].to_numpy()],
-            table["soma_data"].to_numpy(),
-        )
-        for table in matrix.read(coords=(_coordinates(joinids),)).tables()
-    ]
     row_ends = np.zeros(len(joinids) + 1, np.int64)
-    for rows, genes, _ in tables:
-        _count(rows, genes, row_ends)
+    found = []
+    for table in matrix.read(coords=(_coordinates(joinids),)).tables():
+        rows = _labels(joinids, places, table["soma_dim_0"].to_numpy())
+        found.append(_select(rows, table["soma_dim_1"].to_numpy(), table["soma_data"].to_numpy(), columns, row_ends))
     np.cumsum(row_ends, out=row_ends)
     indices, data = np.empty(row_ends[-1], np.int32), np.empty(row_ends[-1], np.float32)
     filled = row_ends[:-1].copy()
     in_order = True
-    for rows, genes, values in tables:
+    for rows, genes, values in found:
         in_order &= _place(rows, genes, values, filled, row_ends, indices, data)
     counts = sp.csr_matrix((data, indices, row_ends.astype(np.int32)), shape=(len(joinids), n_genes))
     if in_order:  # as written in tiles, genes ascending
@@ -207,10 +199,30 @@ def _read_counts(
 
 
 @numba.njit(nogil=True, cache=True)
-def _count(rows, genes, row_ends):  # type: ignore[no-untyped-def]
+def _look_up(ids, first, label_at):  # type: ignore[no-untyped-def]
+    labels = np.empty(len(ids), label_at.dtype)
+    for i in range(len(ids)):
+        labels[i] = label_at[ids[i] - first]
+    return labels
+
+
+@numba.njit(nogil=True, cache=True)
+def _select(rows, genes, values, columns, row_ends):  # type: ignore[no-untyped-def]
+    """Non-zeros of wanted rows and genes: row, column and value of each; their number is added behind each row.
+
+    Each is written, and the next one over it where it was not wanted: a branch would be mispredicted all the time.
+    """
+    n = 0
+    of_rows = np.empty(len(rows) + 1, np.int32)
+    of_columns = np.empty(len(rows) + 1, np.int32)
+    selected = np.empty(len(rows) + 1, values.dtype)
     for i in range(len(rows)):
-        if rows[i] >= 0 and genes[i] >= 0:
-            row_ends[rows[i] + 1] += 1
+        row, column = rows[i], columns[genes[i]]
+        of_rows[n], of_columns[n], selected[n] = row, column, values[i]
+        wanted = (row >= 0) & (column >= 0)
+        row_ends[row + 1] += wanted
+        n += wanted
+    return of_rows[:n].copy(), of_columns[:n].copy(), selected[:n].copy()
 
 
 @numba.njit(nogil=True, cache=True)
@@ -219,8 +231,6 @@ def _place(rows, genes, values, filled, row_starts, indices, data):  # type: ign
     in_order = True
     for i in range(len(rows)):
         row, gene = rows[i], genes[i]
-        if row < 0 or gene < 0:
-            continue
         place = filled[row]
         if place > row_starts[row] and indices[place - 1] >= gene:
             in_order = False

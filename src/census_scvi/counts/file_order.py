@@ -34,6 +34,10 @@ class Pool:
     def __len__(self) -> int:
         return sum(stop - start for start, stop in self.runs)
 
+    def cells(self) -> npt.NDArray[np.int64]:
+        """The cells of its runs, one run after another."""
+        return np.concatenate([np.arange(*run) for run in self.runs])
+
     def order(self) -> npt.NDArray[np.int64]:
         """In which order the cells of the runs, one run after another, are written."""
         return np.random.default_rng(self.seed).permutation(len(self))

@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from scvi.train import Trainer, TrainingPlan
 
 from census_scvi.config import TrainSection
-from census_scvi.counts.loader import PreparedDataModule
+from census_scvi.counts.data_module import PreparedDataModule
 from census_scvi.errors import UserError
 from census_scvi.model.build import quiet
 from census_scvi.model.callbacks import (

@@ -126,7 +126,6 @@ class _Embedding:
             self._cells.joinids,
             self._gene_joinids,
             blocks=[block for block in _blocks(self._cells, self._config.latent.block_size) if block[0] >= done],
-            obs_columns=[],
         )
         hidden = not sys.stderr.isatty()
         with tqdm(total=total, initial=done, desc="embed", unit=" cells", unit_scale=True, disable=hidden) as bar:
@@ -185,8 +184,8 @@ class _Embedding:
         self, chosen: npt.NDArray[np.int64]
     ) -> Iterator[tuple[pd.DataFrame, npt.NDArray[np.int32], Latent]]:
         size = self._config.latent.block_size
-        for start, obs in stream_obs(self._census, self._cells.joinids[chosen], block_size=size):
-            rows = chosen[start : start + size]
+        groups = (chosen[start : start + size] for start in range(0, len(chosen), size))
+        for rows, obs in stream_obs(self._census, self._cells.joinids, groups):
             obs.index = pd.Index(rows.astype(str))
             yield obs, self._codes[rows], self._store.read(rows)
 
@@ -235,7 +234,7 @@ def plan(config: Config) -> Plan:
         size = min(config.latent.block_size, -(-len(cells) // _SAMPLE_BLOCKS))
         sample = _blocks(cells, size)[-_SAMPLE_BLOCKS:]
         started, n_sampled = time.monotonic(), 0
-        for block in stream_blocks(census, cells.joinids, gene_joinids, blocks=sample, obs_columns=[]):
+        for block in stream_blocks(census, cells.joinids, gene_joinids, blocks=sample):
             encode(block.counts, np.zeros(block.counts.shape[0], dtype=np.int32))
             if block.start == sample[0][0]:
                 started = time.monotonic()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 from tqdm import tqdm
 
@@ -18,7 +19,7 @@ from census_scvi.census.cells import Cells, require_columns, select_cells, train
 from census_scvi.census.genes import read_genes, read_var, select_genes, write_genes
 from census_scvi.census.hvg.tally import GeneTally
 from census_scvi.census.open import Census, open_census
-from census_scvi.census.stream import Block, stream_blocks, tile_runs
+from census_scvi.census.stream import stream_blocks, stream_obs, tile_runs
 from census_scvi.config import Config
 from census_scvi.counts.file_order import POOL_RUNS
 from census_scvi.counts.writer import H5adWriter
@@ -39,7 +40,7 @@ _SAMPLE_RUNS = 12
 _VARIABLE = 0.6
 _BYTES_A_NONZERO = {"gzip": 1.9, "none": 8.0}
 # Time of the stage in readings of all counts: one to select genes, one to write them, and what is not done beside.
-_PASSES, _FIXED_SECONDS = 2.1, 1.5
+_PASSES, _FIXED_SECONDS = 2.3, 1.5
 
 
 def run(config: Config, *, force: bool = False) -> None:
@@ -102,16 +103,15 @@ def _write(census: Census, cells: Cells, genes: list[str], config: Config, path:
     done = len(cells) - sum(map(len, missing))
     if done:
         log.info("%s of %s cells were written before", f"{done:,}", f"{len(cells):,}")
-    blocks = stream_blocks(
-        census,
-        cells.joinids,
-        var["soma_joinid"].to_numpy(),
-        blocks=[run for pool in missing for run in pool.runs],
-        obs_columns=config.anndata.obs_columns,
-    )
+    runs = [run for pool in missing for run in pool.runs]
+    blocks = stream_blocks(census, cells.joinids, var["soma_joinid"].to_numpy(), blocks=runs)
+    pools = (pool.cells() for pool in missing)
+    frames = stream_obs(census, cells.joinids, pools, config.anndata.obs_columns)
+    counts = (block.counts for block in blocks)
+    obs = (_with_batch(frame, places, cells) for places, frame in frames)
     hidden = not sys.stderr.isatty()
     with tqdm(total=len(cells), initial=done, desc="prepare", unit=" cells", unit_scale=True, disable=hidden) as bar:
-        for written in store.fill((_with_batch(block, cells), block.counts) for block in blocks):
+        for written in store.fill(counts, obs):
             bar.update(written)
     store.join()
     nonzeros, empty = count_nonzeros(path)
@@ -127,12 +127,10 @@ def _write(census: Census, cells: Cells, genes: list[str], config: Config, path:
     }
 
 
-def _with_batch(block: Block, cells: Cells) -> pd.DataFrame:
+def _with_batch(obs: pd.DataFrame, places: npt.NDArray[np.int64], cells: Cells) -> pd.DataFrame:
     """Obs with the batch of each cell, indexed by its number among the selected cells."""
-    places = range(block.start, block.start + len(block.obs))
-    codes = cells.batch_codes[places.start : places.stop]
-    obs = block.obs.assign(batch=pd.Categorical.from_codes(codes, categories=cells.batches))
-    return obs.set_axis(pd.Index([str(place) for place in places]))
+    batch = pd.Categorical.from_codes(cells.batch_codes[places], categories=cells.batches)
+    return obs.assign(batch=batch).set_axis(pd.Index(places.astype(str)))
 
 
 def plan(config: Config) -> Plan:
@@ -145,33 +143,33 @@ def plan(config: Config) -> Plan:
         n_genes = min(config.hvg.top_n_hvg, len(var))
         runs = tile_runs(cells.joinids)
         sample = [runs[len(runs) * place // _SAMPLE_RUNS] for place in range(min(_SAMPLE_RUNS, len(runs)))]
-        read = partial(
-            stream_blocks, census, cells.joinids, var["soma_joinid"].to_numpy(), obs_columns=config.anndata.obs_columns
-        )
-        next(iter(read(blocks=sample[:1])))  # opens and compiles
+        joinids, genes = cells.joinids, var["soma_joinid"].to_numpy()
+        next(iter(stream_blocks(census, joinids, genes, blocks=sample[:1])))  # opens and compiles
         started = time.monotonic()
-        detected, n_sampled, obs_bytes = np.zeros(len(var)), 0, 0.0
-        for block in read(blocks=sample):
+        detected = np.zeros(len(var))
+        for block in stream_blocks(census, joinids, genes, blocks=sample):
             detected += np.bincount(block.counts.indices, minlength=len(var))
-            n_sampled += len(block.obs)
-            obs_bytes += _stored_bytes(block.obs)
-        seconds = (time.monotonic() - started) / n_sampled * len(cells)
+        seconds = time.monotonic() - started
+        sampled = np.concatenate([np.arange(*run) for run in sample])
+        n_sampled = len(sampled)
+        ((_, obs),) = stream_obs(census, joinids, [sampled], config.anndata.obs_columns)
+    n_cells = len(cells)
     # Of the genes detected most often, variable ones are not all.
     nonzeros = (_VARIABLE if n_genes < len(var) else 1.0) * np.sort(detected)[::-1][:n_genes].sum() / n_sampled
-    kept = nonzeros * len(cells) * _BYTES_A_NONZERO[config.anndata.compression] + obs_bytes / n_sampled * len(cells)
+    kept = n_cells * (nonzeros * _BYTES_A_NONZERO[config.anndata.compression] + _stored_bytes(obs) / n_sampled)
     artifacts = Artifacts.of(config)
     return Plan(
         STAGE,
         reads=[f"{census.identity['uri']} ({config.census.organism}), cells {training_filter(config) or 'all'}"],
         writes=[str(config.directory / name) for name in (artifacts.prepared, artifacts.genes)],
-        cells=len(cells),
+        cells=n_cells,
         genes=n_genes,
         memory=_BASE_MEMORY
-        + 25.0 * len(cells)
+        + 25.0 * n_cells
         + GeneTally.memory(len(groups), len(var))
         + X_TILE * (_BYTES_READ * detected.sum() / n_sampled + POOL_RUNS * _BYTES_POOLED * nonzeros),
         disk=kept,
-        seconds=_FIXED_SECONDS + _PASSES * seconds,
+        seconds=_FIXED_SECONDS + _PASSES * seconds / n_sampled * n_cells,
         notes=[
             "genes are not selected yet: disk and memory are estimates from the genes detected most often",
             *(

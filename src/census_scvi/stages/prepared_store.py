@@ -17,11 +17,10 @@ from census_scvi.counts.reader import PreparedCells
 from census_scvi.counts.writer import H5adWriter
 from census_scvi.workspace.atomic import sync
 
-Cells = tuple[pd.DataFrame, sp.csr_matrix]
 # Some 200,000 cells and a minute of work are what a kill costs.
 PART_POOLS = 12
-# Cells appended at a time.
-_SLICE = 2048
+# Cells copied at a time while parts are joined.
+_SLICE = 2**14
 
 
 class PreparedStore:
@@ -49,24 +48,22 @@ class PreparedStore:
         """What is not on disk yet, in the order in which `fill` takes it."""
         return [pool for group in self._missing().values() for pool in group]
 
-    def fill(self, runs: Iterator[Cells]) -> Iterator[int]:
+    def fill(self, counts: Iterator[sp.csr_matrix], obs: Iterator[pd.DataFrame]) -> Iterator[int]:
         """Write the missing parts; yields the number of cells of each pool that is written.
 
         Parameters
         ----------
-        runs
-            obs and counts of each run of each missing pool, in order.
+        counts
+            Counts of each run of each missing pool, in order.
+        obs
+            obs of the cells of each missing pool, in order.
         """
         for path, group in self._missing().items():
             with self._whole(path) as writer:
                 for pool in group:
-                    parts = [next(runs) for _ in pool.runs]
-                    obs, counts = pd.concat([obs for obs, _ in parts]), sp.vstack([counts for _, counts in parts])
-                    del parts
                     order = pool.order()
-                    for first in range(0, len(order), _SLICE):
-                        some = order[first : first + _SLICE]
-                        writer.append(obs.iloc[some], counts=counts[some])
+                    shuffled = sp.vstack([next(counts) for _ in pool.runs])[order]
+                    writer.append(next(obs).iloc[order], counts=shuffled)
                     yield len(order)
 
     def join(self) -> None:
@@ -96,7 +93,7 @@ class PreparedStore:
         partial.replace(path)
 
 
-def _slices(path: Path) -> Iterator[Cells]:
+def _slices(path: Path) -> Iterator[tuple[pd.DataFrame, sp.csr_matrix]]:
     with h5py.File(path, "r") as file:
         obs = read_elem(file["obs"])
     cells = PreparedCells(path)

@@ -1,0 +1,80 @@
+"""The prepared file as Lightning takes it: training and validation cells, for each process its share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import lightning
+import torch
+
+from census_scvi.counts.loader import MinibatchLoader
+from census_scvi.counts.minibatch import Minibatch, densify
+from census_scvi.counts.order import CellOrder, validation_mask
+from census_scvi.counts.reader import PreparedCells
+from census_scvi.errors import UserError
+
+
+class PreparedDataModule(lightning.LightningDataModule):
+    """Training and validation minibatches of a prepared file, for one process or for each rank of DDP.
+
+    Parameters
+    ----------
+    path
+        The .h5ad that prepare wrote.
+    batch_size
+        Cells a minibatch (and rank).
+    train_size
+        Share of cells trained on.
+    seed
+        Seed of the split and of the order.
+    workers
+        Threads that read and decode ahead.
+
+    Raises
+    ------
+    UserError
+        Too few cells for a minibatch of two on every rank.
+    """
+
+    def __init__(self, path: Path, *, batch_size: int, train_size: float, seed: int, workers: int) -> None:
+        super().__init__()
+        self.cells = PreparedCells(path)
+        self._batch_size = batch_size
+        self._seed = seed
+        self._workers = workers
+        self._validation = validation_mask(self.cells.n_cells, train_size, seed)
+        self.n_val = int(self._validation.sum())
+        self.n_train = self.cells.n_cells - self.n_val
+
+    def train_dataloader(self) -> MinibatchLoader:
+        """Training cells, in another order each epoch."""
+        rank, world_size = self._rank()
+        if self.n_train < 2 * world_size:
+            raise UserError(f"{self.n_train} training cells are too few for {world_size} processes; 2 each are needed")
+        order = CellOrder(~self._validation, self._seed, rank, world_size)
+        return self._loader(order, self._epoch)
+
+    def val_dataloader(self) -> MinibatchLoader | list[Minibatch]:
+        """Validation cells, in the order of the file; nothing where all cells train."""
+        rank, world_size = self._rank()
+        if self.n_val < world_size:
+            return []
+        order = CellOrder(self._validation, None, rank, world_size)
+        return self._loader(order, lambda: 0)
+
+    def on_after_batch_transfer(self, batch: Minibatch, dataloader_idx: int) -> Minibatch:
+        """Make a sparse minibatch dense, on the device."""
+        return batch if "X" in batch else densify(batch, self.cells.n_genes)
+
+    def _loader(self, order: CellOrder, epoch: Callable[[], int]) -> MinibatchLoader:
+        return MinibatchLoader(self.cells, order, self._batch_size, self._workers, epoch, self._device)
+
+    def _device(self) -> torch.device:
+        return self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+
+    def _rank(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _epoch(self) -> int:
+        return self.trainer.current_epoch if self.trainer else 0
