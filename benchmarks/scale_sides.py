@@ -122,7 +122,9 @@ def prepare_library(folder: Folder) -> Any:
 
 
 def latent_ours(folder: Folder) -> Any:
-    run_stage("create-latent-update", folder, folder.model, "census.obs_query_model='soma_joinid < 5000'")
+    """Without the minified model, which the other side does not write either."""
+    settings = ("census.obs_query_model='soma_joinid < 5000'", "latent.minified=none")
+    run_stage("create-latent-update", folder, folder.model, *settings)
     return np.load(Path(folder.model) / "latent.npy")
 
 

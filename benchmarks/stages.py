@@ -42,7 +42,7 @@ def main() -> None:
     ]
     (arguments.folder / "stages.json").write_text(json.dumps(runs, indent=1))
     print(
-        "| stage | cells | peak GB (predicted) | wall s (predicted) | disk GB (predicted) |",
+        "| stage | cells | peak GB (predicted) | wall s (predicted) | disk MB (predicted) |",
         "|---|---|---|---|---|",
         sep="\n",
     )
@@ -52,7 +52,7 @@ def main() -> None:
             print(f"| {stage} | {run['cells']:,} | {' | '.join(figures)} |")
 
 
-UNITS = {"memory": 1e9, "seconds": 1.0, "disk": 1e9}
+UNITS = {"memory": 1e9, "seconds": 1.0, "disk": 1e6}
 
 
 def _stage(stage: str, n_cells: int, arguments: argparse.Namespace) -> dict[str, Any]:

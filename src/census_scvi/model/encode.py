@@ -177,18 +177,24 @@ def extend_batches(model: scvi.model.SCVI, genes: list[str], batches: list[str])
     A new model, on the CPU, in eval mode; its registry lists the trained batches first.
     """
     trained = batch_labels(model)
-    additional = sorted(set(batches) - set(trained))
+    labels = labels_with(trained, batches)
+    n_additional = len(labels) - len(trained)
     with quiet("scvi"):
-        extended = scvi.model.SCVI.load_query_data(skeleton(genes, trained + additional), model, accelerator="cpu")
+        extended = scvi.model.SCVI.load_query_data(skeleton(genes, labels), model, accelerator="cpu")
     weights = extended.module.state_dict()
     for name, reference in model.module.state_dict().items():
         if weights[name].shape != reference.shape:  # the last columns are the one-hot batch
             of_batches = reference[..., -len(trained) :]
-            weights[name][..., -len(additional) :] = of_batches.mean(dim=-1, keepdim=True).cpu()
+            weights[name][..., -n_additional:] = of_batches.mean(dim=-1, keepdim=True).cpu()
     extended.module.load_state_dict(weights)
     extended.module.eval()
     extended.is_trained = True
     return extended
+
+
+def labels_with(trained: list[str], batches: list[str]) -> list[str]:
+    """Batch labels of an extended model: the trained ones, then the others in alphabetical order."""
+    return trained + sorted(set(batches) - set(trained))
 
 
 def batch_labels(model: scvi.model.SCVI) -> list[str]:

@@ -22,7 +22,7 @@ from census_scvi.census.stream import Block, consecutive, stream_blocks, stream_
 from census_scvi.config import Config
 from census_scvi.counts.row_hash import row_hashes
 from census_scvi.errors import UserError
-from census_scvi.model.encode import Encoder, Latent, batch_labels, extend_batches, reference_latent
+from census_scvi.model.encode import Encoder, Latent, extend_batches, labels_with, reference_latent
 from census_scvi.model.minified import save_minified
 from census_scvi.model.safe import DESCRIPTION, WEIGHTS, ModelDescription, load_safe, read_description
 from census_scvi.stages.latent_store import PROGRESS, LatentStore
@@ -107,8 +107,8 @@ class _Embedding:
         self._config, self._stage, self._census, self._cells = config, stage, census, cells
         self._gene_joinids, self._artifacts = gene_joinids, artifacts
         self._trained, self._description = load_safe(config.directory / artifacts.model)
-        self._model = extend_batches(self._trained, self._description.genes, cells.batches)
-        self._codes = _codes_in(self._model, cells)
+        self._labels = labels_with(self._description.batches, cells.batches)
+        self._codes = _codes_in(self._labels, cells)
         self.n_latent = int(self._trained.module.n_latent)
         self._store = LatentStore(stage.staging, len(cells), self.n_latent)
         self._difference: float | None = None
@@ -120,7 +120,9 @@ class _Embedding:
             log.info("%s of %s cells were embedded before", f"{done:,}", f"{total:,}")
         if done == total:
             return
-        encode = Encoder(_on_device(self._model, self._config))
+        # The extended model takes as much memory again; most encoders do not look at the batch.
+        sees_batch = self._description.arguments["encode_covariates"]
+        encode = Encoder(_on_device(self._extended() if sees_batch else self._trained, self._config))
         blocks = stream_blocks(
             self._census,
             self._cells.joinids,
@@ -148,8 +150,8 @@ class _Embedding:
         if not len(rows):
             log.warning("no cell of the first block is of a trained batch: nothing to compare with scvi-tools")
             return 0.0
-        labels = np.asarray(batch_labels(self._model), dtype=object)[codes[rows]]
-        accelerator = "gpu" if self._model.module.device.type == "cuda" else "cpu"
+        labels = np.asarray(self._labels, dtype=object)[codes[rows]]
+        accelerator = "gpu" if self._trained.module.device.type == "cuda" else "cpu"
         genes, counts = self._description.genes, block.counts[rows]
         mean, variance = reference_latent(self._trained, genes, counts, labels, accelerator)
         difference = float(max(np.abs(mean - latent.mean[rows]).max(), np.abs(variance - latent.variance[rows]).max()))
@@ -165,11 +167,15 @@ class _Embedding:
         written = [names.latent, names.latent_joinids, names.latent_hashes]
         if (chosen := self._minified_cells()) is not None:
             folder = self._stage.path(names.minified)
-            self._model.to_device("cpu")  # a model.pt that loads where there is no GPU
             uns = {"trained_batches": np.array(self._description.batches, dtype=object)}
-            save_minified(self._model, self._description.genes, self._minified_blocks(chosen), folder, uns)
+            save_minified(self._extended(), self._description.genes, self._minified_blocks(chosen), folder, uns)
             written.append(names.minified)
         return written
+
+    def _extended(self) -> scvi.model.SCVI:
+        """The model with a place for every batch, on the CPU."""
+        self._trained.to_device("cpu")
+        return extend_batches(self._trained, self._description.genes, self._labels)
 
     def _minified_cells(self) -> npt.NDArray[np.int64] | None:
         settings, total = self._config.latent, len(self._cells)
@@ -198,7 +204,7 @@ class _Embedding:
             "genes_missing": int((self._gene_joinids < 0).sum()),
             "n_latent": self.n_latent,
             "cells_of_untrained_batches": int((~trained).sum()),
-            "untrained_batches": batch_labels(self._model)[len(self._description.batches) :],
+            "untrained_batches": self._labels[len(self._description.batches) :],
             "largest_difference_to_scvi_tools": self._difference,
         }
 
@@ -208,9 +214,9 @@ def _blocks(cells: Cells, block_size: int) -> list[tuple[int, int]]:
     return [block for run in tile_runs(cells.joinids, block_size) for block in consecutive(*run, block_size)]
 
 
-def _codes_in(model: scvi.model.SCVI, cells: Cells) -> npt.NDArray[np.int32]:
-    """Code of each cell's batch in the model's own list."""
-    position = {label: code for code, label in enumerate(batch_labels(model))}
+def _codes_in(labels: list[str], cells: Cells) -> npt.NDArray[np.int32]:
+    """Code of each cell's batch in a list of all."""
+    position = {label: code for code, label in enumerate(labels)}
     return np.array([position[label] for label in cells.batches], dtype=np.int32)[cells.batch_codes]
 
 
