@@ -5,8 +5,12 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
-from collections.abc import Callable
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +26,7 @@ import tiledbsoma
 import torch
 import yaml
 from cellxgene_census.experimental import get_embedding_metadata
-from pipeline import Run
+from pipeline import ROOT, Run
 from safetensors.torch import load_file, save_file
 from scvi.hub import HubModel
 from test_faults import KILL
@@ -56,6 +60,37 @@ def copy_of(finished: Run, folder: Path, **sections: dict[str, Any]) -> Run:
     run = Run(folder, str(folder / "census"), gates={"sample_size": 300}, **sections)
     shutil.copytree(finished.directory, run.directory)
     return run
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A bucket of an S3 server on this machine, which TileDB and fsspec find as they would any other."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": f"http://{address}",
+        "TILEDB_VFS_S3_ENDPOINT_OVERRIDE": address,
+        "TILEDB_VFS_S3_SCHEME": "http",
+        "TILEDB_VFS_S3_USE_VIRTUAL_ADDRESSING": "false",
+        "NO_PROXY": "127.0.0.1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    host, port = address.split(":")
+    server = subprocess.Popen([sys.executable, "-m", "moto.server", "-H", host, "-p", port], stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(300):
+            with suppress(ConnectionError), socket.create_connection((host, int(port))):
+                break
+            time.sleep(0.1)
+        fsspec.filesystem("s3", skip_instance_cache=True).mkdir("bucket")
+        yield "s3://bucket"
+    finally:
+        server.kill()
+        server.wait()
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
 def experiment_of(run: Run) -> str:
@@ -197,6 +232,30 @@ def test_the_model_goes_where_the_config_says(run: Run, tmp_path: Path) -> None:
     assert broken(verify("memory://models/v1")) == set()
     with pytest.raises(UserError, match="is no published folder"):
         verify("memory://models/none")
+
+
+@pytest.mark.slow
+def test_a_bucket_as_target(run: Run, bucket: str) -> None:
+    """In processes of their own: TileDB looks for the server's address once, when it is first used."""
+    experiment, model = f"{bucket}/experiment", f"{bucket}/model"
+    fsspec.filesystem("s3").put(experiment_of(run), experiment, recursive=True)
+    settings = [f"publish.experiment_uri={experiment}", f"publish.model_uri={model}"]
+
+    def verified() -> str:
+        command = [sys.executable, str(ROOT / "scvi-verify.py"), model, "--census", census_of(run)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    assert run.subprocess("publish", *settings).returncode == 0
+    first = verified()
+    assert "is sound" in first
+    assert "set publish.replace to true" in run.subprocess("publish", *settings, "--force").stderr
+    done = run.subprocess("publish", *settings, "publish.replace=true", "--force")
+    assert done.returncode == 0, done.stderr
+    assert f"delete it when nobody does: {experiment}/ms/RNA/obsm/scvi-" in done.stderr
+    assert verified().splitlines()[0] != first.splitlines()[0]  # another publication
+    assert census_scvi.load_model(model, cache=run.directory / "cache").is_trained
 
 
 def test_no_credentials_are_published(

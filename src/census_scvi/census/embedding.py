@@ -1,21 +1,25 @@
 """Embeddings in an Experiment's obsm: written beside what readers see, put in place in one step, read back in blocks.
 
-A new embedding is an array of its own, which becomes visible when it is added to the collection. One that replaces
-another must end up in the array that is there, since a collection's key cannot be set twice: its fragments are moved
-into that array, where they count for nothing until a single file lists them as committed (TileDB's format for
-consolidated commits). Whoever opened the array before goes on reading the old cells.
+An embedding is an array of its own, which readers see when the collection names it. tiledbsoma adds a name but replaces
+none, and to take one away first would leave readers without. But a TileDB group is a folder of records, each adding
+members, of which a later one wins: the one record that names the new array is made in a group aside, by TileDB itself,
+and put among the others, a rename on a disk and one object in a bucket. Whoever opened the collection before, or the
+array that was replaced, goes on reading that.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
+import tempfile
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -23,14 +27,17 @@ import tiledbsoma
 
 from census_scvi.census.open import MEASUREMENT
 from census_scvi.errors import UserError
-from census_scvi.workspace.atomic import remove, sync, write_json
+from census_scvi.workspace.atomic import sync
 from census_scvi.workspace.uri import local_path
 
 INFO, PUBLICATION = "CxG_embedding_info", "census_scvi_publication"
 _OBSM = "obsm"
 _TILE_CELLS = 2048
 _READ_CELLS = 16 * _TILE_CELLS
-_MOVING = "moving.json"
+# Where a TileDB group keeps its records: __<first ms>_<last ms>_<32 hexadecimal digits>_<version of the format>.
+_RECORDS = "__group"
+# How far a clock may be ahead of ours, in seconds.
+_MOST_AHEAD = 10.0
 
 Values = npt.NDArray[np.float32]
 Joinids = npt.NDArray[np.int64]
@@ -45,34 +52,14 @@ def published_uri(experiment_uri: str, name: str) -> str | None:
         return str(measurement[_OBSM][name].uri)
 
 
-def check_target(
-    experiment_uri: str, name: str, shape: tuple[int, int], publication: str, *, replace: bool
-) -> Path | None:
-    """The array that a publication would replace; None where the name is free, or holds that publication.
-
-    Raises
-    ------
-    UserError
-        The name is taken and `replace` is false, or it cannot be replaced: other dimensions, not on a local disk.
-    """
+def check_target(experiment_uri: str, name: str, publication: str, *, replace: bool) -> None:
+    """UserError where the name is taken by another publication and `replace` is false."""
     live = published_uri(experiment_uri, name)
-    if live is None or publication_of(live) == publication:
-        return None
-    if not replace:
+    if live is not None and publication_of(live) != publication and not replace:
         raise UserError(
             f"{experiment_uri} has an obsm[{name!r}] already; set publish.replace to true to replace it, or"
             " publish.name to another name"
         )
-    path = local_path(live)
-    if path is None:
-        raise UserError(f"{live} cannot be replaced, since it is not on a local disk; set publish.name to another")
-    with tiledbsoma.open(live) as array:
-        if array.shape != shape:
-            raise UserError(
-                f"obsm[{name!r}] is {array.shape[0]:,} x {array.shape[1]}, the new one {shape[0]:,} x {shape[1]}:"
-                " only one of the same shape can be replaced; set publish.name to another name"
-            )
-    return path
 
 
 class EmbeddingDraft:
@@ -93,10 +80,14 @@ class EmbeddingDraft:
 
     Attributes
     ----------
+    uri
+        The array.
+    replaces
+        URI of the array that readers see before; it stays where it is.
     done
         Whether this publication is what readers see already.
     empty
-        Whether the draft holds no cells yet, whatever was written to an earlier one.
+        Whether the draft holds no cells yet.
 
     Raises
     ------
@@ -105,38 +96,19 @@ class EmbeddingDraft:
     """
 
     def __init__(self, experiment_uri: str, name: str, shape: tuple[int, int], publication: str, *, replace: bool):
+        check_target(experiment_uri, name, publication, replace=replace)
         self._experiment_uri, self._name, self._publication = experiment_uri, name, publication
-        live = published_uri(experiment_uri, name)
-        self.done = live is not None and publication_of(live) == publication
-        self.empty = False
-        if self.done:
-            return
-        self._live = check_target(experiment_uri, name, shape, publication, replace=replace)
-        # Another name for each kind: the name may have been taken since an earlier run, and the draft then has a schema
-        # of its own, whose fragments the array that is there could not read.
-        kind = "" if self._live is None else "-next"
-        self.uri = f"{_obsm_uri(experiment_uri)}/{name}-{publication[:12]}{kind}"
-        self.empty = not (tiledbsoma.SparseNDArray.exists(self.uri) or self._moving)
+        self._member = f"{name}-{publication[:12]}"
+        self._obsm_uri = _obsm_uri(experiment_uri)
+        self.uri = f"{self._obsm_uri}/{self._member}"
+        self.replaces = published_uri(experiment_uri, name)
+        self.done = self.replaces is not None and publication_of(self.replaces) == publication
+        self.empty = not tiledbsoma.SparseNDArray.exists(self.uri)
         if self.empty:
-            self._create(shape)
-
-    def _create(self, shape: tuple[int, int]) -> None:
-        if self._live is None:
+            _clear(self.uri)
             tiledbsoma.SparseNDArray.create(
                 self.uri, type=pa.float32(), shape=shape, platform_config=_platform_config(shape[1])
             ).close()
-            return
-        # The same schema file: fragments name the schema they were written with.
-        draft = self._draft()
-        partial = draft.with_name(draft.name + ".partial")
-        remove(partial)
-        partial.mkdir()
-        for folder in self._live.iterdir():
-            if folder.name in ("__schema", "__meta"):
-                shutil.copytree(folder, partial / folder.name)
-            elif folder.is_dir():
-                (partial / folder.name).mkdir()
-        partial.rename(draft)
 
     def write(self, joinids: Joinids, values: Values) -> None:
         """Write cells; writing them again changes nothing.
@@ -148,12 +120,10 @@ class EmbeddingDraft:
         values
             float32 (cells, dimensions).
         """
-        if self.done or self._moving:
-            return
         rows = np.repeat(joinids, values.shape[1])
         columns = np.tile(np.arange(values.shape[1]), len(joinids))
-        # In an array of our own making ascending cells lie in the order of its tiles: sorting takes six times as long.
-        ordered = tiledbsoma.TileDBWriteOptions(sort_coords=self._live is not None)
+        # Ascending cells lie in the order of the array's tiles: sorting takes six times as long.
+        ordered = tiledbsoma.TileDBWriteOptions(sort_coords=False)
         with tiledbsoma.SparseNDArray.open(self.uri, "w") as array:
             table = pa.table({"soma_dim_0": rows, "soma_dim_1": columns, "soma_data": values.ravel()})
             array.write(table, platform_config=ordered)
@@ -162,66 +132,74 @@ class EmbeddingDraft:
         """Let readers see the embedding, with `info` in its metadata; may be repeated after a kill at any point."""
         if self.done:
             return
-        if self._live is None:
-            _write_info(self.uri, info, self._publication)
-            with _opened_obsm(self._experiment_uri, "w") as obsm:
+        with tiledbsoma.SparseNDArray.open(self.uri, "w") as array:
+            array.metadata[INFO] = json.dumps(info)
+            array.metadata[PUBLICATION] = self._publication
+        if self.replaces is None:
+            with tiledbsoma.Collection.open(self._obsm_uri, "w") as obsm:
                 obsm.set(self._name, tiledbsoma.SparseNDArray.open(self.uri), use_relative_uri=True)
         else:
-            self._replace(self._live)
-            _write_info(str(self._live), info, self._publication)
-            remove(self._draft())
+            _name_anew(self._obsm_uri, self._name, self._member)
         self.done = True
 
-    @property
-    def _moving(self) -> bool:
-        """Whether the draft was whole and its fragments are on their way."""
-        return self._live is not None and (self._draft() / _MOVING).exists()
 
-    def _draft(self) -> Path:
-        path = local_path(self.uri)
-        assert path is not None, "what is replaced is on a local disk, and the draft beside it"
-        return path
-
-    def _replace(self, live: Path) -> None:
-        draft = self._draft()
-        moving = draft / _MOVING
-        if not moving.exists():
-            names = sorted(path.stem for path in (draft / "__commits").glob("*.wrt"))
-            write_json(moving, names)
-        names = json.loads(moving.read_text(encoding="utf-8"))
-        for name in names:
-            if (fragment := draft / "__fragments" / name).exists():
-                fragment.rename(live / "__fragments" / name)
-        sync(live / "__fragments")
-        times = [tuple(map(int, name.split("_")[2:4])) for name in names]
-        version = names[0].rpartition("_")[2]
-        first, last = min(start for start, _ in times), max(stop for _, stop in times)
-        commit = live / "__commits" / f"__{first}_{last}_{self._publication}_{version}.con"
-        listed = draft / commit.name
-        listed.write_text("".join(f"__commits/{name}.wrt\n" for name in names), encoding="utf-8")
-        sync(listed)
-        listed.rename(commit)
-        sync(commit.parent)
+def _clear(uri: str) -> None:
+    """Take away what was left of an array where its maker was killed."""
+    system, path = fsspec.url_to_fs(uri)
+    if system.exists(path):
+        system.rm(path, recursive=True)
 
 
-def stale_cells(uri: str, joinids: Joinids) -> Joinids:
-    """soma_joinids that a published embedding holds and `joinids`, ascending, does not."""
-    found = [np.empty(0, np.int64)]
-    for some, _ in read_embedding(uri):
-        places = np.minimum(np.searchsorted(joinids, some), len(joinids) - 1)
-        found.append(some[joinids[places] != some])
-    return np.concatenate(found)
+def _name_anew(group_uri: str, name: str, member: str) -> None:
+    """Let `name`, which a group has already, mean another member of its folder."""
+    system, group = fsspec.url_to_fs(group_uri)
+    earlier = [Path(path).name for path in system.ls(f"{group}/{_RECORDS}", detail=False, refresh=True)]
+    last = max(int(record.split("_")[3]) for record in earlier)
+    now = time.time_ns() // 10**6
+    if last > now + 1000 * _MOST_AHEAD:
+        raise UserError(
+            f"{group_uri} was last written {(last - now) / 1000:.0f} seconds from now: the clock of this machine or of"
+            " its writer is wrong; nothing was published"
+        )
+    when = max(now, last + 1)
+    version, data = _record(name, member)
+    record = f"__{when}_{when}_{uuid.uuid4().hex}_{version}"
+    if (path := local_path(group_uri)) is None:
+        system.pipe_file(f"{group}/{_RECORDS}/{record}", data)
+    else:
+        aside = path / f"{member}.{record}"
+        aside.write_bytes(data)
+        sync(aside)
+        aside.rename(path / _RECORDS / record)
+        sync(path / _RECORDS)
+    time.sleep(max(when / 1000 - time.time(), 0))  # until then readers do not see it
+
+
+def _record(name: str, member: str) -> tuple[str, bytes]:
+    """What TileDB writes into a group for an array in its folder: version of the format, and the record."""
+    with tempfile.TemporaryDirectory() as scratch:
+        with tiledbsoma.Collection.create(f"{scratch}/group") as group:
+            group.add_new_sparse_ndarray(name, uri=member, type=pa.float32(), shape=(1, 1))
+        (record,) = (Path(scratch) / "group" / _RECORDS).iterdir()
+        return record.name.rpartition("_")[2], record.read_bytes()
 
 
 def read_cells(uri: str, joinids: Joinids) -> Values:
     """Embedding of some cells, float32 (cells, dimensions), in ascending order; UserError where one has none."""
-    with tiledbsoma.SparseNDArray.open(uri) as array:
-        table = array.read(coords=(joinids.tolist(),)).tables().concat()
-        found = list(_rows(uri, table, array.shape[1]))
-    embedded = found[0][0] if found else np.empty(0, np.int64)
+    blocks = list(read_some(uri, np.sort(joinids)))
+    embedded = np.concatenate([np.empty(0, np.int64), *(found for found, _ in blocks)])
     if missing := sorted(set(joinids.tolist()) - set(embedded.tolist())):
         raise UserError(f"{uri} has no embedding of {len(missing):,} cells, the first with soma_joinid {missing[0]}")
-    return found[0][1]
+    return np.concatenate([values for _, values in blocks])
+
+
+def read_some(uri: str, joinids: Joinids) -> Iterator[tuple[Joinids, Values]]:
+    """Embedding of some cells, ascending, in blocks: those of them that have one, and float32 (cells, dimensions)."""
+    with _readable(uri) as array:
+        for start in range(0, len(joinids), _READ_CELLS):
+            wanted = joinids[start : start + _READ_CELLS]
+            table = array.read(coords=(pa.array(wanted),)).tables().concat()
+            yield from _rows(uri, table, array.shape[1])
 
 
 def read_embedding(uri: str) -> Iterator[tuple[Joinids, Values]]:
@@ -232,11 +210,17 @@ def read_embedding(uri: str) -> Iterator[tuple[Joinids, Values]]:
     UserError
         A cell has not a value in each dimension, or the array cannot be read.
     """
+    with _readable(uri) as array:
+        for start in range(0, array.shape[0], _READ_CELLS):
+            table = array.read(coords=(slice(start, min(start + _READ_CELLS, array.shape[0]) - 1),)).tables()
+            yield from _rows(uri, table.concat(), array.shape[1])
+
+
+@contextmanager
+def _readable(uri: str) -> Iterator[Any]:
     try:
         with tiledbsoma.SparseNDArray.open(uri) as array:
-            for start in range(0, array.shape[0], _READ_CELLS):
-                table = array.read(coords=(slice(start, min(start + _READ_CELLS, array.shape[0]) - 1),)).tables()
-                yield from _rows(uri, table.concat(), array.shape[1])
+            yield array
     except tiledbsoma.SOMAError as error:
         raise UserError(f"{uri} cannot be read: {str(error).splitlines()[0]}") from None
 
@@ -280,12 +264,6 @@ def _obsm_uri(experiment_uri: str) -> str:
 
 
 @contextmanager
-def _opened_obsm(experiment_uri: str, mode: str) -> Iterator[Any]:
-    with tiledbsoma.Collection.open(_obsm_uri(experiment_uri), mode) as obsm:
-        yield obsm
-
-
-@contextmanager
 def _opened(experiment_uri: str) -> Iterator[Any]:
     try:
         experiment = tiledbsoma.Experiment.open(experiment_uri)
@@ -301,12 +279,6 @@ def publication_of(uri: str) -> str | None:
     """The publication that an embedding names; None where this project has not published it."""
     with tiledbsoma.open(uri) as array:
         return array.metadata.get(PUBLICATION)
-
-
-def _write_info(uri: str, info: dict[str, Any], publication: str) -> None:
-    with tiledbsoma.SparseNDArray.open(uri, "w") as array:
-        array.metadata[INFO] = json.dumps(info)
-        array.metadata[PUBLICATION] = publication
 
 
 def _platform_config(n_features: int) -> dict[str, Any]:

@@ -38,9 +38,7 @@ def target_lock(experiment_uri: str) -> AbstractContextManager[None]:
     return directory_lock(path / ".scvi-publish.lock", "scvi-publish.py")
 
 
-def require_free(
-    settings: PublishSection, census: Census, experiment_uri: str, n_latent: int, publication: str
-) -> None:
+def require_free(settings: PublishSection, census: Census, experiment_uri: str, publication: str) -> None:
     """The Experiment holds the cells that the embedding is of, and the name is free or may be replaced."""
     published_uri(experiment_uri, settings.name)  # says so where it is no Experiment
     with tiledbsoma.Experiment.open(experiment_uri) as experiment:
@@ -50,7 +48,7 @@ def require_free(
             f"{experiment_uri} has {n_cells:,} cells, the Census of this run {census.identity['cells']:,}:"
             " soma_joinids hold within one Census only; set publish.experiment_uri to an Experiment of that Census"
         )
-    check_target(experiment_uri, settings.name, (n_rows(census), n_latent), publication, replace=settings.replace)
+    check_target(experiment_uri, settings.name, publication, replace=settings.replace)
 
 
 def require_same_cells(experiment_uri: str, sample: Sample) -> None:
