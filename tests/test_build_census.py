@@ -18,12 +18,13 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from census_scvi.census.build import census, experiment, h5ad_counts, schema
+from census_scvi.census.build import census, experiment, schema
 from census_scvi.census.build.census import build_census
 from census_scvi.census.build.config import load_build_config
 from census_scvi.census.build.experiment import observation_joinids
 from census_scvi.census.build.gene_ids import GeneMap, resolve_genes
 from census_scvi.census.build.sources import open_h5ad, regroup
+from census_scvi.counts import h5ad
 from census_scvi.errors import UserError
 from census_scvi.stages.build_census import build_from_config, main
 
@@ -264,8 +265,8 @@ def test_missing_truncated_and_foreign_files_are_refused_by_name(tmp_path: Path)
 def test_every_layout_and_place_of_the_counts(
     tmp_path: Path, layout: str, counts: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(h5ad_counts, "_CSC_WINDOW", 300)
-    monkeypatch.setattr(h5ad_counts, "_DENSE_WINDOW", 400)
+    monkeypatch.setattr(h5ad, "_CSC_WINDOW", 300)
+    monkeypatch.setattr(h5ad, "_DENSE_WINDOW", 400)
     matrix = make_counts(50, 40)
     stored = {
         "csr": matrix,

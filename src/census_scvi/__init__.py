@@ -4,10 +4,11 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from census_scvi.atlas import Atlas
     from census_scvi.model.published import load_model
 
 __version__ = version("census-scvi")
-__all__ = ["__version__", "load_model"]
+__all__ = ["Atlas", "__version__", "load_model"]
 
 
 def __getattr__(name: str) -> Any:
@@ -16,4 +17,8 @@ def __getattr__(name: str) -> Any:
         from census_scvi.model.published import load_model
 
         return load_model
+    if name == "Atlas":
+        from census_scvi.atlas import Atlas
+
+        return Atlas
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -24,6 +24,7 @@ _DESCRIPTIONS = {
     "train": "Train scVI on the prepared cells and write the model to scvi.model/.",
     "create-latent-update": "Embed every cell of the Census and write latent.npy and final_scvi_optimized/.",
     "publish": "Pass the gates, then publish the embedding in the Census' obsm, with model and provenance.",
+    "map-query": "Embed your own cells with a trained model and name them by their neighbours in the Census.",
 }
 _EPILOG = """\
 settings on the command line win over the file:
@@ -38,7 +39,7 @@ def main(stage: str, argv: Sequence[str] | None = None) -> int:
     Parameters
     ----------
     stage
-        prepare, train, create-latent-update or publish.
+        prepare, train, create-latent-update, publish or map-query.
     argv
         Arguments; those of the process where None.
 
@@ -111,7 +112,8 @@ def _parser(stage: str) -> argparse.ArgumentParser:
 def _run(stage: str, arguments: argparse.Namespace) -> None:
     config: Config = load_config(arguments.config, arguments.settings)
     # Imported only now: torch, scvi-tools and TileDB take seconds, and a wrong setting is answered at once.
-    module = importlib.import_module("census_scvi.stages." + stage.replace("-", "_"))
+    room = "" if stage == "map-query" else "stages."  # no stage of the pipeline: it stands on the atlas
+    module = importlib.import_module(f"census_scvi.{room}{stage.replace('-', '_')}")
     if arguments.dry_run:
         print(module.plan(config).text(config))
     else:

@@ -198,6 +198,31 @@ class PublishSection(Section):
     """Whom to ask."""
 
 
+class QuerySection(Section):
+    """A user's own cells, for scvi-map-query.py."""
+
+    file: Name | None = None
+    """The .h5ad with the cells: raw counts, genes by Ensembl id or symbol."""
+    output: Name | None = None
+    """The .h5ad to write: the same with embedding, map and predicted labels; null: `<file>-mapped.h5ad`."""
+    model: Name | None = None
+    """Published folder or its URL; null: the run directory."""
+    embedding: Name | None = None
+    """Of the Census' cells: a name in its obsm, a run directory or an Experiment; null: `scvi`, or the run's."""
+    counts: Name | None = None
+    """Where the raw counts are: X, raw or layers/<name>; null: found."""
+    labels: list[Name] = Field(default_factory=lambda: ["cell_type"])
+    """obs columns of the Census to predict; empty: none."""
+    obs_filter: Name | None = None
+    """SOMA value filter of the cells to learn from; null: all."""
+    reference_cells: Annotated[int, Field(ge=100)] = 200_000
+    """Cells to learn from; of more, so many are drawn at random."""
+    n_neighbours: Annotated[int, Field(ge=1)] = 15
+    """Neighbours that name a cell."""
+    umap_cells: Annotated[int, Field(ge=0)] = 20_000
+    """Reference cells on the map; 0: no map."""
+
+
 class OutputSection(Section):
     """Where the run is written."""
 
@@ -219,6 +244,7 @@ class Config(Section):
     latent: LatentSection = LatentSection()
     gates: GatesSection = GatesSection()
     publish: PublishSection = PublishSection()
+    query: QuerySection = QuerySection()
     output: OutputSection = OutputSection()
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of everything random: split, order of cells, weights, dropout, sampling."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 
 import anndata as ad
@@ -11,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import scanpy as sc
-import umap
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from census_scvi.query.umap_map import UmapMap
 
 _POINTS = 30_000.0  # marker area times cells: dense where there are many, visible where there are few
 _LEGEND_ENTRIES = 24
@@ -38,8 +38,8 @@ def draw_before_and_after(
         obs column that tells the batches apart.
     """
     embeddings = {
-        "before: PCA of log-normalised counts": _umap(log_pca(cells), seed),
-        "after: scVI latent": _umap(latent, seed),
+        "before: PCA of log-normalised counts": UmapMap(log_pca(cells), seed=seed).positions,
+        "after: scVI latent": UmapMap(latent, seed=seed).positions,
     }
     figure = Figure(figsize=(15, 11), layout="constrained")
     axes = figure.subplots(2, 2)
@@ -50,6 +50,43 @@ def draw_before_and_after(
             scatter(axes[row, column], positions[order], labels.iloc[order], legend=column == 1)
             axes[row, column].set_title(f"{title}, by {key.replace('_', ' ')}", fontsize=12, loc="left")
     figure.savefig(path, dpi=110)
+
+
+def draw_on_reference(
+    reference: npt.NDArray[np.float32],
+    reference_labels: pd.Series,
+    query: npt.NDArray[np.float32],
+    query_labels: pd.Series,
+    title: str,
+) -> Figure:
+    """Cells on the map of a reference: the reference by its labels, then the others by theirs on top of it in grey.
+
+    Parameters
+    ----------
+    reference, query
+        float32 (cells, 2): positions on the same map.
+    reference_labels, query_labels
+        A categorical each, a row a cell; equal labels get equal colours.
+    title
+        What the labels are.
+    """
+    figure = Figure(figsize=(15, 6), layout="constrained")
+    axes = figure.subplots(1, 2, sharex=True, sharey=True)
+    # The commonest first: they are what the legend has room for.
+    names = pd.concat([reference_labels.astype(str), query_labels.astype(str)]).value_counts().index
+    order = np.random.default_rng(0).permutation(len(reference))  # no group is drawn on top of the others
+    scatter(axes[0], reference[order], _categorical(reference_labels, names).iloc[order], legend=False)
+    axes[0].set_title(f"reference, {len(reference):,} cells, by {title}", fontsize=12, loc="left")
+    size = min(max(_POINTS / len(reference), 0.5), 30)
+    axes[1].scatter(reference[:, 0], reference[:, 1], s=size, c="0.85", linewidths=0, rasterized=True)
+    order = np.random.default_rng(0).permutation(len(query))
+    scatter(axes[1], query[order], _categorical(query_labels, names).iloc[order], legend=True)
+    axes[1].set_title(f"your {len(query):,} cells, by predicted {title}", fontsize=12, loc="left")
+    return figure
+
+
+def _categorical(labels: pd.Series, names: pd.Index) -> pd.Series:
+    return pd.Series(pd.Categorical(labels.astype(str), categories=names))
 
 
 def log_pca(cells: ad.AnnData, n_components: int = 50) -> npt.NDArray[np.float32]:
@@ -81,10 +118,3 @@ def _colours(number: int) -> npt.NDArray[np.float64]:
     if number <= 20:
         return np.array([mpl.colormaps["tab20"](i) for i in range(number)])
     return np.asarray(mpl.colormaps["gist_ncar"](np.linspace(0.02, 0.95, number)))
-
-
-def _umap(values: npt.NDArray[np.float32], seed: int) -> npt.NDArray[np.float32]:
-    # Not through scanpy: its neighbours of more than 8,192 cells fail with the newest pynndescent.
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="n_jobs value")  # a seed means one thread, as we want
-        return np.asarray(umap.UMAP(n_neighbors=15, min_dist=0.5, random_state=seed).fit_transform(values))

@@ -70,8 +70,8 @@ class PreparedCells:
     ----------
     n_cells, n_genes
         Shape of the matrix.
-    genes
-        feature_ids, in the order of the columns.
+    genes, symbols
+        feature_ids and feature_names, in the order of the columns; no symbols where var has none.
     batches
         Batch labels, in the order of the codes.
     """
@@ -84,7 +84,9 @@ class PreparedCells:
             self._row_ends = Vector(self._file["X/indptr"])
             self._codes = self._file["obs/batch/codes"][:]
             self.n_cells, self.n_genes = (int(n) for n in self._file["X"].attrs["shape"])
-            self.genes = [str(gene) for gene in read_elem(self._file["var"]).index]
+            var = read_elem(self._file["var"])
+            self.genes = [str(gene) for gene in var.index]
+            self.symbols = [str(symbol) for symbol in var.get("feature_name", [])]
             self.batches = [str(label) for label in read_elem(self._file["obs/batch/categories"])]
         except (OSError, KeyError) as error:
             raise UserError(f"{path} is no .h5ad that scvi-prepare.py wrote ({error}); run scvi-prepare.py") from None

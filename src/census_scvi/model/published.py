@@ -28,6 +28,7 @@ from census_scvi.model.card import PICTURE, learning_curve, model_card
 from census_scvi.model.encode import Encoder
 from census_scvi.model.hub import write_hub
 from census_scvi.model.safe import DESCRIPTION, WEIGHTS, ModelDescription, load_safe, save_safe
+from census_scvi.workspace import Workspace
 from census_scvi.workspace.atomic import remove, sync_tree, write_json
 from census_scvi.workspace.identity import damage, identities
 from census_scvi.workspace.uri import leaves_folder, local_path
@@ -222,7 +223,7 @@ def load_model(uri: str, *, trust: bool = False, cache: Path | None = None) -> s
     Parameters
     ----------
     uri
-        Folder or URL (any that fsspec reads) that scvi-publish.py wrote, or a run's `scvi.model`.
+        Folder or URL (any that fsspec reads) that scvi-publish.py wrote, a run directory, or its `scvi.model`.
     trust
         Also load a folder that holds nothing but scvi-tools' own `model.pt`. That is a pickle, and loading it runs
         whatever code its author put into it.
@@ -239,15 +240,23 @@ def load_model(uri: str, *, trust: bool = False, cache: Path | None = None) -> s
         Nothing that can be loaded is there, or a file is not the one that was published.
     """
     path = local_path(uri)
-    if path is not None and not (path / PROVENANCE).exists():
-        if (path / DESCRIPTION).exists():
-            return load_safe(path)[0]
-        if (path / "model.pt").exists():
-            return _unpickle(path, trust=trust)
+    ours = path is None or any((path / name).exists() for name in (PROVENANCE, DESCRIPTION))
+    if path is not None and not ours and (path / "model.pt").exists():
+        return _unpickle(path, trust=trust)
+    return load_described(uri, cache=cache)[0]
+
+
+def load_described(uri: str, *, cache: Path | None = None) -> tuple[scvi.model.SCVI, ModelDescription]:
+    """A model and what it is, from its safe form; where it may lie, and errors, as `load_model` says."""
+    path = local_path(uri)
+    if path is not None and (train := Workspace(path).manifest()["stages"].get("train")):
+        path = path / str(train["artifacts"][0])
+    if path is not None and not (path / PROVENANCE).exists() and (path / DESCRIPTION).exists():
+        return load_safe(path)
     folder = fetch(uri, cache)
     if wrong := damaged_files(folder, read_provenance(folder)):
         raise UserError(f"{uri} is not what was published: {'; '.join(wrong)}")
-    return load_safe(folder)[0]
+    return load_safe(folder)
 
 
 def _unpickle(folder: Path, *, trust: bool) -> scvi.model.SCVI:

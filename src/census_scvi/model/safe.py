@@ -40,6 +40,8 @@ class ModelDescription:
         obs columns that make the batch.
     n_cells
         Cells it was prepared from (training and validation).
+    symbols
+        Symbols (feature_name) of the genes, in their order; empty where they are not known.
     """
 
     genes: list[str]
@@ -48,6 +50,7 @@ class ModelDescription:
     organism: str
     batch_key: list[str]
     n_cells: int
+    symbols: list[str] = field(default_factory=list)
     model: str = "SCVI"
     format: int = _FORMAT
     scvi_tools: str = field(default_factory=lambda: scvi.__version__)

@@ -132,6 +132,7 @@ def _save(
         organism=config.census.organism,
         batch_key=config.anndata.batch_key,
         n_cells=data.cells.n_cells,
+        symbols=data.cells.symbols,
     )
     save_safe(model, description, folder)
 

@@ -13,6 +13,7 @@ import tiledbsoma as soma
 
 from census_scvi.census.build import schema
 from census_scvi.census.build.sources import Source
+from census_scvi.counts.h5ad import MAX_COUNT
 from census_scvi.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -150,9 +151,9 @@ def _census_blocks(source: Source, var: pd.DataFrame, rows: int) -> Iterator[tup
         if start != expected:
             raise ValueError(f"{source.dataset_id}: block starts at cell {start}, expected {expected}")
         expected += block.shape[0]
-        if len(block.data) and block.data.max() > schema.MAX_COUNT:
+        if len(block.data) and block.data.max() > MAX_COUNT:
             raise UserError(
-                f"{source.path or source.dataset_id}: a count is larger than {schema.MAX_COUNT:,}, "
+                f"{source.path or source.dataset_id}: a count is larger than {MAX_COUNT:,}, "
                 "which float32 does not hold exactly"
             )
         arrays = (block.data.astype(np.float32), column[block.indices], block.indptr)

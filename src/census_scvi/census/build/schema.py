@@ -11,8 +11,6 @@ import pyarrow as pa
 CENSUS_SCHEMA_VERSION = "2.4.0"
 # The files that go into a local Census are not checked against the CELLxGENE dataset schema, so none is claimed.
 DATASET_SCHEMA_VERSION = "na"
-# Larger integers are not exact in the float32 of X/raw.
-MAX_COUNT = 2**24
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
-import anndata
-import h5py
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
 from census_scvi.census.build.gene_ids import GeneMap, GeneReport, Genes, resolve_genes
-from census_scvi.census.build.h5ad_counts import CountMatrix, check_counts
 from census_scvi.census.build.h5ad_labels import census_labels, table_column
-from census_scvi.config_errors import suggestion
+from census_scvi.counts.h5ad import CountMatrix, check_counts, counts_key, open_file, read_frame
 from census_scvi.errors import UserError
 
 # Rows that are looked at when a file is opened: normalised data is refused before any work.
@@ -85,7 +82,7 @@ class H5adSource:
 
     def _selected(self, rows: int) -> Iterator[sp.csr_matrix]:
         """The dataset's own cells of each block of the file, columns already turned into genes."""
-        with _open(Path(self.path)) as file:
+        with open_file(Path(self.path)) as file:
             matrix = CountMatrix(file, counts_key(file, self._counts))
             try:
                 for start, block in matrix.blocks(rows, first=int(self._rows[0]), last=int(self._rows[-1]) + 1):
@@ -147,10 +144,10 @@ def open_h5ad(
     of var. Raises UserError for a missing, damaged or unsuitable file, naming it.
     """
     try:
-        with _open(path) as file:
+        with open_file(path) as file:
             matrix = CountMatrix(file, counts_key(file, counts))
-            var = _read_frame(file, "raw/var" if counts == "raw" else "var", path)
-            table = _read_frame(file, "obs", path)
+            var = read_frame(file, "raw/var" if counts == "raw" else "var")
+            table = read_frame(file, "obs")
             _check_shape(path, counts, matrix, table, var)
     except (OSError, KeyError, ValueError) as error:
         raise UserError(f"{path}: the file is damaged or truncated ({error})") from error
@@ -176,39 +173,6 @@ def open_h5ad(
         )
         next(sources[-1].blocks(_FIRST_LOOK))
     return sources
-
-
-def counts_key(file: h5py.File, counts: str) -> str:
-    """Where `counts` (X, raw or layers/<name>) lies in the file; UserError naming what there is."""
-    key = {"raw": "raw/X"}.get(counts, counts)
-    if key in file:
-        return key
-    present = [name for name in ("X", "raw") if name in file]
-    present += [f"layers/{name}" for name in file.get("layers", {})]
-    raise UserError(
-        f"{file.filename}: no {counts}{suggestion(counts, present)} (it has {', '.join(present) or 'none'})"
-    )
-
-
-def _open(path: Path) -> h5py.File:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    try:
-        return h5py.File(path, "r")
-    except OSError as error:
-        raise UserError(f"{path}: not a whole .h5ad file ({error})") from error
-
-
-def _read_frame(file: h5py.File, key: str, path: Path) -> pd.DataFrame:
-    if key not in file:
-        raise UserError(f"{path}: has no {key}; expected an .h5ad as anndata writes it")
-    try:
-        frame = anndata.io.read_elem(file[key])
-    except Exception as error:  # anndata raises errors of many kinds for what it does not know
-        raise UserError(f"{path}: {key} cannot be read ({error})".replace("\n", " ")) from error
-    if not isinstance(frame, pd.DataFrame):
-        raise UserError(f"{path}: {key} is no table; expected an .h5ad as anndata writes it")
-    return frame
 
 
 def _check_shape(path: Path, counts: str, matrix: CountMatrix, obs: pd.DataFrame, var: pd.DataFrame) -> None:

@@ -1,19 +1,60 @@
-"""Read the count matrix of an .h5ad in blocks of rows, whatever its layout, and refuse what is no raw count."""
+"""Read anybody's .h5ad: its tables, and its counts in blocks of rows, whatever the layout; refuse what is no count."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import anndata
 import h5py
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 
-from census_scvi.census.build.schema import MAX_COUNT
+from census_scvi.config_errors import suggestion
 from census_scvi.errors import UserError
 
+# Larger integers are not exact in float32.
+MAX_COUNT = 2**24
 # Non-zeros held at a time when a CSC matrix, stored by gene, is turned into rows (12 bytes each).
 _CSC_WINDOW = 2**25
 # Values held at a time of a dense matrix.
 _DENSE_WINDOW = 2**24
+
+
+def counts_key(file: h5py.File, counts: str) -> str:
+    """Where `counts` (X, raw or layers/<name>) lies in the file; UserError naming what there is."""
+    key = {"raw": "raw/X"}.get(counts, counts)
+    if key in file:
+        return key
+    present = [name for name in ("X", "raw") if name in file]
+    present += [f"layers/{name}" for name in file.get("layers", {})]
+    raise UserError(
+        f"{file.filename}: no {counts}{suggestion(counts, present)} (it has {', '.join(present) or 'none'})"
+    )
+
+
+def open_file(path: Path) -> h5py.File:
+    """Open a file for reading; UserError where there is none, or not a whole one."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        return h5py.File(path, "r")
+    except OSError as error:
+        raise UserError(f"{path}: not a whole .h5ad file ({error})") from error
+
+
+def read_frame(file: h5py.File, key: str) -> pd.DataFrame:
+    """The table at `key`; UserError where there is none that anndata reads."""
+    path = file.filename
+    if key not in file:
+        raise UserError(f"{path}: has no {key}; expected an .h5ad as anndata writes it")
+    try:
+        frame = anndata.io.read_elem(file[key])
+    except Exception as error:  # anndata raises errors of many kinds for what it does not know
+        raise UserError(f"{path}: {key} cannot be read ({error})".replace("\n", " ")) from error
+    if not isinstance(frame, pd.DataFrame):
+        raise UserError(f"{path}: {key} is no table; expected an .h5ad as anndata writes it")
+    return frame
 
 
 class CountMatrix:

@@ -1,0 +1,13 @@
+#!/usr/bin/env python3
+"""Embed your own cells with a trained model and name them by their neighbours in the Census."""
+
+import sys
+
+try:
+    from census_scvi.cli import main
+except ModuleNotFoundError as error:
+    print(f"error: {error}; run ./scvi-init.sh, then . .venv/bin/activate", file=sys.stderr)
+    sys.exit(2)
+
+if __name__ == "__main__":
+    sys.exit(main("map-query"))

@@ -1,0 +1,478 @@
+"""A trained model and the embedding of a Census, for people in a notebook."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import anndata as ad
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import scvi
+from tqdm import tqdm
+
+from census_scvi.census.cells import read_obs, require_columns
+from census_scvi.census.genes import locate_genes, read_var
+from census_scvi.census.open import Census, open_census
+from census_scvi.census.stream import consecutive, stream_blocks, stream_obs
+from census_scvi.config import CensusSection
+from census_scvi.errors import UserError
+from census_scvi.model.encode import Encoder
+from census_scvi.model.published import load_described
+from census_scvi.model.safe import ModelDescription
+from census_scvi.query.label_transfer import UNKNOWN, LabelTransfer
+from census_scvi.query.mapping import MIN_SHARE, Mapper
+from census_scvi.query.neighbours import NeighbourIndex
+from census_scvi.query.reference import Embedding, Origin, open_embedding
+from census_scvi.workspace.uri import without_credentials
+
+log = logging.getLogger(__name__)
+
+LATENT, OWN_LATENT = "scvi", "X_scvi"
+# What a reference is thinned to: some 100 MB of positions.
+REFERENCE_CELLS, SLICE_CELLS = 200_000, 1_000_000
+_OBS_BLOCK, _PREDICT_BLOCK = 2**16, 2**14
+# Cells with which the model is held against the embedding, and how far they may differ.
+_PROVEN_CELLS, _TOLERANCE = 64, 1e-3
+_VAGUE = ("unknown", "na", "nan", "None", "")
+_GROUPS = "dataset_id"
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """The atlas' cells that lie next to some other cells.
+
+    Attributes
+    ----------
+    joinids
+        int64 (cells, neighbours): soma_joinids, nearest first.
+    distances
+        float32 (cells, neighbours).
+    obs
+        The neighbours' obs, a row each, indexed by soma_joinid.
+    """
+
+    joinids: npt.NDArray[np.int64]
+    distances: npt.NDArray[np.float32]
+    obs: pd.DataFrame
+
+
+class Atlas:
+    """A model, a Census and its embedding; any of them may be missing, and what needs it says so.
+
+    Use `Atlas.open` to make one.
+
+    Attributes
+    ----------
+    model
+        The scvi-tools model; None without one.
+    description
+        Genes, batches and organism of the model; None without one.
+    """
+
+    def __init__(
+        self,
+        model: tuple[scvi.model.SCVI, ModelDescription] | None,
+        census: CensusSection | None,
+        find_embedding: Callable[[Census], Embedding],
+        *,
+        census_given: bool,
+    ) -> None:
+        self.model: scvi.model.SCVI | None = model[0] if model else None
+        self.description: ModelDescription | None = model[1] if model else None
+        self._census_section, self._find_embedding, self._census_given = census, find_embedding, census_given
+        self._stack = ExitStack()
+        self._proven = False
+
+    @classmethod
+    def open(
+        cls,
+        model: str | Path | None = None,
+        *,
+        census: str | Path | None = None,
+        embedding: str | Path | None = None,
+        organism: str | None = None,
+    ) -> Self:
+        """Open what there is.
+
+        Parameters
+        ----------
+        model
+            Published folder or its URL, run directory, or its `scvi.model`.
+        census
+            URI of the Census, or the version of a release such as `stable` or `2025-11-08`; None takes the one that the
+            record of the model names, and opens it when it is needed.
+        embedding
+            Of the Census' cells: a name in its obsm, a run directory, or the URI of an Experiment; None takes what was
+            published with the model, `latent.npy` of its run directory, or `obsm["scvi"]` of the Census.
+        organism
+            Such as `homo_sapiens`; None takes the model's.
+
+        Raises
+        ------
+        UserError
+            Nothing can be opened there, or the embedding is of another Census.
+        """
+        if model is None and census is None:
+            raise UserError("an atlas needs a model, a Census or both: Atlas.open(model=..., census=...)")
+        described = None if model is None else load_described(str(model))
+        if described and organism and described[1].organism != organism:
+            raise UserError(f"the model is of {described[1].organism}, not {organism}")
+        origin = Origin.of(None if model is None else str(model))
+        name = organism or (described[1].organism if described else "homo_sapiens")
+        section = _census_section(str(census), name) if census is not None else origin.section
+        if embedding is not None and section is None:
+            raise UserError("an embedding is of the cells of a Census: name it with census=")
+        find = origin.open_embedding if embedding is None else partial(open_embedding, str(embedding))
+        atlas = cls(described, section, find, census_given=census is not None)
+        if census is not None:
+            with ExitStack() as stack:
+                stack.callback(atlas.close)
+                atlas._require_census()
+                if embedding is not None:
+                    atlas._require_embedding()
+                stack.pop_all()
+        return atlas
+
+    def close(self) -> None:
+        """Close the Census."""
+        self._stack.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        description, census = self.description, self._census_section
+        model = (
+            f"scVI of {description.organism}, {len(description.genes):,} genes, {len(description.batches):,} batches,"
+            f" {self._n_latent} dimensions"
+            if description
+            else "none: Atlas.open(model=...) to embed cells"
+        )
+        where = (
+            without_credentials(census.uri) or f"release {census.version}"
+            if census
+            else "none: Atlas.open(census=...) for its cells and labels"
+        )
+        return f"Atlas\n  model   {model}\n  census  {where}"
+
+    @property
+    def _n_latent(self) -> int:
+        return int(self._require_model()[0].module.n_latent)
+
+    # --- the atlas' own cells
+
+    def embeddings(
+        self,
+        obs_filter: str | None = None,
+        *,
+        obs_columns: list[str] | None = None,
+        max_cells: int = SLICE_CELLS,
+        seed: int = 0,
+    ) -> ad.AnnData:
+        """Cells of the Census with their embedding; no counts are read.
+
+        Parameters
+        ----------
+        obs_filter
+            Such as `tissue_general == 'blood' and is_primary_data == True`; None takes all cells.
+        obs_columns
+            obs columns to read beside soma_joinid; None reads all.
+        max_cells
+            Of more cells that match, so many are drawn at random.
+        seed
+            Of that draw.
+
+        Returns
+        -------
+        AnnData with obs, `obsm["scvi"]` float32 (cells, dimensions) and no X, in the order of the Census. Cells that
+        match and have no embedding are left out, with a warning.
+        """
+        census, embedding = self._require_census(), self._require_embedding()
+        require_columns(census, obs_columns or [], "obs_columns")
+        joinids = _matching(census, obs_filter)
+        n_matching = len(joinids)
+        if n_matching > max_cells:
+            joinids = np.sort(np.random.default_rng(seed).choice(joinids, max_cells, replace=False))
+            log.info("%s of %s cells drawn at random", f"{max_cells:,}", f"{n_matching:,}")
+        blocks = list(_shown(embedding.read(joinids), len(joinids), "embeddings"))
+        embedded = np.concatenate([np.empty(0, np.int64), *(found for found, _ in blocks)])
+        if not len(embedded):
+            raise UserError(f"none of the {len(joinids):,} cells has an embedding in {embedding.name}")
+        if len(embedded) < len(joinids):
+            log.warning("%s cells have no embedding and are left out", f"{len(joinids) - len(embedded):,}")
+        groups = (np.arange(*rows) for rows in consecutive(0, len(embedded), _OBS_BLOCK))
+        obs = pd.concat([frame for _, frame in stream_obs(census, embedded, groups, obs_columns)])
+        obs.index = obs["soma_joinid"].astype(str)
+        obs.index.name = None
+        return ad.AnnData(
+            obs=obs,
+            obsm={LATENT: np.concatenate([values for _, values in blocks])},
+            uns={"census": {key: value for key, value in census.identity.items() if value is not None}},
+        )
+
+    # --- a user's own cells
+
+    def embed(
+        self, source: ad.AnnData | str | Path, *, counts: str | None = None, min_share: float = MIN_SHARE
+    ) -> ad.AnnData:
+        """Embed your own cells.
+
+        Parameters
+        ----------
+        source
+            AnnData, or the path of an .h5ad of any size, with raw counts; it is not changed. Genes by Ensembl id or
+            symbol, in var_names or a column of var.
+        counts
+            Where the raw counts are: `X`, `raw` or `layers/<name>`; None finds them.
+        min_share
+            Share of the model's genes that must be there.
+
+        Returns
+        -------
+        AnnData without X: your obs and `scvi_empty` (cells without any count in the model's genes),
+        `obsm["X_scvi"]` float32 (cells, n_latent), `uns["scvi_alignment"]` what became of the genes.
+
+        Raises
+        ------
+        UserError
+            No raw counts, too few of the model's genes, another organism: what was found, and what to do.
+        """
+        mapped = self._mapper(source, counts=counts, min_share=min_share)
+        log.info("%s", mapped.report)
+        return ad.AnnData(
+            obs=mapped.obs.assign(scvi_empty=mapped.empty),
+            obsm={OWN_LATENT: mapped.latent},
+            uns={"scvi_alignment": mapped.report.as_dict()},
+        )
+
+    def predict(
+        self,
+        source: ad.AnnData | str | Path,
+        labels: str = "cell_type",
+        *,
+        obs_filter: str | None = None,
+        n_neighbours: int = 15,
+        max_cells: int = REFERENCE_CELLS,
+        seed: int = 0,
+        **options: Any,
+    ) -> ad.AnnData:
+        """Name your own cells by their neighbours in the atlas.
+
+        Parameters
+        ----------
+        source
+            As `embed` takes it, or what it returned.
+        labels
+            obs column of the Census: `cell_type`, `tissue`, `disease`, ...
+        obs_filter
+            Cells of the Census to learn from; None takes all. Cells whose label says nothing ("unknown") are left out.
+        n_neighbours
+            Neighbours a cell.
+        max_cells
+            The reference is thinned at random to so many.
+        seed
+            Of that draw, and of what decides on unknown cells.
+        options
+            Passed to `embed`.
+
+        Returns
+        -------
+        As `embed`, with `<labels>_predicted`, `_probability`, `_uncertainty` and `_unknown` in obs, and what is known
+        of their quality in `uns["scvi_prediction"][<labels>]`. A cell that is like none of the reference is named
+        "unknown".
+
+        Raises
+        ------
+        UserError
+            As `embed`; or the embedding is not this model's; or no cell has a label.
+        """
+        census = self._require_census()
+        require_columns(census, [labels], "labels")
+        mapped = self._embedded(source, options)
+        reference = self.reference(obs_filter, [labels], max_cells, seed)
+        known = ~reference.obs[labels].astype(str).isin(_VAGUE).to_numpy()
+        if not known.any():
+            raise UserError(f"none of the {reference.n_obs:,} reference cells has a {labels}; change obs_filter")
+        reference = reference[known]
+        transfer = LabelTransfer(
+            reference.obsm[LATENT],
+            reference.obs[labels].astype(str).to_numpy(dtype=object),
+            reference.obs[_GROUPS].to_numpy(),
+            n_neighbours=n_neighbours,
+            seed=seed,
+        )
+        latent = mapped.obsm[OWN_LATENT]
+        # In blocks: the probabilities of hundreds of types take more than the cells themselves.
+        blocks = [transfer.predict(latent[slice(*rows)]) for rows in consecutive(0, len(latent), _PREDICT_BLOCK)]
+        unknown = np.concatenate([block.unknown for block in blocks]) | mapped.obs["scvi_empty"].to_numpy()
+        named = np.concatenate([block.labels for block in blocks])
+        mapped.obs[f"{labels}_predicted"] = pd.Categorical(np.where(unknown, UNKNOWN, named))
+        mapped.obs[f"{labels}_probability"] = np.concatenate([block.probability for block in blocks])
+        mapped.obs[f"{labels}_uncertainty"] = np.concatenate([block.uncertainty for block in blocks])
+        mapped.obs[f"{labels}_unknown"] = unknown
+        mapped.uns.setdefault("scvi_prediction", {})[labels] = {
+            "classes": transfer.classes,
+            "reference_cells": reference.n_obs,
+            "n_neighbours": n_neighbours,
+            "known_kept": transfer.bound.known_kept,
+            "left_out_found": transfer.bound.left_out_found,
+        }
+        return mapped
+
+    def neighbors(
+        self,
+        source: ad.AnnData | str | Path,
+        *,
+        obs_filter: str | None = None,
+        obs_columns: list[str] | None = None,
+        n_neighbours: int = 15,
+        max_cells: int = REFERENCE_CELLS,
+        seed: int = 0,
+        **options: Any,
+    ) -> Neighbours:
+        """The atlas' cells that are most like your own.
+
+        Parameters
+        ----------
+        source
+            As `embed` takes it, or what it returned.
+        obs_filter
+            Cells of the Census to look among; None takes all.
+        obs_columns
+            obs columns of the neighbours to read; None reads all.
+        n_neighbours
+            Neighbours a cell.
+        max_cells
+            The atlas is thinned at random to so many.
+        seed
+            Of that draw.
+        options
+            Passed to `embed`.
+        """
+        mapped = self._embedded(source, options)
+        reference = self.reference(obs_filter, obs_columns, max_cells, seed)
+        index = NeighbourIndex(reference.obsm[LATENT], seed=seed)
+        distances, positions = index.query(mapped.obsm[OWN_LATENT], n_neighbours)
+        joinids = reference.obs["soma_joinid"].to_numpy()[positions]
+        obs = reference.obs.set_index("soma_joinid").loc[np.unique(joinids)]
+        return Neighbours(joinids, distances, obs)
+
+    def _embedded(self, source: ad.AnnData | str | Path, options: dict[str, Any]) -> ad.AnnData:
+        """The cells in the latent space: as `embed` gave them before, or embedded now."""
+        if isinstance(source, ad.AnnData) and "scvi_alignment" in source.uns and OWN_LATENT in source.obsm:
+            return source.copy()
+        return self.embed(source, **options)
+
+    def reference(
+        self,
+        obs_filter: str | None = None,
+        obs_columns: list[str] | None = None,
+        max_cells: int = REFERENCE_CELLS,
+        seed: int = 0,
+    ) -> ad.AnnData:
+        """Cells of the Census to hold others against: as `embeddings`, once it is proven that the model embedded them.
+
+        Raises
+        ------
+        UserError
+            The embedding is another model's: distances in it would mean nothing.
+        """
+        self._prove_embedding()
+        columns = None if obs_columns is None else list(dict.fromkeys([*obs_columns, _GROUPS]))
+        return self.embeddings(obs_filter, obs_columns=columns, max_cells=max_cells, seed=seed)
+
+    def _prove_embedding(self) -> None:
+        """UserError where the embedding is not this model's."""
+        if self._proven:
+            return
+        census, embedding = self._require_census(), self._require_embedding()
+        model, description = self._require_model()
+        if embedding.n_latent != self._n_latent:
+            raise UserError(
+                f"{embedding.name} has {embedding.n_latent} dimensions, the model {self._n_latent}: it is another"
+                " model's embedding"
+            )
+        everything = _matching(census, None)
+        joinids, published = next(iter(embedding.read(everything[: 16 * _PROVEN_CELLS])))
+        joinids, published = joinids[:_PROVEN_CELLS], published[:_PROVEN_CELLS]
+        if not description.arguments["encode_covariates"]:
+            genes = locate_genes(census, description.genes, MIN_SHARE)
+            (block,) = stream_blocks(census, joinids, genes, blocks=[(0, len(joinids))])
+            latent = Encoder(model)(block.counts, np.zeros(len(joinids), int)).mean
+            difference = float(np.abs(latent - published).max())
+            if not difference <= _TOLERANCE:
+                raise UserError(
+                    f"{embedding.name} is not the embedding of this model: the first {len(joinids)} cells differ by up"
+                    f" to {difference:.2g}; open the atlas with the model that was published with it"
+                )
+        self._proven = True
+
+    @cached_property
+    def _mapper(self) -> Mapper:
+        model, description = self._require_model()
+        symbols = {}
+        if self._census_given:  # it knows the symbols of all genes, the model those of its own
+            var = read_var(self._require_census())
+            symbols = dict(zip(var["feature_id"].astype(str), var["feature_name"].astype(str), strict=True))
+        return Mapper(model, description, symbols)
+
+    @cached_property
+    def _census(self) -> Census:
+        assert self._census_section is not None, "asked for where there is one"
+        return self._stack.enter_context(open_census(self._census_section))
+
+    @cached_property
+    def _embedding(self) -> Embedding:
+        return self._find_embedding(self._census)
+
+    def _require_model(self) -> tuple[scvi.model.SCVI, ModelDescription]:
+        if self.model is None or self.description is None:
+            raise UserError("this needs a model: Atlas.open(model=...)")
+        return self.model, self.description
+
+    def _require_census(self) -> Census:
+        if self._census_section is None:
+            raise UserError("this needs the Census: Atlas.open(..., census=...)")
+        return self._census
+
+    def _require_embedding(self) -> Embedding:
+        self._require_census()
+        return self._embedding
+
+
+def _census_section(census: str, organism: str) -> CensusSection:
+    """A path or URL, or else the name of a release."""
+    is_place = "/" in census or Path(census).exists()
+    return CensusSection(organism=organism, **({"uri": census} if is_place else {"version": census}))
+
+
+def _matching(census: Census, obs_filter: str | None) -> npt.NDArray[np.int64]:
+    """soma_joinids of the cells of a filter, ascending."""
+    tables = [table["soma_joinid"].to_numpy() for table in read_obs(census, obs_filter, ["soma_joinid"])]
+    joinids = np.sort(np.concatenate([np.empty(0, np.int64), *tables]))
+    if not len(joinids):
+        raise UserError(f"no cell of {census.identity['uri']} matches {obs_filter!r}; change obs_filter")
+    return joinids
+
+
+def _shown(blocks: Any, total: int, what: str) -> Any:
+    """Blocks of cells, with a progress bar."""
+    hidden = not sys.stderr.isatty()
+    with tqdm(total=total, desc=what, unit=" cells", unit_scale=True, disable=hidden) as bar:
+        for joinids, values in blocks:
+            yield joinids, values
+            bar.update(len(joinids))

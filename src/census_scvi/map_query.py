@@ -1,0 +1,185 @@
+"""What scvi-map-query.py does: an .h5ad of a user's cells with embedding, map and predicted labels."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import h5py
+import numpy as np
+import pandas as pd
+from anndata.io import write_elem
+
+from census_scvi.atlas import LATENT, OWN_LATENT, Atlas
+from census_scvi.config import Config
+from census_scvi.counts.h5ad import CountMatrix, open_file
+from census_scvi.errors import UserError
+from census_scvi.query.cells import QueryCells
+from census_scvi.query.mapping import MIN_SHARE
+from census_scvi.query.umap_map import UmapMap
+from census_scvi.stages.plan import Plan
+from census_scvi.umap_picture import draw_on_reference
+from census_scvi.workspace.atomic import remove, sync
+
+log = logging.getLogger(__name__)
+
+MAP = "X_umap"
+# For --dry-run, of one run on two cores: imports; a reference cell and its neighbours; cells embedded a second, and
+# cells named and placed on the map; fitting the map.
+_BASE_MEMORY, _BYTES_A_CELL = 1.0e9, 1500.0
+_CELLS_A_SECOND, _SECONDS_A_MAP_CELL = 1500.0, 0.002
+
+
+def run(config: Config, *, force: bool = False) -> None:
+    """Embed the cells, name them, place them on the map, and write the .h5ad, a picture and a report beside it."""
+    source, target = _paths(config)
+    if target.exists() and not force:
+        raise UserError(f"{target} exists; name another query.output, or replace it with --force")
+    settings = config.query
+    with Atlas.open(
+        settings.model or config.directory,
+        census=_census(config),
+        embedding=settings.embedding,
+        organism=config.census.organism if "organism" in config.census.model_fields_set else None,
+    ) as atlas:
+        mapped = atlas.embed(source, counts=settings.counts, min_share=_min_share(config))
+        for labels in settings.labels:
+            mapped = atlas.predict(
+                mapped,
+                labels,
+                obs_filter=settings.obs_filter,
+                n_neighbours=settings.n_neighbours,
+                max_cells=settings.reference_cells,
+                seed=config.seed,
+            )
+            log.info("%s", _summary(mapped, labels))
+        if settings.umap_cells:
+            _place(atlas, mapped, config, target.with_suffix(".png"))
+    _write(source, target, mapped)
+    report = target.with_suffix(".json")
+    report.write_text(json.dumps(_report(mapped, settings.labels), indent=1) + "\n", encoding="utf-8")
+    log.info("wrote %s and %s", target, report)
+
+
+def _paths(config: Config) -> tuple[Path, Path]:
+    if config.query.file is None:
+        raise UserError("query.file is not set; name the .h5ad with your cells: query.file=my-cells.h5ad")
+    source = Path(config.query.file)
+    target = Path(config.query.output) if config.query.output else source.with_name(f"{source.stem}-mapped.h5ad")
+    if target.resolve() == source.resolve():
+        raise UserError(f"query.output is query.file, {source}; name another file")
+    if not target.parent.is_dir():
+        raise UserError(f"{target.parent} does not exist; make the folder of query.output first")
+    return source, target
+
+
+def _census(config: Config) -> str | None:
+    """The Census that the config names, or that of the model."""
+    named = config.census.model_fields_set & {"uri", "version"}
+    return config.census.uri or config.census.version if named else None
+
+
+def _min_share(config: Config) -> float:
+    """The bound that the config names, or that for own cells."""
+    return config.genes.min_share if "min_share" in config.genes.model_fields_set else MIN_SHARE
+
+
+def _summary(mapped: ad.AnnData, labels: str) -> str:
+    quality = mapped.uns["scvi_prediction"][labels]
+    unknown = mapped.obs[f"{labels}_unknown"].to_numpy()
+    return (
+        f"{labels}: {mapped.obs[f'{labels}_predicted'].nunique() - bool(unknown.any())} of {len(quality['classes'])}"
+        f" types found, {unknown.mean():.1%} of the cells unknown (where types were left out of the reference,"
+        f" {quality['left_out_found']:.0%} of their cells were, and {1 - quality['known_kept']:.0%} of the others)"
+    )
+
+
+def _place(atlas: Atlas, mapped: ad.AnnData, config: Config, picture: Path) -> None:
+    """Map of the reference, the cells on it, and the picture."""
+    settings = config.query
+    labels = settings.labels[0] if settings.labels else "cell_type"
+    reference = atlas.reference(settings.obs_filter, [labels], settings.umap_cells, config.seed)
+    log.info("placing %s cells on a map of %s", f"{mapped.n_obs:,}", f"{reference.n_obs:,}")
+    umap = UmapMap(reference.obsm[LATENT], seed=config.seed)
+    mapped.obsm[MAP] = umap.place(mapped.obsm[OWN_LATENT])
+    named = mapped.obs[f"{labels}_predicted"] if settings.labels else pd.Series("your cells", mapped.obs_names)
+    figure = draw_on_reference(umap.positions, reference.obs[labels], mapped.obsm[MAP], named, labels.replace("_", " "))
+    figure.savefig(picture, dpi=110)
+    log.info("wrote %s", picture)
+
+
+def _report(mapped: ad.AnnData, labels: list[str]) -> dict[str, Any]:
+    """What became of the genes, and how many cells got which label."""
+    return {
+        "cells": mapped.n_obs,
+        "alignment": mapped.uns["scvi_alignment"],
+        "predictions": {
+            name: {
+                **mapped.uns["scvi_prediction"][name],
+                "cells": {str(k): int(n) for k, n in mapped.obs[f"{name}_predicted"].value_counts().items() if n},
+                "mean_probability": float(mapped.obs[f"{name}_probability"].mean()),
+            }
+            for name in labels
+        },
+    }
+
+
+def _write(source: Path, target: Path, mapped: ad.AnnData) -> None:
+    """The user's file as it is, with what was found; whole or not at all."""
+    partial = target.with_name(target.name + ".partial")
+    remove(partial)
+    shutil.copyfile(source, partial)
+    with h5py.File(partial, "r+") as file:
+        write_elem(file, "obs", mapped.obs)
+        if "obsm" not in file:
+            write_elem(file, "obsm", {})
+        for name, values in mapped.obsm.items():
+            if name in file["obsm"]:
+                kept = f"{name}_before"
+                log.warning("obsm[%r] of the file is kept as obsm[%r]", name, kept)
+                file["obsm"].move(name, kept)
+            write_elem(file["obsm"], name, np.asarray(values))
+        if "uns" not in file:
+            write_elem(file, "uns", {})
+        for name in ("scvi_alignment", "scvi_prediction"):
+            if name in mapped.uns:
+                write_elem(file["uns"], name, _storable(mapped.uns[name]))
+    sync(partial)
+    partial.replace(target)
+
+
+def _storable(values: Any) -> Any:
+    """Lists of text as arrays, which .h5ad files hold."""
+    if isinstance(values, Mapping):
+        return {name: _storable(value) for name, value in values.items()}
+    return np.array(values, dtype=object) if isinstance(values, list) else values
+
+
+def plan(config: Config) -> Plan:
+    """Size from the file; the time is that of two cores."""
+    source, target = _paths(config)
+    settings = config.query
+    with QueryCells(source) as cells, open_file(source) as file:
+        n_cells, place = len(cells), cells.find_counts(settings.counts)
+        n_genes = CountMatrix(file, "raw/X" if place == "raw" else place).shape[1]
+    beside = [str(target.with_suffix(".json")), *([str(target.with_suffix(".png"))] if settings.umap_cells else [])]
+    return Plan(
+        "map-query",
+        reads=[
+            f"{source}: raw counts from {place}",
+            settings.model or f"{config.directory}/",
+            f"{_census(config) or 'the Census of the model'}: embedding and labels of up to"
+            f" {settings.reference_cells:,} cells",
+        ],
+        writes=[str(target), *beside],
+        cells=n_cells,
+        genes=n_genes,
+        memory=_BASE_MEMORY + _BYTES_A_CELL * (n_cells + settings.reference_cells),
+        disk=source.stat().st_size + 300.0 * n_cells,
+        seconds=10.0 + n_cells / _CELLS_A_SECOND + _SECONDS_A_MAP_CELL * settings.umap_cells,
+    )

@@ -1,0 +1,206 @@
+"""Labels of reference cells for other cells, by nearest neighbours in an embedding; what is like none is `unknown`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from census_scvi.errors import UserError
+from census_scvi.query.neighbours import EXACT_CELLS, NeighbourIndex, Points
+
+UNKNOWN = "unknown"
+# Cells of each label with which the bound of `unknown` is set, and the fewest that make a label count for it.
+_PROBES, _FEWEST = 200, 10
+# Of the known cells at least so many shall keep their name.
+_LEAST_KEPT = 0.9
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Labels of some cells.
+
+    Attributes
+    ----------
+    labels
+        object (cells,): the likeliest label, whether the cell is unknown or not.
+    probability
+        float32 (cells,): share of the neighbours' weight that this label has.
+    uncertainty
+        float32 (cells,), 0 to 1: how far the cell lies from its neighbours, beside how far these lie from theirs; 0.5
+        at the bound of `unknown`.
+    unknown
+        bool (cells,): uncertainty above 0.5.
+    probabilities
+        float32 (cells, classes).
+    classes
+        The labels, in the order of these columns.
+    """
+
+    labels: npt.NDArray[np.object_]
+    probability: npt.NDArray[np.float32]
+    uncertainty: npt.NDArray[np.float32]
+    unknown: npt.NDArray[np.bool_]
+    probabilities: npt.NDArray[np.float32]
+    classes: list[str]
+
+
+@dataclass(frozen=True)
+class UnknownBound:
+    """How well cells of types that the reference lacks are told from known ones.
+
+    Attributes
+    ----------
+    novelty
+        Above it, a cell is unknown.
+    known_kept
+        Share of the cells of known types that are not, mean over types.
+    left_out_found
+        Share of the cells of a type that was left out that are, mean over types; NaN where there are too few types.
+    """
+
+    novelty: float
+    known_kept: float
+    left_out_found: float
+
+
+class LabelTransfer:
+    """Labels by the nearest neighbours in an embedding.
+
+    Parameters
+    ----------
+    points
+        (cells, dimensions): the reference.
+    labels
+        (cells,): label of each; missing ones are not admitted.
+    groups
+        (cells,): study or donor of each reference cell. A query comes from another study than its neighbours; with
+        groups the bound of `unknown` is set in that situation. None: all one group.
+    n_neighbours
+        Neighbours a cell.
+    exact_cells
+        Up to how many reference cells the search is exact.
+    seed
+        Of the probes and of an approximate index.
+
+    Attributes
+    ----------
+    bound
+        How `unknown` is decided.
+
+    Raises
+    ------
+    UserError
+        No cells, or a cell without a label.
+    """
+
+    def __init__(
+        self,
+        points: Points,
+        labels: npt.ArrayLike,
+        groups: npt.ArrayLike | None = None,
+        *,
+        n_neighbours: int = 15,
+        exact_cells: int = EXACT_CELLS,
+        seed: int = 0,
+    ) -> None:
+        names = np.asarray(labels, dtype=object)
+        if not len(names):
+            raise UserError("the reference has no cells")
+        if any(not isinstance(name, str) or not name for name in names):
+            raise UserError("the reference has cells without a label; leave them out")
+        self._points = np.ascontiguousarray(points, np.float32)
+        unique, self._codes = np.unique(names.astype(str), return_inverse=True)
+        self.classes = [str(name) for name in unique]
+        self._groups = None if groups is None else np.unique(np.asarray(groups).astype(str), return_inverse=True)[1]
+        self._n_neighbours = n_neighbours
+        self._index = NeighbourIndex(self._points, exact_cells=exact_cells, seed=seed)
+        self._scale = self._own_scale()
+        self.bound = self._set_bound(np.random.default_rng(seed))
+
+    def predict(self, points: Points) -> Prediction:
+        """Labels of cells, (cells, dimensions) in the same embedding."""
+        distances, positions = self._index.query(points, self._n_neighbours)
+        probabilities = self._vote(distances, positions)
+        best = probabilities.argmax(axis=1)
+        novelty = self._novelty(distances, positions)
+        # Half at the bound, towards one with the distance.
+        uncertainty = (novelty / (novelty + max(self.bound.novelty, 1e-6))).astype(np.float32)
+        return Prediction(
+            labels=np.array(self.classes, dtype=object)[best],
+            probability=probabilities[np.arange(len(best)), best],
+            uncertainty=uncertainty,
+            unknown=novelty > self.bound.novelty,
+            probabilities=probabilities,
+            classes=self.classes,
+        )
+
+    def _vote(self, distances: npt.NDArray[Any], positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """Shares of the labels, nearer neighbours weighing more."""
+        weights = np.exp(-np.square(distances / np.maximum(distances.mean(axis=1, keepdims=True), 1e-12)))
+        votes = np.zeros((len(distances), len(self.classes)), np.float32)
+        rows = np.repeat(np.arange(len(distances)), distances.shape[1])
+        np.add.at(votes, (rows, self._codes[positions].ravel()), weights.ravel())
+        return votes / votes.sum(axis=1, keepdims=True)
+
+    def _novelty(self, distances: npt.NDArray[Any], positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """How far a cell lies from its neighbours, beside how far these lie from theirs."""
+        return distances.mean(axis=1) / self._scale[positions].mean(axis=1)
+
+    def _own_scale(self) -> npt.NDArray[np.float64]:
+        """Mean distance of each reference cell to its neighbours, itself left out; above zero, whatever is repeated."""
+        distances, _ = self._index.query(self._points, self._n_neighbours + 1)
+        scale = distances[:, 1:].mean(axis=1, dtype=np.float64) if distances.shape[1] > 1 else np.zeros(len(distances))
+        apart = scale[scale > 0]
+        return np.maximum(scale, 0.1 * np.median(apart) if len(apart) else 1.0)
+
+    def _set_bound(self, generator: np.random.Generator) -> UnknownBound:
+        """The novelty that best tells cells of types left out of the reference from cells of types in it.
+
+        Of those that leave nine in ten of the latter their name: where the two cannot be told apart, none is unknown.
+        """
+        known, left_out = [], []
+        for label in range(len(self.classes)):
+            cells = np.flatnonzero(self._codes == label)
+            if len(cells) < _FEWEST:
+                continue
+            probes = generator.choice(cells, min(_PROBES, len(cells)), replace=False)
+            known.append(self._as_known(probes))
+            others = np.flatnonzero(self._codes != label)
+            if len(others) > self._n_neighbours:
+                left_out.append(self._against(probes, others))
+        if not known:
+            return UnknownBound(float("inf"), 1.0, float("nan"))
+        if not left_out:
+            return UnknownBound(float(np.quantile(np.concatenate(known), 0.99)), 0.99, float("nan"))
+        bounds = np.unique(np.quantile(np.concatenate(known + left_out), np.linspace(0, 1, 501)))
+        kept = np.mean([(some[:, None] <= bounds).mean(axis=0) for some in known], axis=0)
+        found = np.mean([(some[:, None] > bounds).mean(axis=0) for some in left_out], axis=0)
+        best = int(np.argmax(np.where(kept >= _LEAST_KEPT, kept + found, -1)))
+        return UnknownBound(float(bounds[best]), float(kept[best]), float(found[best]))
+
+    def _as_known(self, probes: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """Novelty of reference cells against the others: of other groups, where there are some with their label."""
+        if self._groups is None:
+            return self._against(probes, np.arange(len(self._points)), itself=True)
+        found = []
+        label = self._codes[probes[0]]
+        for group in np.unique(self._groups[probes]):
+            mine = probes[self._groups[probes] == group]
+            others = np.flatnonzero(self._groups != group)
+            elsewhere = bool((self._codes[others] == label).any())
+            if elsewhere and len(others) > self._n_neighbours:
+                found.append(self._against(mine, others))
+            else:
+                found.append(self._against(mine, np.arange(len(self._points)), itself=True))
+        return np.concatenate(found)
+
+    def _against(
+        self, probes: npt.NDArray[np.int64], reference: npt.NDArray[np.int64], *, itself: bool = False
+    ) -> npt.NDArray[np.float64]:
+        """Novelty of reference cells against some of the reference."""
+        index = self._index if itself else NeighbourIndex(self._points[reference], exact_cells=len(reference))
+        distances, positions = index.query(self._points[probes], self._n_neighbours + itself)
+        return self._novelty(distances[:, int(itself) :], reference[positions[:, int(itself) :]])

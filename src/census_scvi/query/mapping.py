@@ -1,0 +1,109 @@
+"""A user's own cells in a model's latent space, in blocks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import scvi
+from tqdm import tqdm
+
+from census_scvi.model.encode import Encoder, extend_batches
+from census_scvi.model.safe import ModelDescription
+from census_scvi.query.alignment import AlignedCells, AlignmentReport
+from census_scvi.query.cells import QueryCells
+
+# The bound of genes.min_share where a user's own cells are mapped: a tenth of the genes costs little, half costs much.
+MIN_SHARE = 0.8
+_BLOCK_CELLS = 4096
+# The batch that an encoder which looks at it is told for cells of batches that it does not know.
+_QUERY_BATCH = "query"
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """Cells in the latent space.
+
+    Attributes
+    ----------
+    obs
+        The user's obs, in its order.
+    latent
+        float32 (cells, n_latent): posterior means.
+    empty
+        bool (cells,): cells without any count in the model's genes; where they lie means nothing.
+    report
+        What became of the genes.
+    """
+
+    obs: pd.DataFrame
+    latent: npt.NDArray[np.float32]
+    empty: npt.NDArray[np.bool_]
+    report: AlignmentReport
+
+
+class Mapper:
+    """Embeds cells that a user brings.
+
+    Parameters
+    ----------
+    model, description
+        The trained model.
+    symbols
+        Symbols of genes by feature_id, beside those that the model knows.
+    """
+
+    def __init__(
+        self, model: scvi.model.SCVI, description: ModelDescription, symbols: Mapping[str, str] | None = None
+    ) -> None:
+        self._description = description
+        known = dict(zip(description.genes, description.symbols, strict=False))
+        self._symbols = known | dict(symbols or {})
+        self._n_trained = len(description.batches)
+        if description.arguments["encode_covariates"]:
+            model = extend_batches(model, description.genes, [_QUERY_BATCH])
+        self._encode = Encoder(model)
+
+    def __call__(
+        self, source: ad.AnnData | str | Path, *, counts: str | None = None, min_share: float = MIN_SHARE
+    ) -> Mapped:
+        """Embed cells.
+
+        Parameters
+        ----------
+        source
+            AnnData, or the path of an .h5ad of any size, with raw counts; it is not changed.
+        counts
+            Where the raw counts are: `X`, `raw` or `layers/<name>`; None finds them.
+        min_share
+            Share of the model's genes that must be there.
+
+        Raises
+        ------
+        UserError
+            No raw counts, too few of the model's genes, another organism: what was found, and what to do.
+        """
+        with QueryCells(source) as cells:
+            aligned = AlignedCells(
+                cells,
+                self._description.genes,
+                self._symbols,
+                self._description.organism,
+                min_share=min_share,
+                counts=counts,
+            )
+            latent, empty = [], []
+            hidden = not sys.stderr.isatty()
+            with tqdm(total=len(cells), desc="embed", unit=" cells", unit_scale=True, disable=hidden) as bar:
+                for _, block in aligned.blocks(_BLOCK_CELLS):
+                    codes = np.full(block.shape[0], self._n_trained)
+                    latent.append(self._encode(block, codes).mean)
+                    empty.append(np.diff(block.indptr) == 0)
+                    bar.update(block.shape[0])
+            return Mapped(cells.obs.copy(), np.concatenate(latent), np.concatenate(empty), aligned.report)

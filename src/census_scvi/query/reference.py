@@ -1,0 +1,172 @@
+"""The embedding of an atlas' own cells: published in an Experiment, or in the run directory that made it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import tiledbsoma
+
+from census_scvi.census.embedding import published_uri, read_some
+from census_scvi.census.open import Census
+from census_scvi.config import CensusSection
+from census_scvi.errors import UserError
+from census_scvi.model.published import PROVENANCE, fetch, read_provenance
+from census_scvi.workspace import Workspace
+from census_scvi.workspace.artifacts import MANIFEST
+from census_scvi.workspace.uri import local_path
+
+log = logging.getLogger(__name__)
+
+_READ_CELLS = 2**15
+_SAME_CENSUS = ("schema", "created_on", "organism", "cells")
+
+Joinids = npt.NDArray[np.int64]
+Values = npt.NDArray[np.float32]
+
+
+class Embedding(Protocol):
+    """Positions of a Census' cells.
+
+    Attributes
+    ----------
+    name
+        Where it lies, for messages.
+    n_latent
+        Its dimensions.
+    """
+
+    name: str
+    n_latent: int
+
+    def read(self, joinids: Joinids) -> Iterator[tuple[Joinids, Values]]:
+        """Those of the cells, ascending, that have a position, in blocks, and float32 (cells, n_latent)."""
+        ...
+
+
+class PublishedEmbedding:
+    """`ms["RNA"].obsm[name]` of an Experiment."""
+
+    def __init__(self, experiment_uri: str, name: str = "scvi") -> None:
+        uri = published_uri(experiment_uri, name)
+        if uri is None:
+            raise UserError(
+                f"{experiment_uri} has no obsm[{name!r}]; name another embedding, or the run directory that has one"
+            )
+        self.name, self._uri = uri, uri
+        with tiledbsoma.open(uri) as array:
+            self.n_latent = int(array.shape[1])
+
+    def read(self, joinids: Joinids) -> Iterator[tuple[Joinids, Values]]:
+        """As `Embedding` says."""
+        return read_some(self._uri, joinids)
+
+
+class RunEmbedding:
+    """`latent.npy` of a run directory."""
+
+    def __init__(self, directory: Path, census: Census) -> None:
+        record = Workspace(directory).record("create-latent-update")
+        if record is None:
+            raise UserError(f"{directory} has no embedding; run scvi-create-latent-update.py first")
+        _require_same(record["census"], census, str(directory))
+        self.name = str(directory)
+        self._latent = np.load(directory / "latent.npy", mmap_mode="r")
+        self._joinids = np.load(directory / "latent-idx.npy", mmap_mode="r")
+        self.n_latent = int(self._latent.shape[1])
+
+    def read(self, joinids: Joinids) -> Iterator[tuple[Joinids, Values]]:
+        """As `Embedding` says."""
+        for start in range(0, len(joinids), _READ_CELLS):
+            wanted = joinids[start : start + _READ_CELLS]
+            places = np.minimum(np.searchsorted(self._joinids, wanted), len(self._joinids) - 1)
+            there = self._joinids[places] == wanted
+            yield wanted[there], np.asarray(self._latent[places[there]], np.float32)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What the record of a model says of the Census that it comes from.
+
+    Attributes
+    ----------
+    identity
+        Which Census, as `Census.identity`; None where there is no record.
+    published
+        Experiment and name of the embedding that was published with it.
+    directory
+        The run directory.
+    """
+
+    identity: dict[str, Any] | None = None
+    published: tuple[str, str] | None = None
+    directory: Path | None = None
+
+    @classmethod
+    def of(cls, model: str | None) -> Origin:
+        """Of a published folder, its URL, or a run directory; of anything else nothing is known."""
+        path = None if model is None else local_path(model)
+        if path is not None and (prepare := Workspace(path).record("prepare")):
+            return cls(prepare["census"], directory=path)
+        if model is None or (path is not None and not (path / PROVENANCE).exists()):
+            return cls()
+        record = read_provenance(fetch(model))
+        embedding = record["embedding"]
+        return cls(record["census"], published=(str(embedding["experiment_uri"]), str(embedding["name"])))
+
+    @property
+    def section(self) -> CensusSection | None:
+        """The Census, to be opened."""
+        if self.identity is None:
+            return None
+        where = "version" if self.identity["version"] else "uri"
+        return CensusSection(organism=self.identity["organism"], **{where: self.identity[where]})
+
+    def open_embedding(self, census: Census) -> Embedding:
+        """The embedding that was made with the model, else `obsm["scvi"]` of the Census; UserError without both."""
+        try:
+            if self.directory is not None:
+                return RunEmbedding(self.directory, census)
+            if self.published is not None and self.identity is not None:
+                _require_same(self.identity, census, self.published[0])
+                return PublishedEmbedding(*self.published)
+        except UserError as error:
+            log.info("%s", error)
+        return PublishedEmbedding(census.experiment.uri)
+
+
+def open_embedding(place: str, census: Census) -> Embedding:
+    """The embedding that a user names.
+
+    Parameters
+    ----------
+    place
+        A name in the Census' obsm, a run directory, or the URI of an Experiment with `obsm["scvi"]`.
+    census
+        The Census that it is of.
+
+    Raises
+    ------
+    UserError
+        None is there, or it is of another Census.
+    """
+    if (path := local_path(place)) is not None and (path / MANIFEST).exists():
+        return RunEmbedding(path, census)
+    if "/" not in place:
+        return PublishedEmbedding(census.experiment.uri, place)
+    return PublishedEmbedding(place)
+
+
+def _require_same(stated: dict[str, Any], census: Census, what: str) -> None:
+    found = census.identity
+    if differing := [key for key in _SAME_CENSUS if stated[key] != found[key]]:
+        raise UserError(
+            f"{what} embeds another Census than {found['uri']}: "
+            + ", ".join(f"{key} {stated[key]} and {found[key]}" for key in differing)
+            + "; soma_joinids hold within one Census only"
+        )

@@ -1,0 +1,211 @@
+"""The face for notebooks: slices of the embedding, own cells, their types; never an answer that cannot be right."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import anndata as ad
+import cellxgene_census
+import numpy as np
+import pandas as pd
+import pytest
+import scanpy as sc
+from pipeline import Run
+from sklearn.metrics import balanced_accuracy_score
+
+from census_scvi import Atlas
+from census_scvi.errors import UserError
+
+ORGANISM = "homo_sapiens"
+
+
+@pytest.fixture(scope="module")
+def published(finished_run: Run, demo_census: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run that has published into its own copy of the Census."""
+    folder = tmp_path_factory.mktemp("published")
+    shutil.copytree(demo_census, folder / "census")
+    run = Run(folder, str(folder / "census"), gates={"sample_size": 300})
+    shutil.copytree(finished_run.directory, run.directory)
+    assert run("publish") == 0
+    return run
+
+
+def census_of(run: Run) -> str:
+    return str(run.directory.parent / "census")
+
+
+@pytest.fixture
+def atlas(published: Run) -> Atlas:
+    with Atlas.open(published.path("published"), census=census_of(published)) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def own_cells(published: Run) -> ad.AnnData:
+    """Cells as a user has them: symbols, raw counts, none of the Census' labels but the truth."""
+    with cellxgene_census.open_soma(uri=census_of(published)) as root:
+        adata = cellxgene_census.get_anndata(root, ORGANISM, obs_value_filter="is_primary_data == True")
+    adata = adata[np.random.default_rng(0).permutation(adata.n_obs)[:300]].copy()
+    kept = {"truth": adata.obs["cell_type"].astype(str).to_numpy(), "soma_joinid": adata.obs["soma_joinid"].to_numpy()}
+    adata.obs = pd.DataFrame(kept, index=[f"cell-{number}" for number in range(300)])
+    adata.var = pd.DataFrame(index=adata.var["feature_name"].astype(str).to_numpy())
+    return adata
+
+
+def test_a_slice_of_the_embedding(atlas: Atlas, published: Run) -> None:
+    latent = np.load(published.path("latent.npy"))
+    everything = atlas.embeddings()
+    assert everything.X is None
+    assert np.array_equal(everything.obsm["scvi"], latent)
+    assert everything.obs["soma_joinid"].tolist() == np.load(published.path("latent-idx.npy")).tolist()
+    primary = atlas.embeddings("is_primary_data == True and nnz > 200", obs_columns=["cell_type", "nnz"])
+    assert primary.obs.columns.tolist() == ["soma_joinid", "cell_type", "nnz"]
+    assert (primary.obs["nnz"] > 200).all()
+    assert np.array_equal(primary.obsm["scvi"], latent[primary.obs["soma_joinid"]])
+    some = atlas.embeddings(max_cells=100, seed=3)
+    assert some.n_obs == 100
+    assert some.obs["soma_joinid"].is_monotonic_increasing
+    assert np.array_equal(some.obsm["scvi"], latent[some.obs["soma_joinid"]])
+    assert some.obs_names.tolist() == atlas.embeddings(max_cells=100, seed=3).obs_names.tolist()
+    assert some.obs_names.tolist() != atlas.embeddings(max_cells=100, seed=4).obs_names.tolist()
+
+
+def test_a_slice_works_in_scanpy_and_is_written(atlas: Atlas, tmp_path: Path) -> None:
+    cells = atlas.embeddings(max_cells=200)
+    sc.pp.neighbors(cells, use_rep="scvi")
+    cells.write_h5ad(tmp_path / "slice.h5ad")
+    assert np.array_equal(sc.read_h5ad(tmp_path / "slice.h5ad").obsm["scvi"], cells.obsm["scvi"])
+
+
+def test_from_a_run_directory_alone(published: Run, demo_census: str) -> None:
+    """A Census without obsm["scvi"], and a run that has not published: its latent.npy is taken."""
+    with Atlas.open(published.directory, census=demo_census) as atlas:
+        cells = atlas.embeddings("nnz > 300")
+        assert np.array_equal(cells.obsm["scvi"], np.load(published.path("latent.npy"))[cells.obs["soma_joinid"]])
+        assert f"census  {demo_census}" in repr(atlas)
+
+
+def test_two_lines_from_a_file_to_its_types(published: Run, own_cells: ad.AnnData, tmp_path: Path) -> None:
+    """The record of the model names the Census and the embedding."""
+    own_cells.write_h5ad(tmp_path / "own.h5ad")
+    for model in (published.path("published"), published.directory):
+        atlas = Atlas.open(model)
+        named = atlas.predict(tmp_path / "own.h5ad")
+        atlas.close()
+        assert named.obs["cell_type_predicted"].notna().all()
+
+
+def test_own_cells_get_the_embedding_of_the_census(atlas: Atlas, own_cells: ad.AnnData) -> None:
+    mapped = atlas.embed(own_cells)
+    joinids = own_cells.obs["soma_joinid"].to_numpy()
+    reference = atlas.embeddings().obsm["scvi"]
+    np.testing.assert_allclose(mapped.obsm["X_scvi"], reference[joinids], atol=1e-5)
+    assert mapped.obs_names.equals(own_cells.obs_names)
+    assert not mapped.obs["scvi_empty"].any()
+    assert mapped.uns["scvi_alignment"]["n_shared"] == 200
+    assert "scvi_empty" not in own_cells.obs
+    found = atlas.neighbors(mapped, n_neighbours=5, obs_columns=["cell_type"])
+    assert found.joinids.shape == found.distances.shape == (300, 5)
+    assert (found.distances[:, 0] < 1e-4).all()  # each finds itself, or its copy
+    assert (np.diff(found.distances, axis=1) >= 0).all()
+    assert set(found.obs.index) == set(found.joinids.ravel())
+
+
+def test_own_cells_are_named(atlas: Atlas, own_cells: ad.AnnData, tmp_path: Path) -> None:
+    others = "is_primary_data == True and soma_joinid > 5"
+    own_cells.write_h5ad(tmp_path / "own.h5ad")
+    from_file = atlas.predict(tmp_path / "own.h5ad", obs_filter=others)
+    named = atlas.predict(own_cells, obs_filter=others)
+    pd.testing.assert_frame_equal(from_file.obs, named.obs)
+    guess = 1 / named.obs["truth"].nunique()
+    assert balanced_accuracy_score(named.obs["truth"], named.obs["cell_type_predicted"].astype(str)) > 1.5 * guess
+    assert named.obs["cell_type_probability"].between(0, 1).all()
+    assert (named.obs["cell_type_unknown"] == (named.obs["cell_type_predicted"] == "unknown")).all()
+    tissue = atlas.predict(atlas.embed(own_cells), "tissue")
+    assert {"tissue_predicted", "tissue_probability", "tissue_uncertainty", "tissue_unknown"} <= set(tissue.obs)
+    named.write_h5ad(tmp_path / "named.h5ad")
+    assert sc.read_h5ad(tmp_path / "named.h5ad").obs["cell_type_predicted"].equals(named.obs["cell_type_predicted"])
+
+
+def test_an_empty_cell_is_unknown(atlas: Atlas, own_cells: ad.AnnData) -> None:
+    cells = own_cells.copy()
+    cells.X[7] = 0
+    cells.X.eliminate_zeros()
+    named = atlas.predict(cells)
+    assert named.obs["scvi_empty"].to_numpy().nonzero()[0].tolist() == [7]
+    assert named.obs["cell_type_predicted"].iloc[7] == "unknown"
+
+
+def test_the_embedding_of_another_model_is_refused(published: Run, own_cells: ad.AnnData, tmp_path: Path) -> None:
+    other = Run(tmp_path, census_of(published), train={"max_epochs": 1})
+    assert other("prepare") == other("train") == 0
+    with Atlas.open(other.directory, census=census_of(published)) as atlas:
+        assert atlas.embed(own_cells).n_obs == 300  # needs no embedding
+        with pytest.raises(UserError, match=r"is not the embedding of this model: the first 64 cells differ by up to"):
+            atlas.predict(own_cells)
+    narrow = Run(tmp_path / "narrow", census_of(published), train={"max_epochs": 1}, model={"n_latent": 3})
+    assert narrow("prepare") == narrow("train") == 0
+    with (
+        Atlas.open(narrow.directory, census=census_of(published)) as atlas,
+        pytest.raises(UserError, match="has 4 dimensions, the model 3"),
+    ):
+        atlas.neighbors(own_cells)
+
+
+def test_what_is_missing_is_said(published: Run, demo_census: str, own_cells: ad.AnnData) -> None:
+    with pytest.raises(UserError, match=r"an atlas needs a model, a Census or both"):
+        Atlas.open()
+    with pytest.raises(UserError, match="name it with census="):
+        Atlas.open(published.path("scvi.model"), embedding="scvi")
+    with pytest.raises(UserError, match="the model is of homo_sapiens, not mus_musculus"):
+        Atlas.open(published.directory, organism="mus_musculus")
+    with Atlas.open(published.path("scvi.model")) as model_alone:
+        assert model_alone.embed(own_cells).obsm["X_scvi"].shape == (300, 4)
+        assert "census  none" in repr(model_alone)
+        for call in (model_alone.embeddings, lambda: model_alone.predict(own_cells)):
+            with pytest.raises(UserError, match=r"this needs the Census: Atlas.open\(..., census=...\)"):
+                call()
+    with Atlas.open(census=demo_census) as census_alone:
+        with pytest.raises(UserError, match=r"this needs a model"):
+            census_alone.embed(own_cells)
+        with pytest.raises(UserError, match=r"has no obsm\['scvi'\]; name another embedding, or the run"):
+            census_alone.embeddings()
+    with Atlas.open(census=census_of(published)) as without_model:
+        assert without_model.embeddings(max_cells=10).n_obs == 10
+    with pytest.raises(UserError, match=r"has no obsm\['umap'\]"):
+        Atlas.open(census=census_of(published), embedding="umap")
+
+
+def test_mistakes_in_names_and_filters(atlas: Atlas, own_cells: ad.AnnData) -> None:
+    with pytest.raises(UserError, match=r"labels names 'cell_tipe', which is no obs column.*did you mean cell_type\?"):
+        atlas.predict(own_cells, "cell_tipe")
+    with pytest.raises(UserError, match=r"obs_columns names 'nzz'"):
+        atlas.embeddings(obs_columns=["nzz"])
+    with pytest.raises(UserError, match=r"no cell of .* matches \"tissue == 'Blut'\""):
+        atlas.embeddings("tissue == 'Blut'")
+    with pytest.raises(UserError, match="cannot be used on obs"):
+        atlas.embeddings("tissue = 'blood'")
+
+
+def test_a_run_on_another_census_is_refused(published: Run, demo_census: str, tmp_path: Path) -> None:
+    from census_scvi.census.demo.cells import write_demo_census
+
+    write_demo_census(str(tmp_path / "census"), seed=1, scale=0.1, n_genes=600)
+    with pytest.raises(UserError, match=r"embeds another Census than .* soma_joinids hold within one Census only"):
+        Atlas.open(census=tmp_path / "census", embedding=published.directory)
+
+
+def test_cells_without_embedding_are_left_out_with_a_warning(
+    demo_census: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Run(tmp_path, demo_census, census={"obs_query": "nnz > 200", "obs_query_model": "is_primary_data == True"})
+    assert run("prepare", "train.max_epochs=1") == 0
+    assert run("train", "train.max_epochs=1") == 0
+    assert run("create-latent-update") == 0
+    with Atlas.open(run.directory, census=demo_census) as atlas:
+        cells = atlas.embeddings()
+        assert (cells.obs["nnz"] > 200).all()
+        with pytest.raises(UserError, match=r"none of the .* cells has an embedding"):
+            atlas.embeddings("nnz <= 200")
+    assert "cells have no embedding and are left out" in capsys.readouterr().err

@@ -1,0 +1,126 @@
+"""scvi-map-query.py: from a file to a file with embedding, map, labels, a picture and a report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import anndata as ad
+import cellxgene_census
+import matplotlib.image
+import numpy as np
+import pandas as pd
+import pytest
+import scanpy as sc
+from pipeline import Run
+
+from census_scvi.cli import main
+
+ORGANISM = "homo_sapiens"
+
+
+@pytest.fixture
+def query(demo_census: str, tmp_path: Path) -> Path:
+    """A user's file: symbols, a layer of counts, X normalised, a map and an obs column of its own."""
+    with cellxgene_census.open_soma(uri=demo_census) as root:
+        cells = cellxgene_census.get_anndata(root, ORGANISM, obs_value_filter="soma_joinid < 250")
+    cells.var = pd.DataFrame(index=cells.var["feature_name"].astype(str).to_numpy())
+    cells.obs = pd.DataFrame({"mine": np.arange(250) % 3}, index=[f"cell-{number}" for number in range(250)])
+    cells.layers["counts"] = cells.X.copy()
+    sc.pp.normalize_total(cells)
+    sc.pp.log1p(cells)
+    cells.obsm["X_umap"] = np.zeros((250, 2))
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    return tmp_path / "cells.h5ad"
+
+
+def map_query(run: Run, *settings: str) -> int:
+    return main("map-query", ["--config", str(run.config), "query.umap_cells=300", *settings])
+
+
+def test_from_file_to_file(finished_run: Run, query: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before, data = ad.read_h5ad(query), query.read_bytes()
+    assert map_query(finished_run, f"query.file={query}", "query.labels=[cell_type, tissue]") == 0
+    assert query.read_bytes() == data
+    target = query.with_name("cells-mapped.h5ad")
+    mapped = sc.read_h5ad(target)
+    assert np.array_equal(mapped.X.toarray(), before.X.toarray())  # all that was there is there
+    assert (mapped.layers["counts"] != before.layers["counts"]).nnz == 0
+    assert mapped.obs["mine"].tolist() == before.obs["mine"].tolist()
+    assert np.array_equal(mapped.obsm["X_umap_before"], before.obsm["X_umap"])
+    latent = np.load(finished_run.path("latent.npy"))[:250]
+    np.testing.assert_allclose(mapped.obsm["X_scvi"], latent, atol=1e-5)
+    assert mapped.obsm["X_umap"].shape == (250, 2)
+    assert np.isfinite(mapped.obsm["X_umap"]).all()
+    for labels in ("cell_type", "tissue"):
+        assert isinstance(mapped.obs[f"{labels}_predicted"].dtype, pd.CategoricalDtype)
+        assert mapped.obs[f"{labels}_probability"].between(0, 1).all()
+        assert mapped.obs[f"{labels}_uncertainty"].between(0, 1).all()
+    report = json.loads(target.with_suffix(".json").read_text())
+    assert report["alignment"]["counts"] == "layers/counts"
+    assert sum(report["predictions"]["cell_type"]["cells"].values()) == report["cells"] == 250
+    picture = matplotlib.image.imread(target.with_suffix(".png"))
+    assert picture.shape[1] > picture.shape[0] > 400
+    assert np.unique(picture.reshape(-1, picture.shape[2]), axis=0).shape[0] > 20
+    assert "cell_type: " in capsys.readouterr().err
+
+
+def test_run_again(finished_run: Run, query: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = (f"query.file={query}", f"query.output={query.parent}/out.h5ad", "query.umap_cells=0")
+    assert map_query(finished_run, *settings) == 0
+    first = ad.read_h5ad(query.parent / "out.h5ad")
+    assert not (query.parent / "out.png").exists()
+    assert map_query(finished_run, *settings) == 2
+    assert "out.h5ad exists; name another query.output, or replace it with --force" in capsys.readouterr().err
+    assert map_query(finished_run, *settings, "--force") == 0
+    pd.testing.assert_frame_equal(ad.read_h5ad(query.parent / "out.h5ad").obs, first.obs)
+    # the output of one run is the input of another
+    again = (f"query.file={query.parent}/out.h5ad", f"query.output={query.parent}/again.h5ad", "query.umap_cells=0")
+    assert map_query(finished_run, *again) == 0
+    np.testing.assert_allclose(
+        ad.read_h5ad(query.parent / "again.h5ad").obsm["X_scvi"], first.obsm["X_scvi"], atol=1e-6
+    )
+
+
+def test_dry_run_changes_nothing(finished_run: Run, query: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert map_query(finished_run, f"query.file={query}", "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert f"read   {query}: raw counts from layers/counts" in out
+    assert "with   250 cells x" in out
+    assert list(query.parent.glob("*mapped*")) == []
+
+
+def test_mistakes(finished_run: Run, query: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for settings, message in {
+        (): "query.file is not set; name the .h5ad with your cells",
+        (f"query.file={query}", f"query.output={query}"): "query.output is query.file",
+        (f"query.file={query}", f"query.output={tmp_path}/no/such/folder.h5ad"): "does not exist; make the folder",
+        ("query.file=none.h5ad",): "none.h5ad: no such file",
+        (f"query.file={query}", "query.labels=[cell_tipe]"): "did you mean cell_type?",
+        (f"query.file={query}", "query.counts=X"): "holds no raw counts",
+        (f"query.file={query}", f"query.model={tmp_path}"): "holds no provenance.json",
+        (f"query.file={query}", "query.n_neighbors=5"): "did you mean query.n_neighbours?",
+    }.items():
+        assert map_query(finished_run, *settings) == 2, settings
+        assert message in capsys.readouterr().err.splitlines()[-1]
+    assert list(query.parent.glob("*mapped*")) == []
+
+
+def test_a_full_disk_leaves_nothing_half_written(
+    finished_run: Run, query: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("census_scvi.map_query.write_elem", full)
+    assert map_query(finished_run, f"query.file={query}", "query.umap_cells=0") == 2
+    assert "the disk is full" in capsys.readouterr().err
+    assert not query.with_name("cells-mapped.h5ad").exists()
+
+
+def test_the_bound_of_the_config_holds(finished_run: Run, query: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cells = ad.read_h5ad(query)[:, ::2].copy()
+    cells.write_h5ad(query)
+    assert map_query(finished_run, f"query.file={query}") == 2
+    assert "80% are needed (genes.min_share)" in capsys.readouterr().err
+    assert map_query(finished_run, f"query.file={query}", "genes.min_share=0.3", "query.umap_cells=0") == 0
