@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -11,10 +12,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import scanpy as sc
+import torch
 from pipeline import Run
 from sklearn.metrics import balanced_accuracy_score
 
-from census_scvi import Atlas
+from census_scvi import Atlas, load_model
 from census_scvi.errors import UserError
 
 ORGANISM = "homo_sapiens"
@@ -209,3 +211,123 @@ def test_cells_without_embedding_are_left_out_with_a_warning(
         with pytest.raises(UserError, match=r"none of the .* cells has an embedding"):
             atlas.embeddings("nnz <= 200")
     assert "cells have no embedding and are left out" in capsys.readouterr().err
+
+
+# --- pictures, clusters, expression
+
+
+def test_a_picture_and_clusters_of_a_slice(atlas: Atlas) -> None:
+    cells = atlas.embeddings("is_primary_data == True")
+    figure = atlas.umap(cells, "tissue")
+    assert cells.obsm["X_umap"].shape == (cells.n_obs, 2)
+    legend = {text.get_text() for text in figure.axes[0].get_legend().get_texts()}
+    assert legend == set(cells.obs["tissue"].unique())
+    table = atlas.clusters(cells, resolution=0.5, columns=["cell_type", "tissue"])
+    assert table["n_cells"].sum() == cells.n_obs
+    assert table["n_cells"].is_monotonic_decreasing
+    assert table.index.tolist() == cells.obs["leiden"].cat.categories.tolist()
+    biggest = cells.obs.loc[cells.obs["leiden"] == "0", "cell_type"].value_counts(normalize=True)
+    assert (table["cell_type"].iloc[0], table["cell_type_share"].iloc[0]) == (biggest.index[0], biggest.iloc[0])
+    again = atlas.clusters("is_primary_data == True", resolution=0.5, columns=["cell_type", "tissue"])
+    pd.testing.assert_frame_equal(again, table)
+    assert len(atlas.clusters(cells, resolution=3.0)) > len(table)
+    with pytest.raises(UserError, match=r"color names 'tisue', which is no column of obs; did you mean tissue\?"):
+        atlas.umap(cells, "tisue")
+
+
+def test_clusters_are_as_good_as_scanpys() -> None:
+    """The same modularity on the same graph, within what another seed changes."""
+    from census_scvi.query.clusters import leiden
+
+    points = np.concatenate([np.random.default_rng(n).normal(6 * n, 1, (150, 5)) for n in range(4)]).astype(np.float32)
+    found = leiden(points, 0.2, 0)
+    assert len(found.categories) == 4
+    assert all(len(set(found[start : start + 150])) == 1 for start in range(0, 600, 150))
+    cells = ad.AnnData(points)
+    sc.pp.neighbors(cells, use_rep="X", n_neighbors=15)
+    sc.tl.leiden(cells, flavor="igraph", n_iterations=2, directed=False, resolution=1.0, random_state=0)
+    ours = pd.Series(np.asarray(leiden(points, 1.0, 0)))
+    assert abs(ours.nunique() - cells.obs["leiden"].nunique()) <= 3
+
+
+TRAINED = "is_primary_data == True and nnz >= 50"  # what the run trained on
+
+
+def test_normalized_expression_is_scvi_tools_own(atlas: Atlas, published: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    symbols = atlas.description.symbols[3:6]
+    batch = atlas.description.batches[2]
+    found = atlas.normalized_expression("tissue == 'blood'", symbols, batch, n_samples=1)
+    assert found.var_names.tolist() == symbols
+    assert found.var["feature_id"].tolist() == atlas.description.genes[3:6]
+    assert found.X.dtype == np.float32
+    with cellxgene_census.open_soma(uri=census_of(published)) as root:
+        plain = cellxgene_census.get_anndata(root, ORGANISM, obs_coords=found.obs["soma_joinid"].tolist())
+    plain.var_names = plain.var["feature_id"].astype(str)
+    plain = plain[:, atlas.description.genes].copy()
+    plain.obs["batch"] = batch  # the encoder does not look at it
+    model = load_model(str(published.path("published")))
+    torch.manual_seed(0)
+    expected = model.get_normalized_expression(
+        plain, transform_batch=[batch], gene_list=found.var["feature_id"].tolist(), library_size=1e4, n_samples=1
+    )
+    correlation = np.corrcoef(found.X.ravel(), expected[found.var["feature_id"]].to_numpy().ravel())[0, 1]
+    assert correlation > 0.9  # other draws from the posterior
+    if found.n_obs <= 4096:
+        np.testing.assert_allclose(found.X, expected[found.var["feature_id"]], rtol=1e-4)
+    everywhere = atlas.normalized_expression("tissue == 'blood'", symbols, atlas.description.batches)
+    assert everywhere.shape == found.shape
+    assert not np.allclose(everywhere.X, found.X)
+
+
+def test_batches_that_were_not_trained_are_refused_with_a_way_out(atlas: Atlas) -> None:
+    gene = atlas.description.genes[:1]
+    with pytest.raises(UserError, match=r"cells are of batches that the model was not trained on .*transform_batch"):
+        atlas.normalized_expression(None, gene, None)
+    assert atlas.normalized_expression(None, gene, atlas.description.batches[0]).n_obs == 1500
+    own = atlas.normalized_expression(TRAINED, gene, None)
+    assert np.isfinite(own.X).all()
+    with pytest.raises(UserError, match=r"transform_batch 'lab 7' is none of the \d+ trained batches"):
+        atlas.normalized_expression(None, gene, "lab 7")
+    with pytest.raises(UserError, match=r"'CD33X' is none of the model's 200 genes"):
+        atlas.normalized_expression(None, ["CD33X"], None)
+    with pytest.raises(UserError, match=r"not trained on .* Leave them out of group_a and group_b"):
+        atlas.differential_expression("tissue == 'blood'", "tissue != 'blood'")
+
+
+def test_differential_expression_is_scvi_tools_own(
+    atlas: Atlas, published: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    types = atlas.embeddings(TRAINED).obs["cell_type"].value_counts().index[:2]
+    groups = [f"{TRAINED} and cell_type == '{name}'" for name in types]
+    found = atlas.differential_expression(*groups, seed=5)
+    assert found.index.isin(atlas.description.genes).all()
+    assert found["symbol"].tolist() == [
+        atlas.description.symbols[atlas.description.genes.index(gene)] for gene in found.index
+    ]
+    with cellxgene_census.open_soma(uri=census_of(published)) as root:
+        parts = [cellxgene_census.get_anndata(root, ORGANISM, obs_value_filter=group) for group in groups]
+    plain = ad.concat(parts, merge="same")
+    plain.var_names = plain.var["feature_id"].astype(str)
+    plain.obs_names_make_unique()
+    plain = plain[:, atlas.description.genes].copy()
+    plain.obs["batch"] = plain.obs[atlas.description.batch_key].astype(str).agg("|".join, axis=1)
+    model = load_model(str(published.path("published")))
+    first = np.arange(plain.n_obs) < parts[0].n_obs
+    torch.manual_seed(5)
+    np.random.seed(5)
+    expected = model.differential_expression(
+        plain, idx1=first, idx2=~first, mode="change", batch_correction=True, silent=True
+    )
+    pd.testing.assert_frame_equal(found[expected.columns], expected, check_names=False, rtol=1e-3, atol=1e-4)
+    with pytest.raises(UserError, match=r"cells are in both groups"):
+        atlas.differential_expression(groups[0], TRAINED)
+
+
+def test_groups_that_are_batches_are_warned_of(atlas: Atlas, caplog: pytest.LogCaptureFixture) -> None:
+    datasets = atlas.embeddings(TRAINED).obs["dataset_id"].value_counts().index[:2]
+    groups = [f"{TRAINED} and dataset_id == '{name}'" for name in datasets]
+    project = logging.getLogger("census_scvi")
+    project.addHandler(caplog.handler)
+    atlas.differential_expression(*groups)
+    project.removeHandler(caplog.handler)
+    assert "the groups share no batch" in caplog.text

@@ -103,6 +103,7 @@ def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
         ("anndata.batch_key=[]", "anndata.batch_key is empty"),
         ("anndata.model_filename=../x.h5ad", "anndata.model_filename is '../x.h5ad'"),
         ("anndata.model_filename=scvi.model", "are both 'scvi.model'"),
+        ("publish.name=a/b", "publish.name is 'a/b': expected letters, digits"),
         ("train.devices=all", "expected a number of devices, a list of device indices such as [0, 1], or auto"),
         ("train.batch_size=1", "train.batch_size is 1: should be greater than or equal to 2"),
         ("train.early_stopping=yes please", "train.early_stopping is 'yes please', expected true or false"),

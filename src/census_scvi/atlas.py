@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -16,22 +16,29 @@ import anndata as ad
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+import scipy.sparse as sp
 import scvi
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from census_scvi.census.cells import read_obs, require_columns
+from census_scvi.census.cells import Cells, read_obs, require_columns, select_cells
 from census_scvi.census.genes import locate_genes, read_var
 from census_scvi.census.open import Census, open_census
-from census_scvi.census.stream import consecutive, stream_blocks, stream_obs
+from census_scvi.census.stream import Block, consecutive, stream_blocks, stream_obs, tile_runs
 from census_scvi.config import CensusSection
+from census_scvi.config_errors import suggestion
 from census_scvi.errors import UserError
 from census_scvi.model.encode import Encoder
 from census_scvi.model.published import load_described
 from census_scvi.model.safe import ModelDescription
+from census_scvi.query.clusters import leiden
+from census_scvi.query.expression import Decoder, warn_where_groups_are_batches
 from census_scvi.query.label_transfer import UNKNOWN, LabelTransfer
 from census_scvi.query.mapping import MIN_SHARE, Mapper
 from census_scvi.query.neighbours import NeighbourIndex
 from census_scvi.query.reference import Embedding, Origin, open_embedding
+from census_scvi.query.umap_map import UmapMap
+from census_scvi.umap_picture import draw_map
 from census_scvi.workspace.uri import without_credentials
 
 log = logging.getLogger(__name__)
@@ -39,7 +46,7 @@ log = logging.getLogger(__name__)
 LATENT, OWN_LATENT = "scvi", "X_scvi"
 # What a reference is thinned to: some 100 MB of positions.
 REFERENCE_CELLS, SLICE_CELLS = 200_000, 1_000_000
-_OBS_BLOCK, _PREDICT_BLOCK = 2**16, 2**14
+_OBS_BLOCK, _PREDICT_BLOCK, _COUNT_BLOCK = 2**16, 2**14, 4096
 # Cells with which the model is held against the embedding, and how far they may differ.
 _PROVEN_CELLS, _TOLERANCE = 64, 1e-3
 _VAGUE = ("unknown", "na", "nan", "None", "")
@@ -214,15 +221,232 @@ class Atlas:
             raise UserError(f"none of the {len(joinids):,} cells has an embedding in {embedding.name}")
         if len(embedded) < len(joinids):
             log.warning("%s cells have no embedding and are left out", f"{len(joinids) - len(embedded):,}")
-        groups = (np.arange(*rows) for rows in consecutive(0, len(embedded), _OBS_BLOCK))
-        obs = pd.concat([frame for _, frame in stream_obs(census, embedded, groups, obs_columns)])
-        obs.index = obs["soma_joinid"].astype(str)
-        obs.index.name = None
         return ad.AnnData(
-            obs=obs,
+            obs=self._obs(embedded, obs_columns),
             obsm={LATENT: np.concatenate([values for _, values in blocks])},
             uns={"census": {key: value for key, value in census.identity.items() if value is not None}},
         )
+
+    def umap(
+        self, cells: ad.AnnData | str | None = None, color: str = "cell_type", *, max_cells: int = 50_000, seed: int = 0
+    ) -> Figure:
+        """A picture of cells.
+
+        Parameters
+        ----------
+        cells
+            What `embeddings`, `embed` or `predict` returned, which gets `obsm["X_umap"]`; or an obs_filter.
+        color
+            obs column that colours them.
+        max_cells
+            Cells drawn of those that match an obs_filter.
+        seed
+            Of that draw and of UMAP.
+        """
+        chosen = self._slice(cells, [color], max_cells, seed)
+        if color not in chosen.obs:
+            raise UserError(f"color names {color!r}, which is no column of obs{suggestion(color, list(chosen.obs))}")
+        chosen.obsm["X_umap"] = UmapMap(_latent_of(chosen), seed=seed).positions
+        return draw_map(chosen.obsm["X_umap"], chosen.obs[color], color.replace("_", " "))
+
+    def clusters(
+        self,
+        cells: ad.AnnData | str | None = None,
+        *,
+        resolution: float = 1.0,
+        columns: Sequence[str] = ("cell_type", "tissue", "dataset_id"),
+        max_cells: int = 50_000,
+        seed: int = 0,
+    ) -> pd.DataFrame:
+        """Leiden clusters of cells, and what each is made of.
+
+        Parameters
+        ----------
+        cells
+            What `embeddings`, `embed` or `predict` returned, which gets `obs["leiden"]`; or an obs_filter.
+        resolution
+            The higher, the more clusters.
+        columns
+            obs columns to describe the clusters by; those that obs has not are passed over.
+        max_cells
+            Cells drawn of those that match an obs_filter.
+        seed
+            Of that draw and of the clustering.
+
+        Returns
+        -------
+        A row a cluster, the largest first: `n_cells`, and for each column its commonest value and its share.
+        """
+        chosen = self._slice(cells, list(columns), max_cells, seed)
+        chosen.obs["leiden"] = leiden(_latent_of(chosen), resolution, seed)
+        rows = []
+        for cluster, obs in chosen.obs.groupby("leiden", observed=True):
+            row = {"leiden": cluster, "n_cells": len(obs)}
+            for column in columns:
+                if column in obs:
+                    shares = obs[column].astype(str).value_counts(normalize=True)
+                    row |= {column: shares.index[0], f"{column}_share": float(shares.iloc[0])}
+            rows.append(row)
+        return pd.DataFrame(rows).set_index("leiden")
+
+    def _slice(self, cells: ad.AnnData | str | None, columns: list[str], max_cells: int, seed: int) -> ad.AnnData:
+        """Cells as they are given, or those of the Census that match a filter."""
+        if isinstance(cells, ad.AnnData):
+            return cells
+        return self.embeddings(cells, obs_columns=columns, max_cells=max_cells, seed=seed)
+
+    def normalized_expression(
+        self,
+        obs_filter: str | None,
+        genes: list[str],
+        transform_batch: str | list[str] | None,
+        *,
+        library_size: float = 1e4,
+        n_samples: int = 1,
+        max_cells: int = 100_000,
+        seed: int = 0,
+    ) -> ad.AnnData:
+        """Expression of cells of the Census as the model sees it without noise, and without batches if you say so.
+
+        Parameters
+        ----------
+        obs_filter
+            Cells of the Census; None takes all.
+        genes
+            By feature_id or symbol.
+        transform_batch
+            The trained batches as whose cells the expression is decoded, and averaged; None decodes each cell as of its
+            own batch, which must be a trained one.
+        library_size
+            Counts a cell to scale to.
+        n_samples
+            Draws from the posterior, averaged.
+        max_cells
+            Of more cells that match, so many are drawn at random.
+        seed
+            Of both draws.
+
+        Returns
+        -------
+        AnnData, X float32 (cells, genes), var index as in `genes`: scvi-tools' `get_normalized_expression`, read and
+        decoded in blocks.
+
+        Raises
+        ------
+        UserError
+            A gene or batch is not the model's, or a cell's batch was not trained and `transform_batch` is None.
+        """
+        decoder = self._decoder()
+        feature_ids = decoder.check_genes(genes)
+        targets = [transform_batch] if isinstance(transform_batch, str) else transform_batch
+        cells = self._cells_of(obs_filter, max_cells, seed)
+        labels = np.array(cells.batches, dtype=object)[cells.batch_codes]
+        if targets is None:
+            way_out = "Name trained batches in transform_batch (atlas.description.batches has them)"
+            decoder.refuse_untrained(labels, f"{way_out}, or leave these cells out with obs_filter")
+        else:
+            decoder.check_batches(targets)
+        found = np.empty((len(cells), len(genes)), np.float32)
+        for block in self._counts(cells):
+            rows = slice(block.start, block.start + block.counts.shape[0])
+            found[rows] = decoder.normalised(
+                block.counts,
+                labels[rows],
+                feature_ids,
+                targets,
+                library_size=library_size,
+                n_samples=n_samples,
+                seed=seed + block.start,
+            )
+        return ad.AnnData(
+            found, obs=self._obs(cells.joinids), var=pd.DataFrame({"feature_id": feature_ids}, index=genes)
+        )
+
+    def differential_expression(
+        self,
+        group_a: str,
+        group_b: str,
+        *,
+        batch_correction: bool = True,
+        fdr: float = 0.05,
+        delta: float = 0.25,
+        max_cells: int = 5_000,
+        seed: int = 0,
+    ) -> pd.DataFrame:
+        """Genes whose expression differs between two groups of the Census' cells.
+
+        Parameters
+        ----------
+        group_a, group_b
+            obs filters, such as `cell_type == 'B cell'`; no cell may be in both.
+        batch_correction
+            Decode each group as of all its batches, averaged.
+        fdr
+            False discovery rate of the column `is_de_fdr_<fdr>`.
+        delta
+            Least change, in log2, that counts.
+        max_cells
+            Cells drawn of each group.
+        seed
+            Of that draw, and of the posterior's.
+
+        Returns
+        -------
+        scvi-tools' `differential_expression(mode="change")` of these cells: a row a gene, indexed by feature_id, the
+        likeliest first, with `symbol`; group 1 is `group_a`.
+
+        Raises
+        ------
+        UserError
+            The groups overlap, or hold cells of batches that the model was not trained on.
+        """
+        decoder = self._decoder()
+        groups = [self._cells_of(group, max_cells, seed) for group in (group_a, group_b)]
+        if shared := len(np.intersect1d(groups[0].joinids, groups[1].joinids)):
+            raise UserError(f"{shared:,} cells are in both groups; change group_a or group_b")
+        joinids = np.concatenate([group.joinids for group in groups])
+        labels = np.concatenate([np.array(group.batches, dtype=object)[group.batch_codes] for group in groups])
+        decoder.refuse_untrained(labels, "Leave them out of group_a and group_b")
+        in_first = np.arange(len(joinids)) < len(groups[0])
+        warn_where_groups_are_batches(labels, in_first, batch_correction=batch_correction)
+        counts = sp.vstack([block.counts for group in groups for block in self._counts(group)], format="csr")
+        return decoder.differential(
+            counts, labels, in_first, batch_correction=batch_correction, fdr=fdr, delta=delta, seed=seed
+        )
+
+    def _decoder(self) -> Decoder:
+        self._require_census()
+        return Decoder(*self._require_model())
+
+    def _cells_of(self, obs_filter: str | None, max_cells: int, seed: int) -> Cells:
+        """Cells of the Census with their batches, some of them where there are more."""
+        _, description = self._require_model()
+        cells = select_cells(self._require_census(), obs_filter, description.batch_key)
+        if len(cells) <= max_cells:
+            return cells
+        log.info("%s of %s cells drawn at random", f"{max_cells:,}", f"{len(cells):,}")
+        rows = np.sort(np.random.default_rng(seed).choice(len(cells), max_cells, replace=False))
+        return Cells(cells.joinids[rows], cells.batch_codes[rows], cells.batches)
+
+    def _counts(self, cells: Cells) -> Iterator[Block]:
+        """Raw counts of cells in the model's genes, with a progress bar."""
+        census, (_, description) = self._require_census(), self._require_model()
+        genes = locate_genes(census, description.genes, MIN_SHARE)
+        hidden = not sys.stderr.isatty()
+        with tqdm(total=len(cells), desc="counts", unit=" cells", unit_scale=True, disable=hidden) as bar:
+            for block in stream_blocks(census, cells.joinids, genes, blocks=tile_runs(cells.joinids, _COUNT_BLOCK)):
+                yield block
+                bar.update(block.counts.shape[0])
+
+    def _obs(self, joinids: npt.NDArray[np.int64], obs_columns: list[str] | None = None) -> pd.DataFrame:
+        """Obs of cells, ascending, indexed by soma_joinid."""
+        groups = (np.arange(*rows) for rows in consecutive(0, len(joinids), _OBS_BLOCK))
+        obs = pd.concat([frame for _, frame in stream_obs(self._require_census(), joinids, groups, obs_columns)])
+        obs.index = obs["soma_joinid"].astype(str)
+        obs.index.name = None
+        for name in obs.select_dtypes("category"):
+            obs[name] = obs[name].cat.remove_unused_categories()
+        return obs
 
     # --- a user's own cells
 
@@ -458,6 +682,14 @@ def _census_section(census: str, organism: str) -> CensusSection:
     """A path or URL, or else the name of a release."""
     is_place = "/" in census or Path(census).exists()
     return CensusSection(organism=organism, **({"uri": census} if is_place else {"version": census}))
+
+
+def _latent_of(cells: ad.AnnData) -> npt.NDArray[np.float32]:
+    """The embedding of the Census' cells, or of own ones."""
+    for name in (LATENT, OWN_LATENT):
+        if name in cells.obsm:
+            return np.asarray(cells.obsm[name], np.float32)
+    raise UserError(f"the cells have no obsm[{LATENT!r}] or obsm[{OWN_LATENT!r}]; embed them first: atlas.embed(cells)")
 
 
 def _matching(census: Census, obs_filter: str | None) -> npt.NDArray[np.int64]:

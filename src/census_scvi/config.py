@@ -4,18 +4,36 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from census_scvi import config_names
 from census_scvi.config_errors import describe_errors
 from census_scvi.config_file import apply_overrides, read_yaml
 from census_scvi.errors import UserError
 
+
+def _file_name(name: str) -> str:
+    if not name or "/" in name or "\\" in name:
+        raise PydanticCustomError("file_name", "expected the name of a file, without / and \\")
+    return name
+
+
+def _member_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+        raise PydanticCustomError(
+            "member_name", "expected letters, digits, _ . and -, beginning with a letter or a digit"
+        )
+    return name
+
+
 Name = Annotated[str, Field(min_length=1)]
-FileName = Annotated[str, Field(min_length=1, pattern=r"^[^/\\]+$")]
+FileName = Annotated[str, AfterValidator(_file_name)]
+MemberName = Annotated[str, AfterValidator(_member_name)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 StoppingGate = Literal[
     "cells", "finite", "variance", "duplicate_dimensions", "effective_rank", "genes", "counts", "architecture",
@@ -180,7 +198,7 @@ class PublishSection(Section):
 
     experiment_uri: Name | None = None
     """The SOMA Experiment; null: the organism's in the Census of this run, where that is a local one."""
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = "scvi"
+    name: MemberName = "scvi"
     """Name of the embedding in obsm."""
     replace: bool = False
     """Whether an embedding of that name may be replaced."""

@@ -52,6 +52,17 @@ def draw_before_and_after(
     figure.savefig(path, dpi=110)
 
 
+def draw_map(positions: npt.NDArray[np.float32], labels: pd.Series, title: str) -> Figure:
+    """Cells on a map, (cells, 2), coloured by label, the commonest first in the legend."""
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.subplots()
+    order = np.random.default_rng(0).permutation(len(positions))  # no group is drawn on top of the others
+    names = labels.astype(str).value_counts().index
+    scatter(axes, positions[order], _categorical(labels, names).iloc[order], legend=True)
+    axes.set_title(f"{len(positions):,} cells, by {title}", fontsize=12, loc="left")
+    return figure
+
+
 def draw_on_reference(
     reference: npt.NDArray[np.float32],
     reference_labels: pd.Series,

@@ -1,0 +1,229 @@
+"""Cell types of one study's file by a model of other studies: `Atlas.predict` beside PCA and logistic regression.
+
+    python benchmarks/own_cells.py --data FOLDER [--seeds 0 1 2] [--epochs 100]
+
+FOLDER holds pbmc_multi_human.h5ad and gene_map_human.tsv.gz. Blood, in both directions: pbmc3k and FACS-sorted cells
+name Kang's, and the reverse. The query is a file with the genes that its study measured. Each model is trained from
+configs/blood.yaml, once on the reference alone and once on all studies; docs/label-transfer.md has the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import anndata as ad
+import cellxgene_census
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import scanpy as sc
+from sklearn.calibration import calibration_curve
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import accuracy_score, recall_score, roc_auc_score
+
+from census_scvi.atlas import Atlas
+from census_scvi.census.build.config import load_build_config
+from census_scvi.cli import main as run_stage
+from census_scvi.query.alignment import AlignedCells
+from census_scvi.query.cells import QueryCells
+from census_scvi.query.label_transfer import LabelTransfer, Prediction
+from census_scvi.stages.build_census import build_from_config
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+ORGANISM, LABELS = "homo_sapiens", "cell_type"
+FACS, KANG = ("pbmc3k", "zheng_facs"), ("kang_GSE96583",)
+DIRECTIONS = {"pbmc3k, FACS -> Kang": (FACS, KANG), "Kang -> pbmc3k, FACS": (KANG, FACS)}
+COMPONENTS, RESAMPLES = 50, 1000
+
+
+@dataclass(frozen=True)
+class Case:
+    """A reference and a query in the same space: positions, labels and groups; `truth` is of the query."""
+
+    points: npt.NDArray[np.float32]
+    labels: npt.NDArray[np.object_]
+    groups: npt.NDArray[np.object_]
+    query: npt.NDArray[np.float32]
+    truth: npt.NDArray[np.object_]
+
+    def predict(self, without: str | None = None) -> Prediction:
+        """Labels of the query, as `Atlas.predict` gives them; `without` takes a type out of the reference."""
+        kept = self.labels != without
+        return LabelTransfer(self.points[kept], self.labels[kept], self.groups[kept]).predict(self.query)
+
+
+def main() -> None:
+    """Train, predict, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of pbmc_multi_human.h5ad and the gene map")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--epochs", type=int, default=100)
+    arguments = parser.parse_args()
+    rows: list[dict[str, object]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        build = load_build_config(CONFIGS / "build-blood.yaml", data=arguments.data)
+        build_from_config(build.model_copy(update={"uri": folder / "census"}))
+        everything = ad.read_h5ad(arguments.data / "pbmc_multi_human.h5ad")
+        for seed in arguments.seeds:
+            train(folder, "joint", seed, arguments.epochs, (*FACS, *KANG))
+            for direction, (reference, query) in DIRECTIONS.items():
+                file = folder / "query.h5ad"
+                measured(everything, query).write_h5ad(file)
+                alone = train(folder, "alone", seed, arguments.epochs, reference)
+                cases = {
+                    "scVI of the reference": scvi_case(folder, alone, file, reference),
+                    "scVI of all studies": scvi_case(folder, folder / f"joint-{seed}", file, reference),
+                }
+                counts = counts_case(folder, alone, file, reference)
+                cases["PCA of the reference"] = pca_case(counts)
+                for name, case in cases.items():
+                    rows.append({"direction": direction, "seed": seed, "who": name, **scores(case)})
+                rows.append({"direction": direction, "seed": seed, **logistic(counts)})
+                print(pd.DataFrame(rows).tail(4).to_string(), flush=True)
+    print(report(pd.DataFrame(rows)))
+
+
+def measured(everything: ad.AnnData, studies: tuple[str, ...]) -> ad.AnnData:
+    """Labelled cells of some studies, with the genes that all of these measured."""
+    genes = np.all([everything.var[f"measured_in_{study}"] for study in studies], axis=0)
+    cells = everything.obs["dataset"].isin(studies) & (everything.obs["cell_type_coarse"] != "unknown")
+    chosen = everything[cells.to_numpy(), genes]
+    return ad.AnnData(chosen.X.copy(), obs=chosen.obs[["cell_type_coarse", "batch"]], var=chosen.var[[]])
+
+
+def train(folder: Path, name: str, seed: int, epochs: int, studies: tuple[str, ...]) -> Path:
+    """Run directory of a model of some studies."""
+    directory = folder / f"{name}-{seed}"
+    settings = [
+        f"census.uri={folder}/census",
+        f"census.obs_query=dataset_id in {list(studies)}",
+        f"output.directory={directory}",
+        f"train.max_epochs={epochs}",
+        f"seed={seed}",
+    ]
+    for stage in ("prepare", "train", "create-latent-update"):
+        if run_stage(stage, ["--config", str(CONFIGS / "blood.yaml"), *settings, "--force"]):
+            raise SystemExit(f"{stage} failed; the line above says why")
+    return directory
+
+
+def scvi_case(folder: Path, run: Path, file: Path, studies: tuple[str, ...]) -> Case:
+    """Reference and query as the Atlas embeds them."""
+    with Atlas.open(run, census=folder / "census") as atlas:
+        mapped = atlas.embed(file, min_share=0.5)
+        reference = atlas.reference(f"dataset_id in {list(studies)} and cell_type != 'unknown'", [LABELS])
+    return Case(
+        reference.obsm["scvi"],
+        *labels_and_groups(reference.obs),
+        mapped.obsm["X_scvi"],
+        mapped.obs["cell_type_coarse"].astype(str).to_numpy(dtype=object),
+    )
+
+
+def counts_case(folder: Path, run: Path, file: Path, studies: tuple[str, ...]) -> Case:
+    """The same cells as log-normalised counts of those of the model's genes that the query has."""
+    with Atlas.open(run, census=folder / "census") as atlas, QueryCells(file) as cells:
+        assert atlas.description is not None
+        genes = atlas.description.genes
+        aligned = AlignedCells(cells, genes, {}, ORGANISM, min_share=0.5)  # the file has Ensembl ids
+        query = np.concatenate([block.toarray() for _, block in aligned.blocks(4096)])
+        truth = cells.obs["cell_type_coarse"].astype(str).to_numpy(dtype=object)
+    with cellxgene_census.open_soma(uri=f"{folder}/census") as root:
+        found = cellxgene_census.get_anndata(
+            root, ORGANISM, obs_value_filter=f"dataset_id in {list(studies)} and cell_type != 'unknown'"
+        )
+    found.var_names = found.var["feature_id"].astype(str)
+    # Genes that the query's study has not measured tell studies apart and nothing else.
+    shared = ~np.isin(genes, aligned.report.missing)
+    reference = found[:, genes].X.toarray()[:, shared]
+    return Case(log_normalised(reference), *labels_and_groups(found.obs), log_normalised(query[:, shared]), truth)
+
+
+def labels_and_groups(obs: pd.DataFrame) -> tuple[npt.NDArray[np.object_], npt.NDArray[np.object_]]:
+    """Cell type and dataset of each cell."""
+    return tuple(obs[name].astype(str).to_numpy(dtype=object) for name in (LABELS, "dataset_id"))
+
+
+def log_normalised(counts: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """log1p of counts, 10,000 a cell."""
+    cells = ad.AnnData(counts.astype(np.float32))
+    sc.pp.normalize_total(cells, target_sum=1e4)
+    sc.pp.log1p(cells)
+    return np.asarray(cells.X)
+
+
+def pca_case(counts: Case) -> Case:
+    """A PCA fitted on the reference, the query projected onto it."""
+    fitted = PCA(COMPONENTS, random_state=0).fit(counts.points)
+    points, query = (fitted.transform(values).astype(np.float32) for values in (counts.points, counts.query))
+    return Case(points, counts.labels, counts.groups, query, counts.truth)
+
+
+def logistic(counts: Case) -> dict[str, object]:
+    """Logistic regression on log-normalised counts."""
+    fitted = LogisticRegression(max_iter=300, C=0.1).fit(counts.points, counts.labels.astype(str))
+    return {"who": "logistic regression, log-normalised counts", **agreement(counts, fitted.predict(counts.query))}
+
+
+def agreement(case: Case, predicted: npt.NDArray[np.object_]) -> dict[str, float]:
+    """Accuracy on the types that the reference knows, over cells and averaged over types, and its interval."""
+    shared = np.isin(case.truth.astype(str), np.unique(case.labels.astype(str)))
+    true, named = case.truth[shared].astype(str), np.asarray(predicted)[shared].astype(str)
+    right = true == named
+    drawn = np.random.default_rng(0).integers(0, len(right), (RESAMPLES, len(right)))
+    low, high = np.quantile(right[drawn].mean(axis=1), [0.025, 0.975])
+    return {
+        "accuracy": accuracy_score(true, named),
+        "low": low,
+        "high": high,
+        "balanced": recall_score(true, named, labels=np.unique(true), average="macro"),
+    }
+
+
+def scores(case: Case) -> dict[str, float]:
+    """Agreement, what `unknown` does to it, calibration, and how well types that were left out are noticed."""
+    found = case.predict()
+    shared = np.isin(case.truth.astype(str), np.unique(case.labels.astype(str)))
+    right = (case.truth == found.labels)[shared]
+    positive, predicted = calibration_curve(right, found.probability[shared], n_bins=10, strategy="quantile")
+    noticed = {name: [] for name in ("uncertainty", "improbability", "found", "kept")}
+    for label in np.unique(case.truth[shared].astype(str)):
+        of_type = (case.truth == label)[shared]
+        if of_type.sum() < 20:
+            continue
+        left_out = case.predict(without=label)
+        noticed["uncertainty"].append(roc_auc_score(of_type, left_out.uncertainty[shared]))
+        noticed["improbability"].append(roc_auc_score(of_type, 1 - left_out.probability[shared]))
+        noticed["found"].append(left_out.unknown[shared][of_type].mean())
+        noticed["kept"].append(1 - left_out.unknown[shared][~of_type].mean())
+    return {
+        **agreement(case, found.labels),
+        "unknown": found.unknown[shared].mean(),
+        "accuracy of the rest": right[~found.unknown[shared]].mean(),
+        "calibration error": np.abs(positive - predicted).mean(),
+        **{f"left out, {name}": float(np.mean(values)) for name, values in noticed.items()},
+    }
+
+
+def report(rows: pd.DataFrame) -> str:
+    """Means over seeds, in Markdown."""
+    lines = []
+    for direction, some in rows.groupby("direction", sort=False):
+        mean = some.drop(columns="direction").groupby("who", sort=False).mean().drop(columns="seed")
+        spread = some.groupby("who", sort=False)["accuracy"].agg(["min", "max"])
+        mean.insert(1, "over seeds", [f"{low:.3f}-{high:.3f}" for low, high in spread.to_numpy()])
+        lines += [f"{direction}", "", "| | " + " | ".join(mean.columns) + " |", "|---" * (len(mean.columns) + 1) + "|"]
+        for who, values in mean.iterrows():
+            shown = [value if isinstance(value, str) else "" if pd.isna(value) else f"{value:.3f}" for value in values]
+            lines.append(f"| {who} | " + " | ".join(shown) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""Normalised expression and differential expression of a Census' cells, for batches that the model knows alone."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import anndata as ad
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import scipy.sparse as sp
+import scvi
+import torch
+
+from census_scvi.config_errors import suggestion
+from census_scvi.errors import UserError
+from census_scvi.model.build import quiet
+from census_scvi.model.safe import ModelDescription
+
+log = logging.getLogger(__name__)
+
+# Of untrained batches, named in a message.
+_MOST_NAMED = 3
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """What a model says of expression; its decoder looks at the batch.
+
+    Attributes
+    ----------
+    model, description
+        The trained model.
+    """
+
+    model: scvi.model.SCVI
+    description: ModelDescription
+
+    def check_genes(self, genes: list[str]) -> list[str]:
+        """feature_ids of genes named by id or symbol; UserError for one that the model has not."""
+        by_symbol = dict(zip(self.description.symbols, self.description.genes, strict=False))
+        known = set(self.description.genes)
+        found = []
+        for gene in genes:
+            if gene not in known and gene not in by_symbol:
+                near = suggestion(gene, [*by_symbol, *known])
+                raise UserError(f"{gene!r} is none of the model's {len(known):,} genes{near}")
+            found.append(gene if gene in known else by_symbol[gene])
+        return found
+
+    def check_batches(self, batches: list[str]) -> None:
+        """UserError for a batch that the model was not trained on."""
+        trained = self.description.batches
+        for batch in batches:
+            if batch not in trained:
+                near = suggestion(batch, trained)
+                raise UserError(f"transform_batch {batch!r} is none of the {len(trained)} trained batches{near}")
+
+    def untrained(self, labels: npt.NDArray[np.object_]) -> npt.NDArray[np.bool_]:
+        """Which cells are of batches that the model was not trained on, bool (cells,)."""
+        return ~pd.Series(labels).isin(self.description.batches).to_numpy()
+
+    def refuse_untrained(self, labels: npt.NDArray[np.object_], way_out: str) -> None:
+        """UserError where a cell is of a batch that the model was not trained on."""
+        unknown = self.untrained(labels)
+        if unknown.any():
+            names = sorted(set(labels[unknown]))
+            more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+            raise UserError(
+                f"{int(unknown.sum()):,} of {len(labels):,} cells are of batches that the model was not trained on"
+                f" ({', '.join(names[:_MOST_NAMED])}{more}): what it would say of their expression means nothing."
+                f" {way_out}"
+            )
+
+    def normalised(
+        self,
+        counts: sp.csr_matrix,
+        labels: npt.NDArray[np.object_],
+        genes: list[str],
+        transform_batch: list[str] | None,
+        *,
+        library_size: float,
+        n_samples: int,
+        seed: int,
+    ) -> npt.NDArray[np.float32]:
+        """scvi-tools' `get_normalized_expression`, float32 (cells, genes).
+
+        Parameters
+        ----------
+        counts
+            CSR float32 (cells, genes of the model).
+        labels
+            Batch of each cell; one that is not trained needs `transform_batch`.
+        genes
+            feature_ids wanted.
+        transform_batch
+            The batches as whose cells the expression is decoded, and averaged; None: each cell's own.
+        library_size
+            Counts a cell to scale to.
+        n_samples
+            Draws from the posterior, averaged.
+        seed
+            Of these draws.
+        """
+        if transform_batch is not None:  # the encoder does not look at the batch, the decoder is told another
+            labels = np.where(self.untrained(labels), transform_batch[0], labels)
+        with _drawing(seed), quiet("scvi"):
+            found = self.model.get_normalized_expression(
+                self._cells(counts, labels),
+                transform_batch=transform_batch,
+                gene_list=genes,
+                library_size=library_size,
+                n_samples=n_samples,
+                return_numpy=False,
+            )
+        return found[genes].to_numpy(np.float32)
+
+    def differential(
+        self,
+        counts: sp.csr_matrix,
+        labels: npt.NDArray[np.object_],
+        in_first: npt.NDArray[np.bool_],
+        *,
+        batch_correction: bool,
+        fdr: float,
+        delta: float,
+        seed: int,
+    ) -> pd.DataFrame:
+        """scvi-tools' `differential_expression`, mode change: the first group beside the other cells.
+
+        Returns
+        -------
+        A row a gene, indexed by feature_id, the likeliest first, with `symbol`.
+        """
+        with _drawing(seed), quiet("scvi"):
+            found = self.model.differential_expression(
+                self._cells(counts, labels),
+                idx1=in_first,
+                idx2=~in_first,
+                mode="change",
+                delta=delta,
+                batch_correction=batch_correction,
+                fdr_target=fdr,
+                silent=True,
+            )
+        symbols = dict(zip(self.description.genes, self.description.symbols, strict=False))
+        found.insert(0, "symbol", [symbols.get(gene, gene) for gene in found.index])
+        return found
+
+    def _cells(self, counts: sp.csr_matrix, labels: npt.NDArray[np.object_]) -> ad.AnnData:
+        obs = pd.DataFrame(
+            {"batch": pd.Categorical(labels, categories=self.description.batches)},
+            index=[str(row) for row in range(len(labels))],
+        )
+        return ad.AnnData(counts, obs=obs, var=pd.DataFrame(index=self.description.genes))
+
+
+def warn_where_groups_are_batches(
+    labels: npt.NDArray[np.object_], in_first: npt.NDArray[np.bool_], *, batch_correction: bool
+) -> None:
+    """Warn where two groups share no batch: what differs between them may be what integration takes out."""
+    first, second = set(labels[in_first]), set(labels[~in_first])
+    if not first & second:
+        log.warning(
+            "the groups share no batch (%d and %d batches): the model takes what differs between batches for technical,"
+            " and %s. Compare groups within the same batches, or counts by a method that knows the donors",
+            len(first),
+            len(second),
+            "with batch_correction it is averaged out" if batch_correction else "what is found may be one",
+        )
+
+
+@contextmanager
+def _drawing(seed: int) -> Iterator[None]:
+    """Random numbers of torch and numpy from a seed, and as they were before afterwards."""
+    state = np.random.get_state()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        try:
+            yield
+        finally:
+            np.random.set_state(state)
