@@ -62,19 +62,21 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of pbmc_multi_human.h5ad and the gene map")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=100)
+    parser.add_argument("--folder", type=Path, help="keep Census and models there, and take those that are there")
     arguments = parser.parse_args()
     rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        build = load_build_config(CONFIGS / "build-blood.yaml", data=arguments.data)
-        build_from_config(build.model_copy(update={"uri": folder / "census"}))
+        folder = (arguments.folder or Path(scratch)).absolute()
+        if not (folder / "census").exists():
+            build = load_build_config(CONFIGS / "build-blood.yaml", data=arguments.data)
+            build_from_config(build.model_copy(update={"uri": folder / "census"}))
         everything = ad.read_h5ad(arguments.data / "pbmc_multi_human.h5ad")
         for seed in arguments.seeds:
             train(folder, "joint", seed, arguments.epochs, (*FACS, *KANG))
             for direction, (reference, query) in DIRECTIONS.items():
                 file = folder / "query.h5ad"
                 measured(everything, query).write_h5ad(file)
-                alone = train(folder, "alone", seed, arguments.epochs, reference)
+                alone = train(folder, reference[0], seed, arguments.epochs, reference)
                 cases = {
                     "scVI of the reference": scvi_case(folder, alone, file, reference),
                     "scVI of all studies": scvi_case(folder, folder / f"joint-{seed}", file, reference),
@@ -107,7 +109,7 @@ def train(folder: Path, name: str, seed: int, epochs: int, studies: tuple[str, .
         f"seed={seed}",
     ]
     for stage in ("prepare", "train", "create-latent-update"):
-        if run_stage(stage, ["--config", str(CONFIGS / "blood.yaml"), *settings, "--force"]):
+        if run_stage(stage, ["--config", str(CONFIGS / "blood.yaml"), *settings]):
             raise SystemExit(f"{stage} failed; the line above says why")
     return directory
 

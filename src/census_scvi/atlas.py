@@ -630,8 +630,10 @@ class Atlas:
                 f"{embedding.name} has {embedding.n_latent} dimensions, the model {self._n_latent}: it is another"
                 " model's embedding"
             )
-        everything = _matching(census, None)
-        joinids, published = next(iter(embedding.read(everything[: 16 * _PROVEN_CELLS])))
+        blocks = (block for block in embedding.read(_matching(census, None)) if len(block[0]))
+        joinids, published = next(blocks, (np.empty(0, np.int64), np.empty((0, 0), np.float32)))
+        if not len(joinids):
+            raise UserError(f"{embedding.name} has no cell of {census.identity['uri']}")
         joinids, published = joinids[:_PROVEN_CELLS], published[:_PROVEN_CELLS]
         if not description.arguments["encode_covariates"]:
             genes = locate_genes(census, description.genes, MIN_SHARE)
