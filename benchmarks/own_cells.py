@@ -205,6 +205,7 @@ def scores(case: Case) -> dict[str, float]:
         noticed["kept"].append(1 - left_out.unknown[shared][~of_type].mean())
     return {
         **agreement(case, found.labels),
+        "shift": found.shift,
         "unknown": found.unknown[shared].mean(),
         "accuracy of the rest": right[~found.unknown[shared]].mean(),
         "calibration error": np.abs(positive - predicted).mean(),

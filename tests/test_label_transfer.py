@@ -1,5 +1,7 @@
 """Labels by neighbours: what the reference knows is named, what it does not know is unknown."""
 
+import logging
+
 import numpy as np
 import pytest
 from sklearn.neighbors import KNeighborsClassifier
@@ -28,9 +30,8 @@ def test_labels_are_those_of_the_neighbours() -> None:
     assert (found.labels == truth).mean() > 0.98
     plain = KNeighborsClassifier(15).fit(points, labels.astype(str)).predict(query)
     assert (found.labels == plain).mean() > 0.99
-    assert found.classes == sorted(CENTRES)
-    np.testing.assert_allclose(found.probabilities.sum(axis=1), 1, rtol=1e-5)
-    assert np.array_equal(found.probability, found.probabilities.max(axis=1))
+    assert ((found.probability > 1 / len(CENTRES)) & (found.probability <= 1.00001)).all()
+    assert found.shift == pytest.approx(1, abs=0.2)
     assert ((found.uncertainty >= 0) & (found.uncertainty < 1)).all()
     assert np.array_equal(found.unknown, found.uncertainty > 0.5)
 
@@ -43,19 +44,29 @@ def test_a_type_that_the_reference_lacks_is_unknown(label: str) -> None:
     new, _ = blobs(200, 1, [label])
     seen, _ = blobs(200, 2, known)
     assert transfer.predict(seen).unknown.mean() < 0.1
-    assert transfer.predict(new).unknown.mean() > 0.95
+    both = transfer.predict(np.concatenate([seen, new[:90]])).unknown
+    assert both[200:].mean() > 0.95
+    assert transfer.predict(new[:90]).unknown.mean() > 0.95  # too few to be a study of their own
     assert transfer.bound.known_kept > 0.8
     assert transfer.bound.left_out_found > 0.8
 
 
-def test_studies_that_lie_apart_do_not_make_their_cells_unknown() -> None:
-    """A query comes from yet another study: the bound must be set between studies, where there are some."""
+def test_a_study_that_lies_apart_is_not_unknown_for_that_but_it_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    points, labels = blobs(800, 0)
+    transfer = LabelTransfer(points, labels)
+    logging.getLogger("census_scvi").addHandler(caplog.handler)
+    found = transfer.predict(blobs(400, 2, shift=2.0)[0])
+    logging.getLogger("census_scvi").removeHandler(caplog.handler)
+    assert found.shift > 1.5
+    assert f"the cells lie {found.shift:.1f} times as far from the reference" in caplog.text
+    assert found.unknown.mean() < 0.2
+
+
+def test_the_bound_is_set_between_studies_where_there_are_some() -> None:
     halves = [blobs(400, seed, shift=shift) for seed, shift in ((0, 0.0), (1, 2.0))]
     points, labels = (np.concatenate(parts) for parts in zip(*halves, strict=True))
-    studies = np.repeat(["one", "other"], 400)
-    query, _ = blobs(400, 2, shift=-2.0)
-    assert LabelTransfer(points, labels, studies).predict(query).unknown.mean() < 0.1
-    assert LabelTransfer(points, labels).predict(query).unknown.mean() > 0.15
+    apart = LabelTransfer(points, labels, np.repeat(["one", "other"], 400)).bound
+    assert apart.typical > 1.5 * LabelTransfer(points, labels).bound.typical
 
 
 def test_types_that_cannot_be_told_apart_make_nothing_unknown() -> None:
@@ -69,7 +80,7 @@ def test_few_types_and_few_cells() -> None:
     one_type = LabelTransfer(points, labels)
     assert np.isnan(one_type.bound.left_out_found)
     assert one_type.predict(points).unknown.mean() < 0.05
-    assert one_type.predict(points + 50).unknown.all()
+    assert one_type.predict(points[:90] + 50).unknown.all()
     few = LabelTransfer(points[:3], labels[:3]).predict(points)
     assert (few.labels == "B cell").all()
     alone = LabelTransfer(points[:1], labels[:1]).predict(points)

@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 LATENT, OWN_LATENT = "scvi", "X_scvi"
 # What a reference is thinned to: some 100 MB of positions.
 REFERENCE_CELLS, SLICE_CELLS = 200_000, 1_000_000
-_OBS_BLOCK, _PREDICT_BLOCK, _COUNT_BLOCK = 2**16, 2**14, 4096
+_OBS_BLOCK, _COUNT_BLOCK = 2**16, 4096
 # Cells with which the model is held against the embedding, and how far they may differ.
 _PROVEN_CELLS, _TOLERANCE = 64, 1e-3
 _VAGUE = ("unknown", "na", "nan", "None", "")
@@ -539,14 +539,11 @@ class Atlas:
             n_neighbours=n_neighbours,
             seed=seed,
         )
-        latent = mapped.obsm[OWN_LATENT]
-        # In blocks: the probabilities of hundreds of types take more than the cells themselves.
-        blocks = [transfer.predict(latent[slice(*rows)]) for rows in consecutive(0, len(latent), _PREDICT_BLOCK)]
-        unknown = np.concatenate([block.unknown for block in blocks]) | mapped.obs["scvi_empty"].to_numpy()
-        named = np.concatenate([block.labels for block in blocks])
-        mapped.obs[f"{labels}_predicted"] = pd.Categorical(np.where(unknown, UNKNOWN, named))
-        mapped.obs[f"{labels}_probability"] = np.concatenate([block.probability for block in blocks])
-        mapped.obs[f"{labels}_uncertainty"] = np.concatenate([block.uncertainty for block in blocks])
+        found = transfer.predict(mapped.obsm[OWN_LATENT])
+        unknown = found.unknown | mapped.obs["scvi_empty"].to_numpy()
+        mapped.obs[f"{labels}_predicted"] = pd.Categorical(np.where(unknown, UNKNOWN, found.labels))
+        mapped.obs[f"{labels}_probability"] = found.probability
+        mapped.obs[f"{labels}_uncertainty"] = found.uncertainty
         mapped.obs[f"{labels}_unknown"] = unknown
         mapped.uns.setdefault("scvi_prediction", {})[labels] = {
             "classes": transfer.classes,
@@ -554,6 +551,7 @@ class Atlas:
             "n_neighbours": n_neighbours,
             "known_kept": transfer.bound.known_kept,
             "left_out_found": transfer.bound.left_out_found,
+            "shift": found.shift,
         }
         return mapped
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +12,16 @@ import numpy.typing as npt
 from census_scvi.errors import UserError
 from census_scvi.query.neighbours import EXACT_CELLS, NeighbourIndex, Points
 
+log = logging.getLogger(__name__)
+
 UNKNOWN = "unknown"
 # Cells of each label with which the bound of `unknown` is set, and the fewest that make a label count for it.
 _PROBES, _FEWEST = 200, 10
 # Of the known cells at least so many shall keep their name.
 _LEAST_KEPT = 0.9
+# From how many cells on a query has a distance of its own; how much farther than usual it may lie without a word.
+_FEWEST_OF_A_STUDY, _FAR = 100, 1.5
+_BLOCK_CELLS = 2**14
 
 
 @dataclass(frozen=True)
@@ -29,22 +35,19 @@ class Prediction:
     probability
         float32 (cells,): share of the neighbours' weight that this label has.
     uncertainty
-        float32 (cells,), 0 to 1: how far the cell lies from its neighbours, beside how far these lie from theirs; 0.5
-        at the bound of `unknown`.
+        float32 (cells,), 0 to 1: how far the cell lies from its neighbours; 0.5 at the bound of `unknown`.
     unknown
         bool (cells,): uncertainty above 0.5.
-    probabilities
-        float32 (cells, classes).
-    classes
-        The labels, in the order of these columns.
+    shift
+        How many times as far from the reference the cells lie, in the median, as the reference's own studies from one
+        another; 1 where they lie no farther, or are too few to tell.
     """
 
     labels: npt.NDArray[np.object_]
     probability: npt.NDArray[np.float32]
     uncertainty: npt.NDArray[np.float32]
     unknown: npt.NDArray[np.bool_]
-    probabilities: npt.NDArray[np.float32]
-    classes: list[str]
+    shift: float
 
 
 @dataclass(frozen=True)
@@ -53,15 +56,18 @@ class UnknownBound:
 
     Attributes
     ----------
-    novelty
-        Above it, a cell is unknown.
+    distance
+        Mean distance to the neighbours above which a cell is unknown.
+    typical
+        Its median over cells of known types.
     known_kept
-        Share of the cells of known types that are not, mean over types.
+        Share of the cells of known types that are not unknown, mean over types.
     left_out_found
         Share of the cells of a type that was left out that are, mean over types; NaN where there are too few types.
     """
 
-    novelty: float
+    distance: float
+    typical: float
     known_kept: float
     left_out_found: float
 
@@ -87,6 +93,8 @@ class LabelTransfer:
 
     Attributes
     ----------
+    classes
+        The labels, sorted.
     bound
         How `unknown` is decided.
 
@@ -117,25 +125,44 @@ class LabelTransfer:
         self._groups = None if groups is None else np.unique(np.asarray(groups).astype(str), return_inverse=True)[1]
         self._n_neighbours = n_neighbours
         self._index = NeighbourIndex(self._points, exact_cells=exact_cells, seed=seed)
-        self._scale = self._own_scale()
         self.bound = self._set_bound(np.random.default_rng(seed))
 
     def predict(self, points: Points) -> Prediction:
-        """Labels of cells, (cells, dimensions) in the same embedding."""
-        distances, positions = self._index.query(points, self._n_neighbours)
-        probabilities = self._vote(distances, positions)
-        best = probabilities.argmax(axis=1)
-        novelty = self._novelty(distances, positions)
-        # Half at the bound, towards one with the distance.
-        uncertainty = (novelty / (novelty + max(self.bound.novelty, 1e-6))).astype(np.float32)
+        """Labels of the cells of a study, (cells, dimensions) in the same embedding.
+
+        A study as a whole may lie farther from the reference than the reference's own studies from one another, for
+        another chemistry or treatment. Distances are divided by how much farther, which is said: where most of the
+        cells are of types that the reference lacks, that looks the same.
+        """
+        best, probability = np.empty(len(points), np.int64), np.empty(len(points), np.float32)
+        distance = np.empty(len(points))
+        for start in range(0, len(points), _BLOCK_CELLS):
+            rows = slice(start, start + _BLOCK_CELLS)
+            distances, positions = self._index.query(points[rows], self._n_neighbours)
+            votes = self._vote(distances, positions)
+            best[rows], probability[rows] = votes.argmax(axis=1), votes.max(axis=1)
+            distance[rows] = distances.mean(axis=1, dtype=np.float64)
+        shift = self._shift(distance)
+        ratio = distance / shift / max(self.bound.distance, 1e-6)
         return Prediction(
             labels=np.array(self.classes, dtype=object)[best],
-            probability=probabilities[np.arange(len(best)), best],
-            uncertainty=uncertainty,
-            unknown=novelty > self.bound.novelty,
-            probabilities=probabilities,
-            classes=self.classes,
+            probability=probability,
+            uncertainty=(ratio / (ratio + 1)).astype(np.float32),  # half at the bound, towards one with the distance
+            unknown=ratio > 1,
+            shift=shift,
         )
+
+    def _shift(self, distance: npt.NDArray[np.float64]) -> float:
+        if len(distance) < _FEWEST_OF_A_STUDY or not self.bound.typical:
+            return 1.0
+        shift = max(float(np.median(distance)) / self.bound.typical, 1.0)
+        if shift > _FAR:
+            log.warning(
+                "the cells lie %.1f times as far from the reference as its own studies from one another: another"
+                " chemistry or treatment - or most are of types that the reference lacks, and their labels wrong",
+                shift,
+            )
+        return shift
 
     def _vote(self, distances: npt.NDArray[Any], positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """Shares of the labels, nearer neighbours weighing more."""
@@ -145,19 +172,8 @@ class LabelTransfer:
         np.add.at(votes, (rows, self._codes[positions].ravel()), weights.ravel())
         return votes / votes.sum(axis=1, keepdims=True)
 
-    def _novelty(self, distances: npt.NDArray[Any], positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-        """How far a cell lies from its neighbours, beside how far these lie from theirs."""
-        return distances.mean(axis=1) / self._scale[positions].mean(axis=1)
-
-    def _own_scale(self) -> npt.NDArray[np.float64]:
-        """Mean distance of each reference cell to its neighbours, itself left out; above zero, whatever is repeated."""
-        distances, _ = self._index.query(self._points, self._n_neighbours + 1)
-        scale = distances[:, 1:].mean(axis=1, dtype=np.float64) if distances.shape[1] > 1 else np.zeros(len(distances))
-        apart = scale[scale > 0]
-        return np.maximum(scale, 0.1 * np.median(apart) if len(apart) else 1.0)
-
     def _set_bound(self, generator: np.random.Generator) -> UnknownBound:
-        """The novelty that best tells cells of types left out of the reference from cells of types in it.
+        """The distance that best tells cells of types left out of the reference from cells of types in it.
 
         Of those that leave nine in ten of the latter their name: where the two cannot be told apart, none is unknown.
         """
@@ -172,35 +188,37 @@ class LabelTransfer:
             if len(others) > self._n_neighbours:
                 left_out.append(self._against(probes, others))
         if not known:
-            return UnknownBound(float("inf"), 1.0, float("nan"))
+            return UnknownBound(float("inf"), 0.0, 1.0, float("nan"))
+        typical = float(np.median(np.concatenate(known)))
         if not left_out:
-            return UnknownBound(float(np.quantile(np.concatenate(known), 0.99)), 0.99, float("nan"))
+            return UnknownBound(float(np.quantile(np.concatenate(known), 0.99)), typical, 0.99, float("nan"))
         bounds = np.unique(np.quantile(np.concatenate(known + left_out), np.linspace(0, 1, 501)))
         kept = np.mean([(some[:, None] <= bounds).mean(axis=0) for some in known], axis=0)
         found = np.mean([(some[:, None] > bounds).mean(axis=0) for some in left_out], axis=0)
         best = int(np.argmax(np.where(kept >= _LEAST_KEPT, kept + found, -1)))
-        return UnknownBound(float(bounds[best]), float(kept[best]), float(found[best]))
+        return UnknownBound(float(bounds[best]), typical, float(kept[best]), float(found[best]))
 
     def _as_known(self, probes: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-        """Novelty of reference cells against the others: of other groups, where there are some with their label."""
+        """Distance of reference cells to the others: of other groups, where there are some with their label."""
+        everything = np.arange(len(self._points))
         if self._groups is None:
-            return self._against(probes, np.arange(len(self._points)), itself=True)
+            return self._against(probes, everything, itself=True)
         found = []
         label = self._codes[probes[0]]
         for group in np.unique(self._groups[probes]):
             mine = probes[self._groups[probes] == group]
             others = np.flatnonzero(self._groups != group)
-            elsewhere = bool((self._codes[others] == label).any())
-            if elsewhere and len(others) > self._n_neighbours:
+            if len(others) > self._n_neighbours and (self._codes[others] == label).any():
                 found.append(self._against(mine, others))
             else:
-                found.append(self._against(mine, np.arange(len(self._points)), itself=True))
+                found.append(self._against(mine, everything, itself=True))
         return np.concatenate(found)
 
     def _against(
         self, probes: npt.NDArray[np.int64], reference: npt.NDArray[np.int64], *, itself: bool = False
     ) -> npt.NDArray[np.float64]:
-        """Novelty of reference cells against some of the reference."""
+        """Mean distance of reference cells to their neighbours among some of the reference."""
         index = self._index if itself else NeighbourIndex(self._points[reference], exact_cells=len(reference))
-        distances, positions = index.query(self._points[probes], self._n_neighbours + itself)
-        return self._novelty(distances[:, int(itself) :], reference[positions[:, int(itself) :]])
+        distances, _ = index.query(self._points[probes], self._n_neighbours + itself)
+        own = distances[:, int(itself) :]
+        return own.mean(axis=1, dtype=np.float64) if own.shape[1] else np.zeros(len(own))
