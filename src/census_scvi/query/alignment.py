@@ -147,7 +147,7 @@ class AlignedCells:
             summed=int(used.sum()) - best.n_shared,
             ambiguous=best.ambiguous,
             extra=int((~used).sum()) - best.ambiguous,
-            missing=[gene for number, gene in enumerate(genes) if number not in set(best.columns[used].tolist())],
+            missing=best.missing(genes),
         )
         rows = np.flatnonzero(used)
         # float64, so that sums are exact before they are narrowed.
@@ -205,6 +205,11 @@ class _Match:
     by_symbol: npt.NDArray[np.bool_]
     ambiguous: int
     n_shared: int
+
+    def missing(self, genes: list[str]) -> list[str]:
+        """The genes that no column is."""
+        there = set(self.columns.tolist())
+        return [gene for number, gene in enumerate(genes) if number not in there]
 
 
 def _candidates(var: pd.DataFrame) -> Iterator[tuple[str, pd.Series]]:
@@ -274,7 +279,7 @@ def _hint(cells: QueryCells, place: str, best: _Match, found: list[_Match], know
     if best.n_shared:
         return (
             "Missing are "
-            + _listed([gene for gene in known.genes if known.column[gene] not in set(best.columns.tolist())])
+            + _listed(best.missing(known.genes))
             + ". Were genes taken out, such as all but variable ones? Map the cells as they were before"
         )
     return f"The model's genes are named like {known.genes[0]!r} or {next(iter(known.id_of_symbol))!r}"
