@@ -50,7 +50,7 @@ _OBS_BLOCK, _COUNT_BLOCK = 2**16, 4096
 # Cells with which the model is held against the embedding, and how far they may differ.
 _PROVEN_CELLS, _TOLERANCE = 64, 1e-3
 _VAGUE = ("unknown", "na", "nan", "None", "")
-_GROUPS = "dataset_id"
+_STUDY, _DONOR = "dataset_id", "donor_id"
 
 
 @dataclass(frozen=True)
@@ -535,7 +535,7 @@ class Atlas:
         transfer = LabelTransfer(
             reference.obsm[LATENT],
             reference.obs[labels].astype(str).to_numpy(dtype=object),
-            reference.obs[_GROUPS].to_numpy(),
+            _studies(reference.obs),
             n_neighbours=n_neighbours,
             seed=seed,
         )
@@ -614,7 +614,7 @@ class Atlas:
             The embedding is another model's: distances in it would mean nothing.
         """
         self._prove_embedding()
-        columns = None if obs_columns is None else list(dict.fromkeys([*obs_columns, _GROUPS]))
+        columns = None if obs_columns is None else list(dict.fromkeys([*obs_columns, _STUDY, _DONOR]))
         return self.embeddings(obs_filter, obs_columns=columns, max_cells=max_cells, seed=seed)
 
     def _prove_embedding(self) -> None:
@@ -682,6 +682,12 @@ def _census_section(census: str, organism: str) -> CensusSection:
     """A path or URL, or else the name of a release."""
     is_place = "/" in census or Path(census).exists()
     return CensusSection(organism=organism, **({"uri": census} if is_place else {"version": census}))
+
+
+def _studies(obs: pd.DataFrame) -> npt.NDArray[np.object_]:
+    """What a query differs from its neighbours in: the study, or the donor where the reference is one study."""
+    column = _STUDY if obs[_STUDY].nunique() > 1 else _DONOR
+    return obs[column].astype(str).to_numpy(dtype=object)
 
 
 def _latent_of(cells: ad.AnnData) -> npt.NDArray[np.float32]:

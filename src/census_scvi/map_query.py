@@ -21,6 +21,7 @@ from census_scvi.counts.h5ad import CountMatrix, open_file
 from census_scvi.errors import UserError
 from census_scvi.query.cells import QueryCells
 from census_scvi.query.mapping import MIN_SHARE
+from census_scvi.query.neighbours import EXACT_CELLS
 from census_scvi.query.umap_map import UmapMap
 from census_scvi.stages.plan import Plan
 from census_scvi.umap_picture import draw_on_reference
@@ -29,10 +30,10 @@ from census_scvi.workspace.atomic import remove, sync
 log = logging.getLogger(__name__)
 
 MAP = "X_umap"
-# For --dry-run, of one run on two cores: imports; a reference cell and its neighbours; cells embedded a second, and
-# cells named and placed on the map; fitting the map.
+# For --dry-run, from runs on two cores: imports; a cell of query or reference; what is done once; cells embedded
+# and named a second; the index of a large reference; the map, whose time hardly depends on its cells.
 _BASE_MEMORY, _BYTES_A_CELL = 1.0e9, 1500.0
-_CELLS_A_SECOND, _SECONDS_A_MAP_CELL = 1500.0, 0.002
+_FIXED_SECONDS, _CELLS_A_SECOND, _INDEX_SECONDS, _MAP_SECONDS = 12.0, 1500.0, 40.0, 50.0
 
 
 def run(config: Config, *, force: bool = False) -> None:
@@ -181,5 +182,8 @@ def plan(config: Config) -> Plan:
         genes=n_genes,
         memory=_BASE_MEMORY + _BYTES_A_CELL * (n_cells + settings.reference_cells),
         disk=source.stat().st_size + 300.0 * n_cells,
-        seconds=10.0 + n_cells / _CELLS_A_SECOND + _SECONDS_A_MAP_CELL * settings.umap_cells,
+        seconds=_FIXED_SECONDS
+        + n_cells / _CELLS_A_SECOND
+        + _INDEX_SECONDS * (settings.reference_cells > EXACT_CELLS)
+        + _MAP_SECONDS * bool(settings.umap_cells),
     )

@@ -8,10 +8,10 @@ import numpy as np
 import numpy.typing as npt
 import umap
 
-from census_scvi.query.neighbours import Points
+from census_scvi.query.neighbours import NeighbourIndex, Points
 
-# Cells placed at a time: their neighbours and graph take some 10 kB each.
-_BLOCK_CELLS = 10_000
+_NEIGHBOURS = 15
+_BLOCK_CELLS = 2**14
 
 
 class UmapMap:
@@ -31,16 +31,20 @@ class UmapMap:
     """
 
     def __init__(self, points: Points, *, seed: int = 0) -> None:
+        self._points, self._seed = np.asarray(points, np.float32), seed
         # Not through scanpy: its neighbours of more than 8,192 cells fail with the newest pynndescent.
-        self._umap = umap.UMAP(n_neighbors=min(15, len(points) - 1), min_dist=0.5, random_state=seed)
+        reducer = umap.UMAP(n_neighbors=min(_NEIGHBOURS, len(points) - 1), min_dist=0.5, random_state=seed)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="n_jobs value")  # a seed means one thread, as we want
-            self.positions = np.asarray(self._umap.fit_transform(np.asarray(points, np.float32)), np.float32)
+            self.positions = np.asarray(reducer.fit_transform(self._points), np.float32)
 
     def place(self, points: Points) -> npt.NDArray[np.float32]:
-        """Other cells on the map, float32 (cells, 2), among the reference cells that are like them."""
+        """Other cells on the map, float32 (cells, 2): each in the middle of its 15 nearest reference cells.
+
+        In the median, not the mean: neighbours on two islands would put it into the sea. UMAP's own `transform` seeks
+        neighbours approximately, and among cells that lie far from all it finds them on the wrong island.
+        """
+        index = NeighbourIndex(self._points, seed=self._seed)
         blocks = [points[start : start + _BLOCK_CELLS] for start in range(0, len(points), _BLOCK_CELLS)]
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="n_jobs value")
-            placed = [np.asarray(self._umap.transform(np.asarray(block, np.float32)), np.float32) for block in blocks]
-        return np.concatenate(placed)
+        found = [np.median(self.positions[index.query(block, _NEIGHBOURS)[1]], axis=1) for block in blocks]
+        return np.concatenate(found).astype(np.float32)
