@@ -143,9 +143,17 @@ def test_the_embedding_of_another_model_is_refused(published: Run, own_cells: ad
     other = Run(tmp_path, census_of(published), train={"max_epochs": 1})
     assert other("prepare") == other("train") == 0
     with Atlas.open(other.directory, census=census_of(published)) as atlas:
-        assert atlas.embed(own_cells).n_obs == 300  # needs no embedding
+        theirs = atlas.embed(own_cells)  # needs no embedding
+        assert theirs.n_obs == 300
         with pytest.raises(UserError, match=r"is not the embedding of this model: the first 64 cells differ by up to"):
             atlas.predict(own_cells)
+    with Atlas.open(published.path("published")) as right:
+        with pytest.raises(UserError, match="these cells were embedded by another model, and hold no counts"):
+            right.predict(theirs)
+        with_counts = own_cells.copy()
+        with_counts.obsm["X_scvi"], with_counts.uns["scvi_model"] = theirs.obsm["X_scvi"], theirs.uns["scvi_model"]
+        with_counts.obs["scvi_empty"] = False
+        np.testing.assert_array_equal(right.predict(with_counts).obsm["X_scvi"], right.embed(own_cells).obsm["X_scvi"])
     narrow = Run(tmp_path / "narrow", census_of(published), train={"max_epochs": 1}, model={"n_latent": 3})
     assert narrow("prepare") == narrow("train") == 0
     with (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -44,6 +45,7 @@ from census_scvi.workspace.uri import without_credentials
 log = logging.getLogger(__name__)
 
 LATENT, OWN_LATENT = "scvi", "X_scvi"
+_MODEL = "scvi_model"
 # What a reference is thinned to: some 100 MB of positions.
 REFERENCE_CELLS, SLICE_CELLS = 200_000, 1_000_000
 _OBS_BLOCK, _COUNT_BLOCK = 2**16, 4096
@@ -480,7 +482,7 @@ class Atlas:
         return ad.AnnData(
             obs=mapped.obs.assign(scvi_empty=mapped.empty),
             obsm={OWN_LATENT: mapped.latent},
-            uns={"scvi_alignment": mapped.report.as_dict()},
+            uns={"scvi_alignment": mapped.report.as_dict(), _MODEL: self._model_identity},
         )
 
     def predict(
@@ -594,10 +596,21 @@ class Atlas:
         return Neighbours(joinids, distances, obs)
 
     def _embedded(self, source: ad.AnnData | str | Path, options: dict[str, Any]) -> ad.AnnData:
-        """The cells in the latent space: as `embed` gave them before, or embedded now."""
-        if isinstance(source, ad.AnnData) and "scvi_alignment" in source.uns and OWN_LATENT in source.obsm:
-            return source.copy()
+        """The cells in the latent space: as this model's `embed` gave them before, or embedded now."""
+        if isinstance(source, ad.AnnData) and OWN_LATENT in source.obsm and "scvi_empty" in source.obs:
+            if str(source.uns.get(_MODEL)) == self._model_identity:
+                return source.copy()
+            if source.X is None:
+                raise UserError("these cells were embedded by another model, and hold no counts; embed your own file")
         return self.embed(source, **options)
+
+    @cached_property
+    def _model_identity(self) -> str:
+        """SHA-256 of the model's weights."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self._require_model()[0].module.state_dict().items()):
+            digest.update(name.encode() + tensor.cpu().numpy().tobytes())
+        return digest.hexdigest()
 
     def reference(
         self,

@@ -147,7 +147,7 @@ def _write(source: Path, target: Path, mapped: ad.AnnData) -> None:
             write_elem(file["obsm"], name, np.asarray(values))
         if "uns" not in file:
             write_elem(file, "uns", {})
-        for name in ("scvi_alignment", "scvi_prediction"):
+        for name in ("scvi_alignment", "scvi_prediction", "scvi_model"):
             if name in mapped.uns:
                 write_elem(file["uns"], name, _storable(mapped.uns[name]))
     sync(partial)
