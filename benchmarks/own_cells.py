@@ -20,17 +20,18 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import scanpy as sc
-from sklearn.calibration import calibration_curve
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import accuracy_score, recall_score, roc_auc_score
+from sklearn.metrics import roc_auc_score
 
 from census_scvi.atlas import Atlas
 from census_scvi.census.build.config import load_build_config
 from census_scvi.cli import main as run_stage
 from census_scvi.query.alignment import AlignedCells
 from census_scvi.query.cells import QueryCells
-from census_scvi.query.label_transfer import LabelTransfer, Prediction
+from census_scvi.query.held_out import HeldOut
+from census_scvi.query.label_transfer import FOREST, NEIGHBOURS, REGRESSION, LabelTransfer, Prediction
+from census_scvi.query.naming import STUDY_COLUMNS
 from census_scvi.stages.build_census import build_from_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -50,10 +51,10 @@ class Case:
     query: npt.NDArray[np.float32]
     truth: npt.NDArray[np.object_]
 
-    def predict(self, without: str | None = None) -> Prediction:
+    def predict(self, without: str | None = None, method: str = NEIGHBOURS) -> Prediction:
         """Labels of the query, as `Atlas.predict` gives them; `without` takes a type out of the reference."""
         kept = self.labels != without
-        return LabelTransfer(self.points[kept], self.labels[kept], self.groups[kept]).predict(self.query)
+        return LabelTransfer(self.points[kept], self.labels[kept], self.groups[kept], method=method).predict(self.query)
 
 
 def main() -> None:
@@ -84,9 +85,15 @@ def main() -> None:
                 counts = counts_case(folder, alone, file, reference)
                 cases["PCA of the reference"] = pca_case(counts)
                 for name, case in cases.items():
-                    rows.append({"direction": direction, "seed": seed, "who": name, **scores(case)})
+                    found = case.predict()
+                    row = {"direction": direction, "seed": seed, "who": name}
+                    rows.append(row | agreement(case, found) | unknown(case, found))
+                    if name.startswith("scVI"):
+                        for method in (FOREST, REGRESSION):
+                            other = agreement(case, case.predict(method=method))
+                            rows.append({**row, "who": f"{name}, {method.replace('_', ' ')}"} | other)
                 rows.append({"direction": direction, "seed": seed, **logistic(counts)})
-                print(pd.DataFrame(rows).tail(4).to_string(), flush=True)
+                print(pd.DataFrame(rows).tail(8).to_string(), flush=True)
     print(report(pd.DataFrame(rows)))
 
 
@@ -147,8 +154,9 @@ def counts_case(folder: Path, run: Path, file: Path, studies: tuple[str, ...]) -
 
 
 def labels_and_groups(obs: pd.DataFrame) -> tuple[npt.NDArray[np.object_], npt.NDArray[np.object_]]:
-    """Cell type and dataset of each cell."""
-    return tuple(obs[name].astype(str).to_numpy(dtype=object) for name in (LABELS, "dataset_id"))
+    """Cell type of each cell, and its dataset, or its donor where there is one dataset."""
+    groups = next(name for name in STUDY_COLUMNS if obs[name].nunique() > 1)
+    return tuple(obs[name].astype(str).to_numpy(dtype=object) for name in (LABELS, groups))
 
 
 def log_normalised(counts: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -169,30 +177,38 @@ def pca_case(counts: Case) -> Case:
 def logistic(counts: Case) -> dict[str, object]:
     """Logistic regression on log-normalised counts."""
     fitted = LogisticRegression(max_iter=300, C=0.1).fit(counts.points, counts.labels.astype(str))
-    return {"who": "logistic regression, log-normalised counts", **agreement(counts, fitted.predict(counts.query))}
+    shares = fitted.predict_proba(counts.query)
+    named = fitted.classes_[shares.argmax(axis=1)].astype(object), shares.max(axis=1)
+    return {"who": "logistic regression, log-normalised counts", **_agreement(counts, *named)}
 
 
-def agreement(case: Case, predicted: npt.NDArray[np.object_]) -> dict[str, float]:
-    """Accuracy on the types that the reference knows, over cells and averaged over types, and its interval."""
+def agreement(case: Case, found: Prediction) -> dict[str, float]:
+    """As `_agreement`."""
+    return _agreement(case, found.labels, found.probability)
+
+
+def _agreement(case: Case, labels: npt.NDArray[np.object_], probability: npt.NDArray[np.floating]) -> dict[str, float]:
+    """Accuracy on the types that the reference knows, with its interval; calibration; risk at some coverages."""
     shared = np.isin(case.truth.astype(str), np.unique(case.labels.astype(str)))
-    true, named = case.truth[shared].astype(str), np.asarray(predicted)[shared].astype(str)
-    right = true == named
+    right = (case.truth == labels)[shared]
     drawn = np.random.default_rng(0).integers(0, len(right), (RESAMPLES, len(right)))
     low, high = np.quantile(right[drawn].mean(axis=1), [0.025, 0.975])
+    score = HeldOut.of(case.truth[shared], (labels[shared], probability[shared]))
+    risk = dict(zip(score.coverage.round(2), score.risk, strict=True))
     return {
-        "accuracy": accuracy_score(true, named),
+        "accuracy": score.accuracy,
         "low": low,
         "high": high,
-        "balanced": recall_score(true, named, labels=np.unique(true), average="macro"),
+        "mean over types": score.mean_over_types,
+        "calibration error": score.calibration_error,
+        **{f"wrong of the surest {share:.0%}": risk[share] for share in (0.25, 0.5, 0.75, 0.9)},
     }
 
 
-def scores(case: Case) -> dict[str, float]:
-    """Agreement, what `unknown` does to it, calibration, and how well types that were left out are noticed."""
-    found = case.predict()
+def unknown(case: Case, found: Prediction) -> dict[str, float]:
+    """What `unknown` does, and how well types that were left out are noticed."""
     shared = np.isin(case.truth.astype(str), np.unique(case.labels.astype(str)))
     right = (case.truth == found.labels)[shared]
-    positive, predicted = calibration_curve(right, found.probability[shared], n_bins=10, strategy="quantile")
     noticed = {name: [] for name in ("uncertainty", "improbability", "found", "kept")}
     for label in np.unique(case.truth[shared].astype(str)):
         of_type = (case.truth == label)[shared]
@@ -204,11 +220,9 @@ def scores(case: Case) -> dict[str, float]:
         noticed["found"].append(left_out.unknown[shared][of_type].mean())
         noticed["kept"].append(1 - left_out.unknown[shared][~of_type].mean())
     return {
-        **agreement(case, found.labels),
         "shift": found.shift,
         "unknown": found.unknown[shared].mean(),
         "accuracy of the rest": right[~found.unknown[shared]].mean(),
-        "calibration error": np.abs(positive - predicted).mean(),
         **{f"left out, {name}": float(np.mean(values)) for name, values in noticed.items()},
     }
 

@@ -124,10 +124,32 @@ def test_own_cells_are_named(atlas: Atlas, own_cells: ad.AnnData, tmp_path: Path
     assert balanced_accuracy_score(named.obs["truth"], named.obs["cell_type_predicted"].astype(str)) > 1.5 * guess
     assert named.obs["cell_type_probability"].between(0, 1).all()
     assert (named.obs["cell_type_unknown"] == (named.obs["cell_type_predicted"] == "unknown")).all()
-    tissue = atlas.predict(atlas.embed(own_cells), "tissue")
-    assert {"tissue_predicted", "tissue_probability", "tissue_uncertainty", "tissue_unknown"} <= set(tissue.obs)
+    for without_model in ("cell_type_pca", "cell_type_logistic_regression"):
+        assert balanced_accuracy_score(named.obs["truth"], named.obs[without_model].astype(str)) > 1.5 * guess
+    assert set(named.uns["scvi_prediction"]["cell_type"]["held_out"]) == {"scvi", "pca", "logistic_regression"}
+    assert len(atlas.quality(named).axes) == 2
+    tissue = atlas.predict(atlas.embed(own_cells), ["tissue", "assay"])
+    for column in ("predicted", "probability", "uncertainty", "unknown"):
+        assert {f"tissue_{column}", f"assay_{column}"} <= set(tissue.obs)
+    assert "tissue_pca" not in tissue.obs  # what embed returns has no counts
+    assert np.array_equal(tissue.obsm["X_scvi"], named.obsm["X_scvi"])
     named.write_h5ad(tmp_path / "named.h5ad")
     assert sc.read_h5ad(tmp_path / "named.h5ad").obs["cell_type_predicted"].equals(named.obs["cell_type_predicted"])
+
+
+@pytest.mark.parametrize("method", ["random_forest", "logistic_regression"])
+def test_the_embedding_is_read_in_other_ways(atlas: Atlas, own_cells: ad.AnnData, method: str) -> None:
+    named = atlas.predict(own_cells, method=method, baseline_cells=0)
+    guess = 1 / named.obs["truth"].nunique()
+    assert balanced_accuracy_score(named.obs["truth"], named.obs["cell_type_predicted"].astype(str)) > 1.5 * guess
+    assert named.uns["scvi_prediction"]["cell_type"]["method"] == method
+    assert "cell_type_pca" not in named.obs
+    with pytest.raises(UserError, match="nothing was held out"):
+        atlas.quality(named)
+    with pytest.raises(UserError, match="these cells have no predicted tissue; name them first"):
+        atlas.quality(named, "tissue")
+    with pytest.raises(UserError, match="method is 'random_forrest'; did you mean random_forest"):
+        atlas.predict(own_cells, method="random_forrest")
 
 
 def test_an_empty_cell_is_unknown(atlas: Atlas, own_cells: ad.AnnData) -> None:

@@ -59,6 +59,9 @@ def test_from_file_to_file(finished_run: Run, query: Path, capsys: pytest.Captur
     report = json.loads(target.with_suffix(".json").read_text())
     assert report["alignment"]["counts"] == "layers/counts"
     assert sum(report["predictions"]["cell_type"]["cells"].values()) == report["cells"] == 250
+    held_out = report["predictions"]["cell_type"]["held_out"]
+    assert all(0 < held_out[name]["accuracy"] <= 1 for name in ("scvi", "pca", "logistic_regression"))
+    assert (query.parent / "cells-mapped-cell_type.png").stat().st_size > 10_000
     picture = matplotlib.image.imread(target.with_suffix(".png"))
     assert picture.shape[1] > picture.shape[0] > 400
     assert np.unique(picture.reshape(-1, picture.shape[2]), axis=0).shape[0] > 20

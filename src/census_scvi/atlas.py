@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,7 +19,6 @@ import pandas as pd
 import scipy.sparse as sp
 import scvi
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
 from census_scvi.census.cells import Cells, read_obs, require_columns, select_cells
 from census_scvi.census.genes import locate_genes, read_var
@@ -32,10 +30,13 @@ from census_scvi.errors import UserError
 from census_scvi.model.encode import Encoder
 from census_scvi.model.published import load_described
 from census_scvi.model.safe import ModelDescription
+from census_scvi.progress import progress_bar
+from census_scvi.quality_picture import draw_quality
 from census_scvi.query.clusters import leiden
 from census_scvi.query.expression import Decoder, warn_where_groups_are_batches
-from census_scvi.query.label_transfer import UNKNOWN, LabelTransfer
+from census_scvi.query.label_transfer import NEIGHBOURS, check_method
 from census_scvi.query.mapping import MIN_SHARE, Mapper
+from census_scvi.query.naming import EMPTY, PREDICTION, STUDY_COLUMNS, Naming
 from census_scvi.query.neighbours import NeighbourIndex
 from census_scvi.query.reference import Embedding, Origin, open_embedding
 from census_scvi.query.umap_map import UmapMap
@@ -48,11 +49,11 @@ LATENT, OWN_LATENT = "scvi", "X_scvi"
 _MODEL = "scvi_model"
 # What a reference is thinned to: some 100 MB of positions.
 REFERENCE_CELLS, SLICE_CELLS = 200_000, 1_000_000
+# Cells whose counts are read to compare with; more of them change little.
+BASELINE_CELLS = 10_000
 _OBS_BLOCK, _COUNT_BLOCK = 2**16, 4096
 # Cells with which the model is held against the embedding, and how far they may differ.
 _PROVEN_CELLS, _TOLERANCE = 64, 1e-3
-_VAGUE = ("unknown", "na", "nan", "None", "")
-_STUDY, _DONOR = "dataset_id", "donor_id"
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,7 @@ class Atlas:
         joinids = _matching(census, obs_filter)
         n_matching = len(joinids)
         if n_matching > max_cells:
-            joinids = np.sort(np.random.default_rng(seed).choice(joinids, max_cells, replace=False))
+            joinids = _some(joinids, max_cells, seed)
             log.info("%s of %s cells drawn at random", f"{max_cells:,}", f"{n_matching:,}")
         blocks = list(_shown(embedding.read(joinids), len(joinids), "embeddings"))
         embedded = np.concatenate([np.empty(0, np.int64), *(found for found, _ in blocks)])
@@ -349,7 +350,7 @@ class Atlas:
         else:
             decoder.check_batches(targets)
         found = np.empty((len(cells), len(genes)), np.float32)
-        for block in self._counts(cells):
+        for block in self._counts(cells.joinids):
             rows = slice(block.start, block.start + block.counts.shape[0])
             found[rows] = decoder.normalised(
                 block.counts,
@@ -411,7 +412,8 @@ class Atlas:
         decoder.refuse_untrained(labels, "Leave them out of group_a and group_b")
         in_first = np.arange(len(joinids)) < len(groups[0])
         warn_where_groups_are_batches(labels, in_first, batch_correction=batch_correction)
-        counts = sp.vstack([block.counts for group in groups for block in self._counts(group)], format="csr")
+        blocks = (block.counts for group in groups for block in self._counts(group.joinids))
+        counts = sp.vstack(list(blocks), format="csr")
         return decoder.differential(
             counts, labels, in_first, batch_correction=batch_correction, fdr=fdr, delta=delta, seed=seed
         )
@@ -427,16 +429,15 @@ class Atlas:
         if len(cells) <= max_cells:
             return cells
         log.info("%s of %s cells drawn at random", f"{max_cells:,}", f"{len(cells):,}")
-        rows = np.sort(np.random.default_rng(seed).choice(len(cells), max_cells, replace=False))
+        rows = _some(np.arange(len(cells)), max_cells, seed)
         return Cells(cells.joinids[rows], cells.batch_codes[rows], cells.batches)
 
-    def _counts(self, cells: Cells) -> Iterator[Block]:
+    def _counts(self, joinids: npt.NDArray[np.int64]) -> Iterator[Block]:
         """Raw counts of cells in the model's genes, with a progress bar."""
         census, (_, description) = self._require_census(), self._require_model()
         genes = locate_genes(census, description.genes, MIN_SHARE)
-        hidden = not sys.stderr.isatty()
-        with tqdm(total=len(cells), desc="counts", unit=" cells", unit_scale=True, disable=hidden) as bar:
-            for block in stream_blocks(census, cells.joinids, genes, blocks=tile_runs(cells.joinids, _COUNT_BLOCK)):
+        with progress_bar(len(joinids), "counts") as bar:
+            for block in stream_blocks(census, joinids, genes, blocks=tile_runs(joinids, _COUNT_BLOCK)):
                 yield block
                 bar.update(block.counts.shape[0])
 
@@ -480,7 +481,7 @@ class Atlas:
         mapped = self._mapper(source, counts=counts, min_share=min_share)
         log.info("%s", mapped.report)
         return ad.AnnData(
-            obs=mapped.obs.assign(scvi_empty=mapped.empty),
+            obs=mapped.obs.assign(**{EMPTY: mapped.empty}),
             obsm={OWN_LATENT: mapped.latent},
             uns={"scvi_alignment": mapped.report.as_dict(), _MODEL: self._model_identity},
         )
@@ -488,74 +489,84 @@ class Atlas:
     def predict(
         self,
         source: ad.AnnData | str | Path,
-        labels: str = "cell_type",
+        labels: str | Sequence[str] = "cell_type",
         *,
         obs_filter: str | None = None,
+        method: str = NEIGHBOURS,
         n_neighbours: int = 15,
+        baseline_cells: int = BASELINE_CELLS,
         max_cells: int = REFERENCE_CELLS,
         seed: int = 0,
         **options: Any,
     ) -> ad.AnnData:
-        """Name your own cells by their neighbours in the atlas.
+        """Name your own cells by the atlas', and say what ways without the model name them.
 
         Parameters
         ----------
         source
             As `embed` takes it, or what it returned.
         labels
-            obs column of the Census: `cell_type`, `tissue`, `disease`, ...
+            obs columns of the Census, one or more: `cell_type`, `tissue`, `disease`, ...
         obs_filter
             Cells of the Census to learn from; None takes all. Cells whose label says nothing ("unknown") are left out.
+        method
+            How the embedding tells labels: `neighbours`, `random_forest` or `logistic_regression`.
         n_neighbours
             Neighbours a cell.
+        baseline_cells
+            Cells of the reference whose counts are read to name yours without the model, and to hold studies out;
+            0 does neither.
         max_cells
             The reference is thinned at random to so many.
         seed
-            Of that draw, and of what decides on unknown cells.
+            Of these draws, and of all else that is random.
         options
             Passed to `embed`.
 
         Returns
         -------
-        As `embed`, with `<labels>_predicted`, `_probability`, `_uncertainty` and `_unknown` in obs, and what is known
-        of their quality in `uns["scvi_prediction"][<labels>]`. A cell that is like none of the reference is named
-        "unknown".
+        As `embed`, with `<labels>_predicted`, `_probability`, `_uncertainty` and `_unknown` in obs; a cell that is like
+        none of the reference is named "unknown". Beside them `<labels>_pca` and `<labels>_logistic_regression`, which
+        nearest neighbours in a PCA and logistic regression, both on log-normalised counts, name the cells.
+        `uns["scvi_prediction"][<labels>]` has what is known of their quality: `agreement` of the three, and how right
+        each is on studies `held_out` of the reference (`HeldOut`; `draw_quality` draws it).
 
         Raises
         ------
         UserError
-            As `embed`; or the embedding is not this model's; or no cell has a label.
+            As `embed`; or the embedding is not this model's; or no cell has a label; or no such method.
         """
-        census = self._require_census()
-        require_columns(census, [labels], "labels")
+        columns = [labels] if isinstance(labels, str) else list(labels)
+        require_columns(self._require_census(), columns, "labels")
+        check_method(method)
         mapped = self._embedded(source, options)
-        reference = self.reference(obs_filter, [labels], max_cells, seed)
-        known = ~reference.obs[labels].astype(str).isin(_VAGUE).to_numpy()
-        if not known.any():
-            raise UserError(f"none of the {reference.n_obs:,} reference cells has a {labels}; change obs_filter")
-        reference = reference[known]
-        transfer = LabelTransfer(
-            reference.obsm[LATENT],
-            reference.obs[labels].astype(str).to_numpy(dtype=object),
-            _studies(reference.obs),
-            n_neighbours=n_neighbours,
-            seed=seed,
-        )
-        found = transfer.predict(mapped.obsm[OWN_LATENT])
-        unknown = found.unknown | mapped.obs["scvi_empty"].to_numpy()
-        mapped.obs[f"{labels}_predicted"] = pd.Categorical(np.where(unknown, UNKNOWN, found.labels))
-        mapped.obs[f"{labels}_probability"] = found.probability
-        mapped.obs[f"{labels}_uncertainty"] = found.uncertainty
-        mapped.obs[f"{labels}_unknown"] = unknown
-        mapped.uns.setdefault("scvi_prediction", {})[labels] = {
-            "classes": transfer.classes,
-            "reference_cells": reference.n_obs,
-            "n_neighbours": n_neighbours,
-            "known_kept": transfer.bound.known_kept,
-            "left_out_found": transfer.bound.left_out_found,
-            "shift": found.shift,
-        }
+        if not columns:
+            return mapped
+        reference = self.reference(obs_filter, columns, max_cells, seed)
+        namings = [
+            Naming(reference, LATENT, column, method=method, n_neighbours=n_neighbours, seed=seed) for column in columns
+        ]
+        for naming in namings:
+            naming.name(mapped, OWN_LATENT)
+        if baseline_cells and _holds_counts(source):
+            rows = _some(np.arange(reference.n_obs), baseline_cells, seed)
+            blocks = self._counts(reference.obs["soma_joinid"].to_numpy()[rows])
+            counts = sp.vstack([block.counts for block in blocks], format="csr")
+            missing = mapped.uns["scvi_alignment"]["missing"]
+            genes = ~np.isin(self._require_model()[1].genes, missing)
+            for naming in namings:
+                naming.compare(mapped, self._mapper.counts(source, **options), counts, rows, genes)
+        elif baseline_cells:
+            log.info("the cells hold no counts, so that nothing is named without the model; give predict the file")
         return mapped
+
+    def quality(self, cells: ad.AnnData, labels: str = "cell_type") -> Figure:
+        """How far the labels that `predict` gave are to be believed: calibration and risk-coverage curves."""
+        if labels not in (found := cells.uns.get(PREDICTION, {})):
+            raise UserError(
+                f"these cells have no predicted {labels}; name them first: atlas.predict(cells, {labels!r})"
+            )
+        return draw_quality(found[labels], labels.replace("_", " "))
 
     def neighbors(
         self,
@@ -597,7 +608,7 @@ class Atlas:
 
     def _embedded(self, source: ad.AnnData | str | Path, options: dict[str, Any]) -> ad.AnnData:
         """The cells in the latent space: as this model's `embed` gave them before, or embedded now."""
-        if isinstance(source, ad.AnnData) and OWN_LATENT in source.obsm and "scvi_empty" in source.obs:
+        if isinstance(source, ad.AnnData) and OWN_LATENT in source.obsm and EMPTY in source.obs:
             if str(source.uns.get(_MODEL)) == self._model_identity:
                 return source.copy()
             if source.X is None:
@@ -627,7 +638,7 @@ class Atlas:
             The embedding is another model's: distances in it would mean nothing.
         """
         self._prove_embedding()
-        columns = None if obs_columns is None else list(dict.fromkeys([*obs_columns, _STUDY, _DONOR]))
+        columns = None if obs_columns is None else list(dict.fromkeys([*obs_columns, *STUDY_COLUMNS]))
         return self.embeddings(obs_filter, obs_columns=columns, max_cells=max_cells, seed=seed)
 
     def _prove_embedding(self) -> None:
@@ -697,10 +708,15 @@ def _census_section(census: str, organism: str) -> CensusSection:
     return CensusSection(organism=organism, **({"uri": census} if is_place else {"version": census}))
 
 
-def _studies(obs: pd.DataFrame) -> npt.NDArray[np.object_]:
-    """What a query differs from its neighbours in: the study, or the donor where the reference is one study."""
-    column = _STUDY if obs[_STUDY].nunique() > 1 else _DONOR
-    return obs[column].astype(str).to_numpy(dtype=object)
+def _some(values: npt.NDArray[np.int64], most: int, seed: int) -> npt.NDArray[np.int64]:
+    """Of more than `most` values, ascending, so many drawn at random."""
+    if len(values) <= most:
+        return values
+    return np.sort(np.random.default_rng(seed).choice(values, most, replace=False))
+
+
+def _holds_counts(source: ad.AnnData | str | Path) -> bool:
+    return not isinstance(source, ad.AnnData) or source.X is not None or bool(source.layers) or source.raw is not None
 
 
 def _latent_of(cells: ad.AnnData) -> npt.NDArray[np.float32]:
@@ -722,8 +738,7 @@ def _matching(census: Census, obs_filter: str | None) -> npt.NDArray[np.int64]:
 
 def _shown(blocks: Any, total: int, what: str) -> Any:
     """Blocks of cells, with a progress bar."""
-    hidden = not sys.stderr.isatty()
-    with tqdm(total=total, desc=what, unit=" cells", unit_scale=True, disable=hidden) as bar:
+    with progress_bar(total, what) as bar:
         for joinids, values in blocks:
             yield joinids, values
             bar.update(len(joinids))

@@ -235,8 +235,12 @@ class QuerySection(Section):
     """SOMA value filter of the cells to learn from; null: all."""
     reference_cells: Annotated[int, Field(ge=100)] = 200_000
     """Cells to learn from; of more, so many are drawn at random."""
+    method: Literal["neighbours", "random_forest", "logistic_regression"] = "neighbours"
+    """How the embedding tells labels."""
     n_neighbours: Annotated[int, Field(ge=1)] = 15
     """Neighbours that name a cell."""
+    baseline_cells: Annotated[int, Field(ge=0)] = 10_000
+    """Reference cells whose counts are read to name yours without the model as well; 0: they are not."""
     umap_cells: Annotated[int, Field(ge=0)] = 20_000
     """Reference cells on the map; 0: no map."""
 

@@ -21,6 +21,7 @@ from census_scvi.counts.h5ad import CountMatrix, open_file
 from census_scvi.errors import UserError
 from census_scvi.query.cells import QueryCells
 from census_scvi.query.mapping import MIN_SHARE
+from census_scvi.query.naming import PREDICTION
 from census_scvi.query.neighbours import EXACT_CELLS
 from census_scvi.query.umap_map import UmapMap
 from census_scvi.stages.plan import Plan
@@ -48,22 +49,26 @@ def run(config: Config, *, force: bool = False) -> None:
         embedding=settings.embedding,
         organism=config.census.organism if "organism" in config.census.model_fields_set else None,
     ) as atlas:
-        mapped = atlas.embed(source, counts=settings.counts, min_share=_min_share(config))
+        mapped = atlas.predict(
+            source,
+            settings.labels,
+            obs_filter=settings.obs_filter,
+            method=settings.method,
+            n_neighbours=settings.n_neighbours,
+            baseline_cells=settings.baseline_cells,
+            max_cells=settings.reference_cells,
+            seed=config.seed,
+            counts=settings.counts,
+            min_share=_min_share(config),
+        )
         for labels in settings.labels:
-            mapped = atlas.predict(
-                mapped,
-                labels,
-                obs_filter=settings.obs_filter,
-                n_neighbours=settings.n_neighbours,
-                max_cells=settings.reference_cells,
-                seed=config.seed,
-            )
             log.info("%s", _summary(mapped, labels))
+            _draw_quality(atlas, mapped, labels, target)
         if settings.umap_cells:
             _place(atlas, mapped, config, target.with_suffix(".png"))
     _write(source, target, mapped)
     report = target.with_suffix(".json")
-    report.write_text(json.dumps(_report(mapped, settings.labels), indent=1) + "\n", encoding="utf-8")
+    report.write_text(json.dumps(_plain(_report(mapped, settings.labels)), indent=1) + "\n", encoding="utf-8")
     log.info("wrote %s and %s", target, report)
 
 
@@ -91,13 +96,23 @@ def _min_share(config: Config) -> float:
 
 
 def _summary(mapped: ad.AnnData, labels: str) -> str:
-    quality = mapped.uns["scvi_prediction"][labels]
+    quality = mapped.uns[PREDICTION][labels]
     unknown = mapped.obs[f"{labels}_unknown"].to_numpy()
+    found = mapped.obs[f"{labels}_predicted"].nunique() - bool(unknown.any())
+    words = f"{labels}: {found} of {len(quality['classes'])} found, {unknown.mean():.1%} of the cells unknown"
+    if np.isnan(quality["left_out_found"]):
+        return words
     return (
-        f"{labels}: {mapped.obs[f'{labels}_predicted'].nunique() - bool(unknown.any())} of {len(quality['classes'])}"
-        f" types found, {unknown.mean():.1%} of the cells unknown (where types were left out of the reference,"
-        f" {quality['left_out_found']:.0%} of their cells were, and {1 - quality['known_kept']:.0%} of the others)"
+        f"{words} (where one was left out of the reference, {quality['left_out_found']:.0%} of its cells were, and"
+        f" {1 - quality['known_kept']:.0%} of the others)"
     )
+
+
+def _draw_quality(atlas: Atlas, mapped: ad.AnnData, labels: str, target: Path) -> None:
+    if mapped.uns[PREDICTION][labels].get("held_out"):
+        picture = target.with_name(f"{target.stem}-{labels}.png")
+        atlas.quality(mapped, labels).savefig(picture, dpi=110)
+        log.info("wrote %s", picture)
 
 
 def _place(atlas: Atlas, mapped: ad.AnnData, config: Config, picture: Path) -> None:
@@ -121,7 +136,7 @@ def _report(mapped: ad.AnnData, labels: list[str]) -> dict[str, Any]:
         "alignment": mapped.uns["scvi_alignment"],
         "predictions": {
             name: {
-                **mapped.uns["scvi_prediction"][name],
+                **mapped.uns[PREDICTION][name],
                 "cells": {str(k): int(n) for k, n in mapped.obs[f"{name}_predicted"].value_counts().items() if n},
                 "mean_probability": float(mapped.obs[f"{name}_probability"].mean()),
             }
@@ -147,11 +162,20 @@ def _write(source: Path, target: Path, mapped: ad.AnnData) -> None:
             write_elem(file["obsm"], name, np.asarray(values))
         if "uns" not in file:
             write_elem(file, "uns", {})
-        for name in ("scvi_alignment", "scvi_prediction", "scvi_model"):
+        for name in ("scvi_alignment", PREDICTION, "scvi_model"):
             if name in mapped.uns:
                 write_elem(file["uns"], name, _storable(mapped.uns[name]))
     sync(partial)
     partial.replace(target)
+
+
+def _plain(values: Any) -> Any:
+    """For JSON, which knows neither arrays nor NaN."""
+    if isinstance(values, Mapping):
+        return {name: _plain(value) for name, value in values.items()}
+    if isinstance(values, list | np.ndarray):
+        return [_plain(value) for value in values]
+    return None if isinstance(values, float) and np.isnan(values) else values
 
 
 def _storable(values: Any) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 from typing import Any, TypeAlias
 
 import lightning
@@ -13,6 +12,7 @@ from scvi.train._callbacks import LoudEarlyStopping
 from tqdm import tqdm
 
 from census_scvi.errors import UserError
+from census_scvi.progress import progress_bar
 
 log = logging.getLogger(__name__)
 
@@ -124,14 +124,11 @@ class Progress(lightning.Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: Plan) -> None:
         """Show the bar, at the place where a resumed run goes on."""
-        self._bar = tqdm(
-            total=self._n_train * (trainer.max_epochs or 1),
-            initial=self._n_train * (trainer.fit_loop.total_batch_idx + 1) // trainer.num_training_batches,
-            disable=not (trainer.is_global_zero and sys.stderr.isatty()),
-            desc="train",
-            unit=" cells",
-            unit_scale=True,
-            dynamic_ncols=True,
+        self._bar = progress_bar(
+            self._n_train * (trainer.max_epochs or 1),
+            "train",
+            done=self._n_train * (trainer.fit_loop.total_batch_idx + 1) // trainer.num_training_batches,
+            shown=trainer.is_global_zero,
         )
 
     def on_train_batch_end(

@@ -157,6 +157,11 @@ class AlignedCells:
     def __len__(self) -> int:
         return len(self._cells)
 
+    @property
+    def obs(self) -> pd.DataFrame:
+        """Obs of the query."""
+        return self._cells.obs
+
     def blocks(self, rows: int) -> Iterator[tuple[int, sp.csr_matrix]]:
         """First row and raw counts, CSR float32 (cells, genes of the model), of at most `rows` cells at a time.
 

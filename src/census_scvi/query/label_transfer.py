@@ -1,4 +1,4 @@
-"""Labels of reference cells for other cells, by nearest neighbours in an embedding; what is like none is `unknown`."""
+"""Labels of reference cells for other cells, by their places in an embedding; what is like none is `unknown`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,19 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from sklearn.ensemble import RandomForestClassifier
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
+from census_scvi.config_errors import suggestion
 from census_scvi.errors import UserError
 from census_scvi.query.neighbours import EXACT_CELLS, NeighbourIndex, Points
 
 log = logging.getLogger(__name__)
 
 UNKNOWN = "unknown"
+NEIGHBOURS, FOREST, REGRESSION = METHODS = ("neighbours", "random_forest", "logistic_regression")
 # Cells of each label with which the bound of `unknown` is set, and the fewest that make a label count for it.
 _PROBES, _FEWEST = 200, 10
 # Of the known cells at least so many shall keep their name.
@@ -33,7 +39,7 @@ class Prediction:
     labels
         object (cells,): the likeliest label, whether the cell is unknown or not.
     probability
-        float32 (cells,): share of the neighbours' weight that this label has.
+        float32 (cells,): share of the neighbours' weight that this label has; with another method, what that says.
     uncertainty
         float32 (cells,), 0 to 1: how far the cell lies from its neighbours; 0.5 at the bound of `unknown`.
     unknown
@@ -73,7 +79,7 @@ class UnknownBound:
 
 
 class LabelTransfer:
-    """Labels by the nearest neighbours in an embedding.
+    """Labels by the nearest neighbours in an embedding, or by a classifier on it; `unknown` by distance in either case.
 
     Parameters
     ----------
@@ -88,8 +94,10 @@ class LabelTransfer:
         Neighbours a cell.
     exact_cells
         Up to how many reference cells the search is exact.
+    method
+        `neighbours`, `random_forest` or `logistic_regression` (on standardised dimensions).
     seed
-        Of the probes and of an approximate index.
+        Of the probes, of an approximate index and of the forest.
 
     Attributes
     ----------
@@ -101,7 +109,7 @@ class LabelTransfer:
     Raises
     ------
     UserError
-        No cells, or a cell without a label.
+        No cells, a cell without a label, or no such method.
     """
 
     def __init__(
@@ -112,8 +120,10 @@ class LabelTransfer:
         *,
         n_neighbours: int = 15,
         exact_cells: int = EXACT_CELLS,
+        method: str = NEIGHBOURS,
         seed: int = 0,
     ) -> None:
+        check_method(method)
         names = np.asarray(labels, dtype=object)
         if not len(names):
             raise UserError("the reference has no cells")
@@ -126,23 +136,33 @@ class LabelTransfer:
         self._n_neighbours = n_neighbours
         self._index = NeighbourIndex(self._points, exact_cells=exact_cells, seed=seed)
         self.bound = self._set_bound(np.random.default_rng(seed))
+        self._classifier = None
+        if method != NEIGHBOURS and len(self.classes) > 1:
+            self._classifier = _classifier(method, seed).fit(self._points, self._codes)
 
-    def predict(self, points: Points) -> Prediction:
+    def predict(self, points: Points, *, warn: bool = True) -> Prediction:
         """Labels of the cells of a study, (cells, dimensions) in the same embedding.
 
         A study as a whole may lie farther from the reference than the reference's own studies from one another, for
-        another chemistry or treatment. Distances are divided by how much farther, which is said: where most of the
-        cells are of types that the reference lacks, that looks the same.
+        another chemistry or treatment. Distances are divided by how much farther; where that is much, and `warn`, a
+        warning says so: where most of the cells are of types that the reference lacks, that looks the same.
         """
         best, probability = np.empty(len(points), np.int64), np.empty(len(points), np.float32)
         distance = np.empty(len(points))
         for start in range(0, len(points), _BLOCK_CELLS):
             rows = slice(start, start + _BLOCK_CELLS)
             distances, positions = self._index.query(points[rows], self._n_neighbours)
-            votes = self._vote(distances, positions)
+            classifier = self._classifier
+            votes = classifier.predict_proba(points[rows]) if classifier else self._vote(distances, positions)
             best[rows], probability[rows] = votes.argmax(axis=1), votes.max(axis=1)
             distance[rows] = distances.mean(axis=1, dtype=np.float64)
         shift = self._shift(distance)
+        if warn and shift > _FAR:
+            log.warning(
+                "the cells lie %.1f times as far from the reference as its own studies from one another: another"
+                " chemistry or treatment - or most are of types that the reference lacks, and their labels wrong",
+                shift,
+            )
         ratio = distance / shift / max(self.bound.distance, 1e-6)
         return Prediction(
             labels=np.array(self.classes, dtype=object)[best],
@@ -155,14 +175,7 @@ class LabelTransfer:
     def _shift(self, distance: npt.NDArray[np.float64]) -> float:
         if len(distance) < _FEWEST_OF_A_STUDY or not self.bound.typical:
             return 1.0
-        shift = max(float(np.median(distance)) / self.bound.typical, 1.0)
-        if shift > _FAR:
-            log.warning(
-                "the cells lie %.1f times as far from the reference as its own studies from one another: another"
-                " chemistry or treatment - or most are of types that the reference lacks, and their labels wrong",
-                shift,
-            )
-        return shift
+        return max(float(np.median(distance)) / self.bound.typical, 1.0)
 
     def _vote(self, distances: npt.NDArray[Any], positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """Shares of the labels, nearer neighbours weighing more."""
@@ -222,3 +235,15 @@ class LabelTransfer:
         distances, _ = index.query(self._points[probes], self._n_neighbours + itself)
         own = distances[:, int(itself) :]
         return own.mean(axis=1, dtype=np.float64) if own.shape[1] else np.zeros(len(own))
+
+
+def check_method(method: str) -> None:
+    """UserError for what is no method."""
+    if method not in METHODS:
+        raise UserError(f"method is {method!r}{suggestion(method, list(METHODS))}; choose {', '.join(METHODS)}")
+
+
+def _classifier(method: str, seed: int) -> Any:
+    if method == FOREST:
+        return RandomForestClassifier(random_state=seed, n_jobs=-1)
+    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=300))

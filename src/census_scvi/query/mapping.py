@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,11 +11,12 @@ import anndata as ad
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+import scipy.sparse as sp
 import scvi
-from tqdm import tqdm
 
 from census_scvi.model.encode import Encoder, extend_batches
 from census_scvi.model.safe import ModelDescription
+from census_scvi.progress import progress_bar
 from census_scvi.query.alignment import AlignedCells, AlignmentReport
 from census_scvi.query.cells import QueryCells
 
@@ -89,8 +90,27 @@ class Mapper:
         UserError
             No raw counts, too few of the model's genes, another organism: what was found, and what to do.
         """
+        latent, empty = [], []
+        with self.align(source, counts=counts, min_share=min_share) as aligned:
+            for block in _shown(aligned, "embed"):
+                latent.append(self._encode(block, np.full(block.shape[0], self._n_trained)).mean)
+                empty.append(np.diff(block.indptr) == 0)
+            return Mapped(aligned.obs.copy(), np.concatenate(latent), np.concatenate(empty), aligned.report)
+
+    def counts(
+        self, source: ad.AnnData | str | Path, *, counts: str | None = None, min_share: float = MIN_SHARE
+    ) -> Iterator[sp.csr_matrix]:
+        """Raw counts of cells, CSR float32 (some cells, genes of the model), one block after the other."""
+        with self.align(source, counts=counts, min_share=min_share) as aligned:
+            yield from _shown(aligned, "baselines")
+
+    @contextmanager
+    def align(
+        self, source: ad.AnnData | str | Path, *, counts: str | None = None, min_share: float = MIN_SHARE
+    ) -> Iterator[AlignedCells]:
+        """Cells in the model's genes; parameters and errors as of `__call__`."""
         with QueryCells(source) as cells:
-            aligned = AlignedCells(
+            yield AlignedCells(
                 cells,
                 self._description.genes,
                 self._symbols,
@@ -98,12 +118,11 @@ class Mapper:
                 min_share=min_share,
                 counts=counts,
             )
-            latent, empty = [], []
-            hidden = not sys.stderr.isatty()
-            with tqdm(total=len(cells), desc="embed", unit=" cells", unit_scale=True, disable=hidden) as bar:
-                for _, block in aligned.blocks(_BLOCK_CELLS):
-                    codes = np.full(block.shape[0], self._n_trained)
-                    latent.append(self._encode(block, codes).mean)
-                    empty.append(np.diff(block.indptr) == 0)
-                    bar.update(block.shape[0])
-            return Mapped(cells.obs.copy(), np.concatenate(latent), np.concatenate(empty), aligned.report)
+
+
+def _shown(cells: AlignedCells, what: str) -> Iterator[sp.csr_matrix]:
+    """Blocks of raw counts, with a progress bar."""
+    with progress_bar(len(cells), what) as bar:
+        for _, block in cells.blocks(_BLOCK_CELLS):
+            yield block
+            bar.update(block.shape[0])

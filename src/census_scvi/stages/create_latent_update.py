@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +12,6 @@ import numpy.typing as npt
 import pandas as pd
 import scvi
 import torch
-from tqdm import tqdm
 
 from census_scvi.census.cells import Cells, select_cells
 from census_scvi.census.genes import locate_genes, read_genes
@@ -25,6 +23,7 @@ from census_scvi.errors import UserError
 from census_scvi.model.encode import Encoder, Latent, extend_batches, labels_with, reference_latent
 from census_scvi.model.minified import save_minified
 from census_scvi.model.safe import DESCRIPTION, WEIGHTS, ModelDescription, load_safe, read_description
+from census_scvi.progress import progress_bar
 from census_scvi.stages.latent_store import PROGRESS, LatentStore
 from census_scvi.stages.plan import Plan
 from census_scvi.workspace import Artifacts, StageRun, Workspace
@@ -129,8 +128,7 @@ class _Embedding:
             self._gene_joinids,
             blocks=[block for block in _blocks(self._cells, self._config.latent.block_size) if block[0] >= done],
         )
-        hidden = not sys.stderr.isatty()
-        with tqdm(total=total, initial=done, desc="embed", unit=" cells", unit_scale=True, disable=hidden) as bar:
+        with progress_bar(total, "embed", done=done) as bar:
             for block in blocks:
                 rows = slice(block.start, block.start + block.counts.shape[0])
                 latent = encode(block.counts, self._codes[rows])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from tqdm import tqdm
 
 from census_scvi.census.build.schema import X_TILE
 from census_scvi.census.cells import Cells, require_columns, select_cells, training_filter
@@ -23,6 +21,7 @@ from census_scvi.census.stream import stream_blocks, stream_obs, tile_runs
 from census_scvi.config import Config
 from census_scvi.counts.file_order import POOL_RUNS
 from census_scvi.counts.writer import H5adWriter
+from census_scvi.progress import progress_bar
 from census_scvi.stages.plan import Plan, human_bytes
 from census_scvi.stages.prepared_store import PART_POOLS, PreparedStore, count_nonzeros
 from census_scvi.workspace import Artifacts, StageRun, Workspace
@@ -109,8 +108,7 @@ def _write(census: Census, cells: Cells, genes: list[str], config: Config, path:
     frames = stream_obs(census, cells.joinids, pools, config.anndata.obs_columns)
     counts = (block.counts for block in blocks)
     obs = (_with_batch(frame, places, cells) for places, frame in frames)
-    hidden = not sys.stderr.isatty()
-    with tqdm(total=len(cells), initial=done, desc="prepare", unit=" cells", unit_scale=True, disable=hidden) as bar:
+    with progress_bar(len(cells), "prepare", done=done) as bar:
         for written in store.fill(counts, obs):
             bar.update(written)
     store.join()

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 import uuid
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tiledbsoma
-from tqdm import tqdm
 
 from census_scvi.census.cells import require_columns, select_cells
 from census_scvi.census.embedding import EmbeddingDraft
@@ -23,6 +21,7 @@ from census_scvi.errors import UserError
 from census_scvi.model.facts import built_facts
 from census_scvi.model.published import PROVENANCE, copy_to, write_published
 from census_scvi.model.safe import DESCRIPTION, WEIGHTS, load_safe
+from census_scvi.progress import progress_bar
 from census_scvi.quality.gates import Gate, stopped_by
 from census_scvi.stages import qa, target
 from census_scvi.stages.plan import Plan
@@ -189,9 +188,9 @@ class _Publishing:
             ) from error
 
     def _write(self, draft: EmbeddingDraft) -> None:
-        total, hidden = len(self._joinids), not sys.stderr.isatty()
+        total = len(self._joinids)
         done = 0 if draft.empty else self._progress.cells
-        with tqdm(total=total, initial=done, desc="publish", unit=" cells", unit_scale=True, disable=hidden) as bar:
+        with progress_bar(total, "publish", done=done) as bar:
             for start in range(done, total, _BLOCK_CELLS):
                 stop = min(start + _BLOCK_CELLS, total)
                 draft.write(self._joinids[start:stop], np.asarray(self._latent[start:stop]))

@@ -1,0 +1,186 @@
+"""Names for a user's cells, written into their obs, and beside them what says whether to believe them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+from census_scvi.errors import UserError
+from census_scvi.query.baselines import PCA_NEIGHBOURS, REGRESSION, Baselines, Labels
+from census_scvi.query.held_out import MODEL, HeldOut, hold_out
+from census_scvi.query.label_transfer import NEIGHBOURS, UNKNOWN, LabelTransfer
+
+log = logging.getLogger(__name__)
+
+PREDICTION, EMPTY = "scvi_prediction", "scvi_empty"
+TITLES = {MODEL: "model", PCA_NEIGHBOURS: "PCA", REGRESSION: "logistic regression"}
+_VAGUE = ("unknown", "na", "nan", "None", "")
+_STUDY, _DONOR = "dataset_id", "donor_id"
+STUDY_COLUMNS = [_STUDY, _DONOR]
+# By how much a way without the model must do better before that is said.
+_BETTER = 0.02
+
+
+class Naming:
+    """Names cells by those of a reference.
+
+    Parameters
+    ----------
+    reference
+        obs with `labels`, dataset_id and donor_id; cells whose label says nothing ("unknown") are left out.
+    latent
+        Name of its embedding in obsm.
+    labels
+        obs column of the reference.
+    method, n_neighbours, seed
+        As `LabelTransfer` takes them.
+
+    Raises
+    ------
+    UserError
+        No cell has a label.
+    """
+
+    def __init__(
+        self,
+        reference: ad.AnnData,
+        latent: str,
+        labels: str,
+        *,
+        method: str = NEIGHBOURS,
+        n_neighbours: int = 15,
+        seed: int = 0,
+    ) -> None:
+        known = ~reference.obs[labels].astype(str).isin(_VAGUE).to_numpy()
+        if not known.any():
+            raise UserError(f"none of the {reference.n_obs:,} reference cells has a {labels}; change obs_filter")
+        self._known, self._points, self._column = known, reference.obsm[latent], labels
+        self._labels = reference.obs[labels].astype(str).to_numpy(dtype=object)
+        self._method, self._n_neighbours, self._seed = method, n_neighbours, seed
+        # What a query differs from its neighbours in: the study, or the donor where the reference is one study.
+        self._differ = next((name for name in STUDY_COLUMNS if reference.obs[name][known].nunique() > 1), None)
+        self._studies = None if self._differ is None else reference.obs[self._differ].astype(str).to_numpy(dtype=object)
+        self._transfer = LabelTransfer(
+            self._points[known],
+            self._labels[known],
+            None if self._studies is None else self._studies[known],
+            n_neighbours=n_neighbours,
+            method=method,
+            seed=seed,
+        )
+
+    def name(self, cells: ad.AnnData, latent: str) -> None:
+        """Write labels, probability, uncertainty and unknown into the obs of cells, by their embedding in obsm."""
+        found, transfer, column = self._transfer.predict(cells.obsm[latent]), self._transfer, self._column
+        unknown = found.unknown | cells.obs[EMPTY].to_numpy()
+        cells.obs[f"{column}_predicted"] = pd.Categorical(np.where(unknown, UNKNOWN, found.labels))
+        cells.obs[f"{column}_probability"] = found.probability
+        cells.obs[f"{column}_uncertainty"] = found.uncertainty
+        cells.obs[f"{column}_unknown"] = unknown
+        cells.uns.setdefault(PREDICTION, {})[column] = {
+            "classes": transfer.classes,
+            "reference_cells": int(self._known.sum()),
+            "method": self._method,
+            "n_neighbours": self._n_neighbours,
+            "known_kept": transfer.bound.known_kept,
+            "left_out_found": transfer.bound.left_out_found,
+            "shift": found.shift,
+        }
+
+    def compare(
+        self,
+        cells: ad.AnnData,
+        blocks: Iterable[sp.csr_matrix],
+        counts: sp.csr_matrix,
+        rows: Any,
+        genes: Any,
+    ) -> None:
+        """Write the baselines' labels beside, and how right all of them are on studies held out.
+
+        Parameters
+        ----------
+        cells
+            What `name` named.
+        blocks
+            Their raw counts, CSR (some cells, genes), one after the other.
+        counts, rows
+            CSR (cells, genes) of raw counts of some reference cells, and int64 (cells,) which.
+        genes
+            bool (genes,): those that the query has.
+        """
+        kept = self._known[rows]
+        counts, rows = counts[np.flatnonzero(kept)], rows[kept]
+        labels = self._labels[rows]
+        counts, rows, labels = _of_several(counts, rows, labels)
+        if len(np.unique(labels.astype(str))) < 2 or genes.sum() < 2:
+            log.info("%s: nothing to compare with, the reference has one label", self._column)
+            return
+        baselines = Baselines(counts, labels, genes, n_neighbours=self._n_neighbours, seed=self._seed)
+        named: dict[str, list[Labels]] = {}
+        for block in blocks:
+            for name, (found, _) in baselines.predict(block).items():
+                named.setdefault(name, []).append(found)
+        column = self._column
+        theirs = {name: np.concatenate(parts) for name, parts in named.items()}
+        for name, found in theirs.items():
+            cells.obs[f"{column}_{name}"] = pd.Categorical(found)
+        certain = ~cells.obs[f"{column}_unknown"].to_numpy()
+        own = cells.obs[f"{column}_predicted"].astype(str).to_numpy()
+        scores = hold_out(
+            self._points[rows],
+            counts,
+            labels,
+            None if self._studies is None else self._studies[rows],
+            genes,
+            method=self._method,
+            n_neighbours=self._n_neighbours,
+            seed=self._seed,
+        )
+        cells.uns[PREDICTION][column] |= {
+            "baseline_cells": len(rows),
+            "agreement": {
+                name: float((own == found)[certain].mean()) if certain.any() else float("nan")
+                for name, found in theirs.items()
+            },
+            "held_out_by": self._differ or "cells",
+            "held_out": {name: asdict(score) for name, score in scores.items()},
+        }
+        _say(column, self._differ, scores)
+
+
+def _of_several(counts: sp.csr_matrix, rows: Any, labels: Labels) -> tuple[sp.csr_matrix, Any, Labels]:
+    """Without labels of a single cell, which cannot be learnt and held out."""
+    names, numbers = np.unique(labels.astype(str), return_counts=True)
+    several = np.isin(labels.astype(str), names[numbers > 1])
+    return counts[np.flatnonzero(several)], rows[several], labels[several]
+
+
+def _say(column: str, differ: str | None, scores: dict[str, HeldOut]) -> None:
+    if not scores:
+        log.info("%s: no label is in two %ss, nothing can be held out", column, differ)
+        return
+    right = {name: score.accuracy for name, score in scores.items()}
+    log.info(
+        "%s of reference cells whose %s was held out: %s",
+        column,
+        differ or "third",
+        ", ".join(f"{TITLES[name]} {share:.1%} right" for name, share in right.items()),
+    )
+    best = max(right, key=lambda name: right[name])
+    if right[best] > right[MODEL] + _BETTER:
+        log.warning(
+            "%s of reference cells held out: %s names %.1f%% of them right, the model %.1f%%; look at obs['%s_%s'] too",
+            column,
+            TITLES[best],
+            100 * right[best],
+            100 * right[MODEL],
+            column,
+            best,
+        )
