@@ -14,7 +14,7 @@ import tiledbsoma
 
 from census_scvi.config import CensusSection
 from census_scvi.errors import UserError
-from census_scvi.workspace.uri import without_credentials
+from census_scvi.workspace.uri import absolute, without_credentials
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,9 @@ def open_census(settings: CensusSection) -> Iterator[Census]:
     try:
         # `uri` wins in the API, too; naming a version beside it would make it ask the network.
         version = None if settings.uri else settings.version
-        root = cellxgene_census.open_soma(uri=settings.uri, census_version=version, tiledb_config=dict(_TILEDB_CONFIG))
+        # Records outlive the current folder, from which relative paths count.
+        uri = settings.uri and absolute(settings.uri)
+        root = cellxgene_census.open_soma(uri=uri, census_version=version, tiledb_config=dict(_TILEDB_CONFIG))
     except (tiledbsoma.DoesNotExistError, tiledbsoma.SOMAError) as error:
         raise UserError(
             f"Census {where}: nothing can be opened there; set census.uri to a Census folder or URL ({error})"

@@ -16,6 +16,11 @@ def local_path(uri: str) -> Path | None:
     return Path(parts.path)
 
 
+def absolute(uri: str) -> str:
+    """The same place whatever the current folder is."""
+    return uri if urlparse(uri).scheme else str(Path(uri).absolute())
+
+
 def leaves_folder(name: str) -> bool:
     """Whether a name that should be relative to a folder points out of it."""
     path = PurePosixPath(name)
