@@ -5,7 +5,7 @@ DATA ?= ../shared/data
 BENCH ?= bench
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint bench bench-blood
+.PHONY: help env demo test lint notebooks bench bench-blood
 
 # One worker a core, but each holds torch and scvi-tools in memory.
 WORKERS := $(shell n=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
@@ -18,6 +18,9 @@ env:
 
 demo: env ## the whole pipeline on a small made-up Census
 	.venv/bin/python -m census_scvi.demo
+
+notebooks: env ## run the notebooks on what `make demo` made, and keep what they put out
+	.venv/bin/python notebooks/execute.py
 
 test: env ## all tests; PYTEST_ARGS="-k name -x" are passed on
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)

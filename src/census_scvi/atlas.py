@@ -30,7 +30,7 @@ from census_scvi.errors import UserError
 from census_scvi.model.encode import Encoder
 from census_scvi.model.published import load_described
 from census_scvi.model.safe import ModelDescription
-from census_scvi.progress import progress_bar
+from census_scvi.progress import progress_bar, show_messages
 from census_scvi.quality_picture import draw_quality
 from census_scvi.query.clusters import leiden
 from census_scvi.query.expression import Decoder, warn_where_groups_are_batches
@@ -133,6 +133,7 @@ class Atlas:
         """
         if model is None and census is None:
             raise UserError("an atlas needs a model, a Census or both: Atlas.open(model=..., census=...)")
+        show_messages()
         described = None if model is None else load_described(str(model))
         if described and organism and described[1].organism != organism:
             raise UserError(f"the model is of {described[1].organism}, not {organism}")

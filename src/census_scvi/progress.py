@@ -1,7 +1,8 @@
-"""Progress bars: on a terminal, and in a notebook once something takes longer than a moment."""
+"""What people who wait are shown: progress bars, on a terminal and in a notebook, and messages in the latter."""
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Any
 
@@ -12,7 +13,7 @@ _NOTEBOOK_DELAY = 2.0
 
 def progress_bar(total: int, what: str, *, done: int = 0, shown: bool = True) -> tqdm[Any]:
     """A bar for `total` cells on stderr; none where nobody looks, such as in a log file, or if not `shown`."""
-    notebook = "ipykernel" in sys.modules
+    notebook = in_notebook()
     return tqdm(
         total=total,
         initial=done,
@@ -23,3 +24,18 @@ def progress_bar(total: int, what: str, *, done: int = 0, shown: bool = True) ->
         disable=not (shown and (notebook or sys.stderr.isatty())),
         delay=_NOTEBOOK_DELAY if notebook else 0,
     )
+
+
+def show_messages() -> None:
+    """In a notebook, show what this project says below the cell, unless logging is set up otherwise."""
+    project = logging.getLogger("census_scvi")
+    if in_notebook() and not project.handlers and not logging.getLogger().handlers:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        project.addHandler(handler)
+        project.setLevel(logging.INFO)
+
+
+def in_notebook() -> bool:
+    """Whether this runs in a Jupyter kernel."""
+    return "ipykernel" in sys.modules

@@ -7,6 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from census_scvi.errors import UserError
+from census_scvi.picture import Picture
 from census_scvi.query.naming import TITLES
 
 # Okabe and Ito's, told apart by colour-blind readers, too.
@@ -34,7 +35,7 @@ def draw_quality(prediction: dict[str, Any], title: str) -> Figure:
             "nothing was held out to judge the labels by: predict reads no counts with baseline_cells=0, from cells"
             " without counts, or where no label is in two studies"
         )
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    figure = Picture(figsize=(11, 4.5), layout="constrained")
     calibration, risk = figure.subplots(1, 2)
     for colour, (name, score) in zip(_COLOURS, scores.items(), strict=False):
         label = f"{TITLES[name]}: {score['accuracy']:.1%} right, {score['mean_over_types']:.1%} mean over types"

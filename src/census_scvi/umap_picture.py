@@ -13,6 +13,7 @@ import scanpy as sc
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from census_scvi.picture import Picture
 from census_scvi.query.umap_map import UmapMap
 
 _POINTS = 30_000.0  # marker area times cells: dense where there are many, visible where there are few
@@ -41,7 +42,7 @@ def draw_before_and_after(
         "before: PCA of log-normalised counts": UmapMap(log_pca(cells), seed=seed).positions,
         "after: scVI latent": UmapMap(latent, seed=seed).positions,
     }
-    figure = Figure(figsize=(15, 11), layout="constrained")
+    figure = Picture(figsize=(15, 11), layout="constrained")
     axes = figure.subplots(2, 2)
     order = np.random.default_rng(seed).permutation(cells.n_obs)  # no group is drawn on top of the others
     for column, (title, positions) in enumerate(embeddings.items()):
@@ -54,7 +55,7 @@ def draw_before_and_after(
 
 def draw_map(positions: npt.NDArray[np.float32], labels: pd.Series, title: str) -> Figure:
     """Cells on a map, (cells, 2), coloured by label, the commonest first in the legend."""
-    figure = Figure(figsize=(9, 6), layout="constrained")
+    figure = Picture(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
     order = np.random.default_rng(0).permutation(len(positions))  # no group is drawn on top of the others
     names = labels.astype(str).value_counts().index
@@ -81,7 +82,7 @@ def draw_on_reference(
     title
         What the labels are.
     """
-    figure = Figure(figsize=(15, 6), layout="constrained")
+    figure = Picture(figsize=(15, 6), layout="constrained")
     axes = figure.subplots(1, 2, sharex=True, sharey=True)
     # The commonest first: they are what the legend has room for.
     names = pd.concat([reference_labels.astype(str), query_labels.astype(str)]).value_counts().index

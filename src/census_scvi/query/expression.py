@@ -57,7 +57,10 @@ class Decoder:
         for batch in batches:
             if batch not in trained:
                 near = suggestion(batch, trained)
-                raise UserError(f"transform_batch {batch!r} is none of the {len(trained)} trained batches{near}")
+                raise UserError(
+                    f"transform_batch {batch!r} is none of the {len(trained)} trained batches{near}; they are in the"
+                    " model's description (atlas.description.batches)"
+                )
 
     def untrained(self, labels: npt.NDArray[np.object_]) -> npt.NDArray[np.bool_]:
         """Which cells are of batches that the model was not trained on, bool (cells,)."""
