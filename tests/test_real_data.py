@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import test_publish
 import yaml
 from pipeline import ROOT, STAGES, Run
 
+from census_scvi import Atlas
 from census_scvi.census.build.census import BuildReport
 from census_scvi.census.build.config import load_build_config
 from census_scvi.cli import main
@@ -206,17 +208,72 @@ def test_two_cells_that_are_swapped_after_embedding_are_caught(
     assert "latent.npy has other contents than were written" in capsys.readouterr().err
 
 
-def test_labels_find_their_cells_better_on_the_latent_than_on_a_pca(
-    report: BuildReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A short form of benchmarks/label_transfer.py: .887 to .917 over eight seeds, the PCA .863."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    benchmark = importlib.import_module("label_transfer")
+@pytest.fixture(scope="module")
+def scored(report: BuildReport, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, pd.Series]:
+    """A model of all blood, trained for long enough to tell types, with its scores: a short benchmark."""
     short = ["model.n_hidden=256", "train.max_epochs=6", "train.batch_size=128", "training_plan.lr=1e-3"]
-    overrides = [f"census.uri={report.uri}", f"output.directory={tmp_path}/run", "train.accelerator=cpu", *short]
-    scores = benchmark.one_run(load_config(ROOT / "configs" / "blood.yaml", overrides), overrides)
+    directory = tmp_path_factory.mktemp("blood-scored") / "run"
+    overrides = [f"census.uri={report.uri}", f"output.directory={directory}", "train.accelerator=cpu", *short]
+    config = load_config(ROOT / "configs" / "blood.yaml", overrides)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        return config, importlib.import_module("label_transfer").one_run(config, overrides)
+
+
+@pytest.fixture
+def blood(scored: tuple[Config, pd.Series]) -> Iterator[Atlas]:
+    with Atlas.open(scored[0].directory) as atlas:
+        yield atlas
+
+
+def test_labels_find_their_cells_better_on_the_latent_than_on_a_pca(scored: tuple[Config, pd.Series]) -> None:
+    """A short form of benchmarks/label_transfer.py: .887 to .917 over eight seeds, the PCA .863."""
+    _, scores = scored
     assert scores["cells", "query"] == 1888
     assert scores["scvi", "accuracy"] > 0.87
     assert scores["pca", "accuracy"] == pytest.approx(0.863, abs=0.01)
     assert scores["pca_all", "accuracy"] < scores["pca", "accuracy"] < scores["scvi", "accuracy"]
     assert scores["shuffled", "accuracy"] < 0.4
+
+
+MARKERS = {
+    "B cell": {"MS4A1", "BANK1", "CD79A", "TCL1A", "FCRLA"},
+    "CD14 monocyte": {"S100A8", "S100A9", "CD14", "FCN1", "LYZ"},
+    "NK cell": {"NKG7", "GNLY", "PRF1", "GZMB", "FGFBP2", "KLRD1"},
+    "platelet/megakaryocyte": {"PPBP", "PF4", "TUBB1", "GNG11", "SDPR"},
+}
+
+
+@pytest.mark.parametrize("cell_type", MARKERS)
+def test_differential_expression_finds_the_known_markers(blood: Atlas, cell_type: str) -> None:
+    others = f"cell_type not in ['{cell_type}', 'unknown']"
+    found = blood.differential_expression(f"cell_type == '{cell_type}'", others, max_cells=600)
+    higher = found[found["lfc_mean"] > 0]
+    assert len(MARKERS[cell_type] & set(higher["symbol"].head(20))) >= 3, higher["symbol"].head(20).tolist()
+    for gene in MARKERS[cell_type] & set(found["symbol"]):
+        assert found.set_index("symbol").loc[gene, "lfc_mean"] > 0, gene
+
+
+@pytest.mark.parametrize("study", ["pbmc3k", "kang_GSE96583"])
+def test_a_study_with_the_genes_that_it_measured_is_named_by_the_others(
+    blood: Atlas, real_data: Path, study: str, tmp_path: Path
+) -> None:
+    everything = ad.read_h5ad(real_data / FILES["blood"])
+    labelled = (everything.obs["dataset"] == study) & (everything.obs["cell_type_coarse"] != "unknown")
+    mine = everything[labelled.to_numpy(), everything.var[f"measured_in_{study}"]].copy()
+    mine = ad.AnnData(mine.X, obs=mine.obs[["cell_type_coarse"]], var=mine.var[[]])
+    mine.write_h5ad(tmp_path / "mine.h5ad")
+    named = blood.predict(tmp_path / "mine.h5ad", obs_filter=f"dataset_id != '{study}'")
+    assert blood.description is not None
+    missing = set(blood.description.genes) - set(mine.var_names)
+    assert set(named.uns["scvi_alignment"]["missing"]) == missing
+    assert bool(missing) == (study != "pbmc3k")
+    truth = named.obs["cell_type_coarse"].astype(str)
+    known = truth.isin(named.uns["scvi_prediction"]["cell_type"]["classes"])
+    right = {
+        name: float((named.obs[f"cell_type_{name}"].astype(str) == truth)[known].mean())
+        for name in ("predicted", "pca", "logistic_regression")
+    }
+    assert right["predicted"] > 0.8
+    assert min(right.values()) > 0.6
+    assert set(named.uns["scvi_prediction"]["cell_type"]["held_out"]) == {"scvi", "pca", "logistic_regression"}

@@ -108,9 +108,13 @@ def _summary(mapped: ad.AnnData, labels: str) -> str:
     )
 
 
+def _quality_picture(target: Path, labels: str) -> Path:
+    return target.with_name(f"{target.stem}-{labels}.png")
+
+
 def _draw_quality(atlas: Atlas, mapped: ad.AnnData, labels: str, target: Path) -> None:
     if mapped.uns[PREDICTION][labels].get("held_out"):
-        picture = target.with_name(f"{target.stem}-{labels}.png")
+        picture = _quality_picture(target, labels)
         atlas.quality(mapped, labels).savefig(picture, dpi=110)
         log.info("wrote %s", picture)
 
@@ -192,7 +196,9 @@ def plan(config: Config) -> Plan:
     with QueryCells(source) as cells, open_file(source) as file:
         n_cells, place = len(cells), cells.find_counts(settings.counts)
         n_genes = CountMatrix(file, "raw/X" if place == "raw" else place).shape[1]
-    beside = [str(target.with_suffix(".json")), *([str(target.with_suffix(".png"))] if settings.umap_cells else [])]
+    beside = [target.with_suffix(".json"), *([target.with_suffix(".png")] if settings.umap_cells else [])]
+    if settings.baseline_cells:
+        beside += [_quality_picture(target, labels) for labels in settings.labels]
     return Plan(
         "map-query",
         reads=[
@@ -201,7 +207,7 @@ def plan(config: Config) -> Plan:
             f"{_census(config) or 'the Census of the model'}: embedding and labels of up to"
             f" {settings.reference_cells:,} cells",
         ],
-        writes=[str(target), *beside],
+        writes=[str(path) for path in (target, *beside)],
         cells=n_cells,
         genes=n_genes,
         memory=_BASE_MEMORY + _BYTES_A_CELL * (n_cells + settings.reference_cells),
