@@ -27,18 +27,17 @@ from census_scvi.census.stream import Block, consecutive, stream_blocks, stream_
 from census_scvi.config import CensusSection
 from census_scvi.config_errors import suggestion
 from census_scvi.errors import UserError
-from census_scvi.model.encode import Encoder
 from census_scvi.model.published import load_described
 from census_scvi.model.safe import ModelDescription
 from census_scvi.progress import progress_bar, show_messages
 from census_scvi.quality_picture import draw_quality
-from census_scvi.query.clusters import leiden
+from census_scvi.query.clusters import composition, leiden
 from census_scvi.query.expression import Decoder, warn_where_groups_are_batches
 from census_scvi.query.label_transfer import NEIGHBOURS, check_method
 from census_scvi.query.mapping import MIN_SHARE, Mapper
 from census_scvi.query.naming import EMPTY, PREDICTION, STUDY_COLUMNS, Naming
 from census_scvi.query.neighbours import NeighbourIndex
-from census_scvi.query.reference import Embedding, Origin, open_embedding
+from census_scvi.query.reference import Embedding, Origin, open_embedding, prove_embedding
 from census_scvi.query.umap_map import UmapMap
 from census_scvi.umap_picture import draw_map
 from census_scvi.workspace.uri import without_credentials
@@ -52,8 +51,6 @@ REFERENCE_CELLS, SLICE_CELLS = 200_000, 1_000_000
 # Cells whose counts are read to compare with; more of them change little.
 BASELINE_CELLS = 10_000
 _OBS_BLOCK, _COUNT_BLOCK = 2**16, 4096
-# Cells with which the model is held against the embedding, and how far they may differ.
-_PROVEN_CELLS, _TOLERANCE = 64, 1e-3
 
 
 @dataclass(frozen=True)
@@ -283,15 +280,7 @@ class Atlas:
         """
         chosen = self._slice(cells, list(columns), max_cells, seed)
         chosen.obs["leiden"] = leiden(_latent_of(chosen), resolution, seed)
-        rows = []
-        for cluster, obs in chosen.obs.groupby("leiden", observed=True):
-            row = {"leiden": cluster, "n_cells": len(obs)}
-            for column in columns:
-                if column in obs:
-                    shares = obs[column].astype(str).value_counts(normalize=True)
-                    row |= {column: shares.index[0], f"{column}_share": float(shares.iloc[0])}
-            rows.append(row)
-        return pd.DataFrame(rows).set_index("leiden")
+        return composition(chosen.obs, "leiden", columns)
 
     def _slice(self, cells: ad.AnnData | str | None, columns: list[str], max_cells: int, seed: int) -> ad.AnnData:
         """Cells as they are given, or those of the Census that match a filter."""
@@ -646,28 +635,8 @@ class Atlas:
         """UserError where the embedding is not this model's."""
         if self._proven:
             return
-        census, embedding = self._require_census(), self._require_embedding()
-        model, description = self._require_model()
-        if embedding.n_latent != self._n_latent:
-            raise UserError(
-                f"{embedding.name} has {embedding.n_latent} dimensions, the model {self._n_latent}: it is another"
-                " model's embedding"
-            )
-        blocks = (block for block in embedding.read(_matching(census, None)) if len(block[0]))
-        joinids, published = next(blocks, (np.empty(0, np.int64), np.empty((0, 0), np.float32)))
-        if not len(joinids):
-            raise UserError(f"{embedding.name} has no cell of {census.identity['uri']}")
-        joinids, published = joinids[:_PROVEN_CELLS], published[:_PROVEN_CELLS]
-        if not description.arguments["encode_covariates"]:
-            genes = locate_genes(census, description.genes, MIN_SHARE)
-            (block,) = stream_blocks(census, joinids, genes, blocks=[(0, len(joinids))])
-            latent = Encoder(model)(block.counts, np.zeros(len(joinids), int)).mean
-            difference = float(np.abs(latent - published).max())
-            if not difference <= _TOLERANCE:
-                raise UserError(
-                    f"{embedding.name} is not the embedding of this model: the first {len(joinids)} cells differ by up"
-                    f" to {difference:.2g}; open the atlas with the model that was published with it"
-                )
+        census = self._require_census()
+        prove_embedding(self._require_embedding(), _matching(census, None), census, *self._require_model())
         self._proven = True
 
     @cached_property

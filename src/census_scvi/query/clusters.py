@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import igraph
 import numpy as np
@@ -34,20 +35,61 @@ def leiden(points: Points, resolution: float, seed: int) -> pd.Categorical:
     -------
     "0", "1", ... for each cell, the largest cluster first.
     """
-    graph = _graph(points, seed)
-    rows, columns = sp.triu(graph, k=1).nonzero()
-    weights = np.asarray(graph[rows, columns]).ravel()
-    network = igraph.Graph(n=graph.shape[0], edges=np.column_stack([rows, columns]), edge_attrs={"weight": weights})
-    igraph.set_random_number_generator(random.Random(seed))
-    try:
-        found = network.community_leiden("modularity", weights="weight", resolution=resolution, n_iterations=2)
-    finally:
-        igraph.set_random_number_generator(random)
-    codes = np.array(found.membership)
-    order = np.argsort(-np.bincount(codes), kind="stable")
-    rank: npt.NDArray[np.int64] = np.empty(len(order), np.int64)
-    rank[order] = np.arange(len(order))
-    return pd.Categorical.from_codes(rank[codes], categories=[str(number) for number in range(len(order))])
+    return LeidenGraph(points, seed).clusters(resolution)
+
+
+class LeidenGraph:
+    """UMAP's graph of 15 neighbours, to be clustered at several resolutions; parameters as of `leiden`."""
+
+    def __init__(self, points: Points, seed: int) -> None:
+        graph = _graph(points, seed)
+        rows, columns = sp.triu(graph, k=1).nonzero()
+        weights = np.asarray(graph[rows, columns]).ravel()
+        edges = np.column_stack([rows, columns])
+        self._network = igraph.Graph(n=graph.shape[0], edges=edges, edge_attrs={"weight": weights})
+        self._seed = seed
+
+    def clusters(self, resolution: float) -> pd.Categorical:
+        """As `leiden`."""
+        igraph.set_random_number_generator(random.Random(self._seed))
+        try:
+            found = self._network.community_leiden(
+                "modularity", weights="weight", resolution=resolution, n_iterations=2
+            )
+        finally:
+            igraph.set_random_number_generator(random)
+        codes = np.array(found.membership)
+        order = np.argsort(-np.bincount(codes), kind="stable")
+        rank: npt.NDArray[np.int64] = np.empty(len(order), np.int64)
+        rank[order] = np.arange(len(order))
+        return pd.Categorical.from_codes(rank[codes], categories=[str(number) for number in range(len(order))])
+
+
+def composition(obs: pd.DataFrame, groups: str, columns: Sequence[str]) -> pd.DataFrame:
+    """What each group of cells is made of.
+
+    Parameters
+    ----------
+    obs
+        Of the cells.
+    groups
+        Its column that tells the groups apart.
+    columns
+        Columns to describe them by; those that obs has not are passed over.
+
+    Returns
+    -------
+    A row a group, in its order: `n_cells`, and for each column its commonest value and its share.
+    """
+    rows = []
+    for group, some in obs.groupby(groups, observed=True):
+        row = {groups: group, "n_cells": len(some)}
+        for column in columns:
+            if column in some:
+                shares = some[column].astype(str).value_counts(normalize=True)
+                row |= {column: shares.index[0], f"{column}_share": float(shares.iloc[0])}
+        rows.append(row)
+    return pd.DataFrame(rows).set_index(groups)
 
 
 def _graph(points: Points, seed: int) -> sp.csr_matrix:

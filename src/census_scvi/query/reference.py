@@ -10,13 +10,19 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import scvi
 import tiledbsoma
 
 from census_scvi.census.embedding import published_uri, read_some
+from census_scvi.census.genes import locate_genes
 from census_scvi.census.open import Census
+from census_scvi.census.stream import stream_blocks
 from census_scvi.config import CensusSection
 from census_scvi.errors import UserError
+from census_scvi.model.encode import Encoder
 from census_scvi.model.published import PROVENANCE, fetch, read_provenance
+from census_scvi.model.safe import ModelDescription
+from census_scvi.query.mapping import MIN_SHARE
 from census_scvi.workspace import Workspace
 from census_scvi.workspace.artifacts import MANIFEST
 from census_scvi.workspace.uri import local_path
@@ -24,6 +30,8 @@ from census_scvi.workspace.uri import local_path
 log = logging.getLogger(__name__)
 
 _READ_CELLS = 2**15
+# Cells with which the model is held against the embedding, and how far they may differ.
+_PROVEN_CELLS, _TOLERANCE = 64, 1e-3
 _SAME_CENSUS = ("schema", "created_on", "organism", "cells")
 
 Joinids = npt.NDArray[np.int64]
@@ -160,6 +168,45 @@ def open_embedding(place: str, census: Census) -> Embedding:
     if "/" not in place:
         return PublishedEmbedding(census.experiment.uri, place)
     return PublishedEmbedding(place)
+
+
+def prove_embedding(
+    embedding: Embedding, joinids: Joinids, census: Census, model: scvi.model.SCVI, description: ModelDescription
+) -> None:
+    """UserError where the embedding is not this model's: its first cells are embedded anew.
+
+    Parameters
+    ----------
+    embedding
+        Of the Census' cells.
+    joinids
+        int64 (cells,), ascending: cells of the Census.
+    census
+        The open Census.
+    model, description
+        The model.
+    """
+    if embedding.n_latent != model.module.n_latent:
+        raise UserError(
+            f"{embedding.name} has {embedding.n_latent} dimensions, the model {model.module.n_latent}: it is another"
+            " model's embedding"
+        )
+    found = (block for block in embedding.read(joinids) if len(block[0]))
+    there, published = next(found, (np.empty(0, np.int64), np.empty((0, 0), np.float32)))
+    if not len(there):
+        raise UserError(f"{embedding.name} has no cell of {census.identity['uri']}")
+    if description.arguments["encode_covariates"]:
+        return  # the encoder looks at a batch, and which it was told is not known
+    there, published = there[:_PROVEN_CELLS], published[:_PROVEN_CELLS]
+    genes = locate_genes(census, description.genes, MIN_SHARE)
+    (block,) = stream_blocks(census, there, genes, blocks=[(0, len(there))])
+    latent = Encoder(model)(block.counts, np.zeros(len(there), int)).mean
+    difference = float(np.abs(latent - published).max())
+    if not difference <= _TOLERANCE:
+        raise UserError(
+            f"{embedding.name} is not the embedding of this model: the first {len(there)} cells differ by up to"
+            f" {difference:.2g}; open the atlas with the model that was published with it"
+        )
 
 
 def _require_same(stated: dict[str, Any], census: Census, what: str) -> None:
