@@ -25,7 +25,10 @@ _DESCRIPTIONS = {
     "create-latent-update": "Embed every cell of the Census and write latent.npy and final_scvi_optimized/.",
     "publish": "Pass the gates, then publish the embedding in the Census' obsm, with model and provenance.",
     "map-query": "Embed your own cells with a trained model and name them by their neighbours in the Census.",
+    "evaluate": "Measure embeddings of a slice of the Census, and write metrics.json and report.html.",
 }
+# Of what is no stage of the pipeline.
+_ROOMS = {"map-query": "", "evaluate": "evaluation."}
 _EPILOG = """\
 settings on the command line win over the file:
   %(prog)s --config configs/demo.yaml hvg.top_n_hvg=2000 output.directory=run2
@@ -39,7 +42,7 @@ def main(stage: str, argv: Sequence[str] | None = None) -> int:
     Parameters
     ----------
     stage
-        prepare, train, create-latent-update, publish or map-query.
+        prepare, train, create-latent-update, publish, map-query or evaluate.
     argv
         Arguments; those of the process where None.
 
@@ -112,8 +115,7 @@ def _parser(stage: str) -> argparse.ArgumentParser:
 def _run(stage: str, arguments: argparse.Namespace) -> None:
     config: Config = load_config(arguments.config, arguments.settings)
     # Imported only now: torch, scvi-tools and TileDB take seconds, and a wrong setting is answered at once.
-    room = "" if stage == "map-query" else "stages."  # no stage of the pipeline: it stands on the atlas
-    module = importlib.import_module(f"census_scvi.{room}{stage.replace('-', '_')}")
+    module = importlib.import_module(f"census_scvi.{_ROOMS.get(stage, 'stages.')}{stage.replace('-', '_')}")
     if arguments.dry_run:
         print(module.plan(config).text(config))
     else:

@@ -245,6 +245,31 @@ class QuerySection(Section):
     """Reference cells on the map; 0: no map."""
 
 
+class EvaluateSection(Section):
+    """What scvi-evaluate.py measures."""
+
+    embeddings: dict[Name, Name] = Field(default_factory=dict)
+    """Name in the report, and a name in the Census' obsm, a run directory or an Experiment; {}: the run's."""
+    obs_filter: Name | None = "is_primary_data == True"
+    """SOMA value filter of the cells; null: all."""
+    labels: list[Name] = Field(default_factory=lambda: ["cell_type"])
+    """obs columns that should be kept; cell_class and cell_subclass are made with the Cell Ontology."""
+    batches: list[Name] = Field(default_factory=lambda: ["dataset_id", "assay", "batch"])
+    """obs columns that should be mixed; batch: those of `anndata.batch_key` together."""
+    donors: Name | None = "donor_id"
+    """obs column that is held out of classifiers, and drawn for intervals, as a whole; null: cells are."""
+    mode: Literal["sound", "legacy"] = "sound"
+    """The metrics, or the published script's with their flaws."""
+    max_cells: Annotated[int, Field(ge=100)] = 100_000
+    """Cells of the slice; of more, so many are drawn at random."""
+    measured_cells: Annotated[int, Field(ge=100)] = 10_000
+    """Cells of these that are measured, and drawn on the maps; neighbours of the entropy are sought among all."""
+    baseline: bool = True
+    """Whether a PCA of log-normalised counts is evaluated beside them."""
+    folder: Name | None = None
+    """Where metrics.json and report.html are written; null: `evaluation` in the run directory."""
+
+
 class OutputSection(Section):
     """Where the run is written."""
 
@@ -267,6 +292,7 @@ class Config(Section):
     gates: GatesSection = GatesSection()
     publish: PublishSection = PublishSection()
     query: QuerySection = QuerySection()
+    evaluate: EvaluateSection = EvaluateSection()
     output: OutputSection = OutputSection()
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of everything random: split, order of cells, weights, dropout, sampling."""

@@ -11,14 +11,14 @@ from tqdm import tqdm
 _NOTEBOOK_DELAY = 2.0
 
 
-def progress_bar(total: int, what: str, *, done: int = 0, shown: bool = True) -> tqdm[Any]:
-    """A bar for `total` cells on stderr; none where nobody looks, such as in a log file, or if not `shown`."""
+def progress_bar(total: int, what: str, *, done: int = 0, shown: bool = True, unit: str = "cells") -> tqdm[Any]:
+    """A bar on stderr, of cells or another unit; none where nobody looks, such as in a log file, or if not `shown`."""
     notebook = in_notebook()
     return tqdm(
         total=total,
         initial=done,
         desc=what,
-        unit=" cells",
+        unit=f" {unit}",
         unit_scale=True,
         dynamic_ncols=True,
         disable=not (shown and (notebook or sys.stderr.isatty())),

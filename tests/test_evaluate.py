@@ -1,0 +1,258 @@
+"""scvi-evaluate.py: from a run and a Census to metrics.json and a report that opens anywhere."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from pipeline import Run
+
+from census_scvi.census.open import open_census
+from census_scvi.cli import main
+from census_scvi.config import load_config
+from census_scvi.evaluation import ontology
+from census_scvi.evaluation.evaluate import evaluate
+from census_scvi.evaluation.slice import read_slice
+
+QUICK = ("evaluate.measured_cells=500", "evaluate.batches=[dataset_id, batch]")
+
+
+def evaluation(run: Run, folder: Path, *settings: str) -> int:
+    return main("evaluate", ["--config", str(run.config), f"evaluate.folder={folder}", *QUICK, *settings])
+
+
+@pytest.fixture(scope="module")
+def evaluated(finished_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluated")
+    assert evaluation(finished_run, folder) == 0
+    return folder
+
+
+def metrics_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def values(record: dict[str, Any], space: str, column: str) -> dict[str, float]:
+    return {score["metric"]: score["value"] for score in record["scores"][space] if score["column"] == column}
+
+
+def test_every_row_of_the_benchmark(evaluated: Path, finished_run: Run) -> None:
+    record = metrics_of(evaluated)
+    assert list(record["scores"]) == ["PCA", "scVI"]
+    for space in record["scores"]:
+        of_label, of_batch = values(record, space, "cell_type"), values(record, space, "dataset_id")
+        classifiers = {"classifier_svm", "classifier_forest", "classifier_lr"}
+        biology = {"leiden_nmi", "leiden_ari", "silhouette_label", "clisi", "isolated_labels"}
+        assert set(of_label) == biology | classifiers
+        assert {"silhouette_batch", "entropy", "entropy_scaled", "ilisi", "kbet"} | classifiers == set(of_batch)
+        assert set(values(record, space, "batch")) == set(of_batch)
+    for scores in record["scores"].values():
+        for score in scores:
+            assert score["levels"], score["metric"]
+            assert np.isfinite(score["value"])
+    assert record["problems"] == []
+    assert record["cells"]["measured"] == 500
+    assert record["cells"]["evaluated"] == record["cells"]["matching"] > 1000
+    assert set(record["breakdown"]["scVI"]) == {"cell_type", "dataset_id"}
+    types = pd.DataFrame(record["breakdown"]["PCA"]["cell_type"])
+    assert types["cells"].sum() == record["cells"]["evaluated"]
+    assert types[["same_type", "silhouette"]].apply(lambda column: column.between(0, 1)).all().all()
+    svm = [score for score in record["scores"]["scVI"] if score["metric"] == "classifier_svm"]
+    assert {score["note"] for score in svm if score["about"] == "biology"} == {"classifiers: donors held out"}
+
+
+def test_run_again_gives_the_same(
+    evaluated: Path, finished_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluation(finished_run, tmp_path / "again") == 0
+    again, first = metrics_of(tmp_path / "again"), metrics_of(evaluated)
+    for space, scores in first["scores"].items():
+        for score, other in zip(scores, again["scores"][space], strict=True):
+            assert score["value"] == pytest.approx(other["value"], abs=1e-6), score["metric"]
+    assert evaluation(finished_run, evaluated) == 2
+    assert "report.html exists; name another evaluate.folder, or replace it with --force" in capsys.readouterr().err
+
+
+def test_the_report_is_one_file(evaluated: Path) -> None:
+    page = (evaluated / "report.html").read_text()
+    assert not re.search(r"(?:src|href)\s*=\s*[\"'](?!data:|#)", page)
+    assert "http" not in re.sub(r"data:[^\"']+", "", page).replace("http-equiv", "")
+    assert page.count("data:image/png;base64,") >= 9  # four maps of two embeddings, and the learning curves
+    for title in ("Is biology kept?", "Are batches mixed?", "Where it fails", "What was trained on what"):
+        assert title in page
+    assert len(page) < 5_000_000
+
+
+def test_legacy_mode_shows_the_published_rows_alone(finished_run: Run, tmp_path: Path) -> None:
+    settings = ("evaluate.mode=legacy", "evaluate.baseline=false", "evaluate.labels=[cell_type, tissue]")
+    assert evaluation(finished_run, tmp_path, *settings) == 0
+    record = metrics_of(tmp_path)
+    assert "PCA" not in record["scores"]
+    metrics = {score["metric"] for score in record["scores"]["scVI"]}
+    assert metrics == {
+        "leiden_nmi", "leiden_ari", "silhouette_label", "silhouette_batch", "entropy",
+        "classifier_svm", "classifier_forest", "classifier_lr",
+    }  # fmt: skip
+    # the loop variable left over: within the last label, whatever the row says
+    assert {s["note"] for s in record["scores"]["scVI"] if s["metric"] == "silhouette_batch"} == {"silhouette_batch within tissue"}
+    assert "Legacy mode" in (tmp_path / "report.html").read_text()
+
+
+def test_shuffled_cells_are_at_chance(finished_run: Run) -> None:
+    config = load_config(finished_run.config, ["evaluate.batches=[dataset_id]"])
+    with open_census(config.census) as census:
+        cells = read_slice(config, census)
+    order = np.random.default_rng(5).permutation(len(cells.obs))
+    cells.spaces = {"shuffled": cells.spaces["scVI"][order]}
+    for score in evaluate(config, cells, np.arange(len(cells.obs))).scores["shuffled"]:
+        level = score.levels["chance" if score.about == "biology" else "perfectly mixed"]
+        if score.metric.startswith("classifier"):  # at chance it does as well as guessing the commonest, or worse
+            assert score.value < level + 0.03 if score.about == "biology" else score.value > level - 0.03, score
+        else:
+            assert score.value == pytest.approx(level, abs=0.08), score.metric
+
+
+def test_several_embeddings_stand_side_by_side(finished_run: Run, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(finished_run.directory, other)
+    latent = np.load(other / "latent.npy")
+    np.save(other / "latent.npy", latent + np.random.default_rng(0).normal(size=latent.shape).astype(np.float32) * 3)
+    named = f"evaluate.embeddings={{ours: {finished_run.directory}, noisy: {other}, none: {tmp_path}/nowhere}}"
+    assert evaluation(finished_run, tmp_path / "out", named, "evaluate.baseline=false") == 0
+    record = metrics_of(tmp_path / "out")
+    assert list(record["scores"]) == ["ours", "noisy"]
+    assert values(record, "ours", "cell_type")["leiden_nmi"] > values(record, "noisy", "cell_type")["leiden_nmi"]
+    assert any(problem.startswith("none: ") for problem in record["problems"])
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "How good is ours, noisy?" in page
+    assert "Not everything could be measured" in page
+
+
+def test_what_cannot_be_measured_is_said_and_the_rest_is_there(finished_run: Run, tmp_path: Path) -> None:
+    """A column that is not there, a label of one class, an embedding with NaN and with cells missing."""
+    other = tmp_path / "other"
+    shutil.copytree(finished_run.directory, other)
+    latent, joinids = np.load(other / "latent.npy"), np.load(other / "latent-idx.npy")
+    latent[25:28] = np.nan
+    np.save(other / "latent.npy", latent[20:])
+    np.save(other / "latent-idx.npy", joinids[20:])
+    settings = (
+        f"evaluate.embeddings={{damaged: {other}}}",
+        "evaluate.labels=[cell_typ, development_stage, cell_type]",
+        "evaluate.batches=[dataset_id, lane]",
+        "evaluate.donors=patient",
+        "evaluate.baseline=false",
+    )
+    assert evaluation(finished_run, tmp_path / "out", *settings) == 0
+    record = metrics_of(tmp_path / "out")
+    problems = "\n".join(record["problems"])
+    assert "evaluate.labels names 'cell_typ', which is no obs column of the Census; did you mean cell_type?" in problems
+    assert "evaluate.batches names 'lane', which is no obs column" in problems
+    assert "evaluate.donors names 'patient', which is no obs column of the Census; cells are held out" in problems
+    assert "development_stage has 1 value of 10 cells or more, two are needed" in problems
+    assert re.search(r"damaged has no finite position for \d cells; they are left out everywhere", problems)
+    assert re.search(r"damaged lacks \d+ of the cells; they are left out everywhere", problems)
+    assert values(record, "damaged", "cell_type")["leiden_nmi"] > 0
+    assert values(record, "damaged", "dataset_id")["entropy"] > 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "did you mean cell_type?" in page
+
+
+def test_what_stops_it(finished_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluation(finished_run, tmp_path, "evaluate.obs_filter=nnz > 1000000") == 2
+    assert "matches 'nnz > 1000000'; change obs_filter" in capsys.readouterr().err
+    assert evaluation(finished_run, tmp_path, "evaluate.embeddings={it: other_name}") == 2
+    assert "has no obsm['other_name']" in capsys.readouterr().err
+    assert evaluation(finished_run, tmp_path, "evaluate.mode=published") == 2
+    assert "evaluate.mode" in capsys.readouterr().err
+
+
+def test_dry_run(finished_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluation(finished_run, tmp_path / "out", "--dry-run") == 0
+    shown = capsys.readouterr().out
+    assert "# evaluate would" in shown
+    assert "out/report.html" in shown
+    assert "500 cells are measured" in shown
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_slice_is_drawn_where_more_cells_match(finished_run: Run, tmp_path: Path) -> None:
+    settings = ("evaluate.max_cells=400", "evaluate.baseline=false", "evaluate.batches=[assay]")
+    assert evaluation(finished_run, tmp_path, *settings) == 0
+    record = metrics_of(tmp_path)
+    assert record["cells"]["evaluated"] == record["cells"]["measured"] == 400
+    assert "drawn at random of" in (tmp_path / "report.html").read_text()
+
+
+def test_without_a_run_the_pca_takes_variable_genes(finished_run: Run, demo_census: str, tmp_path: Path) -> None:
+    settings = (f"evaluate.embeddings={{it: {finished_run.directory}}}", f"output.directory={tmp_path}/none")
+    assert evaluation(finished_run, tmp_path / "out", *settings, "evaluate.batches=[assay]") == 0
+    record = metrics_of(tmp_path / "out")
+    assert values(record, "PCA", "cell_type")["leiden_nmi"] > 0.1
+    assert "What was trained on what" not in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_classes_of_the_cell_ontology(finished_run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("cellxgene_ontology_guide")
+    terms = pd.Series(["CL:0000236", "CL:0000624", "CL:0000057", "unknown", "CL:9999999", "CL:0000236"])
+    found = ontology.classes_of(terms, "cell_class").tolist()
+    blood = "hematopoietic cell"
+    assert found == [blood, blood, "connective tissue cell", None, None, blood]
+    expected = ["B cell", "CD4-positive, alpha-beta T cell", "stromal cell", None, None, "B cell"]
+    assert ontology.classes_of(terms, "cell_subclass").tolist() == expected
+    settings = ("evaluate.labels=[cell_subclass, cell_class]", "evaluate.baseline=false", "evaluate.batches=[assay]")
+    assert evaluation(finished_run, tmp_path, *settings) == 0
+    record = metrics_of(tmp_path)
+    assert values(record, "scVI", "cell_subclass") or record["problems"]
+
+
+# --- in a browser
+
+
+@pytest.fixture(scope="module")
+def page(evaluated: Path) -> Iterator[tuple[Any, list[str]]]:
+    """The report in headless Chromium, and what it complains of."""
+    api = pytest.importorskip("playwright.sync_api")
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("no Chromium on this machine to open the report in")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        context = browser.new_context(offline=True)
+        opened, complaints = context.new_page(), []
+        opened.on("console", lambda message: complaints.append(message.text))
+        opened.on("pageerror", lambda error: complaints.append(str(error)))
+        opened.on("requestfailed", lambda request: complaints.append(request.url))
+        opened.goto(f"file://{evaluated}/report.html")
+        yield opened, complaints
+        browser.close()
+
+
+@pytest.mark.parametrize(("width", "height"), [(1280, 900), (390, 844)], ids=["desk", "phone"])
+def test_the_report_in_a_browser(page: tuple[Any, list[str]], width: int, height: int, tmp_path: Path) -> None:
+    opened, complaints = page
+    opened.set_viewport_size({"width": width, "height": height})
+    sizes = opened.eval_on_selector_all("img", "images => images.map(i => [i.complete, i.naturalWidth, i.clientWidth])")
+    assert len(sizes) >= 9
+    assert all(complete and natural > 100 for complete, natural, _ in sizes)
+    assert all(0 < shown <= width for _, _, shown in sizes)
+    # nothing is wider than the window but what scrolls in itself
+    assert opened.evaluate("document.documentElement.scrollWidth") <= width
+    opened.screenshot(path=str(tmp_path / "report.png"), full_page=True)
+    assert (tmp_path / "report.png").stat().st_size > 50_000
+    assert complaints == []
+
+
+def test_the_report_in_print(page: tuple[Any, list[str]]) -> None:
+    opened, _ = page
+    assert opened.pdf(format="A4").startswith(b"%PDF")
+    opened.emulate_media(media="print")
+    assert not opened.is_visible("nav")
+    opened.emulate_media(media="screen")

@@ -1,0 +1,223 @@
+"""The metrics against independent implementations, and cases whose answer is known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scib_metrics
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from scib_metrics.nearest_neighbors import NeighborsResults
+from scipy.stats import entropy as scipy_entropy
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import silhouette_score
+from sklearn.model_selection import train_test_split
+from sklearn.neighbors import NearestNeighbors
+from sklearn.svm import SVC
+
+from census_scvi.evaluation import classify
+from census_scvi.evaluation.entropy import neighbour_entropy
+from census_scvi.evaluation.interval import interval
+from census_scvi.evaluation.metrics import CHANCE, LEGACY, MIXED, SOUND, WITHIN, Score, Space, batch, biology
+
+TYPES = np.array(["B cell", "T cell", "monocyte"], dtype=object)
+STUDIES = np.array(["one", "two", "three"], dtype=object)
+
+
+def cells(
+    n_cells: int = 900, *, of_type: float = 12.0, of_study: float = 0.0, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Positions, types and studies: blobs so far apart for the type, and for the study."""
+    generator = np.random.default_rng(seed)
+    types, studies = generator.integers(0, 3, n_cells), generator.integers(0, 3, n_cells)
+    points = generator.normal(size=(n_cells, 8))
+    points[np.arange(n_cells), types] += of_type
+    points[np.arange(n_cells), 3 + studies] += of_study
+    return points.astype(np.float32), TYPES[types], STUDIES[studies]
+
+
+def space_of(points: np.ndarray) -> Space:
+    return Space(points, np.arange(len(points)), 0)
+
+
+def measured(points: np.ndarray, types: np.ndarray, studies: np.ndarray, mode: str = SOUND) -> dict[str, Score]:
+    """Scores by name; those of the batch have `batch_` before it."""
+    space = space_of(points)
+    found = {score.metric: score for score in biology(space, "cell_type", types, None, studies, mode)}
+    mixing = batch(space, "dataset_id", studies, studies, "cell_type", types, None, mode)
+    return found | {f"batch_{score.metric}": score for score in mixing}
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    arrays.arrays(np.int64, st.tuples(st.integers(1, 5), st.integers(1, 30)), elements=st.integers(0, 19)),
+    st.lists(st.integers(0, 6), min_size=20, max_size=20),
+)
+def test_entropy_is_scipy_s(neighbours: np.ndarray, batches: list[int]) -> None:
+    found = neighbour_entropy(neighbours, np.array(batches))
+    expected = [scipy_entropy(np.bincount(np.array(batches)[row])) for row in neighbours]
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+def test_types_apart_and_studies_mixed_is_as_good_as_it_gets() -> None:
+    found = measured(*cells())
+    for metric in ("leiden_nmi", "leiden_ari", "clisi", "classifier_svm", "classifier_forest", "classifier_lr"):
+        assert found[metric].value > 0.95, metric
+        assert found[metric].levels[CHANCE] < 0.7, metric
+    assert found["silhouette_label"].value > 0.75
+    assert found["silhouette_label"].levels[CHANCE] == pytest.approx(0.5, abs=0.03)
+    for metric in ("entropy", "entropy_scaled", "ilisi", "kbet", "silhouette_batch"):
+        score = found[f"batch_{metric}"]
+        assert score.value == pytest.approx(score.levels[MIXED], abs=0.06), metric
+    assert found["batch_entropy"].value == pytest.approx(found["batch_entropy"].levels[WITHIN], abs=0.02)
+    assert found["batch_entropy_scaled"].value > 0.95
+    assert found["batch_kbet"].value > 0.9
+    for name in classify.NAMES:
+        score = found[f"batch_classifier_{name}"]
+        assert score.value == pytest.approx(score.levels[MIXED], abs=0.06)
+        assert score.levels[MIXED] == pytest.approx(2 / 3, abs=0.05)
+
+
+def test_studies_apart_is_seen_by_every_batch_metric() -> None:
+    found = measured(*cells(2700, of_study=12.0))  # more of each than the 200 neighbours
+    for metric in ("entropy", "ilisi", "kbet", "classifier_svm", "classifier_forest", "classifier_lr"):
+        assert found[f"batch_{metric}"].value < 0.06, metric
+    assert found["batch_silhouette_batch"].value < 0.4
+    assert found["classifier_svm"].value > 0.95
+
+
+def test_types_mixed_up_is_chance() -> None:
+    found = measured(*cells(of_type=0.0))
+    for metric in (
+        "leiden_nmi",
+        "leiden_ari",
+        "silhouette_label",
+        "clisi",
+        *(f"classifier_{n}" for n in classify.NAMES),
+    ):
+        assert found[metric].value == pytest.approx(found[metric].levels[CHANCE], abs=0.06), metric
+
+
+def test_each_interval_holds_its_value() -> None:
+    for score in measured(*cells(of_type=3.0, of_study=1.5)).values():
+        if score.low is not None and score.high is not None:
+            assert score.low - 0.02 <= score.value <= score.high + 0.02, score
+            assert score.high - score.low < 0.2
+
+
+def test_values_are_those_of_the_libraries() -> None:
+    points, types, studies = cells(600, of_type=3.0, of_study=1.5)
+    names, codes = types.astype(str), np.unique(studies.astype(str), return_inverse=True)[1]
+    distances, positions = NearestNeighbors(n_neighbors=90, algorithm="brute").fit(points).kneighbors(points)
+    graph = NeighborsResults(indices=positions, distances=distances)
+    for mode in (SOUND, LEGACY):
+        found = measured(points, types, studies, mode)
+        assert found["silhouette_label"].value == pytest.approx(scib_metrics.silhouette_label(points, names), abs=1e-5)
+        sklearn_s = (silhouette_score(points, names) + 1) / 2
+        assert found["silhouette_label"].value == pytest.approx(sklearn_s, abs=1e-4)
+        expected = scib_metrics.silhouette_batch(points, names, studies.astype(str))
+        assert found["batch_silhouette_batch"].value == pytest.approx(expected, abs=1e-5)
+        nmi_ari = scib_metrics.nmi_ari_cluster_labels_leiden(graph.subset_neighbors(15), names)
+        assert found["leiden_nmi"].value == pytest.approx(nmi_ari["nmi"], abs=0.05)
+        assert found["leiden_ari"].value == pytest.approx(nmi_ari["ari"], abs=0.08)
+    found = measured(points, types, studies)
+    assert found["clisi"].value == pytest.approx(scib_metrics.clisi_knn(graph, names), abs=1e-4)
+    assert found["batch_ilisi"].value == pytest.approx(scib_metrics.ilisi_knn(graph, codes), abs=1e-4)
+    assert found["batch_kbet"].value == pytest.approx(scib_metrics.kbet(graph.subset_neighbors(50), codes)[0], abs=1e-6)
+
+
+def test_the_published_definitions() -> None:
+    """Unstratified 60/40 split of seed 42, unscaled, defaults; entropy in nats of 200 neighbours, self counted."""
+    points, types, studies = cells(500, of_type=2.0, of_study=1.0)
+    found = measured(points, types, studies, LEGACY)
+    learnt, asked, known, truth = train_test_split(points, types.astype(str), test_size=0.4, random_state=42)
+    for name, classifier in {"svm": SVC(), "lr": LogisticRegression()}.items():
+        accuracy = classifier.fit(learnt, known).score(asked, truth)
+        assert found[f"classifier_{name}"].value == pytest.approx(accuracy)
+    learnt, asked, known, truth = train_test_split(points, studies.astype(str), test_size=0.4, random_state=42)
+    assert found["batch_classifier_svm"].value == pytest.approx(1 - SVC().fit(learnt, known).score(asked, truth))
+    positions = (
+        NearestNeighbors(n_neighbors=200, algorithm="brute").fit(points).kneighbors(points, return_distance=False)
+    )
+    entropies = [scipy_entropy(np.unique(studies[row].astype(str), return_counts=True)[1]) for row in positions]
+    assert found["batch_entropy"].value == pytest.approx(np.mean(entropies), abs=1e-6)
+    assert {metric.removeprefix("batch_") for metric in found} == {
+        "leiden_nmi", "leiden_ari", "silhouette_label", "silhouette_batch", "entropy",
+        "classifier_svm", "classifier_forest", "classifier_lr",
+    }  # fmt: skip
+    assert all(score.low is None and not score.levels for score in found.values())
+
+
+def test_donors_are_never_on_both_sides() -> None:
+    """An embedding that knows each donor and nothing else: a split of cells finds the label, one of donors does not."""
+    generator = np.random.default_rng(0)
+    places = generator.normal(size=(30, 6)) * 20
+    donors = np.repeat(np.arange(30), 20)
+    codes = (np.arange(30) % 2)[donors]
+    points = (places[donors] + generator.normal(size=(600, 6))).astype(np.float32)
+    names = donors.astype(str).astype(object)
+    split = classify.held_out(points, codes, names, "donors")
+    assert split.held_out == "donors"
+    assert np.sort(split.rows).tolist() == list(range(600))
+    assert max(right.mean() for right in split.right.values()) < 0.75
+    of_cells = classify.held_out(points, codes, None, "donors")
+    assert of_cells.held_out == "cells"
+    assert min(of_cells.right[name].mean() for name in ("svm", "forest")) > 0.9
+    # a label that each donor has of his own cannot be held out by donor
+    assert classify.held_out(points, donors % 3, (donors % 3).astype(str).astype(object), "donors").held_out == "cells"
+
+
+def test_intervals() -> None:
+    values = np.random.default_rng(0).normal(size=2000)
+    low, high = interval(lambda rows: float(values[rows].mean()), None, 2000)
+    assert high - low == pytest.approx(2 * 1.96 / np.sqrt(2000), rel=0.2)
+    donors = np.repeat(np.arange(20), 100).astype(str).astype(object)
+    alike = np.repeat(np.random.default_rng(1).normal(size=20), 100)
+    low, high = interval(lambda rows: float(alike[rows].mean()), donors, 2000)
+    assert high - low == pytest.approx(2 * 1.96 * alike.std() / np.sqrt(20), rel=0.3)
+    assert all(np.isnan(interval(lambda rows: float("nan"), None, 10)))
+
+
+def test_the_measured_cells_stand_for_all() -> None:
+    points, types, studies = cells(3000, of_type=3.0, of_study=1.0)
+    rows = np.sort(np.random.default_rng(0).choice(3000, 1000, replace=False))
+    some = Space(points, rows, 0)
+    found = {s.metric: s for s in batch(some, "d", studies[rows], studies, "t", types[rows], None, SOUND)}
+    whole = measured(points, types, studies)
+    for metric in ("entropy", "silhouette_batch", "classifier_lr"):
+        assert found[metric].value == pytest.approx(whole[f"batch_{metric}"].value, abs=0.04), metric
+
+
+@pytest.mark.parametrize("usable", [0, 1])
+def test_too_few_labels(usable: int) -> None:
+    points, types, studies = cells(100)
+    types[:] = None if not usable else "B cell"
+    types[:9] = "T cell"  # of nine cells
+    with pytest.raises(ValueError, match=f"cell_type has {usable} value of 10 cells or more, two are needed"):
+        biology(space_of(points), "cell_type", types, None, studies, SOUND)
+    studies[:] = "one"
+    with pytest.raises(ValueError, match="dataset_id has one value, 'one'; there is nothing to mix"):
+        batch(space_of(points), "dataset_id", studies, studies, "cell_type", types, None, SOUND)
+
+
+def test_labels_of_no_use_are_left_out_and_it_is_said() -> None:
+    points, types, studies = cells(300)
+    types[:40] = None
+    types[40:45] = "rare"
+    found = measured(points, types, studies)
+    assert found["leiden_nmi"].cells == found["silhouette_label"].cells == 255
+    assert found["leiden_nmi"].note == "45 cells without a usable label left out"
+    assert found["batch_silhouette_batch"].cells == 255
+    assert found["batch_entropy"].cells == 300
+
+
+def test_thousands_of_batches() -> None:
+    points, types, _ = cells(2500)
+    many = np.array([f"donor {number}" for number in np.arange(2500) % 1300], dtype=object)
+    found = {s.metric: s for s in batch(space_of(points), "donor_id", many, many, "cell_type", types, None, SOUND)}
+    assert "entropy" in found and "ilisi" in found
+    assert "classifier_svm" not in found  # no donor has ten cells
+    fewer = np.array([f"donor {number}" for number in np.arange(2500) % 150], dtype=object)
+    found = {s.metric: s for s in batch(space_of(points), "donor_id", fewer, fewer, "cell_type", types, None, SOUND)}
+    assert found["classifier_svm"].note == "classifiers: the 100 commonest of 150 values; classifiers: cells held out"
