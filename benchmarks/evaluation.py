@@ -120,7 +120,7 @@ def report(rows: pd.DataFrame) -> str:
     lines = []
     order = ["PCA", OURS, THEIRS, SHUFFLED]
     for (about, column), some in rows.groupby(["about", "column"], sort=False):
-        levels = list(some["levels"].iloc[-1])
+        levels = list(dict.fromkeys(name for level in some["levels"] for name in level))
         lines += [
             f"| {about}: {column} | " + " | ".join([*order, *levels]) + " |",
             "|---" * (len(order) + len(levels) + 1) + "|",

@@ -101,7 +101,9 @@ def test_legacy_mode_shows_the_published_rows_alone(finished_run: Run, tmp_path:
         "classifier_svm", "classifier_forest", "classifier_lr",
     }  # fmt: skip
     # the loop variable left over: within the last label, whatever the row says
-    assert {s["note"] for s in record["scores"]["scVI"] if s["metric"] == "silhouette_batch"} == {"silhouette_batch within tissue"}
+    assert {s["note"] for s in record["scores"]["scVI"] if s["metric"] == "silhouette_batch"} == {
+        "silhouette_batch within tissue"
+    }
     assert "Legacy mode" in (tmp_path / "report.html").read_text()
 
 
@@ -156,7 +158,7 @@ def test_what_cannot_be_measured_is_said_and_the_rest_is_there(finished_run: Run
     assert "evaluate.labels names 'cell_typ', which is no obs column of the Census; did you mean cell_type?" in problems
     assert "evaluate.batches names 'lane', which is no obs column" in problems
     assert "evaluate.donors names 'patient', which is no obs column of the Census; cells are held out" in problems
-    assert "development_stage has 1 value of 10 cells or more, two are needed" in problems
+    assert "development_stage has 1 value that says something and has 10 cells or more" in problems
     assert re.search(r"damaged has no finite position for \d cells; they are left out everywhere", problems)
     assert re.search(r"damaged lacks \d+ of the cells; they are left out everywhere", problems)
     assert values(record, "damaged", "cell_type")["leiden_nmi"] > 0
@@ -170,6 +172,8 @@ def test_what_stops_it(finished_run: Run, tmp_path: Path, capsys: pytest.Capture
     assert "matches 'nnz > 1000000'; change obs_filter" in capsys.readouterr().err
     assert evaluation(finished_run, tmp_path, "evaluate.embeddings={it: other_name}") == 2
     assert "has no obsm['other_name']" in capsys.readouterr().err
+    assert evaluation(finished_run, tmp_path, f"output.directory={tmp_path}/none") == 2
+    assert "has no obsm['scvi']; name another embedding, or the run directory that has one" in capsys.readouterr().err
     assert evaluation(finished_run, tmp_path, "evaluate.mode=published") == 2
     assert "evaluate.mode" in capsys.readouterr().err
 

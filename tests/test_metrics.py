@@ -194,7 +194,7 @@ def test_too_few_labels(usable: int) -> None:
     points, types, studies = cells(100)
     types[:] = None if not usable else "B cell"
     types[:9] = "T cell"  # of nine cells
-    with pytest.raises(ValueError, match=f"cell_type has {usable} value of 10 cells or more, two are needed"):
+    with pytest.raises(ValueError, match=f"cell_type has {usable} value that says something and has 10 cells or more"):
         biology(space_of(points), "cell_type", types, None, studies, SOUND)
     studies[:] = "one"
     with pytest.raises(ValueError, match="dataset_id has one value, 'one'; there is nothing to mix"):

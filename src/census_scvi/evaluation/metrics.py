@@ -132,10 +132,13 @@ def biology(space: Space, column: str, labels: Names, donors: Names | None, batc
     ValueError
         Fewer than two labels of ten cells or more.
     """
-    known = _usable(labels)
+    known = _usable(labels, mode)
     names, codes = np.unique(labels[known].astype(str), return_inverse=True)
     if len(names) < 2:
-        raise ValueError(f"{column} has {len(names)} value of {FEWEST_CELLS} cells or more, two are needed")
+        raise ValueError(
+            f"{column} has {len(names)} value that says something and has {FEWEST_CELLS} cells or more, of those measured;"
+            " two are needed"
+        )
     points = space.points[known]
     groups = None if donors is None else donors[known]
     shuffled = np.random.default_rng([space.seed, _SHUFFLE]).permutation(codes)
@@ -197,7 +200,7 @@ def batch(
     generator = np.random.default_rng([space.seed, _SHUFFLE])
     score = partial(_scored, about=BATCH, column=column, mode=mode, groups=donors, seed=space.seed)
     mixed = generator.permutation(all_codes)
-    known = _usable(labels)
+    known = _usable(labels, mode)
     types = np.unique(labels[known].astype(str), return_inverse=True)[1] if known.any() else np.empty(0, np.int64)
     found = []
     per_cell = entropy.neighbour_entropy(space.neighbours, all_codes)
@@ -212,7 +215,7 @@ def batch(
         )
     if known.any():
         found += _silhouette_batch(score, space.points[known], types, codes[known], label, mode, generator)
-    kept = _usable(batches)
+    kept = _usable(batches, mode)
     if len(np.unique(codes[kept])) > 1:
         groups = None if donors is None else donors[kept]
         compact = np.unique(codes[kept], return_inverse=True)[1]
@@ -323,7 +326,16 @@ def _silhouette_batch(
         shuffled[rows] = codes[generator.permutation(rows)]
     level = _mean_over_types(_batch_widths(points, types, shuffled), types, np.arange(len(types)))
     statistic = partial(_mean_over_types, widths, types)
-    return [score("silhouette_batch", statistic, len(types), {MIXED: level}, groups=None, note=f"silhouette_batch within {label}")]
+    return [
+        score(
+            "silhouette_batch",
+            statistic,
+            len(types),
+            {MIXED: level},
+            groups=None,
+            note=f"silhouette_batch within {label}",
+        )
+    ]
 
 
 def _batch_widths(points: Points, types: Codes, codes: Codes) -> npt.NDArray[np.float64]:
@@ -359,10 +371,10 @@ def _entropy_within(codes: Codes, types: Codes, n_neighbours: int) -> float:
     return total / max(len(types), 1)
 
 
-def _usable(labels: Names) -> npt.NDArray[np.bool_]:
-    """Cells whose label is there and has ten cells or more."""
+def _usable(labels: Names, mode: str) -> npt.NDArray[np.bool_]:
+    """Cells whose label is there and, in sound mode, has ten cells or more."""
     there = np.array([label is not None for label in labels])
     names, numbers = np.unique(labels[there].astype(str), return_counts=True)
     usable = there.copy()
-    usable[there] = np.isin(labels[there].astype(str), names[numbers >= FEWEST_CELLS])
+    usable[there] = np.isin(labels[there].astype(str), names[numbers >= (1 if mode == LEGACY else FEWEST_CELLS)])
     return usable

@@ -24,6 +24,7 @@ from census_scvi.progress import progress_bar
 from census_scvi.query.reference import open_embedding
 from census_scvi.umap_picture import log_pca
 from census_scvi.workspace import Artifacts
+from census_scvi.workspace.artifacts import MANIFEST
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ def _embeddings(
 ) -> tuple[dict[str, npt.NDArray[np.float32]], npt.NDArray[np.int64]]:
     """Each embedding of the cells that all have; an embedding that cannot be read is left out."""
     read = {}
-    named = config.evaluate.embeddings or {"scVI": str(config.directory)}
+    named = config.evaluate.embeddings or _default_embedding(config)
     for name, place in named.items():
         try:
             embedding = open_embedding(place, census)
@@ -127,6 +128,13 @@ def _embeddings(
             f" Census in evaluate.embeddings, or another evaluate.obs_filter. {'; '.join(problems)}"
         )
     return {name: values[np.searchsorted(found, common)] for name, (found, values) in read.items()}, common
+
+
+def _default_embedding(config: Config) -> dict[str, str]:
+    """The run's, or where there is no run what would be published."""
+    if (config.directory / MANIFEST).exists():
+        return {"scVI": str(config.directory)}
+    return {config.publish.name: config.publish.name}
 
 
 def _obs(config: Config, census: Census, joinids: npt.NDArray[np.int64], problems: list[str]) -> pd.DataFrame:
