@@ -136,8 +136,8 @@ def biology(space: Space, column: str, labels: Names, donors: Names | None, batc
     names, codes = np.unique(labels[known].astype(str), return_inverse=True)
     if len(names) < 2:
         raise ValueError(
-            f"{column} has {len(names)} value that says something and has {FEWEST_CELLS} cells or more, of those measured;"
-            " two are needed"
+            f"{column} has {len(names)} value that says something and has {FEWEST_CELLS} cells or more of those"
+            " measured; two are needed"
         )
     points = space.points[known]
     groups = None if donors is None else donors[known]
