@@ -22,6 +22,7 @@ def test_the_demo_shows_what_it_made(
         f"output.directory={tmp_path / 'run'}",
         "hvg.top_n_hvg=100",
         "train.max_epochs=2",
+        "evaluate.measured_cells=300",
     ]
     assert run_demo(small) == 0
     out = capsys.readouterr().out
@@ -30,6 +31,7 @@ def test_the_demo_shows_what_it_made(
     assert "raw counts, 1,380 cells x 100 genes, 13 batches" in out
     assert "published is sound" in out
     assert "latent means, 1,500 cells x 20" in out
+    assert (tmp_path / "run" / "evaluation" / "report.html").stat().st_size > 100_000
     picture = matplotlib.image.imread(tmp_path / "demo-umap.png")
     assert picture.shape[0] > 500
     assert picture.std() > 0.05  # something is drawn

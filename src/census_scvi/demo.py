@@ -39,7 +39,10 @@ def _run(overrides: list[str]) -> None:
     _say(f"6. scvi-verify.py {' '.join(verification)}")
     if verify.main(verification):
         raise UserError("the demo stopped: what it published is not sound; the lines above say where")
-    _say("7. the picture")
+    _say(f"7. scvi-evaluate.py --config {CONFIG}")
+    if main("evaluate", ["--config", CONFIG, "--force", *overrides]):
+        raise UserError("the demo stopped in evaluate; the line above says why")
+    _say("8. the picture")
     picture = config.directory.parent / "demo-umap.png"
     _draw(config, picture)
     _say(f"done in {time.monotonic() - started:.0f} s")
@@ -91,6 +94,7 @@ def artifact_table(config: Config, more: Sequence[Path] = ()) -> str:
         names.minified: "minified model: obs, latent means and variances",
         names.qa: "the gates: value, bound, verdict",
         names.published: "model, sealed sample of cells, provenance",
+        "evaluation": "metrics.json, and report.html to open in a browser",
         "manifest.json": "how it was made: config, Census, versions, hashes, times",
     }
     rows = [(config.directory / name, text) for name, text in contents.items()]

@@ -214,7 +214,8 @@ def batch(
             score("entropy_scaled", _mean_of(per_cell / most), len(codes), {k: v / most for k, v in levels.items()})
         )
     if known.any():
-        found += _silhouette_batch(score, space.points[known], types, codes[known], label, mode, generator)
+        groups = None if donors is None else donors[known]
+        found += _silhouette_batch(score, space.points[known], types, codes[known], label, groups, generator)
     kept = _usable(batches, mode)
     if len(np.unique(codes[kept])) > 1:
         groups = None if donors is None else donors[kept]
@@ -313,7 +314,7 @@ def _isolated(points: Points, column: str, labels: Names, shuffled: Names, batch
 
 
 def _silhouette_batch(
-    score: Callable[..., Score], points: Points, types: Codes, codes: Codes, label: str, mode: str,
+    score: Callable[..., Score], points: Points, types: Codes, codes: Codes, label: str, groups: Names | None,
     generator: np.random.Generator,
 ) -> list[Score]:  # fmt: skip
     """Mean over types of how little the silhouettes of batches differ from 0 within each."""
@@ -326,16 +327,8 @@ def _silhouette_batch(
         shuffled[rows] = codes[generator.permutation(rows)]
     level = _mean_over_types(_batch_widths(points, types, shuffled), types, np.arange(len(types)))
     statistic = partial(_mean_over_types, widths, types)
-    return [
-        score(
-            "silhouette_batch",
-            statistic,
-            len(types),
-            {MIXED: level},
-            groups=None,
-            note=f"silhouette_batch within {label}",
-        )
-    ]
+    note = f"silhouette_batch within {label}"
+    return [score("silhouette_batch", statistic, len(types), {MIXED: level}, groups=groups, note=note)]
 
 
 def _batch_widths(points: Points, types: Codes, codes: Codes) -> npt.NDArray[np.float64]:
