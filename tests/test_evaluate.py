@@ -157,7 +157,7 @@ def test_what_cannot_be_measured_is_said_and_the_rest_is_there(finished_run: Run
     assert "evaluate.labels names 'cell_typ', which is no obs column of the Census; did you mean cell_type?" in problems
     assert "evaluate.batches names 'lane', which is no obs column" in problems
     assert "evaluate.donors names 'patient', which is no obs column of the Census; cells are held out" in problems
-    assert "development_stage has 1 value that says something and has 10 cells or more" in problems
+    assert "development_stage has too few usable values, 1 (known, and of 10 measured cells or more)" in problems
     assert re.search(r"damaged has no finite position for \d cells; they are left out everywhere", problems)
     assert re.search(r"damaged lacks \d+ of the cells; they are left out everywhere", problems)
     assert values(record, "damaged", "cell_type")["leiden_nmi"] > 0

@@ -16,6 +16,7 @@ from sklearn.model_selection import train_test_split
 from sklearn.neighbors import NearestNeighbors
 from sklearn.svm import SVC
 
+from census_scvi.errors import UserError
 from census_scvi.evaluation import classify
 from census_scvi.evaluation.entropy import neighbour_entropy
 from census_scvi.evaluation.interval import interval
@@ -194,10 +195,10 @@ def test_too_few_labels(usable: int) -> None:
     points, types, studies = cells(100)
     types[:] = None if not usable else "B cell"
     types[:9] = "T cell"  # of nine cells
-    with pytest.raises(ValueError, match=f"cell_type has {usable} value that says something and has 10 cells or more"):
+    with pytest.raises(UserError, match=f"cell_type has too few usable values, {usable} "):
         biology(space_of(points), "cell_type", types, None, studies, SOUND)
     studies[:] = "one"
-    with pytest.raises(ValueError, match="dataset_id has one value, 'one'; there is nothing to mix"):
+    with pytest.raises(UserError, match="dataset_id has one value, 'one'; there is nothing to mix"):
         batch(space_of(points), "dataset_id", studies, studies, "cell_type", types, None, SOUND)
 
 

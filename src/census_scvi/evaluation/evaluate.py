@@ -116,17 +116,15 @@ def evaluate(config: Config, cells: Slice, measured: npt.NDArray[np.int64]) -> E
     with progress_bar(len(cells.spaces) * (len(labels) + len(batches)), "metrics", unit="columns") as bar:
         for name, points in cells.spaces.items():
             space = Space(points, measured, config.seed)
-            scores = found.scores.setdefault(name, [])
+            measure = _Measure(found.scores.setdefault(name, []), found.problems)
             of_measured = None if donors is None or legacy else donors[measured]
             for column, values in labels.items():
                 log.info("%s: %s", name, column)
-                measure = _Measure(scores, found.problems)
                 measure(metrics.biology, space, column, values[measured], of_measured, whole[measured], settings.mode)
                 bar.update()
             for column, values in batches.items():
                 log.info("%s: %s", name, column)
                 values = np.where([value is None for value in values], "missing", values).astype(object)
-                measure = _Measure(scores, found.problems)
                 measure(
                     metrics.batch, space, column, values[measured], values, inner, within[measured], of_measured,
                     settings.mode,
@@ -150,7 +148,7 @@ class _Measure:
     def __call__(self, measure: Callable[..., list[Score]], *arguments: Any) -> None:
         try:
             self.scores += measure(*arguments)
-        except ValueError as error:
+        except UserError as error:
             if str(error) not in self.problems:
                 self.problems.append(str(error))
 

@@ -20,6 +20,7 @@ from scib_metrics.nearest_neighbors import NeighborsResults
 from scib_metrics.utils import silhouette_samples
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
+from census_scvi.errors import UserError
 from census_scvi.evaluation import classify, entropy
 from census_scvi.evaluation.interval import interval
 from census_scvi.query.clusters import LeidenGraph
@@ -129,15 +130,15 @@ def biology(space: Space, column: str, labels: Names, donors: Names | None, batc
 
     Raises
     ------
-    ValueError
+    UserError
         Fewer than two labels of ten cells or more.
     """
     known = _usable(labels, mode)
     names, codes = np.unique(labels[known].astype(str), return_inverse=True)
     if len(names) < 2:
-        raise ValueError(
-            f"{column} has {len(names)} value that says something and has {FEWEST_CELLS} cells or more of those"
-            " measured; two are needed"
+        raise UserError(
+            f"{column} has too few usable values, {len(names)} (known, and of {FEWEST_CELLS} measured cells or more);"
+            " two are needed"
         )
     points = space.points[known]
     groups = None if donors is None else donors[known]
@@ -190,13 +191,13 @@ def batch(
 
     Raises
     ------
-    ValueError
+    UserError
         Fewer than two batches.
     """
     every, all_codes = np.unique(all_batches.astype(str), return_inverse=True)
     codes = all_codes[space.measured]
     if len(np.unique(codes)) < 2:
-        raise ValueError(f"{column} has one value, {str(every[codes[0]])!r}; there is nothing to mix")
+        raise UserError(f"{column} has one value, {str(every[codes[0]])!r}; there is nothing to mix")
     generator = np.random.default_rng([space.seed, _SHUFFLE])
     score = partial(_scored, about=BATCH, column=column, mode=mode, groups=donors, seed=space.seed)
     mixed = generator.permutation(all_codes)
