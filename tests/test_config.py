@@ -90,6 +90,7 @@ def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
     [
         ("model.n_hiden=512", "command line: model.n_hiden is not a setting; did you mean model.n_hidden?"),
         ("model.batch_size=5", "command line: model.batch_size is not a setting; did you mean train.batch_size?"),
+        ("evaluate.label=[x]", "evaluate.label is not a setting; did you mean evaluate.labels?"),
         ("modle.n_hidden=5", "modle is not a setting; did you mean model?"),
         ("n_latent=5", "n_latent is not a setting; did you mean model.n_latent?"),
         ("model.n_hidden=big", "model.n_hidden is 'big', expected a whole number"),

@@ -70,8 +70,11 @@ def _describe(detail: dict[str, Any], key: str, model: type[BaseModel]) -> str:
 
 
 def _nearest_setting(key: str, known: list[str]) -> str:
-    leaf = key.rpartition(".")[2]
+    section, _, leaf = key.rpartition(".")
     by_leaf = {name.rpartition(".")[2]: name for name in known}
+    siblings = [name for name in known if name.rpartition(".")[0] == section]
+    if close := difflib.get_close_matches(key, siblings, n=1, cutoff=0.9):  # a slip of the pen
+        return f"; did you mean {close[0]}?"
     if leaf in by_leaf:  # right name, wrong section
         return f"; did you mean {by_leaf[leaf]}?"
     if near := suggestion(key, known):
