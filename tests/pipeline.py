@@ -24,6 +24,7 @@ SMALL: dict[str, Any] = {
     "train": {"max_epochs": 3, "batch_size": 256, "num_workers": 1, "accelerator": "cpu"},
     "training_plan": {"lr": 1e-3, "n_epochs_kl_warmup": 2},
     "latent": {"block_size": 512},
+    "evaluate": {"measured_cells": 300, "batches": ["dataset_id"]},
 }
 
 

@@ -18,9 +18,12 @@ from sklearn.svm import SVC
 
 from census_scvi.errors import UserError
 from census_scvi.evaluation import classify
+from census_scvi.evaluation.biology import biology
 from census_scvi.evaluation.entropy import neighbour_entropy
 from census_scvi.evaluation.interval import interval
-from census_scvi.evaluation.metrics import CHANCE, LEGACY, MIXED, SOUND, WITHIN, Score, Space, batch, biology
+from census_scvi.evaluation.mixing import mixing
+from census_scvi.evaluation.score import CHANCE, LEGACY, MIXED, SOUND, WITHIN, Score
+from census_scvi.evaluation.space import Space
 
 TYPES = np.array(["B cell", "T cell", "monocyte"], dtype=object)
 STUDIES = np.array(["one", "two", "three"], dtype=object)
@@ -46,8 +49,8 @@ def measured(points: np.ndarray, types: np.ndarray, studies: np.ndarray, mode: s
     """Scores by name; those of the batch have `batch_` before it."""
     space = space_of(points)
     found = {score.metric: score for score in biology(space, "cell_type", types, None, studies, mode)}
-    mixing = batch(space, "dataset_id", studies, studies, "cell_type", types, None, mode)
-    return found | {f"batch_{score.metric}": score for score in mixing}
+    mixed = mixing(space, "dataset_id", studies, studies, "cell_type", types, None, mode)
+    return found | {f"batch_{score.metric}": score for score in mixed}
 
 
 @settings(deadline=None, max_examples=50)
@@ -184,7 +187,7 @@ def test_the_measured_cells_stand_for_all() -> None:
     points, types, studies = cells(3000, of_type=3.0, of_study=1.0)
     rows = np.sort(np.random.default_rng(0).choice(3000, 1000, replace=False))
     some = Space(points, rows, 0)
-    found = {s.metric: s for s in batch(some, "d", studies[rows], studies, "t", types[rows], None, SOUND)}
+    found = {s.metric: s for s in mixing(some, "d", studies[rows], studies, "t", types[rows], None, SOUND)}
     whole = measured(points, types, studies)
     for metric in ("entropy", "silhouette_batch", "classifier_lr"):
         assert found[metric].value == pytest.approx(whole[f"batch_{metric}"].value, abs=0.04), metric
@@ -199,7 +202,7 @@ def test_too_few_labels(usable: int) -> None:
         biology(space_of(points), "cell_type", types, None, studies, SOUND)
     studies[:] = "one"
     with pytest.raises(UserError, match="dataset_id has one value, 'one'; there is nothing to mix"):
-        batch(space_of(points), "dataset_id", studies, studies, "cell_type", types, None, SOUND)
+        mixing(space_of(points), "dataset_id", studies, studies, "cell_type", types, None, SOUND)
 
 
 def test_labels_of_no_use_are_left_out_and_it_is_said() -> None:
@@ -216,9 +219,9 @@ def test_labels_of_no_use_are_left_out_and_it_is_said() -> None:
 def test_thousands_of_batches() -> None:
     points, types, _ = cells(2500)
     many = np.array([f"donor {number}" for number in np.arange(2500) % 1300], dtype=object)
-    found = {s.metric: s for s in batch(space_of(points), "donor_id", many, many, "cell_type", types, None, SOUND)}
+    found = {s.metric: s for s in mixing(space_of(points), "donor_id", many, many, "cell_type", types, None, SOUND)}
     assert "entropy" in found and "ilisi" in found
     assert "classifier_svm" not in found  # no donor has ten cells
     fewer = np.array([f"donor {number}" for number in np.arange(2500) % 150], dtype=object)
-    found = {s.metric: s for s in batch(space_of(points), "donor_id", fewer, fewer, "cell_type", types, None, SOUND)}
+    found = {s.metric: s for s in mixing(space_of(points), "donor_id", fewer, fewer, "cell_type", types, None, SOUND)}
     assert found["classifier_svm"].note == "classifiers: the 100 commonest of 150 values; classifiers: cells held out"

@@ -8,7 +8,7 @@ import pandas as pd
 from scib_metrics.utils import silhouette_samples
 
 from census_scvi.evaluation.entropy import neighbour_entropy
-from census_scvi.evaluation.metrics import Space
+from census_scvi.evaluation.space import Space
 
 _NEAREST = 15
 Names = npt.NDArray[np.object_]

@@ -18,11 +18,13 @@ from census_scvi.census.cells import read_obs
 from census_scvi.census.open import open_census
 from census_scvi.config import Config
 from census_scvi.errors import UserError
-from census_scvi.evaluation import metrics
+from census_scvi.evaluation.biology import biology
 from census_scvi.evaluation.breakdown import break_down
-from census_scvi.evaluation.metrics import Score, Space
+from census_scvi.evaluation.mixing import mixing
 from census_scvi.evaluation.report import write_report
+from census_scvi.evaluation.score import LEGACY, Score
 from census_scvi.evaluation.slice import PCA, Slice, read_slice
+from census_scvi.evaluation.space import Space
 from census_scvi.progress import progress_bar
 from census_scvi.stages.plan import Plan
 from census_scvi.workspace.atomic import write_json
@@ -104,7 +106,7 @@ def evaluate(config: Config, cells: Slice, measured: npt.NDArray[np.int64]) -> E
         int64: rows of the cells that are measured.
     """
     settings = config.evaluate
-    legacy = settings.mode == metrics.LEGACY
+    legacy = settings.mode == LEGACY
     found = Evaluation(problems=list(cells.problems))
     labels = {name: cells.names(name, vague=legacy) for name in settings.labels if name in cells.obs}
     batches = {name: cells.names(name, vague=True) for name in settings.batches if name in cells.obs}
@@ -120,13 +122,13 @@ def evaluate(config: Config, cells: Slice, measured: npt.NDArray[np.int64]) -> E
             of_measured = None if donors is None or legacy else donors[measured]
             for column, values in labels.items():
                 log.info("%s: %s", name, column)
-                measure(metrics.biology, space, column, values[measured], of_measured, whole[measured], settings.mode)
+                measure(biology, space, column, values[measured], of_measured, whole[measured], settings.mode)
                 bar.update()
             for column, values in batches.items():
                 log.info("%s: %s", name, column)
                 values = np.where([value is None for value in values], "missing", values).astype(object)
                 measure(
-                    metrics.batch, space, column, values[measured], values, inner, within[measured], of_measured,
+                    mixing, space, column, values[measured], values, inner, within[measured], of_measured,
                     settings.mode,
                 )  # fmt: skip
                 bar.update()

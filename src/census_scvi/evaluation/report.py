@@ -15,7 +15,7 @@ import yaml
 
 from census_scvi.config import Config
 from census_scvi.evaluation import figures
-from census_scvi.evaluation.metrics import BATCH, BIOLOGY, CHANCE, MIXED, WITHIN, Score
+from census_scvi.evaluation.score import BATCH, BIOLOGY, CHANCE, MIXED, WITHIN, Score
 from census_scvi.evaluation.slice import PCA, Slice
 from census_scvi.query.umap_map import UmapMap
 from census_scvi.workspace import Artifacts, Workspace

@@ -1,0 +1,135 @@
+"""A row of the tables, and what the metrics of biology and of batches share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scib_metrics.nearest_neighbors import NeighborsResults
+
+from census_scvi.evaluation import classify
+from census_scvi.evaluation.interval import interval
+from census_scvi.query.neighbours import NeighbourIndex
+
+SOUND, LEGACY = "sound", "legacy"
+BIOLOGY, BATCH = "biology", "batch"
+CHANCE, MIXED, WITHIN = "chance", "perfectly mixed", "mixed within types"
+# Of the draws that give chance levels, beside the seed.
+SHUFFLE = 9
+FEWEST_CELLS = 10
+# Neighbours of LISI, as scib-metrics' own benchmark takes them.
+_LISI_NEIGHBOURS = 90
+# Classifiers are asked for so many classes at most, the commonest: to the SVM each pair is a problem of its own.
+MOST_CLASSES = 100
+
+Points = npt.NDArray[np.float32]
+Names = npt.NDArray[np.object_]
+Codes = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One row of the table.
+
+    Attributes
+    ----------
+    metric
+        Its name in the published tables.
+    about
+        `biology` or `batch`.
+    column
+        The label, or the batch, that it is of.
+    value
+        The higher, the better: biology kept, batches mixed.
+    low, high
+        Interval of 95 %, by drawing donors anew (cells, where there are fewer than five); None in legacy mode.
+    levels
+        What to hold it against: `chance`, or `perfectly mixed` and `mixed within types`.
+    cells
+        How many it was measured on.
+    note
+        What a reader should know: what was held out, which cells were left out.
+    """
+
+    metric: str
+    about: str
+    column: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+    levels: dict[str, float] = field(default_factory=dict)
+    cells: int = 0
+    note: str = ""
+
+
+def scored(
+    metric: str, statistic: Callable[[Any], float], n_cells: int, levels: dict[str, float], *, about: str, column: str,
+    mode: str, groups: Names | None, seed: int, note: str = "",
+) -> Score:  # fmt: skip
+    """The score of a statistic of rows, int64; with its interval, but in legacy mode."""
+    value = statistic(np.arange(n_cells))
+    if mode == LEGACY:
+        return Score(metric, about, column, value, cells=n_cells, note=note)
+    low, high = interval(statistic, groups, n_cells, seed=seed)
+    return Score(metric, about, column, value, low, high, levels, n_cells, note)
+
+
+def mean_of(values: npt.NDArray[np.floating]) -> Callable[[Any], float]:
+    """The mean over rows as a statistic."""
+    return lambda rows: float(values[rows].mean())
+
+
+def usable(labels: Names, mode: str) -> npt.NDArray[np.bool_]:
+    """Cells whose label is there and, in sound mode, has ten cells or more."""
+    there = np.array([label is not None for label in labels])
+    names, numbers = np.unique(labels[there].astype(str), return_counts=True)
+    fewest = 1 if mode == LEGACY else FEWEST_CELLS
+    there[there] = np.isin(labels[there].astype(str), names[numbers >= fewest])
+    return there
+
+
+def neighbour_graph(points: Points) -> NeighborsResults:
+    """The 90 nearest neighbours of each cell, as scib-metrics takes them."""
+    n_neighbours = min(_LISI_NEIGHBOURS, len(points) - 1)
+    distances, positions = NeighbourIndex(points, exact_cells=len(points)).query(points, n_neighbours)
+    return NeighborsResults(indices=positions, distances=distances)
+
+
+def scaled_lisi(lisi: npt.NDArray[np.floating], n_values: int, rows: Any, *, keep: bool) -> float:
+    """Median over cells, 0 to 1; the higher, the better labels are kept apart (`keep`), or mixed."""
+    median = float(np.nanmedian(lisi[rows]))
+    return (n_values - median) / (n_values - 1) if keep else (median - 1) / (n_values - 1)
+
+
+def classified(
+    score: Callable[..., Score],
+    points: Points,
+    codes: Codes,
+    groups: Names | None,
+    mode: str,
+    *,
+    mixed: bool,
+    seed: int,
+) -> list[Score]:  # fmt: skip
+    """Accuracy of three classifiers, or one minus it where the label should not be told."""
+    numbers = np.bincount(codes)
+    kept = np.isin(codes, np.argsort(-numbers, kind="stable")[:MOST_CLASSES])
+    notes = [f"classifiers: the {MOST_CLASSES} commonest of {len(numbers):,} values"] if not kept.all() else []
+    points, codes = points[kept], np.unique(codes[kept], return_inverse=True)[1]
+    groups = None if groups is None else groups[kept]
+    if mode == LEGACY:
+        found = classify.published_split(points, codes)
+    else:
+        found = classify.held_out(points, codes, groups, "donors", seed=seed)
+        notes.append(f"classifiers: {found.held_out} held out")
+    level = {MIXED: 1 - found.majority} if mixed else {CHANCE: found.majority}
+    scores = []
+    for name, right in found.right.items():
+        statistic = mean_of((~right if mixed else right).astype(float))
+        drawn = None if groups is None else groups[found.rows]
+        options = {"groups": drawn, "note": "; ".join(notes)}
+        scores.append(score(f"classifier_{name}", statistic, len(right), level, **options))
+    return scores
