@@ -177,6 +177,17 @@ def test_what_stops_it(finished_run: Run, tmp_path: Path, capsys: pytest.Capture
     assert "evaluate.mode" in capsys.readouterr().err
 
 
+def test_no_credentials_are_written(finished_run: Run, tmp_path: Path) -> None:
+    """An embedding that cannot be reached is named in the report, and how to repeat it."""
+    there = f"ours: {finished_run.directory}"
+    named = f"evaluate.embeddings={{{there}, theirs: 'file://me:secret@localhost/nowhere?key=secret'}}"
+    assert evaluation(finished_run, tmp_path, named, "evaluate.baseline=false", "evaluate.batches=[assay]") == 0
+    for name in ("metrics.json", "report.html"):
+        text = (tmp_path / name).read_text()
+        assert "theirs" in text
+        assert "secret" not in text
+
+
 def test_dry_run(finished_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluation(finished_run, tmp_path / "out", "--dry-run") == 0
     shown = capsys.readouterr().out

@@ -28,6 +28,7 @@ from census_scvi.evaluation.space import Space
 from census_scvi.progress import progress_bar
 from census_scvi.stages.plan import Plan
 from census_scvi.workspace.atomic import write_json
+from census_scvi.workspace.uri import without_credentials
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +86,8 @@ def run(config: Config, *, force: bool = False) -> None:
         },
     }
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / METRICS, _plain(record))
+    record = without_credentials(_plain(record))
+    write_json(folder / METRICS, record)
     log.info("drawing the report")
     write_report(folder / REPORT, config, cells, measured, found, record)
     for problem in found.problems:

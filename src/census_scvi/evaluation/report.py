@@ -20,6 +20,7 @@ from census_scvi.evaluation.slice import PCA, Slice
 from census_scvi.query.umap_map import UmapMap
 from census_scvi.workspace import Artifacts, Workspace
 from census_scvi.workspace.atomic import write_text
+from census_scvi.workspace.uri import without_credentials
 
 if TYPE_CHECKING:
     from census_scvi.evaluation.evaluate import Evaluation
@@ -59,7 +60,6 @@ def write_report(
         maps=_maps(config, cells, measured),
         tables=_tables(found, spaces),
         breakdowns=_breakdowns(found, spaces),
-        problems=found.problems,
         training=_training(config),
         gates=_gates(config),
         most_rows=MOST_ROWS,
@@ -146,8 +146,8 @@ def _gates(config: Config) -> list[dict[str, Any]]:
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    """The sections that an evaluation reads."""
-    values = config.model_dump(mode="json")
+    """The sections that an evaluation reads, without credentials."""
+    values = without_credentials(config.model_dump(mode="json"))
     return {name: values[name] for name in ("census", "anndata", "hvg", "evaluate", "output", "seed")}
 
 
