@@ -20,7 +20,7 @@ import scipy.sparse as sp
 import scvi
 from matplotlib.figure import Figure
 
-from census_scvi.census.cells import Cells, read_obs, require_columns, select_cells
+from census_scvi.census.cells import Cells, matching_joinids, require_columns, select_cells
 from census_scvi.census.genes import locate_genes, read_var
 from census_scvi.census.open import Census, open_census
 from census_scvi.census.stream import Block, consecutive, stream_blocks, stream_obs, tile_runs
@@ -211,7 +211,7 @@ class Atlas:
         """
         census, embedding = self._require_census(), self._require_embedding()
         require_columns(census, obs_columns or [], "obs_columns")
-        joinids = _matching(census, obs_filter)
+        joinids = matching_joinids(census, obs_filter)
         n_matching = len(joinids)
         if n_matching > max_cells:
             joinids = _some(joinids, max_cells, seed)
@@ -636,7 +636,7 @@ class Atlas:
         if self._proven:
             return
         census = self._require_census()
-        prove_embedding(self._require_embedding(), _matching(census, None), census, *self._require_model())
+        prove_embedding(self._require_embedding(), matching_joinids(census, None), census, *self._require_model())
         self._proven = True
 
     @cached_property
@@ -695,15 +695,6 @@ def _latent_of(cells: ad.AnnData) -> npt.NDArray[np.float32]:
         if name in cells.obsm:
             return np.asarray(cells.obsm[name], np.float32)
     raise UserError(f"the cells have no obsm[{LATENT!r}] or obsm[{OWN_LATENT!r}]; embed them first: atlas.embed(cells)")
-
-
-def _matching(census: Census, obs_filter: str | None) -> npt.NDArray[np.int64]:
-    """soma_joinids of the cells of a filter, ascending."""
-    tables = [table["soma_joinid"].to_numpy() for table in read_obs(census, obs_filter, ["soma_joinid"])]
-    joinids = np.sort(np.concatenate([np.empty(0, np.int64), *tables]))
-    if not len(joinids):
-        raise UserError(f"no cell of {census.identity['uri']} matches {obs_filter!r}; change obs_filter")
-    return joinids
 
 
 def _shown(blocks: Any, total: int, what: str) -> Any:

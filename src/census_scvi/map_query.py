@@ -76,6 +76,8 @@ def _paths(config: Config) -> tuple[Path, Path]:
     if config.query.file is None:
         raise UserError("query.file is not set; name the .h5ad with your cells: query.file=my-cells.h5ad")
     source = Path(config.query.file)
+    if not source.is_file():
+        raise UserError(f"{source}: no such file; name the .h5ad with your cells in query.file")
     target = Path(config.query.output) if config.query.output else source.with_name(f"{source.stem}-mapped.h5ad")
     if target.resolve() == source.resolve():
         raise UserError(f"query.output is query.file, {source}; name another file")

@@ -78,6 +78,15 @@ def select_cells(census: Census, value_filter: str | None, batch_key: list[str])
     return _in_order(cells, np.concatenate(codes), labels)
 
 
+def matching_joinids(census: Census, obs_filter: str | None) -> npt.NDArray[np.int64]:
+    """soma_joinids of the cells of a filter, ascending; UserError where there are none."""
+    tables = [table["soma_joinid"].to_numpy() for table in read_obs(census, obs_filter, ["soma_joinid"])]
+    joinids = np.sort(np.concatenate([np.empty(0, np.int64), *tables]))
+    if not len(joinids):
+        raise UserError(f"no cell of {census.identity['uri']} matches {obs_filter!r}; change obs_filter")
+    return joinids
+
+
 def require_columns(census: Census, columns: list[str], setting: str) -> None:
     """UserError for a column that obs does not have, with the nearest one it has."""
     known = [name for name in census.experiment.obs.schema.names if name != "soma_joinid"]  # it numbers the cells

@@ -12,7 +12,7 @@ import pandas as pd
 import scanpy as sc
 import scipy.sparse as sp
 
-from census_scvi.census.cells import batch_label, read_obs
+from census_scvi.census.cells import batch_label, matching_joinids
 from census_scvi.census.genes import locate_genes, read_genes, read_var
 from census_scvi.census.open import Census
 from census_scvi.census.stream import consecutive, stream_blocks, stream_obs, tile_runs
@@ -78,11 +78,8 @@ def read_slice(config: Config, census: Census) -> Slice:
         No cell matches, or no embedding is there.
     """
     settings = config.evaluate
-    tables = read_obs(census, settings.obs_filter, ["soma_joinid"])
-    joinids = np.sort(np.concatenate([np.empty(0, np.int64), *(table["soma_joinid"].to_numpy() for table in tables)]))
+    joinids = matching_joinids(census, settings.obs_filter)
     n_matching = len(joinids)
-    if not n_matching:
-        raise UserError(f"no cell of {census.identity['uri']} matches {settings.obs_filter!r}; change obs_filter")
     if n_matching > settings.max_cells:
         drawn = np.random.default_rng([config.seed, 6]).choice(n_matching, settings.max_cells, replace=False)
         joinids = joinids[np.sort(drawn)]
