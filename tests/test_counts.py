@@ -219,10 +219,10 @@ def test_sparse_and_dense_minibatches_are_the_counts(largest: int, workers: int,
         assert np.array_equal(dense["X"].numpy(), counts[row].toarray())
     assert sorted(rows) == list(range(3000))
     read = data.cells.read([(0, 40), (90, 100)]).take(np.array([3, 45, 0]))
-    sparse = sparse_minibatch([read, read], pin=False)
-    made = densify(sparse, counts.shape[1])
+    sparse = sparse_minibatch([read, read], counts.shape[1], pin=False)
+    made = densify(sparse)
     assert np.array_equal(made["X"].numpy(), counts[[3, 95, 0, 3, 95, 0]].toarray())
-    assert sparse["counts"].dtype == (torch.float32 if largest > 65_535 else torch.uint16)
+    assert sparse["X"].counts.dtype == (torch.float32 if largest > 65_535 else torch.uint16)
     assert torch.equal(made["batch"], DenseMinibatches(counts.shape[1]).make([read, read])["batch"])
 
 

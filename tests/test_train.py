@@ -120,6 +120,7 @@ def test_model_settings_take_effect(prepared: Run, tmp_path: Path) -> None:
     assert module.z_encoder.mean_encoder.out_features == 7
     assert {layer.p for layer in module.z_encoder.modules() if isinstance(layer, torch.nn.Dropout)} == {0.35}
     assert module.gene_likelihood == "zinb"
+    assert run.record("train")["engine"] == "scvi-tools"  # the fast one has no zinb
     batches = run.record("prepare")["counts"]["batches"]
     assert encoder[0].in_features == 200 + batches  # the encoder sees the batch
     assert [layer.out_features for layer in linear_layers(module.decoder.px_decoder)] == [24, 24, 24]
@@ -176,6 +177,28 @@ def test_the_seed_decides_the_weights(prepared: Run, tmp_path: Path) -> None:
         assert runs[name]("train", f"seed={seed}") == 0
     assert equal(weights(runs["a"]), weights(runs["b"]))
     assert not equal(weights(runs["a"]), weights(runs["c"]))
+
+
+def test_both_engines_train_the_same_model(prepared: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    torch.set_num_threads(1)
+    runs = [copy_of(prepared, tmp_path / engine, train={"engine": engine}) for engine in ("fast", "scvi-tools")]
+    for run in runs:
+        assert run("train") == 0
+    assert [run.record("train")["engine"] for run in runs] == ["fast", "scvi-tools"]
+    ours, theirs = (run.record("train")["learning_curves"] for run in runs)
+    assert ours.keys() == theirs.keys()
+    for name, curve in theirs.items():
+        assert ours[name] == pytest.approx(curve, rel=1e-3, abs=1e-3), name
+    assert all(torch.equal(one, other) for one, other in zip(*map(unused, runs), strict=True))
+    cells = ad.read_h5ad(prepared.path("anndata_model.h5ad"))
+    for run in runs:
+        model = scvi.model.SCVI.load(str(run.path("scvi.model")), adata=cells.copy())
+        assert all(parameter.requires_grad for parameter in model.module.parameters())
+
+
+def unused(run: Run) -> list[torch.Tensor]:
+    """What the loss does not depend on is in the model all the same, as it was initialised."""
+    return [tensor for name, tensor in weights(run).items() if "l_encoder.encoder" in name or "dropout" in name]
 
 
 def test_early_stopping_stops(prepared: Run, tmp_path: Path) -> None:
@@ -251,16 +274,16 @@ def test_each_training_cell_once_an_epoch_with_its_own_counts(finished_run: Run)
 # --- training mode
 
 
-def test_a_second_training_runs_in_training_mode(finished_run: Run, tmp_path: Path) -> None:
-    config = load_config(finished_run.config, ["train.max_epochs=1", "model.dropout_rate=0.5"])
+@pytest.mark.parametrize("engine", ["fast", "scvi-tools"])
+def test_a_second_training_runs_in_training_mode(finished_run: Run, tmp_path: Path, engine: str) -> None:
+    config = load_config(
+        finished_run.config, ["train.max_epochs=1", "model.dropout_rate=0.5", f"train.engine={engine}"]
+    )
     model, _ = load_safe(finished_run.path("scvi.model"))  # loaded: in eval mode
     before = {name: tensor.clone() for name, tensor in model.module.state_dict().items()}
     modes = []
-    real = model.module.forward
-    model.module.forward = lambda *a, **k: (
-        modes.append((model.module.training, torch.is_grad_enabled())),
-        real(*a, **k),
-    )[1]
+    (dropout,) = (layer for layer in model.module.z_encoder.modules() if isinstance(layer, torch.nn.Dropout))
+    dropout.register_forward_pre_hook(lambda layer, _: modes.append((layer.training, torch.is_grad_enabled())))
     for attempt in ("first", "second"):
         data = PreparedDataModule(
             finished_run.path("anndata_model.h5ad"), batch_size=256, train_size=0.9, seed=0, workers=0

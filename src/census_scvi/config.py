@@ -139,6 +139,8 @@ class TrainSection(Section):
     """With `multi_gpu`: how many devices, or which; otherwise one device is used."""
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto"
     """Kind of device."""
+    engine: Literal["fast", "scvi-tools"] = "fast"
+    """Who computes a training step: `fast` is the same loss and gradients in a fraction of the time."""
     checkpoint_minutes: Annotated[float, Field(ge=0.0)] = 10.0
     """Between checkpoints within an epoch, where a killed training goes on; there is one after each epoch as well."""
     trainer: dict[str, Any] | None = None

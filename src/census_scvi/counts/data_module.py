@@ -31,6 +31,11 @@ class PreparedDataModule(lightning.LightningDataModule):
     workers
         Threads that read and decode ahead.
 
+    Attributes
+    ----------
+    sparse
+        Whether the model is given `SparseCounts`; False, as made: a dense X.
+
     Raises
     ------
     UserError
@@ -40,6 +45,7 @@ class PreparedDataModule(lightning.LightningDataModule):
     def __init__(self, path: Path, *, batch_size: int, train_size: float, seed: int, workers: int) -> None:
         super().__init__()
         self.cells = PreparedCells(path)
+        self.sparse = False
         self._batch_size = batch_size
         self._seed = seed
         self._workers = workers
@@ -64,11 +70,13 @@ class PreparedDataModule(lightning.LightningDataModule):
         return self._loader(order, lambda: 0)
 
     def on_after_batch_transfer(self, batch: Minibatch, dataloader_idx: int) -> Minibatch:
-        """Make a sparse minibatch dense, on the device."""
-        return batch if "X" in batch else densify(batch, self.cells.n_genes)
+        """Make a sparse minibatch dense, on the device, unless sparse ones are wanted."""
+        return batch if self.sparse or isinstance(batch["X"], torch.Tensor) else densify(batch)
 
     def _loader(self, order: CellOrder, epoch: Callable[[], int]) -> MinibatchLoader:
-        return MinibatchLoader(self.cells, order, self._batch_size, self._workers, epoch, self._device)
+        return MinibatchLoader(
+            self.cells, order, self._batch_size, self._workers, epoch, self._device, lambda: self.sparse
+        )
 
     def _device(self) -> torch.device:
         return self.trainer.strategy.root_device if self.trainer else torch.device("cpu")

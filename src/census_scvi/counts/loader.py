@@ -20,8 +20,7 @@ class MinibatchLoader:
     what lies before.
 
     Each minibatch is `{"X": float32 (cells, genes), "batch": int64 (cells, 1), "labels": int64 (cells, 1), "row":
-    int64 (cells,)}` on the CPU; `row` is the cell's row in the prepared file. Sparse ones have `n_detected`, `genes`
-    and `counts` in place of X (see `minibatch.densify`).
+    int64 (cells,)}` on the CPU; `row` is the cell's row in the prepared file. Sparse ones have a `SparseCounts` as X.
 
     Parameters
     ----------
@@ -37,6 +36,8 @@ class MinibatchLoader:
         Asked at the start of each pass for the epoch, which decides the order.
     device
         Asked at the start of each pass where the minibatches go: to a GPU they go sparse, in pinned memory.
+    sparse
+        Asked likewise whether they are to be sparse on the CPU too.
     """
 
     def __init__(
@@ -47,12 +48,14 @@ class MinibatchLoader:
         workers: int,
         epoch: Callable[[], int],
         device: Callable[[], torch.device] = lambda: torch.device("cpu"),
+        sparse: Callable[[], bool] = lambda: False,
     ) -> None:
         self._cells = cells
         self._order = order
         self._workers = workers
         self._epoch = epoch
         self._device = device
+        self._sparse = sparse
         n_wanted = int(order.wanted.sum())
         self._sizes = minibatch_sizes(n_wanted, batch_size, order.world_size, order.rank)
         self._dense = DenseMinibatches(cells.n_genes)
@@ -64,6 +67,7 @@ class MinibatchLoader:
 
     def __iter__(self) -> Iterator[Minibatch]:
         device = self._device()
+        sparse = self._sparse() or device.type != "cpu"
         self._met, self._skip = self._skip, 0
         sizes = self._sizes[self._met :]
         order = self._order.windows(self._epoch(), skip=sum(self._sizes[: self._met]))
@@ -71,10 +75,10 @@ class MinibatchLoader:
             windows = read_ahead(self._reader(pool), order, workers=min(self._workers, 1))
             for parts in _cut(windows, sizes):
                 self._met += 1
-                if device.type == "cpu":
-                    yield self._dense.make(parts)
+                if sparse:
+                    yield sparse_minibatch(parts, self._cells.n_genes, pin=device.type == "cuda")
                 else:
-                    yield sparse_minibatch(parts, pin=device.type == "cuda")
+                    yield self._dense.make(parts)
 
     def _reader(self, pool: ThreadPoolExecutor) -> Callable[[Window], Rows]:
         threads = pool if self._workers > 1 else None

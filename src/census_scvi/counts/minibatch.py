@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import numba
 import numpy as np
@@ -11,36 +13,85 @@ import torch
 
 from census_scvi.counts.reader import Rows
 
-Minibatch = dict[str, torch.Tensor]
-# The tensors of a sparse minibatch that `densify` makes X of.
-_SPARSE = ("n_detected", "genes", "counts")
+Minibatch = dict[str, Any]
 
 
-def sparse_minibatch(parts: list[Rows], *, pin: bool) -> Minibatch:
-    """Cells with their non-zeros one after another; `densify` makes the minibatch that scVI takes.
+class SparseCounts:
+    """Counts of the cells of a minibatch: their non-zeros, one cell after another; a tenth of a dense one's bytes.
 
-    `n_detected` int64 (cells,): non-zeros of each; `genes` uint16 or int32, `counts` uint16 or float32 (non-zeros,).
-    A tenth of the bytes of a dense one. With `pin` in page-locked memory, from where a GPU copies on its own.
+    Parameters
+    ----------
+    n_detected
+        int64 (cells,): non-zeros of each cell.
+    genes
+        uint16 or int32 (non-zeros,): their columns.
+    counts
+        uint16 or float32 (non-zeros,).
+    n_genes
+        Columns.
     """
+
+    __slots__ = ("counts", "genes", "n_detected", "n_genes")
+
+    def __init__(self, n_detected: torch.Tensor, genes: torch.Tensor, counts: torch.Tensor, n_genes: int) -> None:
+        self.n_detected, self.genes, self.counts, self.n_genes = n_detected, genes, counts, n_genes
+
+    def __len__(self) -> int:
+        return len(self.n_detected)
+
+    def to(self, device: torch.device | str) -> SparseCounts:
+        """The same on a device; from pinned memory without waiting for the copy."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=tensor.is_pinned()))
+
+    def pin_memory(self) -> SparseCounts:
+        """The same in page-locked memory, from where a GPU copies on its own."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> SparseCounts:
+        return SparseCounts(change(self.n_detected), change(self.genes), change(self.counts), self.n_genes)
+
+    def cells(self) -> torch.Tensor:
+        """int64 (non-zeros,): the cell of each non-zero."""
+        cells = torch.arange(len(self), device=self.n_detected.device)
+        # output_size spares a GPU a stop to count the non-zeros.
+        return torch.repeat_interleave(cells, self.n_detected, output_size=len(self.genes))
+
+    def places(self) -> torch.Tensor:
+        """int64 (non-zeros,): where each non-zero lies in the dense matrix, row by row."""
+        return self.cells() * self.n_genes + self.genes.long()
+
+    def library_size(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """(cells,): sum of each cell's counts."""
+        return torch.segment_reduce(self.counts.to(dtype), "sum", lengths=self.n_detected)
+
+    def dense(self, dtype: torch.dtype = torch.float32, *, log1p: bool = False) -> torch.Tensor:
+        """(cells, genes): the counts, or log(1 + counts), zeros included, on the device where they are."""
+        values = self.counts.to(dtype)
+        values = values.log1p() if log1p else values
+        dense = torch.zeros(len(self), self.n_genes, dtype=dtype, device=values.device)
+        if values.device.type == "cpu":
+            _scatter(self.n_detected.numpy(), self.genes.numpy(), values.numpy(), dense.numpy())
+        else:
+            dense.view(-1)[self.places()] = values
+        return dense
+
+
+def sparse_minibatch(parts: list[Rows], n_genes: int, *, pin: bool) -> Minibatch:
+    """Cells as `{"X": SparseCounts, "batch", "labels", "row"}`; with `pin` in page-locked memory."""
     gathered = [_gather(part.first, part.last, part.genes, part.counts) for part in parts]
-    minibatch = _cells(parts) | {
-        "n_detected": torch.from_numpy(np.concatenate([part.last - part.first for part in parts])),
-        "genes": torch.from_numpy(np.concatenate([genes for genes, _ in gathered])),
-        "counts": torch.from_numpy(np.concatenate([counts for _, counts in gathered])),
-    }
-    return {name: tensor.pin_memory() for name, tensor in minibatch.items()} if pin else minibatch
+    counts = SparseCounts(
+        torch.from_numpy(np.concatenate([part.last - part.first for part in parts])),
+        torch.from_numpy(np.concatenate([genes for genes, _ in gathered])),
+        torch.from_numpy(np.concatenate([counts for _, counts in gathered])),
+        n_genes,
+    )
+    minibatch = {"X": counts, **_cells(parts)}
+    return {name: values.pin_memory() for name, values in minibatch.items()} if pin else minibatch
 
 
-def densify(minibatch: Minibatch, n_genes: int) -> Minibatch:
-    """A sparse minibatch with X float32 (cells, genes) for its non-zeros, on the device where they are."""
-    n_detected, genes, counts = (minibatch[name] for name in _SPARSE)
-    cells = torch.arange(len(n_detected), device=n_detected.device)
-    # output_size spares the device a stop to count the non-zeros.
-    starts = torch.repeat_interleave(cells * n_genes, n_detected, output_size=len(genes))
-    dense = torch.zeros(len(n_detected) * n_genes, device=n_detected.device)
-    dense[starts + genes.long()] = counts.float()
-    rest = {name: tensor for name, tensor in minibatch.items() if name not in _SPARSE}
-    return {"X": dense.view(-1, n_genes), **rest}
+def densify(minibatch: Minibatch) -> Minibatch:
+    """A sparse minibatch as scvi-tools takes it: X float32 (cells, genes), on the device where the counts are."""
+    return {**minibatch, "X": minibatch["X"].dense()}
 
 
 class DenseMinibatches:
@@ -94,3 +145,14 @@ def _gather(first, last, genes, counts):  # type: ignore[no-untyped-def]
             some_genes[done], some_counts[done] = genes[i], counts[i]
             done += 1
     return some_genes, some_counts
+
+
+@numba.njit(nogil=True, cache=True)
+def _scatter(n_detected, genes, values, dense):  # type: ignore[no-untyped-def]
+    """Write non-zeros, one cell after another, into zeros."""
+    done = 0
+    for cell in range(len(n_detected)):
+        row = dense[cell]
+        for i in range(done, done + n_detected[cell]):
+            row[genes[i]] = values[i]
+        done += n_detected[cell]

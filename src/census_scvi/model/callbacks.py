@@ -11,6 +11,7 @@ import torch
 from scvi.train._callbacks import LoudEarlyStopping
 from tqdm import tqdm
 
+from census_scvi.counts.minibatch import Minibatch
 from census_scvi.errors import UserError
 from census_scvi.progress import progress_bar
 
@@ -36,17 +37,15 @@ class FiniteLoss(lightning.Callback):
     """Stop at the first step whose loss is not a finite number, and say where and why."""
 
     def __init__(self) -> None:
-        self._minibatch: dict[str, torch.Tensor] = {}
+        self._minibatch: Minibatch = {}
         self._index = 0
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: Plan, batch: dict[str, torch.Tensor], batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Plan, batch: Minibatch, batch_idx: int) -> None:
         """Remember the minibatch for the report."""
         self._minibatch, self._index = batch, batch_idx
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: Plan, outputs: Any, batch: dict[str, torch.Tensor], batch_idx: int
+        self, trainer: Trainer, pl_module: Plan, outputs: Any, batch: Minibatch, batch_idx: int
     ) -> None:
         """Look at the loss of each step."""
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs
@@ -55,7 +54,8 @@ class FiniteLoss(lightning.Callback):
 
     def report(self, trainer: Trainer, found: str) -> UserError:
         """The error: step, epoch, minibatch, cells, the likely cause and what to do."""
-        counts, rows = self._minibatch["X"], self._minibatch["row"].tolist()
+        x, rows = self._minibatch["X"], self._minibatch["row"].tolist()
+        counts = x if isinstance(x, torch.Tensor) else x.dense()
         bad = torch.nonzero(~torch.isfinite(counts).all(dim=1)).flatten().tolist()
         if bad:
             cause = (
@@ -74,10 +74,17 @@ class FiniteLoss(lightning.Callback):
 
 
 class LearningCurves(lightning.Callback):
-    """The metrics of every epoch, kept through a resume: `curves["elbo_train"][epoch]`."""
+    """The metrics of every epoch, kept through a resume: `curves["elbo_train"][epoch]`.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    engine
+        Who computes the steps, for the record.
+    """
+
+    def __init__(self, engine: str) -> None:
         self.curves: dict[str, list[float]] = {}
+        self.engine = engine
         self.processes = 1
 
     def on_train_start(self, trainer: Trainer, pl_module: Plan) -> None:
@@ -132,7 +139,7 @@ class Progress(lightning.Callback):
         )
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: Plan, outputs: Any, batch: dict[str, torch.Tensor], batch_idx: int
+        self, trainer: Trainer, pl_module: Plan, outputs: Any, batch: Minibatch, batch_idx: int
     ) -> None:
         """Advance by the cells of all ranks' minibatches."""
         if self._bar is not None:

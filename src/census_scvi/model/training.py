@@ -27,6 +27,8 @@ from census_scvi.model.callbacks import (
     TrainMode,
 )
 from census_scvi.model.checkpoint import Checkpoint
+from census_scvi.model.fast.plan import FastTrainingPlan
+from census_scvi.model.fast.step import reason_against, unused_frozen
 
 log = logging.getLogger(__name__)
 
@@ -60,12 +62,17 @@ def choose_devices(settings: TrainSection) -> dict[str, Any]:
         )
     if settings.accelerator == "cpu":
         asked = None  # Lightning takes a number of processes there
-    # scvi-tools' module has parameters that the loss does not reach (px_dropout_decoder, l_encoder).
-    return {
-        "accelerator": settings.accelerator,
-        "devices": asked or number,
-        "strategy": "ddp_find_unused_parameters_true",
-    }
+    return {"accelerator": settings.accelerator, "devices": asked or number, "strategy": "ddp"}
+
+
+def choose_plan(settings: TrainSection, module: scvi.module.VAE) -> type[TrainingPlan]:
+    """The training plan that computes the steps as `train.engine` says, or as far as that can train the module."""
+    if settings.engine == "scvi-tools":
+        return TrainingPlan
+    if reason := reason_against(module):
+        log.info("train.engine fast does not train this model (%s): scvi-tools' own steps are used", reason)
+        return TrainingPlan
+    return FastTrainingPlan
 
 
 def fit(
@@ -107,9 +114,10 @@ def fit(
         Unsuitable devices or checkpoint, or a loss that is not finite.
     """
     devices = choose_devices(settings)
-    plan = TrainingPlan(model.module, **plan_arguments)
+    plan = choose_plan(settings, model.module)(model.module, **plan_arguments)
+    data.sparse = isinstance(plan, FastTrainingPlan)
     plan.n_obs_training, plan.n_obs_validation = data.n_train, data.n_val
-    curves, finite = LearningCurves(), FiniteLoss()
+    curves, finite = LearningCurves("fast" if data.sparse else "scvi-tools"), FiniteLoss()
     arguments = dict(settings.trainer or {})
     callbacks = [
         TrainMode(),
@@ -124,6 +132,7 @@ def fit(
         warnings.catch_warnings(),
         quiet("lightning.pytorch", logging.WARNING),
         quiet("lightning.fabric", logging.WARNING),
+        unused_frozen(model.module),
     ):
         _ignore_known_warnings()
         trainer = Trainer(

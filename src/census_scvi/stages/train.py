@@ -14,14 +14,18 @@ import pandas as pd
 import scvi
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from scvi.train import TrainingPlan
 
 from census_scvi.config import Config, digest
 from census_scvi.counts.data_module import PreparedDataModule
+from census_scvi.counts.minibatch import Minibatch
 from census_scvi.errors import UserError
 from census_scvi.model.build import build_model, init_arguments
 from census_scvi.model.callbacks import LearningCurves
+from census_scvi.model.fast.plan import FastTrainingPlan
+from census_scvi.model.fast.step import unused_frozen
 from census_scvi.model.safe import ModelDescription, save_safe
-from census_scvi.model.training import choose_devices, fit
+from census_scvi.model.training import choose_devices, choose_plan, fit
 from census_scvi.stages.plan import Plan, human_bytes
 from census_scvi.workspace import Artifacts, StageRun, Workspace
 
@@ -63,6 +67,7 @@ def run(config: Config, *, force: bool = False) -> None:
         stage.commit(
             [artifacts.model],
             counts,
+            engine=curves.engine,
             processes=curves.processes,
             final_metrics=_final(curves),
             learning_curves=curves.curves,
@@ -168,7 +173,7 @@ def plan(config: Config) -> Plan:
     data = _data(config)
     model = _build(config, data)
     parameters = sum(parameter.numel() for parameter in model.module.parameters())
-    step = _seconds_per_cell(model, data)
+    step = _seconds_per_cell(config, model, data)
     processes = len(devices["devices"]) if isinstance(devices["devices"], list) else devices["devices"]
     validation = 0.4 * data.n_val  # forward only
     return Plan(
@@ -189,24 +194,25 @@ def plan(config: Config) -> Plan:
     )
 
 
-def _seconds_per_cell(model: scvi.model.SCVI, data: PreparedDataModule) -> float:
+def _seconds_per_cell(config: Config, model: scvi.model.SCVI, data: PreparedDataModule) -> float:
     """Time of training steps on the CPU or the first GPU, reading included."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if torch.cuda.is_available() and config.train.accelerator != "cpu" else "cpu"
     module = model.module.to(device).train()
-    optimiser = torch.optim.Adam(module.parameters(), lr=1e-4)
+    plan = choose_plan(config.train, module)(module, **config.training_plan)
+    data.sparse = isinstance(plan, FastTrainingPlan)
     minibatches = itertools.chain.from_iterable(itertools.repeat(data.train_dataloader()))
-    for minibatch in itertools.islice(minibatches, 2):  # warms up, and fills the first window
-        _step(module, optimiser, minibatch, device)
-    started, cells = time.monotonic(), 0
-    while (elapsed := time.monotonic() - started) < _SAMPLE_SECONDS:
-        cells += _step(module, optimiser, next(minibatches), device)
+    with unused_frozen(module):
+        optimiser = plan.get_optimizer_creator()(filter(lambda parameter: parameter.requires_grad, module.parameters()))
+        for minibatch in itertools.islice(minibatches, 2):  # warms up, and fills the first window
+            _step(plan, optimiser, minibatch, device)
+        started, cells = time.monotonic(), 0
+        while (elapsed := time.monotonic() - started) < _SAMPLE_SECONDS:
+            cells += _step(plan, optimiser, next(minibatches), device)
     return elapsed / cells
 
 
-def _step(
-    module: torch.nn.Module, optimiser: torch.optim.Optimizer, minibatch: dict[str, torch.Tensor], device: str
-) -> int:
-    _, _, losses = module({key: value.to(device) for key, value in minibatch.items()})
+def _step(plan: TrainingPlan, optimiser: torch.optim.Optimizer, minibatch: Minibatch, device: str) -> int:
+    _, _, losses = plan({key: value.to(device) for key, value in minibatch.items()}, loss_kwargs={"kl_weight": 1.0})
     optimiser.zero_grad()
     losses.loss.backward()
     optimiser.step()

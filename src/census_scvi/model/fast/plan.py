@@ -1,0 +1,31 @@
+"""scvi-tools' training plan with this project's step in place of the module's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from scvi.module.base import LossOutput
+from scvi.train import TrainingPlan
+
+from census_scvi.counts.minibatch import Minibatch
+from census_scvi.model.fast.step import step
+
+
+class FastTrainingPlan(TrainingPlan):
+    """Metrics, schedules and optimiser of scvi-tools; the loss by `step`, Adam in one pass over the parameters."""
+
+    def forward(self, minibatch: Minibatch, loss_kwargs: dict[str, Any]) -> tuple[None, None, LossOutput]:
+        """What scvi-tools' steps of training and validation call."""
+        return None, None, step(self.module, minibatch, loss_kwargs["kl_weight"])
+
+    @property
+    def kl_weight(self) -> float:
+        """The weight as a number: as a tensor it would be copied to the GPU in each step."""
+        return float(super().kl_weight)
+
+    def _optimizer_creator_fn(self, optimizer_cls: type[torch.optim.Adam]) -> Callable[..., torch.optim.Optimizer]:
+        return lambda parameters: optimizer_cls(
+            parameters, lr=self.lr, eps=self.eps, weight_decay=self.weight_decay, fused=True
+        )

@@ -1,0 +1,344 @@
+"""The fast training step is scvi-tools' own: the same loss, gradients, posterior and random numbers."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.special import digamma, gammaln
+from scvi.distributions import NegativeBinomial
+from scvi.module import VAE
+
+from census_scvi.counts.minibatch import SparseCounts
+from census_scvi.model.fast import cpu_kernel, products
+from census_scvi.model.fast.negative_binomial import Dispersion, by_torch, loss_and_slopes
+from census_scvi.model.fast.step import encode, reason_against, step, unused_frozen
+
+N_GENES = 60
+
+
+def sparse(counts: np.ndarray) -> SparseCounts:
+    csr = sp.csr_matrix(counts)
+    narrow = np.uint16 if counts.max(initial=0) <= 65_535 and (counts == counts.round()).all() else np.float32
+    return SparseCounts(
+        torch.from_numpy(np.diff(csr.indptr).astype(np.int64)),
+        torch.from_numpy(csr.indices.astype(np.uint16)),
+        torch.from_numpy(csr.data.astype(narrow)),
+        counts.shape[1],
+    )
+
+
+def some_counts(n_cells: int = 50, *, largest: float = 30, seed: int = 0) -> np.ndarray:
+    """Mostly zeros; gene 3 is 0 everywhere, cell 1 is empty, one count is `largest`."""
+    rng = np.random.default_rng(seed)
+    counts = rng.poisson(rng.gamma(0.3, 2.0, (n_cells, N_GENES))).astype(np.float64)
+    counts[0, 5] = largest
+    counts[:, 3] = 0
+    counts[1:2] = 0
+    return counts
+
+
+def minibatches(counts: np.ndarray, n_batch: int, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The same cells for the fast step and for scvi-tools."""
+    rng = np.random.default_rng(1)
+    codes = torch.from_numpy(rng.integers(0, n_batch, (len(counts), 1)))
+    common = {"batch": codes, "labels": codes.clone()}
+    return {"X": sparse(counts), **common}, {"X": torch.from_numpy(counts).to(dtype), **common}
+
+
+def make(dtype: torch.dtype = torch.float64, n_batch: int = 3, **arguments: Any) -> VAE:
+    torch.manual_seed(7)
+    values = {"n_hidden": 16, "n_latent": 4, "gene_likelihood": "nb", "dropout_rate": 0.2, **arguments}
+    module = VAE(N_GENES, n_batch=n_batch, n_labels=n_batch, **values).to(dtype)
+    with torch.no_grad():  # BatchNorm's weights and the biases are not at their initial 1 and 0 for long
+        for parameter in module.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return module
+
+
+@pytest.fixture
+def one_hot_as_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """scvi-tools makes its one-hot matrix for the dispersion float32, whatever the module is."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+
+def both_sides(module: VAE, counts: np.ndarray, n_batch: int, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
+    """Losses, gradients and what else changes, from the same random state."""
+    ours, theirs = minibatches(counts, n_batch, dtype)
+    seen: dict[str, dict[str, Any]] = {}
+    for side in ("ours", "theirs"):
+        copied = copy.deepcopy(module).train()
+        torch.manual_seed(3)
+        losses = step(copied, ours, 0.4) if side == "ours" else copied(theirs, loss_kwargs={"kl_weight": 0.4})[2]
+        losses.loss.backward()
+        seen[side] = {
+            "loss": losses.loss.detach(),
+            "reconstruction": losses.reconstruction_loss["reconstruction_loss"].detach(),
+            "kl": losses.kl_local["kl_divergence_z"].detach(),
+            "sums": torch.stack([losses.reconstruction_loss_sum.detach(), losses.kl_local_sum.detach()]),
+            "n": losses.n_obs_minibatch,
+            "gradients": {name: value.grad for name, value in copied.named_parameters() if value.grad is not None},
+            "buffers": dict(copied.named_buffers()),
+            "random": torch.get_rng_state(),
+        }
+    return seen
+
+
+VARIANTS = {
+    "plain": {},
+    "three layers": {"n_layers": 3},
+    "batch in the encoder": {"encode_covariates": True},
+    "batch in the encoder, three layers": {"encode_covariates": True, "n_layers": 3},
+    "batch in the first layer only": {"n_layers": 3, "deeply_inject_covariates": False, "encode_covariates": True},
+    "no dropout": {"dropout_rate": 0.0},
+    "no BatchNorm in the decoder": {"use_batch_norm": "encoder"},
+    "layer norm": {"use_layer_norm": "both", "use_batch_norm": "none"},
+    "logistic normal": {"latent_distribution": "ln"},
+    "gene-batch": {"dispersion": "gene-batch"},
+    "gene-label": {"dispersion": "gene-label"},
+    "gene-cell": {"dispersion": "gene-cell"},
+}
+COUNTS = {"small": 30, "thousands": 9_000, "beyond 65,535": 70_001}
+
+
+@pytest.mark.parametrize("largest", COUNTS.values(), ids=COUNTS)
+@pytest.mark.parametrize("n_batch", [1, 3])
+@pytest.mark.parametrize("arguments", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.usefixtures("one_hot_as_float64")
+def test_loss_and_gradients_are_those_of_scvi_tools(arguments: dict[str, Any], n_batch: int, largest: int) -> None:
+    module = make(n_batch=n_batch, **arguments)
+    assert reason_against(module) == ""
+    seen = both_sides(module, some_counts(largest=largest), n_batch, torch.float64)
+    ours, theirs = seen["ours"], seen["theirs"]
+    for name in ("loss", "reconstruction", "kl", "sums"):
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-9, atol=1e-9)
+    assert ours["n"] == theirs["n"]
+    assert torch.equal(ours["random"], theirs["random"])
+    for name, buffer in theirs["buffers"].items():
+        torch.testing.assert_close(ours["buffers"][name], buffer, rtol=1e-9, atol=1e-9)
+    # scvi-tools' gradients of what the loss does not depend on are none, or 0 for a head multiplied by nothing.
+    assert set(ours["gradients"]) <= set(theirs["gradients"])
+    for name, gradient in theirs["gradients"].items():
+        found = ours["gradients"].get(name, torch.zeros_like(gradient))
+        torch.testing.assert_close(
+            found, gradient, rtol=1e-9, atol=1e-9 * max(1.0, gradient.abs().max().item()), msg=name
+        )
+
+
+@pytest.mark.parametrize("engine", ["kernel", "torch"])
+@pytest.mark.parametrize("largest", COUNTS.values(), ids=COUNTS)
+@pytest.mark.parametrize("arguments", VARIANTS.values(), ids=VARIANTS)
+def test_in_float32_too(arguments: dict[str, Any], largest: int, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if engine == "torch":
+        monkeypatch.setattr(cpu_kernel, "takes", lambda logits: False)
+    seen = both_sides(make(torch.float32, **arguments), some_counts(largest=largest), 3, torch.float32)
+    ours, theirs = seen["ours"], seen["theirs"]
+    rounding = largest * 3e-6  # of terms like lgamma(70,000), which cancel
+    torch.testing.assert_close(ours["loss"], theirs["loss"], rtol=1e-5, atol=rounding / 50)
+    torch.testing.assert_close(ours["sums"], theirs["sums"], rtol=1e-5, atol=rounding)
+    whole = torch.cat([gradient.flatten() for gradient in theirs["gradients"].values()]).norm()
+    for name, gradient in ours["gradients"].items():
+        difference = (gradient - theirs["gradients"][name]).norm()
+        # What goes into a BatchNorm has, by it, no gradient but rounding.
+        assert difference <= 1e-3 * theirs["gradients"][name].norm() or difference <= 1e-6 * whole, name
+
+
+def test_validation_and_posterior_are_those_of_scvi_tools() -> None:
+    module = make().eval()
+    ours, theirs = minibatches(some_counts(), 3, torch.float64)
+    with torch.inference_mode():
+        torch.manual_seed(3)
+        losses = step(module, ours, 1.0)
+        torch.manual_seed(3)
+        outputs, _, expected = module(theirs, loss_kwargs={"kl_weight": 1.0})
+        torch.manual_seed(3)
+        posterior, latent = encode(module, ours["X"], ours["batch"].squeeze(1))
+    torch.testing.assert_close(losses.loss, expected.loss, rtol=1e-9, atol=0)
+    torch.testing.assert_close(posterior.loc, outputs["qz"].loc)
+    torch.testing.assert_close(posterior.scale, outputs["qz"].scale)
+    torch.testing.assert_close(latent, outputs["z"])
+
+
+def test_gradients_scale_with_the_loss() -> None:
+    """Accumulated minibatches, gradient scaling and DDP multiply the loss before its gradients are taken."""
+    module = make()
+    ours, _ = minibatches(some_counts(), 3, torch.float64)
+    gradients = []
+    for factor in (1.0, 8.0):
+        module.zero_grad()
+        torch.manual_seed(3)
+        (factor * step(module, ours, 0.4).loss).backward()
+        gradients.append(
+            {name: value.grad.clone() for name, value in module.named_parameters() if value.grad is not None}
+        )
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(8 * gradient, gradients[1][name])
+
+
+def test_one_cell_alone_is_refused_as_by_scvi_tools() -> None:
+    module = make().train()
+    ours, theirs = minibatches(some_counts(1), 3, torch.float64)
+    for call in (lambda: step(module, ours, 1.0), lambda: module(theirs)):
+        with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+            call()
+    step(module.eval(), ours, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"gene_likelihood": "poisson"}, "gene_likelihood is poisson"),
+        ({"batch_representation": "embedding"}, "batch_representation is embedding"),
+        ({"use_size_factor_key": True}, "it has size factors"),
+        ({"n_cats_per_cov": [2]}, "it has covariates beside the batch"),
+        ({"n_continuous_cov": 1}, "it has covariates beside the batch"),
+        ({"log_variational": False}, "its counts are not transformed by log1p"),
+    ],
+)
+def test_what_it_cannot_train_it_says(arguments: dict[str, Any], said: str) -> None:
+    assert reason_against(make(**arguments)) == said
+
+
+def test_only_what_the_loss_depends_on_has_gradients_and_all_of_it() -> None:
+    """DDP waits for each parameter with requires_grad."""
+    for arguments in ({}, {"dispersion": "gene-cell"}, {"encode_covariates": True}):
+        module = make(**arguments)
+        ours, theirs = minibatches(some_counts(), 3, torch.float64)
+        for call in (lambda m=module, x=ours: step(m, x, 1.0), lambda m=module, x=theirs: m(x)[2]):
+            module.zero_grad()
+            with unused_frozen(module):
+                call().loss.backward()
+                wanted = {name for name, value in module.named_parameters() if value.requires_grad}
+            assert {name for name, value in module.named_parameters() if value.grad is not None} == wanted
+        assert all(value.requires_grad for value in module.parameters())
+
+
+# --- the loss alone
+
+
+def reference(logits: torch.Tensor, theta: torch.Tensor, counts: np.ndarray) -> list[torch.Tensor]:
+    """Loss of each cell and its derivatives by scvi-tools' distribution and autograd, in float64."""
+    logits, theta = logits.double().requires_grad_(), theta.double().requires_grad_()
+    x = torch.from_numpy(counts)
+    mu = x.sum(1, keepdim=True) * torch.softmax(logits, -1)
+    loss = -NegativeBinomial(mu=mu, theta=theta).log_prob(x).sum(1)
+    loss.sum().backward()
+    return [loss.detach(), logits.grad, theta.grad]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_kernel_and_torch_give_the_loss_of_the_distribution(data: st.DataObject) -> None:
+    n_cells, n_genes = data.draw(st.integers(1, 9), "cells"), data.draw(st.integers(1, 40), "genes")
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1), "seed"))
+    density = data.draw(st.sampled_from([0.0, 0.1, 0.9]), "density")
+    largest = data.draw(st.sampled_from([1, 5, 3_000, 80_000]), "largest")
+    counts = np.floor(rng.uniform(1, largest + 1, (n_cells, n_genes))) * (rng.random((n_cells, n_genes)) < density)
+    spread = data.draw(st.sampled_from([0.1, 3.0, 30.0]), "spread of the logits")
+    spread_of_theta = data.draw(st.sampled_from([0.5, 4.0]), "spread of log theta")
+    logits = torch.from_numpy(rng.normal(0, spread, (n_cells, n_genes))).float()
+    theta = torch.from_numpy(rng.normal(0, spread_of_theta, (1, n_genes))).exp().float()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(data.draw(st.integers(1, 3), "threads"))
+    try:
+        dispersion = Dispersion(theta, torch.zeros(n_cells, dtype=torch.int64))
+        assert cpu_kernel.takes(logits)
+        kernel = loss_and_slopes(logits.clone(), dispersion, sparse(counts))
+        forward = loss_and_slopes(logits.clone(), dispersion, sparse(counts), slopes=False)
+    finally:
+        torch.set_num_threads(threads)
+    exact = by_torch(logits.double(), Dispersion(theta.double(), dispersion.row_of_cell), sparse(counts))
+    expected = reference(logits, theta, counts)
+    assert torch.equal(kernel.loss, forward.loss)
+    for found, wanted in zip(exact, expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9 * (1 + wanted.abs().max().item()))
+    rounding = 3e-6 * (5 + counts.sum())  # of float32, in terms as large as the counts and their logarithms
+    for found, wanted in zip(kernel, expected, strict=True):
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=rounding)
+
+
+def test_gamma_functions_of_the_kernel() -> None:
+    z = np.geomspace(1e-6, 1e6, 500).astype(np.float32)
+    for x in (1, 2, 3, 10, 1_000, 100_000):
+        found, wanted = np.empty_like(z), gammaln(z.astype(float) + x) - gammaln(z.astype(float))
+        rise(z, np.float32(x), found)
+        assert np.allclose(found, wanted, rtol=1e-6, atol=5e-6)
+        fall, wanted = np.empty_like(z), digamma(z.astype(float) + x) - digamma(z.astype(float))
+        digamma_rise(z, np.float32(x), fall)
+        assert np.allclose(fall, wanted, rtol=2e-6, atol=0)
+
+
+@cpu_kernel._each
+def rise(z, x, out):
+    for i in range(len(z)):
+        out[i] = cpu_kernel._lgamma_rise(z[i], x)
+
+
+@cpu_kernel._each
+def digamma_rise(z, x, out):
+    for i in range(len(z)):
+        out[i] = cpu_kernel._digamma_rise(z[i], x)
+
+
+@pytest.mark.parametrize("where", ["logits", "theta"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_is_not_hidden(where: str, value: float) -> None:
+    counts = some_counts()
+    logits, theta = torch.randn(len(counts), N_GENES), torch.ones(1, N_GENES)
+    (logits if where == "logits" else theta)[0, 7] = value
+    dispersion = Dispersion(theta, torch.zeros(len(counts), dtype=torch.int64))
+    for compute in (loss_and_slopes, by_torch):
+        made = compute(logits.clone(), dispersion, sparse(counts))
+        assert not torch.isfinite(made.loss[0])
+
+
+def test_without_the_kernel_torch_does_it_and_it_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("no vector instructions")
+
+    logging.getLogger("census_scvi").propagate = True
+    cpu_kernel._compiles.cache_clear()
+    with monkeypatch.context() as planted:
+        planted.setattr(cpu_kernel, "_cells", fails)
+        assert not cpu_kernel.takes(torch.zeros(1))
+    cpu_kernel._compiles.cache_clear()
+    assert "kernel does not compile here (RuntimeError: no vector instructions); torch's own" in caplog.text
+
+
+# --- products
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize("layout", ["plain", "transposed", "sliced"])
+@pytest.mark.parametrize("shape", [(1, 5, 3), (40, 7, 130), (200, 9, 31)])
+def test_products(shape: tuple[int, int, int], layout: str, onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not onednn:
+        monkeypatch.setattr(products, "_onednn", None)
+    n, m, k = shape
+    torch.manual_seed(0)
+
+    def matrix(rows: int, columns: int) -> torch.Tensor:
+        if layout == "transposed":
+            return torch.randn(columns, rows).T
+        return torch.randn(rows, columns + 3)[:, :columns] if layout == "sliced" else torch.randn(rows, columns)
+
+    left, right, bias = matrix(n, k).requires_grad_(), matrix(m, k).requires_grad_(), torch.randn(m, requires_grad=True)
+    made, expected = products.linear(left, right, bias), left @ right.T + bias
+    torch.testing.assert_close(made, expected)
+    torch.testing.assert_close(products.times_transposed(left.detach(), right.detach()), left @ right.T)
+    weights = torch.randn(n, m)
+    for found, wanted in zip(
+        torch.autograd.grad(made, (left, right, bias), weights),
+        torch.autograd.grad(expected, (left, right, bias), weights),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, wanted)
