@@ -34,7 +34,7 @@ module.{name} = dying
 POINTS = {
     "prepare while it writes cells": ("prepare", "census_scvi.stages.prepare", "H5adWriter.append", 1),
     "prepare in its commit": ("prepare", "census_scvi.workspace.run", "Workspace.finish_commit", 1),
-    "train in an epoch": ("train", "census_scvi.model.callbacks", "FiniteLoss.on_train_batch_end", 12),
+    "train in an epoch": ("train", "census_scvi.model.finite_loss", "FiniteLoss.on_train_batch_end", 12),
     "train while it saves": ("train", "census_scvi.stages.train", "save_safe", 1),
     "latent in its third block": ("create-latent-update", "census_scvi.stages.latent_store", "LatentStore.append", 3),
     "latent while it writes the minified model": (
@@ -185,7 +185,7 @@ def test_two_cpu_processes_train_one_model_and_resume(demo_census: str, tmp_path
 
     assert killed("prepare") == 0
     script = tmp_path / "dying.py"
-    plant = KILL.format(module="census_scvi.model.callbacks", name="FiniteLoss.on_train_batch_end", nth=19)
+    plant = KILL.format(module="census_scvi.model.finite_loss", name="FiniteLoss.on_train_batch_end", nth=19)
     script.write_text(f"{plant}\nimport sys\nfrom census_scvi.cli import main\nsys.exit(main('train'))\n")
     assert start(script, killed).returncode == -signal.SIGKILL
     checkpoint = torch.load(killed.path(".partial/train/checkpoint.ckpt"), weights_only=True)

@@ -1,7 +1,10 @@
 """Training: every setting takes effect, plain scvi-tools reads the model, a resumed run is the undisturbed one."""
 
+import itertools
 import json
 import logging
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from census_scvi.config import load_config
 from census_scvi.counts.data_module import PreparedDataModule
 from census_scvi.errors import UserError
-from census_scvi.model import callbacks, training
+from census_scvi.model import finite_loss, training, training_progress
 from census_scvi.model.build import build_model, init_arguments
 from census_scvi.model.safe import load_safe
 from census_scvi.stages import train
@@ -317,6 +320,23 @@ def test_tensorboard_has_the_curves(finished_run: Run) -> None:
     assert wanted - {"train_loss_epoch"} <= tags
     assert any(tag.startswith("lr") for tag in tags)
     assert len(events.Scalars("elbo_validation")) == 3
+    assert {"cells_per_second", "minutes_left", "process_memory_gb"} <= tags
+    assert all(event.value > 0 for event in events.Scalars("cells_per_second"))
+    minutes = [event.value for event in events.Scalars("minutes_left")]
+    assert minutes[-1] == 0 < minutes[0]
+
+
+def test_a_log_tells_the_pace(
+    prepared: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = {}
+    for seconds in (600, 0):  # with the latter a line a minibatch
+        monkeypatch.setattr(training_progress, "_SECONDS_BETWEEN_LINES", seconds)
+        run = copy_of(prepared, tmp_path / str(seconds), train={"max_epochs": 2})
+        assert run("train") == 0
+        lines[seconds] = [line for line in capsys.readouterr().err.splitlines() if "cells/s" in line]
+    assert re.search(r"epoch 1/2  elbo_train [\d.]+  elbo_validation [\d.]+  [\d,]+ cells/s", lines[600][0])
+    assert re.search(r"epoch 1/2  \d+\.\d%  [\d,]+ cells/s", lines[0][0])
 
 
 # --- failures
@@ -332,6 +352,33 @@ def test_a_loss_that_is_not_finite_stops_with_step_batch_and_advice(
     assert "minibatch" in error
     assert "lower training_plan.lr" in error
     assert not run.path("scvi.model").exists()
+
+
+@pytest.mark.parametrize("engine", ["fast", "scvi-tools"])
+def test_gradients_that_are_not_finite_stop_at_their_own_step(
+    prepared: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    real = train.build_model
+    steps = itertools.count()
+
+    def build(*arguments: Any, **more: Any) -> Any:
+        model = real(*arguments, **more)
+        model.module.z_encoder.mean_encoder.weight.register_hook(
+            lambda gradient: gradient * (math.nan if next(steps) == 3 else 1)
+        )
+        return model
+
+    monkeypatch.setattr(train, "build_model", build)
+    run = copy_of(prepared, tmp_path, train={"engine": engine, "checkpoint_minutes": 0})
+    assert run("train") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.match(
+        r"error: the loss is [\d.]+ but its gradients are not finite at step 4 \(epoch 1, minibatch 4", error
+    )
+    assert "look at row" in error
+    saved = torch.load(run.path(".partial/train/checkpoint.ckpt"), weights_only=True)
+    assert saved["global_step"] == 3  # the last sound one
+    assert all(torch.isfinite(tensor).all() for tensor in saved["state_dict"].values())
 
 
 RESUMABLE: dict[str, Any] = {"train": {"max_epochs": 4}, "model": {"dropout_rate": 0.3}}
@@ -353,7 +400,7 @@ def stop_in(run: Run, epoch: int, minibatch: int, monkeypatch: pytest.MonkeyPatc
             raise InterruptedError
 
     with monkeypatch.context() as planted:
-        planted.setattr(callbacks.FiniteLoss, "on_train_batch_end", stop)
+        planted.setattr(finite_loss.FiniteLoss, "on_train_batch_end", stop)
         run("train")
     assert not run.path("scvi.model").exists()
 
@@ -381,13 +428,13 @@ def test_a_stopped_run_goes_on_to_the_weights_and_curves_of_an_undisturbed_one(
     stop_in(stopped, epoch, minibatch, monkeypatch)
     torch.manual_seed(12345)  # a new process has another random state
     steps = []
-    real = callbacks.FiniteLoss.on_train_batch_start
+    real = finite_loss.FiniteLoss.on_train_batch_start
 
     def note(self: Any, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
         steps.append((trainer.current_epoch, batch_idx))
         real(self, trainer, module, batch, batch_idx)
 
-    monkeypatch.setattr(callbacks.FiniteLoss, "on_train_batch_start", note)
+    monkeypatch.setattr(finite_loss.FiniteLoss, "on_train_batch_start", note)
     assert stopped("train") == 0
     assert steps[0] == first
     assert equal(weights(undisturbed), weights(stopped))

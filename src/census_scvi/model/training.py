@@ -21,14 +21,14 @@ from census_scvi.errors import UserError
 from census_scvi.model.build import quiet
 from census_scvi.model.callbacks import (
     EarlyStopping,
-    FiniteLoss,
     LearningCurves,
-    Progress,
     TrainMode,
 )
 from census_scvi.model.checkpoint import Checkpoint
 from census_scvi.model.fast.plan import FastTrainingPlan
 from census_scvi.model.fast.step import reason_against, unused_frozen
+from census_scvi.model.finite_loss import FiniteLoss
+from census_scvi.model.training_progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ def fit(
         except ValueError as error:
             if "satisfy the constraint" not in str(error):  # torch's distributions meet NaN before the loss does
                 raise
-            raise finite.report(trainer, "nan") from error
+            raise finite.report(trainer, "the loss is nan") from error
     model.module.eval()
     model.is_trained_ = True
     return curves

@@ -1,0 +1,115 @@
+"""Training stops at the first loss or gradient that is not a finite number."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import lightning
+import torch
+
+from census_scvi.counts.minibatch import Minibatch
+from census_scvi.errors import UserError
+
+Trainer: TypeAlias = lightning.Trainer
+Plan: TypeAlias = lightning.LightningModule
+
+# How far a GPU may be ahead of the look at its losses: it must not wait, but the minibatches are kept as long.
+_STEPS_BEHIND = 4
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step whose numbers are not looked at yet."""
+
+    number: int
+    epoch: int
+    index: int
+    minibatch: Minibatch
+    numbers: torch.Tensor  # float32 (2,) on the CPU: loss and a sum of gradients
+    arrived: torch.cuda.Event | None
+
+
+class FiniteLoss(lightning.Callback):
+    """Stop at the first step whose loss or gradients are not finite numbers, and say where and why.
+
+    A GPU is not waited for: its numbers are looked at a few steps later, and always before anything is saved.
+    """
+
+    def __init__(self) -> None:
+        self._minibatch: Minibatch = {}
+        self._index = 0
+        self._gradients: torch.Tensor | None = None
+        self._waiting: deque[_Step] = deque()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Plan, batch: Minibatch, batch_idx: int) -> None:
+        """Remember the minibatch for the report."""
+        self._minibatch, self._index, self._gradients = batch, batch_idx, None
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Plan, optimizer: torch.optim.Optimizer) -> None:
+        """Add the gradients up."""
+        if getattr(trainer.precision_plugin, "scaler", None):
+            return  # which looks at them itself, and leaves out a step that overflowed
+        gradients = [value.grad.sum() for value in pl_module.parameters() if value.grad is not None]
+        self._gradients = torch.stack(gradients).sum()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Plan, outputs: Any, batch: Minibatch, batch_idx: int
+    ) -> None:
+        """Look at the loss of each step."""
+        loss = (outputs["loss"] if isinstance(outputs, dict) else outputs).detach()
+        gradients = torch.zeros_like(loss) if self._gradients is None else self._gradients
+        numbers = torch.stack([loss.float(), gradients.float()])
+        arrived = None
+        if numbers.is_cuda:
+            numbers, arrived = numbers.to("cpu", non_blocking=True), torch.cuda.Event()
+            arrived.record()
+        step = _Step(trainer.global_step, trainer.current_epoch, batch_idx, batch, numbers, arrived)
+        self._waiting.append(step)
+        self._look(trainer, leave=_STEPS_BEHIND if arrived else 0)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Plan) -> None:
+        """Look at the last steps."""
+        self._look(trainer)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Plan, checkpoint: dict[str, Any]) -> None:
+        """Save nothing that is spoilt."""
+        self._look(trainer)
+
+    def _look(self, trainer: Trainer, leave: int = 0) -> None:
+        while len(self._waiting) > leave:
+            step = self._waiting.popleft()
+            if step.arrived:
+                step.arrived.synchronize()
+            loss, gradients = step.numbers.tolist()
+            if not math.isfinite(loss):
+                raise _report(trainer, step, f"the loss is {loss}")
+            if not math.isfinite(gradients):
+                raise _report(trainer, step, f"the loss is {loss:.6g} but its gradients are not finite")
+
+    def report(self, trainer: Trainer, found: str) -> UserError:
+        """The error for the step that is being computed."""
+        nothing = torch.zeros(2)
+        step = _Step(trainer.global_step + 1, trainer.current_epoch, self._index, self._minibatch, nothing, None)
+        return _report(trainer, step, found)
+
+
+def _report(trainer: Trainer, step: _Step, found: str) -> UserError:
+    """The error: step, epoch, minibatch, cells, the likely cause and what to do."""
+    x, rows = step.minibatch["X"], step.minibatch["row"].tolist()
+    counts = x if isinstance(x, torch.Tensor) else x.dense()
+    bad = torch.nonzero(~torch.isfinite(counts).all(dim=1)).flatten().tolist()
+    if bad:
+        cause = f"the counts of row {rows[bad[0]]} of the prepared cells are not finite; run scvi-prepare.py --force"
+    else:
+        row = rows[int(counts.amax(dim=1).argmax())]
+        cause = (
+            "lower training_plan.lr or set train.trainer.gradient_clip_val, and look at row"
+            f" {row} of the prepared cells, which has the largest count, {counts.max().item():,.0f}"
+        )
+    return UserError(
+        f"{found} at step {step.number} (epoch {step.epoch + 1}, minibatch {step.index + 1} of"
+        f" {trainer.num_training_batches}, rows {min(rows)} to {max(rows)}): {cause}"
+    )
