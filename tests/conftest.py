@@ -4,7 +4,11 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from pipeline import Run
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from scvi.distributions import NegativeBinomial
 from scvi.module import VAE
 
 from census_scvi.counts.minibatch import SparseCounts
-from census_scvi.model.fast import cpu_kernel, products
+from census_scvi.model.fast import cpu_kernel, negative_binomial, products
 from census_scvi.model.fast.negative_binomial import Dispersion, by_torch, loss_and_slopes
 from census_scvi.model.fast.step import encode, reason_against, step, unused_frozen
 
@@ -137,7 +138,7 @@ def test_loss_and_gradients_are_those_of_scvi_tools(arguments: dict[str, Any], n
 @pytest.mark.parametrize("arguments", VARIANTS.values(), ids=VARIANTS)
 def test_in_float32_too(arguments: dict[str, Any], largest: int, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if engine == "torch":
-        monkeypatch.setattr(cpu_kernel, "takes", lambda logits: False)
+        monkeypatch.setattr(negative_binomial, "_kernel", lambda device: None)
     seen = both_sides(make(torch.float32, **arguments), some_counts(largest=largest), 3, torch.float32)
     ours, theirs = seen["ours"], seen["theirs"]
     rounding = largest * 3e-6  # of terms like lgamma(70,000), which cancel
@@ -249,7 +250,7 @@ def test_kernel_and_torch_give_the_loss_of_the_distribution(data: st.DataObject)
     torch.set_num_threads(data.draw(st.integers(1, 3), "threads"))
     try:
         dispersion = Dispersion(theta, torch.zeros(n_cells, dtype=torch.int64))
-        assert cpu_kernel.takes(logits)
+        assert negative_binomial._kernel("cpu") is cpu_kernel
         kernel = loss_and_slopes(logits.clone(), dispersion, sparse(counts))
         forward = loss_and_slopes(logits.clone(), dispersion, sparse(counts), slopes=False)
     finally:
@@ -299,19 +300,91 @@ def test_what_is_not_finite_is_not_hidden(where: str, value: float) -> None:
         assert not torch.isfinite(made.loss[0])
 
 
+@pytest.mark.parametrize("trouble", ["does not compile", "gives other results"])
 def test_without_the_kernel_torch_does_it_and_it_is_said(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    trouble: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fails(*_: object) -> None:
         raise RuntimeError("no vector instructions")
 
     logging.getLogger("census_scvi").propagate = True
-    cpu_kernel._compiles.cache_clear()
+    negative_binomial._kernel.cache_clear()
     with monkeypatch.context() as planted:
-        planted.setattr(cpu_kernel, "_cells", fails)
-        assert not cpu_kernel.takes(torch.zeros(1))
-    cpu_kernel._compiles.cache_clear()
-    assert "kernel does not compile here (RuntimeError: no vector instructions); torch's own" in caplog.text
+        planted.setattr(cpu_kernel, "_cells", fails if trouble == "does not compile" else lambda *_: None)
+        assert negative_binomial._kernel("cpu") is None
+        ours, _ = minibatches(some_counts(), 3, torch.float32)
+        assert torch.isfinite(step(make(torch.float32), ours, 1.0).loss)
+    negative_binomial._kernel.cache_clear()
+    reason = {
+        "does not compile": "RuntimeError: no vector instructions",
+        "gives other results": "ArithmeticError: its results differ from torch's by",
+    }[trouble]
+    assert f"kernel for cpu cannot be used here ({reason}" in caplog.text
+    assert "torch's own operations take its place" in caplog.text
+
+
+@pytest.fixture
+def gpu_kernel() -> ModuleType:
+    """Triton's kernel; where there is no GPU, by its interpreter, which shows the arithmetic, not that it compiles."""
+    pytest.importorskip("triton")
+    from census_scvi.model.fast import gpu_kernel
+
+    return gpu_kernel
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles here: see the test of the step on a GPU")
+@pytest.mark.parametrize("largest", COUNTS.values(), ids=COUNTS)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_gpu_s_kernel_in_the_interpreter(gpu_kernel: ModuleType, rows: int, largest: int) -> None:
+    counts = some_counts(21, largest=largest)  # no multiple of the cells that a program takes
+    torch.manual_seed(0)
+    logits, theta = 2 * torch.randn(21, N_GENES), torch.rand(rows, N_GENES) * 5 + 0.01
+    dispersion = Dispersion(theta, torch.arange(21) % rows)
+    made = gpu_kernel.loss_and_slopes(logits.clone(), theta, dispersion.row_of_cell, sparse(counts))
+    forward = gpu_kernel.loss_and_slopes(logits.clone(), theta, dispersion.row_of_cell, sparse(counts), slopes=False)
+    expected = by_torch(logits.double(), Dispersion(theta.double(), dispersion.row_of_cell), sparse(counts))
+    assert torch.equal(made[0], forward[0])
+    assert forward[1:] == (None, None)
+    for found, wanted in zip(made, expected, strict=True):
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=3e-6 * (5 + counts.sum()))
+    negative_binomial._compare(gpu_kernel, "cpu")  # what is done before it is first used on a GPU
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_the_step_on_a_gpu() -> None:
+    module = make(torch.float32, dropout_rate=0.0).cuda()
+    ours, theirs = minibatches(some_counts(), 3, torch.float32)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    losses = []
+    sides = ((lambda x: step(module, x, 0.4), ours), (lambda x: module(x, loss_kwargs={"kl_weight": 0.4})[2], theirs))
+    for call, minibatch in sides:
+        torch.manual_seed(3)
+        module.zero_grad()
+        losses.append(call({name: value.to("cuda") for name, value in minibatch.items()}))
+        losses[-1].loss.backward()
+    torch.testing.assert_close(losses[0].loss, losses[1].loss, rtol=1e-5, atol=0)
+    assert negative_binomial._kernel("cuda") is not None
+
+
+# --- reduced precision
+
+
+def test_bf16_reduces_the_products_alone() -> None:
+    module = make(torch.float32)
+    ours, _ = minibatches(some_counts(), 3, torch.float32)
+    results = []
+    for enabled in (False, True):
+        module.zero_grad()
+        torch.manual_seed(3)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            losses = step(module, ours, 0.4)
+        losses.loss.backward()
+        results.append((losses, torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])))
+    (exact, gradients), (reduced, reduced_gradients) = results
+    assert reduced.loss.dtype == reduced_gradients.dtype == torch.float32
+    assert not torch.equal(exact.loss, reduced.loss)
+    torch.testing.assert_close(reduced.loss, exact.loss, rtol=1e-2, atol=0)
+    assert torch.nn.functional.cosine_similarity(gradients, reduced_gradients, dim=0) > 0.99
 
 
 # --- products

@@ -154,7 +154,7 @@ def test_train_and_plan_settings_take_effect(prepared: Run, tmp_path: Path, monk
         tmp_path,
         train={
             "max_epochs": 2, "batch_size": 100, "train_size": 0.8, "num_workers": 3, "accelerator": "cpu",
-            "trainer": {"gradient_clip_val": 0.5, "check_val_every_n_epoch": 2},
+            "precision": "bf16", "trainer": {"gradient_clip_val": 0.5, "check_val_every_n_epoch": 2},
         },
         training_plan={"lr": 3e-3, "n_epochs_kl_warmup": 4, "max_kl_weight": 0.7, "weight_decay": 1e-3, "eps": 0.02},
     )  # fmt: skip
@@ -166,6 +166,7 @@ def test_train_and_plan_settings_take_effect(prepared: Run, tmp_path: Path, monk
     assert seen["data"]._workers == 3
     assert seen["trainer"].gradient_clip_val == 0.5
     assert seen["arguments"]["check_val_every_n_epoch"] == 2
+    assert seen["trainer"].precision == "bf16-mixed"
     optimiser = seen["trainer"].optimizers[0].param_groups[0]
     assert (optimiser["lr"], optimiser["weight_decay"], optimiser["eps"]) == (3e-3, 1e-3, 0.02)
     assert (seen["plan"].n_epochs_kl_warmup, seen["plan"].max_kl_weight) == (4, 0.7)
@@ -241,6 +242,15 @@ def test_more_devices_than_there_are_is_refused(
 def test_a_gpu_that_is_not_there_is_refused(prepared: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert prepared("train", "train.accelerator=gpu") == 2
     assert "torch finds no GPU here" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_precision_that_the_device_has_not_is_refused(prepared: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    for more in ([], ["--dry-run"]):
+        assert prepared("train", "train.precision=fp16", *more) == 2
+        assert "train.precision is fp16, which needs a GPU; set float32 or bf16" in capsys.readouterr().err
+    assert prepared("train", "train.trainer={precision: 16-mixed}") == 2
+    assert "train.trainer.precision cannot be set here; set train.precision" in capsys.readouterr().err
 
 
 # --- what training does to the cells
@@ -500,6 +510,20 @@ def test_training_again_skips_and_force_replaces(
     assert run.record("train")["finished"] == finished
     assert run("train", "train.max_epochs=2", "--force") == 0
     assert run.record("train")["counts"]["epochs"] == 2
+
+
+def test_a_run_older_than_a_setting_did_what_the_setting_does_by_default(
+    prepared: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copy_of(prepared, tmp_path, train={"max_epochs": 1})
+    assert run("train") == 0
+    manifest = run.manifest()
+    del manifest["stages"]["train"]["fingerprint"]["config"]["train.precision"]
+    run.path("manifest.json").write_text(json.dumps(manifest))
+    assert run("train") == 0
+    assert "train is done for these settings" in capsys.readouterr().err
+    assert run("train", "train.precision=bf16") == 2
+    assert 'train.precision was "float32" and is "bf16"' in capsys.readouterr().err
 
 
 def test_dry_run_of_train(prepared: Run, capsys: pytest.CaptureFixture[str]) -> None:

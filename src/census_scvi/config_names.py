@@ -22,6 +22,7 @@ _TRAINER_RESERVED = {
     "accelerator": "train.accelerator",
     "devices": "train.devices",
     "early_stopping": "train.early_stopping",
+    "precision": "train.precision",
     "default_root_dir": "output.directory",
     "callbacks": None,
     "logger": None,

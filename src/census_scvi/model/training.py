@@ -65,6 +65,23 @@ def choose_devices(settings: TrainSection) -> dict[str, Any]:
     return {"accelerator": settings.accelerator, "devices": asked or number, "strategy": "ddp"}
 
 
+def choose_precision(settings: TrainSection) -> str:
+    """`precision` for Lightning's Trainer.
+
+    Raises
+    ------
+    UserError
+        The device cannot compute in `train.precision`.
+    """
+    gpu = settings.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    if settings.precision == "fp16" and not gpu:
+        raise UserError("train.precision is fp16, which needs a GPU; set float32 or bf16")
+    if settings.precision == "bf16" and gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+        name = torch.cuda.get_device_name()
+        raise UserError(f"train.precision is bf16, and this GPU ({name}) cannot compute in it; set float32 or fp16")
+    return {"float32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[settings.precision]
+
+
 def choose_plan(settings: TrainSection, module: scvi.module.VAE) -> type[TrainingPlan]:
     """The training plan that computes the steps as `train.engine` says, or as far as that can train the module."""
     if settings.engine == "scvi-tools":
@@ -140,6 +157,7 @@ def fit(
             callbacks=callbacks,
             logger=TensorBoardLogger(tensorboard.parent, name=tensorboard.name, version="", sub_dir=None),
             default_root_dir=str(tensorboard.parent),
+            precision=choose_precision(settings),
             **devices,
             **_trainer_defaults(data) | arguments,
         )

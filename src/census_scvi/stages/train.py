@@ -25,7 +25,7 @@ from census_scvi.model.callbacks import LearningCurves
 from census_scvi.model.fast.plan import FastTrainingPlan
 from census_scvi.model.fast.step import unused_frozen
 from census_scvi.model.safe import ModelDescription, save_safe
-from census_scvi.model.training import choose_devices, choose_plan, fit
+from census_scvi.model.training import choose_devices, choose_plan, choose_precision, fit
 from census_scvi.stages.plan import Plan, human_bytes
 from census_scvi.workspace import Artifacts, StageRun, Workspace
 
@@ -35,7 +35,7 @@ STAGE = "train"
 KEYS = (
     "census.organism", "anndata", "model", "training_plan", "seed",
     "train.max_epochs", "train.batch_size", "train.train_size", "train.early_stopping", "train.multi_gpu",
-    "train.devices", "train.trainer",
+    "train.devices", "train.precision", "train.trainer",
 )  # fmt: skip
 CHECKPOINT = "checkpoint.ckpt"
 # For --dry-run, checked by benchmarks/stages.py: the imports; bytes for each entry of a minibatch; what is done once.
@@ -50,6 +50,7 @@ def run(config: Config, *, force: bool = False) -> None:
         return
     artifacts = Artifacts.of(config)
     choose_devices(config.train)
+    choose_precision(config.train)
     with Workspace(config.directory).locked(STAGE) as workspace:
         inputs = workspace.require("prepare", [artifacts.prepared])
         stage = workspace.begin(STAGE, config, KEYS, inputs, force=force, progress=CHECKPOINT)
@@ -168,6 +169,7 @@ def plan(config: Config) -> Plan:
     """Size from the prepared file, time from a few training steps on its cells."""
     artifacts = Artifacts.of(config)
     devices = choose_devices(config.train)
+    choose_precision(config.train)
     workspace = Workspace(config.directory)
     workspace.require("prepare", [artifacts.prepared])
     data = _data(config)

@@ -140,7 +140,10 @@ class Workspace:
             return run
         record = self.record(stage)
         if record is not None and not force:
-            self._refuse_changes(stage, "a finished", record["fingerprint"], run.fingerprint)
+            # A setting that is newer than the run did then what it does by default.
+            before = record["fingerprint"]
+            before = {**before, "config": Config().select(tuple(fingerprint["config"])) | before["config"]}
+            self._refuse_changes(stage, "a finished", before, fingerprint)
             for name, identity in record["outputs"].items():
                 self._require_sound(stage, name, identity)
             run.done = True

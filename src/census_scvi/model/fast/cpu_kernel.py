@@ -7,7 +7,6 @@ Sums have loops of their own: only there may the compiler change the order of ad
 
 from __future__ import annotations
 
-import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -18,38 +17,15 @@ import torch
 
 from census_scvi.counts.minibatch import SparseCounts
 
-log = logging.getLogger(__name__)
-
 _each = numba.njit(fastmath={"contract"}, error_model="numpy", nogil=True, cache=True)
 _sum = numba.njit(fastmath={"contract", "reassoc", "nsz"}, error_model="numpy", nogil=True, cache=True)
 _most = numba.njit(fastmath={"nnan", "nsz", "reassoc"}, nogil=True, cache=True)
 _inlined = numba.njit(inline="always")
 
+MOST_GENES = 2**31
+
 _ONE = np.float32(1)
 _EPS = np.float32(1e-8)
-
-
-def takes(logits: torch.Tensor) -> bool:
-    """Whether the kernel is for this device and dtype, and compiles here."""
-    return logits.device.type == "cpu" and logits.dtype == torch.float32 and _compiles()
-
-
-@cache
-def _compiles() -> bool:
-    try:
-        some = SparseCounts(
-            torch.ones(2, dtype=torch.int64), torch.zeros(2, dtype=torch.uint16), torch.ones(2, dtype=torch.uint16), 3
-        )
-        loss_and_slopes(torch.zeros(2, 3), torch.ones(1, 3), torch.zeros(2, dtype=torch.int64), some)
-    except Exception as error:  # whatever a compiler may raise: torch does without it
-        log.warning(
-            "the training step's kernel does not compile here (%s: %s); torch's own operations are used, which takes"
-            " longer",
-            type(error).__name__,
-            (str(error).strip().splitlines() or ["no reason given"])[0],
-        )
-        return False
-    return True
 
 
 def loss_and_slopes(

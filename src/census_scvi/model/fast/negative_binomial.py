@@ -28,14 +28,19 @@ are the matrix products around it, and the decoder's head for dropout, which onl
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 
 from census_scvi.counts.minibatch import SparseCounts
-from census_scvi.model.fast import cpu_kernel
 from census_scvi.model.fast.products import product_dtype, times_transposed
+
+log = logging.getLogger(__name__)
 
 EPS = 1e-8  # scvi-tools'
 
@@ -111,7 +116,9 @@ class _ReconstructionLoss(torch.autograd.Function):
             logits = times_transposed(hidden, weight, bias.to(dtype)).to(theta.dtype)
             slopes = loss_and_slopes(logits, Dispersion(theta, row_of_cell), counts, slopes=wanted)
         if slopes.logits is not None:
-            ctx.save_for_backward(hidden, weight, slopes.logits.to(dtype), slopes.theta)
+            most = torch.finfo(dtype).max  # of float16: 65,504, which the slope of a larger count may exceed
+            of_logits = slopes.logits if dtype == slopes.logits.dtype else slopes.logits.clamp_(-most, most).to(dtype)
+            ctx.save_for_backward(hidden, weight, of_logits, slopes.theta)
         ctx.mark_non_differentiable(slopes.loss)
         return slopes.loss.mean(), slopes.loss
 
@@ -143,11 +150,48 @@ def loss_and_slopes(
     slopes
         Whether derivatives are wanted.
     """
-    if cpu_kernel.takes(logits):
-        return Slopes(
-            *cpu_kernel.loss_and_slopes(logits, dispersion.theta, dispersion.row_of_cell, counts, slopes=slopes)
+    kernel = _kernel(logits.device.type) if logits.dtype == torch.float32 else None
+    if kernel is None or logits.shape[1] > kernel.MOST_GENES:
+        return by_torch(logits, dispersion, counts, slopes=slopes)
+    return Slopes(*kernel.loss_and_slopes(logits, dispersion.theta, dispersion.row_of_cell, counts, slopes=slopes))
+
+
+@cache
+def _kernel(device: str) -> ModuleType | None:
+    """The kernel for a kind of device, if there is one and it gives here what torch gives."""
+    name = {"cpu": "cpu_kernel", "cuda": "gpu_kernel"}.get(device)
+    if name is None:
+        return None
+    try:
+        kernel = import_module(f"census_scvi.model.fast.{name}")
+        _compare(kernel, device)
+    except Exception as error:  # whatever compilers raise: torch does without them
+        log.warning(
+            "the training step's kernel for %s cannot be used here (%s: %s); torch's own operations take its place,"
+            " which are slower",
+            device,
+            type(error).__name__,
+            (str(error).strip().splitlines() or ["no reason given"])[0],
         )
-    return by_torch(logits, dispersion, counts, slopes=slopes)
+        return None
+    return kernel
+
+
+def _compare(kernel: ModuleType, device: str) -> None:
+    """ArithmeticError where the kernel differs from torch on a few cells."""
+    genes = torch.arange(50, device=device)
+    logits = (genes * torch.tensor([[0.7], [0.1], [0.3]], device=device)).sin()
+    n_detected = torch.tensor([5, 0, 45], device=device)
+    few = SparseCounts(n_detected, genes.to(torch.uint16), (1 + genes**2).to(torch.uint16), 50)
+    for rows in (1, 3):
+        theta = (1 + genes * torch.ones(rows, 1, device=device)) / 10
+        dispersion = Dispersion(theta, torch.arange(3, device=device) % rows)
+        made = kernel.loss_and_slopes(logits.clone(), theta, dispersion.row_of_cell, few)
+        for found, expected in zip(made, by_torch(logits.clone(), dispersion, few), strict=True):
+            assert expected is not None
+            difference = ((found - expected).abs().max() / expected.abs().max()).item()
+            if not difference < 1e-4:
+                raise ArithmeticError(f"its results differ from torch's by {difference:.1e} of their size")
 
 
 def by_torch(logits: torch.Tensor, dispersion: Dispersion, counts: SparseCounts, *, slopes: bool = True) -> Slopes:

@@ -26,6 +26,9 @@ class FastTrainingPlan(TrainingPlan):
         return float(super().kl_weight)
 
     def _optimizer_creator_fn(self, optimizer_cls: type[torch.optim.Adam]) -> Callable[..., torch.optim.Optimizer]:
+        trainer = self._trainer
+        # Lightning clips gradients of a reduced precision only where it unscales them, not a fused optimiser.
+        clipped = trainer is not None and bool(trainer.gradient_clip_val) and trainer.precision != "32-true"
         return lambda parameters: optimizer_cls(
-            parameters, lr=self.lr, eps=self.eps, weight_decay=self.weight_decay, fused=True
+            parameters, lr=self.lr, eps=self.eps, weight_decay=self.weight_decay, fused=not clipped
         )

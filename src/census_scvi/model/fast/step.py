@@ -73,10 +73,10 @@ def step(module: VAE, minibatch: Minibatch, kl_weight: float) -> LossOutput:
 def encode(module: VAE, counts: SparseCounts, batch: torch.Tensor) -> tuple[Normal, torch.Tensor]:
     """Posterior q(z | x) of cells and a sample of it, (cells, n_latent) each."""
     encoder = module.z_encoder
-    x = counts.dense(encoder.mean_encoder.weight.dtype, log1p=True)
-    hidden = _hidden(encoder.encoder, x, batch)
-    mean = encoder.mean_encoder(hidden)
-    variance = encoder.var_activation(encoder.var_encoder(hidden)) + encoder.var_eps
+    dtype = encoder.mean_encoder.weight.dtype
+    hidden = _hidden(encoder.encoder, counts.dense(dtype, log1p=True), batch)
+    mean = encoder.mean_encoder(hidden).to(dtype)  # a reduced precision is for products alone
+    variance = encoder.var_activation(encoder.var_encoder(hidden).to(dtype)) + encoder.var_eps
     posterior = Normal(mean, variance.sqrt(), validate_args=False)  # validating would stop a GPU to look at it
     return posterior, encoder.z_transformation(posterior.rsample())
 
@@ -100,7 +100,8 @@ def _dispersion(module: VAE, hidden: torch.Tensor, batch: torch.Tensor, labels: 
         return Dispersion(module.px_r.exp().unsqueeze(0), torch.zeros_like(batch))
     if module.dispersion == "gene-cell":
         head = module.decoder.px_r_decoder
-        return Dispersion(linear(hidden, head.weight, head.bias).exp(), torch.arange(len(batch), device=batch.device))
+        theta = linear(hidden, head.weight, head.bias).to(head.weight.dtype).exp()
+        return Dispersion(theta, torch.arange(len(batch), device=batch.device))
     return Dispersion(module.px_r.T.exp().contiguous(), batch if module.dispersion == "gene-batch" else labels)
 
 
