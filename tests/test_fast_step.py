@@ -14,12 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import digamma, gammaln
-from scvi.distributions import NegativeBinomial
+from scvi.distributions import NegativeBinomial, ZeroInflatedNegativeBinomial
 from scvi.module import VAE
 
 from census_scvi.counts.minibatch import SparseCounts
-from census_scvi.model.fast import cpu_kernel, negative_binomial, products
-from census_scvi.model.fast.negative_binomial import Dispersion, by_torch, loss_and_slopes
+from census_scvi.model.fast import cpu_kernel, negative_binomial, products, torch_kernel
 from census_scvi.model.fast.step import encode, reason_against, step, unused_frozen
 
 N_GENES = 60
@@ -105,6 +104,9 @@ VARIANTS = {
     "gene-batch": {"dispersion": "gene-batch"},
     "gene-label": {"dispersion": "gene-label"},
     "gene-cell": {"dispersion": "gene-cell"},
+    "zinb": {"gene_likelihood": "zinb"},
+    "zinb, gene-cell": {"gene_likelihood": "zinb", "dispersion": "gene-cell"},
+    "zinb, gene-batch": {"gene_likelihood": "zinb", "dispersion": "gene-batch", "encode_covariates": True},
 }
 COUNTS = {"small": 30, "thousands": 9_000, "beyond 65,535": 70_001}
 
@@ -209,7 +211,7 @@ def test_what_it_cannot_train_it_says(arguments: dict[str, Any], said: str) -> N
 
 def test_only_what_the_loss_depends_on_has_gradients_and_all_of_it() -> None:
     """DDP waits for each parameter with requires_grad."""
-    for arguments in ({}, {"dispersion": "gene-cell"}, {"encode_covariates": True}):
+    for arguments in ({}, {"dispersion": "gene-cell"}, {"encode_covariates": True}, {"gene_likelihood": "zinb"}):
         module = make(**arguments)
         ours, theirs = minibatches(some_counts(), 3, torch.float64)
         for call in (lambda m=module, x=ours: step(m, x, 1.0), lambda m=module, x=theirs: m(x)[2]):
@@ -224,17 +226,28 @@ def test_only_what_the_loss_depends_on_has_gradients_and_all_of_it() -> None:
 # --- the loss alone
 
 
-def reference(logits: torch.Tensor, theta: torch.Tensor, counts: np.ndarray) -> list[torch.Tensor]:
+def reference(
+    logits: torch.Tensor, dropout: torch.Tensor | None, theta: torch.Tensor, counts: np.ndarray
+) -> list[torch.Tensor | None]:
     """Loss of each cell and its derivatives by scvi-tools' distribution and autograd, in float64."""
     logits, theta = logits.double().requires_grad_(), theta.double().requires_grad_()
+    dropout = None if dropout is None else dropout.double().requires_grad_()
     x = torch.from_numpy(counts)
     mu = x.sum(1, keepdim=True) * torch.softmax(logits, -1)
-    loss = -NegativeBinomial(mu=mu, theta=theta).log_prob(x).sum(1)
+    if dropout is None:
+        distribution = NegativeBinomial(mu=mu, theta=theta)
+    else:
+        distribution = ZeroInflatedNegativeBinomial(mu=mu, theta=theta, zi_logits=dropout)
+    loss = -distribution.log_prob(x).sum(1)
     loss.sum().backward()
-    return [loss.detach(), logits.grad, theta.grad]
+    return [loss.detach(), logits.grad, theta.grad, None if dropout is None else dropout.grad]
 
 
-@settings(max_examples=60, deadline=None)
+def copies(*tensors: torch.Tensor | None, dtype: torch.dtype = torch.float32) -> list[torch.Tensor | None]:
+    return [None if tensor is None else tensor.to(dtype, copy=True) for tensor in tensors]
+
+
+@settings(max_examples=80, deadline=None)
 @given(st.data())
 def test_kernel_and_torch_give_the_loss_of_the_distribution(data: st.DataObject) -> None:
     n_cells, n_genes = data.draw(st.integers(1, 9), "cells"), data.draw(st.integers(1, 40), "genes")
@@ -246,23 +259,29 @@ def test_kernel_and_torch_give_the_loss_of_the_distribution(data: st.DataObject)
     spread_of_theta = data.draw(st.sampled_from([0.5, 4.0]), "spread of log theta")
     logits = torch.from_numpy(rng.normal(0, spread, (n_cells, n_genes))).float()
     theta = torch.from_numpy(rng.normal(0, spread_of_theta, (1, n_genes))).exp().float()
+    inflated = data.draw(st.booleans(), "zero inflation")
+    dropout = torch.from_numpy(rng.normal(0, spread, (n_cells, n_genes))).float() if inflated else None
+    rows = torch.zeros(n_cells, dtype=torch.int64)
     threads = torch.get_num_threads()
     torch.set_num_threads(data.draw(st.integers(1, 3), "threads"))
     try:
-        dispersion = Dispersion(theta, torch.zeros(n_cells, dtype=torch.int64))
         assert negative_binomial._kernel("cpu") is cpu_kernel
-        kernel = loss_and_slopes(logits.clone(), dispersion, sparse(counts))
-        forward = loss_and_slopes(logits.clone(), dispersion, sparse(counts), slopes=False)
+        compute = negative_binomial.loss_and_slopes
+        kernel = compute(*copies(logits, dropout), theta, rows, sparse(counts))
+        forward = compute(*copies(logits, dropout), theta, rows, sparse(counts), slopes=False)
     finally:
         torch.set_num_threads(threads)
-    exact = by_torch(logits.double(), Dispersion(theta.double(), dispersion.row_of_cell), sparse(counts))
-    expected = reference(logits, theta, counts)
-    assert torch.equal(kernel.loss, forward.loss)
-    for found, wanted in zip(exact, expected, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9 * (1 + wanted.abs().max().item()))
+    exact = torch_kernel.loss_and_slopes(*copies(logits, dropout, theta, dtype=torch.float64), rows, sparse(counts))
+    expected = reference(logits, dropout, theta, counts)
+    assert torch.equal(kernel[0], forward[0])
     rounding = 3e-6 * (5 + counts.sum())  # of float32, in terms as large as the counts and their logarithms
-    for found, wanted in zip(kernel, expected, strict=True):
-        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=rounding)
+    for in_kernel, in_torch, wanted in zip(kernel, exact, expected, strict=True):
+        if wanted is None:
+            assert in_kernel is None
+            assert in_torch is None
+        else:
+            torch.testing.assert_close(in_torch, wanted, rtol=1e-9, atol=1e-9 * (1 + wanted.abs().max().item()))
+            torch.testing.assert_close(in_kernel.double(), wanted, rtol=1e-5, atol=rounding)
 
 
 def test_gamma_functions_of_the_kernel() -> None:
@@ -294,10 +313,11 @@ def test_what_is_not_finite_is_not_hidden(where: str, value: float) -> None:
     counts = some_counts()
     logits, theta = torch.randn(len(counts), N_GENES), torch.ones(1, N_GENES)
     (logits if where == "logits" else theta)[0, 7] = value
-    dispersion = Dispersion(theta, torch.zeros(len(counts), dtype=torch.int64))
-    for compute in (loss_and_slopes, by_torch):
-        made = compute(logits.clone(), dispersion, sparse(counts))
-        assert not torch.isfinite(made.loss[0])
+    rows = torch.zeros(len(counts), dtype=torch.int64)
+    for kernel in (cpu_kernel, torch_kernel):
+        for dropout in (None, torch.randn(len(counts), N_GENES)):
+            made = kernel.loss_and_slopes(*copies(logits, dropout), theta, rows, sparse(counts))
+            assert not torch.isfinite(made[0][0])
 
 
 @pytest.mark.parametrize("trouble", ["does not compile", "gives other results"])
@@ -335,18 +355,25 @@ def gpu_kernel() -> ModuleType:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles here: see the test of the step on a GPU")
 @pytest.mark.parametrize("largest", COUNTS.values(), ids=COUNTS)
 @pytest.mark.parametrize("rows", [1, 3])
-def test_the_gpu_s_kernel_in_the_interpreter(gpu_kernel: ModuleType, rows: int, largest: int) -> None:
+@pytest.mark.parametrize("inflated", [False, True])
+def test_the_gpu_s_kernel_in_the_interpreter(gpu_kernel: ModuleType, inflated: bool, rows: int, largest: int) -> None:
     counts = some_counts(21, largest=largest)  # no multiple of the cells that a program takes
     torch.manual_seed(0)
     logits, theta = 2 * torch.randn(21, N_GENES), torch.rand(rows, N_GENES) * 5 + 0.01
-    dispersion = Dispersion(theta, torch.arange(21) % rows)
-    made = gpu_kernel.loss_and_slopes(logits.clone(), theta, dispersion.row_of_cell, sparse(counts))
-    forward = gpu_kernel.loss_and_slopes(logits.clone(), theta, dispersion.row_of_cell, sparse(counts), slopes=False)
-    expected = by_torch(logits.double(), Dispersion(theta.double(), dispersion.row_of_cell), sparse(counts))
+    dropout = torch.randn(21, N_GENES) if inflated else None
+    row_of_cell = torch.arange(21) % rows
+    made = gpu_kernel.loss_and_slopes(*copies(logits, dropout), theta, row_of_cell, sparse(counts))
+    forward = gpu_kernel.loss_and_slopes(*copies(logits, dropout), theta, row_of_cell, sparse(counts), slopes=False)
+    expected = torch_kernel.loss_and_slopes(
+        *copies(logits, dropout, theta, dtype=torch.float64), row_of_cell, sparse(counts)
+    )
     assert torch.equal(made[0], forward[0])
-    assert forward[1:] == (None, None)
+    assert forward[1:] == (None, None, None)
     for found, wanted in zip(made, expected, strict=True):
-        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=3e-6 * (5 + counts.sum()))
+        if wanted is None:
+            assert found is None
+        else:
+            torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=3e-6 * (5 + counts.sum()))
     negative_binomial._compare(gpu_kernel, "cpu")  # what is done before it is first used on a GPU
 
 

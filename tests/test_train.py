@@ -123,7 +123,7 @@ def test_model_settings_take_effect(prepared: Run, tmp_path: Path) -> None:
     assert module.z_encoder.mean_encoder.out_features == 7
     assert {layer.p for layer in module.z_encoder.modules() if isinstance(layer, torch.nn.Dropout)} == {0.35}
     assert module.gene_likelihood == "zinb"
-    assert run.record("train")["engine"] == "scvi-tools"  # the fast one has no zinb
+    assert run.record("train")["engine"] == "fast"
     batches = run.record("prepare")["counts"]["batches"]
     assert encoder[0].in_features == 200 + batches  # the encoder sees the batch
     assert [layer.out_features for layer in linear_layers(module.decoder.px_decoder)] == [24, 24, 24]

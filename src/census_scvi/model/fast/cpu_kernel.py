@@ -29,8 +29,14 @@ _EPS = np.float32(1e-8)
 
 
 def loss_and_slopes(
-    logits: torch.Tensor, theta: torch.Tensor, row_of_cell: torch.Tensor, counts: SparseCounts, *, slopes: bool = True
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    logits: torch.Tensor,
+    dropout: torch.Tensor | None,
+    theta: torch.Tensor,
+    row_of_cell: torch.Tensor,
+    counts: SparseCounts,
+    *,
+    slopes: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """See `negative_binomial.loss_and_slopes`; in as many threads as torch uses."""
     n_cells, n_genes = logits.shape
     last = counts.n_detected.cumsum(0)
@@ -39,24 +45,25 @@ def loss_and_slopes(
     one_row = len(theta) == 1
     # Sums of a thread where all cells have one theta; else those of a cell, to be added where it has its theta from.
     of_theta = torch.zeros(parts if one_row else n_cells, n_genes)
-    a_cell = (logits, last - counts.n_detected, last, counts.library_size(), row_of_cell, loss)
-    of_all = (counts.genes, counts.counts, theta)
+    inflated = dropout is not None
+    missed = logits if dropout is None else dropout
+    a_cell = (logits, missed, last - counts.n_detected, last, counts.library_size(), row_of_cell)
 
     def work(part: int) -> None:
         cells = slice(n_cells * part // parts, n_cells * (part + 1) // parts)
         sums = of_theta[part : part + 1] if one_row else of_theta[cells]
-        arrays = (*(each[cells] for each in a_cell), *of_all, sums)
-        _cells(*(array.detach().numpy() for array in arrays), slopes)
+        arrays = (*(each[cells] for each in a_cell), counts.genes, counts.counts, theta, loss[cells], sums)
+        _cells(*(array.detach().numpy() for array in arrays), inflated, slopes)
 
     if parts == 1:
         work(0)
     else:
         list(_threads(parts, os.getpid()).map(work, range(parts)))
     if not slopes:
-        return loss, None, None
+        return loss, None, None, None
     if one_row:
-        return loss, logits, of_theta.sum(0, keepdim=True)
-    return loss, logits, torch.zeros_like(theta).index_add_(0, row_of_cell, of_theta)
+        return loss, logits, of_theta.sum(0, keepdim=True), dropout
+    return loss, logits, torch.zeros_like(theta).index_add_(0, row_of_cell, of_theta), dropout
 
 
 @cache
@@ -67,29 +74,43 @@ def _threads(number: int, process: int) -> ThreadPoolExecutor:
 
 @numba.njit(nogil=True, cache=True)
 def _cells(  # type: ignore[no-untyped-def]
-    logits, first, last, library, row_of_cell, loss, genes, counts, theta, of_theta, slopes
+    logits, dropout, first, last, library, row_of_cell, genes, counts, theta, loss, of_theta, inflated, slopes
 ):
     n_genes = logits.shape[1]
     # Each an array of its own: the compiler would not know rows of one to be contiguous.
     share, mu, fall = np.empty(n_genes, np.float32), np.empty(n_genes, np.float32), np.empty(n_genes, np.float32)
+    odds, weight = np.empty(n_genes, np.float32), np.empty(n_genes, np.float32)
     all_x, all_mu = np.empty(n_genes, np.float32), np.empty(n_genes, np.float32)
     all_theta, all_terms = np.empty(n_genes, np.float32), np.empty(n_genes, np.float32)
     for cell in range(len(logits)):
         row, theta_row = logits[cell], theta[row_of_cell[cell]]
-        _exp_below(row, _largest(row), share)
-        _divide(share, np.float32(_total(share)), library[cell], mu)
-        _fall(mu, theta_row, fall)
         non_zeros = slice(first[cell], last[cell])
         there = genes[non_zeros]
         n = len(there)
         x, mu_x, theta_x, term = all_x[:n], all_mu[:n], all_theta[:n], all_terms[:n]
+        _exp_below(row, _largest(row), share)
+        _divide(share, np.float32(_total(share)), library[cell], mu)
+        _fall(mu, theta_row, fall)
         _gather(there, counts[non_zeros], mu, theta_row, x, mu_x, theta_x)
         _gain(x, mu_x, theta_x, term)
-        loss[cell] = -_dot(theta_row, fall) - _total(term)
+        if inflated:
+            _odds(theta_row, fall, dropout[cell], odds)
+            _inflated_loss(odds, dropout[cell], weight)
+            _add_softplus_of_minus(there, odds, weight)
+            loss[cell] = _total(weight) - _total(term)
+        else:
+            loss[cell] = -_dot(theta_row, fall) - _total(term)
         if slopes:
             target = of_theta[min(cell, len(of_theta) - 1)]
             _slope_of_mu(mu, theta_row, row)
-            _add_slope_of_theta(fall, row, theta_row, target)
+            if inflated:
+                _weight(odds, weight)
+                _set_one(there, weight)
+                _add_weighted_slope_of_theta(weight, fall, row, theta_row, target)
+                _multiply(weight, row)
+                _slope_of_dropout(weight, dropout[cell])
+            else:
+                _add_slope_of_theta(fall, row, theta_row, target)
             _slopes_of_counts(x, mu_x, theta_x, term)
             _scatter(there, term, theta_x, row, target)
             _slope_of_logits(mu, np.float32(_dot(share, row)), row)
@@ -166,6 +187,57 @@ def _slopes_of_counts(x, mu, theta, of_mu):  # type: ignore[no-untyped-def]
         theta[i] = by_total - _digamma_rise(theta[i], x[i])
 
 
+# Zero inflation.
+
+
+@_each
+def _odds(theta, fall, dropout, out):  # type: ignore[no-untyped-def]
+    for i in range(len(out)):
+        out[i] = theta[i] * fall[i] - dropout[i]
+
+
+@_each
+def _inflated_loss(odds, dropout, out):  # type: ignore[no-untyped-def]
+    for i in range(len(out)):
+        out[i] = _softplus(-dropout[i]) - _softplus(odds[i])
+
+
+@_each
+def _add_softplus_of_minus(genes, odds, out):  # type: ignore[no-untyped-def]
+    for i in range(len(genes)):
+        out[genes[i]] += _softplus(-odds[genes[i]])
+
+
+@_each
+def _weight(odds, out):  # type: ignore[no-untyped-def]
+    for i in range(len(out)):
+        out[i] = _sigmoid(odds[i])
+
+
+@_each
+def _set_one(genes, out):  # type: ignore[no-untyped-def]
+    for i in range(len(genes)):
+        out[genes[i]] = 1
+
+
+@_each
+def _add_weighted_slope_of_theta(weight, fall, slope_of_mu, theta, out):  # type: ignore[no-untyped-def]
+    for i in range(len(fall)):
+        out[i] += weight[i] * (slope_of_mu[i] - fall[i] - theta[i] / (theta[i] + _EPS))
+
+
+@_each
+def _multiply(weight, out):  # type: ignore[no-untyped-def]
+    for i in range(len(out)):
+        out[i] *= weight[i]
+
+
+@_each
+def _slope_of_dropout(weight, dropout):  # type: ignore[no-untyped-def]
+    for i in range(len(dropout)):
+        dropout[i] = weight[i] - _sigmoid(-dropout[i])
+
+
 @_most
 def _largest(row):  # type: ignore[no-untyped-def]
     most = row[0]
@@ -230,6 +302,19 @@ def _log_above_one(y):  # type: ignore[no-untyped-def]
     """log(1 + y) for y >= 0, to the last places of a small y too."""
     rounded = _ONE + y
     return _log(rounded) + (y - (rounded - _ONE)) / rounded
+
+
+@_inlined
+def _softplus(a):  # type: ignore[no-untyped-def]
+    """log(1 + e to the a)."""
+    below = -a if a > 0 else a
+    return (a if a > 0 else np.float32(0)) + _log_above_one(_exp(below))
+
+
+@_inlined
+def _sigmoid(a):  # type: ignore[no-untyped-def]
+    some = _exp(-a if a > 0 else a)
+    return (_ONE if a > 0 else some) / (_ONE + some)
 
 
 @_inlined

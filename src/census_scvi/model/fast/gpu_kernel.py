@@ -18,8 +18,14 @@ _CELLS_A_PROGRAM = 8
 
 
 def loss_and_slopes(
-    logits: torch.Tensor, theta: torch.Tensor, row_of_cell: torch.Tensor, counts: SparseCounts, *, slopes: bool = True
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    logits: torch.Tensor,
+    dropout: torch.Tensor | None,
+    theta: torch.Tensor,
+    row_of_cell: torch.Tensor,
+    counts: SparseCounts,
+    *,
+    slopes: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """See `negative_binomial.loss_and_slopes`; at most `MOST_GENES` genes."""
     n_cells, n_genes = logits.shape
     loss = torch.empty(n_cells, device=logits.device)
@@ -29,6 +35,7 @@ def loss_and_slopes(
     of_theta = torch.empty(programs if shared else n_cells, n_genes, device=logits.device)
     _cells[(programs,)](
         logits,
+        logits if dropout is None else dropout,
         counts.dense(),
         theta.contiguous(),
         row_of_cell,
@@ -38,20 +45,22 @@ def loss_and_slopes(
         n_genes,
         CELLS=_CELLS_A_PROGRAM,
         SHARED=shared,
+        INFLATED=dropout is not None,
         SLOPES=slopes,
         WIDTH=triton.next_power_of_2(n_genes),
         num_warps=16 if n_genes > 2048 else 4,
     )
     if not slopes:
-        return loss, None, None
+        return loss, None, None, None
     if shared:
-        return loss, logits, of_theta.sum(0, keepdim=True)
-    return loss, logits, torch.zeros_like(theta).index_add_(0, row_of_cell, of_theta)
+        return loss, logits, of_theta.sum(0, keepdim=True), dropout
+    return loss, logits, torch.zeros_like(theta).index_add_(0, row_of_cell, of_theta), dropout
 
 
 @triton.jit
 def _cells(  # type: ignore[no-untyped-def]
     logits,
+    dropout,
     counts,
     theta,
     row_of_cell,
@@ -61,6 +70,7 @@ def _cells(  # type: ignore[no-untyped-def]
     n_genes,
     CELLS: tl.constexpr,
     SHARED: tl.constexpr,
+    INFLATED: tl.constexpr,
     SLOPES: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -83,10 +93,20 @@ def _cells(  # type: ignore[no-untyped-def]
             fall = -_log_above_one(mu / (inverse + 1e-8))
             factorial = _lgamma_rise(tl.zeros_like(x) + 1.0, x)
             gain = tl.where(x > 0, x * tl.log(some / total) + _lgamma_rise(inverse, x) - factorial, 0.0)
-            tl.store(loss + cell, -tl.sum(tl.where(there, inverse * fall + gain, 0.0), 0))
+            by_gene = inverse * fall
+            if INFLATED:
+                missed = tl.load(dropout + place, mask=there, other=0.0)
+                odds = by_gene - missed
+                weight = tl.where(x > 0, 1.0, tl.sigmoid(odds))
+                by_gene = tl.where(x > 0, odds, _softplus(odds)) - _softplus(-missed)
+            tl.store(loss + cell, -tl.sum(tl.where(there, by_gene + gain, 0.0), 0))
             if SLOPES:
                 of_mu = inverse / total
                 slope = of_mu - fall - inverse / (inverse + 1e-8)
+                if INFLATED:
+                    of_mu *= weight
+                    slope *= weight
+                    tl.store(dropout + place, weight - tl.sigmoid(-missed), mask=there)
                 slope += tl.where(x > 0, x / total - _digamma_rise(inverse, x), 0.0)
                 if SHARED:
                     sums += slope
@@ -105,6 +125,11 @@ def _cells(  # type: ignore[no-untyped-def]
 def _log_above_one(y):  # type: ignore[no-untyped-def]
     rounded = 1.0 + y
     return tl.log(rounded) + (y - (rounded - 1.0)) / rounded
+
+
+@triton.jit
+def _softplus(a):  # type: ignore[no-untyped-def]
+    return tl.maximum(a, 0.0) + _log_above_one(tl.exp(-tl.abs(a)))
 
 
 @triton.jit

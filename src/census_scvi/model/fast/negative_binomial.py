@@ -21,9 +21,19 @@ and through mu = l softmax(a), with s_g = d loss / d mu_g,
 
     d loss / d a_g     = l p_g (s_g - sum over h of p_h s_h).
 
+With zero inflation (zinb) a second head of the decoder gives the logits b_g of dropout. With A_g = theta_g
+(log(theta_g + eps) - log t_g) - b_g, scvi-tools' `log_zinb_positive` is, put in the same way,
+
+    log p(x) = sum over all genes of    softplus(A_g) - softplus(-b_g)
+             + sum over x_g > 0   of    x_g (...) + lgamma(...) ... as above, - softplus(-A_g)
+
+and its derivatives are those above, the parts for all genes weighted with w_g = sigmoid(A_g), but 1 where x_g > 0, and
+
+    d loss / d b_g     = w_g - sigmoid(-b_g).
+
 All of it needs one row of logits at a time, so that loss and derivatives are made in one go, the latter in the memory
-of the logits; a cell without counts (l = 0) has mu = 0 and no derivative, as in scvi-tools. What is left for autograd
-are the matrix products around it, and the decoder's head for dropout, which only zinb uses, is not computed.
+of the logits; a cell without counts (l = 0) has mu = 0 and no derivative by it, as in scvi-tools. What is left for
+autograd are the matrix products around it.
 """
 
 from __future__ import annotations
@@ -33,16 +43,17 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
 from census_scvi.counts.minibatch import SparseCounts
+from census_scvi.model.fast import torch_kernel
 from census_scvi.model.fast.products import product_dtype, times_transposed
 
 log = logging.getLogger(__name__)
 
-EPS = 1e-8  # scvi-tools'
+LossAndSlopes: TypeAlias = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -61,19 +72,15 @@ class Dispersion:
     row_of_cell: torch.Tensor
 
 
-class Slopes(NamedTuple):
-    """Loss of each cell and derivatives of the sum over cells.
+class Head(NamedTuple):
+    """A linear layer from the decoder's last hidden layer to genes: `weight` (genes, n_hidden), `bias` (genes,)."""
 
-    `loss` (cells,); `logits` (cells, genes) and `theta` (rows, genes), or None where no derivatives were asked for.
-    """
-
-    loss: torch.Tensor
-    logits: torch.Tensor | None
-    theta: torch.Tensor | None
+    weight: torch.Tensor
+    bias: torch.Tensor
 
 
 def reconstruction_loss(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, dispersion: Dispersion, counts: SparseCounts
+    hidden: torch.Tensor, scale: Head, dispersion: Dispersion, counts: SparseCounts, dropout: Head | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Negative log-likelihood of counts under the decoder's negative binomial.
 
@@ -81,79 +88,99 @@ def reconstruction_loss(
     ----------
     hidden
         float (cells, n_hidden): the decoder's last hidden layer.
-    weight, bias
-        float (genes, n_hidden) and (genes,): `px_scale_decoder`'s linear layer, which gives the logits.
+    scale
+        `px_scale_decoder`'s layer, which gives the logits.
     dispersion
         theta of the genes.
     counts
         Counts of the cells.
+    dropout
+        `px_dropout_decoder`: with it the distribution is zero-inflated.
 
     Returns
     -------
     The mean over cells, which carries gradients to all but the counts, and the loss of each cell (cells,), which does
     not.
     """
-    return _ReconstructionLoss.apply(hidden, weight, bias, dispersion.theta, dispersion.row_of_cell, counts)
+    heads = (*scale, *(dropout or (None, None)))
+    return _ReconstructionLoss.apply(hidden, *heads, dispersion.theta, dispersion.row_of_cell, counts)
 
 
 class _ReconstructionLoss(torch.autograd.Function):
-    """The decoder's last product and the loss in one, so that the logits' memory serves their derivatives too."""
+    """The decoder's last products and the loss in one, so that the logits' memory serves their derivatives too."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor,
-        theta: torch.Tensor,
-        row_of_cell: torch.Tensor,
-        counts: SparseCounts,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        wanted = any(ctx.needs_input_grad)
+    def forward(ctx: Any, hidden: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        weight, bias, dropout_weight, dropout_bias, theta, row_of_cell, counts = rest
         dtype = product_dtype(hidden)
+        hidden = hidden.to(dtype)
+        weights = [each.to(dtype) for each in (weight, dropout_weight) if each is not None]
+        biases = [each.to(dtype) for each in (bias, dropout_bias) if each is not None]
         with torch.autocast(hidden.device.type, enabled=False):
-            hidden, weight = hidden.to(dtype), weight.to(dtype)
-            logits = times_transposed(hidden, weight, bias.to(dtype)).to(theta.dtype)
-            slopes = loss_and_slopes(logits, Dispersion(theta, row_of_cell), counts, slopes=wanted)
-        if slopes.logits is not None:
-            most = torch.finfo(dtype).max  # of float16: 65,504, which the slope of a larger count may exceed
-            of_logits = slopes.logits if dtype == slopes.logits.dtype else slopes.logits.clamp_(-most, most).to(dtype)
-            ctx.save_for_backward(hidden, weight, of_logits, slopes.theta)
-        ctx.mark_non_differentiable(slopes.loss)
-        return slopes.loss.mean(), slopes.loss
+            products = [times_transposed(hidden, *head).to(theta.dtype) for head in zip(weights, biases, strict=True)]
+            arguments = (products[0], products[1] if len(products) > 1 else None, theta, row_of_cell, counts)
+            loss, *slopes = loss_and_slopes(*arguments, slopes=any(ctx.needs_input_grad))
+        of_logits, of_theta, of_dropout = slopes
+        of_products = [_narrow(each, dtype) for each in (of_logits, of_dropout) if each is not None]
+        ctx.save_for_backward(hidden, of_theta, *weights, *of_products)
+        ctx.mark_non_differentiable(loss)
+        return loss.mean(), loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, of_mean: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden, weight, logits, theta = ctx.saved_tensors
-        scale = of_mean / len(logits)
-        # The scale goes to the smaller factor; float16 keeps the slopes of single cells, not those divided by cells.
-        of_weight = times_transposed(logits.T, (hidden * scale.to(hidden.dtype)).T)
-        of_hidden = times_transposed(logits, weight.T) * scale
-        of_bias = logits.sum(0, dtype=theta.dtype) * scale
-        return of_hidden, of_weight.to(theta.dtype), of_bias, theta * scale, None, None
+        hidden, theta, *rest = ctx.saved_tensors
+        weights, of_products = rest[: len(rest) // 2], rest[len(rest) // 2 :]
+        scale = of_mean / len(hidden)
+        # The scale goes to the smaller factor: float16 holds the slopes of single cells, not those divided by cells.
+        scaled = (hidden * scale.to(hidden.dtype)).T
+        of_hidden = sum(times_transposed(slopes, weight.T) for weight, slopes in zip(weights, of_products, strict=True))
+        of_heads: list[torch.Tensor | None] = []
+        for slopes in of_products:
+            of_heads += [times_transposed(slopes.T, scaled).to(theta.dtype), slopes.sum(0, dtype=theta.dtype) * scale]
+        of_heads += [None] * (4 - len(of_heads))
+        return of_hidden * scale, *of_heads, theta * scale, None, None
+
+
+def _narrow(slopes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """In the dtype of the products; float16 ends at 65,504, which the slope of a larger count may exceed."""
+    most = torch.finfo(dtype).max
+    return slopes if slopes.dtype == dtype else slopes.clamp_(-most, most).to(dtype)
 
 
 def loss_and_slopes(
-    logits: torch.Tensor, dispersion: Dispersion, counts: SparseCounts, *, slopes: bool = True
-) -> Slopes:
-    """Loss of each cell and its derivatives, by the kernel for the device; the logits are overwritten.
+    logits: torch.Tensor,
+    dropout: torch.Tensor | None,
+    theta: torch.Tensor,
+    row_of_cell: torch.Tensor,
+    counts: SparseCounts,
+    *,
+    slopes: bool = True,
+) -> LossAndSlopes:
+    """Loss of each cell and the derivatives of their sum, by the kernel for the device.
 
     Parameters
     ----------
     logits
-        float (cells, genes), contiguous.
-    dispersion
-        theta of the genes, of the logits' dtype.
+        float (cells, genes), contiguous; overwritten.
+    dropout
+        The same for the logits of dropout; None without zero inflation.
+    theta, row_of_cell
+        See `Dispersion`; theta of the logits' dtype.
     counts
         Counts of the cells.
     slopes
         Whether derivatives are wanted.
+
+    Returns
+    -------
+    The loss (cells,), and its derivatives by logits (cells, genes), theta (rows, genes) and dropout (cells, genes):
+    None where none are wanted, or where there is no dropout.
     """
     kernel = _kernel(logits.device.type) if logits.dtype == torch.float32 else None
     if kernel is None or logits.shape[1] > kernel.MOST_GENES:
-        return by_torch(logits, dispersion, counts, slopes=slopes)
-    return Slopes(*kernel.loss_and_slopes(logits, dispersion.theta, dispersion.row_of_cell, counts, slopes=slopes))
+        kernel = torch_kernel
+    return kernel.loss_and_slopes(logits, dropout, theta, row_of_cell, counts, slopes=slopes)
 
 
 @cache
@@ -183,41 +210,13 @@ def _compare(kernel: ModuleType, device: str) -> None:
     logits = (genes * torch.tensor([[0.7], [0.1], [0.3]], device=device)).sin()
     n_detected = torch.tensor([5, 0, 45], device=device)
     few = SparseCounts(n_detected, genes.to(torch.uint16), (1 + genes**2).to(torch.uint16), 50)
-    for rows in (1, 3):
+    for rows, dropout in ((1, None), (3, None), (1, logits.flip(0))):
         theta = (1 + genes * torch.ones(rows, 1, device=device)) / 10
-        dispersion = Dispersion(theta, torch.arange(3, device=device) % rows)
-        made = kernel.loss_and_slopes(logits.clone(), theta, dispersion.row_of_cell, few)
-        for found, expected in zip(made, by_torch(logits.clone(), dispersion, few), strict=True):
-            assert expected is not None
-            difference = ((found - expected).abs().max() / expected.abs().max()).item()
+        row_of_cell = torch.arange(3, device=device) % rows
+        copies = (logits.clone(), None if dropout is None else dropout.clone())
+        made = kernel.loss_and_slopes(*copies, theta, row_of_cell, few)
+        expected = torch_kernel.loss_and_slopes(logits, dropout, theta, row_of_cell, few)
+        for found, wanted in zip(made, expected, strict=True):
+            difference = 0.0 if wanted is None else ((found - wanted).abs().max() / wanted.abs().max()).item()
             if not difference < 1e-4:
                 raise ArithmeticError(f"its results differ from torch's by {difference:.1e} of their size")
-
-
-def by_torch(logits: torch.Tensor, dispersion: Dispersion, counts: SparseCounts, *, slopes: bool = True) -> Slopes:
-    """The same in torch's own operations, for any float dtype and device."""
-    library = counts.library_size(logits.dtype).unsqueeze(1)
-    share = torch.softmax(logits, dim=-1)
-    rows = dispersion.row_of_cell
-    theta = dispersion.theta if len(dispersion.theta) == 1 else dispersion.theta[rows]
-    mu = share * library
-    total = (mu + theta).add_(EPS)
-    fall = -(mu / (theta + EPS)).log1p()
-    loss = -(fall @ theta[0] if len(theta) == 1 else (theta * fall).sum(1))
-
-    cells, places = counts.cells(), counts.places()
-    x = counts.counts.to(logits.dtype)
-    theta_x = dispersion.theta.view(-1)[rows[cells] * counts.n_genes + counts.genes.long()]
-    mu_x, total_x = mu.view(-1)[places] + EPS, total.view(-1)[places]
-    gain = x * (mu_x / total_x).log() + (x + theta_x).lgamma() - theta_x.lgamma() - (x + 1).lgamma()
-    loss -= torch.segment_reduce(gain, "sum", lengths=counts.n_detected)
-    if not slopes:
-        return Slopes(loss, None, None)
-
-    of_mu = theta / total
-    of_theta = of_mu.sub(fall).sub_(theta / (theta + EPS))
-    of_theta.view(-1)[places] += x / total_x - (x + theta_x).digamma() + theta_x.digamma()
-    of_mu.view(-1)[places] += x / total_x - x / mu_x
-    of_logits = of_mu.sub_((share * of_mu).sum(1, keepdim=True)).mul_(mu)
-    summed = torch.zeros_like(dispersion.theta).index_add_(0, rows, of_theta)
-    return Slopes(loss, of_logits, summed)

@@ -18,7 +18,7 @@ from torch.distributions import Normal, kl_divergence
 from torch.nn import functional
 
 from census_scvi.counts.minibatch import Minibatch, SparseCounts
-from census_scvi.model.fast.negative_binomial import Dispersion, reconstruction_loss
+from census_scvi.model.fast.negative_binomial import Dispersion, Head, reconstruction_loss
 from census_scvi.model.fast.products import linear
 
 
@@ -26,7 +26,7 @@ def reason_against(module: VAE) -> str:
     """Why the step cannot train this module; "" where it can."""
     reasons = {
         f"its class is {type(module).__name__}": type(module) is not VAE,
-        f"gene_likelihood is {module.gene_likelihood}": module.gene_likelihood != "nb",
+        f"gene_likelihood is {module.gene_likelihood}": module.gene_likelihood not in ("nb", "zinb"),
         f"batch_representation is {module.batch_representation}": module.batch_representation != "one-hot",
         "it learns library sizes": not module.use_observed_lib_size,
         "it has size factors": module.use_size_factor_key,
@@ -61,8 +61,14 @@ def step(module: VAE, minibatch: Minibatch, kl_weight: float) -> LossOutput:
     kl = kl_divergence(posterior, Normal(torch.zeros_like(latent), torch.ones_like(latent), False)).sum(-1)
     hidden = _hidden(module.decoder.px_decoder, latent, batch)
     dispersion = _dispersion(module, hidden, batch, minibatch["labels"].squeeze(1))
-    logits = module.decoder.px_scale_decoder[0]
-    mean, reconstruction = reconstruction_loss(hidden, logits.weight, logits.bias, dispersion, counts)
+    scale, dropout = module.decoder.px_scale_decoder[0], module.decoder.px_dropout_decoder
+    mean, reconstruction = reconstruction_loss(
+        hidden,
+        Head(scale.weight, scale.bias),
+        dispersion,
+        counts,
+        Head(dropout.weight, dropout.bias) if module.gene_likelihood == "zinb" else None,
+    )
     return LossOutput(
         loss=mean + kl_weight * kl.mean(),
         reconstruction_loss=reconstruction,

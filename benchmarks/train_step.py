@@ -1,0 +1,382 @@
+"""A training step and a whole training, beside scvi-tools' own, on whatever device there is.
+
+    python benchmarks/train_step.py --folder FOLDER [--hidden 512 128] [--cells 40000] [--genes 8000] [--repeats 3]
+                                    [--threads 1] [--prepared FILE.h5ad]
+
+Makes up cells in FOLDER (once), or takes those of FILE. Then, for each number of hidden nodes:
+
+1. steps: the same minibatches go through scvi-tools' step and, improvement by improvement, this project's, a step each
+   in turn; medians. The roofline is what the matrix products and the bytes that must move take at the rates that this
+   device is measured to have.
+2. end to end: `SCVI.train` with all cells in memory, and this project's training from the file, each in a process of
+   its own, in turn: Lightning, metrics, validation and loader included, imports and reading into memory not.
+
+Printed as tables; FOLDER/train_step.json has every figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+LATENT, BATCH_SIZE, BATCHES = 50, 1024, 4
+WARM_UP, STEPS = 2, 9
+
+
+def main() -> None:
+    arguments = _arguments()
+    if arguments.side:
+        print(json.dumps(_end_to_end(arguments.side, arguments.prepared, arguments.hidden[0], arguments)))
+        return
+    os.environ["OMP_NUM_THREADS"] = str(arguments.threads)  # before torch is imported
+    folder = arguments.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    prepared = arguments.prepared or folder / f"cells-{arguments.cells}-{arguments.genes}.h5ad"
+    if not prepared.exists():
+        _make_up(prepared, arguments.cells, arguments.genes)
+    results = []
+    for hidden in arguments.hidden:
+        result = {"hidden": hidden, **_steps(prepared, hidden, arguments.threads)}
+        print(_step_table(result), flush=True)
+        result["end to end"] = _trainings(prepared, hidden, arguments)
+        print(_training_table(result["end to end"], hidden), flush=True)
+        results.append(result)
+    (folder / "train_step.json").write_text(json.dumps({"machine": _machine(), "results": results}, indent=1))
+    print(_machine())
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--hidden", type=int, nargs="+", default=[512, 128])
+    parser.add_argument("--cells", type=int, default=40_000)
+    parser.add_argument("--genes", type=int, default=8_000)
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--prepared", type=Path)
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def _make_up(path: Path, n_cells: int, n_genes: int) -> None:
+    """Cells of ten types and four batches; counts are gamma-Poisson."""
+    import numpy as np
+    import pandas as pd
+    import scipy.sparse as sp
+
+    from census_scvi.counts.writer import H5adWriter
+
+    rng = np.random.default_rng(0)
+    profiles = rng.normal(0, 1.5, n_genes) + rng.normal(0, 0.7, (10, n_genes))
+    profiles = np.exp(profiles) / np.exp(profiles).sum(1, keepdims=True)
+    with H5adWriter(path, pd.DataFrame(index=pd.Index([f"g{i}" for i in range(n_genes)]))) as file:
+        for start in range(0, n_cells, 4000):
+            n = min(4000, n_cells - start)
+            depth = n_genes * 0.28 * rng.lognormal(0, 0.4, (n, 1))
+            rate = rng.gamma(2.0, profiles[rng.integers(0, 10, n)] * depth / 2.0)
+            codes = rng.integers(0, BATCHES, n)
+            obs = pd.DataFrame(
+                {"batch": pd.Categorical.from_codes(codes, [f"b{i}" for i in range(BATCHES)])},
+                index=[str(i) for i in range(start, start + n)],
+            )
+            file.append(obs, counts=sp.csr_matrix(rng.poisson(rate).astype(np.float32)))
+
+
+# --- steps
+
+
+def _steps(prepared: Path, hidden: int, threads: int) -> dict[str, Any]:
+    import torch
+
+    from census_scvi.counts.data_module import PreparedDataModule
+    from census_scvi.model.build import build_model
+
+    torch.set_num_threads(threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    data = PreparedDataModule(prepared, batch_size=BATCH_SIZE, train_size=1.0, seed=0, workers=1)
+    dense, sparse = _minibatches(data, device, sparse=False), _minibatches(data, device, sparse=True)
+    torch.manual_seed(0)
+    made = build_model(
+        data.cells.genes, data.cells.batches, {"n_hidden": hidden, "n_latent": LATENT, "gene_likelihood": "nb"}
+    )
+    steps = {
+        name: _prepare(copy.deepcopy(made.module).to(device).train(), name, dense if shipped else sparse)
+        for name, shipped in _ladder(device).items()
+    }
+    taken: dict[str, list[float]] = {name: [] for name in steps}
+    losses = {}
+    for number in range(WARM_UP + STEPS):
+        for name, step in steps.items():
+            torch.manual_seed(number)
+            seconds, losses[name] = _timed(lambda step=step, number=number: step(number), device)
+            if number >= WARM_UP:
+                taken[name].append(seconds)
+    n_detected = statistics.mean(len(minibatch["X"].genes) for minibatch in sparse)
+    return {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+        "ms": {name: 1e3 * statistics.median(seconds) for name, seconds in taken.items()},
+        "loss after the last step": losses,
+        "roofline": _roofline(hidden, data.cells.n_genes, device),
+        "share of non-zeros": n_detected / BATCH_SIZE / data.cells.n_genes,
+    }
+
+
+def _ladder(device: Any) -> dict[str, bool]:
+    """Names of the steps, and whether it is scvi-tools' own."""
+    names = ["scvi-tools as shipped", "sums over non-zeros, no unused heads: pure torch", "+ Adam in one pass"]
+    names += ["+ oneDNN's products"] * (device.type == "cpu") + ["+ kernel for the loss: train.engine fast"]
+    return {name: name == names[0] for name in [*names, "+ bf16 products"]}
+
+
+def _minibatches(data: Any, device: Any, *, sparse: bool) -> list[dict[str, Any]]:
+    """A few, so that no cache holds them; on the CPU, as the loader gives them."""
+    data.sparse = sparse
+    loader = iter(data.train_dataloader())
+    few = [{name: _kept(value) for name, value in next(loader).items()} for _ in range(4)]
+    if device.type == "cuda" and sparse:
+        few = [{name: value.pin_memory() for name, value in minibatch.items()} for minibatch in few]
+    return few
+
+
+def _kept(value: Any) -> Any:
+    return value.clone() if hasattr(value, "clone") else value
+
+
+def _prepare(module: Any, name: str, minibatches: list[dict[str, Any]]) -> Callable[[int], float]:
+    """A training step, minibatch to updated weights, as `step(number) -> loss`."""
+    import torch
+
+    from census_scvi.model.fast import negative_binomial, products
+    from census_scvi.model.fast.step import step, unused_frozen
+
+    shipped = name.startswith("scvi-tools")
+    stage = ["sums", "+ Adam", "+ oneDNN", "+ kernel", "+ bf16"]
+    reached = next((number for number, start in enumerate(stage) if name.startswith(start)), -1)
+    device = next(module.parameters()).device
+
+    def run(number: int) -> float:
+        moved = {key: value.to(device) for key, value in minibatches[number % len(minibatches)].items()}
+        with ExitStack() as without:
+            if reached < stage.index("+ oneDNN"):
+                without.enter_context(patch.object(products, "_onednn", None))
+            if reached < stage.index("+ kernel"):
+                without.enter_context(patch.object(negative_binomial, "_kernel", lambda device: None))
+            with torch.autocast(device.type, torch.bfloat16, enabled=reached == stage.index("+ bf16")):
+                losses = module(moved, loss_kwargs={"kl_weight": 1.0})[2] if shipped else step(module, moved, 1.0)
+            optimiser.zero_grad()
+            losses.loss.backward()
+        optimiser.step()
+        return losses.loss.detach()
+
+    fused = {"fused": True} if reached >= stage.index("+ Adam") else {}
+    frozen = ExitStack()
+    if not shipped:
+        frozen.enter_context(unused_frozen(module))
+    run.frozen = frozen  # type: ignore[attr-defined]
+    wanted = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optimiser = torch.optim.Adam(wanted, lr=1e-4, eps=0.01, weight_decay=1e-6, **fused)
+    return run
+
+
+def _timed(work: Callable[[], Any], device: Any) -> tuple[float, float]:
+    """Seconds, on a CPU those of its cores, and what the work returns."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        result = work()
+        torch.cuda.synchronize()
+        return time.perf_counter() - started, float(result)
+    started = time.process_time()
+    result = work()
+    return time.process_time() - started, float(result)
+
+
+def _roofline(hidden: int, n_genes: int, device: Any) -> dict[str, float]:
+    """What the step cannot go below: five products of genes x hidden, and each large array moved as seldom as can be."""
+    import torch
+
+    from census_scvi.model.fast.products import times_transposed
+
+    left, right = torch.randn(BATCH_SIZE, hidden, device=device), torch.randn(n_genes, hidden, device=device)
+    large = torch.randn(BATCH_SIZE * n_genes * 2, device=device)
+    other = torch.empty_like(large)
+    product = 2 * BATCH_SIZE * n_genes * hidden
+    flops = 5 * product  # the encoder's and its weights' gradient; the decoder's, and two gradients
+    # The dense input is written and read twice; logits are written, become slopes, and these are read twice; weights
+    # are read, read again, and updated with their gradients and Adam's two averages.
+    moved = 4 * (8 * BATCH_SIZE * n_genes + 2 * 10 * n_genes * hidden)
+    rates = {}
+    for name, work, size in (
+        ("flop/s", lambda: times_transposed(left, right)[0, 0], product),
+        ("bytes/s", lambda: other.copy_(large)[0], 2 * 4 * large.numel()),
+    ):
+        rates[name] = size / statistics.median(_timed(work, device)[0] for _ in range(9))
+    milliseconds = 1e3 * (flops / rates["flop/s"] + moved / rates["bytes/s"])
+    return {"flop": flops, "bytes": moved, **rates, "ms": milliseconds}
+
+
+def _step_table(result: dict[str, Any]) -> str:
+    shipped = result["ms"]["scvi-tools as shipped"]
+    unit = "ms" if result["device"] != "CPU" else "CPU ms"
+    lines = [
+        f"\n{result['hidden']} hidden, {result['device']}, {result['share of non-zeros']:.1%} of the counts are not 0"
+    ]
+    lines += [f"| step | {unit} a minibatch | cells a second | times faster |", "|---|---|---|---|"]
+    for name, milliseconds in result["ms"].items():
+        speed = 1e3 * BATCH_SIZE / milliseconds
+        lines.append(f"| {name} | {milliseconds:.1f} | {speed:,.0f} | {shipped / milliseconds:.2f} |")
+    roofline = result["roofline"]
+    (fast,) = (value for name, value in result["ms"].items() if name.endswith("engine fast"))
+    lines.append(
+        f"roofline: {roofline['flop'] / 1e9:.1f} GFLOP at {roofline['flop/s'] / 1e9:,.0f} GFLOP/s and"
+        f" {roofline['bytes'] / 1e9:.2f} GB at {roofline['bytes/s'] / 1e9:,.0f} GB/s: {roofline['ms']:.1f} ms;"
+        f" the step reaches {roofline['ms'] / fast:.0%} of it"
+    )
+    return "\n".join(lines)
+
+
+# --- end to end
+
+SIDES = {
+    "SCVI.train, all cells in memory": "scvi-tools",
+    "ours from the file, train.engine scvi-tools": "ours-scvi-tools",
+    "ours from the file, train.engine fast": "ours-fast",
+}
+
+
+def _trainings(prepared: Path, hidden: int, arguments: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in SIDES}
+    for _ in range(arguments.repeats):
+        for name, side in SIDES.items():
+            command = [sys.executable, "-W", "ignore", __file__, "--folder", str(arguments.folder), "--side", side]
+            command += ["--prepared", str(prepared), "--hidden", str(hidden), "--threads", str(arguments.threads)]
+            command += ["--epochs", str(arguments.epochs)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                sys.exit(done.stderr)
+            runs[name].append(json.loads(done.stdout.strip().splitlines()[-1]))
+            print(f"{name}: {runs[name][-1]}", file=sys.stderr, flush=True)
+    return runs
+
+
+def _end_to_end(side: str, prepared: Path, hidden: int, arguments: argparse.Namespace) -> dict[str, float]:
+    import torch
+
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(arguments.threads)
+    train = _theirs if side == "scvi-tools" else _ours
+    with train(side, prepared, hidden, arguments.epochs) as (work, steps):
+        wall, cpu = time.perf_counter(), time.process_time()
+        elbo = work()
+        taken = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+    (peak,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return {**taken, "steps": steps, "elbo_validation": elbo, "peak": int(peak.split()[1]) * 1024}
+
+
+@contextmanager
+def _theirs(side: str, prepared: Path, hidden: int, epochs: int) -> Iterator[tuple[Callable[[], float], int]]:
+    import anndata as ad
+    import lightning
+    import scvi
+
+    cells = ad.read_h5ad(prepared)
+    scvi.model.SCVI.setup_anndata(cells, batch_key="batch")
+    lightning.seed_everything(0, verbose=False)
+    model = scvi.model.SCVI(cells, n_hidden=hidden, n_latent=LATENT, gene_likelihood="nb")
+
+    def train() -> float:
+        model.train(
+            max_epochs=epochs,
+            batch_size=BATCH_SIZE,
+            train_size=0.9,
+            check_val_every_n_epoch=1,
+            plan_kwargs={"lr": 1e-4, "n_epochs_kl_warmup": 20},
+            enable_progress_bar=False,
+        )
+        return float(model.history["elbo_validation"].iloc[-1, 0])
+
+    yield train, epochs * -(-int(0.9 * cells.n_obs) // BATCH_SIZE)
+
+
+@contextmanager
+def _ours(side: str, prepared: Path, hidden: int, epochs: int) -> Iterator[tuple[Callable[[], float], int]]:
+    import lightning
+
+    from census_scvi.config import Config
+    from census_scvi.counts.data_module import PreparedDataModule
+    from census_scvi.model.build import build_model
+    from census_scvi.model.training import fit
+
+    settings = Config().train.model_copy(
+        update={"max_epochs": epochs, "batch_size": BATCH_SIZE, "engine": side.removeprefix("ours-")}
+    )
+    data = PreparedDataModule(prepared, batch_size=BATCH_SIZE, train_size=0.9, seed=0, workers=1)
+    lightning.seed_everything(0, verbose=False)
+    model = build_model(
+        data.cells.genes, data.cells.batches, {"n_hidden": hidden, "n_latent": LATENT, "gene_likelihood": "nb"}
+    )
+    with tempfile.TemporaryDirectory() as folder:
+
+        def train() -> float:
+            curves = fit(
+                model,
+                data,
+                settings,
+                {"lr": 1e-4, "n_epochs_kl_warmup": 20},
+                seed=0,
+                checkpoint=Path(folder, "checkpoint.ckpt"),
+                tensorboard=Path(folder, "tensorboard"),
+            )
+            return curves.curves["elbo_validation"][-1]
+
+        yield train, epochs * -(-data.n_train // BATCH_SIZE)
+
+
+def _training_table(runs: dict[str, list[dict[str, float]]], hidden: int) -> str:
+    lines = [f"\n{hidden} hidden, whole trainings, medians of {len(next(iter(runs.values())))}"]
+    lines += [
+        "| trained by | CPU s a minibatch | wall s a minibatch | peak GB | CPU, wall beside it | elbo_validation |"
+    ]
+    lines.append("|---" * 6 + "|")
+    medians = {
+        name: {key: statistics.median(run[key] for run in some) for key in some[0]} for name, some in runs.items()
+    }
+    theirs = next(iter(medians.values()))
+    for name, taken in medians.items():
+        lines.append(
+            f"| {name} | {taken['cpu'] / taken['steps']:.3f} | {taken['wall'] / taken['steps']:.3f} |"
+            f" {taken['peak'] / 1e9:.2f} | {theirs['cpu'] / taken['cpu']:.2f} x, {theirs['wall'] / taken['wall']:.2f} x |"
+            f" {taken['elbo_validation']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def _machine() -> str:
+    from importlib.metadata import version
+
+    import torch
+
+    packages = ", ".join(f"{name} {version(name)}" for name in ("scvi-tools", "torch", "lightning", "numba"))
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"Python {platform.python_version()}, {os.cpu_count()} cores{gpu}; {packages}"
+
+
+if __name__ == "__main__":
+    main()
