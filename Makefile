@@ -5,7 +5,7 @@ DATA ?= ../shared/data
 BENCH ?= bench
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint notebooks bench bench-blood
+.PHONY: help env demo test lint notebooks bench bench-train bench-blood
 
 # One worker a core, but each holds torch and scvi-tools in memory.
 WORKERS := $(shell n=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
@@ -36,6 +36,9 @@ bench: env ## speed and memory at scale beside the libraries (docs/performance.m
 	.venv/bin/python benchmarks/stages.py --census $(BENCH)/census --folder $(BENCH)/stages --cells 50000 200000
 	.venv/bin/python benchmarks/coding.py $(BENCH)/prepared/anndata_model.h5ad
 	.venv/bin/python benchmarks/shuffle.py $(BENCH)/prepared/anndata_model.h5ad
+
+bench-train: env ## training steps and trainings beside scvi-tools' (docs/performance.md), in BENCH=folder; 15 minutes on a CPU
+	.venv/bin/python benchmarks/train_step.py --folder $(BENCH)
 
 bench-blood: env ## label transfer on real blood cells, DATA=folder of the .h5ad files (docs/blood.md); 20 minutes
 	.venv/bin/python benchmarks/label_transfer.py --data $(DATA)

@@ -62,7 +62,12 @@ class SparseCounts:
 
     def library_size(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """(cells,): sum of each cell's counts."""
-        return torch.segment_reduce(self.counts.to(dtype), "sum", lengths=self.n_detected)
+        return self.sum_of_cells(self.counts.to(dtype))
+
+    def sum_of_cells(self, values: torch.Tensor) -> torch.Tensor:
+        """(cells,): sum of what belongs to each cell's non-zeros, (non-zeros,)."""
+        # unsafe: the lengths would be checked, for which a GPU has to stop.
+        return torch.segment_reduce(values, "sum", lengths=self.n_detected, unsafe=True)
 
     def dense(self, dtype: torch.dtype = torch.float32, *, log1p: bool = False) -> torch.Tensor:
         """(cells, genes): the counts, or log(1 + counts), zeros included, on the device where they are."""

@@ -37,7 +37,7 @@ def loss_and_slopes(
         odds = of_cell * fall - dropout
         loss = (softplus(-dropout) - softplus(odds)).sum(1)
         gain -= softplus(-odds.view(-1)[places])
-    loss -= torch.segment_reduce(gain, "sum", lengths=counts.n_detected)
+    loss -= counts.sum_of_cells(gain)
     if not slopes:
         return loss, None, None, None
 
