@@ -540,12 +540,16 @@ def test_a_run_older_than_a_setting_did_what_the_setting_does_by_default(
     assert 'train.precision was "float32" and is "bf16"' in capsys.readouterr().err
 
 
-def test_dry_run_of_train(prepared: Run, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("likelihood", "engine"), [("nb", "fast"), ("poisson", "scvi-tools")])
+def test_dry_run_of_train(prepared: Run, capsys: pytest.CaptureFixture[str], likelihood: str, engine: str) -> None:
     before = sorted(prepared.directory.iterdir())
-    assert prepared("train", "--dry-run") == 0
-    out = capsys.readouterr().out
+    assert prepared("train", "--dry-run", f"model.gene_likelihood={likelihood}") == 0
+    out, err = capsys.readouterr()
     assert "parameters" in out
     assert "scvi.model/" in out
+    assert f"steps by train.engine {engine}" in out
+    said = err.count("does not train this model (gene_likelihood is poisson): scvi-tools' own steps are used")
+    assert said == (likelihood == "poisson")
     assert sorted(prepared.directory.iterdir()) == before
 
 

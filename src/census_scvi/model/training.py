@@ -82,14 +82,25 @@ def choose_precision(settings: TrainSection) -> str:
     return {"float32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[settings.precision]
 
 
-def choose_plan(settings: TrainSection, module: scvi.module.VAE) -> type[TrainingPlan]:
-    """The training plan that computes the steps as `train.engine` says, or as far as that can train the module."""
-    if settings.engine == "scvi-tools":
-        return TrainingPlan
-    if reason := reason_against(module):
+def make_plan(
+    settings: TrainSection, module: scvi.module.VAE, data: PreparedDataModule, arguments: dict[str, Any]
+) -> TrainingPlan:
+    """The training plan of `train.engine`, or of scvi-tools where the fast one cannot train the module.
+
+    `data` then gives the minibatches that it takes: sparse ones to the fast one.
+    """
+    reason = reason_against(module)
+    if settings.engine == "fast" and reason:
         log.info("train.engine fast does not train this model (%s): scvi-tools' own steps are used", reason)
-        return TrainingPlan
-    return FastTrainingPlan
+    data.sparse = settings.engine == "fast" and not reason
+    plan = (FastTrainingPlan if data.sparse else TrainingPlan)(module, **arguments)
+    plan.n_obs_training, plan.n_obs_validation = data.n_train, data.n_val
+    return plan
+
+
+def engine_of(plan: TrainingPlan) -> str:
+    """The `train.engine` that a plan is of."""
+    return "fast" if isinstance(plan, FastTrainingPlan) else "scvi-tools"
 
 
 def fit(
@@ -131,10 +142,8 @@ def fit(
         Unsuitable devices or checkpoint, or a loss that is not finite.
     """
     devices = choose_devices(settings)
-    plan = choose_plan(settings, model.module)(model.module, **plan_arguments)
-    data.sparse = isinstance(plan, FastTrainingPlan)
-    plan.n_obs_training, plan.n_obs_validation = data.n_train, data.n_val
-    curves, finite = LearningCurves("fast" if data.sparse else "scvi-tools"), FiniteLoss()
+    plan = make_plan(settings, model.module, data, plan_arguments)
+    curves, finite = LearningCurves(engine_of(plan)), FiniteLoss()
     arguments = dict(settings.trainer or {})
     callbacks = [
         TrainMode(),

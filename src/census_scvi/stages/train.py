@@ -22,10 +22,9 @@ from census_scvi.counts.minibatch import Minibatch
 from census_scvi.errors import UserError
 from census_scvi.model.build import build_model, init_arguments
 from census_scvi.model.callbacks import LearningCurves
-from census_scvi.model.fast.plan import FastTrainingPlan
 from census_scvi.model.fast.step import unused_frozen
 from census_scvi.model.safe import ModelDescription, save_safe
-from census_scvi.model.training import choose_devices, choose_plan, choose_precision, fit
+from census_scvi.model.training import choose_devices, choose_precision, engine_of, fit, make_plan
 from census_scvi.stages.plan import Plan, human_bytes
 from census_scvi.workspace import Artifacts, StageRun, Workspace
 
@@ -38,8 +37,9 @@ KEYS = (
     "train.devices", "train.precision", "train.trainer",
 )  # fmt: skip
 CHECKPOINT = "checkpoint.ckpt"
-# For --dry-run, checked by benchmarks/stages.py: the imports; bytes for each entry of a minibatch; what is done once.
-_BASE_MEMORY, _BYTES_AN_ENTRY, _FIXED_SECONDS = 0.75e9, 140.0, 3.0
+# For --dry-run, checked by benchmarks/stages.py: the imports; what is done once; bytes for each entry of a minibatch.
+_BASE_MEMORY, _FIXED_SECONDS = 0.75e9, 3.0
+_BYTES_AN_ENTRY = {"fast": 45.0, "scvi-tools": 140.0}
 _SAMPLE_SECONDS = 5.0
 
 
@@ -175,7 +175,10 @@ def plan(config: Config) -> Plan:
     data = _data(config)
     model = _build(config, data)
     parameters = sum(parameter.numel() for parameter in model.module.parameters())
-    step = _seconds_per_cell(config, model, data)
+    training = make_plan(config.train, model.module, data, config.training_plan)
+    step = _seconds_per_cell(config, training, data)
+    engine = engine_of(training)
+    entries = config.train.batch_size * data.cells.n_genes
     processes = len(devices["devices"]) if isinstance(devices["devices"], list) else devices["devices"]
     validation = 0.4 * data.n_val  # forward only
     return Plan(
@@ -184,24 +187,22 @@ def plan(config: Config) -> Plan:
         writes=[f"{config.directory / name}/" for name in (artifacts.model, artifacts.tensorboard)],
         cells=data.cells.n_cells,
         genes=data.cells.n_genes,
-        memory=_BASE_MEMORY + 16.0 * parameters + _BYTES_AN_ENTRY * config.train.batch_size * data.cells.n_genes,
+        memory=_BASE_MEMORY + 16.0 * parameters + _BYTES_AN_ENTRY[engine] * entries,
         disk=8.5 * parameters,
         seconds=_FIXED_SECONDS + step * (data.n_train + validation) * config.train.max_epochs / processes,
         notes=[
             f"{data.n_train:,} cells train, {data.n_val:,} validate, {len(data.cells.batches):,} batches",
             f"{parameters:,} parameters",
-            f"devices: {devices['devices']} ({devices['accelerator']})",
+            f"devices: {devices['devices']} ({devices['accelerator']}), steps by train.engine {engine}",
             f"while it trains, a checkpoint of {human_bytes(12.0 * parameters)}",
         ],
     )
 
 
-def _seconds_per_cell(config: Config, model: scvi.model.SCVI, data: PreparedDataModule) -> float:
+def _seconds_per_cell(config: Config, plan: TrainingPlan, data: PreparedDataModule) -> float:
     """Time of training steps on the CPU or the first GPU, reading included."""
     device = "cuda" if torch.cuda.is_available() and config.train.accelerator != "cpu" else "cpu"
-    module = model.module.to(device).train()
-    plan = choose_plan(config.train, module)(module, **config.training_plan)
-    data.sparse = isinstance(plan, FastTrainingPlan)
+    module = plan.module.to(device).train()
     minibatches = itertools.chain.from_iterable(itertools.repeat(data.train_dataloader()))
     with unused_frozen(module):
         optimiser = plan.get_optimizer_creator()(filter(lambda parameter: parameter.requires_grad, module.parameters()))
