@@ -219,6 +219,12 @@ def unused(run: Run) -> list[torch.Tensor]:
     return [tensor for name, tensor in weights(run).items() if "l_encoder.encoder" in name or "dropout" in name]
 
 
+def test_scvi_tools_steps_in_another_precision(prepared: Run, tmp_path: Path) -> None:
+    run = copy_of(prepared, tmp_path, train={"engine": "scvi-tools", "precision": "bf16", "max_epochs": 1})
+    assert run("train") == 0
+    assert all(torch.isfinite(tensor).all() for tensor in weights(run).values())
+
+
 def test_early_stopping_stops(prepared: Run, tmp_path: Path) -> None:
     trainer = {"early_stopping_patience": 2, "early_stopping_min_delta": 1e9}
     run = copy_of(prepared, tmp_path, train={"max_epochs": 30, "early_stopping": True, "trainer": trainer})
