@@ -29,6 +29,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -115,8 +116,8 @@ def _steps(prepared: Path, hidden: int, threads: int) -> dict[str, Any]:
         data.cells.genes, data.cells.batches, {"n_hidden": hidden, "n_latent": LATENT, "gene_likelihood": "nb"}
     )
     steps = {
-        name: _prepare(copy.deepcopy(made.module).to(device).train(), name, dense if shipped else sparse)
-        for name, shipped in _ladder(device).items()
+        rung.name: _prepare(copy.deepcopy(made.module).to(device).train(), rung, dense if rung.shipped else sparse)
+        for rung in _ladder(device)
     }
     taken: dict[str, list[float]] = {name: [] for name in steps}
     losses = {}
@@ -136,11 +137,36 @@ def _steps(prepared: Path, hidden: int, threads: int) -> dict[str, Any]:
     }
 
 
-def _ladder(device: Any) -> dict[str, bool]:
-    """Names of the steps, and whether it is scvi-tools' own."""
-    names = ["scvi-tools as shipped", "sums over non-zeros, no unused heads: pure torch", "+ Adam in one pass"]
-    names += ["+ oneDNN's products"] * (device.type == "cpu") + ["+ kernel for the loss: train.engine fast"]
-    return {name: name == names[0] for name in [*names, "+ bf16 products"]}
+@dataclass(frozen=True)
+class Rung:
+    """A training step and what it has of this project."""
+
+    name: str
+    shipped: bool = False
+    one_pass_adam: bool = True
+    onednn: bool = True
+    kernel: bool = True
+    reduced: bool = False
+
+
+def _ladder(device: Any) -> list[Rung]:
+    rungs = [
+        Rung("scvi-tools as shipped", shipped=True, one_pass_adam=False),
+        Rung("sums over non-zeros, no unused heads: pure torch", one_pass_adam=False, onednn=False, kernel=False),
+        Rung("+ Adam in one pass", onednn=False, kernel=False),
+        Rung("+ oneDNN's products", kernel=False),
+        Rung("+ kernel for the loss: train.engine fast"),
+        Rung(f"+ products in {_reduced(device)[0]}", reduced=True),
+    ]
+    return [rung for rung in rungs if device.type == "cpu" or "oneDNN" not in rung.name]
+
+
+def _reduced(device: Any) -> tuple[str, Any]:
+    """The reduced precision of this device."""
+    import torch
+
+    half = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return ("fp16", torch.float16) if half else ("bf16", torch.bfloat16)
 
 
 def _minibatches(data: Any, device: Any, *, sparse: bool) -> list[dict[str, Any]]:
@@ -157,39 +183,33 @@ def _kept(value: Any) -> Any:
     return value.clone() if hasattr(value, "clone") else value
 
 
-def _prepare(module: Any, name: str, minibatches: list[dict[str, Any]]) -> Callable[[int], float]:
+def _prepare(module: Any, rung: Rung, minibatches: list[dict[str, Any]]) -> Callable[[int], Any]:
     """A training step, minibatch to updated weights, as `step(number) -> loss`."""
     import torch
 
     from census_scvi.model.fast import negative_binomial, products
     from census_scvi.model.fast.step import step, unused_frozen
 
-    shipped = name.startswith("scvi-tools")
-    stage = ["sums", "+ Adam", "+ oneDNN", "+ kernel", "+ bf16"]
-    reached = next((number for number, start in enumerate(stage) if name.startswith(start)), -1)
     device = next(module.parameters()).device
 
-    def run(number: int) -> float:
+    def run(number: int) -> Any:
         moved = {key: value.to(device) for key, value in minibatches[number % len(minibatches)].items()}
-        with ExitStack() as without:
-            if reached < stage.index("+ oneDNN"):
-                without.enter_context(patch.object(products, "_onednn", None))
-            if reached < stage.index("+ kernel"):
-                without.enter_context(patch.object(negative_binomial, "_kernel", lambda device: None))
-            with torch.autocast(device.type, torch.bfloat16, enabled=reached == stage.index("+ bf16")):
-                losses = module(moved, loss_kwargs={"kl_weight": 1.0})[2] if shipped else step(module, moved, 1.0)
+        with ExitStack() as changed:
+            if not rung.shipped:
+                changed.enter_context(unused_frozen(module))
+            if not rung.onednn:
+                changed.enter_context(patch.object(products, "_onednn", None))
+            if not rung.kernel:
+                changed.enter_context(patch.object(negative_binomial, "_kernel", lambda device: None))
+            with torch.autocast(device.type, _reduced(device)[1], enabled=rung.reduced):
+                losses = module(moved, loss_kwargs={"kl_weight": 1.0})[2] if rung.shipped else step(module, moved, 1.0)
             optimiser.zero_grad()
             losses.loss.backward()
         optimiser.step()
         return losses.loss.detach()
 
-    fused = {"fused": True} if reached >= stage.index("+ Adam") else {}
-    frozen = ExitStack()
-    if not shipped:
-        frozen.enter_context(unused_frozen(module))
-    run.frozen = frozen  # type: ignore[attr-defined]
-    wanted = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    optimiser = torch.optim.Adam(wanted, lr=1e-4, eps=0.01, weight_decay=1e-6, **fused)
+    fused = {"fused": True} if rung.one_pass_adam else {}
+    optimiser = torch.optim.Adam(module.parameters(), lr=1e-4, eps=0.01, weight_decay=1e-6, **fused)
     return run
 
 

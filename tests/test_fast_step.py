@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from scipy.special import digamma, gammaln
 from scvi.distributions import NegativeBinomial, ZeroInflatedNegativeBinomial
 from scvi.module import VAE
-from torch.utils._python_dispatch import TorchDispatchMode
+from waits import Waits
 
 from census_scvi.counts.minibatch import SparseCounts
 from census_scvi.model.fast import cpu_kernel, negative_binomial, products, torch_kernel
@@ -222,21 +222,6 @@ def test_only_what_the_loss_depends_on_has_gradients_and_all_of_it() -> None:
                 wanted = {name for name, value in module.named_parameters() if value.requires_grad}
             assert {name for name, value in module.named_parameters() if value.grad is not None} == wanted
         assert all(value.requires_grad for value in module.parameters())
-
-
-class Waits(TorchDispatchMode):
-    """Operations for which a GPU stops to hand a number, or the size of a result, to the CPU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = operation.name()
-        waits = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal")
-        if any(name.startswith(f"aten::{one}") for one in waits) and not name.startswith("aten::equal_"):
-            self.found.append(name)
-        return operation(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("likelihood", ["nb", "zinb"])

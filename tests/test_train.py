@@ -15,12 +15,15 @@ import scvi
 import torch
 from pipeline import Run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from waits import Waits
 
 from census_scvi.config import load_config
 from census_scvi.counts.data_module import PreparedDataModule
 from census_scvi.errors import UserError
 from census_scvi.model import finite_loss, training, training_progress
 from census_scvi.model.build import build_model, init_arguments
+from census_scvi.model.fast import negative_binomial
+from census_scvi.model.fast.plan import FastTrainingPlan
 from census_scvi.model.safe import load_safe
 from census_scvi.stages import train
 
@@ -217,6 +220,22 @@ def as_scvi_tools_sees_it(run: Run) -> list[np.ndarray]:
 def unused(run: Run) -> list[torch.Tensor]:
     """What the loss does not depend on is in the model all the same, as it was initialised."""
     return [tensor for name, tensor in weights(run).items() if "l_encoder.encoder" in name or "dropout" in name]
+
+
+def test_the_plan_does_not_make_a_gpu_wait(prepared: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[str] = []
+    real = FastTrainingPlan.training_step
+
+    def watched(self: FastTrainingPlan, minibatch: Any, batch_idx: int) -> torch.Tensor:
+        with Waits() as waits:
+            loss = real(self, minibatch, batch_idx)
+        found.extend(waits.found)
+        return loss
+
+    monkeypatch.setattr(FastTrainingPlan, "training_step", watched)
+    monkeypatch.setattr(negative_binomial, "_kernel", lambda device: None)
+    assert copy_of(prepared, tmp_path)("train") == 0
+    assert found == []
 
 
 def test_scvi_tools_steps_in_another_precision(prepared: Run, tmp_path: Path) -> None:

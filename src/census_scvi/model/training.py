@@ -89,7 +89,11 @@ def make_plan(
 
     `data` then gives the minibatches that it takes: sparse ones to the fast one.
     """
-    reason = "training_plan.compile is on" if arguments.get("compile") else reason_against(module)
+    reason = reason_against(module)
+    if arguments.get("compile"):
+        reason = "training_plan.compile is on"
+    elif settings.accelerator != "cpu" and torch.backends.mps.is_available():
+        reason = "it has not been tried on this kind of GPU, mps"
     if settings.engine == "fast" and reason:
         log.info("train.engine fast does not train this model (%s): scvi-tools' own steps are used", reason)
     data.sparse = settings.engine == "fast" and not reason

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from scvi.module.base import LossOutput
 from scvi.train import TrainingPlan
+from scvi.train._trainingplans import _compute_kl_weight
 
 from census_scvi.counts.minibatch import Minibatch
 from census_scvi.model.fast.step import step
@@ -22,8 +23,17 @@ class FastTrainingPlan(TrainingPlan):
 
     @property
     def kl_weight(self) -> float:
-        """The weight as a number: as a tensor it would be copied to the GPU in each step."""
-        return float(super().kl_weight)
+        """The weight as a number: scvi-tools' tensor would be copied to the GPU in each step."""
+        return float(
+            _compute_kl_weight(
+                self.current_epoch,
+                self.global_step,
+                self.n_epochs_kl_warmup,
+                self.n_steps_kl_warmup,
+                self.max_kl_weight,
+                self.min_kl_weight,
+            )
+        )
 
     def _optimizer_creator_fn(self, optimizer_cls: type[torch.optim.Adam]) -> Callable[..., torch.optim.Optimizer]:
         trainer = self._trainer

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from scvi.module import VAE
 from scvi.module.base import LossOutput
-from scvi.nn import DecoderSCVI, Encoder, FCLayers
+from scvi.nn import FCLayers
 from torch.distributions import Normal, kl_divergence
 from torch.nn import functional
 
@@ -24,16 +24,17 @@ from census_scvi.model.fast.products import linear
 
 def reason_against(module: VAE) -> str:
     """Why the step cannot train this module; "" where it can."""
+    if type(module) is not VAE:
+        return f"its class is {type(module).__name__}"
+    decoder = module.decoder.px_decoder
+    more = len(decoder.n_cat_list) > 1 or decoder.fc_layers[0][0].in_features != module.n_latent + decoder.n_cov
     reasons = {
-        f"its class is {type(module).__name__}": type(module) is not VAE,
         f"gene_likelihood is {module.gene_likelihood}": module.gene_likelihood not in ("nb", "zinb"),
         f"batch_representation is {module.batch_representation}": module.batch_representation != "one-hot",
         "it learns library sizes": not module.use_observed_lib_size,
         "it has size factors": module.use_size_factor_key,
-        "its encoder or decoder is not scvi-tools'": (type(module.z_encoder), type(module.decoder))
-        != (Encoder, DecoderSCVI),
-        "it has covariates beside the batch": len(module.decoder.px_decoder.n_cat_list) > 1
-        or module.decoder.px_decoder.fc_layers[0][0].in_features != module.n_latent + module.decoder.px_decoder.n_cov,
+        "it has covariates beside the batch": len(decoder.n_cat_list) > 1
+        or n_inputs != module.n_latent + decoder.n_cov,
         "its counts are not transformed by log1p": not module.log_variational,
     }
     return next((reason for reason, holds in reasons.items() if holds), "")
