@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
+import subprocess
+import sys
 from types import ModuleType
 from typing import Any
 
@@ -395,6 +398,38 @@ def test_the_gpu_s_kernel_in_the_interpreter(gpu_kernel: ModuleType, inflated: b
         else:
             torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=3e-6 * (5 + counts.sum()))
     negative_binomial._compare(gpu_kernel, "cpu")  # what is done before it is first used on a GPU
+
+
+COMPILE = """
+import sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from census_scvi.model.fast.gpu_kernel import _BLOCK, _WARPS, _cells
+
+constants = {"CELLS": 4, "ONE_ROW": True, "INFLATED": True, "SLOPES": True, "BLOCK": _BLOCK}
+types = {name: "*i64" for name in ("first", "last", "row_of_cell")} | {"genes": "*u16", "counts": "*u16"}
+types |= {name: "i32" for name in ("n_non_zeros", "n_cells", "n_genes")} | {name: "constexpr" for name in constants}
+source = ASTSource(
+    fn=_cells,
+    signature={name: types.get(name, "*fp32") for name in _cells.arg_names},
+    constexprs={(_cells.arg_names.index(name),): value for name, value in constants.items()},
+)
+for capability in (75, 86, 90):
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": _WARPS})
+    assert len(made.asm["cubin"]) > 1000
+"""
+
+
+@pytest.mark.slow
+def test_the_gpu_s_kernel_compiles_for_gpus_that_are_not_there() -> None:
+    """A T4, an A10G and an H100."""
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", COMPILE], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -22,8 +22,6 @@ _sum = numba.njit(fastmath={"contract", "reassoc", "nsz"}, error_model="numpy", 
 _most = numba.njit(fastmath={"nnan", "nsz", "reassoc"}, nogil=True, cache=True)
 _inlined = numba.njit(inline="always")
 
-MOST_GENES = 2**31
-
 _ONE = np.float32(1)
 _EPS = np.float32(1e-8)
 

@@ -1,8 +1,9 @@
-"""`negative_binomial.loss_and_slopes` for float32 on a GPU: logits are read once and their slopes written once.
+"""`negative_binomial.loss_and_slopes` for float32 on a GPU, in one kernel of Triton.
 
-A program of Triton takes a few cells, one after another, each whole in registers, where torch's operations pass over
-all cells some twenty times. It takes the counts dense: a GPU's lanes all wait for the one that has a count, so that
-leaving out zeros gains nothing there.
+A program takes a few cells, one after another. It goes over a cell's genes in blocks: for the softmax, for the loss and
+the mean slope, and to write the slopes, the later times from the cache; torch's operations pass over all cells some
+twenty times. Between, it goes over the cell's non-zeros, which alone need the gamma functions; what they add to the
+slopes waits in `extra` until those of all genes are written.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import triton.language as tl
 
 from census_scvi.counts.minibatch import SparseCounts
 
-MOST_GENES = 2**14  # a cell's row is in the registers of one program
-_CELLS_A_PROGRAM = 8
+_CELLS_A_PROGRAM = 4
+# Four genes a thread: their numbers fit its registers.
+_BLOCK, _WARPS = 1024, 8
 
 
 def loss_and_slopes(
@@ -26,33 +28,40 @@ def loss_and_slopes(
     *,
     slopes: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """See `negative_binomial.loss_and_slopes`; at most `MOST_GENES` genes."""
+    """See `negative_binomial.loss_and_slopes`."""
     n_cells, n_genes = logits.shape
     loss = torch.empty(n_cells, device=logits.device)
     programs = triton.cdiv(n_cells, _CELLS_A_PROGRAM)
-    shared = len(theta) == 1
-    # One row of sums a program where all cells have one theta, else one a cell.
-    of_theta = torch.empty(programs if shared else n_cells, n_genes, device=logits.device)
+    one_row = len(theta) == 1
+    # Sums of a program where all cells have one theta; else those of a cell.
+    of_theta = torch.zeros(programs if one_row else n_cells, n_genes, device=logits.device)
+    last = counts.n_detected.cumsum(0)
     _cells[(programs,)](
         logits,
         logits if dropout is None else dropout,
-        counts.dense(),
+        last - counts.n_detected,
+        last,
+        counts.genes,
+        counts.counts,
+        counts.library_size(),
         theta.contiguous(),
         row_of_cell,
         loss,
         of_theta,
+        torch.empty(2, len(counts.genes), device=logits.device),
+        len(counts.genes),
         n_cells,
         n_genes,
         CELLS=_CELLS_A_PROGRAM,
-        SHARED=shared,
+        ONE_ROW=one_row,
         INFLATED=dropout is not None,
         SLOPES=slopes,
-        WIDTH=triton.next_power_of_2(n_genes),
-        num_warps=16 if n_genes > 2048 else 4,
+        BLOCK=_BLOCK,
+        num_warps=_WARPS,
     )
     if not slopes:
         return loss, None, None, None
-    if shared:
+    if one_row:
         return loss, logits, of_theta.sum(0, keepdim=True), dropout
     return loss, logits, torch.zeros_like(theta).index_add_(0, row_of_cell, of_theta), dropout
 
@@ -61,61 +70,123 @@ def loss_and_slopes(
 def _cells(  # type: ignore[no-untyped-def]
     logits,
     dropout,
+    first,
+    last,
+    genes,
     counts,
+    library,
     theta,
     row_of_cell,
     loss,
     of_theta,
+    extra,
+    n_non_zeros,
     n_cells,
     n_genes,
     CELLS: tl.constexpr,
-    SHARED: tl.constexpr,
+    ONE_ROW: tl.constexpr,
     INFLATED: tl.constexpr,
     SLOPES: tl.constexpr,
-    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    gene = tl.arange(0, WIDTH)
-    there = gene < n_genes
-    sums = tl.zeros([WIDTH], tl.float32)
+    lane = tl.arange(0, BLOCK)
     for number in range(CELLS):
         cell = tl.program_id(0) * CELLS + number
         if cell < n_cells:
-            place = cell.to(tl.int64) * n_genes + gene
-            row = tl.load(row_of_cell + cell)
-            inverse = tl.load(theta + row * n_genes + gene, mask=there, other=1.0)
-            x = tl.load(counts + place, mask=there, other=0.0)
-            logit = tl.load(logits + place, mask=there, other=-float("inf"))
-            share = tl.exp(logit - tl.max(logit, 0))
-            share = share / tl.sum(share, 0)
-            mu = share * tl.sum(x, 0)
-            some = mu + 1e-8
-            total = inverse + some
-            fall = -_log_above_one(mu / (inverse + 1e-8))
-            factorial = _lgamma_rise(tl.zeros_like(x) + 1.0, x)
-            gain = tl.where(x > 0, x * tl.log(some / total) + _lgamma_rise(inverse, x) - factorial, 0.0)
-            by_gene = inverse * fall
-            if INFLATED:
-                missed = tl.load(dropout + place, mask=there, other=0.0)
-                odds = by_gene - missed
-                weight = tl.where(x > 0, 1.0, tl.sigmoid(odds))
-                by_gene = tl.where(x > 0, odds, _softplus(odds)) - _softplus(-missed)
-            tl.store(loss + cell, -tl.sum(tl.where(there, by_gene + gain, 0.0), 0))
-            if SLOPES:
-                of_mu = inverse / total
-                slope = of_mu - fall - inverse / (inverse + 1e-8)
+            start_of_row = cell.to(tl.int64) * n_genes
+            row, missed_row = logits + start_of_row, dropout + start_of_row
+            theta_row = theta + tl.load(row_of_cell + cell) * n_genes
+            target = of_theta + (tl.program_id(0).to(tl.int64) * n_genes if ONE_ROW else start_of_row)
+            depth = tl.load(library + cell)
+
+            highest = tl.zeros([BLOCK], tl.float32) - float("inf")
+            for start in range(0, n_genes, BLOCK):
+                gene = start + lane
+                highest = tl.maximum(highest, tl.load(row + gene, mask=gene < n_genes, other=-float("inf")))
+            most = tl.max(highest, 0)
+            sums = tl.zeros([BLOCK], tl.float32)
+            for start in range(0, n_genes, BLOCK):
+                gene = start + lane
+                sums += tl.exp(tl.load(row + gene, mask=gene < n_genes, other=-float("inf")) - most)
+            scale = 1.0 / tl.sum(sums, 0)
+
+            gains = tl.zeros([BLOCK], tl.float32)
+            means = tl.zeros([BLOCK], tl.float32)
+            for start in range(0, n_genes, BLOCK):
+                gene = start + lane
+                there = gene < n_genes
+                share, inverse, fall, of_mu = _gene(row, theta_row, gene, there, most, scale, depth)
+                gain = inverse * fall
                 if INFLATED:
-                    of_mu *= weight
-                    slope *= weight
-                    tl.store(dropout + place, weight - tl.sigmoid(-missed), mask=there)
-                slope += tl.where(x > 0, x / total - _digamma_rise(inverse, x), 0.0)
-                if SHARED:
-                    sums += slope
-                else:
-                    tl.store(of_theta + place, slope, mask=there)
-                of_mu += x / total - x / some
-                tl.store(logits + place, mu * (of_mu - tl.sum(share * of_mu, 0)), mask=there)
-    if SLOPES and SHARED:
-        tl.store(of_theta + tl.program_id(0).to(tl.int64) * n_genes + gene, sums, mask=there)
+                    missed = tl.load(missed_row + gene, mask=there, other=0.0)
+                    odds = gain - missed
+                    gain = _softplus(odds) - _softplus(-missed)
+                    of_mu *= tl.sigmoid(odds)
+                gains += tl.where(there, gain, 0.0)
+                means += tl.where(there, share * of_mu, 0.0)
+
+            begin, end = tl.load(first + cell), tl.load(last + cell)
+            for start in range(begin, end, BLOCK):
+                place = start + lane
+                there = place < end
+                gene = tl.load(genes + place, mask=there, other=0).to(tl.int32)
+                x = tl.load(counts + place, mask=there, other=1).to(tl.float32)
+                share, inverse, fall, of_mu = _gene(row, theta_row, gene, there, most, scale, depth)
+                some = share * depth + 1e-8
+                total = inverse + some
+                gain = x * tl.log(some / total) + _lgamma_rise(inverse, x) - _lgamma_rise(tl.zeros_like(x) + 1.0, x)
+                more = x / total - x / some
+                of_theta_more = x / total - _digamma_rise(inverse, x)
+                if INFLATED:
+                    odds = inverse * fall - tl.load(missed_row + gene, mask=there, other=0.0)
+                    gain -= _softplus(-odds)
+                    rest = tl.sigmoid(-odds)  # the weight is 1 here: what the pass over all genes leaves out of it
+                    more += rest * of_mu
+                    of_theta_more += rest * (of_mu - fall - inverse / (inverse + 1e-8))
+                    tl.store(extra + n_non_zeros + place, rest, mask=there)
+                gains += tl.where(there, gain, 0.0)
+                means += tl.where(there, share * more, 0.0)
+                if SLOPES:
+                    tl.store(extra + place, share * depth * more, mask=there)
+                    tl.store(target + gene, tl.load(target + gene, mask=there) + of_theta_more, mask=there)
+            tl.store(loss + cell, -tl.sum(gains, 0))
+
+            if SLOPES:
+                mean = tl.sum(means, 0)
+                tl.debug_barrier()  # the same memory, from here on by other threads
+                for start in range(0, n_genes, BLOCK):
+                    gene = start + lane
+                    there = gene < n_genes
+                    share, inverse, fall, of_mu = _gene(row, theta_row, gene, there, most, scale, depth)
+                    slope = of_mu - fall - inverse / (inverse + 1e-8)
+                    if INFLATED:
+                        missed = tl.load(missed_row + gene, mask=there, other=0.0)
+                        weight = tl.sigmoid(inverse * fall - missed)
+                        of_mu *= weight
+                        slope *= weight
+                        tl.store(missed_row + gene, weight - tl.sigmoid(-missed), mask=there)
+                    tl.store(target + gene, tl.load(target + gene, mask=there) + slope, mask=there)
+                    tl.store(row + gene, share * depth * (of_mu - mean), mask=there)
+                tl.debug_barrier()
+                for start in range(begin, end, BLOCK):
+                    place = start + lane
+                    there = place < end
+                    gene = tl.load(genes + place, mask=there, other=0).to(tl.int32)
+                    more = tl.load(extra + place, mask=there)
+                    tl.store(row + gene, tl.load(row + gene, mask=there) + more, mask=there)
+                    if INFLATED:
+                        rest = tl.load(extra + n_non_zeros + place, mask=there)
+                        tl.store(missed_row + gene, tl.load(missed_row + gene, mask=there) + rest, mask=there)
+                tl.debug_barrier()
+
+
+@triton.jit
+def _gene(row, theta_row, gene, there, most, scale, depth):  # type: ignore[no-untyped-def]
+    """Share, theta, log(theta + eps) - log t and slope of mu of some genes."""
+    share = tl.exp(tl.load(row + gene, mask=there, other=-float("inf")) - most) * scale
+    inverse = tl.load(theta_row + gene, mask=there, other=1.0)
+    mu = share * depth
+    return share, inverse, -_log_above_one(mu / (inverse + 1e-8)), inverse / (inverse + mu + 1e-8)
 
 
 # The same series as in `cpu_kernel`, where they are explained.

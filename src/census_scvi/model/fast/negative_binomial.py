@@ -178,9 +178,7 @@ def loss_and_slopes(
     None where none are wanted, or where there is no dropout.
     """
     kernel = _kernel(logits.device.type) if logits.dtype == torch.float32 else None
-    if kernel is None or logits.shape[1] > kernel.MOST_GENES:
-        kernel = torch_kernel
-    return kernel.loss_and_slopes(logits, dropout, theta, row_of_cell, counts, slopes=slopes)
+    return (kernel or torch_kernel).loss_and_slopes(logits, dropout, theta, row_of_cell, counts, slopes=slopes)
 
 
 @cache
