@@ -17,6 +17,7 @@ from pipeline import Run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from waits import Waits
 
+from census_scvi import progress
 from census_scvi.config import load_config
 from census_scvi.counts.data_module import PreparedDataModule
 from census_scvi.errors import UserError
@@ -378,6 +379,7 @@ def test_tensorboard_has_the_curves(finished_run: Run) -> None:
 def test_a_log_tells_the_pace(
     prepared: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(progress, "in_notebook", lambda: False)  # another test may have run one in this process
     lines = {}
     for seconds in (600, 0):  # with the latter a line a minibatch
         monkeypatch.setattr(training_progress, "_SECONDS_BETWEEN_LINES", seconds)
