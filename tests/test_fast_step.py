@@ -50,9 +50,10 @@ def some_counts(n_cells: int = 50, *, largest: float = 30, seed: int = 0) -> np.
 
 
 def minibatches(counts: np.ndarray, n_batch: int, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The same cells for the fast step and for scvi-tools."""
+    """The same cells for the fast step and for scvi-tools; the last batch has one cell."""
     rng = np.random.default_rng(1)
-    codes = torch.from_numpy(rng.integers(0, n_batch, (len(counts), 1)))
+    codes = torch.from_numpy(rng.integers(0, max(n_batch - 1, 1), (len(counts), 1)))
+    codes[-1] = n_batch - 1
     common = {"batch": codes, "labels": codes.clone()}
     return {"X": sparse(counts), **common}, {"X": torch.from_numpy(counts).to(dtype), **common}
 

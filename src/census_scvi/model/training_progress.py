@@ -33,6 +33,7 @@ class Progress(lightning.Callback):
         self._n_train = n_train
         self._bar: tqdm | None = None
         self._done = self._total = 0
+        self._shown: dict[str, str] = {}
         self._logged, self._said = _Pace(0), _Pace(0)
 
     def on_train_start(self, trainer: Trainer, pl_module: Plan) -> None:
@@ -58,15 +59,13 @@ class Progress(lightning.Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Plan) -> None:
         """Show the losses of the epoch."""
         metrics = trainer.callback_metrics
-        shown = {key: f"{metrics[key]:.1f}" for key in ("elbo_train", "elbo_validation") if key in metrics}
-        if memory := _gpu_memory(pl_module.device):
-            shown["GPU"] = f"{memory:.1f} GB"
+        elbo = ("elbo_train", "elbo_validation")
+        self._shown |= {key: f"{metrics[key]:.1f}" for key in elbo if key in metrics}
+        self._log(trainer, pl_module)
         if self._bar is not None and not self._bar.disable:
             self._bar.set_description(_epoch(trainer))
-            self._bar.set_postfix(shown)
         else:
-            self._say(trainer, [f"{key} {value}" for key, value in shown.items()])
-        self._log(trainer, pl_module)
+            self._say(trainer, [f"{key} {value}" for key, value in self._shown.items()])
 
     def teardown(self, trainer: Trainer, pl_module: Plan, stage: str) -> None:
         """Close the bar."""
@@ -74,7 +73,12 @@ class Progress(lightning.Callback):
             self._bar.close()
 
     def _log(self, trainer: Trainer, pl_module: Plan) -> None:
-        """To TensorBoard alone: these are no metrics of the model."""
+        """Speed and memory to TensorBoard alone: these are no metrics of the model."""
+        memory = _gpu_memory(pl_module.device)
+        if memory:
+            self._shown["GPU"] = f"{memory:.1f} GB"
+        if self._bar is not None:
+            self._bar.set_postfix(self._shown)
         speed = self._logged.cells_per_second(self._done)
         if speed and trainer.logger:
             numbers = {
@@ -82,7 +86,7 @@ class Progress(lightning.Callback):
                 "minutes_left": (self._total - self._done) / speed / 60,
                 "process_memory_gb": peak_memory_bytes() / 1e9,
             }
-            if memory := _gpu_memory(pl_module.device):
+            if memory:
                 numbers["gpu_memory_gb"] = memory
             trainer.logger.log_metrics(numbers, step=trainer.global_step)
             self._logged = _Pace(self._done)
