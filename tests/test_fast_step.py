@@ -23,6 +23,7 @@ from waits import Waits
 
 from census_scvi.counts.minibatch import SparseCounts
 from census_scvi.model.fast import cpu_kernel, negative_binomial, products, torch_kernel
+from census_scvi.model.fast.decoded import Decoded
 from census_scvi.model.fast.step import encode, reason_against, step, unused_frozen
 
 N_GENES = 60
@@ -267,8 +268,17 @@ def reference(
     return [loss.detach(), logits.grad, theta.grad, None if dropout is None else dropout.grad]
 
 
-def copies(*tensors: torch.Tensor | None, dtype: torch.dtype = torch.float32) -> list[torch.Tensor | None]:
-    return [None if tensor is None else tensor.to(dtype, copy=True) for tensor in tensors]
+def decoded(
+    logits: torch.Tensor,
+    dropout: torch.Tensor | None,
+    theta: torch.Tensor,
+    counts: np.ndarray,
+    dtype: torch.dtype = torch.float32,
+) -> Decoded:
+    """Of copies, which a kernel may overwrite; the rows of theta go round among the cells."""
+    rows = torch.arange(len(counts)) % len(theta)
+    tensors = [None if tensor is None else tensor.to(dtype, copy=True) for tensor in (logits, theta, dropout)]
+    return Decoded(*tensors[:2], rows, sparse(counts), tensors[2])
 
 
 @settings(max_examples=80, deadline=None)
@@ -285,17 +295,16 @@ def test_kernel_and_torch_give_the_loss_of_the_distribution(data: st.DataObject)
     theta = torch.from_numpy(rng.normal(0, spread_of_theta, (1, n_genes))).exp().float()
     inflated = data.draw(st.booleans(), "zero inflation")
     dropout = torch.from_numpy(rng.normal(0, spread, (n_cells, n_genes))).float() if inflated else None
-    rows = torch.zeros(n_cells, dtype=torch.int64)
     threads = torch.get_num_threads()
     torch.set_num_threads(data.draw(st.integers(1, 3), "threads"))
     try:
         assert negative_binomial._kernel("cpu") is cpu_kernel
         compute = negative_binomial.loss_and_slopes
-        kernel = compute(*copies(logits, dropout), theta, rows, sparse(counts))
-        forward = compute(*copies(logits, dropout), theta, rows, sparse(counts), slopes=False)
+        kernel = compute(decoded(logits, dropout, theta, counts))
+        forward = compute(decoded(logits, dropout, theta, counts), slopes=False)
     finally:
         torch.set_num_threads(threads)
-    exact = torch_kernel.loss_and_slopes(*copies(logits, dropout, theta, dtype=torch.float64), rows, sparse(counts))
+    exact = torch_kernel.loss_and_slopes(decoded(logits, dropout, theta, counts, torch.float64))
     expected = reference(logits, dropout, theta, counts)
     assert torch.equal(kernel[0], forward[0])
     rounding = 3e-6 * (5 + counts.sum())  # of float32, in terms as large as the counts and their logarithms
@@ -337,11 +346,9 @@ def test_what_is_not_finite_is_not_hidden(where: str, value: float) -> None:
     counts = some_counts()
     logits, theta = torch.randn(len(counts), N_GENES), torch.ones(1, N_GENES)
     (logits if where == "logits" else theta)[0, 7] = value
-    rows = torch.zeros(len(counts), dtype=torch.int64)
     for kernel in (cpu_kernel, torch_kernel):
         for dropout in (None, torch.randn(len(counts), N_GENES)):
-            made = kernel.loss_and_slopes(*copies(logits, dropout), theta, rows, sparse(counts))
-            assert not torch.isfinite(made[0][0])
+            assert not torch.isfinite(kernel.loss_and_slopes(decoded(logits, dropout, theta, counts)).loss[0])
 
 
 @pytest.mark.parametrize("trouble", ["does not compile", "gives other results"])
@@ -385,12 +392,9 @@ def test_the_gpu_s_kernel_in_the_interpreter(gpu_kernel: ModuleType, inflated: b
     torch.manual_seed(0)
     logits, theta = 2 * torch.randn(21, N_GENES), torch.rand(rows, N_GENES) * 5 + 0.01
     dropout = torch.randn(21, N_GENES) if inflated else None
-    row_of_cell = torch.arange(21) % rows
-    made = gpu_kernel.loss_and_slopes(*copies(logits, dropout), theta, row_of_cell, sparse(counts))
-    forward = gpu_kernel.loss_and_slopes(*copies(logits, dropout), theta, row_of_cell, sparse(counts), slopes=False)
-    expected = torch_kernel.loss_and_slopes(
-        *copies(logits, dropout, theta, dtype=torch.float64), row_of_cell, sparse(counts)
-    )
+    made = gpu_kernel.loss_and_slopes(decoded(logits, dropout, theta, counts))
+    forward = gpu_kernel.loss_and_slopes(decoded(logits, dropout, theta, counts), slopes=False)
+    expected = torch_kernel.loss_and_slopes(decoded(logits, dropout, theta, counts, torch.float64))
     assert torch.equal(made[0], forward[0])
     assert forward[1:] == (None, None, None)
     for found, wanted in zip(made, expected, strict=True):

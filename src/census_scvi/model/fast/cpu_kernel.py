@@ -15,7 +15,7 @@ import numba
 import numpy as np
 import torch
 
-from census_scvi.counts.minibatch import SparseCounts
+from census_scvi.model.fast.decoded import Decoded, LossAndSlopes
 
 _each = numba.njit(fastmath={"contract"}, error_model="numpy", nogil=True, cache=True)
 _sum = numba.njit(fastmath={"contract", "reassoc", "nsz"}, error_model="numpy", nogil=True, cache=True)
@@ -26,16 +26,10 @@ _ONE = np.float32(1)
 _EPS = np.float32(1e-8)
 
 
-def loss_and_slopes(
-    logits: torch.Tensor,
-    dropout: torch.Tensor | None,
-    theta: torch.Tensor,
-    row_of_cell: torch.Tensor,
-    counts: SparseCounts,
-    *,
-    slopes: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """See `negative_binomial.loss_and_slopes`; in as many threads as torch uses."""
+def loss_and_slopes(decoded: Decoded, *, slopes: bool = True) -> LossAndSlopes:
+    """Loss of each cell and, where wanted, its derivatives; in as many threads as torch uses."""
+    logits, dropout, counts = decoded.logits, decoded.dropout, decoded.counts
+    theta, row_of_cell = decoded.theta, decoded.row_of_cell
     n_cells, n_genes = logits.shape
     last = counts.n_detected.cumsum(0)
     loss = torch.empty(n_cells)
@@ -58,10 +52,10 @@ def loss_and_slopes(
     else:
         list(_threads(parts, os.getpid()).map(work, range(parts)))
     if not slopes:
-        return loss, None, None, None
+        return LossAndSlopes(loss)
     if one_row:
-        return loss, logits, of_theta.sum(0, keepdim=True), dropout
-    return loss, logits, torch.zeros_like(theta).index_add_(0, row_of_cell, of_theta), dropout
+        return LossAndSlopes(loss, logits, of_theta.sum(0, keepdim=True), dropout)
+    return LossAndSlopes(loss, logits, torch.zeros_like(theta).index_add_(0, row_of_cell, of_theta), dropout)
 
 
 @cache

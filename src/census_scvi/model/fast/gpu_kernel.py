@@ -12,23 +12,17 @@ import torch
 import triton
 import triton.language as tl
 
-from census_scvi.counts.minibatch import SparseCounts
+from census_scvi.model.fast.decoded import Decoded, LossAndSlopes
 
 _CELLS_A_PROGRAM = 4
 # Four genes a thread: their numbers fit its registers.
 _BLOCK, _WARPS = 1024, 8
 
 
-def loss_and_slopes(
-    logits: torch.Tensor,
-    dropout: torch.Tensor | None,
-    theta: torch.Tensor,
-    row_of_cell: torch.Tensor,
-    counts: SparseCounts,
-    *,
-    slopes: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """See `negative_binomial.loss_and_slopes`."""
+def loss_and_slopes(decoded: Decoded, *, slopes: bool = True) -> LossAndSlopes:
+    """Loss of each cell and, where wanted, its derivatives."""
+    logits, dropout, counts = decoded.logits, decoded.dropout, decoded.counts
+    theta, row_of_cell = decoded.theta.contiguous(), decoded.row_of_cell
     n_cells, n_genes = logits.shape
     loss = torch.empty(n_cells, device=logits.device)
     programs = triton.cdiv(n_cells, _CELLS_A_PROGRAM)
@@ -44,7 +38,7 @@ def loss_and_slopes(
         counts.genes,
         counts.counts,
         counts.library_size(),
-        theta.contiguous(),
+        theta,
         row_of_cell,
         loss,
         of_theta,
@@ -60,10 +54,10 @@ def loss_and_slopes(
         num_warps=_WARPS,
     )
     if not slopes:
-        return loss, None, None, None
+        return LossAndSlopes(loss)
     if one_row:
-        return loss, logits, of_theta.sum(0, keepdim=True), dropout
-    return loss, logits, torch.zeros_like(theta).index_add_(0, row_of_cell, of_theta), dropout
+        return LossAndSlopes(loss, logits, of_theta.sum(0, keepdim=True), dropout)
+    return LossAndSlopes(loss, logits, torch.zeros_like(theta).index_add_(0, row_of_cell, of_theta), dropout)
 
 
 @triton.jit

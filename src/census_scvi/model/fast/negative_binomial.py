@@ -39,34 +39,24 @@ autograd are the matrix products around it.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from types import ModuleType
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 
 from census_scvi.counts.minibatch import SparseCounts
 from census_scvi.model.fast import torch_kernel
+from census_scvi.model.fast.decoded import Decoded, LossAndSlopes
 from census_scvi.model.fast.products import product_dtype, times_transposed
 
 log = logging.getLogger(__name__)
 
-LossAndSlopes: TypeAlias = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
-
-@dataclass(frozen=True)
-class Dispersion:
-    """Inverse dispersion theta of genes, shared by cells.
-
-    Attributes
-    ----------
-    theta
-        float (rows, genes): one row for all cells, or one a batch, label or cell.
-    row_of_cell
-        int64 (cells,): the row that is a cell's.
-    """
+class Dispersion(NamedTuple):
+    """Inverse dispersion of genes: `theta` and `row_of_cell` of `Decoded`."""
 
     theta: torch.Tensor
     row_of_cell: torch.Tensor
@@ -103,7 +93,7 @@ def reconstruction_loss(
     not.
     """
     heads = (*scale, *(dropout or (None, None)))
-    return _ReconstructionLoss.apply(hidden, *heads, dispersion.theta, dispersion.row_of_cell, counts)
+    return _ReconstructionLoss.apply(hidden, *heads, *dispersion, counts)
 
 
 class _ReconstructionLoss(torch.autograd.Function):
@@ -118,13 +108,12 @@ class _ReconstructionLoss(torch.autograd.Function):
         biases = [each.to(dtype) for each in (bias, dropout_bias) if each is not None]
         with torch.autocast(hidden.device.type, enabled=False):
             products = [times_transposed(hidden, *head).to(theta.dtype) for head in zip(weights, biases, strict=True)]
-            arguments = (products[0], products[1] if len(products) > 1 else None, theta, row_of_cell, counts)
-            loss, *slopes = loss_and_slopes(*arguments, slopes=any(ctx.needs_input_grad))
-        of_logits, of_theta, of_dropout = slopes
-        of_products = [_narrow(each, dtype) for each in (of_logits, of_dropout) if each is not None]
-        ctx.save_for_backward(hidden, of_theta, *weights, *of_products)
-        ctx.mark_non_differentiable(loss)
-        return loss.mean(), loss
+            decoded = Decoded(products[0], theta, row_of_cell, counts, products[1] if len(products) > 1 else None)
+            made = loss_and_slopes(decoded, slopes=any(ctx.needs_input_grad))
+        of_products = [_narrow(each, dtype) for each in (made.logits, made.dropout) if each is not None]
+        ctx.save_for_backward(hidden, made.theta, *weights, *of_products)
+        ctx.mark_non_differentiable(made.loss)
+        return made.loss.mean(), made.loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -148,37 +137,10 @@ def _narrow(slopes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return slopes if slopes.dtype == dtype else slopes.clamp_(-most, most).to(dtype)
 
 
-def loss_and_slopes(
-    logits: torch.Tensor,
-    dropout: torch.Tensor | None,
-    theta: torch.Tensor,
-    row_of_cell: torch.Tensor,
-    counts: SparseCounts,
-    *,
-    slopes: bool = True,
-) -> LossAndSlopes:
-    """Loss of each cell and the derivatives of their sum, by the kernel for the device.
-
-    Parameters
-    ----------
-    logits
-        float (cells, genes), contiguous; overwritten.
-    dropout
-        The same for the logits of dropout; None without zero inflation.
-    theta, row_of_cell
-        See `Dispersion`; theta of the logits' dtype.
-    counts
-        Counts of the cells.
-    slopes
-        Whether derivatives are wanted.
-
-    Returns
-    -------
-    The loss (cells,), and its derivatives by logits (cells, genes), theta (rows, genes) and dropout (cells, genes):
-    None where none are wanted, or where there is no dropout.
-    """
-    kernel = _kernel(logits.device.type) if logits.dtype == torch.float32 else None
-    return (kernel or torch_kernel).loss_and_slopes(logits, dropout, theta, row_of_cell, counts, slopes=slopes)
+def loss_and_slopes(decoded: Decoded, *, slopes: bool = True) -> LossAndSlopes:
+    """Loss of each cell and, where wanted, the derivatives of their sum, by the kernel for the device and dtype."""
+    kernel = _kernel(decoded.logits.device.type) if decoded.logits.dtype == torch.float32 else None
+    return (kernel or torch_kernel).loss_and_slopes(decoded, slopes=slopes)
 
 
 @cache
@@ -210,10 +172,9 @@ def _compare(kernel: ModuleType, device: str) -> None:
     few = SparseCounts(n_detected, genes.to(torch.uint16), (1 + genes**2).to(torch.uint16), 50)
     for rows, dropout in ((1, None), (3, None), (1, logits.flip(0))):
         theta = (1 + genes * torch.ones(rows, 1, device=device)) / 10
-        row_of_cell = torch.arange(3, device=device) % rows
-        copies = (logits.clone(), None if dropout is None else dropout.clone())
-        made = kernel.loss_and_slopes(*copies, theta, row_of_cell, few)
-        expected = torch_kernel.loss_and_slopes(logits, dropout, theta, row_of_cell, few)
+        decoded = Decoded(logits, theta, torch.arange(3, device=device) % rows, few, dropout)
+        overwritten = replace(decoded, logits=logits.clone(), dropout=None if dropout is None else dropout.clone())
+        expected, made = torch_kernel.loss_and_slopes(decoded), kernel.loss_and_slopes(overwritten)
         for found, wanted in zip(made, expected, strict=True):
             difference = 0.0 if wanted is None else ((found - wanted).abs().max() / wanted.abs().max()).item()
             if not difference < 1e-4:

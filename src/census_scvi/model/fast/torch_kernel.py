@@ -5,21 +5,15 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import softplus
 
-from census_scvi.counts.minibatch import SparseCounts
+from census_scvi.model.fast.decoded import Decoded, LossAndSlopes
 
 _EPS = 1e-8  # scvi-tools'
 
 
-def loss_and_slopes(
-    logits: torch.Tensor,
-    dropout: torch.Tensor | None,
-    theta: torch.Tensor,
-    row_of_cell: torch.Tensor,
-    counts: SparseCounts,
-    *,
-    slopes: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """See `negative_binomial.loss_and_slopes`, whose names are used; the logits are left as they are."""
+def loss_and_slopes(decoded: Decoded, *, slopes: bool = True) -> LossAndSlopes:
+    """Loss of each cell and, where wanted, its derivatives; the logits are left as they are."""
+    logits, dropout, counts = decoded.logits, decoded.dropout, decoded.counts
+    theta, row_of_cell = decoded.theta, decoded.row_of_cell
     share = torch.softmax(logits, dim=-1)
     mu = share * counts.library_size(logits.dtype).unsqueeze(1)
     of_cell = theta if len(theta) == 1 else theta[row_of_cell]
@@ -39,7 +33,7 @@ def loss_and_slopes(
         gain -= softplus(-odds.view(-1)[places])
     loss -= counts.sum_of_cells(gain)
     if not slopes:
-        return loss, None, None, None
+        return LossAndSlopes(loss)
 
     of_mu = of_cell / total
     of_theta = of_mu.sub(fall).sub_(of_cell / (of_cell + _EPS))
@@ -52,4 +46,5 @@ def loss_and_slopes(
     of_theta.view(-1)[places] += x / total_x - (x + theta_x).digamma() + theta_x.digamma()
     of_mu.view(-1)[places] += x / total_x - x / mu_x
     of_logits = of_mu.sub_((share * of_mu).sum(1, keepdim=True)).mul_(mu)
-    return loss, of_logits, torch.zeros_like(theta).index_add_(0, row_of_cell, of_theta), of_dropout
+    of_rows = torch.zeros_like(theta).index_add_(0, row_of_cell, of_theta)
+    return LossAndSlopes(loss, of_logits, of_rows, of_dropout)
