@@ -456,16 +456,26 @@ def test_the_step_on_a_gpu() -> None:
 # --- reduced precision
 
 
-@pytest.mark.parametrize("likelihood", ["nb", "zinb"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"gene_likelihood": "zinb"},
+        {"n_layers": 3},
+        {"n_layers": 3, "encode_covariates": True},
+        {"n_layers": 2, "deeply_inject_covariates": False, "dispersion": "gene-cell", "use_batch_norm": "none"},
+    ],
+    ids=["nb", "zinb", "three layers", "three layers with the batch", "gene-cell"],
+)
 @pytest.mark.parametrize(
     ("dtype", "largest", "closeness"),
     [(torch.bfloat16, 30, 1e-2), (torch.float16, 30, 1e-3), (torch.float16, 400_000, 1e-3)],
     ids=["bf16", "fp16", "fp16, slopes beyond its range"],
 )
 def test_a_reduced_precision_is_of_the_products_alone(
-    dtype: torch.dtype, largest: int, closeness: float, likelihood: str
+    dtype: torch.dtype, largest: int, closeness: float, arguments: dict[str, Any]
 ) -> None:
-    module = make(torch.float32, gene_likelihood=likelihood)
+    module = make(torch.float32, **arguments)
     ours, _ = minibatches(some_counts(largest=largest), 3, torch.float32)
     scale = 2.0**10  # as Lightning scales losses in fp16
     results = []

@@ -2,7 +2,8 @@
 
 Compiled by numba. The loops are short, each over few arrays and without branches, so that LLVM makes vector
 instructions of them; exp and log are polynomials for the same reason (the C library's take one number at a time).
-Sums have loops of their own: only there may the compiler change the order of additions.
+Sums have loops of their own: only there may the compiler change the order of additions. All of it is in one file: numba
+keeps what it compiled until the file of a function changes, and would not notice a change in another's.
 """
 
 from __future__ import annotations

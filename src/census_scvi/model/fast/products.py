@@ -38,8 +38,8 @@ def _plain(matrix: torch.Tensor) -> bool:
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """`torch.nn.functional.linear` for matrices, gradients included."""
-    if product_dtype(x) != x.dtype:
-        return functional.linear(x, weight, bias)  # autocast's
+    if torch.is_autocast_enabled(x.device.type):
+        return functional.linear(x, weight, bias)  # autocast has gradients of its own
     return _Linear.apply(x, weight, bias)
 
 
