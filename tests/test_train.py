@@ -160,6 +160,7 @@ def test_train_and_plan_settings_take_effect(prepared: Run, tmp_path: Path, monk
             "max_epochs": 2, "batch_size": 100, "train_size": 0.8, "num_workers": 3, "accelerator": "cpu",
             "precision": "bf16", "trainer": {"gradient_clip_val": 0.5, "check_val_every_n_epoch": 2},
         },
+        model={"n_layers": 2},  # in bf16 the second layer is given what is bf16 already
         training_plan={"lr": 3e-3, "n_epochs_kl_warmup": 4, "max_kl_weight": 0.7, "weight_decay": 1e-3, "eps": 0.02},
     )  # fmt: skip
     assert run("train") == 0
@@ -551,6 +552,22 @@ def test_training_again_skips_and_force_replaces(
     assert run.record("train")["finished"] == finished
     assert run("train", "train.max_epochs=2", "--force") == 0
     assert run.record("train")["counts"]["epochs"] == 2
+
+
+def test_dry_run_samples_the_steps_in_their_precision(prepared: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "_SAMPLE_SECONDS", 0.1)
+    seen = set()
+    real = train._step
+
+    def step(*arguments: Any) -> int:
+        seen.add(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
+        return real(*arguments)
+
+    monkeypatch.setattr(train, "_step", step)
+    for precision, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16)):
+        seen.clear()
+        assert prepared("train", "--dry-run", f"train.precision={precision}", "model.n_layers=2") == 0
+        assert seen == {dtype}
 
 
 def test_a_run_older_than_a_setting_did_what_the_setting_does_by_default(

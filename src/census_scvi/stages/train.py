@@ -204,7 +204,8 @@ def _seconds_per_cell(config: Config, plan: TrainingPlan, data: PreparedDataModu
     device = "cuda" if torch.cuda.is_available() and config.train.accelerator != "cpu" else "cpu"
     module = plan.module.to(device).train()
     minibatches = itertools.chain.from_iterable(itertools.repeat(data.train_dataloader()))
-    with unused_frozen(module):
+    reduced = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.precision)
+    with unused_frozen(module), torch.autocast(device, reduced, enabled=reduced is not None):
         optimiser = plan.get_optimizer_creator()(filter(lambda parameter: parameter.requires_grad, module.parameters()))
         for minibatch in itertools.islice(minibatches, 2):  # warms up, and fills the first window
             _step(plan, optimiser, minibatch, device)
