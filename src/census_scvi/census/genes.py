@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import pickle
+import pickletools
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -94,51 +96,61 @@ def _seeded_jitter(seed: int) -> Iterator[None]:
 def write_genes(path: Path, feature_ids: list[str]) -> None:
     """Pickle feature_ids as a numpy array of str."""
     partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        pickle.dump(np.array(feature_ids, dtype=np.str_), file, protocol=4)
+    partial.write_bytes(_pickled(feature_ids))
     partial.replace(path)
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickles numpy arrays and plain values; anything that could run code is refused."""
-
-    _ADMITTED = frozenset(
-        (f"{package}.{module}", name)
-        for package in ("numpy._core", "numpy.core")
-        for module, name in (("multiarray", "_reconstruct"), ("numeric", "_frombuffer"))
-    ) | {("numpy", "ndarray"), ("numpy", "dtype")}
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._ADMITTED:
-            raise pickle.UnpicklingError(f"it holds {module}.{name}")
-        return super().find_class(module, name)
-
-
 def read_genes(path: Path) -> list[str]:
-    """feature_ids of a genes file, in order; nothing in the file is executed.
+    """feature_ids of a genes file, in order.
+
+    A pickle can run code, and an array in it can hold forged pointers. So the file is not unpickled: its opcodes are
+    read, and they must be those that `write_genes` writes for the feature_ids found among them.
 
     Raises
     ------
     UserError
-        The file is missing, truncated, or not a pickled one-dimensional numpy array of distinct str.
+        The file is missing, damaged, or not as `write_genes` writes it.
     """
-    expected = "expected a pickled numpy.ndarray of feature_ids as scvi-prepare.py writes it"
     try:
-        with path.open("rb") as file:
-            array = _ArrayUnpickler(file).load()
+        found = _opcodes(path.read_bytes())
+        genes = _feature_ids(found)
+        as_written = found == _opcodes(_pickled(genes))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; run scvi-prepare.py first") from None
-    except Exception as error:  # a damaged pickle can raise anything
-        raise UserError(f"{path} is refused: {error}; {expected}") from None
-    if (
-        not isinstance(array, np.ndarray)
-        or array.ndim != 1
-        or not all(isinstance(gene, str) for gene in array.tolist())
-    ):
-        raise UserError(f"{path} holds a {type(array).__name__}; {expected}")
-    genes = [str(gene) for gene in array]
+    except OSError:
+        raise
+    except Exception:  # whatever reading a damaged or forged pickle raises
+        as_written = False
+    if not as_written:
+        raise UserError(
+            f"{path} is refused: it is not the pickled numpy array of feature_ids that scvi-prepare.py writes;"
+            " restore it, or run scvi-prepare.py --force"
+        )
     if len(set(genes)) != len(genes):
         raise UserError(f"{path} lists a gene twice; run scvi-prepare.py --force")
+    return genes
+
+
+def _pickled(feature_ids: list[str]) -> bytes:
+    return pickle.dumps(np.array(feature_ids, dtype=np.str_), protocol=4)
+
+
+def _opcodes(pickled: bytes) -> list[tuple[str, Any]]:
+    """Name and argument of each opcode; nothing is executed."""
+    # numpy 1 has the same function in another module.
+    renamed = {"numpy.core.multiarray": "numpy._core.multiarray"}
+    return [
+        (opcode.name, renamed.get(argument, argument) if isinstance(argument, str) else argument)
+        for opcode, argument, _ in pickletools.genops(pickled)
+        if opcode.name != "FRAME"  # a length that follows from the rest
+    ]
+
+
+def _feature_ids(opcodes: list[tuple[str, Any]]) -> list[str]:
+    """The elements of a pickled array of str: its dtype is the text U<length>, its elements are the longest bytes."""
+    dtype = next(text for _, text in opcodes if isinstance(text, str) and re.fullmatch(r"U[1-9]\d*", text))
+    data = max((argument for _, argument in opcodes if isinstance(argument, bytes)), key=len)
+    genes: list[str] = np.frombuffer(data, dtype=f"={dtype}").tolist()
     return genes
 
 
