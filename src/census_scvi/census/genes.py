@@ -132,7 +132,7 @@ def read_genes(path: Path) -> list[str]:
 
 
 def _pickled(feature_ids: list[str]) -> bytes:
-    return pickle.dumps(np.array(feature_ids, dtype=np.str_), protocol=4)
+    return pickle.dumps(np.array(feature_ids, dtype="<U"), protocol=4)
 
 
 def _opcodes(pickled: bytes) -> list[tuple[str, Any]]:
@@ -150,8 +150,9 @@ def _feature_ids(opcodes: list[tuple[str, Any]]) -> list[str]:
     """The elements of a pickled array of str: its dtype is the text U<length>, its elements are the longest bytes."""
     dtype = next(text for _, text in opcodes if isinstance(text, str) and re.fullmatch(r"U[1-9]\d*", text))
     data = max((argument for _, argument in opcodes if isinstance(argument, bytes)), key=len)
-    genes: list[str] = np.frombuffer(data, dtype=f"={dtype}").tolist()
-    return genes
+    # Decoded here, since numpy makes str of any four bytes.
+    text, length = data.decode("utf-32-le"), int(dtype[1:])
+    return [text[start : start + length].rstrip("\0") for start in range(0, len(text), length)]
 
 
 def locate_genes(census: Census, feature_ids: list[str], min_share: float) -> npt.NDArray[np.int64]:
