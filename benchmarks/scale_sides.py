@@ -79,7 +79,7 @@ def hvg_ours(folder: Folder) -> Any:
 
     CLOCK.start()
     with open_census(CensusSection(uri=folder.census)) as census:
-        return select_genes(census, None, HvgSection(top_n_hvg=folder.n_genes, hvg_batch=HVG_BATCH), seed=0)
+        return select_genes(census, None, HvgSection(top_n_hvg=folder.n_genes, hvg_batch=HVG_BATCH), seed=0).feature_ids
 
 
 def hvg_library(folder: Folder) -> Any:

@@ -1,6 +1,7 @@
 """Genes selected in one pass are scanpy's and the Census library's, whatever the counts look like."""
 
 from pathlib import Path
+from typing import Literal
 
 import anndata as ad
 import cellxgene_census
@@ -15,7 +16,7 @@ from pipeline import Run
 from census_scvi.census.build.census import build_census
 from census_scvi.census.build.sources import open_h5ad
 from census_scvi.census.cells import Cells, select_cells
-from census_scvi.census.genes import select_genes
+from census_scvi.census.genes import read_genes, select_genes
 from census_scvi.census.hvg import select
 from census_scvi.census.hvg.seurat_v3 import mean_and_variance, normalised_variance, top_genes
 from census_scvi.census.hvg.tally import GeneTally
@@ -77,7 +78,7 @@ def human_cells(uri: str) -> ad.AnnData:
 
 def one_pass(uri: str, batch_key: list[str], n_top: int) -> np.ndarray:
     with open_census(CensusSection(uri=uri)) as census:
-        return select.select_in_one_pass(census, select_cells(census, None, batch_key), n_top, seed=0)
+        return select.select_in_one_pass(census, select_cells(census, None, batch_key), n_top, seed=0)[0]
 
 
 def test_scores_are_scanpy_s(demo_census: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +99,7 @@ def scanpy_scores(cells: ad.AnnData, batch_key: list[str]) -> np.ndarray:
     return np.array([score["variances_norm"].to_numpy() for score in scores])
 
 
-@pytest.mark.parametrize("batch_key", [["assay"], ["suspension_type", "assay"], ["dataset_id"]], ids=str)
+@pytest.mark.parametrize("batch_key", [["assay"], ["suspension_type", "assay"], ["dataset_id"], ["donor_id"]], ids=str)
 def test_genes_are_scanpy_s_within_batches(demo_census: str, batch_key: list[str]) -> None:
     expected = top_genes(scanpy_scores(human_cells(demo_census), batch_key), 150)
     assert np.array_equal(one_pass(demo_census, batch_key, 150), expected)
@@ -118,7 +119,9 @@ def blood(real_data: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_genes_of_real_cells_are_scanpy_s_and_the_census_library_s(blood: str, batch_key: list[str]) -> None:
     with open_census(CensusSection(uri=blood)) as census:
         ours, theirs = (
-            select_genes(census, None, HvgSection(top_n_hvg=2000, hvg_batch=batch_key, engine=engine), seed=0)
+            select_genes(
+                census, None, HvgSection(top_n_hvg=2000, hvg_batch=batch_key, engine=engine), seed=0
+            ).feature_ids
             for engine in ("one-pass", "census")
         )
     cells = human_cells(blood)
@@ -126,6 +129,44 @@ def test_genes_of_real_cells_are_scanpy_s_and_the_census_library_s(blood: str, b
     assert ours == expected.tolist()
     # The library clips in single precision, which moves scores by up to 1e-3, and leaves ties to the sorting algorithm.
     assert len(set(ours) & set(theirs)) >= 0.98 * 2000
+
+
+@pytest.mark.parametrize("engine", ["one-pass", "census"])
+@pytest.mark.parametrize("value_filter", [None, "nnz >= 150 and is_primary_data == True"])
+def test_rare_genes_are_excluded_before_selection_as_scanpy_does(
+    demo_census: str, engine: Literal["one-pass", "census"], value_filter: str | None
+) -> None:
+    cells = human_cells(demo_census)
+    if value_filter:
+        cells = cells[(cells.obs["nnz"] >= 150) & cells.obs["is_primary_data"]].copy()
+    settings = HvgSection(top_n_hvg=100, hvg_batch=["assay"], engine=engine)
+    with open_census(CensusSection(uri=demo_census)) as census:
+        selection = select_genes(census, value_filter, settings, seed=0, min_cells=700)
+    common = cells[:, (cells.X > 0).sum(axis=0).A1 >= 700].copy()
+    expected = common.var["feature_id"][top_genes(scanpy_scores(common, ["assay"]), 100)].tolist()
+    assert 100 < common.n_vars < cells.n_vars - 100
+    assert selection.below_min_cells == cells.n_vars - common.n_vars
+    assert len(set(selection.feature_ids) & set(expected)) >= (100 if engine == "one-pass" else 98)
+    assert len(selection.feature_ids) == 100
+
+
+@pytest.mark.parametrize("engine", ["one-pass", "census"])
+def test_fewer_common_genes_than_asked_for_are_all_taken(demo_census: str, tmp_path: Path, engine: str) -> None:
+    run = Run(tmp_path, demo_census, hvg={"engine": engine}, genes={"min_cells": 1250})
+    assert run("prepare") == 0
+    cells = human_cells(demo_census)
+    cells = cells[cells.obs["is_primary_data"] & (cells.obs["nnz"] >= 50)]
+    common = (cells.X > 0).sum(axis=0).A1 >= 1250
+    assert 0 < common.sum() < 200
+    assert read_genes(run.path("hv_genes.pkl")) == cells.var["feature_id"][common].tolist()
+    assert run.record("prepare")["counts"]["genes_below_min_cells"] == (~common).sum()
+    assert run("prepare") == 0  # done
+    assert run("prepare", "genes.min_cells=1") == 2
+
+
+def test_no_gene_in_so_many_cells(demo_census: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert Run(tmp_path, demo_census)("prepare", "genes.min_cells=1000000") == 2
+    assert "genes.min_cells is 1,000,000 and no gene is detected in so many of the cells" in capsys.readouterr().err
 
 
 def test_reading_again_where_too_few_large_counts_were_kept(demo_census: str, monkeypatch: pytest.MonkeyPatch) -> None:

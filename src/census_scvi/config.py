@@ -78,7 +78,7 @@ class HvgSection(Section):
     min_genes: Annotated[int, Field(ge=0)] = 0
     """Cells with fewer detected genes (obs nnz) are left out of selection and training, never of embedding."""
     engine: Literal["one-pass", "census"] = "one-pass"
-    """Who selects: this project, reading the counts once, or cellxgene-census' own function; the same genes."""
+    """Implementation: one-pass equals scanpy's and reads the counts once; census is the published pipeline's."""
 
 
 class AnndataSection(Section):
@@ -95,8 +95,10 @@ class AnndataSection(Section):
 
 
 class GenesSection(Section):
-    """The gate for genes between Census versions."""
+    """Which genes may be selected, and how many of the model's a Census must have."""
 
+    min_cells: Annotated[int, Field(ge=0)] = 0
+    """Genes detected in fewer of the training cells are excluded before highly variable ones are selected."""
     min_share: Share = 0.98
     """Least share of the model's genes that a Census must have for its cells to be embedded."""
 

@@ -8,6 +8,7 @@ import pickletools
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,7 +19,7 @@ import pandas as pd
 import tiledbsoma
 
 from census_scvi.census.cells import require_columns, select_cells
-from census_scvi.census.hvg.select import select_in_one_pass
+from census_scvi.census.hvg.select import count_detections, select_in_one_pass
 from census_scvi.census.open import Census
 from census_scvi.config import HvgSection
 from census_scvi.errors import UserError
@@ -31,54 +32,88 @@ def read_var(census: Census) -> pd.DataFrame:
     return census.experiment.ms["RNA"].var.read().concat().to_pandas()
 
 
-def select_genes(census: Census, value_filter: str | None, settings: HvgSection, seed: int) -> list[str]:
-    """feature_ids of the highly variable genes of the filtered cells, in Census var order.
+@dataclass(frozen=True)
+class Selection:
+    """Highly variable genes.
+
+    Attributes
+    ----------
+    feature_ids
+        In Census var order.
+    below_min_cells
+        Genes of the Census that were excluded beforehand, since too few of the cells have them.
+    """
+
+    feature_ids: list[str]
+    below_min_cells: int = 0
+
+
+def select_genes(
+    census: Census, value_filter: str | None, settings: HvgSection, seed: int, min_cells: int = 0
+) -> Selection:
+    """Highly variable genes of the filtered cells.
 
     seurat_v3 on raw counts, ranked within each combination of the `hvg_batch` columns (Stuart et al. 2019,
-    https://doi.org/10.1016/j.cell.2019.05.031). Where the Census has no more genes than asked for, all are taken, with
-    a warning.
+    https://doi.org/10.1016/j.cell.2019.05.031), among the genes that are detected in at least `min_cells` of the cells.
+    Where there are no more genes than asked for, all are taken, with a warning.
 
     Raises
     ------
     UserError
-        A column is missing, no cell matches, or the genes cannot be ranked in batches of few cells.
+        A column is missing, no cell matches, no gene is detected in so many cells, or the genes cannot be ranked in
+        batches of few cells.
     """
     require_columns(census, settings.hvg_batch, "hvg.hvg_batch")
     var = read_var(census)
-    if len(var) <= settings.top_n_hvg:
-        log.warning("hvg.top_n_hvg is %d and the Census has %d genes: all are taken", settings.top_n_hvg, len(var))
-        return list(var["feature_id"].astype(str))
-    select = _select_in_one_pass if settings.engine == "one-pass" else _select_by_census
-    try:
-        chosen = select(census, value_filter, settings, seed)
-    except ValueError as error:  # raised by the loess fit, where a batch has too few cells or counts
-        raise UserError(
-            f"the genes cannot be ranked within each combination of hvg.hvg_batch {settings.hvg_batch}: the fit of"
-            f" variance to mean failed ({str(error).strip()}), as it does in batches of few cells;"
-            " name fewer columns in hvg.hvg_batch, or leave small batches out with census.obs_query_model"
-        ) from None
-    return list(var.loc[var["soma_joinid"].isin(chosen), "feature_id"].astype(str))
+    if min_cells or len(var) > settings.top_n_hvg:
+        select = _select_in_one_pass if settings.engine == "one-pass" else _select_by_census
+        try:
+            chosen, candidates = select(census, value_filter, settings, seed, min_cells)
+        except ValueError as error:  # raised by the loess fit, where a batch has too few cells or counts
+            raise UserError(
+                f"the genes cannot be ranked within each combination of hvg.hvg_batch {settings.hvg_batch}: the fit of"
+                f" variance to mean failed ({str(error).strip()}), as it does in batches of few cells;"
+                " name fewer columns in hvg.hvg_batch, or exclude small batches with census.obs_query_model"
+            ) from None
+    else:
+        chosen = candidates = np.ones(len(var), dtype=bool)
+    n_candidates = int(candidates.sum())
+    if not n_candidates:
+        raise UserError(f"genes.min_cells is {min_cells:,} and no gene is detected in so many of the cells; lower it")
+    if n_candidates <= settings.top_n_hvg:
+        words = f"{n_candidates} genes" + (f" in at least {min_cells:,} cells" if min_cells else "")
+        log.warning("hvg.top_n_hvg is %d and the Census has %s: all are taken", settings.top_n_hvg, words)
+    return Selection(list(var.loc[chosen, "feature_id"].astype(str)), len(var) - n_candidates)
+
+
+_Masks = tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]
 
 
 def _select_in_one_pass(
-    census: Census, value_filter: str | None, settings: HvgSection, seed: int
-) -> npt.NDArray[np.int64]:
-    """soma_joinids of the selected genes."""
+    census: Census, value_filter: str | None, settings: HvgSection, seed: int, min_cells: int
+) -> _Masks:
     cells = select_cells(census, value_filter, settings.hvg_batch)
-    return np.flatnonzero(select_in_one_pass(census, cells, settings.top_n_hvg, seed))
+    return select_in_one_pass(census, cells, settings.top_n_hvg, seed, min_cells)
 
 
 def _select_by_census(
-    census: Census, value_filter: str | None, settings: HvgSection, seed: int
-) -> npt.NDArray[np.int64]:
-    """soma_joinids of the selected genes."""
+    census: Census, value_filter: str | None, settings: HvgSection, seed: int, min_cells: int
+) -> _Masks:
     # Compiles its kernels when it is imported, which takes seconds: only where it is used.
     from cellxgene_census.experimental.pp import highly_variable_genes
 
+    candidates = np.ones(int(census.experiment.ms["RNA"].var.count), dtype=bool)
+    if min_cells:
+        candidates = count_detections(census, select_cells(census, value_filter, [])) >= min_cells
+        if candidates.sum() <= settings.top_n_hvg:
+            return candidates, candidates
     cells = tiledbsoma.AxisQuery(value_filter=value_filter) if value_filter else None
-    with census.experiment.axis_query("RNA", obs_query=cells) as query, _seeded_jitter(seed):
+    genes = tiledbsoma.AxisQuery(coords=(np.flatnonzero(candidates),)) if min_cells else None
+    with census.experiment.axis_query("RNA", obs_query=cells, var_query=genes) as query, _seeded_jitter(seed):
         scores = highly_variable_genes(query, n_top_genes=settings.top_n_hvg, batch_key=settings.hvg_batch or None)
-    return scores.index[scores["highly_variable"]].to_numpy()
+    chosen = np.zeros(len(candidates), dtype=bool)
+    chosen[scores.index[scores["highly_variable"]]] = True
+    return chosen, candidates
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from functools import partial
@@ -14,7 +15,7 @@ import pandas as pd
 
 from census_scvi.census.build.schema import X_TILE
 from census_scvi.census.cells import Cells, require_columns, select_cells, training_filter
-from census_scvi.census.genes import read_genes, read_var, select_genes, write_genes
+from census_scvi.census.genes import Selection, read_genes, read_var, select_genes, write_genes
 from census_scvi.census.hvg.tally import GeneTally
 from census_scvi.census.open import Census, open_census
 from census_scvi.census.stream import stream_blocks, stream_obs, tile_runs
@@ -25,11 +26,12 @@ from census_scvi.progress import progress_bar
 from census_scvi.stages.plan import Plan, human_bytes
 from census_scvi.stages.prepared_store import PART_POOLS, PreparedStore, count_nonzeros
 from census_scvi.workspace import Artifacts, StageRun, Workspace
+from census_scvi.workspace.atomic import write_json
 
 log = logging.getLogger(__name__)
 
 STAGE = "prepare"
-KEYS = ("census", "hvg", "anndata", "seed")
+KEYS = ("census", "hvg", "genes.min_cells", "anndata", "seed")
 # For --dry-run, checked by benchmarks/stages.py. Resident before the first cell: the imports of this stage, and
 # TileDB's buffers.
 _BASE_MEMORY = 0.4e9
@@ -55,9 +57,12 @@ def run(config: Config, *, force: bool = False) -> None:
         cells = select_cells(census, training_filter(config), config.anndata.batch_key)
         _report_cells(cells)
         genes = _genes(stage, census, config, stage.path(artifacts.genes))
-        counts = _write(census, cells, genes, config, stage.path(artifacts.prepared))
+        counts = _write(census, cells, genes.feature_ids, config, stage.path(artifacts.prepared))
+        counts["genes_below_min_cells"] = genes.below_min_cells
         stage.commit([artifacts.prepared, artifacts.genes], counts, census=census.identity)
-        log.info("wrote %s: %s cells x %d genes", config.directory / artifacts.prepared, f"{len(cells):,}", len(genes))
+        log.info(
+            "wrote %s: %s cells x %d genes", config.directory / artifacts.prepared, f"{len(cells):,}", counts["genes"]
+        )
 
 
 def _check_columns(census: Census, config: Config) -> None:
@@ -81,16 +86,24 @@ def _report_cells(cells: Cells) -> None:
         )
 
 
-def _genes(stage: StageRun, census: Census, config: Config, path: Path) -> list[str]:
+def _genes(stage: StageRun, census: Census, config: Config, path: Path) -> Selection:
     """The genes of an earlier run that was killed after it had selected them, or a new selection."""
+    record = stage.path("selection.json")
     if stage.resumed:
         genes = read_genes(path)
-        log.info("going on with %d genes that were selected before", len(genes))
-        return genes
-    genes = select_genes(census, training_filter(config), config.hvg, config.seed)
-    log.info("%d highly variable genes", len(genes))
-    write_genes(path, genes)
-    return genes
+        log.info("resuming with %d genes that were selected before", len(genes))
+        return Selection(genes, **json.loads(record.read_text(encoding="utf-8")))
+    selection = select_genes(census, training_filter(config), config.hvg, config.seed, config.genes.min_cells)
+    log.info("%d highly variable genes", len(selection.feature_ids))
+    if selection.below_min_cells:
+        log.info(
+            "%s genes were excluded beforehand: detected in fewer than %s cells (genes.min_cells)",
+            f"{selection.below_min_cells:,}",
+            f"{config.genes.min_cells:,}",
+        )
+    write_json(record, {"below_min_cells": selection.below_min_cells})
+    write_genes(path, selection.feature_ids)  # last: its presence says that there is something to resume
+    return selection
 
 
 def _write(census: Census, cells: Cells, genes: list[str], config: Config, path: Path) -> dict[str, Any]:

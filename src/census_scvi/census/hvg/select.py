@@ -16,8 +16,13 @@ from census_scvi.census.stream import stream_nonzeros
 log = logging.getLogger(__name__)
 
 
-def select_in_one_pass(census: Census, cells: Cells, n_top: int, seed: int) -> npt.NDArray[np.bool_]:
-    """The genes that `cellxgene_census.experimental.pp.highly_variable_genes` selects, bool (genes,).
+def select_in_one_pass(
+    census: Census, cells: Cells, n_top: int, seed: int, min_cells: int = 0
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """The highly variable genes (seurat_v3), and the genes that they were selected from, bool (genes,) each.
+
+    They are scanpy's. `cellxgene_census.experimental.pp.highly_variable_genes` selects a few others: it clips in single
+    precision, and where the fit fails in a small batch it moves the means at random.
 
     Parameters
     ----------
@@ -29,6 +34,8 @@ def select_in_one_pass(census: Census, cells: Cells, n_top: int, seed: int) -> n
         Genes to select.
     seed
         Seed of the jitter in fits that fail without.
+    min_cells
+        Genes detected in fewer cells are excluded beforehand.
 
     Raises
     ------
@@ -36,19 +43,35 @@ def select_in_one_pass(census: Census, cells: Cells, n_top: int, seed: int) -> n
         A fit fails in spite of jitter.
     """
     n_cells = cells.batch_sizes().to_numpy()
-    n_genes = census.experiment.ms["RNA"].X["raw"].shape[1]
-    tally = GeneTally(len(n_cells), n_genes)
+    tally = GeneTally(len(n_cells), _n_genes(census))
     for batch, gene, count in stream_nonzeros(census, cells.joinids, cells.batch_codes):
         tally.add(batch, gene, count)
+    candidates = tally.cells >= min_cells
+    if candidates.sum() <= n_top:
+        return candidates, candidates
     means, variances = mean_and_variance(tally.sums, tally.squares, n_cells)
+    variances[:, ~candidates] = 0  # which keeps them out of the fit
     deviation = np.array(
         [regularised_deviation(mean, variance, seed) for mean, variance in zip(means, variances, strict=True)]
     )
-    clip = deviation * np.sqrt(n_cells)[:, None] + means
+    clip = np.where(candidates, deviation * np.sqrt(n_cells)[:, None] + means, np.inf)
     sums, squares, exact = tally.clipped(clip)
     if not exact.all():
         _read_again(census, cells, clip, sums, squares, ~exact)
-    return top_genes(normalised_variance(means, deviation, sums, squares, n_cells), n_top)
+    scores = normalised_variance(means, deviation, sums, squares, n_cells)
+    return top_genes(np.where(candidates, scores, -1), n_top), candidates
+
+
+def count_detections(census: Census, cells: Cells) -> npt.NDArray[np.int64]:
+    """In how many of the cells each gene is detected, int64 (genes,)."""
+    detected = np.zeros(_n_genes(census), dtype=np.int64)
+    for batch, gene, count in stream_nonzeros(census, cells.joinids, cells.batch_codes):
+        detected += np.bincount(gene[(batch >= 0) & (count > 0)], minlength=len(detected))
+    return detected
+
+
+def _n_genes(census: Census) -> int:
+    return int(census.experiment.ms["RNA"].X["raw"].shape[1])
 
 
 def _read_again(

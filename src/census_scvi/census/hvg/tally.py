@@ -32,6 +32,8 @@ class GeneTally:
     ----------
     sums, squares
         float64 (batches, genes).
+    cells
+        int64 (genes,): cells in which the gene is detected, of all batches.
     largest
         float32 (batches, genes, kept): in no order, 0 where there are fewer counts.
     """
@@ -42,6 +44,7 @@ class GeneTally:
         # Side by side, since they are used together: sum, sum of squares, the smallest of the largest counts.
         self._moments = np.zeros((n_batches, n_genes, 3))
         self.largest = np.zeros((n_batches, n_genes, kept), dtype=np.float32)
+        self.cells = np.zeros(n_genes, dtype=np.int64)
 
     @staticmethod
     def memory(n_batches: int, n_genes: int) -> int:
@@ -62,7 +65,7 @@ class GeneTally:
         self, batch_codes: npt.NDArray[np.int32], genes: npt.NDArray[np.int64], counts: npt.NDArray[np.float32]
     ) -> None:
         """Take in non-zero counts: batch (-1: passed over), gene and value of each, arrays of equal length."""
-        _add(batch_codes, genes, counts, self._moments, self.largest)
+        _add(batch_codes, genes, counts, self._moments, self.largest, self.cells)
 
     def clipped(
         self, clip: npt.NDArray[np.float64]
@@ -95,13 +98,14 @@ def _n_kept(n_batches: int, n_genes: int) -> int:
 
 
 @numba.njit(nogil=True, cache=True)
-def _add(batch_codes, genes, counts, moments, largest):  # type: ignore[no-untyped-def]
+def _add(batch_codes, genes, counts, moments, largest, cells):  # type: ignore[no-untyped-def]
     """Update moments, and the heap of the largest counts (smallest first) where a count belongs into it."""
     kept = largest.shape[2]
     for i in range(len(counts)):
         batch, gene, count = batch_codes[i], genes[i], counts[i]
         if batch < 0:
             continue
+        cells[gene] += count > 0
         moments[batch, gene, 0] += count
         moments[batch, gene, 1] += np.float64(count) * count
         if count <= moments[batch, gene, 2]:
