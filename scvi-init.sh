@@ -72,11 +72,16 @@ find_python() {
   cat >&2 <<END
 $tried
 Get one, then run ./scvi-init.sh again, or ./scvi-init.sh /path/to/python:
-  Debian, Ubuntu    sudo apt install python3.11 python3.11-venv   (or python3.12 ..., python3.13 ...)
-  Fedora, RHEL      sudo dnf install python3.11
-  macOS             brew install python@3.11
-  without root      conda create -p ~/python3.11 python=3.11   and then   ./scvi-init.sh ~/python3.11/bin/python
-                    uv python install 3.11   and then   ./scvi-init.sh "\$(uv python find 3.11)"
+  Debian 12, Ubuntu 22.04   sudo apt install python3.11 python3.11-venv
+  Debian 13, Ubuntu 24.04   sudo apt install python3 python3-venv
+  Fedora, RHEL              sudo dnf install python3.11
+  macOS                     brew install python@3.11
+On an older system (Ubuntu 20.04), or without root, one of these two pairs of commands:
+  python3 -m pip install --user uv && python3 -m uv python install 3.11
+  ./scvi-init.sh "\$(python3 -m uv python find 3.11)"
+or
+  conda create -y -p ~/python3.11 python=3.11
+  ./scvi-init.sh ~/python3.11/bin/python
 END
   exit 2
 }

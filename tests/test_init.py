@@ -116,12 +116,51 @@ def test_without_a_python_says_what_was_tried_and_how_to_get_one(sandbox: Sandbo
         "python3.13: does not run (pyenv: command not found)",
         "python3: is Python 3.9",
         "python: is Python 2.7",
-        "apt install python3.11 python3.11-venv",
+        "sudo apt install python3.11 python3.11-venv",
         "brew install",
-        "conda create",
     ]:
         assert line in output
     assert not sandbox.venv.exists()
+
+
+OLD_PYTHON = """\
+#!/usr/bin/env bash
+case "$*" in
+  -c*) echo "3.8 venv $0" ;;
+  "-m pip install --user uv") mkdir -p ~/uv ;;
+  "-m uv python install 3.11") mkdir -p ~/uv/bin && cp {new} ~/uv/bin/python3.11 ;;
+  "-m uv python find 3.11") echo ~/uv/bin/python3.11 ;;
+  *) exit 1 ;;
+esac
+"""
+CONDA = """\
+#!/usr/bin/env bash
+[ "$*" = "create -y -p $HOME/python3.11 python=3.11" ] && mkdir -p ~/python3.11/bin && cp {new} ~/python3.11/bin/python
+"""
+
+
+@pytest.mark.parametrize("way", [0, 1], ids=["uv", "conda"])
+def test_on_an_old_system_the_commands_of_the_message_work_as_printed(sandbox: Sandbox, way: int) -> None:
+    """Ubuntu 20.04 has Python 3.8; what uv and conda download is stood in for by a script."""
+    new = sandbox.script("new-python", FAKE_PYTHON.format(version="3.11", can="venv"))
+    sandbox.script("python3", OLD_PYTHON.format(new=new))
+    sandbox.script("conda", CONDA.format(new=new))
+    home = sandbox.bin.parent / "a home"
+    home.mkdir()
+    code, output = sandbox.run(HOME=str(home))
+    assert code == 2
+    commands = output.partition("one of these two pairs of commands:\n")[2].split("or\n")[way]
+    printed = subprocess.run(
+        ["bash", "-e", "-c", commands],
+        env={"PATH": str(sandbox.bin), "HOME": str(home)},
+        cwd=sandbox.tree,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert printed.returncode == 0, printed.stderr
+    assert "making it with Python 3.11" in printed.stdout
+    assert sandbox.finished
 
 
 @pytest.mark.parametrize("by_variable", [False, True], ids=["argument", "variable"])
