@@ -1,4 +1,5 @@
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -24,6 +25,8 @@ from census_scvi.census.build.config import load_build_config
 from census_scvi.census.build.experiment import observation_joinids
 from census_scvi.census.build.gene_ids import GeneMap, resolve_genes
 from census_scvi.census.build.sources import open_h5ad, regroup
+from census_scvi.census.open import open_census
+from census_scvi.config import CensusSection
 from census_scvi.counts import h5ad
 from census_scvi.errors import UserError
 from census_scvi.stages.build_census import build_from_config, main
@@ -448,6 +451,137 @@ def test_existing_target_is_kept_unless_forced(two_files: tuple[Path, dict[str, 
         "census",
         "m.h5ad",
     ]
+
+
+# What a shell, a URL, TileDB, fsspec or a format string may take for more than a name.
+NAMES = [
+    "a b", "100%", "a%20b", "a#b", "a?b", "a;b", "a\nb", "a&b+c=d,e@f!g$h~i^j`k|l<m>", "a'b\"c", "a[b]{c}*",
+    "na\u00efve-\u65e5\u672c-e\u0301", "-a", "s3:a", "a::b", "a\\b", " a ",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_folder_of_any_name(name: str, tmp_path: Path) -> None:
+    """The folder is the one of that name and no other; readers open it by its path, and so does this project."""
+    write_h5ad(tmp_path / "in.h5ad", make_counts(12, 40))
+    (tmp_path / "out").mkdir()
+    target = tmp_path / "out" / name / name
+    config = write_config(tmp_path, {"file": "in.h5ad"}, uri=f"out/{name}/{name}")
+    assert build_yaml(config).uri == str(target)
+    files = {path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*")}
+    assert {path.parts[0] for path in files} == {name}
+    assert {path.parts[1] for path in files if len(path.parts) > 1} == {name}
+    report = build_yaml(config, force=True)
+    for uri in (report.uri, f"file://{target}"):
+        with cellxgene_census.open_soma(uri=uri) as opened:
+            assert cellxgene_census.get_anndata(opened, "homo_sapiens").shape == (12, 40)
+    for uri in (str(target), f"file://{target}", target.as_uri(), f"{target}/"):
+        with open_census(CensusSection(uri=uri)) as found:
+            assert found.identity["cells"] == 12
+    left = {path.relative_to(tmp_path / "out").parts[:2] for path in (tmp_path / "out").rglob("*")}
+    assert left == {(name,), (name, name)}
+
+
+@pytest.mark.parametrize("name", ["a:", os.fsdecode(b"a\xff"), "a\0b"])
+def test_a_name_that_tiledb_cannot_open_is_refused_by_name(
+    name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--demo", f"{tmp_path}/{name}"]) == 2
+    with (
+        pytest.raises(UserError, match=r"census\.uri .*TileDB"),
+        open_census(CensusSection.model_construct(uri=f"{tmp_path}/{name}")),
+    ):
+        pass
+    assert "TileDB" in capfd.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_link_to_a_census_is_followed(tmp_path: Path) -> None:
+    write_h5ad(tmp_path / "in.h5ad")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "census", target_is_directory=True)
+    config = write_config(tmp_path, {"file": "in.h5ad"}, uri="link")
+    for force in (False, True):
+        assert build_yaml(config, force=force).uri == str(tmp_path / "disk" / "census")
+        assert _created_on(str(tmp_path / "link"))
+        assert [path.name for path in (tmp_path / "disk").iterdir()] == ["census"]
+
+
+@pytest.mark.parametrize("swap", [True, False], ids=["in-one-step", "in-two-renames"])
+def test_killed_while_it_replaces_a_census(swap: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before and after each step the old Census or the new one is there, or comes back when the command is repeated."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write_h5ad(folder / "in.h5ad")
+    build_yaml(write_config(folder, {"file": "in.h5ad"}))
+    snapshots: list[Path] = []
+
+    def take_snapshot() -> None:
+        snapshots.append(tmp_path / str(len(snapshots)))
+        shutil.copytree(folder, snapshots[-1])
+
+    def watched(step: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            take_snapshot()
+            result = step(*arguments)
+            take_snapshot()
+            return result
+
+        return run
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", watched(Path.rename))
+        patch.setattr(census, "exchange", watched(census.exchange if swap else lambda *_: False))
+        patch.setattr(census, "remove", watched(census.remove))
+        build_yaml(folder / "build.yaml", force=True)
+    missing = [snapshot for snapshot in snapshots if not (snapshot / "census").exists()]
+    assert len(snapshots) >= 6
+    assert bool(missing) != swap
+    for snapshot in snapshots:
+        with pytest.raises(UserError, match="exists; choose another uri, or replace it with --force"):
+            build_yaml(snapshot / "build.yaml")
+        with cellxgene_census.open_soma(uri=str(snapshot / "census")) as opened:
+            assert cellxgene_census.get_anndata(opened, "homo_sapiens").shape == (50, 40)
+
+
+@pytest.mark.parametrize("swap", [True, False], ids=["in-one-step", "in-two-renames"])
+def test_a_census_that_cannot_be_read_in_its_place_does_not_replace_another(
+    swap: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_h5ad(tmp_path / "in.h5ad")
+    config = write_config(tmp_path, {"file": "in.h5ad"})
+    build_yaml(config)
+    real = census._check_census
+
+    def unreadable(folder: Path, sources: Any) -> None:
+        if folder.name == "census":
+            shutil.rmtree(folder / "census_data" / "homo_sapiens" / "obs")
+        real(folder, sources)
+
+    write_h5ad(tmp_path / "in.h5ad", make_counts(10, 40))
+    with monkeypatch.context() as patch:
+        if not swap:
+            patch.setattr(census, "exchange", lambda *_: False)
+        patch.setattr(census, "_check_census", unreadable)
+        with pytest.raises((soma.SOMAError, KeyError)):
+            build_yaml(config, force=True)
+    with cellxgene_census.open_soma(uri=str(tmp_path / "census")) as opened:
+        assert cellxgene_census.get_anndata(opened, "homo_sapiens").shape == (50, 40)
+    assert build_yaml(config, force=True).n_cells == {"homo_sapiens": 10}
+
+
+def test_a_folder_of_the_user_with_the_name_that_a_build_needs_is_left_alone(tmp_path: Path) -> None:
+    write_h5ad(tmp_path / "in.h5ad")
+    for name in ("census.partial", "census.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text("years of work")
+    config = write_config(tmp_path, {"file": "in.h5ad"})
+    with pytest.raises(UserError, match=r"census\.partial exists and is not left of a build"):
+        build_yaml(config)
+    shutil.rmtree(tmp_path / "census.partial")
+    build_yaml(config)
+    build_yaml(config, force=True)
+    assert (tmp_path / "census.old" / "thesis.txt").exists()
 
 
 def test_force_replaces_no_folder_that_is_no_census(tmp_path: Path) -> None:

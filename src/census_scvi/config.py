@@ -31,7 +31,14 @@ def _member_name(name: str) -> str:
     return name
 
 
+def _path(path: str) -> str:
+    if "://" in path:
+        raise PydanticCustomError("local_path", "expected a path on this machine, not a URL")
+    return path
+
+
 Name = Annotated[str, Field(min_length=1)]
+LocalPath = Annotated[Name, AfterValidator(_path)]
 FileName = Annotated[str, AfterValidator(_file_name)]
 MemberName = Annotated[str, AfterValidator(_member_name)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -225,9 +232,9 @@ class PublishSection(Section):
 class QuerySection(Section):
     """A user's own cells, for scvi-map-query.py."""
 
-    file: Name | None = None
+    file: LocalPath | None = None
     """The .h5ad with the cells: raw counts, genes by Ensembl id or symbol."""
-    output: Name | None = None
+    output: LocalPath | None = None
     """The .h5ad to write: the same with embedding, map and predicted labels; null: `<file>-mapped.h5ad`."""
     model: Name | None = None
     """Published folder or its URL; null: the run directory."""
@@ -272,14 +279,14 @@ class EvaluateSection(Section):
     """Cells of these that are measured, and drawn on the maps; neighbours of the entropy are sought among all."""
     baseline: bool = True
     """Whether a PCA of log-normalised counts is evaluated beside them."""
-    folder: Name | None = None
+    folder: LocalPath | None = None
     """Where metrics.json and report.html are written; null: `evaluation` in the run directory."""
 
 
 class OutputSection(Section):
     """Where the run is written."""
 
-    directory: Name = "run"
+    directory: LocalPath = "run"
     """The run directory; relative paths count from the current folder."""
 
 

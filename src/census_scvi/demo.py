@@ -14,6 +14,7 @@ from census_scvi.config import Config, load_config
 from census_scvi.errors import UserError
 from census_scvi.stages import verify
 from census_scvi.workspace import Artifacts, Workspace
+from census_scvi.workspace.uri import local_path
 
 CONFIG = "configs/demo.yaml"
 STAGES = ("prepare", "train", "create-latent-update", "publish")
@@ -57,11 +58,12 @@ def _say(text: str) -> None:
 def _build_census(config: Config) -> None:
     from census_scvi.census.demo.cells import write_demo_census
 
-    uri = Path(config.census.uri or "")
-    if uri.exists():
+    uri = config.census.uri or ""
+    path = local_path(uri)
+    if path is not None and path.exists():
         print(f"{uri} is there already", file=sys.stderr)
     else:
-        write_demo_census(str(uri), seed=config.seed)
+        write_demo_census(uri, seed=config.seed)
 
 
 def _draw(config: Config, picture: Path) -> None:

@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -28,7 +27,7 @@ import tiledbsoma
 from census_scvi.census.open import MEASUREMENT
 from census_scvi.errors import UserError
 from census_scvi.workspace.atomic import sync
-from census_scvi.workspace.uri import local_path
+from census_scvi.workspace.uri import file_system, local_path
 
 INFO, PUBLICATION = "CxG_embedding_info", "census_scvi_publication"
 _OBSM = "obsm"
@@ -145,14 +144,14 @@ class EmbeddingDraft:
 
 def _clear(uri: str) -> None:
     """Take away what was left of an array where its maker was killed."""
-    system, path = fsspec.url_to_fs(uri)
+    system, path = file_system(uri)
     if system.exists(path):
         system.rm(path, recursive=True)
 
 
 def _name_anew(group_uri: str, name: str, member: str) -> None:
     """Let `name`, which a group has already, mean another member of its folder."""
-    system, group = fsspec.url_to_fs(group_uri)
+    system, group = file_system(group_uri)
     earlier = [Path(path).name for path in system.ls(f"{group}/{_RECORDS}", detail=False, refresh=True)]
     last = max(int(record.split("_")[3]) for record in earlier)
     now = time.time_ns() // 10**6

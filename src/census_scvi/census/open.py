@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import cellxgene_census
@@ -14,7 +13,7 @@ import tiledbsoma
 
 from census_scvi.config import CensusSection
 from census_scvi.errors import UserError
-from census_scvi.workspace.uri import absolute, without_credentials
+from census_scvi.workspace.uri import local_path, tiledb_place, without_credentials
 
 log = logging.getLogger(__name__)
 
@@ -57,13 +56,14 @@ def open_census(settings: CensusSection) -> Iterator[Census]:
         Nothing there, not a Census, not reachable, or without the organism.
     """
     where = without_credentials(settings.uri) or f"release {settings.version}"
-    if settings.uri and Path(settings.uri).is_file():
+    path = local_path(settings.uri) if settings.uri else None
+    if path is not None and path.is_file():
         raise UserError(f"census.uri {where} is a file; build a Census of .h5ad files with scvi-build-census.py")
     try:
         # `uri` wins in the API, too; naming a version beside it would make it ask the network.
         version = None if settings.uri else settings.version
         # Records outlive the current folder, from which relative paths count.
-        uri = settings.uri and absolute(settings.uri)
+        uri = settings.uri and tiledb_place(settings.uri, "census.uri")
         root = cellxgene_census.open_soma(uri=uri, census_version=version, tiledb_config=dict(_TILEDB_CONFIG))
     except (tiledbsoma.DoesNotExistError, tiledbsoma.SOMAError) as error:
         raise UserError(

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import anndata as ad
-import fsspec
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import scipy.sparse as sp
 import scvi
+from fsspec import AbstractFileSystem
 from fsspec.callbacks import TqdmCallback
 
 from census_scvi.counts.row_hash import row_hashes
@@ -31,7 +31,7 @@ from census_scvi.model.safe import DESCRIPTION, WEIGHTS, ModelDescription, load_
 from census_scvi.workspace import Workspace
 from census_scvi.workspace.atomic import remove, sync_tree, write_json
 from census_scvi.workspace.identity import damage, identities
-from census_scvi.workspace.uri import leaves_folder, local_path
+from census_scvi.workspace.uri import file_system, leaves_folder, local_path
 
 PROVENANCE, SEALED, CARD = "provenance.json", "sealed_sample.h5ad", "README.md"
 COUNT_HASH, LATENT = "count_hash", "X_scvi"
@@ -130,7 +130,7 @@ def copy_to(folder: Path, uri: str, *, replace: bool) -> None:
         Something else is there and `replace` is false, or the place cannot be written.
     """
     try:
-        system, target = fsspec.url_to_fs(uri)
+        system, target = file_system(uri)
         if system.exists(f"{target}/{PROVENANCE}"):
             with system.open(f"{target}/{PROVENANCE}", "rb") as file:
                 if file.read() == (folder / PROVENANCE).read_bytes():
@@ -193,7 +193,7 @@ def fetch(uri: str, cache: Path | None = None) -> Path:
     folder = (cache or _cache()) / hashlib.sha256(uri.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        system, source = fsspec.url_to_fs(uri)
+        system, source = file_system(uri)
         _get(system, f"{source}/{PROVENANCE}", folder / PROVENANCE)
         for name, identity in read_provenance(folder)["files"].items():
             if damage(folder / name, identity):
@@ -210,7 +210,7 @@ def _cache() -> Path:
     return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "census-scvi"
 
 
-def _get(system: fsspec.AbstractFileSystem, source: str, target: Path) -> None:
+def _get(system: AbstractFileSystem, source: str, target: Path) -> None:
     partial = target.with_name(target.name + ".partial")
     bar = {"desc": target.name, "unit": "B", "unit_scale": True, "leave": False, "disable": None}
     system.get_file(source, str(partial), callback=TqdmCallback(tqdm_kwargs=bar))

@@ -25,7 +25,7 @@ from census_scvi.model.safe import ModelDescription
 from census_scvi.query.mapping import MIN_SHARE
 from census_scvi.workspace import Workspace
 from census_scvi.workspace.artifacts import MANIFEST
-from census_scvi.workspace.uri import local_path
+from census_scvi.workspace.uri import local_path, tiledb_place
 
 log = logging.getLogger(__name__)
 
@@ -167,7 +167,7 @@ def open_embedding(place: str, census: Census) -> Embedding:
         return RunEmbedding(path, census)
     if "/" not in place:
         return PublishedEmbedding(census.experiment.uri, place)
-    return PublishedEmbedding(place)
+    return PublishedEmbedding(tiledb_place(place, "embedding"))
 
 
 def prove_embedding(

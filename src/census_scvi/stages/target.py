@@ -12,7 +12,7 @@ from census_scvi.config import PublishSection
 from census_scvi.errors import UserError
 from census_scvi.stages.sample import Sample
 from census_scvi.workspace.lock import directory_lock
-from census_scvi.workspace.uri import local_path
+from census_scvi.workspace.uri import local_path, tiledb_place
 
 _IDENTIFYING = ("dataset_id", "observation_joinid", "donor_id", "assay")
 
@@ -20,7 +20,7 @@ _IDENTIFYING = ("dataset_id", "observation_joinid", "donor_id", "assay")
 def experiment_uri(settings: PublishSection, census: Census) -> str:
     """The Experiment to publish into; UserError where none is named and the Census is not on a local disk."""
     if settings.experiment_uri:
-        return settings.experiment_uri
+        return tiledb_place(settings.experiment_uri, "publish.experiment_uri")
     uri = census.identity["uri"]
     if local_path(uri) is None:
         raise UserError(

@@ -47,6 +47,11 @@ class Workspace:
     @contextmanager
     def locked(self, stage: str) -> Iterator[Workspace]:
         """Hold the directory for a stage; finishes a commit that a killed run left open."""
+        if "::" in str(self.directory.absolute()):
+            raise UserError(
+                f"output.directory {self.directory.absolute()}: Lightning takes '::' in a path for a chain of file"
+                " systems; choose another folder"
+            )
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:

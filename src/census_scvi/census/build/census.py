@@ -18,14 +18,17 @@ from census_scvi.census.build.gene_ids import GeneReport
 from census_scvi.census.build.info import write_info
 from census_scvi.census.build.sources import Source
 from census_scvi.errors import UserError
-from census_scvi.workspace.atomic import remove, sync
+from census_scvi.workspace.atomic import exchange, remove, sync
 from census_scvi.workspace.lock import directory_lock
 from census_scvi.workspace.provenance import code_state
+from census_scvi.workspace.uri import local_path, plain_name, tiledb_place
 
 logger = logging.getLogger(__name__)
 
 # Cells whose counts are held at a time: 2,048 cells with 3,000 genes each are a table of 0.12 GB.
 BLOCK_ROWS = 2048
+# In the folder of the build: the Census that stood in the new one's place.
+_OLD = "old"
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,9 @@ def build_census(
 ) -> BuildReport:
     """Write the cells of `sources` as a new Census in the folder `uri`.
 
-    The Census is written to `<uri>.partial`, whose root comes last, and renamed when it is complete: a build that
-    fails or is killed leaves nothing that opens. Memory holds the labels of all cells and the counts of `block_rows`.
+    The Census is written in the folder `<uri>.partial`, and gets its place when it is complete: a build that fails or
+    is killed leaves nothing that opens, and what stood at `uri` goes only after the new Census was read there. Memory
+    holds the labels of all cells and the counts of `block_rows`.
 
     Raises
     ------
@@ -72,9 +76,13 @@ def build_census(
     target = check_target(uri, force=force)
     _check_sources(sources)
     with _partial_folder(target) as partial:
-        sizes = _write_census(partial, sources, block_rows)
-        _check_census(partial, sources)
-        _put_in_place(partial, target)
+        check_target(uri, force=force)  # a killed build's may be back
+        new = partial / "new"
+        new.mkdir()
+        with plain_name(str(new)) as folder:
+            sizes = _write_census(Path(folder), sources, block_rows)
+        _check_census(new, sources)
+        _put_in_place(new, target, sources)
     report = BuildReport(
         uri=str(target),
         n_cells={organism: n_cells for organism, (n_cells, _) in sizes.items()},
@@ -93,14 +101,20 @@ def build_census(
 
 def check_target(uri: str | Path, *, force: bool) -> Path:
     """The folder to build in; UserError unless it is free, or holds a Census and `force` is set."""
-    if "://" in str(uri):
+    path = local_path(str(uri))
+    if path is None:
         raise UserError(f"{uri}: a Census is built in a local folder; build it there and copy the folder")
-    target = Path(uri).absolute()
-    if not target.exists():
-        return target
+    target = Path(tiledb_place(str(path), "uri"))
+    try:
+        target = target.resolve() if target.is_symlink() else target
+        if not target.exists():
+            return target
+        is_census = (target / "__group").is_dir() and (target / "census_data").is_dir()
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{uri}: cannot be written there ({error})") from None
     if not force:
         raise UserError(f"{uri} exists; choose another uri, or replace it with --force")
-    if not (target / "__group").is_dir() or not (target / "census_data").is_dir():
+    if not is_census:
         raise UserError(f"{uri} exists and is no Census: it is not replaced; remove it yourself or choose another uri")
     return target
 
@@ -122,14 +136,20 @@ def _check_sources(sources: Sequence[Source]) -> None:
 
 @contextmanager
 def _partial_folder(target: Path) -> Iterator[Path]:
-    """An empty folder beside the target, held by a lock; removed when the build fails."""
+    """An empty folder next to the target, held by a lock; removed at the end of the build."""
     partial = target.with_name(target.name + ".partial")
+    lock = partial / "build.lock"
     try:
         partial.mkdir(parents=True, exist_ok=True)
+        foreign = any(partial.iterdir()) and not lock.exists()
     except OSError as error:
         raise UserError(f"{target}: cannot be written there ({error})") from error
-    lock = partial / "build.lock"
+    if foreign:
+        raise UserError(f"{partial} exists and is not left of a build; a build needs that name: move it away")
     with directory_lock(lock, "build-census"):
+        if not target.exists() and (partial / _OLD).exists():
+            logger.warning("a build was killed as it replaced %s: what was there before is put back", target)
+            (partial / _OLD).rename(target)
         for leftover in partial.iterdir():
             if leftover != lock:
                 remove(leftover)
@@ -142,13 +162,13 @@ def _partial_folder(target: Path) -> Iterator[Path]:
 def _write_census(partial: Path, sources: Sequence[Source], block_rows: int) -> dict[str, tuple[int, int]]:
     """Returns {organism: (cells, genes)}."""
     sizes = {}
-    with soma.Collection.create((partial / "census_data").as_uri()) as census_data:
+    with soma.Collection.create(str(partial / "census_data")) as census_data:
         for organism in schema.ORGANISMS:
             chosen = [(number, source) for number, source in enumerate(sources) if source.organism == organism]
             if not chosen:
                 continue
             sizes[organism] = write_experiment(census_data, organism, chosen, n_datasets=len(sources), rows=block_rows)
-    with soma.Collection.create((partial / "census_info").as_uri()) as info:
+    with soma.Collection.create(str(partial / "census_info")) as info:
         write_info(info, sources)
     _write_root(partial)
     return sizes
@@ -156,35 +176,54 @@ def _write_census(partial: Path, sources: Sequence[Source], block_rows: int) -> 
 
 def _write_root(partial: Path) -> None:
     """The root comes last: without it the folder does not open as a Census."""
-    with soma.Collection.create(partial.as_uri()) as root:
+    with soma.Collection.create(str(partial)) as root:
         for name in ("census_info", "census_data"):
-            with soma.Collection.open((partial / name).as_uri(), "w") as member:
+            with soma.Collection.open(str(partial / name), "w") as member:
                 root.set(name, member, use_relative_uri=True)
         root.metadata["created_on"] = datetime.now(UTC).isoformat(timespec="seconds")
         root.metadata["git_commit_sha"] = code_state().get("commit", "na")
 
 
-def _check_census(partial: Path, sources: Sequence[Source]) -> None:
-    """Look once at what lies on disk before it gets its name."""
-    for organism in {source.organism for source in sources}:
-        with soma.open((partial / "census_data" / organism).as_uri()) as experiment:
+def _check_census(folder: Path, sources: Sequence[Source]) -> None:
+    """Read the size of what lies on the disk, in the way in which a user opens it."""
+    with soma.open(str(folder)) as root:
+        for organism in {source.organism for source in sources}:
+            experiment = root["census_data"][organism]
             n_obs = sum(len(source.obs) for source in sources if source.organism == organism)
             layers = experiment.ms["RNA"].X
             if experiment.obs.count != n_obs or layers["raw"].nnz != layers["normalized"].nnz:
                 raise RuntimeError(
-                    f"{partial}: {organism} has {experiment.obs.count} of {n_obs} cells, "
+                    f"{folder}: {organism} has {experiment.obs.count} of {n_obs} cells, "
                     f"{layers['raw'].nnz} raw and {layers['normalized'].nnz} normalized values"
                 )
 
 
-def _put_in_place(partial: Path, target: Path) -> None:
-    remove(partial / "build.lock")
+def _put_in_place(new: Path, target: Path, sources: Sequence[Source]) -> None:
+    """Give the new Census its place; what stood there is put back unless the new one can be read there."""
     # A Census is a thousand small files: one call for all is a hundred times faster than one each.
     os.sync()
-    old = target.with_name(target.name + ".old")
-    remove(old)
-    if target.exists():
+    old = new.with_name(_OLD)
+    _swap(new, target, old)
+    try:
+        sync(target.parent)
+        _check_census(target, sources)
+    except BaseException:
+        target.rename(new)
+        if old.exists():
+            old.rename(target)
+        raise
+
+
+def _swap(new: Path, target: Path, old: Path) -> None:
+    """`new` becomes `target`, and what was there `old`: in one step where the file system can."""
+    if not target.exists():
+        new.rename(target)
+    elif exchange(new, target):
+        new.rename(old)
+    else:
         target.rename(old)
-    partial.rename(target)
-    sync(target.parent)
-    remove(old)
+        try:
+            new.rename(target)
+        except OSError:
+            old.rename(target)
+            raise

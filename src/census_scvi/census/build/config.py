@@ -12,6 +12,7 @@ from census_scvi.census.build.schema import ORGANISMS, SETTABLE_COLUMNS
 from census_scvi.config_errors import suggestion
 from census_scvi.config_file import read_yaml
 from census_scvi.errors import UserError
+from census_scvi.workspace.uri import local_path
 
 
 def _organism(value: object) -> object:
@@ -38,9 +39,11 @@ def _as_text(value: object) -> object:
 
 
 def _local(value: object) -> object:
-    if isinstance(value, str) and "://" in value:
+    if not isinstance(value, str):
+        return value
+    if (path := local_path(value)) is None:
         raise ValueError(f"is {value!r}, expected a local folder; build it there and copy it")
-    return value
+    return path
 
 
 OrganismName = Annotated[str, BeforeValidator(_organism)]
