@@ -119,7 +119,7 @@ def write_table(
         schema=table_schema,
         index_column_names=["soma_joinid"],
         domain=[(0, max(length - 1, 0))],
-        platform_config=schema.table_platform_config(),
+        platform_config=schema.table_platform_config(table_schema),
     )
     uri = frame.uri
     # Dictionary columns written through the handle that creates a DataFrame come out unreadable.
@@ -205,7 +205,10 @@ def _write_presence(
 ) -> None:
     dataset, gene = np.nonzero(present)
     array = measurement.add_new_sparse_ndarray(
-        "feature_dataset_presence_matrix", type=pa.bool_(), shape=(n_datasets, present.shape[1])
+        "feature_dataset_presence_matrix",
+        type=pa.bool_(),
+        shape=(n_datasets, present.shape[1]),
+        platform_config=schema.presence_platform_config(),
     )
     with array:
         if not len(gene):

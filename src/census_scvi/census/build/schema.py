@@ -144,6 +144,8 @@ SUMMARY_CATEGORIES = (
 FULL_GENE_ASSAYS = frozenset({"Smart-seq", "Smart-seq2", "Smart-seq3", "Smart-seq v4", "EFO:0008930", "EFO:0008931"})
 
 
+# Last in each chain of filters: a reader learns of a damaged byte instead of reading another value.
+CHECKSUM = "ChecksumSHA256Filter"
 # Rows and columns of a tile of X on disk.
 X_TILE = 2048
 
@@ -158,29 +160,44 @@ def default_label(column: str, organism: str) -> str:
 def x_platform_config() -> dict[str, Any]:
     """How a layer of X lies on disk: row-major tiles of 2,048 x 2,048, zstd; level 3, since a lab waits for it."""
     zstd = {"_type": "ZstdFilter", "level": 3}
-    return _create_config(
+    return create_config(
         capacity=2**16,
         dims={
-            "soma_dim_0": {"tile": X_TILE, "filters": [zstd]},
-            "soma_dim_1": {"tile": X_TILE, "filters": ["ByteShuffleFilter", zstd]},
+            "soma_dim_0": {"tile": X_TILE, "filters": [zstd, CHECKSUM]},
+            "soma_dim_1": {"tile": X_TILE, "filters": ["ByteShuffleFilter", zstd, CHECKSUM]},
         },
-        attrs={"soma_data": {"filters": ["ByteShuffleFilter", zstd]}},
+        attrs={"soma_data": {"filters": ["ByteShuffleFilter", zstd, CHECKSUM]}},
         cell_order="row-major",
         tile_order="row-major",
         allows_duplicates=True,
     )
 
 
-def table_platform_config() -> dict[str, Any]:
-    """How obs and var lie on disk. Readers get the rows of an array that allows no duplicates in their order."""
+def presence_platform_config() -> dict[str, Any]:
+    """How the presence matrix lies on disk."""
     zstd = {"_type": "ZstdFilter", "level": 9}
-    return _create_config(
+    return create_config(
+        dims={name: {"filters": [zstd, CHECKSUM]} for name in ("soma_dim_0", "soma_dim_1")},
+        attrs={"soma_data": {"filters": [zstd, CHECKSUM]}},
+    )
+
+
+def table_platform_config(table_schema: pa.Schema) -> dict[str, Any]:
+    """How obs, var and other tables lie on disk, by soma_joinid.
+
+    Readers get the rows of an array that allows no duplicates in their order.
+    """
+    zstd = {"_type": "ZstdFilter", "level": 9}
+    return create_config(
         capacity=2**16,
-        dims={"soma_joinid": {"filters": ["DoubleDeltaFilter", zstd]}},
-        offsets_filters=["DoubleDeltaFilter", zstd],
+        dims={"soma_joinid": {"filters": ["DoubleDeltaFilter", zstd, CHECKSUM]}},
+        attrs={name: {"filters": [zstd, CHECKSUM]} for name in table_schema.names if name != "soma_joinid"},
+        offsets_filters=["DoubleDeltaFilter", zstd, CHECKSUM],
+        validity_filters=[zstd, CHECKSUM],
         allows_duplicates=False,
     )
 
 
-def _create_config(**options: object) -> dict[str, Any]:
+def create_config(**options: object) -> dict[str, Any]:
+    """What tiledbsoma takes as platform_config."""
     return {"tiledb": {"create": options}}
