@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from census_scvi.config import Config, OutputSection
+from census_scvi.config import Config, OutputSection, load_config
 from census_scvi.errors import UserError
 from census_scvi.workspace import Artifacts, Workspace
 from census_scvi.workspace.identity import BLOCK_BYTES, damage, file_identity
 from census_scvi.workspace.provenance import peak_memory_bytes
-from census_scvi.workspace.uri import without_credentials
+from census_scvi.workspace.uri import absolute, file_system, local_path, tiledb_place, without_credentials
 
 KEYS = ("hvg", "seed")
 
@@ -250,6 +250,51 @@ def test_what_opens_a_door_is_not_written_down(uri: str, written: str) -> None:
     assert without_credentials({"a": [uri, 1], "b": {"c": uri}, "d": None}) == {
         "a": [written, 1], "b": {"c": written}, "d": None,
     }  # fmt: skip
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="/\0"), min_size=1))
+def test_any_name_of_a_path_leads_to_that_path(name: str) -> None:
+    path = Path("/folder") / f"x{name}" / f"{name}y"
+    for place in (str(path), f"file://{path}", f"FILE://localhost{path}"):
+        assert local_path(place) == path
+        assert local_path(absolute(place)) == path
+        assert file_system(place)[1] == str(path)
+    assert local_path(path.as_uri()) == Path(path.as_uri().removeprefix("file://"))  # neither exists: as written
+    assert local_path(name) == Path(name)
+    assert absolute(f"x{name}") == str(Path.cwd() / f"x{name}")
+
+
+def test_an_encoded_file_url_leads_to_what_exists(tmp_path: Path) -> None:
+    encoded, plain = tmp_path / "a%20b", tmp_path / "a b"
+    plain.mkdir()
+    assert local_path(plain.as_uri()) == plain
+    assert tiledb_place(plain.as_uri(), "census.uri") == f"file://{plain}"
+    encoded.mkdir()
+    assert local_path(f"file://{encoded}") == encoded
+    assert local_path(encoded.as_uri()) == encoded
+
+
+@pytest.mark.parametrize(
+    "url", ["s3://b/c d", "S3://b", "memory://x", "hf://datasets/a", "simplecache::s3://b/c", "zip://a::file:///b.zip"]
+)
+def test_other_urls_stay_as_they_are(url: str) -> None:
+    assert local_path(url) is None
+    assert absolute(url) == tiledb_place(url, "census.uri") == url
+
+
+@pytest.mark.parametrize(
+    "setting", ["output.directory=s3://b/run", "evaluate.folder=file:///b", "query.output=gs://b/x.h5ad"]
+)
+def test_a_url_where_a_local_path_belongs_is_refused(setting: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("seed: 1")
+    with pytest.raises(UserError, match="expected a path on this machine, not a URL"):
+        load_config(tmp_path / "config.yaml", [setting])
+
+
+def test_a_run_directory_that_lightning_would_cut_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="takes '::' in a path"), Workspace(tmp_path / "a::b").locked("prepare"):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("place", ["outputs", "artifacts", "stage", "committing"])

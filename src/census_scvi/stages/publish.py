@@ -29,7 +29,6 @@ from census_scvi.stages.record import embedding_info, publication_record, summar
 from census_scvi.stages.sample import draw_rows, read_sample
 from census_scvi.workspace import Artifacts, StageRun, Workspace
 from census_scvi.workspace.atomic import write_json
-from census_scvi.workspace.uri import plain_name
 
 log = logging.getLogger(__name__)
 
@@ -168,19 +167,20 @@ class _Publishing:
         """Write the cells, the model and the summary, and let readers see them."""
         record = json.loads((self._folder / PROVENANCE).read_text(encoding="utf-8"))
         name, shape = self._config.publish.name, (target.n_rows(self._census), self.n_latent)
-        replace = self._config.publish.replace
         try:
-            with plain_name(self._experiment_uri) as experiment:
-                draft = EmbeddingDraft(experiment, name, shape, self._progress.publication, replace=replace)
-                if not draft.done:
-                    if self._config.publish.model_uri:  # first, since it may be refused
-                        copy_to(self._folder, self._config.publish.model_uri, replace=replace)
-                    self._write(draft)
-                    append_summary(experiment, summary_row(record), record)
-                    draft.publish(embedding_info(record))
-            if draft.replaces:
-                replaced = draft.replaces.replace(experiment, self._experiment_uri)
-                log.info("what it replaces stays for those who read it; delete it when nobody does: %s", replaced)
+            draft = EmbeddingDraft(
+                self._experiment_uri, name, shape, self._progress.publication, replace=self._config.publish.replace
+            )
+            if not draft.done:
+                if self._config.publish.model_uri:  # first, since it may be refused
+                    copy_to(self._folder, self._config.publish.model_uri, replace=self._config.publish.replace)
+                self._write(draft)
+                append_summary(self._experiment_uri, summary_row(record), record)
+                draft.publish(embedding_info(record))
+                if draft.replaces:
+                    log.info(
+                        "what it replaces stays for those who read it; delete it when nobody does: %s", draft.replaces
+                    )
         except tiledbsoma.SOMAError as error:
             raise UserError(
                 f"{self._experiment_uri} cannot be written ({str(error).splitlines()[0]}); readers see what was there"

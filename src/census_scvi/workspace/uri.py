@@ -67,16 +67,15 @@ def file_system(place: str) -> tuple[AbstractFileSystem, str]:
 
 
 @contextmanager
-def plain_name(place: str) -> Iterator[str]:
+def plain_name(folder: Path) -> Iterator[Path]:
     """A folder, or a link to it where tiledbsoma would cut its path on making members of a group in it."""
-    path = local_path(place)
-    if path is None or not _CUT_BY_SOMA.search(str(path.absolute())):
-        yield place
+    if not _CUT_BY_SOMA.search(str(folder)):
+        yield folder
         return
     with tempfile.TemporaryDirectory() as scratch:
         link = Path(scratch) / "folder"
-        link.symlink_to(path.absolute(), target_is_directory=True)
-        yield str(link)
+        link.symlink_to(folder, target_is_directory=True)
+        yield link
 
 
 def leaves_folder(name: str) -> bool:

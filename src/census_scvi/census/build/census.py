@@ -79,8 +79,8 @@ def build_census(
         check_target(uri, force=force)  # a killed build's may be back
         new = partial / "new"
         new.mkdir()
-        with plain_name(str(new)) as folder:
-            sizes = _write_census(Path(folder), sources, block_rows)
+        with plain_name(new) as folder:
+            sizes = _write_census(folder, sources, block_rows)
         _check_census(new, sources)
         _put_in_place(new, target, sources)
     report = BuildReport(
