@@ -1,3 +1,4 @@
+import json
 import logging
 import os
 import shutil
@@ -18,12 +19,14 @@ import tiledbsoma as soma
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pipeline import Run
 
 from census_scvi.census.build import census, experiment, schema
 from census_scvi.census.build.census import build_census
 from census_scvi.census.build.config import load_build_config
 from census_scvi.census.build.experiment import observation_joinids
 from census_scvi.census.build.gene_ids import GeneMap, resolve_genes
+from census_scvi.census.build.h5ad_labels import census_labels
 from census_scvi.census.build.sources import open_h5ad, regroup
 from census_scvi.census.open import open_census
 from census_scvi.config import CensusSection
@@ -360,6 +363,153 @@ def test_genes_of_another_organism_are_refused(tmp_path: Path) -> None:
     write_h5ad(tmp_path / "a.h5ad")
     with pytest.raises(UserError, match=r"a\.h5ad: .*ids are of homo_sapiens, but organism is mus_musculus"):
         open_h5ad(tmp_path / "a.h5ad", organism="mus_musculus")
+
+
+HUMAN = [f"HUM{number}" for number in range(40)]
+MOUSE = [f"Mus{number}" for number in range(40)]
+NOT_ENOUGH: dict[str, tuple[list[str], str]] = {
+    "mouse symbols": (
+        MOUSE,
+        r"no gene has .*40 look like symbols of mouse genes such as 'Mus0'; if .* set organism: mus_m",
+    ),
+    "mostly mouse symbols": (
+        MOUSE[:37] + HUMAN[:3],
+        r"only 3 of 40 genes .*\(7.5%, genes.min_recognised is 50.0%\): 37 .*mouse",
+    ),
+    "mouse ids": (
+        [f"ENSMUSG{n:011d}" for n in range(40)],
+        r"40 of 40 gene ids are of mus_musculus, but organism is homo_s",
+    ),
+    "rat ids": (
+        [f"ENSRNOG{n:011d}" for n in range(40)],
+        r"40 look like Ensembl ids of rat .* holds cells of homo_sapiens and",
+    ),
+    "transcripts": ([f"ENST{n:011d}.2" for n in range(40)], "40 look like transcript ids .*; sum the counts by gene"),
+    "numbers": (
+        [str(n) for n in range(40)],
+        "40 look like numbers, as of Entrez or of rows .* name the genes by Ensembl id",
+    ),
+    "probes": (
+        [f"{n}_s_at" for n in range(40)],
+        "40 look like probes of a microarray .* name the genes by Ensembl id or sym",
+    ),
+    "ids of two organisms": (
+        GENES[:30] + [f"ENSMUSG{n:011d}" for n in range(10)],
+        "genes of two organisms: 30 of 40 are of homo_sapiens, 10 look like Ensembl ids of mus_musculus .* of its own",
+    ),
+    "symbols of two organisms": (
+        HUMAN[:28] + MOUSE[:12],
+        "genes of two organisms: 28 of 40 are of homo_sapiens, 12 look",
+    ),
+    "unknown symbols": (
+        [f"GENE{n}" for n in range(25)] + HUMAN[:15],
+        "only 15 of 40 .*; check organism, gene_id and genes.map",
+    ),
+}
+
+
+@pytest.mark.parametrize("names", NOT_ENOUGH)
+@pytest.mark.parametrize("keep", [False, True], ids=["drop", "keep"])
+def test_a_file_of_few_recognised_genes_is_refused_with_what_they_look_like(
+    names: str, keep: bool, tmp_path: Path
+) -> None:
+    genes, message = NOT_ENOUGH[names]
+    write_h5ad(tmp_path / "a.h5ad", genes=genes)
+    (tmp_path / "map.tsv").write_text("ensembl_id\tsymbol\n" + "".join(map("{}\t{}\n".format, GENES, HUMAN)))
+    genes_config = {"map": {"homo_sapiens": "map.tsv"}, "without_id": "keep" if keep else "drop"}
+    config = write_config(tmp_path, {"file": "a.h5ad"}, genes=genes_config)
+    if keep and names == "unknown symbols":  # they may be the organism's
+        assert build_yaml(config).datasets[0].genes.under_symbol == 25
+        return
+    with pytest.raises(UserError, match=r"a\.h5ad: .*" + message.replace("no gene has ", "(no gene has|only) ")):
+        build_yaml(config)
+    assert not (tmp_path / "census").exists()
+
+
+def test_fewer_recognised_genes_are_taken_where_the_config_says_so(tmp_path: Path) -> None:
+    write_h5ad(tmp_path / "a.h5ad", genes=[*GENES[:8], *(f"GENE{number}" for number in range(32))])
+    with pytest.raises(
+        UserError, match=r"only 8 of 40 genes are recognised .* \(20.0%, genes.min_recognised is 50.0%\)"
+    ):
+        build_yaml(write_config(tmp_path, {"file": "a.h5ad"}))
+    report = build_yaml(write_config(tmp_path, {"file": "a.h5ad"}, genes={"min_recognised": 0.2}))
+    assert report.datasets[0].genes.kept == 8
+
+
+def test_cells_that_lose_most_of_their_counts_are_counted_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    counts = np.ones((50, 40), dtype=np.float32)
+    counts[7:10, :30], counts[10] = 0, 0  # all counts in the last ten genes, which are dropped; no counts at all
+    counts[20:22, 30:] = 9
+    write_h5ad(tmp_path / "a.h5ad", sp.csr_matrix(counts), genes=[*GENES[:30], *(f"GENE{n}" for n in range(10))])
+    with caplog.at_level(logging.WARNING, "census_scvi"):
+        report = build_yaml(write_config(tmp_path, {"file": "a.h5ad"}))
+    (dataset,) = report.datasets
+    assert (dataset.n_lost_most, dataset.n_emptied) == (5, 3)
+    assert str(dataset).endswith("10 without Ensembl id dropped; 5 cells lost most of their counts with them, 3 all")
+    text = (
+        "a: 5 of 50 cells lost more than half of their counts with genes that were left out, 3 of them all; the first"
+    )
+    assert f"{text} is cell 8." in caplog.text
+    with soma.open(report.uri) as root:
+        (record,) = json.loads(root.metadata[census.BUILD])["datasets"]
+    assert (record["file"], record["n_lost_most"], record["n_emptied"]) == ("a.h5ad", 5, 3)
+
+
+def test_cells_that_are_primary_twice_are_counted_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    dense = make_counts(50, 40, 5).toarray()
+    dense[40:44] = dense[:4]
+    dense[44:] = 0  # cells of few counts say nothing
+    counts = sp.csr_matrix(dense)
+    write_h5ad(tmp_path / "a.h5ad", counts)
+    order = np.random.default_rng(0).permutation(40)
+    write_h5ad(tmp_path / "b.h5ad", counts[4:30][:, order], genes=[GENES[gene] for gene in order])
+    write_h5ad(tmp_path / "c.h5ad", counts[:20])
+    datasets = [{"file": "a.h5ad"}, {"file": "b.h5ad"}, {"file": "c.h5ad", "values": {"is_primary_data": False}}]
+    with caplog.at_level(logging.WARNING, "census_scvi"):
+        report = build_yaml(write_config(tmp_path, *datasets))
+    assert [(cells.dataset_id, cells.same_as, cells.n_cells) for cells in report.repeated] == [
+        ("a", "a", 4),
+        ("b", "a", 26),
+    ]
+    assert "b: 26 primary cells have exactly the counts of cells of a: the same cells twice?" in caplog.text
+    assert "a: 4 primary cells have exactly the counts of other cells of it: the same cells twice?" in caplog.text
+    with soma.open(report.uri) as root:
+        assert json.loads(root.metadata[census.BUILD])["repeated"][1] == {
+            "dataset_id": "b", "same_as": "a", "n_cells": 26,
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [
+        ([1.0, 2.0, np.nan], ["1", "2", "unknown"]),
+        (pd.Categorical([1.0, 2.0, np.nan]), ["1", "2", "unknown"]),
+        (pd.Categorical([1, 2, 1]), ["1", "2", "1"]),
+        (pd.array([1, 2, None], dtype="Int64"), ["1", "2", "unknown"]),
+        (np.array([1, 2, 3], np.uint8), ["1", "2", "3"]),
+        (np.array([8.5, 9.0, np.nan], np.float32), ["8.5", "9", "unknown"]),
+        ([True, False, True], ["True", "False", "True"]),
+        (pd.array([True, None, False], dtype="boolean"), ["True", "unknown", "False"]),
+        (["1.0", "01", ""], ["1.0", "01", "unknown"]),
+        (pd.Series([1, 1.0, "1"], dtype=object), ["1", "1", "1"]),
+        (pd.Series([2.0, None, "x"], dtype=object), ["2", "unknown", "x"]),
+        ([1e15, -3.0, np.nan], ["1000000000000000", "-3", "unknown"]),
+    ],
+)
+def test_numbers_are_labels_as_a_person_writes_them(values: Any, labels: list[str]) -> None:
+    table = pd.DataFrame({"donor": values, "sex": values})
+    made = census_labels(
+        table, path=Path("a.h5ad"), organism="homo_sapiens", columns={"donor_id": "donor", "tissue": "sex"}, values={}
+    )
+    assert list(made["donor_id"]) == list(made["tissue"]) == list(made["sex"]) == labels
+
+
+def test_datasets_named_by_numbers_are_those_of_other_files(tmp_path: Path) -> None:
+    write_h5ad(tmp_path / "a.h5ad", obs={"study": np.repeat([1.0, 2.0], 25), "donor_id": [1.0] * 49 + [np.nan]})
+    report = build_yaml(write_config(tmp_path, {"file": "a.h5ad", "dataset_id": {"column": "study"}}))
+    assert [dataset.dataset_id for dataset in report.datasets] == ["1", "2"]
 
 
 def test_symbols_without_a_map_are_refused(tmp_path: Path) -> None:
@@ -770,3 +920,66 @@ def test_example_configs_on_real_data(real_data: Path, tmp_path: Path, name: str
             assert list(adata.obs.loc[cells, "cell_type"]) == list(labels)
     dropped = {"blood": 0, "pancreas": 965}[name]
     assert report.datasets[0].genes.dropped == dropped
+
+
+def flip_a_bit(folder: Path, rng: np.random.Generator) -> Path:
+    """Change one bit of one data file below a folder; returns the file."""
+    files = sorted(path for path in folder.glob("__fragments/*/[ad]*.tdb") if path.stat().st_size)
+    path = files[rng.integers(len(files))]
+    content = bytearray(path.read_bytes())
+    content[rng.integers(len(content))] ^= 1 << int(rng.integers(8))
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("array", ["ms/RNA/X/raw", "obs", "ms/RNA/var"])
+def test_a_damaged_census_is_never_read_as_another(
+    array: str, finished_run: Run, demo_census: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """prepare and create-latent-update say in one line which array is damaged, or give what they gave before."""
+    shutil.copytree(demo_census, tmp_path / "census")
+    folder = tmp_path / "census" / "census_data" / "homo_sapiens" / array
+    rng = np.random.default_rng(len(array))
+    told = 0
+    for _ in range(2):
+        run = Run(tmp_path, str(tmp_path / "census"))
+        shutil.rmtree(run.directory, ignore_errors=True)
+        shutil.copytree(finished_run.directory, run.directory)
+        before = {name: run.path(name).read_bytes() for name in ("latent.npy", "latent-idx.npy")}
+        file = flip_a_bit(folder, rng)
+        for stage, name in (("prepare", "hv_genes.pkl"), ("create-latent-update", "latent.npy")):
+            code = run(stage, "--force")
+            error = capsys.readouterr().err
+            if code:
+                assert code == 2
+                (line,) = [line for line in error.splitlines() if line.startswith("error: ")]
+                assert f"homo_sapiens/{array} cannot be read (" in line
+                assert "): a file is damaged; restore it, or build the Census again" in line
+                assert "Traceback" not in error
+                told += 1
+            else:  # none of the damaged bytes is read
+                assert run.path(name).read_bytes() == finished_run.path(name).read_bytes()
+        assert {name: run.path(name).read_bytes() for name in before} == before
+        shutil.copyfile(Path(demo_census) / file.relative_to(tmp_path / "census"), file)
+    assert told >= 2
+
+
+def test_every_array_of_a_census_carries_a_checksum(demo_census: str) -> None:
+    """All filters of all dimensions, attributes, offsets and validities: one without would be read damaged."""
+    seen = []
+
+    def look(item: Any) -> None:
+        if isinstance(item, soma.Collection | soma.Experiment | soma.Measurement):
+            for member in item.values():
+                look(member)
+            return
+        options = item.schema_config_options()
+        chains = [options.offsets_filters, options.validity_filters] if isinstance(item, soma.DataFrame) else []
+        chains += [column["filters"] for part in (options.dims, options.attrs) for column in json.loads(part).values()]
+        for chain in chains:
+            assert "CHECKSUM_SHA256" in str(chain), (item.uri, chain)
+        seen.append(item.uri)
+
+    with soma.open(demo_census) as root:
+        look(root)
+    assert len(seen) >= 12

@@ -12,7 +12,7 @@ import pandas as pd
 import pyarrow as pa
 import tiledbsoma
 
-from census_scvi.census.open import Census
+from census_scvi.census.open import Census, cannot_be_read, is_damage
 from census_scvi.config import Config
 from census_scvi.config_errors import suggestion
 from census_scvi.errors import UserError
@@ -102,8 +102,8 @@ def read_obs(census: Census, value_filter: str | None, columns: list[str]) -> It
     try:
         yield from census.experiment.obs.read(value_filter=value_filter, column_names=columns)
     except (tiledbsoma.SOMAError, SyntaxError, ValueError, KeyError, TypeError) as error:
-        if value_filter is None:
-            raise
+        if value_filter is None or is_damage(error):
+            raise cannot_be_read(census.experiment.obs.uri, error) from None
         reason = str(error).strip().partition("\n")[0].removeprefix("SOMAError: ")
         raise UserError(
             f"the value filter {value_filter!r} cannot be used on obs: {reason}"

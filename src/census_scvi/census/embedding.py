@@ -24,6 +24,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import tiledbsoma
 
+from census_scvi.census.build.schema import CHECKSUM
 from census_scvi.census.open import MEASUREMENT
 from census_scvi.errors import UserError
 from census_scvi.workspace.atomic import sync
@@ -285,10 +286,10 @@ def _platform_config(n_features: int) -> dict[str, Any]:
     create = {
         "allows_duplicates": False,  # a block that is written again after a kill is there once
         "dims": {
-            "soma_dim_0": {"tile": _TILE_CELLS, "filters": ["DoubleDeltaFilter", zstd]},
-            "soma_dim_1": {"tile": n_features, "filters": ["DoubleDeltaFilter", zstd]},
+            "soma_dim_0": {"tile": _TILE_CELLS, "filters": ["DoubleDeltaFilter", zstd, CHECKSUM]},
+            "soma_dim_1": {"tile": n_features, "filters": ["DoubleDeltaFilter", zstd, CHECKSUM]},
         },
-        "attrs": {"soma_data": {"filters": ["ByteShuffleFilter", zstd]}},
+        "attrs": {"soma_data": {"filters": ["ByteShuffleFilter", zstd, CHECKSUM]}},
         "cell_order": "row-major",
         "tile_order": "row-major",
     }

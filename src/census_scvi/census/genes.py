@@ -20,7 +20,7 @@ import tiledbsoma
 
 from census_scvi.census.cells import require_columns, select_cells
 from census_scvi.census.hvg.select import count_detections, select_in_one_pass
-from census_scvi.census.open import Census
+from census_scvi.census.open import Census, reading
 from census_scvi.config import HvgSection
 from census_scvi.errors import UserError
 
@@ -29,7 +29,9 @@ log = logging.getLogger(__name__)
 
 def read_var(census: Census) -> pd.DataFrame:
     """The var frame of the RNA measurement, all columns, in Census order."""
-    return census.experiment.ms["RNA"].var.read().concat().to_pandas()
+    var = census.experiment.ms["RNA"].var
+    with reading(var.uri):
+        return var.read().concat().to_pandas()
 
 
 @dataclass(frozen=True)

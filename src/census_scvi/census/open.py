@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -77,7 +78,44 @@ def open_census(settings: CensusSection) -> Iterator[Census]:
             ) from None
         raise
     with root:
-        yield _describe(root, settings, where)
+        try:
+            yield _describe(root, settings, where)
+        except (tiledbsoma.SOMAError, RuntimeError) as error:
+            if is_damage(error):
+                raise cannot_be_read(f"Census {where}", error) from None
+            raise
+
+
+# What TileDB says of a file whose bytes are not those that were written.
+_DAMAGE = re.compile(
+    r"Checksum|GZipException|FilterBuffer|FilterCreate|CompressionFilter|unfiltered tile|end of serialized data"
+    r"|bad_alloc|Cannot allocate buffer|Deserialization|exceeds file size"
+)
+
+
+def is_damage(error: Exception) -> bool:
+    """Whether TileDB met bytes that are not those that were written."""
+    return bool(_DAMAGE.search(str(error)))
+
+
+@contextmanager
+def reading(uri: str) -> Iterator[None]:
+    """UserError where an array or table cannot be read: names it, and says why."""
+    try:
+        yield
+    except (tiledbsoma.SOMAError, RuntimeError) as error:
+        raise cannot_be_read(uri, error) from None
+
+
+def cannot_be_read(what: str, error: Exception) -> UserError:
+    """One line for an error of TileDB's in reading."""
+    message = str(error).strip()
+    reason = message.rpartition("Error: ")[2].partition("\n")[0].partition(", expect")[0] or type(error).__name__
+    if not is_damage(error):
+        return UserError(f"{what} cannot be read ({reason})")
+    named = re.search(r"file://[^'\"]+|s3://[^'\"\s]+", message)
+    place = f"{what}, in {named[0]}," if named and named[0] not in what else what
+    return UserError(f"{place} cannot be read ({reason}): a file is damaged; restore it, or build the Census again")
 
 
 def _describe(root: Any, settings: CensusSection, where: str) -> Census:
@@ -87,7 +125,9 @@ def _describe(root: Any, settings: CensusSection, where: str) -> Census:
     if settings.organism not in organisms:
         raise UserError(f"Census {where} has no organism {settings.organism!r}; it has {', '.join(organisms)}")
     experiment = root["census_data"][settings.organism]
-    summary = root["census_info"]["summary"].read().concat().to_pandas().set_index("label")["value"]
+    table = root["census_info"]["summary"]
+    with reading(table.uri):
+        summary = table.read().concat().to_pandas().set_index("label")["value"]
     identity = {
         "uri": without_credentials(root.uri),
         "version": None if settings.uri else settings.version,

@@ -15,7 +15,7 @@ import pyarrow as pa
 import scipy.sparse as sp
 
 from census_scvi.census.build.schema import X_TILE
-from census_scvi.census.open import Census
+from census_scvi.census.open import Census, reading
 from census_scvi.readahead import read_ahead
 
 
@@ -140,7 +140,7 @@ def stream_nonzeros(
     matrix = census.experiment.ms["RNA"].X["raw"]
 
     def read(run: tuple[int, int]) -> list[pa.Table]:
-        return list(matrix.read(coords=(_coordinates(joinids[slice(*run)]),)).tables())
+        return list(_tables(matrix, joinids[slice(*run)]))
 
     runs = tile_runs(joinids, 2 * X_TILE)
     for run, tables in zip(runs, read_ahead(read, runs, workers=1), strict=True):
@@ -169,10 +169,18 @@ def _coordinates(joinids: npt.NDArray[np.int64]) -> slice | npt.NDArray[np.int64
 
 def _read_obs(census: Census, joinids: npt.NDArray[np.int64], columns: list[str] | None) -> pd.DataFrame:
     names = None if columns is None else list(dict.fromkeys(["soma_joinid", *columns]))
-    obs = census.experiment.obs.read(coords=(_coordinates(joinids),), column_names=names).concat().to_pandas()
+    table = census.experiment.obs
+    with reading(table.uri):
+        obs = table.read(coords=(_coordinates(joinids),), column_names=names).concat().to_pandas()
     if not np.array_equal(obs["soma_joinid"].to_numpy(), joinids):  # more than was asked for, or in another order
         obs = obs.set_index("soma_joinid", drop=False).loc[joinids].reset_index(drop=True)
     return obs
+
+
+def _tables(matrix: Any, joinids: npt.NDArray[np.int64]) -> Iterator[pa.Table]:
+    """Non-zeros of cells, and of some between them; UserError where the matrix is damaged."""
+    with reading(matrix.uri):
+        yield from matrix.read(coords=(_coordinates(joinids),)).tables()
 
 
 def _read_counts(
@@ -181,7 +189,7 @@ def _read_counts(
     places = np.arange(len(joinids), dtype=np.int32)
     row_ends = np.zeros(len(joinids) + 1, np.int64)
     found = []
-    for table in matrix.read(coords=(_coordinates(joinids),)).tables():
+    for table in _tables(matrix, joinids):
         rows = _labels(joinids, places, table["soma_dim_0"].to_numpy())
         found.append(_select(rows, table["soma_dim_1"].to_numpy(), table["soma_data"].to_numpy(), columns, row_ends))
     np.cumsum(row_ends, out=row_ends)

@@ -9,6 +9,7 @@ import pandas as pd
 import pyarrow as pa
 import tiledbsoma
 
+from census_scvi.census.build.schema import table_platform_config
 from census_scvi.census.open import MEASUREMENT
 from census_scvi.errors import UserError
 
@@ -86,7 +87,11 @@ def _table_uri(experiment_uri: str) -> str:
         uri = measurement.uri
     with tiledbsoma.Measurement.open(uri, "w") as measurement:
         table = measurement.add_new_dataframe(
-            SUMMARY, schema=_SCHEMA, index_column_names=["soma_joinid"], domain=[(0, _MOST_ROWS - 1)]
+            SUMMARY,
+            schema=_SCHEMA,
+            index_column_names=["soma_joinid"],
+            domain=[(0, _MOST_ROWS - 1)],
+            platform_config=table_platform_config(_SCHEMA),
         )
         table.close()
         return str(table.uri)

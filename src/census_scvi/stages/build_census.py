@@ -97,5 +97,6 @@ def build_from_config(config: "BuildConfig", *, force: bool = False) -> "BuildRe
             values=dataset.values,
             gene_map=maps.get(dataset.organism),
             keep_without_id=config.genes.without_id == "keep",
+            min_recognised=config.genes.min_recognised,
         )
     return build_census(config.uri, sources, force=force)

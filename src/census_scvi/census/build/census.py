@@ -1,19 +1,21 @@
 """Write a local Census (SOMA) from sources of cells, in blocks, whole or not at all."""
 
+import json
 import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import tiledbsoma as soma
 
 from census_scvi.census.build import schema
-from census_scvi.census.build.experiment import write_experiment
+from census_scvi.census.build.experiment import Repeated, write_experiment
 from census_scvi.census.build.gene_ids import GeneReport
 from census_scvi.census.build.info import write_info
 from census_scvi.census.build.sources import Source
@@ -31,6 +33,12 @@ BLOCK_ROWS = 2048
 _OLD = "old"
 
 
+# Share of a cell's counts below which it has lost most of them.
+_MOST = 0.5
+# The record of a build: metadata of the Census, JSON.
+BUILD = "census_scvi_build"
+
+
 @dataclass(frozen=True)
 class DatasetReport:
     """What went in of one dataset."""
@@ -40,20 +48,38 @@ class DatasetReport:
     n_cells: int
     n_primary: int
     genes: GeneReport
+    n_lost_most: int = 0  # cells that lost more than half of their counts with genes that were dropped
+    n_emptied: int = 0  # of these: cells that lost all
+
+    @classmethod
+    def of(cls, source: Source) -> "DatasetReport":
+        """Of a source whose counts were read."""
+        lost, emptied = source.kept_counts < _MOST, source.kept_counts == 0
+        n_primary = int(source.obs["is_primary_data"].sum())
+        numbers = (len(source.obs), n_primary, source.genes, int(lost.sum()), int(emptied.sum()))
+        return cls(source.dataset_id, source.organism, *numbers)
 
     def __str__(self) -> str:
         unique = "" if self.n_primary == self.n_cells else f" ({self.n_primary:,} primary)"
-        return f"{self.dataset_id} ({self.organism}): {self.n_cells:,} cells{unique}, {self.genes}"
+        return f"{self.dataset_id} ({self.organism}): {self.n_cells:,} cells{unique}, {self.genes}{self.losses}"
+
+    @property
+    def losses(self) -> str:
+        """Cells that lost most of their counts, in words; empty for none."""
+        if not self.n_lost_most:
+            return ""
+        return f"; {self.n_lost_most:,} cells lost most of their counts with them, {self.n_emptied:,} all"
 
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What a build wrote: cells and genes by organism, and every dataset."""
+    """What a build wrote: cells and genes by organism, every dataset, and cells that are primary more than once."""
 
     uri: str
     n_cells: dict[str, int]
     n_genes: dict[str, int]
     datasets: tuple[DatasetReport, ...]
+    repeated: tuple[Repeated, ...]
     seconds: float
 
 
@@ -80,23 +106,43 @@ def build_census(
         new = partial / "new"
         new.mkdir()
         with plain_name(new) as folder:
-            sizes = _write_census(folder, sources, block_rows)
+            sizes, repeated = _write_census(folder, sources, block_rows)
         _check_census(new, sources)
         _put_in_place(new, target, sources)
     report = BuildReport(
         uri=str(target),
         n_cells={organism: n_cells for organism, (n_cells, _) in sizes.items()},
         n_genes={organism: n_genes for organism, (_, n_genes) in sizes.items()},
-        datasets=tuple(
-            DatasetReport(s.dataset_id, s.organism, len(s.obs), int(s.obs["is_primary_data"].sum()), s.genes)
-            for s in sources
-        ),
+        datasets=tuple(DatasetReport.of(source) for source in sources),
+        repeated=tuple(repeated),
         seconds=time.monotonic() - began,
     )
+    _warn(report, sources)
     for organism, (n_cells, n_genes) in sizes.items():
         logger.info("%s: %s cells, %s genes in all", organism, f"{n_cells:,}", f"{n_genes:,}")
     logger.info("%s written in %.1f s", target, report.seconds)
     return report
+
+
+def _warn(report: BuildReport, sources: Sequence[Source]) -> None:
+    """Say what is in the Census that may not be meant to be."""
+    for dataset, source in zip(report.datasets, sources, strict=True):
+        if dataset.n_lost_most:
+            logger.warning(
+                "%s: %s of %s cells lost more than half of their counts with genes that were left out, %s of them all;"
+                " the first is cell %d. Are they of another organism? Then leave them out of the file",
+                dataset.dataset_id,
+                f"{dataset.n_lost_most:,}",
+                f"{dataset.n_cells:,}",
+                f"{dataset.n_emptied:,}",
+                int(np.argmax(source.kept_counts < _MOST)) + 1,
+            )
+    for repeated in report.repeated:
+        logger.warning(
+            "%s: the same cells twice? They are trained on twice; of each, keep one, or set is_primary_data: false in"
+            " the values of a dataset",
+            repeated,
+        )
 
 
 def check_target(uri: str | Path, *, force: bool) -> Path:
@@ -159,22 +205,34 @@ def _partial_folder(target: Path) -> Iterator[Path]:
             remove(partial)
 
 
-def _write_census(partial: Path, sources: Sequence[Source], block_rows: int) -> dict[str, tuple[int, int]]:
-    """Returns {organism: (cells, genes)}."""
-    sizes = {}
+def _write_census(
+    partial: Path, sources: Sequence[Source], block_rows: int
+) -> tuple[dict[str, tuple[int, int]], list[Repeated]]:
+    """Returns {organism: (cells, genes)}, and cells that are primary more than once."""
+    sizes, repeated = {}, []
     with soma.Collection.create(str(partial / "census_data")) as census_data:
         for organism in schema.ORGANISMS:
             chosen = [(number, source) for number, source in enumerate(sources) if source.organism == organism]
             if not chosen:
                 continue
-            sizes[organism] = write_experiment(census_data, organism, chosen, n_datasets=len(sources), rows=block_rows)
+            n_cells, n_genes, again = write_experiment(
+                census_data, organism, chosen, n_datasets=len(sources), rows=block_rows
+            )
+            sizes[organism] = (n_cells, n_genes)
+            repeated += again
     with soma.Collection.create(str(partial / "census_info")) as info:
         write_info(info, sources)
-    _write_root(partial)
-    return sizes
+    _write_root(partial, _record(sources, repeated))
+    return sizes, repeated
 
 
-def _write_root(partial: Path) -> None:
+def _record(sources: Sequence[Source], repeated: Sequence[Repeated]) -> str:
+    """What was built of what, JSON: goes with the Census."""
+    datasets = [{"file": Path(source.path).name, **asdict(DatasetReport.of(source))} for source in sources]
+    return json.dumps({"datasets": datasets, "repeated": [asdict(cells) for cells in repeated]})
+
+
+def _write_root(partial: Path, record: str) -> None:
     """The root comes last: without it the folder does not open as a Census."""
     with soma.Collection.create(str(partial)) as root:
         for name in ("census_info", "census_data"):
@@ -182,6 +240,7 @@ def _write_root(partial: Path) -> None:
                 root.set(name, member, use_relative_uri=True)
         root.metadata["created_on"] = datetime.now(UTC).isoformat(timespec="seconds")
         root.metadata["git_commit_sha"] = code_state().get("commit", "na")
+        root.metadata[BUILD] = record
 
 
 def _check_census(folder: Path, sources: Sequence[Source]) -> None:

@@ -59,6 +59,9 @@ class GenesConfig(_Section):
     map: dict[OrganismName, Path] = Field(default_factory=dict)
     """TSV of ensembl_id, symbol and optionally length and type, by organism; finds ids by symbol and names genes."""
 
+    min_recognised: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
+    """Least share of a file's genes that are recognised as its organism's; a file with fewer is refused."""
+
     without_id: Literal["drop", "keep"] = "drop"
     """Genes without an Ensembl id: leave them out, or keep them under their symbol."""
 

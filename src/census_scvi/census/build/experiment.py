@@ -14,10 +14,13 @@ import tiledbsoma as soma
 from census_scvi.census.build import schema
 from census_scvi.census.build.sources import Source
 from census_scvi.counts.h5ad import MAX_COUNT
+from census_scvi.counts.row_hash import row_hashes
 from census_scvi.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+# Genes that a cell must have detected for equal counts to be no accident.
+_TELLING_GENES = 10
 # Rows of obs or var turned into Arrow at a time.
 _TABLE_ROWS = 2**16
 _LENGTH_IF_UNKNOWN = 1000.0
@@ -53,6 +56,30 @@ class ObsStatistics:
         self.raw_variance_nnz[cells] = np.where(nnz > 1, squares / np.maximum(nnz - 1, 1), 0.0)
 
 
+@dataclass(frozen=True)
+class Repeated:
+    """Primary cells of a dataset whose counts equal those of an earlier primary cell, here or in another dataset."""
+
+    dataset_id: str
+    same_as: str
+    n_cells: int
+
+    def __str__(self) -> str:
+        where = "of other cells of it" if self.dataset_id == self.same_as else f"of cells of {self.same_as}"
+        return f"{self.dataset_id}: {self.n_cells:,} primary cells have exactly the counts {where}"
+
+
+def find_repeated(sources: Sequence[Source], hashes: np.ndarray) -> list[Repeated]:
+    """Cells that are primary more than once, from the hash of each cell's counts, uint64; 0 for too few to tell."""
+    ids = np.repeat([source.dataset_id for source in sources], [len(source.obs) for source in sources])
+    primary = np.concatenate([source.obs["is_primary_data"].to_numpy(bool) for source in sources])
+    cells = pd.DataFrame({"hash": hashes, "dataset": ids})[primary & (hashes != 0)]
+    first = cells.groupby("hash", sort=False)["dataset"].transform("first")
+    again = cells.assign(first=first)[cells["hash"].duplicated()]
+    numbers = again.groupby(["dataset", "first"], sort=False).size()
+    return [Repeated(str(dataset), str(same), int(n)) for (dataset, same), n in numbers.items()]
+
+
 def join_genes(sources: Sequence[Source]) -> pd.DataFrame:
     """The genes of several sources, each feature_id once, in order of appearance, described by who knows it first."""
     var = pd.concat([source.var for source in sources], ignore_index=True)
@@ -72,14 +99,16 @@ def join_genes(sources: Sequence[Source]) -> pd.DataFrame:
 
 def write_experiment(
     census_data: soma.Collection, organism: str, sources: Sequence[tuple[int, Source]], *, n_datasets: int, rows: int
-) -> tuple[int, int]:
-    """Write the experiment `organism` from (soma_joinid of the dataset, source) pairs; returns (cells, genes).
+) -> tuple[int, int, list[Repeated]]:
+    """Write the experiment `organism` from (soma_joinid of the dataset, source) pairs.
+
+    Returns (cells, genes, cells that are primary more than once).
 
     Cells get contiguous soma_joinids, source by source. Holds `rows` cells' counts at a time.
     """
     var = join_genes([source for _, source in sources])
     n_obs = sum(len(source.obs) for _, source in sources)
-    statistics = ObsStatistics.empty(n_obs)
+    statistics, hashes = ObsStatistics.empty(n_obs), np.zeros(n_obs, np.uint64)
     gene_cells = np.zeros((len(sources), len(var)), dtype=np.int64)
     with census_data.add_new_collection(organism, soma.Experiment) as experiment:
         measurement = experiment.add_new_collection("ms").add_new_collection("RNA", soma.Measurement)
@@ -90,6 +119,8 @@ def write_experiment(
                 logger.info("dataset %d of %d: %s", joinid + 1, n_datasets, source.dataset_id)
                 for start, counts in _census_blocks(source, var, rows):
                     statistics.add(first_cell + start, counts)
+                    telling = np.diff(counts.indptr) >= _TELLING_GENES
+                    hashes[first_cell + start :][: counts.shape[0]] = np.where(telling, row_hashes(counts), 0)
                     gene_cells[number] += np.bincount(counts.indices, minlength=len(var))
                     _write_block(raw, first_cell + start, counts)
                     _write_block(normalized, first_cell + start, _normalize(counts, source, start, var))
@@ -104,7 +135,7 @@ def write_experiment(
         write_table(measurement, "var", schema.VAR_SCHEMA, len(var), iter([var]))
         tables = _obs_tables([source for _, source in sources], statistics, present.sum(axis=1))
         write_table(experiment, "obs", schema.OBS_SCHEMA, n_obs, tables)
-    return n_obs, len(var)
+    return n_obs, len(var), find_repeated([source for _, source in sources], hashes)
 
 
 def write_table(
@@ -145,7 +176,7 @@ def _new_layer(layers: soma.Collection, name: str, shape: tuple[int, int]) -> so
 
 def _census_blocks(source: Source, var: pd.DataFrame, rows: int) -> Iterator[tuple[int, sp.csr_matrix]]:
     """Blocks of a source as float32 CSR over the genes of the Census, sorted, without explicit zeros."""
-    column = pd.Index(var["feature_id"]).get_indexer(pd.Index(source.var["feature_id"]))
+    column = pd.Index(var["feature_id"]).get_indexer(pd.Index(source.var["feature_id"])).astype(np.int32)
     expected = 0
     for start, block in source.blocks(rows):
         if start != expected:
@@ -156,7 +187,7 @@ def _census_blocks(source: Source, var: pd.DataFrame, rows: int) -> Iterator[tup
                 f"{source.path or source.dataset_id}: a count is larger than {MAX_COUNT:,}, "
                 "which float32 does not hold exactly"
             )
-        arrays = (block.data.astype(np.float32), column[block.indices], block.indptr)
+        arrays = (block.data.astype(np.float32), column[block.indices], block.indptr.astype(np.int32))
         counts = sp.csr_matrix(arrays, shape=(block.shape[0], len(var)))
         counts.eliminate_zeros()
         counts.sort_indices()

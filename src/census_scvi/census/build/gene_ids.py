@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from census_scvi.census.build.gene_names import KINDS, count_kinds
 from census_scvi.census.build.schema import ORGANISMS
 from census_scvi.errors import UserError
 
@@ -79,13 +80,20 @@ def strip_version(ids: pd.Series) -> pd.Series:
 
 
 def resolve_genes(
-    names: pd.Series, attributes: pd.DataFrame, *, organism: str, gene_map: GeneMap | None, keep_without_id: bool
+    names: pd.Series,
+    attributes: pd.DataFrame,
+    *,
+    organism: str,
+    gene_map: GeneMap | None,
+    keep_without_id: bool,
+    min_recognised: float = 0.0,
 ) -> Genes:
     """Decide for every column of a file which gene it is.
 
     `names` (str, one a column of the file) holds Ensembl ids or symbols; `attributes` (same rows) may hold
-    feature_name, feature_length and feature_type. Raises UserError if no gene is left, or if the ids are another
-    organism's.
+    feature_name, feature_length and feature_type. Raises UserError if no gene is left, if the genes are another
+    organism's or of two, or if fewer than the share `min_recognised` has an Ensembl id (with `keep_without_id`: an id,
+    or a name that may be a symbol of the organism).
     """
     names = names.astype(object).where(names.notna(), "").astype(str).reset_index(drop=True)
     ids = strip_version(names)
@@ -98,9 +106,7 @@ def resolve_genes(
         has_id[found.index] = True
         report = replace(report, by_symbol=len(found))
     keep = has_id | (ids != "") if keep_without_id else has_id
-    if not keep.any():
-        hint = "give a symbol map (genes.map)" if gene_map is None else "check organism and gene_id"
-        raise UserError(f"no gene has an Ensembl id of {organism} (the first is {names.iloc[0]!r}); {hint}")
+    _require_recognised(ids, has_id, organism, gene_map, keep_without_id=keep_without_id, least=min_recognised)
     gene_of_kept, unique_ids = pd.factorize(ids[keep])
     column_to_gene = np.full(len(ids), -1, dtype=np.int64)
     column_to_gene[keep.to_numpy()] = gene_of_kept
@@ -119,8 +125,50 @@ def resolve_genes(
 def _refuse_other_organism(ids: pd.Series, organism: str) -> None:
     number = {name: int(ids.str.fullmatch(other.gene_id_prefix + r"\d{11}").sum()) for name, other in ORGANISMS.items()}
     likely = max(number, key=number.__getitem__)
-    if number[likely] > number[organism]:
-        raise UserError(f"{number[likely]:,} of {len(ids):,} gene ids are of {likely}, but organism is {organism}")
+    if likely != organism and number[organism] < _MIXED * number[likely]:
+        raise UserError(
+            f"{number[likely]:,} of {len(ids):,} gene ids are of {likely}, but organism is {organism};"
+            f" if the cells are of {likely}, set organism: {likely}"
+        )
+
+
+# Share of ids from which those of a second organism are no accident.
+_MIXED = 0.05
+_SPLIT = "write the cells and genes of each organism to a file of its own, and build these"
+
+
+def _require_recognised(
+    ids: pd.Series,
+    has_id: pd.Series,
+    organism: str,
+    gene_map: GeneMap | None,
+    *,
+    keep_without_id: bool,
+    least: float,
+) -> None:
+    """UserError where the genes are of two organisms, or few are the organism's: says what the others look like."""
+    kinds = count_kinds(ids[~has_id], organism)
+    foreign = sum(number for number, _ in kinds.values())
+    recognised = len(ids) - int((ids == "").sum()) - foreign if keep_without_id else int(has_id.sum())
+    look = [f"{number:,} look like {kind} such as {example!r}" for kind, (number, example) in kinds.items()]
+    for words, (kind, (number, _)) in zip(look, kinds.items(), strict=True):
+        mixed = KINDS[kind].mixed * len(ids)
+        if number >= mixed and recognised >= mixed:
+            raise UserError(
+                f"genes of two organisms: {recognised:,} of {len(ids):,} are of {organism}, {words}, and the cells of"
+                f" the other would stay in the Census as empty cells; {_SPLIT}"
+            )
+    if recognised >= least * len(ids) and (recognised or keep_without_id):
+        return
+    found = f"no gene has an Ensembl id of {organism} (the first is {ids.iloc[0]!r})"
+    if recognised:
+        share = f"{recognised / len(ids):.1%}, genes.min_recognised is {least:.1%}"
+        found = f"only {recognised:,} of {len(ids):,} genes are recognised as genes of {organism} ({share})"
+    likely = [(words, kind) for words, kind in zip(look, kinds, strict=True) if 2 * kinds[kind][0] > (~has_id).sum()]
+    if likely:
+        raise UserError(f"{found}: {likely[0][0]}; {KINDS[likely[0][1]].advice}")
+    hint = "give a symbol map (genes.map)" if gene_map is None else "check organism, gene_id and genes.map"
+    raise UserError(f"{found}; {hint}")
 
 
 def _describe(ids: pd.Series, attributes: pd.DataFrame, gene_map: GeneMap | None) -> pd.DataFrame:

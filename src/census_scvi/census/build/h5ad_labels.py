@@ -47,7 +47,7 @@ def census_labels(
     primary = given.get("is_primary_data", pd.Series(values.get("is_primary_data", True), index=range(len(table))))
     labels["is_primary_data"] = _booleans(primary, f"{path}: is_primary_data")
     if "observation_joinid" in given:
-        labels["observation_joinid"] = given["observation_joinid"].astype(str).to_numpy()
+        labels["observation_joinid"] = given["observation_joinid"].map(label_text).to_numpy()
     return labels
 
 
@@ -70,9 +70,16 @@ def _label(values: pd.Series, default: str, where: str) -> pd.Series:
     if missing:
         logger.warning("%s: %s cells without a value are %r", where, f"{missing:,}", default)
     # Values that differ only in type, 1 and "1", are one label; code -1 (missing) picks the last, the default.
-    text = np.array([str(value) or default for value in found] + [default], dtype=object)
+    text = np.array([label_text(value) or default for value in found] + [default], dtype=object)
     label, names = pd.factorize(text)
     return pd.Series(pd.Categorical.from_codes(label[codes], categories=pd.Index(names)))
+
+
+def label_text(value: object) -> str:
+    """A label as text. One missing value makes a column of whole numbers one of floats: 1.0 is the label 1."""
+    if isinstance(value, float | np.floating) and float(value).is_integer():
+        return str(int(value))
+    return str(value)
 
 
 def _booleans(values: pd.Series, where: str) -> np.ndarray:

@@ -160,7 +160,7 @@ def default_label(column: str, organism: str) -> str:
 def x_platform_config() -> dict[str, Any]:
     """How a layer of X lies on disk: row-major tiles of 2,048 x 2,048, zstd; level 3, since a lab waits for it."""
     zstd = {"_type": "ZstdFilter", "level": 3}
-    return create_config(
+    return _create_config(
         capacity=2**16,
         dims={
             "soma_dim_0": {"tile": X_TILE, "filters": [zstd, CHECKSUM]},
@@ -176,7 +176,7 @@ def x_platform_config() -> dict[str, Any]:
 def presence_platform_config() -> dict[str, Any]:
     """How the presence matrix lies on disk."""
     zstd = {"_type": "ZstdFilter", "level": 9}
-    return create_config(
+    return _create_config(
         dims={name: {"filters": [zstd, CHECKSUM]} for name in ("soma_dim_0", "soma_dim_1")},
         attrs={"soma_data": {"filters": [zstd, CHECKSUM]}},
     )
@@ -188,7 +188,7 @@ def table_platform_config(table_schema: pa.Schema) -> dict[str, Any]:
     Readers get the rows of an array that allows no duplicates in their order.
     """
     zstd = {"_type": "ZstdFilter", "level": 9}
-    return create_config(
+    return _create_config(
         capacity=2**16,
         dims={"soma_joinid": {"filters": ["DoubleDeltaFilter", zstd, CHECKSUM]}},
         attrs={name: {"filters": [zstd, CHECKSUM]} for name in table_schema.names if name != "soma_joinid"},
@@ -198,6 +198,6 @@ def table_platform_config(table_schema: pa.Schema) -> dict[str, Any]:
     )
 
 
-def create_config(**options: object) -> dict[str, Any]:
+def _create_config(**options: object) -> dict[str, Any]:
     """What tiledbsoma takes as platform_config."""
     return {"tiledb": {"create": options}}

@@ -9,7 +9,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from census_scvi.census.build.gene_ids import GeneMap, GeneReport, Genes, resolve_genes
-from census_scvi.census.build.h5ad_labels import census_labels, table_column
+from census_scvi.census.build.h5ad_labels import census_labels, label_text, table_column
 from census_scvi.counts.h5ad import CountMatrix, check_counts, counts_key, open_file, read_frame
 from census_scvi.errors import UserError
 
@@ -35,6 +35,9 @@ class Source(Protocol):
     obs
         One row a cell: the Census' label columns (categorical or str, no missing values), is_primary_data (bool),
         and observation_joinid where the file has one.
+    kept_counts
+        float64 (cells,): share of each cell's counts that the genes of `var` hold, filled by `blocks`; 1 for a cell
+        without counts.
     """
 
     dataset_id: str
@@ -44,6 +47,7 @@ class Source(Protocol):
     genes: GeneReport
     var: pd.DataFrame
     obs: pd.DataFrame
+    kept_counts: np.ndarray
 
     def blocks(self, rows: int) -> Iterator[tuple[int, sp.csr_matrix]]:
         """Yield (first row, raw counts of at most `rows` cells x genes of `var`) in the order of `obs`.
@@ -73,6 +77,7 @@ class H5adSource:
     ) -> None:
         self.path, self.dataset_id, self.title, self.organism = str(path), dataset_id, title, organism
         self.genes, self.var, self.obs = genes.report, genes.var, obs
+        self.kept_counts = np.ones(len(rows))
         self._counts, self._rows = counts, rows
         self._column_to_gene = genes.column_to_gene
 
@@ -90,9 +95,17 @@ class H5adSource:
                     if first == last:
                         continue
                     check_counts(block, where=f"{self.path}: {self._counts}", first_row=start)
-                    yield self._to_genes(block[self._rows[first:last] - start])
+                    own = block[self._rows[first:last] - start]
+                    self.kept_counts[first:last] = self._share_kept(own)
+                    yield self._to_genes(own)
             except (OSError, KeyError) as error:
                 raise UserError(f"{self.path}: the file is damaged or truncated ({error})") from error
+
+    def _share_kept(self, block: sp.csr_matrix) -> np.ndarray:
+        """Of each cell's counts, those of genes that stay."""
+        total = np.asarray(block.sum(axis=1, dtype=np.float64)).ravel()
+        kept = block @ (self._column_to_gene >= 0).astype(np.float64)
+        return np.where(total > 0, kept / np.where(total > 0, total, 1.0), 1.0)
 
     def _to_genes(self, block: sp.csr_matrix) -> sp.csr_matrix:
         """Columns of the file -> genes: dropped ones leave, those of the same gene are summed."""
@@ -135,6 +148,7 @@ def open_h5ad(
     values: Mapping[str, str | bool] | None = None,
     gene_map: GeneMap | None = None,
     keep_without_id: bool = False,
+    min_recognised: float = 0.5,
 ) -> list[H5adSource]:
     """Open an .h5ad with raw counts as one dataset, or as one a value of the obs column `dataset_column`.
 
@@ -153,7 +167,14 @@ def open_h5ad(
         raise UserError(f"{path}: the file is damaged or truncated ({error})") from error
     try:
         names = pd.Series(var.index) if gene_id == "index" else table_column(var, gene_id, "var")
-        genes = resolve_genes(names, var, organism=organism, gene_map=gene_map, keep_without_id=keep_without_id)
+        genes = resolve_genes(
+            names,
+            var,
+            organism=organism,
+            gene_map=gene_map,
+            keep_without_id=keep_without_id,
+            min_recognised=min_recognised,
+        )
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     labels = census_labels(table, path=path, organism=organism, columns=obs_columns or {}, values=values or {})
@@ -191,5 +212,5 @@ def _datasets(
     values = table_column(table, column, f"{path}: obs")
     if values.isna().any():
         raise UserError(f"{path}: {int(values.isna().sum()):,} cells have no {column}; every cell needs a dataset")
-    codes, names = pd.factorize(values.astype(str))
+    codes, names = pd.factorize(values.map(label_text))
     return [(str(name), np.flatnonzero(codes == code)) for code, name in enumerate(names)]

@@ -72,6 +72,7 @@ class DemoSource:
         self.var = transcriptome.var[self._measured].reset_index(drop=True)
         self.genes = GeneReport(in_file=len(self.var), kept=len(self.var))
         self.obs = self._labels()
+        self.kept_counts = np.ones(len(self.obs))
 
     def blocks(self, rows: int) -> Iterator[tuple[int, sp.csr_matrix]]:
         """Yield (first row, raw counts int64 of at most `rows` cells x genes)."""
