@@ -7,11 +7,13 @@ from pathlib import Path
 
 import anndata as ad
 import cellxgene_census
+import h5py
 import matplotlib.image
 import numpy as np
 import pandas as pd
 import pytest
 import scanpy as sc
+from anndata.io import read_elem, write_elem
 from pipeline import Run
 
 from census_scvi.cli import main
@@ -118,12 +120,64 @@ def test_a_full_disk_leaves_nothing_half_written(
     monkeypatch.setattr("census_scvi.map_query.write_elem", full)
     assert map_query(finished_run, f"query.file={query}", "query.umap_cells=0") == 2
     assert "the disk is full" in capsys.readouterr().err
-    assert not query.with_name("cells-mapped.h5ad").exists()
+    assert list(query.parent.glob("*mapped*")) == []
 
 
-def test_the_bound_of_the_config_holds(finished_run: Run, query: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_threshold_of_the_config_holds_and_is_named(
+    finished_run: Run, query: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     cells = ad.read_h5ad(query)[:, ::2].copy()
     cells.write_h5ad(query)
-    assert map_query(finished_run, f"query.file={query}") == 2
-    assert "80% are needed (genes.min_share)" in capsys.readouterr().err
-    assert map_query(finished_run, f"query.file={query}", "genes.min_share=0.3", "query.umap_cells=0") == 0
+    for settings, needed in {
+        (): "80% are needed (query.min_share), or 90% of the counts",
+        ("query.min_share=0.9",): "90% are needed (query.min_share)",
+        ("genes.min_share=0.9",): "90% are needed (genes.min_share)",
+        ("genes.min_share=0.3", "query.min_share=0.7"): "70% are needed (query.min_share)",
+    }.items():
+        assert map_query(finished_run, f"query.file={query}", *settings) == 2
+        assert needed in capsys.readouterr().err
+    for setting in ("genes.min_share=0.3", "query.min_share=0.3"):
+        assert map_query(finished_run, f"query.file={query}", setting, "query.umap_cells=0", "--force") == 0
+
+
+def nullable_text(table: pd.DataFrame) -> pd.DataFrame:
+    """Text as pandas 3 has it, in the index, in columns with and without missing values, and in categories."""
+    table = table.copy()
+    table.index = table.index.astype("string")
+    table["text"] = pd.array(["a"] * len(table), dtype="string")
+    table["gaps"] = pd.array([None, *["b"] * (len(table) - 1)], dtype="string")
+    table["kinds"] = pd.Categorical(pd.array(["x", "y"] * (len(table) // 2), dtype="string"))
+    table["numbers"] = pd.array([None, *range(len(table) - 1)], dtype="Int64")
+    return table
+
+
+def test_obs_of_pandas_3_is_written_as_any_anndata_reads_it(finished_run: Run, query: Path) -> None:
+    with h5py.File(query, "r+") as file, ad.settings.override(allow_write_nullable_strings=True):
+        before = nullable_text(read_elem(file["obs"]))
+        write_elem(file, "obs", before)
+        assert file["obs/_index"].attrs["encoding-type"] == "nullable-string-array"
+    assert map_query(finished_run, f"query.file={query}", "query.umap_cells=0", "query.baseline_cells=0") == 0
+    target = query.with_name("cells-mapped.h5ad")
+    assert sorted(path.name for path in query.parent.glob("cells*")) == [
+        "cells-mapped.h5ad", "cells-mapped.json", "cells.h5ad",
+    ]  # fmt: skip
+    with h5py.File(target) as file:
+        kinds: set[str] = set()
+        file["obs"].visititems(lambda _, node: kinds.add(str(node.attrs.get("encoding-type"))))
+    assert kinds <= {"string-array", "categorical", "array", "nullable-integer", "None"}
+    obs = ad.read_h5ad(target).obs
+    assert obs.index.tolist() == before.index.tolist()
+    assert obs["text"].tolist() == ["a"] * 250
+    assert obs["gaps"].isna().tolist() == before["gaps"].isna().tolist()
+    assert obs["kinds"].tolist() == before["kinds"].tolist()
+    assert obs["numbers"].equals(before["numbers"].set_axis(obs.index))
+
+
+def test_nothing_half_written_is_left(finished_run: Run, query: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("cannot be written")
+
+    monkeypatch.setattr("census_scvi.map_query.write_elem", broken)
+    arguments = (f"query.file={query}", "query.umap_cells=0", "query.baseline_cells=0")
+    assert map_query(finished_run, *arguments) == 1
+    assert [path.name for path in query.parent.glob("cells*")] == ["cells.h5ad"]

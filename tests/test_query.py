@@ -246,7 +246,7 @@ def test_what_does_not_fit_is_refused(defect: str, cells: ad.AnnData, mapper: Ma
 def test_a_bad_value_deep_in_a_file_is_found(
     cells: ad.AnnData, mapper: Mapper, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("census_scvi.query.cells._FIRST_LOOK", 64)
+    monkeypatch.setattr("census_scvi.counts.raw_counts._CELLS", 64)
     monkeypatch.setattr("census_scvi.query.mapping._BLOCK_CELLS", 100)
     query = by_id(cells)
     query.X.data[query.X.indptr[333]] = 0.5

@@ -29,6 +29,7 @@ from census_scvi.config_errors import suggestion
 from census_scvi.errors import UserError
 from census_scvi.model.published import load_described
 from census_scvi.model.safe import ModelDescription
+from census_scvi.model.typical import typical_counts
 from census_scvi.progress import progress_bar, show_messages
 from census_scvi.quality_picture import draw_quality
 from census_scvi.query.clusters import composition, leiden
@@ -92,10 +93,12 @@ class Atlas:
         find_embedding: Callable[[Census], Embedding],
         *,
         census_given: bool,
+        typical: Callable[[], sp.csr_matrix | None] | None = None,
     ) -> None:
         self.model: scvi.model.SCVI | None = model[0] if model else None
         self.description: ModelDescription | None = model[1] if model else None
         self._census_section, self._find_embedding, self._census_given = census, find_embedding, census_given
+        self._typical = typical
         self._stack = ExitStack()
         self._proven = False
 
@@ -140,7 +143,8 @@ class Atlas:
         if embedding is not None and section is None:
             raise UserError("an embedding is of the cells of a Census: name it with census=")
         find = origin.open_embedding if embedding is None else partial(open_embedding, str(embedding))
-        atlas = cls(described, section, find, census_given=census is not None)
+        typical = partial(typical_counts, str(model), described[1].genes) if described else None
+        atlas = cls(described, section, find, census_given=census is not None, typical=typical)
         if census is not None:
             with ExitStack() as stack:
                 stack.callback(atlas.close)
@@ -456,7 +460,8 @@ class Atlas:
         counts
             Where the raw counts are: `X`, `raw` or `layers/<name>`; None finds them.
         min_share
-            Share of the model's genes that must be there.
+            Share of the model's genes that must be there; fewer will do where hardly any counts are expected in the
+            others, as in a table without the genes that no cell had.
 
         Returns
         -------
@@ -646,7 +651,7 @@ class Atlas:
         if self._census_given:  # it knows the symbols of all genes, the model those of its own
             var = read_var(self._require_census())
             symbols = dict(zip(var["feature_id"].astype(str), var["feature_name"].astype(str), strict=True))
-        return Mapper(model, description, symbols)
+        return Mapper(model, description, symbols, self._typical)
 
     @cached_property
     def _census(self) -> Census:

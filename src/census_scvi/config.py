@@ -241,7 +241,9 @@ class QuerySection(Section):
     embedding: Name | None = None
     """Of the Census' cells: a name in its obsm, a run directory or an Experiment; null: `scvi`, or the run's."""
     counts: Name | None = None
-    """Where the raw counts are: X, raw or layers/<name>; null: found."""
+    """Where the raw counts are: X, raw or layers/<name>; null: found, and refused where several may be."""
+    min_share: Share = 0.8
+    """Least share of the model's genes that the file must have; fewer do where the others hardly hold counts."""
     labels: list[Name] = Field(default_factory=lambda: ["cell_type"])
     """obs columns of the Census to predict; empty: none."""
     obs_filter: Name | None = None

@@ -17,10 +17,10 @@ from anndata.io import write_elem
 
 from census_scvi.atlas import LATENT, OWN_LATENT, Atlas
 from census_scvi.config import Config
-from census_scvi.counts.h5ad import CountMatrix, open_file
+from census_scvi.counts.h5ad import check_path, portable_frame
 from census_scvi.errors import UserError
+from census_scvi.query.alignment import TooFewGenes
 from census_scvi.query.cells import QueryCells
-from census_scvi.query.mapping import MIN_SHARE
 from census_scvi.query.naming import PREDICTION
 from census_scvi.query.neighbours import EXACT_CELLS
 from census_scvi.query.umap_map import UmapMap
@@ -31,6 +31,7 @@ from census_scvi.workspace.atomic import remove, sync
 log = logging.getLogger(__name__)
 
 MAP = "X_umap"
+_COUNTS = "query.counts="  # what says where the raw counts are, for messages
 # For --dry-run, from runs on two cores: imports; a cell of query or reference; what is done once; cells embedded
 # and named a second; the index of a large reference; the map, whose time hardly depends on its cells.
 _BASE_MEMORY, _BYTES_A_CELL = 1.0e9, 1500.0
@@ -49,18 +50,7 @@ def run(config: Config, *, force: bool = False) -> None:
         embedding=settings.embedding,
         organism=config.census.organism if "organism" in config.census.model_fields_set else None,
     ) as atlas:
-        mapped = atlas.predict(
-            source,
-            settings.labels,
-            obs_filter=settings.obs_filter,
-            method=settings.method,
-            n_neighbours=settings.n_neighbours,
-            baseline_cells=settings.baseline_cells,
-            max_cells=settings.reference_cells,
-            seed=config.seed,
-            counts=settings.counts,
-            min_share=_min_share(config),
-        )
+        mapped = _predict(atlas, source, config)
         for labels in settings.labels:
             log.info("%s", _summary(mapped, labels))
             _draw_quality(atlas, mapped, labels, target)
@@ -72,12 +62,33 @@ def run(config: Config, *, force: bool = False) -> None:
     log.info("wrote %s and %s", target, report)
 
 
+def _predict(atlas: Atlas, source: Path, config: Config) -> ad.AnnData:
+    """The cells as `Atlas.predict` gives them; what it refuses is said with the names of the settings."""
+    settings, (setting, min_share) = config.query, _min_share(config)
+    with QueryCells(source) as cells:
+        counts = cells.find_counts(settings.counts, setting=_COUNTS)
+    try:
+        return atlas.predict(
+            source,
+            settings.labels,
+            obs_filter=settings.obs_filter,
+            method=settings.method,
+            n_neighbours=settings.n_neighbours,
+            baseline_cells=settings.baseline_cells,
+            max_cells=settings.reference_cells,
+            seed=config.seed,
+            counts=counts,
+            min_share=min_share,
+        )
+    except TooFewGenes as error:
+        raise error.named(setting) from None
+
+
 def _paths(config: Config) -> tuple[Path, Path]:
     if config.query.file is None:
         raise UserError("query.file is not set; name the .h5ad with your cells: query.file=my-cells.h5ad")
     source = Path(config.query.file)
-    if not source.is_file():
-        raise UserError(f"{source}: no such file; name the .h5ad with your cells in query.file")
+    check_path(source)
     target = Path(config.query.output) if config.query.output else source.with_name(f"{source.stem}-mapped.h5ad")
     if target.resolve() == source.resolve():
         raise UserError(f"query.output is query.file, {source}; name another file")
@@ -92,9 +103,11 @@ def _census(config: Config) -> str | None:
     return config.census.uri or config.census.version if named else None
 
 
-def _min_share(config: Config) -> float:
-    """The bound that the config names, or that for own cells."""
-    return config.genes.min_share if "min_share" in config.genes.model_fields_set else MIN_SHARE
+def _min_share(config: Config) -> tuple[str, float]:
+    """The setting that decides, and its value: query.min_share, or genes.min_share where that alone is set."""
+    set_for_census = "min_share" in config.genes.model_fields_set and "min_share" not in config.query.model_fields_set
+    section = "genes" if set_for_census else "query"
+    return f"{section}.min_share", getattr(config, section).min_share
 
 
 def _summary(mapped: ad.AnnData, labels: str) -> str:
@@ -155,9 +168,19 @@ def _write(source: Path, target: Path, mapped: ad.AnnData) -> None:
     """The user's file as it is, with what was found; whole or not at all."""
     partial = target.with_name(target.name + ".partial")
     remove(partial)
-    shutil.copyfile(source, partial)
-    with h5py.File(partial, "r+") as file:
-        write_elem(file, "obs", mapped.obs)
+    try:
+        shutil.copyfile(source, partial)
+        _add(partial, mapped)
+        sync(partial)
+        partial.replace(target)
+    finally:
+        remove(partial)
+
+
+def _add(path: Path, mapped: ad.AnnData) -> None:
+    """Write what was found into the copy of the user's file."""
+    with h5py.File(path, "r+") as file:
+        write_elem(file, "obs", portable_frame(mapped.obs))
         if "obsm" not in file:
             write_elem(file, "obsm", {})
         for name, values in mapped.obsm.items():
@@ -171,8 +194,6 @@ def _write(source: Path, target: Path, mapped: ad.AnnData) -> None:
         for name in ("scvi_alignment", PREDICTION, "scvi_model"):
             if name in mapped.uns:
                 write_elem(file["uns"], name, _storable(mapped.uns[name]))
-    sync(partial)
-    partial.replace(target)
 
 
 def _plain(values: Any) -> Any:
@@ -195,9 +216,9 @@ def plan(config: Config) -> Plan:
     """Size from the file; the time is that of two cores."""
     source, target = _paths(config)
     settings = config.query
-    with QueryCells(source) as cells, open_file(source) as file:
-        n_cells, place = len(cells), cells.find_counts(settings.counts)
-        n_genes = CountMatrix(file, "raw/X" if place == "raw" else place).shape[1]
+    with QueryCells(source) as cells:
+        n_cells, place = len(cells), cells.find_counts(settings.counts, setting=_COUNTS)
+        n_genes = len(cells.var(place))
     beside = [target.with_suffix(".json"), *([target.with_suffix(".png")] if settings.umap_cells else [])]
     if settings.baseline_cells:
         beside += [_quality_picture(target, labels) for labels in settings.labels]

@@ -1,6 +1,6 @@
 """Read anybody's .h5ad: its tables, and its counts in blocks of rows, whatever the layout; refuse what is no count."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,50 +11,121 @@ import pandas as pd
 import scipy.sparse as sp
 
 from census_scvi.config_errors import suggestion
+from census_scvi.counts.other_formats import explain_hdf5, explain_path
+from census_scvi.counts.untrusted import check_file
 from census_scvi.errors import UserError
 
 # Larger integers are not exact in float32.
 MAX_COUNT = 2**24
 # Non-zeros held at a time when a CSC matrix, stored by gene, is turned into rows (12 bytes each).
 _CSC_WINDOW = 2**25
+# Entries of a row (or column) may be stored in parts that are summed, but hardly in more than this many.
+_MOST_DUPLICATES = 8
 # Values held at a time of a dense matrix.
 _DENSE_WINDOW = 2**24
 
 
-def counts_key(file: h5py.File, counts: str) -> str:
-    """Where `counts` (X, raw or layers/<name>) lies in the file; UserError naming what there is."""
-    key = {"raw": "raw/X"}.get(counts, counts)
-    if key in file:
-        return key
-    present = [name for name in ("X", "raw") if name in file]
-    present += [f"layers/{name}" for name in file.get("layers", {})]
-    raise UserError(
-        f"{file.filename}: no {counts}{suggestion(counts, present)} (it has {', '.join(present) or 'none'})"
-    )
+def require_place(place: str, places: Sequence[str], name: str) -> None:
+    """UserError where `place` is none of the matrices of a file or an AnnData, naming what there is."""
+    if place not in places:
+        raise UserError(
+            f"{name} has no {place}{suggestion(place, list(places))} (it has {', '.join(places) or 'no matrix'})"
+        )
 
 
 def open_file(path: Path) -> h5py.File:
-    """Open a file for reading; UserError where there is none, or not a whole one."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
+    """Open an .h5ad for reading.
+
+    Raises
+    ------
+    UserError
+        There is none, or not a whole one, or a file of another format (how to convert it), or one that leads to other
+        files or declares absurd sizes (`census_scvi.counts.untrusted`).
+    """
+    check_path(path)
     try:
-        return h5py.File(path, "r")
+        file = h5py.File(path, "r")
     except OSError as error:
-        raise UserError(f"{path}: not a whole .h5ad file ({error})") from error
+        explained = explain_path(path) or f"not a whole .h5ad file ({error})"
+        raise UserError(f"{path}: {explained}") from error
+    try:
+        check_file(file)
+        if "mod" in file or not {"obs", "var"} <= set(file):
+            raise UserError(f"{path}: {explain_hdf5(file) or f'has no obs and var; {_EXPECTED}'}")
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def check_path(path: Path) -> None:
+    """UserError unless there is a file at the path."""
+    if not path.exists():
+        raise UserError(f"{path}: no such file")
+    if not path.is_file():
+        raise UserError(f"{path}: {explain_path(path)}")
+
+
+_EXPECTED = "expected an .h5ad as anndata writes it"
 
 
 def read_frame(file: h5py.File, key: str) -> pd.DataFrame:
-    """The table at `key`; UserError where there is none that anndata reads."""
+    """The table at `key` (obs, var or raw/var); UserError where there is none that anndata reads."""
     path = file.filename
     if key not in file:
-        raise UserError(f"{path}: has no {key}; expected an .h5ad as anndata writes it")
+        raise UserError(f"{path}: has no {key}; {_EXPECTED}")
     try:
-        frame = anndata.io.read_elem(file[key])
+        frame = _read_old_frame(file, key) if isinstance(file[key], h5py.Dataset) else anndata.io.read_elem(file[key])
     except Exception as error:  # anndata raises errors of many kinds for what it does not know
         raise UserError(f"{path}: {key} cannot be read ({error})".replace("\n", " ")) from error
     if not isinstance(frame, pd.DataFrame):
-        raise UserError(f"{path}: {key} is no table; expected an .h5ad as anndata writes it")
+        raise UserError(f"{path}: {key} is no table; {_EXPECTED}")
     return frame
+
+
+def _read_old_frame(file: h5py.File, key: str) -> pd.DataFrame:
+    """A table as anndata before 0.7 wrote it: a compound dataset with the index first; the categories lie in uns."""
+    table = file[key][:]
+    columns = {}
+    for name in table.dtype.names:
+        values = _old_text(table[name])
+        categories = f"uns/{name}_categories"
+        if categories in file:
+            values = pd.Categorical.from_codes(values, _old_text(file[categories][:]))
+        columns[name] = values
+    return pd.DataFrame(columns).set_index(table.dtype.names[0])
+
+
+def _old_text(values: np.ndarray) -> np.ndarray:
+    """Bytes as text; numbers as they are."""
+    if values.dtype.kind not in "SO":
+        return values
+    return np.array([item.decode() if isinstance(item, bytes) else item for item in values], dtype=object)
+
+
+def portable_frame(frame: pd.DataFrame) -> pd.DataFrame:
+    """The table with text in the form that every anndata reads: str objects, or categories where some are missing.
+
+    anndata before 0.11 does not know the nullable strings of pandas 3, and later ones write them only when asked to.
+    """
+    changed = frame.copy(deep=False)
+    changed.index = pd.Index(frame.index.astype(object).map(str), name=frame.index.name)
+    for name in frame.columns:
+        changed[name] = _portable(frame[name]).set_axis(changed.index)
+    return changed
+
+
+def _portable(values: pd.Series) -> pd.Series:
+    dtype = values.dtype
+    if isinstance(dtype, pd.CategoricalDtype):
+        names = dtype.categories
+        return values.cat.rename_categories(names.astype(object)) if pd.api.types.is_string_dtype(names) else values
+    if isinstance(dtype, pd.ArrowDtype) and not pd.api.types.is_string_dtype(dtype):
+        return values.convert_dtypes(dtype_backend="numpy_nullable")
+    if not pd.api.types.is_string_dtype(dtype):
+        return values
+    text = values.astype(object)
+    return text.astype("category") if values.isna().any() else text
 
 
 class CountMatrix:
@@ -62,72 +133,142 @@ class CountMatrix:
 
     def __init__(self, file: h5py.File, key: str) -> None:
         self._node: Any = file[key]
+        self._name = f"{file.filename}: {key}"
         if isinstance(self._node, h5py.Dataset):
-            self._encoding, shape = "array", self._node.shape
+            # anndata before 0.7 wrote the matrix of one gene as a vector.
+            self._encoding, shape = "array", (*self._node.shape, 1)[: max(self._node.ndim, 2)]
         else:
             # anndata before 0.7 wrote h5sparse_format and h5sparse_shape.
             attributes = self._node.attrs
-            self._encoding = str(attributes.get("encoding-type", attributes.get("h5sparse_format", "?")))
-            shape = attributes.get("shape", attributes.get("h5sparse_shape"))
+            encoding = attributes.get("encoding-type", attributes.get("h5sparse_format", "?"))
+            self._encoding = encoding.decode() if isinstance(encoding, bytes) else str(encoding)
+            shape = attributes.get("shape", attributes.get("h5sparse_shape", ()))
         self._encoding = self._encoding.removesuffix("_matrix")
         if self._encoding not in ("array", "csr", "csc") or len(shape) != 2:
-            raise UserError(
-                f"{file.filename}: {key} is stored as {self._encoding!r}, not as a CSR, CSC or dense matrix"
-            )
+            raise UserError(f"{self._name} is stored as {self._encoding!r}, not as a CSR, CSC or dense matrix")
         self.shape = (int(shape[0]), int(shape[1]))
+        if self._encoding != "array":
+            self._check_sparse()
+
+    def _check_sparse(self) -> None:
+        """UserError where data, indices and indptr do not belong together."""
+        try:
+            lengths = {name: int(self._node[name].shape[0]) for name in ("data", "indices", "indptr")}
+        except (KeyError, IndexError, AttributeError) as error:
+            raise UserError(f"{self._name}: data, indices or indptr is missing; the file is damaged") from error
+        lines = self.shape[0] if self._encoding == "csr" else self.shape[1]
+        if lengths["data"] != lengths["indices"] or lengths["indptr"] != lines + 1:
+            found = ", ".join(f"{name} {length:,}" for name, length in lengths.items())
+            raise UserError(
+                f"{self._name} is a {self._encoding.upper()} matrix of {self.shape} whose parts do not belong together"
+                f" ({found} long): the file is damaged"
+            )
 
     def blocks(self, rows: int, *, first: int = 0, last: int | None = None) -> Iterator[tuple[int, sp.csr_matrix]]:
-        """Yield (first row, CSR) for at most `rows` rows at a time, of the rows from `first` up to `last` (not in)."""
+        """Yield (first row, CSR) for at most `rows` rows at a time, of the rows from `first` up to `last` (not in).
+
+        Values are of a native type that scipy computes with: float16 becomes float32, bool and short integers int32.
+        """
         stop = self.shape[0] if last is None else last
         if self._encoding == "csc":
             yield from self._csc_blocks(rows, first, stop)
             return
-        read = self._read_csr
         if self._encoding == "array":
-            read = self._read_dense
             rows = min(rows, max(1, _DENSE_WINDOW // max(self.shape[1], 1)))
         for start in range(first, stop, rows):
-            yield start, read(start, min(start + rows, stop))
+            yield start, self._read(start, min(start + rows, stop))
 
-    def _read_dense(self, start: int, stop: int) -> sp.csr_matrix:
-        return sp.csr_matrix(self._node[start:stop])
+    def sample(self, spans: Sequence[tuple[int, int]]) -> list[tuple[int, sp.csr_matrix]]:
+        """(first row, CSR) of some ranges of rows, ascending; one pass over the file where it is stored by gene."""
+        if self._encoding != "csc":
+            return [(start, self._read(start, stop)) for start, stop in spans]
+        position = np.full(self.shape[0], -1, np.int64)
+        wanted = np.concatenate([np.arange(*span) for span in spans])
+        position[wanted] = np.arange(len(wanted))
+        rows = self._csc_rows(position, len(wanted))
+        ends = np.cumsum([stop - start for start, stop in spans])
+        return [(start, rows[end - (stop - start) : end]) for (start, stop), end in zip(spans, ends, strict=True)]
 
-    def _read_csr(self, start: int, stop: int) -> sp.csr_matrix:
+    def _read(self, start: int, stop: int) -> sp.csr_matrix:
+        if self._encoding == "array":
+            values = plain_numbers(self._node[start:stop], self._name)
+            return sp.csr_matrix(values.reshape(stop - start, self.shape[1]))
         indptr = self._node["indptr"][start : stop + 1].astype(np.int64)
+        self._check_indptr(indptr, self.shape[1])
         span = slice(int(indptr[0]), int(indptr[-1]))
-        arrays = (self._node["data"][span], self._node["indices"][span], indptr - indptr[0])
+        indices = self._node["indices"][span]
+        self._check_indices(indices, self.shape[1])
+        arrays = (plain_numbers(self._node["data"][span], self._name), indices, indptr - indptr[0])
         return sp.csr_matrix(arrays, shape=(stop - start, self.shape[1]))
 
     def _csc_blocks(self, rows: int, first: int, last: int) -> Iterator[tuple[int, sp.csr_matrix]]:
         """Passes over the file, each collecting a window of rows that fits in memory."""
         per_row = np.zeros(self.shape[0], dtype=np.int64)
-        for _, indices in self._csc_chunks("indices"):
+        for _, indices in self._csc_chunks():
             per_row += np.bincount(indices, minlength=self.shape[0])
         until = np.concatenate([[0], np.cumsum(per_row)])
+        position = np.full(self.shape[0], -1, np.int64)
         start = first
         while start < last:
             fits = int(np.searchsorted(until, until[start] + _CSC_WINDOW, side="right")) - 1
             stop = min(max(fits, start + 1), last)
-            window = self._csc_window(start, stop)
+            position[:] = -1
+            position[start:stop] = np.arange(stop - start)
+            window = self._csc_rows(position, stop - start)
             for row in range(start, stop, rows):
                 yield row, window[row - start : min(row + rows, stop) - start]
             start = stop
 
-    def _csc_window(self, start: int, stop: int) -> sp.csr_matrix:
+    def _csc_rows(self, position: np.ndarray, n_rows: int) -> sp.csr_matrix:
+        """The rows whose `position` in the result is not -1."""
         indptr = self._node["indptr"][:].astype(np.int64)
+        self._check_indptr(indptr, self.shape[0])
         rows, genes, values = [], [], []
-        for first, indices in self._csc_chunks("indices"):
-            inside = np.flatnonzero((indices >= start) & (indices < stop))
-            rows.append(indices[inside] - start)
+        for first, indices in self._csc_chunks():
+            of_result = position[indices]
+            inside = np.flatnonzero(of_result >= 0)
+            rows.append(of_result[inside])
             genes.append((np.searchsorted(indptr, first + inside, side="right") - 1).astype(np.int32))
-            values.append(self._node["data"][first : first + len(indices)][inside])
+            values.append(plain_numbers(self._node["data"][first : first + len(indices)], self._name)[inside])
         entries = (np.concatenate(values), (np.concatenate(rows), np.concatenate(genes)))
-        return sp.csr_matrix(entries, shape=(stop - start, self.shape[1]))
+        return sp.csr_matrix(entries, shape=(n_rows, self.shape[1]))
 
-    def _csc_chunks(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
-        values, step = self._node[name], 2**22
+    def _csc_chunks(self) -> Iterator[tuple[int, np.ndarray]]:
+        """(position of the first, row indices) of the entries in their order."""
+        values, step = self._node["indices"], 2**22
         for first in range(0, max(len(values), 1), step):
-            yield first, values[first : first + step]
+            indices = values[first : first + step]
+            self._check_indices(indices, self.shape[0])
+            yield first, indices
+
+    def _check_indptr(self, indptr: np.ndarray, width: int) -> None:
+        """Without it a forged file has memory read that is not its own, or all memory taken."""
+        n_entries = np.diff(indptr)
+        if (
+            int(indptr[0]) < 0
+            or int(indptr[-1]) > len(self._node["data"])
+            or (n_entries < 0).any()
+            or int(n_entries.max(initial=0)) > _MOST_DUPLICATES * width
+        ):
+            raise UserError(f"{self._name}: indptr does not fit data and shape {self.shape}; the file is damaged")
+
+    def _check_indices(self, indices: np.ndarray, width: int) -> None:
+        if len(indices) and (int(indices.min()) < 0 or int(indices.max()) >= width):
+            raise UserError(f"{self._name}: indices do not fit the shape {self.shape}; the file is damaged")
+
+
+def plain_numbers(values: np.ndarray, where: str) -> np.ndarray:
+    """Values in a native type that scipy.sparse computes with; UserError for what holds no real numbers."""
+    dtype = values.dtype
+    if dtype.kind not in "buif":
+        raise UserError(f"{where} holds {dtype} values; expected raw counts")
+    if dtype.kind in "bui" and dtype.itemsize < 4:  # parts of an entry are summed, and must not overflow
+        return values.astype(np.int32)
+    if dtype == np.float16:
+        return values.astype(np.float32)
+    if dtype.itemsize > 8:  # long double
+        return values.astype(np.float64)
+    return values.astype(dtype.newbyteorder("="), copy=False)
 
 
 def check_counts(block: sp.csr_matrix, *, where: str, first_row: int) -> None:
@@ -136,8 +277,8 @@ def check_counts(block: sp.csr_matrix, *, where: str, first_row: int) -> None:
     Raises UserError naming `where` (file and matrix), the row, the column and the value.
     """
     values = block.data
-    if values.dtype.kind in "bui":
-        bad = (values < 0) | (values > MAX_COUNT) if values.dtype.kind != "b" else np.zeros(len(values), bool)
+    if values.dtype.kind in "ui":
+        bad = (values < 0) | (values > MAX_COUNT)
     elif values.dtype.kind == "f":
         with np.errstate(invalid="ignore"):
             bad = ~((values >= 0) & (values <= MAX_COUNT) & (values == np.trunc(values)))

@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import anndata as ad
 import h5py
+import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from census_scvi.config_errors import suggestion
-from census_scvi.counts.h5ad import CountMatrix, check_counts, open_file, read_frame
+from census_scvi.counts.h5ad import check_counts, open_file, plain_numbers, read_frame, require_place
+from census_scvi.counts.raw_counts import Matrix, check_place, find_raw_counts, matrices_in, sample_spans, var_key
 from census_scvi.errors import UserError
-
-# Rows in which raw counts are told from other values; all others are checked when they are read.
-_FIRST_LOOK = 1024
-# Where raw counts are looked for first; then in the other layers.
-_LIKELY = ("layers/counts", "raw", "X")
-
-
-class _Matrix(Protocol):
-    shape: tuple[int, int]
-
-    def blocks(self, rows: int) -> Iterator[tuple[int, sp.csr_matrix]]: ...
 
 
 class QueryCells:
@@ -55,12 +45,14 @@ class QueryCells:
         if isinstance(source, ad.AnnData):
             self.name = "the query"
             self.obs = source.obs
-            self._matrices, self._vars = _in_memory(source)
+            self._matrices, self._vars = _in_memory(source, self.name)
         elif isinstance(source, str | Path):
             self.name = str(source)
-            file = self._stack.enter_context(open_file(Path(source)))
-            self.obs = read_frame(file, "obs")
-            self._matrices, self._vars = _in_file(file)
+            with ExitStack() as stack:
+                file = stack.enter_context(open_file(Path(source)))
+                self.obs = read_frame(file, "obs")
+                self._matrices, self._vars = _in_file(file)
+                self._stack = stack.pop_all()
         else:
             raise UserError(f"the query is a {type(source).__name__}; expected an AnnData or the path of an .h5ad")
         if not len(self.obs):
@@ -77,38 +69,38 @@ class QueryCells:
     def __len__(self) -> int:
         return len(self.obs)
 
-    def find_counts(self, asked: str | None = None) -> str:
+    def find_counts(self, asked: str | None = None, *, setting: str = "counts=") -> str:
         """Where the raw counts are: `X`, `raw` or `layers/<name>`.
 
         Parameters
         ----------
         asked
-            The only place to look in; None looks in `layers/counts`, `raw`, `X`, and then in the other layers.
+            The only place to look in; None judges all (`census_scvi.counts.raw_counts`).
+        setting
+            What names a place, for messages.
 
         Raises
         ------
         UserError
-            No place holds whole numbers of 0 or more: what each of them holds.
+            No place holds whole numbers of 0 or more, or several do and nothing says which: what each of them holds.
         """
-        if asked is not None and asked not in self._matrices:
-            raise UserError(
-                f"{self.name} has no {asked}{suggestion(asked, list(self._matrices))}"
-                f" (it has {', '.join(self._matrices)})"
+        if asked is None:
+            return find_raw_counts(
+                self._matrices, lambda place: self.var(place).index, len(self), name=self.name, setting=setting
             )
-        likely = [place for place in _LIKELY if place in self._matrices]
-        places = [asked] if asked else [*likely, *(place for place in self._matrices if place not in likely)]
-        found = []
-        for place in places:
-            try:
-                next(self.blocks(place, _FIRST_LOOK))
-            except UserError as error:
-                found.append(str(error).removeprefix(f"{self.name}: ").partition(";")[0])
-            else:
-                return place
-        raise UserError(
-            f"{self.name} holds no raw counts, and the model knows nothing else: {'; '.join(found) or 'it has no X'}."
-            " Put the counts as they came from the sequencer's pipeline into X or layers['counts']"
-        )
+        require_place(asked, list(self._matrices), self.name)
+        n_genes = len(self.var(asked))
+        check_place(asked, self._matrices[asked], len(self), n_genes, name=self.name, setting=setting)
+        return asked
+
+    def sample(self, place: str) -> sp.csr_matrix:
+        """Raw counts of some cells, spread over all, CSR (cells, columns of the place)."""
+        return sp.vstack([part for _, part in self._matrices[place].sample(sample_spans(len(self)))], format="csr")
+
+    @property
+    def places(self) -> list[str]:
+        """All matrices there are."""
+        return list(self._matrices)
 
     def var(self, place: str) -> pd.DataFrame:
         """The var that belongs to a matrix."""
@@ -130,31 +122,50 @@ class QueryCells:
 
 
 class _ArrayInMemory:
-    """A matrix of an AnnData, dense or sparse."""
+    """A matrix of an AnnData, dense or sparse, in memory, backed or of dask."""
 
-    def __init__(self, values: Any) -> None:
-        # By columns a block of rows would be sought in all of it.
-        self._values = values.tocsr() if sp.issparse(values) and values.format != "csr" else values
+    def __init__(self, values: Any, where: str) -> None:
+        self._values, self._where = _computable(values, where), where
         self.shape = (int(values.shape[0]), int(values.shape[1]))
 
+    def sample(self, spans: Sequence[tuple[int, int]]) -> list[tuple[int, sp.csr_matrix]]:
+        return [(start, self._rows(start, stop)) for start, stop in spans]
+
     def blocks(self, rows: int) -> Iterator[tuple[int, sp.csr_matrix]]:
+        if sp.issparse(self._values) and self._values.format != "csr":
+            # By columns a block of rows would be sought in all of it.
+            self._values = self._values.tocsr()
         for start in range(0, self.shape[0], rows):
-            yield start, sp.csr_matrix(self._values[start : start + rows])
+            yield start, self._rows(start, min(start + rows, self.shape[0]))
+
+    def _rows(self, start: int, stop: int) -> sp.csr_matrix:
+        rows = self._values[start:stop]
+        if hasattr(rows, "compute"):  # dask
+            rows = rows.compute()
+        if isinstance(rows, np.ma.MaskedArray):
+            rows = np.ma.filled(rows.astype(np.float64), np.nan)
+        if sp.issparse(rows):
+            return sp.csr_matrix(_computable(rows, self._where))
+        return sp.csr_matrix(plain_numbers(np.asarray(rows), self._where))
 
 
-def _in_memory(adata: ad.AnnData) -> tuple[Mapping[str, _Matrix], Mapping[str, pd.DataFrame]]:
-    held = {f"layers/{name}": layer for name, layer in adata.layers.items()}
-    if adata.X is not None:
-        held["X"] = adata.X
+def _computable(values: Any, where: str) -> Any:
+    """A sparse matrix of a type that scipy computes with; anything else as it is."""
+    if not sp.issparse(values) or values.format not in ("csr", "csc"):
+        return values
+    data = plain_numbers(values.data, where)
+    return values if data is values.data else type(values)((data, values.indices, values.indptr), shape=values.shape)
+
+
+def _in_memory(adata: ad.AnnData, name: str) -> tuple[Mapping[str, Matrix], Mapping[str, pd.DataFrame]]:
+    held = {} if adata.X is None else {"X": adata.X}
     if adata.raw is not None:
         held["raw"] = adata.raw.X
-    matrices = {place: _ArrayInMemory(values) for place, values in held.items()}
+    held |= {f"layers/{layer}": values for layer, values in adata.layers.items()}
+    matrices = {place: _ArrayInMemory(values, f"{name}: {place}") for place, values in held.items()}
     return matrices, {"X": adata.var, "raw": adata.var if adata.raw is None else adata.raw.var}
 
 
-def _in_file(file: h5py.File) -> tuple[Mapping[str, _Matrix], Mapping[str, pd.DataFrame]]:
-    keys = {f"layers/{name}": f"layers/{name}" for name in file.get("layers", {})}
-    keys |= {place: key for place, key in {"X": "X", "raw": "raw/X"}.items() if key in file}
-    var = read_frame(file, "var")
-    matrices = {place: CountMatrix(file, key) for place, key in keys.items()}
-    return matrices, {"X": var, "raw": read_frame(file, "raw/var") if "raw" in keys else var}
+def _in_file(file: h5py.File) -> tuple[Mapping[str, Matrix], Mapping[str, pd.DataFrame]]:
+    matrices, var = matrices_in(file), read_frame(file, "var")
+    return matrices, {"X": var, "raw": read_frame(file, var_key(file, "raw")) if "raw" in matrices else var}

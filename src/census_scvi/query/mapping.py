@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +19,9 @@ from census_scvi.model.safe import ModelDescription
 from census_scvi.progress import progress_bar
 from census_scvi.query.alignment import AlignedCells, AlignmentReport
 from census_scvi.query.cells import QueryCells
+from census_scvi.query.expected import ExpectedCounts
 
-# The bound of genes.min_share where a user's own cells are mapped: a tenth of the genes costs little, half costs much.
+# Default of query.min_share and of min_share=: a tenth of the genes costs little, half costs much.
 MIN_SHARE = 0.8
 _BLOCK_CELLS = 4096
 # The batch that an encoder which looks at it is told for cells of batches that it does not know.
@@ -58,10 +59,17 @@ class Mapper:
         The trained model.
     symbols
         Symbols of genes by feature_id, beside those that the model knows.
+    typical
+        Gives CSR float32 (cells, genes of the model): raw counts of cells that the model stands for, or None; they tell
+        what a gene weighs that a query lacks.
     """
 
     def __init__(
-        self, model: scvi.model.SCVI, description: ModelDescription, symbols: Mapping[str, str] | None = None
+        self,
+        model: scvi.model.SCVI,
+        description: ModelDescription,
+        symbols: Mapping[str, str] | None = None,
+        typical: Callable[[], sp.csr_matrix | None] | None = None,
     ) -> None:
         self._description = description
         known = dict(zip(description.genes, description.symbols, strict=False))
@@ -70,6 +78,7 @@ class Mapper:
         if description.arguments["encode_covariates"]:
             model = extend_batches(model, description.genes, [_QUERY_BATCH])
         self._encode = Encoder(model)
+        self._expected = ExpectedCounts(model, self._n_trained, typical)
 
     def __call__(
         self, source: ad.AnnData | str | Path, *, counts: str | None = None, min_share: float = MIN_SHARE
@@ -83,7 +92,8 @@ class Mapper:
         counts
             Where the raw counts are: `X`, `raw` or `layers/<name>`; None finds them.
         min_share
-            Share of the model's genes that must be there.
+            Share of the model's genes that must be there; fewer will do where hardly any counts are expected in the
+            others (`AlignedCells`).
 
         Raises
         ------
@@ -117,6 +127,7 @@ class Mapper:
                 self._description.organism,
                 min_share=min_share,
                 counts=counts,
+                expected=self._expected.share,
             )
 
 

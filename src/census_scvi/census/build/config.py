@@ -87,11 +87,11 @@ class DatasetConfig(_Section):
     organism: OrganismName
     """homo_sapiens or mus_musculus."""
 
-    counts: str = "X"
-    """Where the raw counts are: X, raw or layers/<name>."""
+    counts: str | None = None
+    """Where the raw counts are: X, raw or layers/<name>; null: found, and refused where several may be."""
 
-    gene_id: str = "index"
-    """Where Ensembl ids or symbols are: index (of var) or a var column."""
+    gene_id: str | None = None
+    """Where Ensembl ids or symbols are: index (of var) or a var column; null: where most genes are recognised."""
 
     obs: Annotated[dict[str, str], BeforeValidator(_census_columns)] = Field(default_factory=dict)
     """Census column: column of the file. A column with a Census name is taken without being listed."""

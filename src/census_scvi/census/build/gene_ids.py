@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class GeneReport:
-    """What became of the genes of one file. `in_file` = `kept` + `dropped` + `summed`."""
+    """What became of the genes of one file. `in_file` = `kept` + `dropped` + `summed`; it counts no `not_genes`."""
 
     in_file: int = 0
     kept: int = 0  # distinct genes in the Census
@@ -25,6 +25,7 @@ class GeneReport:
     under_symbol: int = 0  # of the kept columns: those without an id, kept under their symbol
     dropped: int = 0  # without an id
     summed: int = 0  # columns added to another column of the same gene
+    not_genes: int = 0  # columns of proteins, guides, peaks, spike-ins or another genome
 
     def __str__(self) -> str:
         text = f"{self.kept:,} of {self.in_file:,} genes"
@@ -33,6 +34,7 @@ class GeneReport:
             "without Ensembl id kept under their symbol": self.under_symbol,
             "without Ensembl id dropped": self.dropped,
             "duplicates summed": self.summed,
+            "columns that are no genes left out": self.not_genes,
         }
         return "; ".join([text, *(f"{number:,} {what}" for what, number in notes.items() if number)])
 

@@ -1,20 +1,26 @@
 """Where the cells of a local Census come from: a `Source` is one dataset, its labels, its genes and its counts."""
 
+import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
+import h5py
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from census_scvi.census.build.gene_ids import GeneMap, GeneReport, Genes, resolve_genes
+from census_scvi.census.build.gene_ids import GeneMap, GeneReport, Genes, resolve_genes, strip_version
+from census_scvi.census.build.gene_rows import clean_names, find_gene_rows, holds_kinds, name_columns
 from census_scvi.census.build.h5ad_labels import census_labels, label_text, table_column
-from census_scvi.counts.h5ad import CountMatrix, check_counts, counts_key, open_file, read_frame
+from census_scvi.census.build.schema import ORGANISMS
+from census_scvi.counts.h5ad import CountMatrix, check_counts, open_file, read_frame, require_place
+from census_scvi.counts.raw_counts import check_place, find_raw_counts, matrices_in, matrix_key, var_key
 from census_scvi.errors import UserError
 
-# Rows that are looked at when a file is opened: normalised data is refused before any work.
-_FIRST_LOOK = 256
+logger = logging.getLogger(__name__)
 
 
 class Source(Protocol):
@@ -88,7 +94,7 @@ class H5adSource:
     def _selected(self, rows: int) -> Iterator[sp.csr_matrix]:
         """The dataset's own cells of each block of the file, columns already turned into genes."""
         with open_file(Path(self.path)) as file:
-            matrix = CountMatrix(file, counts_key(file, self._counts))
+            matrix = CountMatrix(file, matrix_key(file, self._counts))
             try:
                 for start, block in matrix.blocks(rows, first=int(self._rows[0]), last=int(self._rows[-1]) + 1):
                     first, last = np.searchsorted(self._rows, [start, start + block.shape[0]])
@@ -142,8 +148,8 @@ def open_h5ad(
     dataset_column: str | None = None,
     title: str | None = None,
     organism: str,
-    counts: str = "X",
-    gene_id: str = "index",
+    counts: str | None = None,
+    gene_id: str | None = None,
     obs_columns: Mapping[str, str] | None = None,
     values: Mapping[str, str | bool] | None = None,
     gene_map: GeneMap | None = None,
@@ -154,29 +160,28 @@ def open_h5ad(
 
     `obs_columns` maps Census columns to columns of the file, `values` gives Census columns one value for all cells.
     A column of the file that has a Census name is taken as it is, unless either says otherwise; all others get
-    "unknown" or "na", and is_primary_data True. `counts` is X, raw or layers/<name>; `gene_id` is index or a column
-    of var. Raises UserError for a missing, damaged or unsuitable file, naming it.
+    "unknown" or "na", and is_primary_data True. `counts` is X, raw or layers/<name>, None judges all of them
+    (`census_scvi.counts.raw_counts`); `gene_id` is index or a column of var, None takes the one in which most genes are
+    recognised. Raises UserError for a missing, damaged or unsuitable file, naming it.
     """
     try:
         with open_file(path) as file:
-            matrix = CountMatrix(file, counts_key(file, counts))
-            var = read_frame(file, "raw/var" if counts == "raw" else "var")
             table = read_frame(file, "obs")
-            _check_shape(path, counts, matrix, table, var)
+            place = _find_counts(file, path, counts, len(table))
+            var = read_frame(file, var_key(file, place))
     except (OSError, KeyError, ValueError) as error:
         raise UserError(f"{path}: the file is damaged or truncated ({error})") from error
-    try:
-        names = pd.Series(var.index) if gene_id == "index" else table_column(var, gene_id, "var")
-        genes = resolve_genes(
-            names,
-            var,
-            organism=organism,
-            gene_map=gene_map,
-            keep_without_id=keep_without_id,
-            min_recognised=min_recognised,
-        )
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+    logger.info("%s: raw counts are taken from %s", path, place)
+    genes = _find_genes(
+        path,
+        table,
+        var,
+        organism,
+        gene_id,
+        gene_map,
+        keep_without_id=keep_without_id,
+        min_recognised=min_recognised,
+    )
     labels = census_labels(table, path=path, organism=organism, columns=obs_columns or {}, values=values or {})
     sources = []
     for name, rows in _datasets(table, path, dataset_id, dataset_column):
@@ -186,21 +191,115 @@ def open_h5ad(
                 dataset_id=name,
                 title=title if title and dataset_column is None else f"{title}: {name}" if title else name,
                 organism=organism,
-                counts=counts,
+                counts=place,
                 genes=genes,
                 obs=labels.iloc[rows].reset_index(drop=True),
                 rows=rows,
             )
         )
-        next(sources[-1].blocks(_FIRST_LOOK))
     return sources
 
 
-def _check_shape(path: Path, counts: str, matrix: CountMatrix, obs: pd.DataFrame, var: pd.DataFrame) -> None:
-    if matrix.shape != (len(obs), len(var)):
-        raise UserError(f"{path}: {counts} is {matrix.shape}, but obs x var is {(len(obs), len(var))}")
-    if not len(obs) or not len(var):
-        raise UserError(f"{path}: holds {len(obs)} cells and {len(var)} genes; nothing to build from")
+def _find_counts(file: h5py.File, path: Path, asked: str | None, n_cells: int) -> str:
+    """The place that is asked for, or the one that holds the raw counts; UserError where none does."""
+    matrices, setting = matrices_in(file), "counts: "
+    names = {key: read_frame(file, key).index for key in {var_key(file, place) for place in matrices}}
+    n_genes = max((len(index) for index in names.values()), default=0)
+    if not n_cells or not n_genes:
+        raise UserError(f"{path}: holds {n_cells} cells and {n_genes} genes; nothing to build from")
+    if asked is None and len(matrices) > 1:
+        return find_raw_counts(
+            matrices, lambda place: names[var_key(file, place)], n_cells, name=str(path), setting=setting
+        )
+    place = asked or next(iter(matrices), "X")
+    require_place(place, list(matrices), str(path))
+    n_genes = len(names[var_key(file, place)])
+    check_place(place, matrices[place], n_cells, n_genes, name=str(path), setting=setting)
+    return place
+
+
+def _find_genes(
+    path: Path,
+    obs: pd.DataFrame,
+    var: pd.DataFrame,
+    organism: str,
+    gene_id: str | None,
+    gene_map: GeneMap | None,
+    *,
+    keep_without_id: bool,
+    min_recognised: float,
+) -> Genes:
+    """Which gene each column of the file is; UserError, naming the file, where too few are recognised."""
+    rows = find_gene_rows(var, organism)
+    if rows.left_out:
+        logger.warning("%s: %s", path, rows)
+    columns = np.flatnonzero(rows.is_gene)
+    if not len(columns):
+        raise UserError(f"{path}: {rows}; nothing is left to build from")
+    places = dict(name_columns(var))
+    recognised = {
+        where: int(_recognised(names[rows.is_gene], organism, gene_map).sum()) for where, names in places.items()
+    }
+    best = max(recognised, key=recognised.__getitem__)
+    asked = best if gene_id is None else "var_names" if gene_id == "index" else f"var[{gene_id!r}]"
+    if asked not in places:
+        places[asked] = table_column(var, str(gene_id), f"{path}: var").astype(str)
+    if asked != "var_names" and gene_id is None:
+        numbers = f"{recognised[asked]:,} of {len(columns):,} genes, var_names {recognised['var_names']:,}"
+        logger.info("%s: genes are taken from %s, which names %s", path, asked, numbers)
+    proposal = _proposal(asked, best, recognised, obs, organism, gene_map)
+    try:
+        genes = resolve_genes(
+            clean_names(places[asked])[rows.is_gene],
+            _attributes(var, asked).iloc[columns],
+            organism=organism,
+            gene_map=gene_map,
+            keep_without_id=keep_without_id,
+            min_recognised=min_recognised,
+        )
+    except UserError as error:
+        raise UserError(f"{path}: {error}{proposal and f'; {proposal}'}") from None
+    if proposal:
+        logger.warning("%s: %s", path, proposal)
+    column_to_gene = np.full(len(var), -1, dtype=np.int64)
+    column_to_gene[columns] = genes.column_to_gene
+    report = replace(genes.report, not_genes=len(var) - len(columns))
+    return replace(genes, column_to_gene=column_to_gene, report=report)
+
+
+def _recognised(names: pd.Series, organism: str, gene_map: GeneMap | None) -> pd.Series:
+    """Which names are Ensembl ids of the organism, or symbols of the map."""
+    ids = strip_version(clean_names(names))
+    found = ids.str.fullmatch(re.escape(ORGANISMS[organism].gene_id_prefix) + r"\d{11}")
+    return found if gene_map is None else found | ids.isin(gene_map.id_of_symbol)
+
+
+def _proposal(
+    asked: str,
+    best: str,
+    recognised: Mapping[str, int],
+    obs: pd.DataFrame,
+    organism: str,
+    gene_map: GeneMap | None,
+) -> str:
+    """Where more genes would be recognised than in the place that was asked for, or ""."""
+    here = recognised.get(asked, 0)
+    if recognised[best] > here:
+        column = "index" if best == "var_names" else best.removeprefix("var['").removesuffix("']")
+        return f"{best} names {recognised[best]:,} genes, {asked} {here:,}: take it with gene_id: {column}"
+    in_obs = int(_recognised(pd.Series(obs.index.astype(str), dtype=object), organism, gene_map).sum())
+    if in_obs > 2 * here:
+        return f"obs_names holds {in_obs:,} genes: rows and columns are exchanged; give the cells as rows (adata.T)"
+    return ""
+
+
+def _attributes(var: pd.DataFrame, names_from: str) -> pd.DataFrame:
+    """What the file says of its genes: the Census' columns, and the index as symbols beside a column of ids."""
+    if "feature_type" in var and holds_kinds(var["feature_type"]):  # "Gene Expression", where the Census has biotypes
+        var = var.drop(columns="feature_type")
+    if names_from == "var_names" or "feature_name" in var or var.index.astype(str).str.isdigit().any():
+        return var
+    return var.assign(feature_name=clean_names(pd.Series(var.index.astype(str), dtype=object)).to_numpy())
 
 
 def _datasets(

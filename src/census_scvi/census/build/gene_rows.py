@@ -1,0 +1,156 @@
+"""Which rows of a var are genes of an organism, and their names without what tools add to them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+# Columns of var that say what a row is: of Cell Ranger (scanpy, DropletUtils), CELLxGENE, muon.
+_KIND_COLUMNS = ("feature_types", "feature_type", "feature_biotype", "modality", "Type", "type")
+_GENE_EXPRESSION = {"gene expression", "gex", "rna"}
+# What such a column calls rows that are no genes; biotypes, such as protein_coding, are genes.
+_NO_GENES = {
+    "antibody capture", "antigen capture", "crispr guide capture", "multiplexing capture", "custom", "peaks", "peak",
+    "adt", "hto", "hashtag", "protein", "prot", "antibody", "crispr", "atac", "chromatin accessibility", "tag",
+    "spike-in", "spikein", "spike_in", "ercc",
+}  # fmt: skip
+# Where the form of a name says what a row is; other columns may hold, say, the interval of a gene.
+_NAMES = re.compile(r"^var_names$|_(?:id|ids|name|names|symbol|symbols)'\]$|^var\['(?:symbol|name|ID|Symbol)'\]$")
+_NO_GENE_NAMES = {
+    "spike-in": r"^(?:gSpikein[-_])?(?:ERCC[-_.]\d{4,5}|SIRV\d+(?:[-_.]\d+)?|phiX(?:174)?|ArrayControl[-_.]?\d+)$",
+    "peak": r"^(?:chr|CHR)?[\dXYMTW][\w.]*[:_-]\d+[-_]\d+$",
+    "line of a counting program": r"^(?:__\w+|N_(?:unmapped|multimapping|noFeature|ambiguous))$",
+}
+# A genome's name in front of a gene's, as Cell Ranger writes it where it counted in several: GRCh38_TP53, mm10___Xkr4.
+_GENOME = re.compile(
+    r"^((?:GRC[A-Za-z]{1,2}\d+|hg\d\d|mm\d+|rn\d|Rnor|mRatBN\d|T2T-CHM13|CHM13|dm\d|BDGP\d|danRer\d|galGal\d|Sscrofa\d"
+    r"|susScr\d|Mmul|rheMac\d|panTro\d|CanFam\d)[A-Za-z0-9.-]*)_+(?=[^_])"
+)
+_ORGANISM_OF_GENOME = {
+    "homo_sapiens": re.compile(r"^(?:GRCh|hg\d|T2T|CHM)", re.IGNORECASE),
+    "mus_musculus": re.compile(r"^(?:GRCm|mm\d)", re.IGNORECASE),
+}
+# An Ensembl id among other text: ENSG00000141510_TP53, TP53|ENSG00000141510.18, GRCh38_ENSG00000141510.
+_ENSEMBL_WITHIN = r"(?<![A-Za-z0-9])(ENS[A-Z]*G\d{11}(?:\.\d+)?(?:_PAR_Y)?)(?![A-Za-z0-9])"
+
+
+@dataclass(frozen=True)
+class GeneRows:
+    """The rows of a var that may be genes of an organism.
+
+    Attributes
+    ----------
+    is_gene
+        bool (rows,).
+    left_out
+        Rows that are none, by what they are: `Antibody Capture`, `spike-in`, `genome mm10`, ...
+    """
+
+    is_gene: npt.NDArray[np.bool_]
+    left_out: dict[str, int]
+
+    def __str__(self) -> str:
+        listed = ", ".join(f"{number:,} {kind}" for kind, number in self.left_out.items())
+        return f"{sum(self.left_out.values()):,} rows that are no genes of the organism are left out: {listed}"
+
+
+def find_gene_rows(var: pd.DataFrame, organism: str) -> GeneRows:
+    """Leave out rows of proteins, guides, hashtags, peaks and spike-ins, and those of another organism's genome.
+
+    Parameters
+    ----------
+    var
+        Index and columns of text are looked at: what a column says a row is, and the form of the names.
+    organism
+        Such as `homo_sapiens`; rows of a genome that is another's are left out. Genomes of other names are, where
+        another genome of the file is this organism's.
+    """
+    kinds = np.full(len(var), "", dtype=object)
+    for column in _KIND_COLUMNS:
+        if column in var:
+            _set(kinds, *_kinds(_text(var[column])))
+    for names in _names(var):
+        for kind, pattern in _NO_GENE_NAMES.items():
+            _set(kinds, names.str.fullmatch(pattern).to_numpy(bool), kind)
+    genomes = _genomes(var)
+    foreign = _foreign(genomes, organism)
+    _set(kinds, foreign, ("genome " + genomes.str.replace("/", "-")).to_numpy(object))
+    numbers = pd.Series(kinds[kinds != ""], dtype=object).value_counts()
+    return GeneRows(kinds == "", {str(kind): int(number) for kind, number in numbers.items()})
+
+
+def holds_kinds(values: pd.Series) -> bool:
+    """Whether a column says which rows are gene expression, as Cell Ranger's does, and not their biotype."""
+    return bool(_text(values).str.strip().str.casefold().isin(_GENE_EXPRESSION).any())
+
+
+def name_columns(var: pd.DataFrame) -> Iterator[tuple[str, pd.Series]]:
+    """(where, names) of every place in which genes may be named: the index, and each column of text."""
+    yield "var_names", _text(var.index.to_series())
+    for column in var.columns:
+        if not pd.api.types.is_numeric_dtype(var[column]):  # bool is numeric, too
+            yield f"var[{column!r}]", _text(var[column])
+
+
+def _names(var: pd.DataFrame) -> Iterator[pd.Series]:
+    return (names for where, names in name_columns(var) if _NAMES.search(where))
+
+
+def clean_names(names: pd.Series) -> pd.Series:
+    """Names without spaces around them, the genome in front, and the symbol beside an Ensembl id.
+
+    A name with one Ensembl id in it is that id. The genome's name alone is never cut to nothing.
+    """
+    stripped = names.str.strip()
+    ids = stripped.str.findall(_ENSEMBL_WITHIN)
+    one = ids.str.len() == 1
+    cleaned = stripped.str.replace(_GENOME, "", regex=True)
+    cleaned[one] = ids[one].str[0]
+    return cleaned
+
+
+def _text(values: pd.Series) -> pd.Series:
+    """Text with a plain index; missing values are empty."""
+    values = values.astype(object)
+    return values.where(values.notna(), "").astype(str).reset_index(drop=True)
+
+
+def _set(kinds: npt.NDArray[np.object_], rows: npt.NDArray[np.bool_], kind: str | npt.NDArray[np.object_]) -> None:
+    """Say of rows of which nothing is said yet what they are."""
+    rows = rows & (kinds == "")
+    kinds[rows] = kind if isinstance(kind, str) else kind[rows]
+
+
+def _kinds(values: pd.Series) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.object_]]:
+    """Which rows a column says are no genes, and what it says."""
+    folded = values.str.strip().str.casefold()
+    # A column that says "Gene Expression" says of all its other kinds that they are something else.
+    says_genes = folded.isin(_GENE_EXPRESSION)
+    others = (folded != "") & ~says_genes if says_genes.any() else folded.isin(_NO_GENES)
+    return others.to_numpy(bool), values.str.strip().str.replace("/", "-").to_numpy(object)
+
+
+def _genomes(var: pd.DataFrame) -> pd.Series:
+    """The genome that each row names, in the column `genome` or in front of a name; "" for none."""
+    genomes = _text(var["genome"]) if "genome" in var else pd.Series("", index=range(len(var)), dtype=object)
+    for names in _names(var):
+        found = names.str.strip().str.extract(_GENOME)[0].fillna("")
+        genomes = genomes.where(genomes != "", found)
+    return genomes
+
+
+def _foreign(genomes: pd.Series, organism: str) -> npt.NDArray[np.bool_]:
+    """Rows whose genome is another organism's."""
+    owner = {genome: _organism_of(genome) for genome in genomes.unique() if genome}
+    own = {genome for genome, name in owner.items() if name == organism}
+    foreign = {genome for genome, name in owner.items() if name != organism and (name or own)}
+    return genomes.isin(foreign).to_numpy(bool)
+
+
+def _organism_of(genome: str) -> str:
+    return next((name for name, pattern in _ORGANISM_OF_GENOME.items() if pattern.match(genome)), "")

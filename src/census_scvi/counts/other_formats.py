@@ -1,0 +1,71 @@
+"""Files that are no .h5ad: which format each is, and the line that converts it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import h5py
+
+_READERS = {
+    ".csv": "scanpy.read_csv({path!r})",
+    ".tsv": "scanpy.read_text({path!r})",
+    ".txt": "scanpy.read_text({path!r})",
+    ".mtx": "scanpy.read_10x_mtx(<its folder>)",
+    ".xlsx": "scanpy.read_excel({path!r}, <sheet>)",
+    ".parquet": "anndata.AnnData(pandas.read_parquet({path!r}))",
+}
+_TRANSPOSE = " (add .T where the rows are genes)"
+_IN_R = {".rds", ".rda", ".rdata", ".qs", ".h5seurat"}
+
+
+def explain_path(path: Path) -> str:
+    """What lies at a path that is no HDF5 file, and how to make an .h5ad of it; "" where that is not known."""
+    if path.is_dir():
+        return _explain_folder(path)
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if ".zarr" in suffixes:
+        return f"is a packed zarr store; unpack it, then {_convert('anndata.read_zarr(<the folder>)')}"
+    with path.open("rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    if packed and suffixes[-1:] == [".gz"] and suffixes[-2:-1] not in ([kind] for kind in _READERS):
+        return f"is compressed; unpack it first: gunzip {path.name}"
+    kind = next((suffix for suffix in reversed(suffixes) if suffix != ".gz"), "")
+    if kind in _IN_R:
+        return _from_r(kind)
+    if kind not in _READERS:
+        return ""
+    note = _TRANSPOSE if kind in (".csv", ".tsv", ".txt", ".xlsx", ".parquet") else ""
+    return f"is a {kind} file; {_convert(_READERS[kind].format(path=str(path)), note)}"
+
+
+def _explain_folder(path: Path) -> str:
+    if any((path / name).exists() for name in (".zgroup", "zarr.json", ".zattrs", ".zmetadata")):
+        return f"is a zarr store; {_convert(f'anndata.read_zarr({str(path)!r})')}"
+    if any((path / f"matrix.mtx{packed}").exists() for packed in ("", ".gz")):
+        return f"is a folder of 10x files; {_convert(f'scanpy.read_10x_mtx({str(path)!r})')}"
+    return "is a folder; expected an .h5ad file"
+
+
+def explain_hdf5(file: h5py.File) -> str:
+    """Which other format an HDF5 file without obs and var is in, and how to convert it; "" where that is not known."""
+    path = file.filename
+    if "mod" in file:
+        return f"is a MuData file; write its RNA alone: muon.read({path!r})['rna'].write_h5ad('cells.h5ad')"
+    if "matrix" in file and isinstance(file["matrix"], h5py.Group):
+        return f"is a 10x file; {_convert(f'scanpy.read_10x_h5({path!r})')}"
+    if {"matrix", "row_attrs", "col_attrs"} <= set(file):
+        return f"is a loom file; {_convert(f'scanpy.read_loom({path!r})')}"
+    if "assays" in file or "meta.data" in file:
+        return _from_r(".h5seurat")
+    if any(isinstance(group, h5py.Group) and {"barcodes", "genes", "indptr"} <= set(group) for group in file.values()):
+        return f"is a 10x file of an old version; {_convert(f'scanpy.read_10x_h5({path!r}, genome=<its group>)')}"
+    return ""
+
+
+def _convert(reader: str, note: str = "") -> str:
+    return f"convert it: {reader}.write_h5ad('cells.h5ad'){note}"
+
+
+def _from_r(kind: str) -> str:
+    how = "SeuratDisk::Convert(file, dest = 'h5ad')" if kind == ".h5seurat" else "zellkonverter::writeH5AD(cells, file)"
+    return f"is an R file ({kind}); convert it in R: {how}"

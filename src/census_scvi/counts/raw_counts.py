@@ -1,0 +1,387 @@
+"""Which matrix of an .h5ad or AnnData holds the raw counts: judged by values and names, refused where it is open."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import scipy.sparse as sp
+
+from census_scvi.counts.h5ad import CountMatrix, check_counts, require_place
+from census_scvi.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# Cells that are looked at, in ranges spread over the file; all others are checked when they are read.
+_CELLS, _RANGES = 1024, 8
+# Names of a layer that say "raw counts", in small letters and digits.
+_NAMED_COUNTS = {
+    "counts", "count", "rawcounts", "rawcount", "countsraw", "raw", "rawdata", "rawx", "umi", "umis", "umicounts",
+    "countsumi", "rawumi", "rawumis", "rawumicounts", "originalcounts", "countsoriginal", "integercounts",
+}  # fmt: skip
+# Names of a layer that holds a part of the reads, as velocyto, alevin-fry and dynast write them.
+_NAMED_PART = re.compile(r"spliced|ambiguous|spanning|nascent|mature|intron|exon|label+ed|ambient|background")
+# Least non-zero values of which one would be above 1 if they were counts.
+_MANY = 500
+# A matrix that is nowhere above another one, with less than this share of its sum, is a part of it.
+_SMALL_PART = 0.2
+# Relative difference of two numbers that should be equal; half precision and its logarithm keep three digits.
+_ROUNDING = 0.02
+_NEARLY_ALL = 0.95
+
+
+class Matrix(Protocol):
+    """A matrix, cells x genes, of which rows can be read."""
+
+    shape: tuple[int, int]
+
+    def sample(self, spans: Sequence[tuple[int, int]]) -> list[tuple[int, sp.csr_matrix]]:
+        """(first row, CSR) of some ranges of rows, ascending."""
+        ...
+
+    def blocks(self, rows: int) -> Iterator[tuple[int, sp.csr_matrix]]:
+        """(first row, CSR) of at most `rows` rows."""
+        ...
+
+
+class UnreadableMatrix:
+    """Stands for a matrix that cannot be read; says why to whoever wants its values."""
+
+    def __init__(self, reason: str) -> None:
+        self.shape, self._reason = (-1, -1), reason
+
+    def sample(self, spans: Sequence[tuple[int, int]]) -> list[tuple[int, sp.csr_matrix]]:
+        """UserError: why it cannot be read."""
+        raise UserError(self._reason)
+
+    def blocks(self, rows: int) -> Iterator[tuple[int, sp.csr_matrix]]:
+        """UserError: why it cannot be read."""
+        raise UserError(self._reason)
+
+
+def matrices_in(file: h5py.File) -> dict[str, Matrix]:
+    """The matrices of an .h5ad by place: `X`, `raw` and `layers/<name>`."""
+    return {place: _matrix(file, key) for place, key in _keys(file).items()}
+
+
+def _keys(file: h5py.File) -> dict[str, str]:
+    raw = "raw.X" if "raw.X" in file else "raw/X"  # anndata before 0.7 wrote raw.X and raw.var
+    found = {place: key for place, key in {"X": "X", "raw": raw}.items() if key in file}
+    return found | {f"layers/{name}": f"layers/{name}" for name in file.get("layers", {})}
+
+
+def matrix_key(file: h5py.File, place: str) -> str:
+    """The key of a matrix in the file; UserError naming what there is."""
+    keys = _keys(file)
+    require_place(place, list(keys), file.filename)
+    return keys[place]
+
+
+def var_key(file: h5py.File, place: str) -> str:
+    """The key of the var that belongs to a matrix."""
+    if place != "raw":
+        return "var"
+    return "raw.var" if "raw.var" in file else "raw/var"
+
+
+def _matrix(file: h5py.File, key: str) -> Matrix:
+    try:
+        return CountMatrix(file, key)
+    except UserError as error:
+        return UnreadableMatrix(str(error))
+
+
+def find_raw_counts(
+    matrices: Mapping[str, Matrix], genes: Callable[[str], pd.Index], n_cells: int, *, name: str, setting: str
+) -> str:
+    """The matrix that holds the raw counts: `X`, `raw` or `layers/<name>`.
+
+    It holds whole numbers of 0 or more in cells spread over all of them. Of several such matrices it is the one with
+    the name of raw counts (`layers/counts`, `raw`), or else X, or else the one from which X or raw was normalised.
+    Equal ones count as one. A matrix of only 0 and 1, one that was rounded after normalisation, and one that is a
+    small part of another one are not taken.
+
+    Parameters
+    ----------
+    matrices
+        All there are, by place.
+    genes
+        Names of the columns of a place.
+    n_cells
+        Rows that a matrix must have.
+    name
+        What messages call the cells.
+    setting
+        What names a place, for messages; such as `query.counts=`.
+
+    Raises
+    ------
+    UserError
+        No matrix holds raw counts, or several do and nothing says which: each with what it holds.
+    """
+    looks = [_look(place, matrix, genes(place), n_cells, name) for place, matrix in matrices.items()]
+    whole = [look for look in looks if not look.refused]
+    if not whole:
+        found = "; ".join(look.refused for look in looks) or "it has no X"
+        raise UserError(
+            f"{name} holds no raw counts: {found}."
+            " Put the counts as they came from the sequencer's pipeline into X or layers['counts']"
+        )
+    likely = [look for look in whole if not look.unlike_counts]
+    if not likely:
+        return _all_unlike(whole, name, setting)
+    likely = [look for look in likely if not look.is_multiple] or likely
+    groups = _equal([look for look in likely if not any(look.is_small_part_of(other) for other in likely)])
+    normalised = [look for look in looks if look.refused and look.place in ("X", "raw") and look.rows is not None]
+    chosen = _evident(groups, normalised)
+    if chosen is None:
+        raise UserError(_undecided(name, setting, groups, looks))
+    if len(whole) > 1:
+        others = ", ".join(look.place for look in whole if look is not chosen)
+        log.info("raw counts are taken from %s; whole numbers are in %s, too", chosen.place, others)
+    return chosen.place
+
+
+def _all_unlike(whole: list[_Look], name: str, setting: str) -> str:
+    """The place where no matrix has any count; UserError where they have, but no raw ones."""
+    if wrong := [look for look in whole if look.counts.nnz]:
+        raise UserError(_undecided(name, setting, [[look] for look in wrong], whole))
+    return _best(whole).place
+
+
+def check_place(place: str, matrix: Matrix, n_cells: int, n_genes: int, *, name: str, setting: str) -> None:
+    """UserError where a matrix that was asked for holds no raw counts; a warning where it hardly does."""
+    look = _look(place, matrix, pd.RangeIndex(n_genes), n_cells, name)
+    if look.refused:
+        raise UserError(f"{name}: {look.refused}: {place} holds no raw counts; name where they are with {setting}...")
+    if look.counts.nnz and look.unlike_counts:
+        log.warning("%s: %s is taken as raw counts, but it %s", name, place, look.unlike_counts)
+
+
+@dataclass(frozen=True)
+class _Look:
+    """Some cells of a matrix; `refused` says why it holds no whole numbers."""
+
+    place: str
+    genes: pd.Index
+    rows: sp.csr_matrix | None
+    refused: str = ""
+
+    @cached_property
+    def counts(self) -> sp.csr_matrix:
+        """float64 (cells, genes), every entry once, no zeros."""
+        assert self.rows is not None, "only of what was read"
+        return _tidy(self.rows)
+
+    @cached_property
+    def unlike_counts(self) -> str:
+        """Why whole numbers are hardly raw counts, or ""."""
+        if not self.counts.nnz:
+            return "holds only 0"
+        if self.counts.nnz >= _MANY and self.counts.data.max() == 1:
+            return "holds only 0 and 1"
+        totals = _totals(self.counts)
+        if len(totals) >= 20 and np.ptp(totals) <= 0.005 * totals.mean() and self.is_multiple:
+            return f"has the same total in every cell ({totals.mean():,.0f}), as after normalisation and rounding"
+        return ""
+
+    @property
+    def is_multiple(self) -> bool:
+        """Whether most cells have no count of 1, as after rounding of something larger."""
+        return bool(np.median(_row_minima(self.counts)) > 1)
+
+    @property
+    def named_counts(self) -> bool:
+        """Whether the name says "raw counts"."""
+        return self.place == "raw" or re.sub("[^a-z0-9]", "", self._layer) in _NAMED_COUNTS
+
+    @property
+    def named_part(self) -> bool:
+        """Whether the name says "some of the reads"."""
+        return bool(_NAMED_PART.search(self._layer))
+
+    @property
+    def _layer(self) -> str:
+        return self.place.removeprefix("layers/").casefold() if self.place.startswith("layers/") else ""
+
+    def is_small_part_of(self, other: _Look) -> bool:
+        """Whether it is nowhere above the other, and little of it."""
+        if other is self or not self.genes.equals(other.genes):
+            return False
+        if self.counts.sum() >= _SMALL_PART * other.counts.sum():
+            return False
+        return bool((self.counts - other.counts).max() <= 0)
+
+    def holds_the_same_as(self, other: _Look) -> bool:
+        """Whether the counts of the genes that both have are equal, and one has all genes of the other."""
+        if self.genes.equals(other.genes):
+            return _same(self.counts, other.counts)
+        shared = _shared_columns(self.genes, other.genes)
+        if shared is None:
+            return False
+        return _same(_tidy(self.counts[:, shared[0]]), _tidy(other.counts[:, shared[1]]))
+
+    def is_made_into(self, normalised: _Look) -> bool:
+        """Whether the other's values are these counts, scaled cell by cell, and perhaps their logarithm."""
+        values, counts = _tidy(normalised.rows), self.counts
+        if not self.genes.equals(normalised.genes):
+            shared = _shared_columns(self.genes, normalised.genes)
+            if shared is None:
+                return False
+            counts, values = _tidy(counts[:, shared[0]]), _tidy(values[:, shared[1]])
+        if not np.array_equal(values.indptr, counts.indptr) or not np.array_equal(values.indices, counts.indices):
+            return False
+        with np.errstate(all="ignore"):
+            return any(_proportional(inverse(values.data), counts) for inverse in _INVERSES)
+
+    def __str__(self) -> str:
+        totals, n_genes = _totals(self.counts), np.diff(self.counts.indptr)
+        return f"{self.place} (medians per cell: {np.median(totals):,.0f} counts, {np.median(n_genes):,.0f} genes)"
+
+
+# Of log1p to the bases in use, and of no logarithm.
+_INVERSES: tuple[Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]], ...] = (
+    np.expm1,
+    lambda x: np.exp2(x) - 1,
+    lambda x: np.power(10.0, x) - 1,
+    lambda x: x,
+)
+
+
+def _look(place: str, matrix: Matrix, genes: pd.Index, n_cells: int, name: str) -> _Look:
+    if matrix.shape != (-1, -1) and matrix.shape != (n_cells, len(genes)):
+        return _Look(place, genes, None, f"{place} is {matrix.shape}, obs x var {(n_cells, len(genes))}")
+    rows, refused = None, ""
+    try:
+        parts = matrix.sample(sample_spans(n_cells))
+        rows = sp.vstack([part for _, part in parts], format="csr")
+        for start, part in parts:
+            check_counts(part, where=f"{name}: {place}", first_row=start)
+    except UserError as error:
+        refused = str(error).removeprefix(f"{name}: ").partition("; if")[0]
+    except (OSError, KeyError) as error:
+        raise UserError(f"{name}: the file is damaged or truncated ({error})") from error
+    return _Look(place, genes, rows, refused)
+
+
+def sample_spans(n_cells: int) -> list[tuple[int, int]]:
+    """Ranges of cells to judge a matrix by, from the first cell to the last: all, or some that are spread over them."""
+    if n_cells <= _CELLS:
+        return [(0, n_cells)]
+    each = _CELLS // _RANGES
+    return [(int(start), int(start) + each) for start in np.linspace(0, n_cells - each, _RANGES)]
+
+
+def _evident(groups: list[list[_Look]], normalised: list[_Look]) -> _Look | None:
+    """The best of the one group that holds the counts; None where it is open."""
+    proven = [group for group in groups if any(look.is_made_into(other) for look in group for other in normalised)]
+    named = [group for group in groups if any(look.named_counts for look in group)]
+    in_x = [group for group in groups if any(look.place == "X" for look in group)]
+    for kind in (named, in_x, proven):
+        if len(kind) == 1:
+            return _best(kind[0])
+        if kind:
+            both = [group for group in kind if group in proven]
+            return _best(both[0]) if len(both) == 1 else None
+    if len(groups) != 1 or all(look.named_part for look in groups[0]):
+        return None
+    if any(_is_log_normalised(look) for look in normalised):  # and not of this one
+        return None
+    return _best(groups[0])
+
+
+def _best(group: list[_Look]) -> _Look:
+    """Of equal ones the one with most genes; then a named layer, raw, X."""
+    rank = {"layers/counts": 0, "raw": 1, "X": 2}
+    return min(group, key=lambda look: (-len(look.genes), rank.get(look.place, 3), not look.named_counts))
+
+
+def _equal(looks: list[_Look]) -> list[list[_Look]]:
+    """The matrices, those that hold the same counts together."""
+    groups: list[list[_Look]] = []
+    for look in looks:
+        same = next((group for group in groups if group[0].holds_the_same_as(look)), None)
+        if same is None:
+            groups.append([look])
+        else:
+            same.append(look)
+    return groups
+
+
+def _undecided(name: str, setting: str, groups: list[list[_Look]], looks: list[_Look]) -> str:
+    shown = [_best(group) for group in groups]
+    largest = max(shown, key=lambda look: float(look.counts.sum())).place
+    way_out = f"Name the raw counts of all reads, such as {setting}{largest}, or put them into layers['counts']"
+    if {"layers/spliced", "layers/unspliced"} <= {look.place for look in looks}:
+        way_out += " (of spliced, unspliced and ambiguous reads, their sum)"
+    if len(shown) == 1:
+        look = shown[0]
+        why = look.unlike_counts and f"it {look.unlike_counts}"
+        why = why or ("its name says a part of the reads" if look.named_part else "X was made from other counts")
+        return f"{name}: only {look} holds whole numbers, but {why}. {way_out}"
+    listed = ", ".join(str(look) for look in shown)
+    return (
+        f"{name}: {len(shown)} matrices hold different whole numbers, and nothing says which are the raw counts:"
+        f" {listed}. {way_out}"
+    )
+
+
+def _is_log_normalised(look: _Look) -> bool:
+    """Whether every cell has the same total once log1p is undone."""
+    values = _tidy(look.rows)
+    if not values.nnz or values.data.min() < 0 or values.data.max() > 20:
+        return False
+    values.data = np.expm1(values.data)
+    totals = _totals(values)
+    return len(totals) >= 10 and bool(np.mean(np.abs(totals / np.median(totals) - 1) < 1e-3) >= _NEARLY_ALL)
+
+
+def _proportional(values: npt.NDArray[np.float64], counts: sp.csr_matrix) -> bool:
+    """Whether the values of nearly every cell are its counts times one number."""
+    starts = counts.indptr[:-1][np.diff(counts.indptr) > 0]
+    if not len(starts):
+        return False
+    ratio = values / counts.data
+    telling = np.maximum.reduceat(counts.data, starts) > np.minimum.reduceat(counts.data, starts)
+    least, most = np.minimum.reduceat(ratio, starts), np.maximum.reduceat(ratio, starts)
+    agrees = (least > 0) & (most <= least * (1 + _ROUNDING))
+    return bool(telling.any()) and float(agrees[telling].mean()) >= _NEARLY_ALL
+
+
+def _tidy(rows: sp.csr_matrix) -> sp.csr_matrix:
+    tidy = sp.csr_matrix(rows, dtype=np.float64, copy=True)
+    tidy.sum_duplicates()
+    tidy.eliminate_zeros()
+    return tidy
+
+
+def _same(one: sp.csr_matrix, other: sp.csr_matrix) -> bool:
+    return one.nnz == other.nnz and (one != other).nnz == 0
+
+
+def _shared_columns(one: pd.Index, other: pd.Index) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]] | None:
+    """Where the genes lie that both have, each once; None unless nearly all of the smaller are in the larger."""
+    unique = one[~one.duplicated(keep=False)].intersection(other[~other.duplicated(keep=False)])
+    if not len(unique) or len(unique) < _NEARLY_ALL * min(len(one), len(other)):
+        return None
+    unique = unique.sort_values()
+    return one.get_indexer_for(unique), other.get_indexer_for(unique)
+
+
+def _totals(rows: sp.csr_matrix) -> npt.NDArray[np.float64]:
+    """Sums of the cells that have counts."""
+    totals = np.asarray(rows.sum(axis=1)).ravel()
+    return totals[totals > 0] if (totals > 0).any() else np.zeros(1)
+
+
+def _row_minima(rows: sp.csr_matrix) -> npt.NDArray[np.float64]:
+    starts = rows.indptr[:-1][np.diff(rows.indptr) > 0]
+    return np.minimum.reduceat(rows.data, starts) if len(starts) else np.zeros(1)

@@ -1,0 +1,110 @@
+"""What a stranger's HDF5 file may not do: lead to other files, or declare far more than it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import h5py
+import numpy as np
+
+from census_scvi.errors import UserError
+
+# Datasets smaller than this are read whatever they declare.
+_HARMLESS = 2**26
+# HDF5's gzip stores zeros in about 1/1030 of their size; nothing that was written in full declares more.
+_MOST_COMPRESSED = 1100
+
+
+def check_file(file: h5py.File) -> None:
+    """Refuse a file that reaches outside itself, or whose declared sizes are absurd; reads no values.
+
+    Raises
+    ------
+    UserError
+        An external or dangling link, external storage, a virtual dataset, or a dataset that declares far more values
+        than the file stores: its name in the file.
+    """
+    declared = 0
+    for name, dataset in _datasets(file):
+        where = f"{file.filename}: {name}"
+        if dataset.external:
+            raise UserError(f"{where} keeps its values in another file ({dataset.external[0][0]}); {_REWRITE}")
+        if dataset.is_virtual:
+            sources = sorted({source.file_name for source in dataset.virtual_sources()})
+            raise UserError(f"{where} is a virtual dataset of other files ({', '.join(sources[:3])}); {_REWRITE}")
+        size = _size(dataset)
+        declared += size
+        if size > _HARMLESS and size > 2 * _stored(dataset):
+            raise UserError(
+                f"{where} declares {_readable(size)} ({dataset.shape} of {dataset.dtype}), and the file holds"
+                f" {_readable(dataset.id.get_storage_size())} of it: it is damaged, or made to fill the memory"
+            )
+    on_disk = file.id.get_filesize()
+    if declared > max(2**30, _MOST_COMPRESSED * on_disk):
+        raise UserError(
+            f"{file.filename} declares {_readable(declared)} in a file of {_readable(on_disk)}: it is damaged, or made"
+            " to fill the memory"
+        )
+
+
+_REWRITE = (
+    "files that lead to other files are not read: open it where it comes from and write it again, whole:"
+    " anndata.read_h5ad(old).write_h5ad(new)"
+)
+
+
+def _datasets(file: h5py.File) -> Iterator[tuple[str, h5py.Dataset]]:
+    """Every dataset with its name, once; UserError for a link that leads out of the file, or nowhere."""
+    seen = {h5py.h5o.get_info(file.id).addr}
+    waiting: list[tuple[str, h5py.Group]] = [("", file)]
+    while waiting:
+        prefix, group = waiting.pop()
+        for name in group:
+            path = f"{prefix}/{name}".lstrip("/")
+            link = _local_link(file, group, name, path)
+            try:
+                member = group[name]
+            except (OSError, KeyError) as error:
+                where = f" is a link to {link.path}, which" if isinstance(link, h5py.SoftLink) else ""
+                raise UserError(
+                    f"{file.filename}: {path}{where} is not there; the file is damaged ({error})"
+                ) from error
+            address = h5py.h5o.get_info(member.id).addr
+            if address in seen:  # a second name of the same object, or a circle
+                continue
+            seen.add(address)
+            if isinstance(member, h5py.Group):
+                waiting.append((path, member))
+            elif isinstance(member, h5py.Dataset):
+                yield path, member
+
+
+def _local_link(file: h5py.File, group: h5py.Group, name: str, path: str) -> h5py.HardLink | h5py.SoftLink:
+    """How the group leads to its member; UserError where that is not within the file."""
+    try:
+        link = group.get(name, getlink=True)
+    except TypeError:  # a class of links that a plugin would have to follow
+        raise UserError(f"{file.filename}: {path} is a link of an unknown kind; {_REWRITE}") from None
+    if isinstance(link, h5py.ExternalLink):
+        raise UserError(f"{file.filename}: {path} is a link to another file ({link.filename}); {_REWRITE}")
+    return link
+
+
+def _size(dataset: h5py.Dataset) -> int:
+    """Bytes that the dataset takes in memory, exact for any shape."""
+    return int(np.prod([int(n) for n in dataset.shape or (0,)], dtype=object)) * dataset.dtype.itemsize
+
+
+def _stored(dataset: h5py.Dataset) -> int:
+    """Bytes of values for which the file has room, before compression."""
+    if dataset.chunks is None:
+        return int(dataset.id.get_storage_size())
+    chunk = int(np.prod(dataset.chunks, dtype=object)) * dataset.dtype.itemsize
+    return int(dataset.id.get_num_chunks()) * chunk
+
+
+def _readable(size: int) -> str:
+    for unit, of in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if size >= of:
+            return f"{size / of:,.1f} {unit}"
+    return f"{size} bytes"

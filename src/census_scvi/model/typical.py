@@ -1,0 +1,54 @@
+"""Raw counts of some cells that a model stands for: of its published folder, or of its run directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+from census_scvi.counts.h5ad import CountMatrix, open_file, read_frame
+from census_scvi.counts.raw_counts import sample_spans
+from census_scvi.errors import UserError
+from census_scvi.model.published import PROVENANCE, SEALED, fetch
+from census_scvi.workspace import Workspace
+from census_scvi.workspace.uri import local_path
+
+
+def typical_counts(uri: str, genes: list[str]) -> sp.csr_matrix | None:
+    """Cells of the sealed sample, or of the prepared ones; None where neither is at hand.
+
+    Parameters
+    ----------
+    uri
+        Published folder or its URL, or run directory, that the model was read from.
+    genes
+        feature_ids of the model.
+
+    Returns
+    -------
+    CSR float32 (cells, genes), genes in the model's order.
+    """
+    try:
+        file = _file(uri)
+        return None if file is None else _read(file, genes)
+    except (UserError, OSError, KeyError):  # it is a help, and the model is whole without it
+        return None
+
+
+def _file(uri: str) -> Path | None:
+    path = local_path(uri)
+    if path is not None and (prepare := Workspace(path).record("prepare")):
+        return next((path / name for name in prepare["artifacts"] if str(name).endswith(".h5ad")), None)
+    if path is not None and not (path / PROVENANCE).exists():
+        return None
+    return fetch(uri) / SEALED
+
+
+def _read(path: Path, genes: list[str]) -> sp.csr_matrix | None:
+    with open_file(path) as file:
+        matrix, names = CountMatrix(file, "X"), read_frame(file, "var").index.astype(str)
+        rows = sp.vstack([part for _, part in matrix.sample(sample_spans(matrix.shape[0]))], format="csr")
+    columns = pd.Index(names).get_indexer(genes)
+    return None if (columns < 0).any() else sp.csr_matrix(rows[:, columns], dtype=np.float32)

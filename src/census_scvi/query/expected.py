@@ -1,0 +1,76 @@
+"""What share of its counts a query lacks together with the genes that it lacks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import scipy.sparse as sp
+import scvi
+import torch
+
+from census_scvi.model.encode import Encoder
+from census_scvi.query.neighbours import NeighbourIndex
+
+# Cells of the query that are looked at, trained batches that are decoded, cells of the reference each is compared with.
+_CELLS, _BATCHES, _NEIGHBOURS = 256, 8, 15
+
+
+class ExpectedCounts:
+    """Expects of the genes that a query lacks what similar cells of the reference have.
+
+    Similar are the nearest in the latent space, once the reference lacks the same genes. Without cells of a reference
+    the model's decoder is asked, which knows less where it was trained for a short time.
+
+    Parameters
+    ----------
+    model
+        The trained model.
+    n_trained
+        Its trained batches.
+    reference
+        Gives CSR float32 (cells, genes): raw counts of cells that the model stands for, or None.
+    """
+
+    def __init__(
+        self, model: scvi.model.SCVI, n_trained: int, reference: Callable[[], sp.csr_matrix | None] | None = None
+    ) -> None:
+        self._module, self._encode, self._n_trained = model.module, Encoder(model), n_trained
+        self._reference = reference
+
+    def share(self, counts: sp.csr_matrix, there: npt.NDArray[np.bool_]) -> float:
+        """Share of the expected counts that lies in genes which the query has.
+
+        Parameters
+        ----------
+        counts
+            CSR float32 (cells, genes of the model): raw counts of some cells, none empty.
+        there
+            bool (genes,): which genes the query has.
+        """
+        latent = self._latent(counts[:: -(-counts.shape[0] // _CELLS)])
+        reference = self._reference() if self._reference is not None else None
+        frequency = self._decoded(latent) if reference is None else self._of_neighbours(latent, reference, there)
+        return float(frequency[there].sum() / frequency.sum()) if frequency.any() else float("nan")
+
+    def _latent(self, counts: sp.csr_matrix) -> npt.NDArray[np.float32]:
+        return self._encode(counts, np.full(counts.shape[0], self._n_trained)).mean
+
+    def _of_neighbours(
+        self, latent: npt.NDArray[np.float32], reference: sp.csr_matrix, there: npt.NDArray[np.bool_]
+    ) -> npt.NDArray[np.float64]:
+        without = sp.csr_matrix(reference.multiply(there[None, :]), dtype=np.float32)
+        _, nearest = NeighbourIndex(self._latent(without)).query(latent, _NEIGHBOURS)
+        return np.asarray(reference[nearest.ravel()].sum(axis=0), np.float64).ravel()
+
+    @torch.inference_mode()
+    def _decoded(self, latent: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+        position = torch.from_numpy(latent).to(self._module.device)
+        library = torch.zeros(len(latent), 1, device=position.device)
+        total = np.zeros(self._module.n_input)
+        for code in np.unique(np.linspace(0, self._n_trained - 1, _BATCHES).astype(int)):
+            batch = torch.full((len(latent), 1), int(code), device=position.device)
+            expected = self._module.generative(position, library, batch)["px"]
+            total += expected.scale.double().sum(dim=0).cpu().numpy()
+        return total
