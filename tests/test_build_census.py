@@ -512,6 +512,20 @@ def test_datasets_named_by_numbers_are_those_of_other_files(tmp_path: Path) -> N
     assert [dataset.dataset_id for dataset in report.datasets] == ["1", "2"]
 
 
+def test_text_of_pandas_3_is_read(tmp_path: Path) -> None:
+    obs = {"cell_type": pd.array(["T", None] * 25, dtype="string"), "assay": pd.Categorical(["x"] * 50)}
+    adata = write_h5ad(tmp_path / "a.h5ad", obs=obs)  # type: ignore[arg-type]
+    adata.obs.index, adata.var.index = adata.obs.index.astype("string"), adata.var.index.astype("string")
+    with ad.settings.override(allow_write_nullable_strings=True):
+        adata.write_h5ad(tmp_path / "a.h5ad")
+    report = build_yaml(write_config(tmp_path, {"file": "a.h5ad"}))
+    with cellxgene_census.open_soma(uri=report.uri) as census:
+        found = cellxgene_census.get_anndata(census, "homo_sapiens")
+    assert found.obs["cell_type"].tolist() == ["T", "unknown"] * 25
+    assert found.var["feature_id"].tolist() == GENES
+    assert (found.X != adata.X).nnz == 0
+
+
 def test_symbols_without_a_map_are_refused(tmp_path: Path) -> None:
     write_h5ad(tmp_path / "a.h5ad", genes=[f"GENE{number}" for number in range(40)])
     with pytest.raises(UserError, match=r"a\.h5ad: no gene has an Ensembl id .* give a symbol map"):

@@ -421,6 +421,22 @@ def test_a_sparse_matrix_that_does_not_fit_together_is_refused(case: str, tmp_pa
         query.find_counts()
 
 
+def test_a_filter_that_is_not_installed_is_said(tmp_path: Path) -> None:
+    cells(ALL).write_h5ad(tmp_path / "a.h5ad")
+    with h5py.File(tmp_path / "a.h5ad", "r+") as file:
+        del file["X/data"]
+        data = file.create_dataset(
+            "X/data", (ALL.nnz,), "f4", chunks=(ALL.nnz,), compression=32015, allow_unknown_filter=True
+        )
+        data.id.write_direct_chunk((0,), b"\0" * 20)
+    for found in (
+        lambda: QueryCells(tmp_path / "a.h5ad").find_counts(),
+        lambda: open_h5ad(tmp_path / "a.h5ad", organism=ORGANISM),
+    ):
+        with pytest.raises(UserError, match=r"a filter that is not installed .*write_h5ad\(new, compression='gzip'\)"):
+            found()
+
+
 # --- files of other formats
 
 

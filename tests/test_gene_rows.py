@@ -86,9 +86,31 @@ def test_only_genes_are_counted(case: str, tmp_path: Path, caplog: pytest.LogCap
     assert np.array_equal(built.toarray(), values[:, :40].toarray())
     assert source.genes.not_genes == sum(left_out.values())
     assert source.genes.in_file == len(var) - source.genes.not_genes
+    if case == "genome":  # counts of another organism are lost, reads of antibodies and spike-ins are not
+        np.testing.assert_allclose(source.kept_counts, values[:, :40].sum(axis=1).A1 / values.sum(axis=1).A1)
+    else:
+        assert (source.kept_counts == 1).all()
     assert all(f"{number} {kind}" in caplog.text for kind, number in left_out.items())
     assert set(source.var["feature_type"]) == {"protein_coding" if case == "biotypes" else "unknown"}
     assert source.var["feature_name"].tolist() == SYMBOLS
+
+
+def test_a_symbol_among_ids_is_not_added_to_its_gene(tmp_path: Path) -> None:
+    """An antibody of a file that does not say which rows are antibodies."""
+    values = counts(42)
+    var = pd.DataFrame({"gene_ids": [*IDS, "CD4", "Unknown"]}, index=[*SYMBOLS, "CD4-1", "Unknown"])
+    aligned = AlignedCells(QueryCells(ad.AnnData(values, var=var)), IDS, KNOWN, HUMAN, min_share=1.0)
+    assert np.array_equal(next(aligned.blocks(100))[1].toarray(), values[:, :40].toarray())
+    ids = ad.AnnData(values, var=var.set_index("gene_ids"))
+    aligned = AlignedCells(QueryCells(ids), IDS, KNOWN, HUMAN, min_share=1.0)
+    assert np.array_equal(next(aligned.blocks(100))[1].toarray(), values[:, :40].toarray())
+    assert aligned.report.not_genes == {"symbol of a gene that is there by id": 1}
+    assert (aligned.report.by_id, aligned.report.by_symbol, aligned.report.extra) == (40, 0, 1)
+    ids.write_h5ad(tmp_path / "a.h5ad")
+    (tmp_path / "map.tsv").write_text(f"ensembl_id\tsymbol\n{IDS[0]}\tCD4\n")
+    (source,) = open_h5ad(tmp_path / "a.h5ad", organism=HUMAN, gene_map=GeneMap(tmp_path / "map.tsv"))
+    assert np.array_equal(next(source.blocks(100))[1].toarray(), values[:, :40].toarray())
+    assert (source.genes.kept, source.genes.dropped, source.genes.not_genes) == (40, 1, 1)
 
 
 def test_symbols_kept_without_an_id_are_no_proteins(tmp_path: Path) -> None:

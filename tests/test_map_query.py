@@ -118,7 +118,7 @@ def test_a_full_disk_leaves_nothing_half_written(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("census_scvi.map_query.write_elem", full)
-    assert map_query(finished_run, f"query.file={query}", "query.umap_cells=0") == 2
+    assert map_query(finished_run, f"query.file={query}", "query.umap_cells=0", "query.baseline_cells=0") == 2
     assert "the disk is full" in capsys.readouterr().err
     assert list(query.parent.glob("*mapped*")) == []
 

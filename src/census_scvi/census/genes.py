@@ -192,8 +192,19 @@ def _feature_ids(opcodes: list[tuple[str, Any]]) -> list[str]:
     return [text[start : start + length].rstrip("\0") for start in range(0, len(text), length)]
 
 
-def locate_genes(census: Census, feature_ids: list[str], min_share: float) -> npt.NDArray[np.int64]:
+def locate_genes(census: Census, feature_ids: list[str], min_share: float, setting: str = "") -> npt.NDArray[np.int64]:
     """Where each of a model's genes lies in a Census.
+
+    Parameters
+    ----------
+    census
+        The open Census.
+    feature_ids
+        Genes of the model.
+    min_share
+        Least share of them that must be there.
+    setting
+        What decides that, for messages; "" where nothing that a user sets does.
 
     Returns
     -------
@@ -213,7 +224,8 @@ def locate_genes(census: Census, feature_ids: list[str], min_share: float) -> np
         hint = "" if share else f"; this Census names genes like {joinids.index[0]!r}"
         raise UserError(
             f"{len(missing):,} of the model's {len(feature_ids):,} genes are not in {census.identity['uri']}"
-            f" ({census.identity['organism']}): {share:.1%} are there, genes.min_share asks for {min_share:.1%}."
+            f" ({census.identity['organism']}): {share:.1%} are there,"
+            f" {f'{setting} asks for {min_share:.1%}' if setting else f'{min_share:.1%} are needed'}."
             f" Missing: {_listed(missing)}{hint}"
         )
     if missing:

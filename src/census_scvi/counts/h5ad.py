@@ -69,6 +69,17 @@ def check_path(path: Path) -> None:
 _EXPECTED = "expected an .h5ad as anndata writes it"
 
 
+def unreadable(name: str, error: Exception) -> UserError:
+    """What to raise where HDF5 cannot read on."""
+    text = str(error).replace("\n", " ")
+    if "filter" in text or "plugin" in text:
+        return UserError(
+            f"{name}: values are compressed by a filter that is not installed here ({text}); write the file again where"
+            " it can be read: anndata.read_h5ad(old).write_h5ad(new, compression='gzip')"
+        )
+    return UserError(f"{name}: the file is damaged or truncated ({text})")
+
+
 def read_frame(file: h5py.File, key: str) -> pd.DataFrame:
     """The table at `key` (obs, var or raw/var); UserError where there is none that anndata reads."""
     path = file.filename
@@ -77,6 +88,8 @@ def read_frame(file: h5py.File, key: str) -> pd.DataFrame:
     try:
         frame = _read_old_frame(file, key) if isinstance(file[key], h5py.Dataset) else anndata.io.read_elem(file[key])
     except Exception as error:  # anndata raises errors of many kinds for what it does not know
+        if isinstance(error, OSError):
+            raise unreadable(f"{path}: {key}", error) from error
         raise UserError(f"{path}: {key} cannot be read ({error})".replace("\n", " ")) from error
     if not isinstance(frame, pd.DataFrame):
         raise UserError(f"{path}: {key} is no table; {_EXPECTED}")

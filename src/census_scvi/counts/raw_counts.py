@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pandas as pd
 import scipy.sparse as sp
 
-from census_scvi.counts.h5ad import CountMatrix, check_counts, require_place
+from census_scvi.counts.h5ad import CountMatrix, check_counts, require_place, unreadable
 from census_scvi.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ _NAMED_COUNTS = {
     "countsumi", "rawumi", "rawumis", "rawumicounts", "originalcounts", "countsoriginal", "integercounts",
 }  # fmt: skip
 # Names of a layer that holds a part of the reads, as velocyto, alevin-fry and dynast write them.
-_NAMED_PART = re.compile(r"spliced|ambiguous|spanning|nascent|mature|intron|exon|label+ed|ambient|background")
+_NAMED_PART = re.compile(r"spliced|ambiguous|spanning|nascent|mature|intron|exon|label+ed")
 # Least non-zero values of which one would be above 1 if they were counts.
 _MANY = 500
 # A matrix that is nowhere above another one, with less than this share of its sum, is a part of it.
@@ -268,7 +268,7 @@ def _look(place: str, matrix: Matrix, genes: pd.Index, n_cells: int, name: str) 
     except UserError as error:
         refused = str(error).removeprefix(f"{name}: ").partition("; if")[0]
     except (OSError, KeyError) as error:
-        raise UserError(f"{name}: the file is damaged or truncated ({error})") from error
+        raise unreadable(name, error) from error
     return _Look(place, genes, rows, refused)
 
 

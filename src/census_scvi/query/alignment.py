@@ -14,7 +14,15 @@ import pandas as pd
 import scipy.sparse as sp
 
 from census_scvi.census.build.gene_ids import strip_version
-from census_scvi.census.build.gene_rows import GeneRows, clean_names, find_gene_rows, name_columns
+from census_scvi.census.build.gene_rows import (
+    NAMED_TWICE,
+    GeneRows,
+    clean_names,
+    find_gene_rows,
+    left_out_words,
+    name_columns,
+    named_twice,
+)
 from census_scvi.errors import UserError
 from census_scvi.query.cells import QueryCells
 
@@ -88,7 +96,7 @@ class AlignmentReport:
             " query are not used",
         ]
         if self.not_genes:
-            lines.append(str(GeneRows(np.empty(0, bool), self.not_genes)))
+            lines.append(left_out_words(self.not_genes))
         if self.summed:
             lines.append(f"{self.summed:,} columns were added to another one of the same gene")
         if self.ambiguous:
@@ -178,9 +186,9 @@ class AlignedCells:
             by_symbol=int((used & best.by_symbol).sum()),
             summed=int(used.sum()) - best.n_shared,
             ambiguous=best.ambiguous,
-            extra=int((~used & rows.is_gene).sum()) - best.ambiguous,
+            extra=int((~used & rows.is_gene).sum()) - best.ambiguous - best.twice,
             missing=best.missing(genes),
-            not_genes=rows.left_out,
+            not_genes=rows.left_out | ({NAMED_TWICE: best.twice} if best.twice else {}),
             expected_share=expected_share,
         )
         if expected_share < min_share:
@@ -265,6 +273,7 @@ class _Match:
     columns: npt.NDArray[np.int64]
     by_symbol: npt.NDArray[np.bool_]
     ambiguous: int
+    twice: int
     n_shared: int
 
     def missing(self, genes: list[str]) -> list[str]:
@@ -283,12 +292,14 @@ def _match(where: str, names: pd.Series, is_gene: npt.NDArray[np.bool_], known: 
     ids = strip_version(cleaned)
     by_id = ids.isin(known.column)
     several = ~by_id & cleaned.isin(known.several) & is_gene
-    resolved = ids.where(by_id, cleaned.map(known.id_of_symbol))
-    columns = resolved.map(known.column).fillna(_ABSENT).to_numpy().astype(np.int64)
-    columns[~is_gene] = _ABSENT
+    by_symbol = cleaned.map(known.id_of_symbol)
+    columns = ids.where(by_id, by_symbol).map(known.column).fillna(_ABSENT).to_numpy().astype(np.int64)
+    twice = np.zeros(len(ids), bool)
+    twice[is_gene] = named_twice(ids[is_gene], by_symbol[is_gene])
+    columns[~is_gene | twice] = _ABSENT
     n_shared = len(np.unique(columns[columns != _ABSENT]))
     shown = str(names.iloc[0]) if len(names) else ""
-    return _Match(where, cleaned, shown, columns, ~by_id.to_numpy(), int(several.sum()), n_shared)
+    return _Match(where, cleaned, shown, columns, ~by_id.to_numpy(), int(several.sum()), int(twice.sum()), n_shared)
 
 
 def _enough_counts(min_share: float) -> float:

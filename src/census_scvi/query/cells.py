@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from census_scvi.counts.h5ad import check_counts, open_file, plain_numbers, read_frame, require_place
+from census_scvi.counts.h5ad import check_counts, open_file, plain_numbers, read_frame, require_place, unreadable
 from census_scvi.counts.raw_counts import Matrix, check_place, find_raw_counts, matrices_in, sample_spans, var_key
 from census_scvi.errors import UserError
 
@@ -118,7 +118,7 @@ class QueryCells:
                 check_counts(block, where=f"{self.name}: {place}", first_row=start)
                 yield start, block
         except (OSError, KeyError) as error:
-            raise UserError(f"{self.name}: the file is damaged or truncated ({error})") from error
+            raise unreadable(self.name, error) from error
 
 
 class _ArrayInMemory:

@@ -52,7 +52,7 @@ def run(config: Config, *, force: bool = False) -> None:
             if stage.done:
                 log.info("%s is done for these settings in %s; --force does it again", STAGE, config.directory)
                 return
-            gene_joinids = locate_genes(census, description.genes, config.genes.min_share)
+            gene_joinids = locate_genes(census, description.genes, config.genes.min_share, "genes.min_share")
             cells = select_cells(census, config.census.obs_query, config.anndata.batch_key)
             log.info("%s cells in %d batches", f"{len(cells):,}", len(cells.batches))
             job = _Embedding(config, stage, census, cells, gene_joinids, artifacts)
@@ -230,7 +230,7 @@ def plan(config: Config) -> Plan:
     _inputs(Workspace(config.directory), artifacts)
     description = _fitting_description(config, artifacts)
     with open_census(config.census) as census:
-        gene_joinids = locate_genes(census, description.genes, config.genes.min_share)
+        gene_joinids = locate_genes(census, description.genes, config.genes.min_share, "genes.min_share")
         cells = select_cells(census, config.census.obs_query, config.anndata.batch_key)
         model, _ = load_safe(config.directory / artifacts.model)
         encode = Encoder(_on_device(model, config))

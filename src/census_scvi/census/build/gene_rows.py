@@ -21,6 +21,9 @@ _NO_GENES = {
 }  # fmt: skip
 # Where the form of a name says what a row is; other columns may hold, say, the interval of a gene.
 _NAMES = re.compile(r"^var_names$|_(?:id|ids|name|names|symbol|symbols)'\]$|^var\['(?:symbol|name|ID|Symbol)'\]$")
+# Share of Ensembl ids from which symbols among them are something else.
+_ALL_BUT_FEW = 0.95
+NAMED_TWICE = "symbol of a gene that is there by id"
 _NO_GENE_NAMES = {
     "spike-in": r"^(?:gSpikein[-_])?(?:ERCC[-_.]\d{4,5}|SIRV\d+(?:[-_.]\d+)?|phiX(?:174)?|ArrayControl[-_.]?\d+)$",
     "peak": r"^(?:chr|CHR)?[\dXYMTW][\w.]*[:_-]\d+[-_]\d+$",
@@ -49,14 +52,22 @@ class GeneRows:
         bool (rows,).
     left_out
         Rows that are none, by what they are: `Antibody Capture`, `spike-in`, `genome mm10`, ...
+    is_expression
+        bool (rows,): genes, another genome's included.
     """
 
     is_gene: npt.NDArray[np.bool_]
     left_out: dict[str, int]
+    is_expression: npt.NDArray[np.bool_]
 
     def __str__(self) -> str:
-        listed = ", ".join(f"{number:,} {kind}" for kind, number in self.left_out.items())
-        return f"{sum(self.left_out.values()):,} rows that are no genes of the organism are left out: {listed}"
+        return left_out_words(self.left_out)
+
+
+def left_out_words(left_out: dict[str, int]) -> str:
+    """`GeneRows.left_out` in words."""
+    listed = ", ".join(f"{number:,} {kind}" for kind, number in left_out.items())
+    return f"{sum(left_out.values()):,} rows that are no genes of the organism are left out: {listed}"
 
 
 def find_gene_rows(var: pd.DataFrame, organism: str) -> GeneRows:
@@ -81,7 +92,8 @@ def find_gene_rows(var: pd.DataFrame, organism: str) -> GeneRows:
     foreign = _foreign(genomes, organism)
     _set(kinds, foreign, ("genome " + genomes.str.replace("/", "-")).to_numpy(object))
     numbers = pd.Series(kinds[kinds != ""], dtype=object).value_counts()
-    return GeneRows(kinds == "", {str(kind): int(number) for kind, number in numbers.items()})
+    left_out = {str(kind): int(number) for kind, number in numbers.items()}
+    return GeneRows(kinds == "", left_out, (kinds == "") | foreign)
 
 
 def holds_kinds(values: pd.Series) -> bool:
@@ -95,6 +107,25 @@ def name_columns(var: pd.DataFrame) -> Iterator[tuple[str, pd.Series]]:
     for column in var.columns:
         if not pd.api.types.is_numeric_dtype(var[column]):  # bool is numeric, too
             yield f"var[{column!r}]", _text(var[column])
+
+
+def named_twice(ids: pd.Series, genes: pd.Series) -> npt.NDArray[np.bool_]:
+    """Rows with a symbol among nearly nothing but ids, whose gene another row has by its id, bool (rows,).
+
+    In 10x files without `feature_types` that is the antibody CD4 below the gene ENSG00000010610. In tables that were
+    joined from some with ids and some with symbols there are many symbols, and their rows are summed.
+
+    Parameters
+    ----------
+    ids
+        Clean names.
+    genes
+        Ensembl id for which each stands as a symbol; NaN for none.
+    """
+    by_id = ids.str.fullmatch(r"ENS[A-Z]*G\d{11}").to_numpy(bool)
+    if not len(ids) or by_id.mean() < _ALL_BUT_FEW:
+        return np.zeros(len(ids), bool)
+    return ~by_id & genes.isin(ids[by_id]).to_numpy(bool)
 
 
 def _names(var: pd.DataFrame) -> Iterator[pd.Series]:

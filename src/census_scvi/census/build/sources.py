@@ -13,10 +13,17 @@ import pandas as pd
 import scipy.sparse as sp
 
 from census_scvi.census.build.gene_ids import GeneMap, GeneReport, Genes, resolve_genes, strip_version
-from census_scvi.census.build.gene_rows import clean_names, find_gene_rows, holds_kinds, name_columns
+from census_scvi.census.build.gene_rows import (
+    NAMED_TWICE,
+    clean_names,
+    find_gene_rows,
+    holds_kinds,
+    name_columns,
+    named_twice,
+)
 from census_scvi.census.build.h5ad_labels import census_labels, label_text, table_column
 from census_scvi.census.build.schema import ORGANISMS
-from census_scvi.counts.h5ad import CountMatrix, check_counts, open_file, read_frame, require_place
+from census_scvi.counts.h5ad import CountMatrix, check_counts, open_file, read_frame, require_place, unreadable
 from census_scvi.counts.raw_counts import check_place, find_raw_counts, matrices_in, matrix_key, var_key
 from census_scvi.errors import UserError
 
@@ -80,12 +87,13 @@ class H5adSource:
         genes: Genes,
         obs: pd.DataFrame,
         rows: np.ndarray,
+        counted: np.ndarray,
     ) -> None:
         self.path, self.dataset_id, self.title, self.organism = str(path), dataset_id, title, organism
         self.genes, self.var, self.obs = genes.report, genes.var, obs
         self.kept_counts = np.ones(len(rows))
         self._counts, self._rows = counts, rows
-        self._column_to_gene = genes.column_to_gene
+        self._column_to_gene, self._counted = genes.column_to_gene, counted.astype(np.float64)
 
     def blocks(self, rows: int) -> Iterator[tuple[int, sp.csr_matrix]]:
         """Yield (first row, raw counts of at most `rows` cells x genes); UserError for what is no raw count."""
@@ -105,11 +113,11 @@ class H5adSource:
                     self.kept_counts[first:last] = self._share_kept(own)
                     yield self._to_genes(own)
             except (OSError, KeyError) as error:
-                raise UserError(f"{self.path}: the file is damaged or truncated ({error})") from error
+                raise unreadable(self.path, error) from error
 
     def _share_kept(self, block: sp.csr_matrix) -> np.ndarray:
-        """Of each cell's counts, those of genes that stay."""
-        total = np.asarray(block.sum(axis=1, dtype=np.float64)).ravel()
+        """Of each cell's counts of genes, those of genes that stay."""
+        total = block @ self._counted
         kept = block @ (self._column_to_gene >= 0).astype(np.float64)
         return np.where(total > 0, kept / np.where(total > 0, total, 1.0), 1.0)
 
@@ -170,9 +178,9 @@ def open_h5ad(
             place = _find_counts(file, path, counts, len(table))
             var = read_frame(file, var_key(file, place))
     except (OSError, KeyError, ValueError) as error:
-        raise UserError(f"{path}: the file is damaged or truncated ({error})") from error
+        raise unreadable(str(path), error) from error
     logger.info("%s: raw counts are taken from %s", path, place)
-    genes = _find_genes(
+    genes, counted = _find_genes(
         path,
         table,
         var,
@@ -195,6 +203,7 @@ def open_h5ad(
                 genes=genes,
                 obs=labels.iloc[rows].reset_index(drop=True),
                 rows=rows,
+                counted=counted,
             )
         )
     return sources
@@ -228,8 +237,11 @@ def _find_genes(
     *,
     keep_without_id: bool,
     min_recognised: float,
-) -> Genes:
-    """Which gene each column of the file is; UserError, naming the file, where too few are recognised."""
+) -> tuple[Genes, np.ndarray]:
+    """Which gene each column of the file is, and, bool (columns,), which count genes of any organism.
+
+    UserError, naming the file, where too few are recognised.
+    """
     rows = find_gene_rows(var, organism)
     if rows.left_out:
         logger.warning("%s: %s", path, rows)
@@ -248,9 +260,13 @@ def _find_genes(
         numbers = f"{recognised[asked]:,} of {len(columns):,} genes, var_names {recognised['var_names']:,}"
         logger.info("%s: genes are taken from %s, which names %s", path, asked, numbers)
     proposal = _proposal(asked, best, recognised, obs, organism, gene_map)
+    names = strip_version(clean_names(places[asked])[rows.is_gene])
+    if gene_map is not None and (twice := named_twice(names, names.map(gene_map.id_of_symbol))).any():
+        logger.warning("%s: %s rows are left out: %s", path, f"{twice.sum():,}", NAMED_TWICE)
+        names, columns = names[~twice], columns[~twice]
     try:
         genes = resolve_genes(
-            clean_names(places[asked])[rows.is_gene],
+            names,
             _attributes(var, asked).iloc[columns],
             organism=organism,
             gene_map=gene_map,
@@ -264,7 +280,7 @@ def _find_genes(
     column_to_gene = np.full(len(var), -1, dtype=np.int64)
     column_to_gene[columns] = genes.column_to_gene
     report = replace(genes.report, not_genes=len(var) - len(columns))
-    return replace(genes, column_to_gene=column_to_gene, report=report)
+    return replace(genes, column_to_gene=column_to_gene, report=report), rows.is_expression
 
 
 def _recognised(names: pd.Series, organism: str, gene_map: GeneMap | None) -> pd.Series:
