@@ -1,12 +1,15 @@
-"""kill -9 in the middle of each stage, a full disk, two runs at once: nothing is lost, and a rerun ends the same."""
+"""kill -9 and signals to stop in each stage, a full disk, two runs at once: nothing is lost, a rerun ends the same."""
 
 import errno
 import hashlib
 import os
+import pkgutil
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +19,11 @@ import pytest
 import torch
 from pipeline import ROOT, STAGES, Run
 
+from census_scvi import demo
 from census_scvi.model.safe import load_safe
+from census_scvi.stages import build_census, verify
 
-# Each plants a kill -9 at the nth call of a function of the stage.
+# Each plants a signal, kill -9 by default, at the nth call of a function of the stage.
 KILL = """
 import os, signal
 import {module} as module
@@ -27,7 +32,7 @@ real = module.{name}
 def dying(*a, **k):
     calls[0] += 1
     if calls[0] == {nth}:
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.{signal})
     return real(*a, **k)
 module.{name} = dying
 """
@@ -73,7 +78,7 @@ def test_kill_9_and_a_rerun_end_like_an_undisturbed_run(
     for earlier in STAGES[: STAGES.index(stage)]:
         assert run(earlier) == 0
     names_before = {path.name for path in run.directory.iterdir()} if run.directory.exists() else set()
-    killed = run.subprocess(stage, before=KILL.format(module=module, name=name, nth=nth))
+    killed = run.subprocess(stage, before=KILL.format(module=module, name=name, nth=nth, signal="SIGKILL"))
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     if "commit" not in point:
         left = {path.name for path in run.directory.iterdir()} - names_before
@@ -81,6 +86,172 @@ def test_kill_9_and_a_rerun_end_like_an_undisturbed_run(
     for later in STAGES[STAGES.index(stage) :]:
         assert run(later) == 0
     assert digests(run) == digests(undisturbed)
+
+
+# --- signals to stop
+
+STOPPED = {
+    "SIGINT": (130, "interrupted; run the same command again to go on"),
+    "SIGTERM": (143, "terminated; run the same command again to go on"),
+    "SIGHUP": (129, "terminated, since its terminal was closed; run the same command again to go on"),
+}
+STOPS = [
+    ("prepare", "census_scvi.stages.prepare.open_census", "SIGHUP"),
+    ("prepare", "census_scvi.counts.writer.H5adWriter.append", "SIGTERM"),
+    ("train", "census_scvi.stages.train.build_model", "SIGTERM"),
+    ("train", "census_scvi.model.finite_loss.FiniteLoss.on_train_batch_end", "SIGHUP"),
+    ("train", "census_scvi.model.finite_loss.FiniteLoss.on_train_epoch_end", "SIGINT"),
+    ("train", "census_scvi.model.finite_loss.FiniteLoss.on_train_epoch_end", "SIGTERM"),
+    ("train", "census_scvi.stages.train.save_safe", "SIGTERM"),
+    ("create-latent-update", "census_scvi.stages.latent_store.LatentStore.append", "SIGTERM"),
+    ("create-latent-update", "census_scvi.model.minified.H5adWriter.append", "SIGINT"),
+    ("publish", "census_scvi.stages.publish.open_census", "SIGTERM"),
+    ("evaluate", "census_scvi.evaluation.evaluate.open_census", "SIGTERM"),
+]
+
+
+@contextmanager
+def signal_at(place: str, name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Send this process a signal when it next calls a function."""
+    module, _, function = place.rpartition(".")
+    owner: Any = pkgutil.resolve_name(module)
+    real = getattr(owner, function)
+
+    def signalling(*arguments: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), getattr(signal, name))
+        return real(*arguments, **options)
+
+    with monkeypatch.context() as planted:
+        planted.setattr(owner, function, signalling)
+        yield
+
+
+def require_stopped(exit_code: int, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, line = STOPPED[name]
+    assert exit_code == code
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1] == line
+    assert not any(text.startswith(("error", "Traceback")) or "SIGTERM" in text for text in lines)
+
+
+@pytest.mark.parametrize(("stage", "place", "name"), STOPS, ids=[f"{stop[1][12:]} {stop[2]}" for stop in STOPS])
+def test_a_stopped_stage_says_so_and_what_it_was_to_replace_is_not_its_result(
+    stage: str,
+    place: str,
+    name: str,
+    undisturbed: Run,
+    demo_census: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = Run(tmp_path, demo_census)
+    shutil.copytree(undisturbed.directory, run.directory)
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    with signal_at(place, name, monkeypatch):
+        require_stopped(run(stage, "--force"), name, capsys)
+    assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    assert load_safe(run.path("scvi.model"))  # what was there is whole
+    for later in (
+        [*STAGES, "publish"][STAGES.index(stage) + 1 :] if stage in STAGES and "open_census" not in place else ()
+    ):
+        assert run(later) == 2
+        assert f"scvi-{stage}.py --force did not finish in" in capsys.readouterr().err
+
+
+def test_a_stopped_force_goes_on_without_it(
+    undisturbed: Run,
+    demo_census: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    torch.set_num_threads(1)
+    run = Run(tmp_path, demo_census)
+    shutil.copytree(undisturbed.directory, run.directory)
+    with signal_at("census_scvi.stages.train.save_safe", "SIGTERM", monkeypatch):
+        require_stopped(run("train", "--force"), "SIGTERM", capsys)
+    shutil.copytree(run.directory, tmp_path / "stopped")
+    assert run("train") == 0
+    assert "going on from the last checkpoint" in capsys.readouterr().err
+    assert run.record("train")["resumed"]
+    assert "redoing" not in run.manifest() or not run.manifest()["redoing"]
+    for later in STAGES[2:]:
+        assert run(later) == 0
+    assert digests(run) == digests(undisturbed)
+
+
+def test_the_settings_of_the_result_that_stands_make_it_the_result_again(
+    undisturbed: Run,
+    demo_census: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = Run(tmp_path, demo_census)
+    shutil.copytree(undisturbed.directory, run.directory)
+    with signal_at("census_scvi.stages.train.build_model", "SIGTERM", monkeypatch):
+        assert run("train", "--force", "train.max_epochs=7") == 143
+    assert run("create-latent-update") == 2
+    assert run("train", "train.max_epochs=9") == 2
+    assert "train.max_epochs was 3 and is 9" in capsys.readouterr().err
+    assert run("train") == 0
+    assert "train is done for these settings" in capsys.readouterr().err
+    assert run("create-latent-update") == 0
+    assert digests(run) == digests(undisturbed)
+
+
+STUCK = """
+import hashlib, os, signal, sys, threading
+from census_scvi import cli, stopping
+stopping._GRACE_SECONDS = 0.2
+def work():
+    threading.Timer(0.1, os.kill, [os.getpid(), signal.SIGTERM]).start()
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # minutes within one call, during which Python handles no signal
+sys.exit(cli.guarded(work))
+"""
+
+
+def test_a_call_that_does_not_return_is_left() -> None:
+    stuck = subprocess.run([sys.executable, "-c", STUCK], capture_output=True, text=True, check=False, timeout=60)
+    assert (stuck.returncode, stuck.stderr) == (143, STOPPED["SIGTERM"][1] + "\n")
+
+
+IGNORED = """
+import os, signal, sys
+from census_scvi.cli import guarded
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+sys.exit(guarded(lambda: os.kill(os.getpid(), signal.SIGHUP)))
+"""
+
+
+def test_nohup_keeps_its_promise() -> None:
+    assert subprocess.run([sys.executable, "-c", IGNORED], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("command", ["verify", "build_census", "map_query", "demo"])
+def test_what_is_no_stage_stops_alike(
+    command: str, undisturbed: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "build.yaml").write_text("{uri: new, datasets: [{file: a.h5ad, organism: homo_sapiens}]}")
+    call, place = {
+        "verify": (lambda: verify.main([str(tmp_path)]), "stages.chain.fetch"),
+        "build_census": (
+            lambda: build_census.main([str(tmp_path / "build.yaml")]),
+            "stages.build_census.build_from_config",
+        ),
+        "map_query": (lambda: undisturbed("map-query", "query.file=a.h5ad"), "map_query.run"),
+        "demo": (lambda: demo.run_demo([]), "stages.prepare.run"),
+    }[command]
+    monkeypatch.setattr(demo, "_build_census", lambda config: None)
+    monkeypatch.chdir(ROOT)
+    with signal_at(f"census_scvi.{place}", "SIGTERM", monkeypatch):
+        if command == "demo":  # a stage within it has said so
+            with pytest.raises(SystemExit) as stopped:
+                call()
+            require_stopped(stopped.value.code, "SIGTERM", capsys)
+        else:
+            require_stopped(call(), "SIGTERM", capsys)
 
 
 def fails_with_full_disk(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, nth: int) -> None:
@@ -185,9 +356,14 @@ def test_two_cpu_processes_train_one_model_and_resume(demo_census: str, tmp_path
 
     assert killed("prepare") == 0
     script = tmp_path / "dying.py"
-    plant = KILL.format(module="census_scvi.model.finite_loss", name="FiniteLoss.on_train_batch_end", nth=19)
+    kill = {"module": "census_scvi.model.finite_loss", "name": "FiniteLoss.on_train_batch_end", "nth": 19}
+    first = "os.environ.get('LOCAL_RANK', '0') == '0'"  # the signal comes to one of the processes only
+    plant = KILL.format(**kill, signal=f"SIGTERM if {first} else 0")
     script.write_text(f"{plant}\nimport sys\nfrom census_scvi.cli import main\nsys.exit(main('train'))\n")
-    assert start(script, killed).returncode == -signal.SIGKILL
+    stopped = start(script, killed)
+    assert stopped.returncode == 143, stopped.stderr
+    assert stopped.stderr.splitlines()[-1] == STOPPED["SIGTERM"][1]
+    assert "Traceback" not in stopped.stderr
     checkpoint = torch.load(killed.path(".partial/train/checkpoint.ckpt"), weights_only=True)
     first, second = (state["random"]["cpu"] for state in checkpoint["processes"])
     assert not torch.equal(first, second)  # each process draws its own noise

@@ -15,9 +15,10 @@ from pathlib import Path
 
 from census_scvi.config import Config, load_config
 from census_scvi.errors import UserError
+from census_scvi.stopping import Stopped, Stopping, say
 from census_scvi.workspace.uri import without_credentials
 
-DONE, DEFECT, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
+DONE, DEFECT, USER_ERROR = 0, 1, 2
 
 _DESCRIPTIONS = {
     "prepare": "Select the cells and genes to train on and write them to anndata_model.h5ad and hv_genes.pkl.",
@@ -33,7 +34,8 @@ _EPILOG = """\
 settings on the command line win over the file:
   %(prog)s --config configs/demo.yaml hvg.top_n_hvg=2000 output.directory=run2
 
-exit codes: 0 done, 2 something to mend (one line says what), 1 a defect of ours (traceback)"""
+exit codes: 0 done, 2 something to mend (one line says what), 1 a defect of ours (traceback),
+130 or 143 stopped by Ctrl-C or SIGTERM: the same command goes on"""
 
 
 def main(stage: str, argv: Sequence[str] | None = None) -> int:
@@ -55,21 +57,32 @@ def main(stage: str, argv: Sequence[str] | None = None) -> int:
 
 
 def guarded(work: Callable[[], None]) -> int:
-    """Exit code of some work; what the user can mend is one line on stderr, a defect a traceback."""
+    """Exit code of some work; what the user can mend is one line on stderr, a defect a traceback.
+
+    A signal to stop (Ctrl-C, SIGTERM, SIGHUP) ends it with 128 + its number, and the line that says how to go on.
+    """
     configure_logging()
+    stopping = Stopping()
     try:
-        work()
-    except UserError as error:
+        with stopping:
+            work()
+    except (Stopped, SystemExit, Exception) as error:
+        if not stopping.exit_code:
+            return _exit_code(error)
+    if stopping.exit_code:  # whatever a library made of it on the way
+        say(stopping.line)
+    return stopping.exit_code
+
+
+def _exit_code(error: BaseException) -> int:
+    if isinstance(error, SystemExit):
+        raise error
+    if isinstance(error, UserError):
         return _fail(str(error))
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
-        return INTERRUPTED
-    except Exception as error:
-        if message := _storage_problem(error):
-            return _fail(message)
-        traceback.print_exc()
-        return DEFECT
-    return DONE
+    if message := _storage_problem(error):
+        return _fail(message)
+    traceback.print_exception(error)
+    return DEFECT
 
 
 class _WithoutCredentials(logging.Formatter):

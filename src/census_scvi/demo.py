@@ -33,22 +33,27 @@ def _run(overrides: list[str]) -> None:
     _build_census(config)
     for number, stage in enumerate(STAGES, start=2):
         _say(f"{number}. scvi-{stage}.py --config {CONFIG}")
-        if main(stage, ["--config", CONFIG, *overrides]):
-            raise UserError(f"the demo stopped in {stage}; the line above says why")
+        _require_done(main(stage, ["--config", CONFIG, *overrides]), f"in {stage}; the line above says why")
     published = str(config.directory / Artifacts.of(config).published)
     verification = [published, "--census", str(config.census.uri)]
     _say(f"6. scvi-verify.py {' '.join(verification)}")
-    if verify.main(verification):
-        raise UserError("the demo stopped: what it published is not sound; the lines above say where")
+    _require_done(verify.main(verification), "since what it published is not valid; the lines above say where")
     _say(f"7. scvi-evaluate.py --config {CONFIG}")
-    if main("evaluate", ["--config", CONFIG, "--force", *overrides]):
-        raise UserError("the demo stopped in evaluate; the line above says why")
+    evaluated = main("evaluate", ["--config", CONFIG, "--force", *overrides])
+    _require_done(evaluated, "in evaluate; the line above says why")
     _say("8. the picture")
     picture = config.directory.parent / "demo-umap.png"
     _draw(config, picture)
     _say(f"done in {time.monotonic() - started:.0f} s")
     print(artifact_table(config, [picture]))
     print(_next_steps(config))
+
+
+def _require_done(exit_code: int, where: str) -> None:
+    if exit_code > 128:  # a signal to stop, which the stage has said
+        raise SystemExit(exit_code)
+    if exit_code:
+        raise UserError(f"the demo stopped {where}")
 
 
 def _say(text: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import signal
+import threading
 from typing import Any, TypeAlias
 
 import lightning
@@ -22,6 +24,27 @@ class TrainMode(lightning.Callback):
     def on_train_start(self, trainer: Trainer, pl_module: Plan) -> None:
         """Switch the module to training mode."""
         pl_module.train()
+
+
+class Stoppable(lightning.Callback):
+    """A signal to stop ends a training as it ends anything else, in all of its processes.
+
+    Lightning's own handler of SIGTERM lets the process exit with 0, as if it had trained to the end, and in several
+    processes it waits for the others, which may wait for this one.
+    """
+
+    def __init__(self) -> None:
+        self._handler = signal.getsignal(signal.SIGTERM)
+
+    def on_train_start(self, trainer: Trainer, pl_module: Plan) -> None:
+        """Take Lightning's handler away."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._handler)
+
+    def on_exception(self, trainer: Trainer, pl_module: Plan, exception: BaseException) -> None:
+        """End the other processes."""
+        if trainer.strategy.launcher is not None:
+            trainer.strategy.launcher.kill(signal.SIGTERM)
 
 
 class LearningCurves(lightning.Callback):

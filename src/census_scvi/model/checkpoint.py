@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import lightning
 import torch
+from lightning.pytorch.plugins import TorchCheckpointIO
 from torchmetrics import Metric
 
 from census_scvi.errors import UserError
@@ -18,6 +19,15 @@ Plan: TypeAlias = lightning.LightningModule
 
 # Several processes agree on the moment of a checkpoint, by a message that every this many minibatches can afford.
 _AGREED_EVERY = 16
+
+
+class StagedIO(TorchCheckpointIO):
+    """Writes a checkpoint to its place: Lightning's own way takes a copy in memory and one in the temporary folder."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write a local file; whoever asks for it replaces the old one when it is whole."""
+        with Path(path).open("wb") as file:
+            torch.save(checkpoint, file)
 
 
 class Checkpoint(lightning.Callback):

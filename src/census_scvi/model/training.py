@@ -22,9 +22,10 @@ from census_scvi.model.build import quiet
 from census_scvi.model.callbacks import (
     EarlyStopping,
     LearningCurves,
+    Stoppable,
     TrainMode,
 )
-from census_scvi.model.checkpoint import Checkpoint
+from census_scvi.model.checkpoint import Checkpoint, StagedIO
 from census_scvi.model.fast.plan import FastTrainingPlan
 from census_scvi.model.fast.step import reason_against, unused_frozen
 from census_scvi.model.finite_loss import FiniteLoss
@@ -150,6 +151,7 @@ def fit(
     curves, finite = LearningCurves(engine_of(plan)), FiniteLoss()
     arguments = dict(settings.trainer or {})
     callbacks = [
+        Stoppable(),
         TrainMode(),
         finite,
         curves,
@@ -168,6 +170,7 @@ def fit(
         trainer = Trainer(
             max_epochs=settings.max_epochs,
             callbacks=callbacks,
+            plugins=StagedIO(),
             logger=TensorBoardLogger(tensorboard.parent, name=tensorboard.name, version="", sub_dir=None),
             default_root_dir=str(tensorboard.parent),
             precision=choose_precision(settings),

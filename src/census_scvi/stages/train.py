@@ -27,6 +27,7 @@ from census_scvi.model.safe import ModelDescription, save_safe
 from census_scvi.model.training import choose_devices, choose_precision, engine_of, fit, make_plan
 from census_scvi.stages.plan import Plan, human_bytes
 from census_scvi.workspace import Artifacts, StageRun, Workspace
+from census_scvi.workspace.atomic import remove
 
 log = logging.getLogger(__name__)
 
@@ -129,6 +130,7 @@ def _save(
 ) -> None:
     """scvi-tools' own form and the safe form, in one folder."""
     folder = stage.path(Artifacts.of(config).model)
+    remove(folder)  # a kill leaves temporary files of safetensors
     model.history_ = {name: _history(name, values) for name, values in curves.curves.items()}
     model.save(str(folder), overwrite=True)
     description = ModelDescription(

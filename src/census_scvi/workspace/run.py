@@ -3,6 +3,8 @@
 A stage writes into `.partial/<stage>/`. To commit, its record is put into the manifest as `committing`, with the
 identities of its outputs; then each output is renamed into place; then the record becomes `done`. Whoever opens the
 directory next carries an interrupted commit to its end, so a kill at any moment leaves the old artifacts or the new.
+A finished stage that runs again with --force is noted as `redoing` until it commits: other stages refuse to read what
+it wrote before, and the same command without --force goes on.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from census_scvi.config import Config
+from census_scvi.config import Config, digest
 from census_scvi.errors import UserError
 from census_scvi.workspace import provenance
 from census_scvi.workspace.artifacts import LOCK, MANIFEST, STAGING
@@ -89,11 +91,16 @@ class Workspace:
         Raises
         ------
         UserError
-            The stage has not run, or a file is missing or not what it wrote.
+            The stage has not run or was interrupted while it ran again, or a file is missing or not what it wrote.
         """
         record = self.record(stage)
         if record is None:
             raise UserError(f"{self.directory / names[0]} does not exist; run {SCRIPTS[stage]} first")
+        if stage in self.manifest().get("redoing", {}):
+            raise UserError(
+                f"{SCRIPTS[stage]} --force did not finish in {self.directory}, and {names[0]} there is older than that;"
+                f" run {SCRIPTS[stage]} again (without --force it goes on)"
+            )
         found = {}
         for name in names:
             if name not in record["outputs"]:
@@ -138,25 +145,39 @@ class Workspace:
         """
         fingerprint = without_credentials({"config": config.select(keys), "inputs": inputs})
         run = StageRun(self, stage, config, fingerprint)
+        record = self.record(stage)
+        if force and record is not None:
+            self._note_redoing(stage, digest(fingerprint))
         if force or progress is None or not run.path(progress).exists():
             remove(run.staging)
         if run.resumes:
             run.resumed = True
             return run
-        record = self.record(stage)
-        if record is not None and not force:
+        redoing = self.manifest().get("redoing", {}).get(stage)
+        if record is not None and redoing != digest(fingerprint):
             # A setting that is newer than the run did then what it does by default.
             before = record["fingerprint"]
             before = {**before, "config": Config().select(tuple(fingerprint["config"])) | before["config"]}
             self._refuse_changes(stage, "a finished", before, fingerprint)
             for name, identity in record["outputs"].items():
                 self._require_sound(stage, name, identity)
+            self._note_redoing(stage, None)
             run.done = True
             return run
         if (unfinished := run.staged_fingerprint) is not None:
             self._refuse_changes(stage, "an unfinished", unfinished, run.fingerprint)
         run.open()
         return run
+
+    def _note_redoing(self, stage: str, fingerprint: str | None) -> None:
+        """Note that a finished stage runs again, so that what it wrote before is not taken for its result; None: no."""
+        manifest = self.manifest()
+        redoing = manifest.pop("redoing", {})
+        if redoing.get(stage) == fingerprint:
+            return
+        redoing.pop(stage, None)
+        redoing |= {stage: fingerprint} if fingerprint else {}
+        write_json(self.directory / MANIFEST, manifest | ({"redoing": redoing} if redoing else {}))
 
     def _refuse_changes(self, stage: str, state: str, before: dict[str, Any], now: dict[str, Any]) -> None:
         if changes := _changes(before, now):
@@ -193,7 +214,8 @@ class Workspace:
         sync(self.directory)
         manifest = self.manifest()
         manifest["stages"][stage] = record
-        manifest.get("committing", {}).pop(stage, None)
+        for unfinished in ("committing", "redoing"):
+            manifest.get(unfinished, {}).pop(stage, None)
         write_json(self.directory / MANIFEST, manifest)
         remove(staging)
 

@@ -1,0 +1,89 @@
+"""What a signal to stop does: the work ends where it is, with the exit code that the shell expects and one line."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+_WORDS = {
+    signal.SIGINT: "interrupted",
+    signal.SIGTERM: "terminated",
+    signal.SIGHUP: "terminated, since its terminal was closed",
+}
+# A call into a library that does not return is left after this time: SLURM kills without a word after 30 s.
+_GRACE_SECONDS = 10.0
+
+
+class Stopped(BaseException):
+    """A signal to stop; not an Exception, so that no library takes it for a failure that it may handle."""
+
+
+class Stopping:
+    """While the block runs, SIGINT, SIGTERM and SIGHUP raise `Stopped` in it; a signal that is ignored stays ignored.
+
+    Attributes
+    ----------
+    exit_code
+        128 and the number of the signal that came, as a shell has it; 0 where none came.
+    """
+
+    def __init__(self) -> None:
+        self.exit_code = 0
+        self._before: dict[int, Any] = {}
+        self._ended = threading.Event()
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is not threading.main_thread():
+            return self  # Python gives signals to the main thread only
+        for number in _WORDS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks for
+                self._before[number] = signal.signal(number, self._stop)
+        if not self._before:
+            return self
+        self._wakeup, watched = socket.socketpair()
+        self._wakeup.setblocking(False)
+        self._wakeup_before = signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=[watched], daemon=True, name="stopping").start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._ended.set()
+        if self._before:
+            signal.set_wakeup_fd(self._wakeup_before)
+            self._wakeup.close()  # ends the thread
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @property
+    def line(self) -> str:
+        """What happened and what to do."""
+        return f"{_WORDS[signal.Signals(self.exit_code - 128)]}; run the same command again to go on"
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        again, self.exit_code = bool(self.exit_code), 128 + number
+        if again:
+            self._exit()
+        raise Stopped
+
+    def _watch(self, signals: socket.socket) -> None:
+        """Leave a call that does not return: Python would raise `Stopped` only after it."""
+        with signals:
+            while number := signals.recv(1):
+                if number[0] in self._before and not self._ended.wait(_GRACE_SECONDS):
+                    self.exit_code = 128 + number[0]
+                    self._exit()
+
+    def _exit(self) -> None:
+        say(self.line)
+        os._exit(self.exit_code)
+
+
+def say(line: str) -> None:
+    """Print a line to stderr, in the first of several processes of a training."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)
