@@ -13,12 +13,15 @@ import numpy as np
 import pytest
 import scvi
 import torch
+import yaml
 from pipeline import Run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from waits import Waits
 
 from census_scvi import progress
-from census_scvi.config import load_config
+from census_scvi.cli import main
+from census_scvi.config import TrainSection, load_config
+from census_scvi.config_names import MEASURED
 from census_scvi.counts.data_module import PreparedDataModule
 from census_scvi.errors import UserError
 from census_scvi.model import finite_loss, training, training_progress
@@ -26,6 +29,7 @@ from census_scvi.model.build import build_model, init_arguments
 from census_scvi.model.fast import negative_binomial
 from census_scvi.model.fast.plan import FastTrainingPlan
 from census_scvi.model.safe import load_safe
+from census_scvi.model.schedule import warnings_before
 from census_scvi.stages import train
 
 
@@ -292,6 +296,189 @@ def test_a_precision_that_the_device_has_not_is_refused(prepared: Run, capsys: p
         assert "train.precision is fp16, which needs a GPU; set float32 or bf16" in capsys.readouterr().err
     assert prepared("train", "train.trainer={precision: 16-mixed}") == 2
     assert "train.trainer.precision cannot be set here; set train.precision" in capsys.readouterr().err
+
+
+# --- what the libraries do not train with is known before the first minibatch
+
+PLAN, TRAINER = "training_plan", "train.trainer"
+# section, value (YAML), and what the one line must say
+REFUSED = [
+    # values that the libraries take without a word
+    (PLAN, "{lr: 0}", "training_plan.lr is 0, expected a finite number above 0"),
+    (PLAN, "{lr: -0.001}", "training_plan.lr is -0.001, expected"),
+    (PLAN, "{lr: .nan}", "training_plan.lr is nan, expected a finite number above 0"),
+    (PLAN, "{lr: .inf}", "training_plan.lr is inf, expected"),
+    (PLAN, "{lr: null}", "training_plan.lr is None, expected"),
+    (PLAN, "{n_epochs_kl_warmup: -3}", "training_plan.n_epochs_kl_warmup is -3, expected a whole number, 0 or more"),
+    (PLAN, "{n_steps_kl_warmup: -1}", "training_plan.n_steps_kl_warmup is -1, expected a whole number, 0 or more"),
+    (PLAN, "{weight_decay: -1.0}", "training_plan.weight_decay is -1.0, expected a finite number, 0 or more"),
+    (PLAN, "{eps: 0}", "training_plan.eps is 0, expected a finite number above 0"),
+    (PLAN, "{max_kl_weight: .nan}", "training_plan.max_kl_weight is nan, expected"),
+    (PLAN, "{min_kl_weight: 2}", "training_plan.min_kl_weight is 2 and above training_plan.max_kl_weight, 1.0"),
+    (PLAN, "{optimizer: Sgd}", "training_plan.optimizer is 'Sgd', expected one of Adam, AdamW"),
+    (PLAN, "{lr_factor: 1.5}", "training_plan.lr_factor is 1.5, expected a number between 0 and 1"),
+    (PLAN, "{lr_patience: -1}", "training_plan.lr_patience is -1, expected"),
+    (PLAN, "{lr_scheduler_metric: elbo_valdation}", "expected one of elbo_validation, "),
+    (PLAN, "{lr_scheduler_metric: elbo_valdation}", "did you mean elbo_validation?"),
+    (TRAINER, "{early_stopping_monitor: nothing}", "early_stopping_monitor is 'nothing', expected one of"),
+    (TRAINER, "{early_stopping_mode: up}", "train.trainer.early_stopping_mode is 'up', expected one of min, max"),
+    (TRAINER, "{early_stopping_patience: -1}", "train.trainer.early_stopping_patience is -1, expected"),
+    (TRAINER, "{accumulate_grad_batches: 0}", "accumulate_grad_batches is 0, expected a whole number, 1 or more"),
+    (TRAINER, "{check_val_every_n_epoch: 0}", "check_val_every_n_epoch is 0, expected a whole number, 1 or more"),
+    (TRAINER, "{log_every_n_steps: 0}", "log_every_n_steps is 0, expected a whole number, 1 or more"),
+    (TRAINER, "{gradient_clip_val: abc}", "train.trainer.gradient_clip_val is 'abc', expected int | float | None"),
+    (TRAINER, "{gradient_clip_val: -1}", "train.trainer.gradient_clip_val is -1, expected a finite number, 0 or more"),
+    (TRAINER, "{deterministic: maybe}", "train.trainer.deterministic is 'maybe', expected one of True, False, warn"),
+    (TRAINER, "{strategy: ddp}", "train.trainer.strategy cannot be set here; set train.multi_gpu"),
+    (TRAINER, "{max_epochs: 3}", "train.trainer.max_epochs cannot be set here; set train.max_epochs"),
+    (TRAINER, "{callbacks: []}", "train.trainer.callbacks cannot be set here"),
+    # values that a library refuses when it is given them
+    (TRAINER, "{max_time: 5m}", "train.trainer.max_time is '5m': training cannot start like this"),
+    (TRAINER, "{max_time: 5m}", "DD:HH:MM:SS"),
+    (TRAINER, "{max_time: {hrs: 5}}", "train.trainer.max_time is {'hrs': 5}: training cannot start"),
+    (TRAINER, "{max_time: {hours: 0}}", "no time to train in"),
+    (TRAINER, "{profiler: mine}", "train.trainer.profiler is 'mine': training cannot start"),
+    (TRAINER, "{limit_train_batches: 2.5}", "train.trainer.limit_train_batches is 2.5: training cannot start"),
+    (TRAINER, "{gradient_clip_algorithm: best, detect_anomaly: true}", "gradient_clip_algorithm is 'best': training"),
+    (PLAN, "{compile: true, compile_kwargs: {mode: quick}}", "compile_kwargs is {'mode': 'quick'}: training"),
+    (PLAN, "{lr: 1.0e+300}", "training_plan.lr is 1e+300: training cannot start"),
+    # values that a library would refuse at its first steps, in the first epoch or after it
+    (TRAINER, "{val_check_interval: 1000}", "train.trainer.val_check_interval is 1000: training cannot start"),
+    (TRAINER, "{limit_train_batches: 0.001}", "train.trainer.limit_train_batches is 0.001: training cannot start"),
+    (TRAINER, "{limit_train_batches: 0}", "no step would be trained"),
+    (TRAINER, "{max_steps: 0}", "train.trainer.max_steps is 0: training cannot start"),
+    (PLAN, "{on_epoch: false}", "training_plan.on_epoch is False: training cannot start"),
+    ("train", "{early_stopping: true, trainer: {limit_val_batches: 0}}", "limit_val_batches is 0: training cannot"),
+    (PLAN, "{reduce_lr_on_plateau: true}\ntrain: {train_size: 1.0}", "reduce_lr_on_plateau is True: training cannot"),
+    # devices
+    ("train", "{devices: 0}", "train.devices is 0, expected a number of devices"),
+    ("train", "{devices: [], multi_gpu: true}", "train.devices is [], expected"),
+    ("train", "{devices: [0, 0], multi_gpu: true}", "train.devices is [0, 0], expected"),
+    ("train", "{devices: [-1], multi_gpu: true}", "train.devices is [-1], expected"),
+    ("train", "{devices: -2, multi_gpu: true}", "train.devices is -2, expected"),
+    ("train", "{accelerator: mps}", "train.accelerator is mps"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("section", "value", "said"), REFUSED, ids=[f"{case[0]}={case[1]}" for case in REFUSED])
+def test_what_cannot_be_trained_is_one_line_before_the_first_minibatch(
+    section: str, value: str, said: str, prepared: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if value == "{accelerator: mps}" and torch.backends.mps.is_available():
+        pytest.skip("this machine has such a GPU")
+    *folders, key = section.split(".")
+    given = "".join(f"{folder}: {{" for folder in folders) + f"{key}: {value}" + "}" * len(folders)
+    settings = yaml.safe_load(given)
+    config = {**yaml.safe_load(prepared.config.read_text()), "training_plan": {}}
+    config |= {name: {**config.get(name, {}), **values} for name, values in settings.items()}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    before = sorted(prepared.directory.rglob("*"))
+    for more in (["--force"], ["--dry-run"]):
+        assert main("train", ["--config", str(path), *more]) == 2
+        out, err = capsys.readouterr()
+        (error,) = (line for line in err.splitlines() if "counts only with" not in line)
+        assert error.startswith("error: ")
+        assert said in error
+        assert not out
+    assert sorted(prepared.directory.rglob("*")) == before
+
+
+def test_what_lightning_refuses_within_a_training_is_one_line(
+    prepared: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "check_arguments", lambda *_: None)
+    run = copy_of(prepared, tmp_path, train={"trainer": {"val_check_interval": 1000}})
+    assert run("train") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: Lightning stopped the training (`val_check_interval` (1000) must be less than")
+    assert "it was given train.trainer: {'val_check_interval': 1000}" in error
+
+
+TRAINS = [
+    {"trainer": {"max_time": "00:01:00:00", "val_check_interval": 0.5, "num_sanity_val_steps": None}},
+    {"trainer": {"limit_train_batches": 0.5, "log_every_n_steps": 1, "check_val_every_n_epoch": 5, "max_steps": 10**9}},
+    {"trainer": {"early_stopping_monitor": "validation_loss", "profiler": "simple"}, "early_stopping": True},
+    {"max_epochs": 10**30, "trainer": {"max_steps": 2}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", TRAINS, ids=[str(number) for number in range(len(TRAINS))])
+def test_unusual_settings_that_the_libraries_take_train(
+    settings: dict[str, Any], prepared: Run, tmp_path: Path
+) -> None:
+    run = copy_of(prepared, tmp_path, train={"max_epochs": 1, **settings})
+    assert run("train") == 0
+    assert not equal(weights(run), untrained(run))
+
+
+def untrained(run: Run) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    description = load_safe(run.path("scvi.model"))[1]
+    return build_model(description.genes, description.batches, description.arguments).module.state_dict()
+
+
+def test_what_may_be_monitored_is_what_training_measures(finished_run: Run) -> None:
+    measured = finished_run.record("train")["learning_curves"].keys()
+    assert set(MEASURED) == {name for name in measured if not name.startswith("lr-")}
+
+
+def test_a_warm_up_by_steps_counts_without_the_epochs(
+    prepared: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = capture_fit(monkeypatch)
+    run = copy_of(prepared, tmp_path, train={"max_epochs": 1}, training_plan={"n_steps_kl_warmup": 10})
+    assert run("train", "training_plan={lr: 0.001, n_steps_kl_warmup: 10}") == 0
+    assert (seen["plan"].n_epochs_kl_warmup, seen["plan"].n_steps_kl_warmup) == (None, 10)
+    assert seen["plan"].kl_weight == pytest.approx(seen["steps"] / 10)
+
+
+# --- settings that train too little are said before
+
+FEW = (
+    "913 training cells in minibatches of 1,024 for 100 epochs are 100 optimiser steps, and a model needs 1,000 or more"
+)
+
+
+@pytest.mark.parametrize(
+    ("settings", "plan", "n_train", "processes", "said"),
+    [
+        ({}, {"n_epochs_kl_warmup": 20}, 913, 1, [FEW, "try train.batch_size=128 train.max_epochs=400"]),
+        ({"max_epochs": 400, "batch_size": 128}, {}, 913, 1, []),
+        ({"max_epochs": 100}, {"n_epochs_kl_warmup": 20}, 10_262, 1, []),  # blood.yaml: 1,100 steps
+        ({"max_epochs": 100}, {"n_epochs_kl_warmup": 20}, 10_262, 2, ["are 600 optimiser steps"]),
+        ({"max_epochs": 8}, {"n_epochs_kl_warmup": 4}, 90_000_000, 4, []),
+        ({"max_epochs": 1}, {"n_epochs_kl_warmup": 0}, 900_000, 1, ["train.batch_size=128 train.max_epochs=9"]),
+        ({"trainer": {"accumulate_grad_batches": 100}}, {"n_epochs_kl_warmup": 20}, 90_000, 1, ["are 100 optimiser"]),
+        ({"trainer": {"max_steps": 50}}, {"n_epochs_kl_warmup": 20}, 90_000, 1, ["are 50 optimiser steps"]),
+        ({}, {}, 90_000, 1, ["after 400 epochs and training ends after 100, with 25% of it"]),
+        ({}, {}, 90_000, 1, ["try training_plan.n_epochs_kl_warmup=25"]),
+        ({}, {"n_steps_kl_warmup": 10_000}, 90_000, 1, ["after 10,000 steps and training ends after 8,800"]),
+        ({}, {"n_epochs_kl_warmup": None}, 90_000, 1, []),
+    ],
+)  # fmt: skip
+def test_a_training_that_is_too_short_is_said(
+    settings: dict[str, Any], plan: dict[str, Any], n_train: int, processes: int, said: list[str]
+) -> None:
+    found = warnings_before(TrainSection(**settings), plan, n_train, processes)
+    assert len(found) == bool(said)
+    assert all(words in found[0] for words in said)
+
+
+def test_the_warning_comes_before_training_and_in_the_plan(
+    prepared: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "_SAMPLE_SECONDS", 0.1)
+    run = copy_of(prepared, tmp_path)
+    assert run("train") == 0
+    lines = capsys.readouterr().err.splitlines()
+    (warning,) = (number for number, line in enumerate(lines) if "optimiser steps" in line)
+    assert warning < next(number for number, line in enumerate(lines) if "epoch 1/3" in line)
+    assert run("train", "--dry-run") == 0
+    assert (
+        "note   warning: 1,242 training cells in minibatches of 256 for 3 epochs are 15 optimiser"
+        in capsys.readouterr().out
+    )
 
 
 # --- what training does to the cells

@@ -44,7 +44,7 @@ MemberName = Annotated[str, AfterValidator(_member_name)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 StoppingGate = Literal[
     "cells", "finite", "variance", "duplicate_dimensions", "effective_rank", "genes", "counts", "architecture",
-    "re_embedding", "order", "active_units",
+    "re_embedding", "order", "active_units", "overfitting",
 ]  # fmt: skip
 Devices = int | list[int] | Literal["auto"]
 
@@ -184,6 +184,10 @@ class GatesSection(Section):
     """Largest correlation of two dimensions."""
     min_effective_rank: Annotated[float, Field(ge=1.0)] = 2.0
     """Least number of dimensions that the cells fill (exp of the entropy of the covariance's eigenvalues)."""
+    max_elbo_fall: Annotated[float, Field(gt=0.0)] = 0.02
+    """Largest fall of the validation ELBO over the last fifth of the epochs, as a share of it, after training."""
+    max_elbo_gap: Annotated[float, Field(gt=0.0)] = 0.2
+    """Largest share by which the ELBO of the validation cells exceeds that of the training cells."""
     label: Name = "cell_type"
     """obs column of the cell types, for the warnings."""
     waived: dict[StoppingGate, Name] = Field(default_factory=dict)

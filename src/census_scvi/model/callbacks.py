@@ -94,3 +94,13 @@ class EarlyStopping(LoudEarlyStopping):
         state = dict(state_dict)
         self._current_step = state.pop("checks")
         super().load_state_dict(state)
+
+
+def early_stopping_callbacks(arguments: dict[str, Any], *, wanted: bool) -> list[lightning.Callback]:
+    """The callback for `train.early_stopping`; takes its arguments out of the Trainer's.
+
+    scvi-tools' Trainer would add it itself, but not with several devices.
+    """
+    defaults = {"monitor": "elbo_validation", "min_delta": 0.0, "patience": 45, "mode": "min", "warmup_epochs": 0}
+    chosen = {key: arguments.pop(f"early_stopping_{key}", default) for key, default in defaults.items()}
+    return [EarlyStopping(**chosen)] if wanted else []

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import os
+import traceback
 import warnings
 import zipfile
 from pathlib import Path
@@ -20,15 +23,16 @@ from census_scvi.counts.data_module import PreparedDataModule
 from census_scvi.errors import UserError
 from census_scvi.model.build import quiet
 from census_scvi.model.callbacks import (
-    EarlyStopping,
     LearningCurves,
     Stoppable,
     TrainMode,
+    early_stopping_callbacks,
 )
 from census_scvi.model.checkpoint import Checkpoint, StagedIO
 from census_scvi.model.fast.plan import FastTrainingPlan
 from census_scvi.model.fast.step import reason_against, unused_frozen
 from census_scvi.model.finite_loss import FiniteLoss
+from census_scvi.model.rehearsal import diverged, one_line, require_trainable
 from census_scvi.model.training_progress import Progress
 
 log = logging.getLogger(__name__)
@@ -40,22 +44,30 @@ def choose_devices(settings: TrainSection) -> dict[str, Any]:
     Raises
     ------
     UserError
-        `multi_gpu` asks for more devices than there are, or for a kind that is not there.
+        No number of devices, more than there are, or of a kind that is not there.
     """
+    if not settings.multi_gpu and settings.devices != "auto":
+        log.info("train.devices is %s and counts only with train.multi_gpu: true; one device is used", settings.devices)
+    return _devices(settings)
+
+
+def _devices(settings: TrainSection) -> dict[str, Any]:
     gpus = torch.cuda.device_count()
+    if settings.accelerator == "mps" and not torch.backends.mps.is_available():
+        raise UserError(
+            "train.accelerator is mps, the GPU of an Apple computer, and torch finds none here; set it to auto"
+        )
+    _check_number_of_devices(settings.devices)
     if settings.accelerator in ("gpu", "cuda") and not gpus:
         raise UserError(
             f"train.accelerator is {settings.accelerator} and torch finds no GPU here; set it to auto or cpu,"
             " or see what ./scvi-init.sh says of the GPU"
         )
     if not settings.multi_gpu:
-        if settings.devices != "auto":
-            log.info(
-                "train.devices is %s and counts only with train.multi_gpu: true; one device is used", settings.devices
-            )
         return {"accelerator": settings.accelerator, "devices": 1, "strategy": "auto"}
     asked = settings.devices if isinstance(settings.devices, list) else None
-    number = len(asked) if asked else settings.devices if isinstance(settings.devices, int) else max(gpus, 1)
+    number = settings.devices if isinstance(settings.devices, int) and settings.devices > 0 else max(gpus, 1)
+    number = len(asked) if asked else number
     if settings.accelerator != "cpu" and (number > gpus or max(asked or [0]) >= max(gpus, 1)):
         raise UserError(
             f"train.multi_gpu asks for devices {settings.devices} and torch finds {gpus} GPU(s);"
@@ -64,6 +76,16 @@ def choose_devices(settings: TrainSection) -> dict[str, Any]:
     if settings.accelerator == "cpu":
         asked = None  # Lightning takes a number of processes there
     return {"accelerator": settings.accelerator, "devices": asked or number, "strategy": "ddp"}
+
+
+def _check_number_of_devices(devices: int | list[int] | str) -> None:
+    indices = devices if isinstance(devices, list) else [0]
+    none = devices == [] or (isinstance(devices, int) and (devices == 0 or devices < -1))
+    if none or min(indices) < 0 or len(set(indices)) < len(indices):
+        raise UserError(
+            f"train.devices is {devices}, expected a number of devices (-1: all), a list of different device indices"
+            " such as [0, 1], or auto"
+        )
 
 
 def choose_precision(settings: TrainSection) -> str:
@@ -98,9 +120,36 @@ def make_plan(
     if settings.engine == "fast" and reason:
         log.info("train.engine fast does not train this model (%s): scvi-tools' own steps are used", reason)
     data.sparse = settings.engine == "fast" and not reason
-    plan = (FastTrainingPlan if data.sparse else TrainingPlan)(module, **arguments)
+    plan = (FastTrainingPlan if data.sparse else TrainingPlan)(module, **_plan_arguments(arguments))
     plan.n_obs_training, plan.n_obs_validation = data.n_train, data.n_val
     return plan
+
+
+def _plan_arguments(settings: dict[str, Any]) -> dict[str, Any]:
+    """`training_plan` as TrainingPlan takes it, which writes into what it is given."""
+    arguments = copy.deepcopy(settings)
+    if arguments.get("n_steps_kl_warmup"):
+        arguments.setdefault("n_epochs_kl_warmup", None)  # its default of 400 epochs would win over the steps
+    return arguments
+
+
+def check_arguments(settings: TrainSection, plan_arguments: dict[str, Any], data: PreparedDataModule) -> None:
+    """UserError where the libraries do not train with `train.trainer` and `training_plan`."""
+    processes = n_processes(settings)
+    minibatches = [-(-n_cells // (settings.batch_size * processes)) for n_cells in (data.n_train, data.n_val)]
+    require_trainable(
+        settings.trainer or {},
+        _plan_arguments(plan_arguments),
+        _trainer_arguments(settings, data) | {"devices": 1, "strategy": "auto"},
+        minibatches=(minibatches[0], minibatches[1]),
+        early_stopping=settings.early_stopping,
+    )
+
+
+def n_processes(settings: TrainSection) -> int:
+    """How many processes train together on this machine."""
+    devices = _devices(settings)["devices"]
+    return len(devices) if isinstance(devices, list) else int(devices)
 
 
 def engine_of(plan: TrainingPlan) -> str:
@@ -146,7 +195,6 @@ def fit(
     UserError
         Unsuitable devices or checkpoint, or a loss that is not finite.
     """
-    devices = choose_devices(settings)
     plan = make_plan(settings, model.module, data, plan_arguments)
     curves, finite = LearningCurves(engine_of(plan)), FiniteLoss()
     arguments = dict(settings.trainer or {})
@@ -158,7 +206,7 @@ def fit(
         Progress(data.n_train),
         LearningRateMonitor(logging_interval="epoch"),
     ]
-    callbacks += _early_stopping(arguments, wanted=settings.early_stopping)
+    callbacks += early_stopping_callbacks(arguments, wanted=settings.early_stopping)
     callbacks.append(Checkpoint(checkpoint, settings.checkpoint_minutes))
     with (
         warnings.catch_warnings(),
@@ -168,45 +216,46 @@ def fit(
     ):
         _ignore_known_warnings()
         trainer = Trainer(
-            max_epochs=settings.max_epochs,
             callbacks=callbacks,
             plugins=StagedIO(),
             logger=TensorBoardLogger(tensorboard.parent, name=tensorboard.name, version="", sub_dir=None),
             default_root_dir=str(tensorboard.parent),
-            precision=choose_precision(settings),
-            **devices,
-            **_trainer_defaults(data) | arguments,
+            **_trainer_arguments(settings, data) | arguments,
         )
         lightning.seed_everything(seed + trainer.global_rank, verbose=False)
         try:
             trainer.fit(plan, data, ckpt_path=_resumable(checkpoint), weights_only=True)
-        except ValueError as error:
-            if "satisfy the constraint" not in str(error):  # torch's distributions meet NaN before the loss does
-                raise
-            raise finite.report(trainer, "the loss is nan") from error
+        except Exception as error:
+            if diverged(error):
+                raise finite.report(trainer, "the loss is nan") from error
+            if settings.trainer and not isinstance(error, UserError) and _of_lightning(error):
+                raise UserError(
+                    f"Lightning stopped the training ({one_line(error)}); it was given"
+                    f" train.trainer: {settings.trainer}; correct that or leave it out"
+                ) from error
+            raise
     model.module.eval()
     model.is_trained_ = True
     return curves
 
 
-def _trainer_defaults(data: PreparedDataModule) -> dict[str, Any]:
-    """What `train.trainer` may override."""
+def _of_lightning(error: Exception) -> bool:
+    """Whether Lightning raised an error itself: neither this project nor what it called, a disk for instance."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{os.sep}lightning{os.sep}" in frames[-1].filename
+
+
+def _trainer_arguments(settings: TrainSection, data: PreparedDataModule) -> dict[str, Any]:
+    """What the pipeline gives the Trainer; `train.trainer` may override the last four."""
     return {
+        **_devices(settings),
+        "max_epochs": settings.max_epochs,
+        "precision": choose_precision(settings),
         "check_val_every_n_epoch": 1,
         "limit_val_batches": None if data.n_val else 0,
         "enable_progress_bar": False,  # ours counts cells over all epochs
         "enable_model_summary": False,
     }
-
-
-def _early_stopping(arguments: dict[str, Any], *, wanted: bool) -> list[lightning.Callback]:
-    """The callback for `train.early_stopping`; takes its arguments out of the Trainer's.
-
-    scvi-tools' Trainer would add it itself, but not with several devices.
-    """
-    defaults = {"monitor": "elbo_validation", "min_delta": 0.0, "patience": 45, "mode": "min", "warmup_epochs": 0}
-    chosen = {key: arguments.pop(f"early_stopping_{key}", default) for key, default in defaults.items()}
-    return [EarlyStopping(**chosen)] if wanted else []
 
 
 def _resumable(checkpoint: Path) -> Path | None:

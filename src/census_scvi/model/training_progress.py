@@ -21,6 +21,7 @@ Trainer: TypeAlias = lightning.Trainer
 Plan: TypeAlias = lightning.LightningModule
 
 _SECONDS_BETWEEN_LINES = 600
+_LONGEST = 10**12  # seconds of which timedelta can speak
 
 
 class Progress(lightning.Callback):
@@ -94,7 +95,7 @@ class Progress(lightning.Callback):
     def _say(self, trainer: Trainer, what: list[str]) -> None:
         """A line in a log, where there is no bar."""
         if speed := self._said.cells_per_second(self._done):
-            left = timedelta(seconds=round((self._total - self._done) / speed))
+            left = timedelta(seconds=min(round((self._total - self._done) / speed), _LONGEST))
             what = [*what, f"{speed:,.0f} cells/s"] + [f"{left} left"] * bool(left)
         self._said = _Pace(self._done)
         if trainer.is_global_zero and (self._bar is None or self._bar.disable):

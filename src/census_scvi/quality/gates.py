@@ -268,6 +268,49 @@ def _short(value: Any) -> str:
 _SHOWN = 4
 
 
+def training_gates(curves: dict[str, list[float]], most_fall: float, most_gap: float) -> list[Gate]:
+    """Whether the training came to its end: the ELBO no longer falls, and is alike for training and validation cells.
+
+    Parameters
+    ----------
+    curves
+        Metrics of each epoch, `elbo_train` and, where there are validation cells, `elbo_validation`; not finite where
+        an epoch was not validated.
+    most_fall
+        Largest fall of the ELBO over the last fifth of the epochs, as a share of it.
+    most_gap
+        Largest difference of the validation cells' ELBO to that of the training cells, as a share of it.
+
+    Returns
+    -------
+    `convergence` and `overfitting`. Each is a warning alone: a short training of very many cells still falls, and few
+    cells are always learnt better than others. Both at once stop: the model knows its cells rather than their kinds.
+    """
+    validated = "elbo_validation" in curves
+    curve = np.asarray(curves.get("elbo_validation", curves.get("elbo_train", [])), np.float64)
+    epochs = np.flatnonzero(np.isfinite(curve))
+    fifth = len(curve) / 5
+    last = epochs[-max(3, math.ceil(len(epochs) / 5)) :]
+    name = "elbo_validation" if validated else "elbo_train"
+    if len(epochs) < _EPOCHS_THAT_TELL:
+        fall, words = math.nan, f"{len(epochs)} measured epochs are too few to tell"
+    else:
+        slope = np.polyfit(last, curve[last], 1)[0]
+        fall = float(-slope * fifth / abs(curve[last[-1]]))
+        words = f"fall of {name} over the last fifth of {len(curve)} epochs, now {curve[last[-1]]:.1f}"
+    convergence = Gate("convergence", fall, "at most", most_fall, words, stops=False)
+    if not validated or not len(epochs):
+        return [convergence]
+    train, validation = curves["elbo_train"][epochs[-1]], float(curve[epochs[-1]])
+    gap = (validation - train) / abs(validation)
+    words = f"elbo_train {train:.1f}, elbo_validation {validation:.1f}"
+    stops = fall > most_fall and not gap <= most_gap
+    return [convergence, Gate("overfitting", gap, "at most", most_gap, words, stops=stops)]
+
+
+_EPOCHS_THAT_TELL = 5
+
+
 def stopped_by(gates: Iterable[Gate], waived: dict[str, str]) -> list[Gate]:
     """Gates that stop publishing: failed, no mere warnings, and not waived with a reason."""
     return [gate for gate in gates if gate.stops and not gate.passed and gate.name not in waived]

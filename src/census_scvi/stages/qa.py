@@ -23,7 +23,7 @@ from census_scvi.quality import gates
 from census_scvi.quality.gates import Gate, LatentMoments
 from census_scvi.quality.neighbours import label_share
 from census_scvi.stages.sample import Sample
-from census_scvi.workspace import Artifacts
+from census_scvi.workspace import Artifacts, Workspace
 
 _ROWS = 2**16
 _COUNTED_BLOCKS = 64
@@ -70,6 +70,8 @@ def measure(
     genes = read_genes(config.directory / artifacts.genes)
     expected = expected_facts(config.model, genes, description.batches)
     found.append(gates.architecture(expected, built_facts(model, description.genes)))
+    trained = Workspace(config.directory).record("train") or {}
+    found += gates.training_gates(trained.get("learning_curves", {}), bounds.max_elbo_fall, bounds.max_elbo_gap)
     if not found[0].passed:  # rows and cells do not belong together: nothing below could be compared
         return found
     mean, variance = sample.embed(model, description.genes)

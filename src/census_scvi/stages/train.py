@@ -24,7 +24,16 @@ from census_scvi.model.build import build_model, init_arguments
 from census_scvi.model.callbacks import LearningCurves
 from census_scvi.model.fast.step import unused_frozen
 from census_scvi.model.safe import ModelDescription, save_safe
-from census_scvi.model.training import choose_devices, choose_precision, engine_of, fit, make_plan
+from census_scvi.model.schedule import warnings_before
+from census_scvi.model.training import (
+    check_arguments,
+    choose_devices,
+    choose_precision,
+    engine_of,
+    fit,
+    make_plan,
+    n_processes,
+)
 from census_scvi.stages.plan import Plan, human_bytes
 from census_scvi.workspace import Artifacts, StageRun, Workspace
 from census_scvi.workspace.atomic import remove
@@ -54,14 +63,17 @@ def run(config: Config, *, force: bool = False) -> None:
     choose_precision(config.train)
     with Workspace(config.directory).locked(STAGE) as workspace:
         inputs = workspace.require("prepare", [artifacts.prepared])
+        data = _data(config)
+        check_arguments(config.train, config.training_plan, data)
         stage = workspace.begin(STAGE, config, KEYS, inputs, force=force, progress=CHECKPOINT)
         if stage.done:
             log.info("%s is done for these settings in %s; --force does it again", STAGE, config.directory)
             return
-        data = _data(config)
         model = _build(config, data)
         if stage.resumed:
             log.info("going on from the last checkpoint")
+        for problem in _problems(config, data):
+            log.warning("warning: %s", problem)
         curves = _fit(config, model, data, stage.staging, digest(stage.fingerprint))
         _save(config, model, data, curves, stage)
         counts = _counts(model, data, curves)
@@ -102,6 +114,10 @@ def _data(config: Config) -> PreparedDataModule:
     if config.train.early_stopping and not data.n_val:
         raise UserError(f"train.early_stopping needs validation cells, and of {data.n_train} cells none is left for it")
     return data
+
+
+def _problems(config: Config, data: PreparedDataModule) -> list[str]:
+    return warnings_before(config.train, config.training_plan, data.n_train, n_processes(config.train))
 
 
 def _build(config: Config, data: PreparedDataModule) -> scvi.model.SCVI:
@@ -175,13 +191,14 @@ def plan(config: Config) -> Plan:
     workspace = Workspace(config.directory)
     workspace.require("prepare", [artifacts.prepared])
     data = _data(config)
+    check_arguments(config.train, config.training_plan, data)
     model = _build(config, data)
     parameters = sum(parameter.numel() for parameter in model.module.parameters())
     training = make_plan(config.train, model.module, data, config.training_plan)
     step = _seconds_per_cell(config, training, data)
     engine = engine_of(training)
     entries = config.train.batch_size * data.cells.n_genes
-    processes = len(devices["devices"]) if isinstance(devices["devices"], list) else devices["devices"]
+    processes = n_processes(config.train)
     validation = 0.4 * data.n_val  # forward only
     return Plan(
         STAGE,
@@ -197,6 +214,7 @@ def plan(config: Config) -> Plan:
             f"{parameters:,} parameters",
             f"devices: {devices['devices']} ({devices['accelerator']}), steps by train.engine {engine}",
             f"while it trains, a checkpoint of {human_bytes(12.0 * parameters)}",
+            *(f"warning: {problem}" for problem in _problems(config, data)),
         ],
     )
 

@@ -1,0 +1,55 @@
+"""Whether the settings give a training enough steps: said before it begins, with settings that do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from census_scvi.config import TrainSection
+
+# Of the trainings in docs/publishing.md those with a thousand steps and more had converged, shorter ones had not.
+LEAST_STEPS = 1000
+_BATCH_SIZE = 128  # scvi-tools' own
+_KL_WARMUP_EPOCHS = 400  # scvi-tools' own
+
+
+def warnings_before(settings: TrainSection, plan: dict[str, Any], n_train: int, processes: int) -> list[str]:
+    """What is likely to leave the model unfinished, and settings that help; empty where nothing is.
+
+    Parameters
+    ----------
+    settings, plan
+        The sections `train` and `training_plan`.
+    n_train
+        Training cells.
+    processes
+        How many train together, each on minibatches of its own.
+    """
+    trainer = settings.trainer or {}
+    an_epoch = -(-n_train // (settings.batch_size * processes * trainer.get("accumulate_grad_batches", 1)))
+    steps = an_epoch * settings.max_epochs
+    if trainer.get("max_steps", -1) > 0:
+        steps = min(steps, trainer["max_steps"])
+    found = []
+    if steps < LEAST_STEPS:
+        batch_size = min(settings.batch_size, _BATCH_SIZE)
+        epochs = proposed_epochs(n_train, batch_size * processes)
+        found.append(
+            f"{n_train:,} training cells in minibatches of {settings.batch_size:,} for {settings.max_epochs} epochs are"
+            f" {steps:,} optimiser steps, and a model needs {LEAST_STEPS:,} or more; try train.batch_size={batch_size}"
+            f" train.max_epochs={epochs} (configs/small.yaml has settings for few cells)"
+        )
+    warm_up, of, unit = plan.get("n_epochs_kl_warmup", _KL_WARMUP_EPOCHS), settings.max_epochs, "epochs"
+    if plan.get("n_steps_kl_warmup"):
+        warm_up, of, unit = plan["n_steps_kl_warmup"], steps, "steps"
+    if warm_up and warm_up > of:
+        found.append(
+            f"the KL divergence gets its whole weight after {warm_up:,} {unit} and training ends after {of:,}, with"
+            f" {of / warm_up:.0%} of it; try training_plan.n_{unit}_kl_warmup={max(of // 4, 1)}"
+        )
+    return found
+
+
+def proposed_epochs(n_train: int, cells_a_step: int) -> int:
+    """scvi-tools' rule (20,000 cells 400 epochs, more cells fewer), and epochs enough for `LEAST_STEPS`."""
+    rule = min(round(20_000 / n_train * 400), 400)
+    return max(rule, -(-LEAST_STEPS // -(-n_train // cells_a_step)))
