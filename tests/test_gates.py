@@ -164,6 +164,70 @@ def test_a_module_of_other_widths_is_described() -> None:
     assert fewer.detail == "genes is 1,999 items, expected 2,000 items"
 
 
+def curves(fall: float, gap: float, epochs: int = 100) -> dict[str, list[float]]:
+    """ELBO of validation cells that falls to 1000, by a share of it over the last fifth; of training cells below it."""
+    last = np.linspace(1000 * (1 + fall), 1000, epochs // 5 + 1)
+    validation = np.concatenate([np.linspace(2 * last[0], last[0], epochs - len(last)), last])
+    return {"elbo_validation": validation.tolist(), "elbo_train": (validation * (1 - gap)).tolist()}
+
+
+@pytest.mark.parametrize(
+    ("fall", "gap", "expected"),
+    [
+        (0.005, 0.05, {"convergence": (True, False), "overfitting": (True, False)}),
+        (0.03, 0.05, {"convergence": (False, False), "overfitting": (True, False)}),
+        (-0.01, 0.3, {"convergence": (True, False), "overfitting": (False, False)}),  # early stopping would help
+        (0.03, 0.3, {"convergence": (False, False), "overfitting": (False, True)}),
+    ],
+    ids=["converged", "still falling", "learnt by heart", "both"],
+)
+@pytest.mark.parametrize("epochs", [10, 20, 100, 400])
+def test_a_training_that_has_not_come_to_its_end_is_found(
+    fall: float, gap: float, expected: dict[str, tuple[bool, bool]], epochs: int
+) -> None:
+    found = gates.training_gates(curves(fall, gap, epochs), 0.02, 0.2)
+    assert {gate.name: (gate.passed, gate.stops) for gate in found} == expected
+    values = [gate.value for gate in found]
+    if epochs >= 20:  # of fewer, the last three are more than a fifth
+        assert values == pytest.approx([fall, gap], rel=1e-6)
+    assert bool(gates.stopped_by(found, {})) == expected["overfitting"][1]
+    assert not gates.stopped_by(found, {"overfitting": "few cells are all there are"})
+
+
+def test_a_noisy_curve_is_judged_by_its_slope() -> None:
+    noisy = curves(0.0, 0.05)
+    noisy["elbo_validation"] = (
+        np.array(noisy["elbo_validation"]) + np.random.default_rng(0).normal(0, 5, 100)
+    ).tolist()
+    assert gates.training_gates(noisy, 0.02, 0.2)[0].value == pytest.approx(0, abs=0.006)
+
+
+def test_a_curve_with_gaps_is_the_one_without() -> None:
+    whole = curves(0.03, 0.05)
+    some = {
+        **whole,
+        "elbo_validation": [np.nan if n % 2 == 0 else value for n, value in enumerate(whole["elbo_validation"])],
+    }
+    for one, other in zip(gates.training_gates(whole, 0.02, 0.2), gates.training_gates(some, 0.02, 0.2), strict=True):
+        assert other.value == pytest.approx(one.value, rel=1e-6)
+
+
+@pytest.mark.parametrize("epochs", [0, 1, 3, 4])
+def test_few_epochs_are_a_warning(epochs: int) -> None:
+    """A short training may have taken very many steps; nothing of it stops."""
+    found = gates.training_gates({name: curve[:epochs] for name, curve in curves(0.5, 0.9, 10).items()}, 0.02, 0.2)
+    assert not found[0].passed
+    assert found[0].detail == f"{epochs} measured epochs are too few to tell"
+    assert not gates.stopped_by(found, {})
+
+
+def test_without_validation_cells_the_training_cells_tell() -> None:
+    (gate,) = gates.training_gates({"elbo_train": curves(0.03, 0.0)["elbo_validation"]}, 0.02, 0.2)
+    assert (gate.name, gate.passed, gate.stops) == ("convergence", False, False)
+    assert gate.detail.startswith("fall of elbo_train over the last fifth of 100 epochs")
+    assert gates.training_gates({}, 0.02, 0.2)[0].name == "convergence"
+
+
 def test_what_stops_and_what_does_not() -> None:
     failed = Gate("finite", 3, "at most", 0, "")
     passed = Gate("cells", 0, "at most", 0, "")

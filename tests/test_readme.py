@@ -58,6 +58,10 @@ def sandbox(demo_census: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(demo_census, folder / "census")  # to publish into
     small = {**SMALL, "census": {**SMALL["census"], "uri": str(folder / "census")}}
     (folder / "scvi-config.yaml").write_text(yaml.safe_dump(small))
+    few = yaml.safe_load((folder / "configs/small.yaml").read_text())  # its settings, for fewer genes and epochs
+    few["census"]["obs_query_model"] = SMALL["census"]["obs_query_model"]
+    few["train"]["max_epochs"], few["hvg"]["top_n_hvg"] = 3, 200
+    (folder / "configs/small.yaml").write_text(yaml.safe_dump(few))
     (folder / "configs/mus_musculus.yaml").write_text(yaml.safe_dump({**small, "output": {"directory": "run-mouse"}}))
     with cellxgene_census.open_soma(uri=demo_census) as root:
         cells = cellxgene_census.get_anndata(root, "Homo sapiens")

@@ -4,7 +4,9 @@ import itertools
 import json
 import logging
 import math
+import pickle
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import scvi
 import torch
 import yaml
 from pipeline import Run
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from waits import Waits
 
@@ -68,6 +71,53 @@ def test_plain_scvi_tools_loads_the_model(finished_run: Run) -> None:
     assert model.get_normalized_expression(indices=[0, 1], transform_batch=cells.obs["batch"].iloc[0]).shape == (2, 200)
     assert len(model.history["elbo_train"]) == 3
     assert model.summary_stats["n_cells"] == cells.n_obs
+
+
+@pytest.mark.parametrize("folder", ["scvi.model", "final_scvi_optimized"])
+def test_the_weights_alone_load_without_unpickling(finished_run: Run, tmp_path: Path, folder: str) -> None:
+    """model.pt is scvi-tools' pickle; the weights in it, saved alone, and weights.safetensors run no code."""
+    path = finished_run.path(folder) / "model.pt"
+    content = torch.load(path, map_location="cpu", weights_only=False)  # as SCVI.load does
+    assert content.keys() == {"model_state_dict", "var_names", "attr_dict"}
+    assert list(content["var_names"]) == load_safe(finished_run.path("scvi.model"))[1].genes
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):  # history, registry: pandas, numpy
+        torch.load(path, weights_only=True)
+    state = {name: value for name, value in content["model_state_dict"].items() if name != "pyro_param_store"}
+    torch.save(state, tmp_path / "weights.pt")
+    alone = torch.load(tmp_path / "weights.pt", weights_only=True)
+    model = scvi.model.SCVI.load(str(finished_run.path(folder)), adata=None if folder != "scvi.model" else False)
+    assert equal(model.module.state_dict(), alone)
+    assert model.module.load_state_dict(alone)
+    if folder == "scvi.model":
+        assert equal(load_file(finished_run.path(folder) / "weights.safetensors"), alone)
+
+
+def test_a_checkpoint_takes_no_copy_in_the_temporary_folder(
+    prepared: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "full"))  # nothing can be written there
+    assert copy_of(prepared, tmp_path, train={"checkpoint_minutes": 0})("train") == 0
+
+
+def test_what_a_kill_leaves_in_staging_is_not_committed(
+    prepared: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = copy_of(prepared, tmp_path)
+    real = train.save_safe
+
+    def killed(model: Any, description: Any, folder: Path) -> None:
+        real(model, description, folder)
+        (folder / ".tmpA1b2C3").write_bytes(b"half")  # safetensors writes beside its target and renames
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as planted:
+        planted.setattr(train, "save_safe", killed)
+        assert run("train") == 130
+    assert run.path(".partial/train/scvi.model/.tmpA1b2C3").exists()
+    assert run("train") == 0
+    names = {"model.json", "model.pt", "weights.safetensors"}
+    assert {path.name for path in run.path("scvi.model").iterdir()} == names
+    assert run.record("train")["outputs"].keys() == {f"scvi.model/{name}" for name in names}
 
 
 def test_the_registry_is_the_one_the_cells_give(finished_run: Run) -> None:

@@ -7,6 +7,7 @@ import errno
 import importlib
 import logging
 import shutil
+import signal
 import sys
 import traceback
 import warnings
@@ -66,6 +67,8 @@ def guarded(work: Callable[[], None]) -> int:
     try:
         with stopping:
             work()
+    except KeyboardInterrupt:  # which no signal brought
+        stopping.exit_code = 128 + signal.SIGINT
     except (Stopped, SystemExit, Exception) as error:
         if not stopping.exit_code:
             return _exit_code(error)
