@@ -81,11 +81,20 @@ def test_killed_at_any_rename_the_artifacts_are_the_old_or_the_new(
             run_stage(folder, "new", seed=1)
         with contextlib.suppress(Killed):
             run_stage(folder, "new", seed=1, force=True)
+    begun = False
     with Workspace(folder).locked("train") as workspace:  # whoever comes next mends it
         record = workspace.record("prepare")
         assert record is not None
         (content,) = contents(folder)
         assert content == ("old" if record["seed"] == 0 else "new")
+        if workspace.manifest().get("redoing"):  # the old is not taken for the new
+            assert content == "old"
+            with pytest.raises(UserError, match="--force did not finish in"):
+                workspace.require("prepare", ["file.txt"])
+            begun = True
+    if begun:
+        assert not run_stage(folder, "old")  # with the settings that it was made with it is what it is
+    with Workspace(folder).locked("train") as workspace:
         workspace.require("prepare", ["file.txt", "model/weights", "model/more"])
     assert run_stage(folder, "new", seed=1, force=True)
     assert contents(folder) == {"new"}
