@@ -1,5 +1,6 @@
 """Every key is checked before work starts, and answered in one line."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from census_scvi import config_errors
 from census_scvi.cli import main
 from census_scvi.config import Config, digest, flatten, load_config
 from census_scvi.errors import UserError
@@ -54,7 +56,12 @@ training_plan:
 """
 
 
-def config_file(folder: Path, text: str = "") -> Path:
+# A few lines that stand for ten million values, and for a list nested a hundred deep.
+BOMB = "l0: &l0 [a]\n" + "".join(f"l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 10)}]\n" for n in range(1, 8))
+CHAIN = "l0: &l0 [a]\n" + "".join(f"l{n}: &l{n} [*l{n - 1}]\n" for n in range(1, 100))
+
+
+def config_file(folder: Path, text: str = "{}") -> Path:
     path = folder / "c.yaml"
     path.write_text(text)
     return path
@@ -144,17 +151,243 @@ def test_early_stopping_needs_validation_cells(tmp_path: Path) -> None:
     [
         ("model: {n_hidden: 1, n_hidden: 2}", "line 1: not valid YAML: n_hidden is set twice"),
         ("model:\n  - n_hidden: [", "not valid YAML"),
-        ("just text", "expected sections such as census, hvg and model, found str"),
-        ("", "expected sections such as census, hvg and model, found NoneType"),
+        ("just text", "expected sections such as census, hvg and model, found text"),
+        ("", "expected sections such as census, hvg and model, found an empty file"),
+        ("# a comment\n", "found text"),
+        ("- model", "found a list"),
+        ("census:\n  uri: {{ uri }}", "line 2: not valid YAML: a key is a list or a mapping itself; was a template"),
+        ("census:\n  ? [a, b]\n  : c", "line 2: not valid YAML: a key is a list or a mapping itself"),
+        ("census: " + "[" * 3000, "line 1: not valid YAML: lists or mappings are nested more than 50 deep"),
+        ("census:\n" + "{a: " * 100_000, "line 2: not valid YAML"),
+        ("census:\n" + " [\n" * 500, "line 51: not valid YAML: lists or mappings are nested more than 50 deep"),
+        ("- " * 5000, "line 1: not valid YAML: lists or mappings are nested more than 50 deep"),
+        (BOMB, "not valid YAML: aliases stand for more than 100,000 values"),
+        (CHAIN, "not valid YAML: aliases stand for more than 100,000 values, or 50 levels"),
+        ("model: &m\n  a: *m", "line 1: not valid YAML: an anchor is used within itself"),
+        ("model: *m", "line 1: not valid YAML: found undefined alias 'm'"),
+        ("model:\n\tn_hidden: 5", "line 2: not valid YAML: a tab; indent with spaces"),
+        ("model: {}\nseed: 1\x07", "line 2: not valid YAML: a character that YAML does not allow (U+0007)"),
+        ("model: !!python/object/apply:os.system [ls]", "line 1: not valid YAML: !!python/object/apply:os.system"),
+        ("seed: !!int abc", "line 1: not valid YAML: !!int 'abc' cannot be read"),
+        ("<<: 5", "line 1: not valid YAML: << merges a mapping, or a list of mappings"),
+        ("model: {a: 1}\n---\nmodel: {a: 1}", "line 2: not valid YAML: but found another document"),
+        ("model: {n_hidden: 5", "line 1: not valid YAML"),
+        ("1: 2\n'1': 3", "line 2: not valid YAML: 1 is set twice"),
     ],
+    ids=range(24),
 )
 def test_a_file_that_is_no_config(tmp_path: Path, text: str, message: str) -> None:
-    with pytest.raises(UserError, match=message.replace(".", r"\.")):
+    path = config_file(tmp_path, text)
+    with pytest.raises(UserError) as caught:
+        load_config(path)
+    assert str(caught.value).startswith(f"{path}")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"model:\n  filename: mod\xe8le\n", " line 2: not text in UTF-8 (byte 0xe8); save the file as UTF-8"),
+        (b"\x89HDF\r\n\x1a\n", " line 1: not text in UTF-8 (byte 0x89)"),
+        (b"\xff\xfem", " line 1: not text in UTF-8"),
+        (None, " is a folder; expected a YAML file of sections such as census"),
+        (b"#" * 10_000_001, " has 10 MB; expected a YAML file of sections"),
+    ],
+    ids=["latin-1", "hdf5", "half a character", "folder", "large"],
+)
+def test_a_file_that_is_no_text(data: bytes | None, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.mkdir() if data is None else path.write_bytes(data)
+    with pytest.raises(UserError) as caught:
+        load_config(path)
+    assert str(caught.value).startswith(f"{path}{message}")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_text_files_of_any_editor(encoding: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_bytes("publish:\r\n  title: Zellen für München\r\n".encode(encoding))
+    assert load_config(path).publish.title == "Zellen für München"
+
+
+WRITTEN = [
+    "010", "1.10", "1_0", "12:30:45", "2:00", "2024-01-01", "no", "on", "Yes", "y", "true", "False", "0x1F", "0o10",
+    "1e3", ".5", "+1", ".inf", "-.inf", ".nan", "0b1", "1,000", "=", "1.", "007", "a#b", "don't", "~x", "nullable",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", WRITTEN)
+def test_a_text_setting_is_what_was_written(text: str, tmp_path: Path) -> None:
+    values = f"publish: {{title: {text}}}\nhvg:\n  hvg_batch: [{text}]\ngates:\n  waived: {{order: {text}}}"
+    config = load_config(config_file(tmp_path, values if "," not in text else "{}"), [f"publish.description={text}"])
+    assert config.publish.description == text
+    if "," not in text:
+        assert (config.publish.title, config.hvg.hvg_batch, config.gates.waived) == (text, [text], {"order": text})
+
+
+@pytest.mark.parametrize("text", ["null", "~", "Null", "NULL", ""])
+def test_null_stays_null(text: str, tmp_path: Path) -> None:
+    config = load_config(config_file(tmp_path, f"evaluate:\n  donors: {text}\n  obs_filter: {text}"))
+    assert (config.evaluate.donors, config.evaluate.obs_filter) == (None, None)
+    assert load_config(config_file(tmp_path, f"evaluate: {{donors: '{text or '~'}'}}")).evaluate.donors == (text or "~")
+
+
+@pytest.mark.parametrize(
+    ("text", "seed"), [("010", 10), ("+5", 5), ("0o10", 8), ("0x10", 16), ("00", 0), ("4294967295", 2**32 - 1)]
+)
+def test_whole_numbers_follow_the_core_rules_of_yaml(text: str, seed: int, tmp_path: Path) -> None:
+    assert load_config(config_file(tmp_path, f"seed: {text}")).seed == seed
+    assert load_config(config_file(tmp_path), [f"seed={text}"]).seed == seed
+
+
+@pytest.mark.parametrize("text", ["1_0", "2:00", "0b1", "1e3", "ten", "1 0", "0o8", "1" * 5000, "true", "'5'"])
+def test_what_is_no_whole_number_is_refused(text: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"seed is .*, expected a whole number") as caught:
+        load_config(config_file(tmp_path, f"seed: {text}"))
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1e-3", 0.001), ("1.e-3", 0.001), (".5e+0", 0.5), ("1", 1.0), ("05.0", 5.0), ("1E1", 10.0)]
+)
+def test_numbers_follow_the_core_rules_of_yaml(text: str, value: float, tmp_path: Path) -> None:
+    config = load_config(config_file(tmp_path, f"train:\n  checkpoint_minutes: {text}\ntraining_plan: {{lr: {text}}}"))
+    assert config.train.checkpoint_minutes == config.training_plan["lr"] == value
+    assert isinstance(config.train.checkpoint_minutes, float)
+
+
+@pytest.mark.parametrize("text", [".inf", ".nan", "-.INF"])
+def test_a_number_is_finite(text: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"gates\.max_difference is .*: should be"):
+        load_config(config_file(tmp_path, f"gates: {{max_difference: {text}}}"))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("yes", True), ("On", True), ("TRUE", True), ("no", False), ("off", False)]
+)
+def test_true_and_false(text: str, value: bool, tmp_path: Path) -> None:
+    assert load_config(config_file(tmp_path, f"publish:\n  replace: {text}")).publish.replace is value
+
+
+def test_free_mappings_get_values_of_yaml(tmp_path: Path) -> None:
+    trainer = "{gradient_clip_val: 1e-3, max_time: 00:05:00, limit_val_batches: 010, deterministic: true, profiler: no}"
+    config = load_config(config_file(tmp_path, f"train:\n  trainer: {trainer}\n  devices: auto"))
+    assert config.train.trainer == {
+        "gradient_clip_val": 0.001, "max_time": "00:05:00", "limit_val_batches": 10, "deterministic": True,
+        "profiler": "no",
+    }  # fmt: skip
+    assert load_config(config_file(tmp_path, "train: {devices: [0, 01]}")).train.devices == [0, 1]
+
+
+def test_merge_keys(tmp_path: Path) -> None:
+    text = """
+model: &small {n_hidden: 5, n_latent: 3}
+train:
+  trainer: &trainer {gradient_clip_val: 1.5, max_time: 00:05:00}
+training_plan: &plan {lr: 1e-3, weight_decay: 1e-6}
+"""
+    config = load_config(config_file(tmp_path, text + "publish: {contact: {<<: {name: A, email: b}, email: c}}"))
+    assert (config.publish.contact.name, config.publish.contact.email) == ("A", "c")
+    merged = "training_plan: {<<: [{lr: 1, eps: 2}, {lr: 3, weight_decay: 4}], eps: 5}"
+    assert load_config(config_file(tmp_path, merged)).training_plan == {"lr": 1, "eps": 5, "weight_decay": 4}
+
+
+@given(text=st.text(st.characters(codec="utf-8"), min_size=1))
+def test_what_is_dumped_is_read_back(text: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = config_file(tmp_path_factory.mktemp("dump"), yaml.safe_dump({"publish": {"title": text}, "seed": 3}))
+    config = load_config(path)
+    assert (config.publish.title, config.seed) == (text, 3)
+
+
+def test_the_command_line_has_no_comments(tmp_path: Path) -> None:
+    config = load_config(config_file(tmp_path), ["publish.title=Atlas #2", "publish.description=#2", "seed = 4"])
+    assert (config.publish.title, config.publish.description, config.seed) == ("Atlas #2", "#2", 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("census.uri: x", "census.uri is not a setting; in a file, write it as census: {uri: ...}"),
+        ("publish.contact.name: x", "not a setting; in a file, write it as publish: {contact: {name: ...}}"),
+        ("training_plan.lr: 1", "training_plan.lr is not a setting; in a file, write it as training_plan: {lr: ...}"),
+        ("model: {model.n_hidden: 1}", "in a file, write it as model: {n_hidden: ...}"),
+        ("census.urii: x", "census.urii is not a setting; did you mean census.uri?"),
+        ("null: 4", ": null is not a setting"),
+        ("1: 4", ": 1 is not a setting"),
+        ("true: 4", ": true is not a setting"),
+        ("'': 4", ": '' is not a setting"),
+        ("'n hidden': 4", ": 'n hidden' is not a setting; did you mean model.n_hidden?"),
+        ("model: {n_hidden 5}", ": 'model.n_hidden 5' is not a setting; did you mean model.n_hidden?"),
+        ("Model: {n_hidden: 5}", ": Model is not a setting; did you mean model?"),
+        ("output: {directory: ~}", "output.directory is null, expected text"),
+        ("model:\n- n_hidden: 5", "model is [{'n_hidden': 5}], expected a section of keys"),
+    ],
+)
+def test_a_key_that_is_no_setting(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
         load_config(config_file(tmp_path, text))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", [*config_errors.setting_names(Config), "nothing", "census", "a.b", "n_hidden"])
+def test_no_hint_repeats_what_was_written(key: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(config_file(tmp_path, json.dumps({key + ".x": 1})))
+    assert f"did you mean {key}.x?" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "anndata.batch_key", "anndata.obs_columns", "hvg.hvg_batch", "query.labels", "evaluate.labels",
+        "evaluate.batches",
+    ],
+)  # fmt: skip
+def test_a_column_that_is_named_twice(setting: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(config_file(tmp_path), [f"{setting}=[assay, donor_id, assay]"])
+    assert f"{setting} is ['assay', 'donor_id', 'assay']: names 'assay' twice; name it once" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--verbose"], "unrecognized arguments: --verbose"),
+        (["--model.n_hidden=5"], "settings have no dashes: section.key=value"),
+        (["--config"], "argument --config: expected one argument"),
+    ],
+)
+def test_wrong_arguments_are_one_line(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main("prepare", arguments)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert words in error
+    assert error.strip().count("\n") == 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["model.n_hiden=1", "--force", "seed=1", "--config", "FILE", "seed=2"],
+        ["--config", "FILE", "model.n_hiden=1", "--dry-run", "seed=2"],
+        ["model.n_hiden=1", "seed=1", "--config=FILE", "--force"],
+    ],
+)
+@pytest.mark.parametrize("stage", ["prepare", "train", "create-latent-update", "publish", "map-query", "evaluate"])
+def test_arguments_in_any_order(
+    stage: str, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(config_file(tmp_path, "model: {}"))
+    assert main(stage, [argument.replace("FILE", path) for argument in arguments]) == 2
+    assert "command line: model.n_hiden is not a setting; did you mean model.n_hidden?" in capsys.readouterr().err
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such file; expected a YAML of sections such as census"):
+    with pytest.raises(UserError, match="no such file; expected a YAML file of sections such as census"):
         load_config(tmp_path / "absent.yaml")
 
 

@@ -419,7 +419,7 @@ class Atlas:
     def _cells_of(self, obs_filter: str | None, max_cells: int, seed: int) -> Cells:
         """Cells of the Census with their batches, some of them where there are more."""
         _, description = self._require_model()
-        cells = select_cells(self._require_census(), obs_filter, description.batch_key)
+        cells = select_cells(self._require_census(), obs_filter, description.batch_key, "obs_filter")
         if len(cells) <= max_cells:
             return cells
         log.info("%s of %s cells drawn at random", f"{max_cells:,}", f"{len(cells):,}")

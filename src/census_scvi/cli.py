@@ -6,6 +6,7 @@ import argparse
 import errno
 import importlib
 import logging
+import re
 import shutil
 import signal
 import sys
@@ -13,6 +14,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from census_scvi.config import Config, load_config
 from census_scvi.errors import UserError
@@ -53,8 +55,24 @@ def main(stage: str, argv: Sequence[str] | None = None) -> int:
     -------
     The exit code.
     """
-    arguments = _parser(stage).parse_args(argv)
+    arguments = _parser(stage).parse(argv)
     return guarded(lambda: _run(stage, arguments))
+
+
+class Parser(argparse.ArgumentParser):
+    """Arguments in any order; what is wrong with them is one line."""
+
+    def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
+        """Options before, between and after the others; leaves the process with exit code 2 where one is wrong."""
+        return self.parse_intermixed_args(argv)
+
+    def error(self, message: str) -> NoReturn:
+        """Print the line and leave with exit code 2."""
+        hint = "; settings have no dashes: section.key=value" if _DASHED_SETTING.search(message) else ""
+        self.exit(USER_ERROR, f"error: {message}{hint} ({self.prog} --help shows the arguments)\n")
+
+
+_DASHED_SETTING = re.compile(r"unrecognized arguments: .*--?\w+(\.\w+)+")
 
 
 def guarded(work: Callable[[], None]) -> int:
@@ -110,8 +128,8 @@ def configure_logging() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
-def _parser(stage: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser(stage: str) -> Parser:
+    parser = Parser(
         prog=f"scvi-{stage}.py",
         description=_DESCRIPTIONS[stage],
         epilog=_EPILOG,

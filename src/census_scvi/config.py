@@ -13,8 +13,9 @@ from pydantic_core import PydanticCustomError
 
 from census_scvi import config_names
 from census_scvi.config_errors import describe_errors
-from census_scvi.config_file import apply_overrides, read_yaml
+from census_scvi.config_file import apply_overrides, read_yaml, typed
 from census_scvi.errors import UserError
+from census_scvi.obs_filter import parse_filter
 
 
 def _file_name(name: str) -> str:
@@ -39,6 +40,22 @@ def _path(path: str) -> str:
 
 Name = Annotated[str, Field(min_length=1)]
 LocalPath = Annotated[Name, AfterValidator(_path)]
+def _obs_filter(text: str) -> str:
+    try:
+        parse_filter(text)
+    except ValueError as error:
+        raise PydanticCustomError("obs_filter", "{problem}", {"problem": str(error)}) from None
+    return text
+
+
+def _distinct(names: list[str]) -> list[str]:
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise PydanticCustomError("twice", "names {name} twice; name it once", {"name": repr(twice[0])})
+    return names
+
+
+ObsFilter = Annotated[str, AfterValidator(_obs_filter)]
+Columns = Annotated[list[Name], AfterValidator(_distinct)]
 FileName = Annotated[str, AfterValidator(_file_name)]
 MemberName = Annotated[str, AfterValidator(_member_name)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -52,7 +69,9 @@ Devices = int | list[int] | Literal["auto"]
 class Section(BaseModel):
     """A section of the file: no unknown keys, no silent conversions."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -69,9 +88,9 @@ class CensusSection(Section):
     """Any SOMA Census: a local folder or s3://...; wins over `version`."""
     version: Name = "stable"
     """Release of the CELLxGENE Census, e.g. 2025-11-08, stable or latest."""
-    obs_query: Name | None = None
+    obs_query: ObsFilter | None = None
     """SOMA value filter of the cells to embed, and with `obs_query_model` to train on; null: all."""
-    obs_query_model: Name | None = None
+    obs_query_model: ObsFilter | None = None
     """SOMA value filter of the cells fit for gene selection and training; null: all."""
 
 
@@ -80,7 +99,7 @@ class HvgSection(Section):
 
     top_n_hvg: Annotated[int, Field(ge=1)] = 8000
     """Genes to select."""
-    hvg_batch: list[Name] = Field(default_factory=list)
+    hvg_batch: Columns = Field(default_factory=list)
     """obs columns within whose combinations the genes are ranked; empty: one ranking."""
     min_genes: Annotated[int, Field(ge=0)] = 0
     """Cells with fewer detected genes (obs nnz) are left out of selection and training, never of embedding."""
@@ -91,11 +110,11 @@ class HvgSection(Section):
 class AnndataSection(Section):
     """The prepared cells."""
 
-    batch_key: list[Name] = Field(default_factory=lambda: ["dataset_id", "assay", "suspension_type", "donor_id"])
+    batch_key: Columns = Field(default_factory=lambda: ["dataset_id", "assay", "suspension_type", "donor_id"])
     """obs columns whose combination is the batch."""
     model_filename: FileName = "anndata_model.h5ad"
     """File of the prepared cells in the run directory."""
-    obs_columns: list[Name] | None = None
+    obs_columns: Columns | None = None
     """obs columns to keep in that file, beside soma_joinid and batch; null: all."""
     compression: Literal["gzip", "none"] = "gzip"
     """Of the counts in that file: none takes four times the space and a third less CPU time to read."""
@@ -248,9 +267,9 @@ class QuerySection(Section):
     """Where the raw counts are: X, raw or layers/<name>; null: found, and refused where several may be."""
     min_share: Share = 0.8
     """Least share of the model's genes that the file must have; fewer do where the others hardly hold counts."""
-    labels: list[Name] = Field(default_factory=lambda: ["cell_type"])
+    labels: Columns = Field(default_factory=lambda: ["cell_type"])
     """obs columns of the Census to predict; empty: none."""
-    obs_filter: Name | None = None
+    obs_filter: ObsFilter | None = None
     """SOMA value filter of the cells to learn from; null: all."""
     reference_cells: Annotated[int, Field(ge=100)] = 200_000
     """Cells to learn from; of more, so many are drawn at random."""
@@ -269,11 +288,11 @@ class EvaluateSection(Section):
 
     embeddings: dict[Name, Name] = Field(default_factory=dict)
     """Name in the report, and a name in the Census' obsm, a run directory or an Experiment; {}: the run's."""
-    obs_filter: Name | None = "is_primary_data == True"
+    obs_filter: ObsFilter | None = "is_primary_data == True"
     """SOMA value filter of the cells; null: all."""
-    labels: list[Name] = Field(default_factory=lambda: ["cell_type"])
+    labels: Columns = Field(default_factory=lambda: ["cell_type"])
     """obs columns that should be kept; cell_class and cell_subclass are made with the Cell Ontology."""
-    batches: list[Name] = Field(default_factory=lambda: ["dataset_id", "assay", "batch"])
+    batches: Columns = Field(default_factory=lambda: ["dataset_id", "assay", "batch"])
     """obs columns that should be mixed; batch: those of `anndata.batch_key` together."""
     donors: Name | None = "donor_id"
     """obs column that is held out of classifiers, and drawn for intervals, as a whole; null: cells are."""
@@ -384,6 +403,6 @@ def load_config(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -
     values = read_yaml(Path(path))
     overridden = apply_overrides(values, overrides)
     try:
-        return Config.model_validate(values)
+        return Config.model_validate(typed(values, Config))
     except ValidationError as error:
         raise UserError(describe_errors(error, Config, str(path), overridden)) from None

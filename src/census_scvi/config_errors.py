@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Set
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+_LONGEST = 80
 _EXPECTED = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
@@ -40,28 +42,40 @@ def describe_errors(
     lines: dict[str, str] = {}
     for detail in error.errors():
         names = [part for part in detail["loc"] if isinstance(part, str)]
-        known = _known_path(model, names)
-        key = ".".join(known)
+        key = ".".join(_known_path(model, names))
         where = "command line" if ".".join(map(str, detail["loc"])) in overridden or key in overridden else source
         lines.setdefault(key, f"{where}: {_describe(dict(detail), key, model)}")
     return "; ".join(lines.values())
 
 
 def suggestion(name: str, known: list[str]) -> str:
-    """`; did you mean X?` for the nearest known name, or nothing."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    """`; did you mean X?` for the nearest known name that is not the one that was written, or nothing."""
+    close = difflib.get_close_matches(name, [other for other in known if other != name], n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def as_written(key: str) -> str:
+    """A key for a message: in quotes where it holds spaces or other characters that the names of settings do not."""
+    return key if re.fullmatch(r"[\w.\[\]<>-]+", key) else shown(key)
+
+
+def shown(value: Any) -> str:
+    """A value for a message: short, and null where it is None."""
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def _describe(detail: dict[str, Any], key: str, model: type[BaseModel]) -> str:
     kind = detail["type"]
     if kind == "extra_forbidden":
-        return f"{key} is not a setting{_nearest_setting(key, list(setting_names(model)))}"
+        return (
+            f"{as_written(key)} is not a setting{_dotted(detail, model) or _nearest(key, list(setting_names(model)))}"
+        )
     if kind == "value_error":
         return str(detail["ctx"]["error"])
     if kind == "missing":
         return f"{key} is missing"
-    found = repr(detail["input"])
+    found = shown(detail["input"])
     if key == "train.devices":
         return f"{key} is {found}, expected a number of devices, a list of device indices such as [0, 1], or auto"
     if kind in _EXPECTED:
@@ -69,7 +83,19 @@ def _describe(detail: dict[str, Any], key: str, model: type[BaseModel]) -> str:
     return f"{key} is {found}: {detail['msg'].removeprefix('Input ')}"
 
 
-def _nearest_setting(key: str, known: list[str]) -> str:
+def _dotted(detail: dict[str, Any], model: type[BaseModel]) -> str:
+    """The way to write `census.uri: x`, a dotted key that only the command line has."""
+    written = str(detail["loc"][-1])
+    section, _, leaf = written.partition(".")
+    names = list(setting_names(model))
+    has_keys_of_its_own = section in names and not any(name.startswith(f"{section}.") for name in names)
+    if written not in names and not (leaf and has_keys_of_its_own):
+        return ""
+    return f"; in a file, write it as {section}: {{{leaf.replace('.', ': {')}: ...}}" + "}" * leaf.count(".")
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    known = [name for name in known if name != key]
     section, _, leaf = key.rpartition(".")
     by_leaf = {name.rpartition(".")[2]: name for name in known}
     siblings = [name for name in known if name.rpartition(".")[0] == section]

@@ -19,6 +19,7 @@ from census_scvi.atlas import LATENT, OWN_LATENT, Atlas
 from census_scvi.config import Config
 from census_scvi.counts.h5ad import check_path, portable_frame
 from census_scvi.errors import UserError
+from census_scvi.obs_filter import in_section
 from census_scvi.query.alignment import TooFewGenes
 from census_scvi.query.cells import QueryCells
 from census_scvi.query.naming import PREDICTION
@@ -44,12 +45,15 @@ def run(config: Config, *, force: bool = False) -> None:
     if target.exists() and not force:
         raise UserError(f"{target} exists; name another query.output, or replace it with --force")
     settings = config.query
-    with Atlas.open(
-        settings.model or config.directory,
-        census=_census(config),
-        embedding=settings.embedding,
-        organism=config.census.organism if "organism" in config.census.model_fields_set else None,
-    ) as atlas:
+    with (
+        in_section("query"),
+        Atlas.open(
+            settings.model or config.directory,
+            census=_census(config),
+            embedding=settings.embedding,
+            organism=config.census.organism if "organism" in config.census.model_fields_set else None,
+        ) as atlas,
+    ):
         mapped = _predict(atlas, source, config)
         for labels in settings.labels:
             log.info("%s", _summary(mapped, labels))

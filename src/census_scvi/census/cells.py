@@ -16,6 +16,7 @@ from census_scvi.census.open import Census, cannot_be_read, is_damage
 from census_scvi.config import Config
 from census_scvi.config_errors import suggestion
 from census_scvi.errors import UserError
+from census_scvi.obs_filter import usable_filter
 
 _SEPARATOR = "|"
 
@@ -54,8 +55,21 @@ def training_filter(config: Config) -> str | None:
     return " and ".join(f"({part})" for part in parts if part) or None
 
 
-def select_cells(census: Census, value_filter: str | None, batch_key: list[str]) -> Cells:
+def select_cells(
+    census: Census, value_filter: str | None, batch_key: list[str], setting: str = "census.obs_query"
+) -> Cells:
     """Find the cells of a filter and their batches, in 12 bytes a cell.
+
+    Parameters
+    ----------
+    census
+        Where.
+    value_filter
+        Which cells; None takes all.
+    batch_key
+        obs columns whose combination is the batch.
+    setting
+        Setting or argument that holds the filter, for the error.
 
     Raises
     ------
@@ -66,49 +80,63 @@ def select_cells(census: Census, value_filter: str | None, batch_key: list[str])
     joinids: list[npt.NDArray[np.int64]] = []
     codes: list[npt.NDArray[np.int32]] = []
     labels: dict[str, int] = {}
-    for table in read_obs(census, value_filter, ["soma_joinid", *batch_key]):
+    for table in read_obs(census, value_filter, ["soma_joinid", *batch_key], setting):
         joinids.append(table["soma_joinid"].to_numpy())
         codes.append(_batch_codes(table.select(batch_key).to_pandas().set_axis(range(len(table))), labels))
     cells = np.concatenate(joinids) if joinids else np.empty(0, np.int64)
     if not len(cells):
+        by_config = setting.startswith("census.")
         raise UserError(
             f"no cell of {census.identity['uri']} ({census.identity['organism']}) matches {value_filter!r};"
-            " change census.obs_query, census.obs_query_model or hvg.min_genes"
+            f" change {'census.obs_query, census.obs_query_model or hvg.min_genes' if by_config else setting}"
         )
     return _in_order(cells, np.concatenate(codes), labels)
 
 
-def matching_joinids(census: Census, obs_filter: str | None) -> npt.NDArray[np.int64]:
+def matching_joinids(census: Census, obs_filter: str | None, setting: str = "obs_filter") -> npt.NDArray[np.int64]:
     """soma_joinids of the cells of a filter, ascending; UserError where there are none."""
-    tables = [table["soma_joinid"].to_numpy() for table in read_obs(census, obs_filter, ["soma_joinid"])]
+    tables = [table["soma_joinid"].to_numpy() for table in read_obs(census, obs_filter, ["soma_joinid"], setting)]
     joinids = np.sort(np.concatenate([np.empty(0, np.int64), *tables]))
     if not len(joinids):
-        raise UserError(f"no cell of {census.identity['uri']} matches {obs_filter!r}; change obs_filter")
+        raise UserError(f"no cell of {census.identity['uri']} matches {obs_filter!r}; change {setting}")
     return joinids
 
 
 def require_columns(census: Census, columns: list[str], setting: str) -> None:
-    """UserError for a column that obs does not have, with the nearest one it has."""
-    known = [name for name in census.experiment.obs.schema.names if name != "soma_joinid"]  # it numbers the cells
+    """UserError for a column that obs does not have, with the nearest one it has, or that is named twice."""
+    known = [name for name in census.experiment.obs.schema.names if name != "soma_joinid"]
     for column in columns:
+        if column == "soma_joinid":
+            raise UserError(
+                f"{setting} names 'soma_joinid', the number of a cell; name obs columns of labels or values"
+            )
         if column not in known:
             raise UserError(
                 f"{setting} names {column!r}, which is no obs column of the Census{suggestion(column, known)}"
             )
+        if columns.count(column) > 1:
+            raise UserError(f"{setting} names {column!r} twice; name it once")
 
 
-def read_obs(census: Census, value_filter: str | None, columns: list[str]) -> Iterator[pa.Table]:
+def soma_filter(census: Census, value_filter: str | None, setting: str) -> str | None:
+    """A value filter in a form that TileDB-SOMA answers correctly; UserError where it cannot be used on obs."""
+    if value_filter is None:
+        return None
+    return usable_filter(value_filter, census.experiment.obs.schema, setting)
+
+
+def read_obs(
+    census: Census, value_filter: str | None, columns: list[str], setting: str = "obs_filter"
+) -> Iterator[pa.Table]:
     """Columns of obs, in chunks; UserError where the filter is at fault."""
+    checked = soma_filter(census, value_filter, setting)
     try:
-        yield from census.experiment.obs.read(value_filter=value_filter, column_names=columns)
-    except (tiledbsoma.SOMAError, SyntaxError, ValueError, KeyError, TypeError) as error:
+        yield from census.experiment.obs.read(value_filter=checked, column_names=columns)
+    except tiledbsoma.SOMAError as error:
         if value_filter is None or is_damage(error):
             raise cannot_be_read(census.experiment.obs.uri, error) from None
         reason = str(error).strip().partition("\n")[0].removeprefix("SOMAError: ")
-        raise UserError(
-            f"the value filter {value_filter!r} cannot be used on obs: {reason}"
-            " (it reads like tissue == 'blood' and nnz >= 300: columns of obs, text in quotes, == for equal)"
-        ) from None
+        raise UserError(f"{setting} {value_filter!r} cannot be used on obs: {reason}") from None
 
 
 def batch_label(values: tuple[Any, ...]) -> str:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pandas as pd
 import tiledbsoma
 
-from census_scvi.census.cells import require_columns, select_cells
+from census_scvi.census.cells import require_columns, select_cells, soma_filter
 from census_scvi.census.hvg.select import count_detections, select_in_one_pass
 from census_scvi.census.open import Census, reading
 from census_scvi.config import HvgSection
@@ -109,6 +109,7 @@ def _select_by_census(
         candidates = count_detections(census, select_cells(census, value_filter, [])) >= min_cells
         if candidates.sum() <= settings.top_n_hvg:
             return candidates, candidates
+    value_filter = soma_filter(census, value_filter, "census.obs_query")
     cells = tiledbsoma.AxisQuery(value_filter=value_filter) if value_filter else None
     genes = tiledbsoma.AxisQuery(coords=(np.flatnonzero(candidates),)) if min_cells else None
     with census.experiment.axis_query("RNA", obs_query=cells, var_query=genes) as query, _seeded_jitter(seed):

@@ -194,7 +194,9 @@ def plan(config: Config) -> Plan:
     """Size from the Census; the time is that of two cores."""
     settings = config.evaluate
     with open_census(config.census) as census:
-        n_matching = sum(len(table) for table in read_obs(census, settings.obs_filter, ["soma_joinid"]))
+        n_matching = sum(
+            len(table) for table in read_obs(census, settings.obs_filter, ["soma_joinid"], "evaluate.obs_filter")
+        )
         uri = census.identity["uri"]
     n_cells = min(n_matching, settings.max_cells)
     n_measured = min(n_cells, settings.measured_cells)

@@ -78,7 +78,7 @@ def read_slice(config: Config, census: Census) -> Slice:
         No cell matches, or no embedding is there.
     """
     settings = config.evaluate
-    joinids = matching_joinids(census, settings.obs_filter)
+    joinids = matching_joinids(census, settings.obs_filter, "evaluate.obs_filter")
     n_matching = len(joinids)
     if n_matching > settings.max_cells:
         drawn = np.random.default_rng([config.seed, 6]).choice(n_matching, settings.max_cells, replace=False)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from census_scvi.cli import guarded
+from census_scvi.cli import Parser, guarded
 
 if TYPE_CHECKING:
     from census_scvi.census.build.census import BuildReport
@@ -29,7 +29,10 @@ then open it:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 0 (done), 2 (the user can mend it, one line on stderr) or 1 (a defect, traceback)."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse(argv)
+    if (arguments.config is None) == (arguments.demo is None):
+        parser.error("expected CONFIG.yaml or --demo URI" + (", not both" if arguments.demo else ""))
     return guarded(lambda: _run(arguments))
 
 
@@ -40,16 +43,15 @@ def _run(arguments: argparse.Namespace) -> None:
     print(f"{report.uri}: {sum(report.n_cells.values()):,} cells, {len(report.datasets)} datasets")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="scvi-build-census.py",
         description="Build a local Census, as cellxgene_census and this pipeline read it, from .h5ad files.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("config", nargs="?", metavar="CONFIG.yaml", type=Path, help="which files, which columns")
-    what.add_argument("--demo", metavar="URI", help="write an artificial Census there instead (human and mouse)")
+    parser.add_argument("config", nargs="?", metavar="CONFIG.yaml", type=Path, help="which files, which columns")
+    parser.add_argument("--demo", metavar="URI", help="write an artificial Census there instead (human and mouse)")
     parser.add_argument("--data", metavar="DIR", help="folder of the .h5ad files and gene maps (replaces `data`)")
     parser.add_argument("--force", action="store_true", help="replace a Census that is already there")
     demo = parser.add_argument_group("with --demo")

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from census_scvi.census.build.schema import X_TILE
-from census_scvi.census.cells import Cells, require_columns, select_cells, training_filter
+from census_scvi.census.cells import Cells, require_columns, select_cells, soma_filter, training_filter
 from census_scvi.census.genes import Selection, read_genes, read_var, select_genes, write_genes
 from census_scvi.census.hvg.tally import GeneTally
 from census_scvi.census.open import Census, open_census
@@ -66,10 +66,12 @@ def run(config: Config, *, force: bool = False) -> None:
 
 
 def _check_columns(census: Census, config: Config) -> None:
-    """Every column that is named is there, before any work is done."""
+    """Every column that a list or a filter names is there, before any work is done."""
     require_columns(census, config.anndata.batch_key, "anndata.batch_key")
     require_columns(census, config.hvg.hvg_batch, "hvg.hvg_batch")
     require_columns(census, config.anndata.obs_columns or [], "anndata.obs_columns")
+    soma_filter(census, config.census.obs_query, "census.obs_query")
+    soma_filter(census, config.census.obs_query_model, "census.obs_query_model")
     if config.hvg.min_genes:
         require_columns(census, ["nnz"], "hvg.min_genes")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from census_scvi.cli import guarded
+from census_scvi.cli import Parser, guarded
 from census_scvi.errors import UserError
 
 _EPILOG = """\
@@ -17,12 +17,12 @@ exit codes: 0 sound, 2 a link broke or cannot be looked at (it is named), 1 a de
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse(argv)
     return guarded(lambda: _run(arguments))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="scvi-verify.py",
         description="Prove that a published embedding is the one that its model gives of its cells.",
         epilog=_EPILOG,

@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from census_scvi.census.build.schema import ORGANISMS, SETTABLE_COLUMNS
 from census_scvi.config_errors import suggestion
-from census_scvi.config_file import read_yaml
+from census_scvi.config_file import read_yaml, typed
 from census_scvi.errors import UserError
 from census_scvi.workspace.uri import local_path
 
@@ -140,7 +140,7 @@ def load_build_config(path: str | Path, *, data: str | Path | None = None) -> Bu
     """
     path = Path(path)
     try:
-        config = BuildConfig.model_validate(read_yaml(path, "the keys uri and datasets"))
+        config = BuildConfig.model_validate(typed(read_yaml(path, "the keys uri and datasets"), BuildConfig))
     except ValidationError as error:
         problems: dict[tuple[str, ...], str] = {}
         for detail in error.errors():
