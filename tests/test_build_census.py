@@ -576,7 +576,12 @@ def test_wrong_columns_are_named_with_the_nearest(tmp_path: Path, dataset: dict[
         ({"dataset": {"dataset_id": {"colum": "x"}}}, "colum is not a setting; did you mean column?"),
         ({"datasets": []}, "datasets is [], expected one dataset or more"),
         ({"datasets": "a.h5ad"}, "datasets is 'a.h5ad', expected a list"),
-        ({"dataset": {"dataset_id": 5}}, "datasets[1].dataset_id is 5, expected a name in quotes or {column: "),
+        ({"dataset": {"dataset_id": [5]}}, "datasets[1].dataset_id is [5], expected a name in quotes or {column: "),
+        ({"dataset": {"dataset.id": "x"}}, "datasets[1].dataset.id is not a setting; did you mean dataset_id?"),
+        ({"dataset": {"data set": "x"}}, "'datasets[1].data set' is not a setting"),
+        ({"data": "$NOWHERE/x"}, "data: the environment variable NOWHERE is not set"),
+        ({"dataset": {"file": "~nobody-here/a.h5ad"}}, "datasets[1].file: there is no user 'nobody-here'"),
+        ({"genes": {"map": {"homo_sapiens": "${}"}}}, "genes.map.homo_sapiens: ${} is no environment variable"),
         ({"uri": "s3://bucket/census"}, "uri is 's3://bucket/census', expected a local folder"),
     ],
 )
@@ -589,6 +594,54 @@ def test_mistakes_in_the_yaml_are_one_line(tmp_path: Path, change: dict[str, Any
     assert text in str(error.value)
     assert str(error.value).startswith(f"{path}: ")
     assert "\n" not in str(error.value)
+
+
+AS_WRITTEN = """
+uri: $PLACE/census
+data: ~/files
+genes: {map: {homo_sapiens: "${PLACE}/map.tsv"}}
+datasets:
+- &first
+  file: 010.h5ad
+  dataset_id: 1.10
+  title: 12:30:45
+  organism: homo_sapiens
+  obs: {cell_type: 1e3, tissue: no}
+  values: &values {donor_id: 010, assay: 1_0, sex: no, disease: 2024-01-01, is_primary_data: No}
+- <<: *first
+  dataset_id: 2.0
+  values: {<<: *values, donor_id: 1, is_primary_data: true}
+"""
+
+
+def test_labels_names_and_paths_are_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("PLACE", "/place")
+    path = tmp_path / "build.yaml"
+    path.write_text(AS_WRITTEN)
+    config = load_build_config(path)
+    assert (str(config.uri), str(config.data)) == ("/place/census", "/home/me/files")
+    assert str(config.genes.map["homo_sapiens"]) == "/place/map.tsv"
+    first, second = config.datasets
+    assert (str(first.file), first.dataset_id, first.title) == ("/home/me/files/010.h5ad", "1.10", "12:30:45")
+    assert first.obs == {"cell_type": "1e3", "tissue": "no"}
+    labels = {"donor_id": "010", "assay": "1_0", "sex": "no", "disease": "2024-01-01", "is_primary_data": False}
+    assert first.values == labels
+    assert (second.file, second.dataset_id, second.title) == (first.file, "2.0", "12:30:45")
+    assert second.values == {**labels, "donor_id": "1", "is_primary_data": True}
+
+
+def test_arguments_of_the_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "build.yaml"
+    path.write_text("urri: x")
+    for arguments in ([str(path), "--force"], ["--force", str(path), "--data", "x"], ["--data", "x", str(path)]):
+        assert main(arguments) == 2
+        assert "urri is not a setting; did you mean uri?" in capsys.readouterr().err
+    for arguments in ([], [str(path), "--demo", "x"], [str(path), "other.yaml"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code == 2
+        assert capsys.readouterr().err.startswith("error: ")
 
 
 def test_paths_are_relative_to_the_yaml_and_to_data(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from census_scvi import config_errors
+from census_scvi import config_errors, run_names
 from census_scvi.cli import main
 from census_scvi.config import Config, digest, flatten, load_config
 from census_scvi.errors import UserError
@@ -339,6 +339,149 @@ def test_no_hint_repeats_what_was_written(key: str, tmp_path: Path) -> None:
     assert f"did you mean {key}.x?" not in str(caught.value)
 
 
+NAMES = ["anndata.model_filename", "model.filename"]
+
+
+@pytest.mark.parametrize("setting", NAMES)
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        *[(name, "the run directory has a file or folder of that name") for name in sorted(run_names.OWNED)],
+        ("LATENT.NPY", "the run directory has a file or folder of that name"),
+        ("Published", "the run directory has a file or folder of that name"),
+        ("part-00000.h5ad", "the run directory has a file or folder of that name"),
+        ("cells.partial", "uses such names for unfinished files"),
+        ("cells.OLD", "uses such names for unfinished files"),
+        ("manifest.json.partial", "uses such names for unfinished files"),
+        ("..", "this is a folder itself"),
+        (".", "this is a folder itself"),
+        ("a/b", "without / and"),
+        ("a\\b", "without / and"),
+        (" ", "expected the name of a file"),
+        ("cells ", "cannot begin or end with a space"),
+        (" cells", "cannot begin or end with a space"),
+        ("cells.", "or end with a dot"),
+        ("ce\x00lls", "control characters"),
+        ("ce\nlls", "control characters"),
+        ("ce\ud800lls", "control characters"),
+        ("x" * 201, "can have 200 bytes, this one has 201"),
+        ("é" * 101, "can have 200 bytes, this one has 202"),
+    ],
+)
+def test_a_name_that_a_run_cannot_use(setting: str, name: str, words: str, tmp_path: Path) -> None:
+    section, key = setting.split(".")
+    with pytest.raises(UserError) as caught:
+        load_config(config_file(tmp_path, json.dumps({section: {key: name}})))
+    assert f"{setting} is " in str(caught.value)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["cells.h5ad", ".cells", "my cells #1?.h5ad", "Zellen-München", "x" * 200, "part.h5ad"]
+)
+def test_a_name_that_a_run_can_use(name: str, tmp_path: Path) -> None:
+    values = {"anndata": {"model_filename": name}, "model": {"filename": "other"}}
+    assert load_config(config_file(tmp_path, json.dumps(values))).anndata.model_filename == name
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("a.h5ad", "a.h5ad"), ("cells", "Cells"), ("caf\u00e9", "cafe\u0301"), ("straße", "STRASSE")]
+)
+def test_two_names_that_some_file_systems_take_for_one(one: str, other: str, tmp_path: Path) -> None:
+    values = {"anndata": {"model_filename": one}, "model": {"filename": other}}
+    with pytest.raises(UserError, match=r"anndata\.model_filename and model\.filename are (both|the same name)"):
+        load_config(config_file(tmp_path, json.dumps(values)))
+
+
+@pytest.mark.parametrize(
+    ("setting", "place", "words"),
+    [
+        ("evaluate.folder", "run/scvi.model", "evaluate.folder writes run/scvi.model, and scvi.model is a name of the"),
+        ("evaluate.folder", "run/published/x", "published is a name of the run's own"),
+        ("evaluate.folder", "./run/../run/tb_logs", "tb_logs is a name of the run's own"),
+        ("query.output", "run/anndata_model.h5ad", "anndata_model.h5ad is a name of the run's own"),
+        ("query.output", "run/manifest.h5ad", "query.output writes run/manifest.json"),
+        ("query.output", "run/LATENT.npy", "LATENT.npy is a name of the run's own"),
+        ("publish.model_uri", "run", "publish.model_uri run holds the run directory run"),
+        ("publish.model_uri", ".", "holds the run directory run"),
+        ("publish.model_uri", "file://{here}/run/latent.npy", "latent.npy is a name of the run's own"),
+        ("publish.model_uri", "run/evaluation", "evaluation is a name of the run's own"),
+        ("census.uri", "run/.", "output.directory run is the Census; name another folder"),
+        ("evaluate.folder", "run", None),
+        ("evaluate.folder", "run/evaluation", None),
+        ("evaluate.folder", "run/evaluation-2", None),
+        ("evaluate.folder", "elsewhere/published", None),
+        ("query.output", "run/mapped.h5ad", None),
+        ("publish.model_uri", "run/published", None),
+        ("publish.model_uri", "s3://run/latent.npy", None),
+        ("census.uri", "run/census", None),
+    ],
+)
+def test_a_place_in_the_run_directory(
+    setting: str, place: str, words: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = [f"{setting}={place.format(here=tmp_path)}"]
+    if words is None:
+        load_config(config_file(tmp_path), settings)
+        return
+    with pytest.raises(UserError) as caught:
+        load_config(config_file(tmp_path), settings)
+    assert words in str(caught.value)
+
+
+PLACES = [
+    "census.uri", "output.directory", "publish.experiment_uri", "publish.model_uri", "query.file", "query.output",
+    "query.model", "query.embedding", "evaluate.folder", "evaluate.embeddings.mine",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("setting", PLACES)
+def test_home_folders_and_variables_in_every_place(
+    setting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/scratch/$HOME")  # what a variable holds is taken as it is
+    monkeypatch.setenv("BUCKET", "cells")
+    monkeypatch.delenv("NOWHERE", raising=False)
+    monkeypatch.setenv("EMPTY", "")
+
+    def value(written: str) -> str:
+        config = load_config(config_file(tmp_path), [f"{setting}={written}"])
+        return str(flatten(config.model_dump())[setting])
+
+    written = {
+        "~": "/home/me", "~/x/~y": "/home/me/x/~y", "./~": "./~", "a/~/b": "a/~/b", "~root/x": "/root/x",
+        "$SCRATCH/run": "/scratch/$HOME/run", "${BUCKET}s/x$": "cellss/x$", "s3://$BUCKET/~x": "s3://cells/~x",
+        "~/$BUCKET-$5": "/home/me/cells-$5",
+    }  # fmt: skip
+    for text, expanded in written.items():
+        assert value(f"'{text}'") == expanded
+    for text, words in {
+        "$NOWHERE/x": "the environment variable NOWHERE is not set",
+        "x/${EMPTY}": "the environment variable EMPTY is empty",
+        "~nobody-here/x": "there is no user 'nobody-here'; a folder of that name is written as ./~nobody-here",
+        "${BUCKET:-x}": "${BUCKET:-x} is no environment variable; write ${NAME}",
+        "${BUCKET": "${BUCKET is no environment variable; write ${NAME}",
+        "${}": "${} is no environment variable",
+    }.items():
+        with pytest.raises(UserError) as caught:
+            value(f"'{text}'")
+        assert f"{setting.removesuffix('.mine')} is '{text}': {words}" in str(caught.value)
+
+
+def test_home_folders_in_arguments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config_file(tmp_path, "model: {n_hiden: 1}")
+    assert main("prepare", ["--config", "~/c.yaml"]) == 2
+    assert f"{tmp_path}/c.yaml: model.n_hiden is not a setting" in capsys.readouterr().err
+    assert main("train", ["--config", "$NOWHERE/c.yaml"]) == 2
+    assert "--config is '$NOWHERE/c.yaml': the environment variable NOWHERE is not set" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "setting",
     [
@@ -419,8 +562,10 @@ def test_a_config_error_is_answered_before_anything_heavy_is_imported(tmp_path: 
 
 @pytest.mark.parametrize("stage", ["prepare", "train", "create-latent-update"])
 def test_exit_codes_and_help(stage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(stage, ["--config", str(tmp_path / "none.yaml")]) == 2
-    assert capsys.readouterr().err.startswith("error: ")
+    path = tmp_path / "none.yaml"
+    assert main(stage, ["--config", str(path)]) == 2
+    expected = f"error: {path}: no such file; name the YAML file with your settings: --config FILE"
+    assert capsys.readouterr().err.strip() == expected
     with pytest.raises(SystemExit) as stopped:
         main(stage, ["--help"])
     assert stopped.value.code == 0

@@ -1,20 +1,30 @@
 """The run directory: old or new, never half; skipped, refused or resumed; locked."""
 
 import contextlib
+import errno
+import functools
+import itertools
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pipeline import Run
 
+from census_scvi.census.open import open_census
 from census_scvi.config import Config, OutputSection, load_config
 from census_scvi.errors import UserError
+from census_scvi.evaluation import report
+from census_scvi.model.published import load_described
+from census_scvi.query.reference import Origin, RunEmbedding
 from census_scvi.workspace import Artifacts, Workspace
 from census_scvi.workspace.identity import BLOCK_BYTES, damage, file_identity
 from census_scvi.workspace.provenance import peak_memory_bytes
@@ -30,7 +40,7 @@ def config_of(folder: Path, seed: int = 0) -> Config:
 def run_stage(folder: Path, content: str, seed: int = 0, *, force: bool = False) -> bool:
     """A stage with a file and a folder as outputs; False where it was done before."""
     config = config_of(folder, seed)
-    with Workspace(folder).locked("prepare") as workspace:
+    with Workspace(folder).locked("prepare", new=True) as workspace:
         stage = workspace.begin("prepare", config, KEYS, {}, force=force)
         if stage.done:
             return False
@@ -203,6 +213,108 @@ def test_a_damaged_manifest_is_said(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(UserError, match=r"manifest\.json is damaged"):
         run_stage(tmp_path, "one")
+
+
+JUNK: list[Any] = [None, 5, -1, "x", [], {}, [1], {"x": 1}]
+
+
+def places(values: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Every key of nested mappings."""
+    for key, value in values.items() if isinstance(values, dict) else ():
+        yield (*path, key)
+        yield from places(value, (*path, key))
+
+
+def test_no_gap_in_a_manifest_is_a_traceback(finished_run: Run, tmp_path: Path) -> None:
+    """Each key is taken out, and replaced by what does not belong there: whoever reads it copes or says so."""
+    run = Run.given(tmp_path, yaml.safe_load(finished_run.config.read_text()), finished_run.directory)
+    config = load_config(run.config)
+    whole = run.manifest()
+    stages, refused = whole["stages"], 0
+    keys = [key for key in places(stages) if "fingerprint" not in key[:-3] and "config" not in key[:-2]]
+    with open_census(config.census) as census:
+        for key, (number, junk) in itertools.product(keys, enumerate([None, *JUNK])):
+            if len(key) > 3 and number > 2:
+                continue
+            damaged = json.loads(json.dumps(whole))
+            owner = functools.reduce(dict.__getitem__, key[:-1], damaged["stages"])
+            if number:
+                owner[key[-1]] = junk
+            else:
+                del owner[key[-1]]
+            (run.directory / "manifest.json").write_text(json.dumps(damaged))
+            for read in (
+                lambda: Workspace(run.directory).require("train", ["scvi.model/model.json"]),
+                lambda: Workspace(run.directory).begin("prepare", config, KEYS, {}, force=False),
+                lambda: Origin.of(str(run.directory)),
+                lambda: RunEmbedding(run.directory, census),
+                lambda: load_described(str(run.directory)),
+                lambda: report._training(config),
+                lambda: [Workspace(run.directory).whole_record(stage) for stage in stages],
+            ):
+                try:
+                    read()
+                except UserError as error:
+                    refused += 1
+                    assert "\n" not in str(error)
+    assert refused > len(keys)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[" * 100_000, "nested too deep"),
+        ('{"stages": ' + '{"a": ' * 5000, "nested too deep"),
+        ("[]", "is damaged"),
+        ("null", "is damaged"),
+        ('{"stages": []}', "is damaged"),
+        ('{"stages": {"train": null}}', "is damaged"),
+        ('{"stages": {}, "committing": 5}', "is damaged"),
+        ("\udcff", "is damaged"),
+    ],
+    ids=range(8),
+)
+def test_a_manifest_that_is_none(text: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(UserError, match=words):
+        run_stage(tmp_path, "one")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", '{"config": 5, "inputs": {}}', '{"config": {}}', "{"])
+def test_a_damaged_fingerprint_of_unfinished_work_is_said(text: str, tmp_path: Path) -> None:
+    with Workspace(tmp_path).locked("train") as workspace:
+        stage = workspace.begin("train", config_of(tmp_path), KEYS, {}, force=False, progress="work")
+        stage.path("work").touch()
+        stage.path("fingerprint.json").write_text(text)
+        with pytest.raises(UserError, match=r"fingerprint\.json is damaged .*; --force does train again"):
+            workspace.begin("train", config_of(tmp_path), KEYS, {}, force=False, progress="work")
+        assert not workspace.begin("train", config_of(tmp_path), KEYS, {}, force=True, progress="work").resumed
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*arguments: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuses)
+    with pytest.raises(UserError, match=r"the file system of .* locks no files .*; use a folder on another"):
+        run_stage(tmp_path, "one")
+
+
+def test_a_lock_that_is_a_folder(tmp_path: Path) -> None:
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(UserError, match=r"\.lock is a folder, .*; remove the folder"):
+        run_stage(tmp_path, "one")
+
+
+@pytest.mark.parametrize("stage", ["train", "create-latent-update", "publish"])
+def test_a_run_that_does_not_exist_leaves_no_folder(
+    stage: str, demo_census: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Run(tmp_path, demo_census)
+    assert run(stage) == 2
+    assert "does not exist; run scvi-prepare.py first" in capsys.readouterr().err
+    assert not run.directory.exists()
 
 
 def test_output_directory_that_is_a_file(tmp_path: Path) -> None:

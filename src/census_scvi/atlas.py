@@ -30,6 +30,7 @@ from census_scvi.errors import UserError
 from census_scvi.model.published import load_described
 from census_scvi.model.safe import ModelDescription
 from census_scvi.model.typical import typical_counts
+from census_scvi.paths import expand_argument
 from census_scvi.progress import progress_bar, show_messages
 from census_scvi.quality_picture import draw_quality
 from census_scvi.query.clusters import composition, leiden
@@ -134,16 +135,20 @@ class Atlas:
         if model is None and census is None:
             raise UserError("an atlas needs a model, a Census or both: Atlas.open(model=..., census=...)")
         show_messages()
-        described = None if model is None else load_described(str(model))
+        model, census, embedding = (
+            None if place is None else expand_argument(place, name)
+            for name, place in (("model", model), ("census", census), ("embedding", embedding))
+        )
+        described = None if model is None else load_described(model)
         if described and organism and described[1].organism != organism:
             raise UserError(f"the model is of {described[1].organism}, not {organism}")
-        origin = Origin.of(None if model is None else str(model))
+        origin = Origin.of(model)
         name = organism or (described[1].organism if described else "homo_sapiens")
-        section = _census_section(str(census), name) if census is not None else origin.section
+        section = _census_section(census, name) if census is not None else origin.section
         if embedding is not None and section is None:
             raise UserError("an embedding is of the cells of a Census: name it with census=")
-        find = origin.open_embedding if embedding is None else partial(open_embedding, str(embedding))
-        typical = partial(typical_counts, str(model), described[1].genes) if described else None
+        find = origin.open_embedding if embedding is None else partial(open_embedding, embedding)
+        typical = partial(typical_counts, model, described[1].genes) if described else None
         atlas = cls(described, section, find, census_given=census is not None, typical=typical)
         if census is not None:
             with ExitStack() as stack:

@@ -18,6 +18,7 @@ from typing import NoReturn
 
 from census_scvi.config import Config, load_config
 from census_scvi.errors import UserError
+from census_scvi.paths import expand_argument
 from census_scvi.stopping import Stopped, Stopping, say
 from census_scvi.workspace.uri import without_credentials
 
@@ -147,7 +148,10 @@ def _parser(stage: str) -> Parser:
 
 
 def _run(stage: str, arguments: argparse.Namespace) -> None:
-    config: Config = load_config(arguments.config, arguments.settings)
+    path = Path(expand_argument(arguments.config, "--config"))
+    if not path.exists():
+        raise UserError(f"{path}: no such file; name the YAML file with your settings: --config FILE")
+    config: Config = load_config(path, arguments.settings)
     # Imported only now: torch, scvi-tools and TileDB take seconds, and a wrong setting is answered at once.
     module = importlib.import_module(f"census_scvi.{_ROOMS.get(stage, 'stages.')}{stage.replace('-', '_')}")
     if arguments.dry_run:

@@ -11,17 +11,25 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from census_scvi import config_names
+from census_scvi import config_names, run_names
 from census_scvi.config_errors import describe_errors
 from census_scvi.config_file import apply_overrides, read_yaml, typed
 from census_scvi.errors import UserError
 from census_scvi.obs_filter import parse_filter
+from census_scvi.paths import expand, expand_argument
 
 
 def _file_name(name: str) -> str:
-    if not name or "/" in name or "\\" in name:
-        raise PydanticCustomError("file_name", "expected the name of a file, without / and \\")
+    if problem := run_names.unfit_name(name):
+        raise PydanticCustomError("file_name", "{problem}", {"problem": problem})
     return name
+
+
+def _expanded(path: str) -> str:
+    try:
+        return expand(path)
+    except ValueError as error:
+        raise PydanticCustomError("path", "{problem}", {"problem": str(error)}) from None
 
 
 def _member_name(name: str) -> str:
@@ -38,8 +46,6 @@ def _path(path: str) -> str:
     return path
 
 
-Name = Annotated[str, Field(min_length=1)]
-LocalPath = Annotated[Name, AfterValidator(_path)]
 def _obs_filter(text: str) -> str:
     try:
         parse_filter(text)
@@ -54,8 +60,11 @@ def _distinct(names: list[str]) -> list[str]:
     return names
 
 
+Name = Annotated[str, Field(min_length=1)]
 ObsFilter = Annotated[str, AfterValidator(_obs_filter)]
 Columns = Annotated[list[Name], AfterValidator(_distinct)]
+PathName = Annotated[Name, AfterValidator(_expanded)]
+LocalPath = Annotated[PathName, AfterValidator(_path)]
 FileName = Annotated[str, AfterValidator(_file_name)]
 MemberName = Annotated[str, AfterValidator(_member_name)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -84,7 +93,7 @@ class CensusSection(Section):
 
     organism: Name = "homo_sapiens"
     """Name of the Experiment in the Census."""
-    uri: Name | None = None
+    uri: PathName | None = None
     """Any SOMA Census: a local folder or s3://...; wins over `version`."""
     version: Name = "stable"
     """Release of the CELLxGENE Census, e.g. 2025-11-08, stable or latest."""
@@ -232,13 +241,13 @@ class ContactSection(Section):
 class PublishSection(Section):
     """Where and under which name the embedding is published."""
 
-    experiment_uri: Name | None = None
+    experiment_uri: PathName | None = None
     """The SOMA Experiment; null: the organism's in the Census of this run, where that is a local one."""
     name: MemberName = "scvi"
     """Name of the embedding in obsm."""
     replace: bool = False
     """Whether an embedding of that name may be replaced."""
-    model_uri: Name | None = None
+    model_uri: PathName | None = None
     """Folder or URL (any that fsspec writes to) for the model; null: `published` in the run directory."""
     title: Name = "scVI embedding of CELLxGENE Census"
     """Title."""
@@ -259,9 +268,9 @@ class QuerySection(Section):
     """The .h5ad with the cells: raw counts, genes by Ensembl id or symbol."""
     output: LocalPath | None = None
     """The .h5ad to write: the same with embedding, map and predicted labels; null: `<file>-mapped.h5ad`."""
-    model: Name | None = None
+    model: PathName | None = None
     """Published folder or its URL; null: the run directory."""
-    embedding: Name | None = None
+    embedding: PathName | None = None
     """Of the Census' cells: a name in its obsm, a run directory or an Experiment; null: `scvi`, or the run's."""
     counts: Name | None = None
     """Where the raw counts are: X, raw or layers/<name>; null: found, and refused where several may be."""
@@ -286,7 +295,7 @@ class QuerySection(Section):
 class EvaluateSection(Section):
     """What scvi-evaluate.py measures."""
 
-    embeddings: dict[Name, Name] = Field(default_factory=dict)
+    embeddings: dict[Name, PathName] = Field(default_factory=dict)
     """Name in the report, and a name in the Census' obsm, a run directory or an Experiment; {}: the run's."""
     obs_filter: ObsFilter | None = "is_primary_data == True"
     """SOMA value filter of the cells; null: all."""
@@ -352,8 +361,18 @@ class Config(Section):
                 "train.early_stopping needs validation cells and train.train_size is 1.0;"
                 " set train.train_size below 1 or train.early_stopping to false"
             )
-        if self.anndata.model_filename == self.model.filename:
-            raise ValueError(f"anndata.model_filename and model.filename are both {self.model.filename!r}")
+        names = (self.anndata.model_filename, self.model.filename)
+        if run_names.same_name(names[0]) == run_names.same_name(names[1]):
+            both = f"are both {names[0]!r}" if names[0] == names[1] else f"are the same name, {names[0]!r}"
+            raise ValueError(f"anndata.model_filename and model.filename {both}")
+        run_names.check_places(
+            self.output.directory,
+            names,
+            census=self.census.uri,
+            evaluation=self.evaluate.folder,
+            mapped=self.query.output,
+            published=self.publish.model_uri,
+        )
         config_names.check_trainer(train.trainer or {})
         config_names.check_training_plan(self.training_plan)
         return self
@@ -400,7 +419,8 @@ def load_config(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -
     UserError
         Missing or malformed file, unknown key, wrong type or contradiction: file, key and nearest right name.
     """
-    values = read_yaml(Path(path))
+    path = Path(expand_argument(path, "--config"))
+    values = read_yaml(path)
     overridden = apply_overrides(values, overrides)
     try:
         return Config.model_validate(typed(values, Config))

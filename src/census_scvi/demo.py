@@ -86,9 +86,9 @@ def _draw(config: Config, picture: Path) -> None:
 
 def artifact_table(config: Config, more: Sequence[Path] = ()) -> str:
     """Every artifact of a run: path, size, what it holds."""
-    stages = Workspace(config.directory).manifest()["stages"]
+    workspace = Workspace(config.directory)
     names = Artifacts.of(config)
-    prepared, trained, embedded, _ = (stages[stage]["counts"] for stage in STAGES)
+    prepared, trained, embedded, _ = ((workspace.whole_record(stage) or {})["counts"] for stage in STAGES)
     shape = f"{prepared['cells']:,} cells x {prepared['genes']:,} genes"
     contents = {
         names.genes: f"{prepared['genes']:,} highly variable genes (feature_id)",

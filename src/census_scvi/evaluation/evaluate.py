@@ -26,13 +26,13 @@ from census_scvi.evaluation.score import LEGACY, Score
 from census_scvi.evaluation.slice import PCA, Slice, read_slice
 from census_scvi.evaluation.space import Space
 from census_scvi.progress import progress_bar
+from census_scvi.run_names import EVALUATION, METRICS, REPORT
 from census_scvi.stages.plan import Plan
 from census_scvi.workspace.atomic import write_json
 from census_scvi.workspace.uri import without_credentials
 
 log = logging.getLogger(__name__)
 
-METRICS, REPORT = "metrics.json", "report.html"
 _PACKAGES = ("census-scvi", "scib-metrics", "scikit-learn", "scanpy", "igraph", "numpy")
 # For --dry-run, from runs on two cores: imports and report; a cell of the slice read and embedded by PCA; a measured
 # cell in one column of one embedding.
@@ -176,7 +176,7 @@ def _measured_rows(config: Config, cells: Slice) -> npt.NDArray[np.int64]:
 
 
 def _folder(config: Config) -> Path:
-    return Path(config.evaluate.folder) if config.evaluate.folder else config.directory / "evaluation"
+    return Path(config.evaluate.folder) if config.evaluate.folder else config.directory / EVALUATION
 
 
 def _plain(values: Any) -> Any:

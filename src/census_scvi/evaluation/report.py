@@ -127,7 +127,7 @@ def _breakdowns(found: Evaluation, spaces: list[str]) -> list[dict[str, Any]]:
 def _training(config: Config) -> dict[str, Any] | None:
     """What the run directory says of how the model was trained."""
     workspace = Workspace(config.directory)
-    prepare, train = workspace.record("prepare"), workspace.record("train")
+    prepare, train = workspace.whole_record("prepare"), workspace.whole_record("train")
     if not prepare or not train:
         return None
     curves = {name: train["learning_curves"][name] for name in _CURVES if train["learning_curves"].get(name)}

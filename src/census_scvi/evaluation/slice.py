@@ -22,9 +22,9 @@ from census_scvi.errors import UserError
 from census_scvi.evaluation import ontology
 from census_scvi.progress import progress_bar
 from census_scvi.query.reference import open_embedding
+from census_scvi.run_names import MANIFEST
 from census_scvi.umap_picture import log_pca
 from census_scvi.workspace import Artifacts
-from census_scvi.workspace.artifacts import MANIFEST
 
 log = logging.getLogger(__name__)
 

@@ -28,8 +28,9 @@ from census_scvi.model.card import PICTURE, learning_curve, model_card
 from census_scvi.model.encode import Encoder
 from census_scvi.model.hub import write_hub
 from census_scvi.model.safe import DESCRIPTION, WEIGHTS, ModelDescription, load_safe, save_safe
+from census_scvi.paths import expand_argument
 from census_scvi.workspace import Workspace
-from census_scvi.workspace.atomic import remove, sync_tree, write_json
+from census_scvi.workspace.atomic import read_json, remove, sync_tree, write_json
 from census_scvi.workspace.identity import damage, identities
 from census_scvi.workspace.uri import file_system, leaves_folder, local_path
 
@@ -99,7 +100,7 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     """
     path = folder / PROVENANCE
     try:
-        record = dict(json.loads(path.read_text(encoding="utf-8")))
+        record = dict(read_json(path))
         seal, form = record.pop("seal"), record["format"]
         names = list(record["files"])
     except (ValueError, KeyError, TypeError) as error:
@@ -206,8 +207,9 @@ def fetch(uri: str, cache: Path | None = None) -> Path:
 
 
 def _cache() -> Path:
-    given = os.environ.get("CENSUS_SCVI_CACHE")
-    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "census-scvi"
+    if given := os.environ.get("CENSUS_SCVI_CACHE"):
+        return Path(expand_argument(given, "CENSUS_SCVI_CACHE"))
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "census-scvi"
 
 
 def _get(system: AbstractFileSystem, source: str, target: Path) -> None:
@@ -239,6 +241,8 @@ def load_model(uri: str, *, trust: bool = False, cache: Path | None = None) -> s
     UserError
         Nothing that can be loaded is there, or a file is not the one that was published.
     """
+    uri = expand_argument(uri, "uri")
+    cache = None if cache is None else Path(expand_argument(cache, "cache"))
     path = local_path(uri)
     ours = path is None or any((path / name).exists() for name in (PROVENANCE, DESCRIPTION))
     if path is not None and not ours and (path / "model.pt").exists():
@@ -249,7 +253,7 @@ def load_model(uri: str, *, trust: bool = False, cache: Path | None = None) -> s
 def load_described(uri: str, *, cache: Path | None = None) -> tuple[scvi.model.SCVI, ModelDescription]:
     """A model and what it is, from its safe form; where it may lie, and errors, as `load_model` says."""
     path = local_path(uri)
-    if path is not None and (train := Workspace(path).manifest()["stages"].get("train")):
+    if path is not None and (train := Workspace(path).whole_record("train")):
         path = path / str(train["artifacts"][0])
     if path is not None and not (path / PROVENANCE).exists() and (path / DESCRIPTION).exists():
         return load_safe(path)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from census_scvi.errors import UserError
 from census_scvi.model.build import build_model
+from census_scvi.workspace.atomic import read_json
 
 WEIGHTS = "weights.safetensors"
 DESCRIPTION = "model.json"
@@ -68,7 +69,7 @@ def read_description(folder: Path) -> ModelDescription:
     """What the model in a folder is; UserError where it is missing or damaged."""
     path = folder / DESCRIPTION
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
         if values.get("format") != _FORMAT:
             raise UserError(
                 f"{path} has format {values.get('format')!r}, this version reads {_FORMAT}; update census-scvi"

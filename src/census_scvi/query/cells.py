@@ -17,6 +17,7 @@ import scipy.sparse as sp
 from census_scvi.counts.h5ad import check_counts, open_file, plain_numbers, read_frame, require_place, unreadable
 from census_scvi.counts.raw_counts import Matrix, check_place, find_raw_counts, matrices_in, sample_spans, var_key
 from census_scvi.errors import UserError
+from census_scvi.paths import expand_argument
 
 
 class QueryCells:
@@ -47,9 +48,9 @@ class QueryCells:
             self.obs = source.obs
             self._matrices, self._vars = _in_memory(source, self.name)
         elif isinstance(source, str | Path):
-            self.name = str(source)
+            self.name = expand_argument(source, "the file of the query")
             with ExitStack() as stack:
-                file = stack.enter_context(open_file(Path(source)))
+                file = stack.enter_context(open_file(Path(self.name)))
                 self.obs = read_frame(file, "obs")
                 self._matrices, self._vars = _in_file(file)
                 self._stack = stack.pop_all()

@@ -23,8 +23,8 @@ from census_scvi.model.encode import Encoder
 from census_scvi.model.published import PROVENANCE, fetch, read_provenance
 from census_scvi.model.safe import ModelDescription
 from census_scvi.query.mapping import MIN_SHARE
+from census_scvi.run_names import MANIFEST
 from census_scvi.workspace import Workspace
-from census_scvi.workspace.artifacts import MANIFEST
 from census_scvi.workspace.uri import local_path, tiledb_place
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class RunEmbedding:
     """`latent.npy` of a run directory."""
 
     def __init__(self, directory: Path, census: Census) -> None:
-        record = Workspace(directory).record("create-latent-update")
+        record = Workspace(directory).whole_record("create-latent-update")
         if record is None:
             raise UserError(f"{directory} has no embedding; run scvi-create-latent-update.py first")
         _require_same(record["census"], census, str(directory))
@@ -119,7 +119,7 @@ class Origin:
     def of(cls, model: str | None) -> Origin:
         """Of a published folder, its URL, or a run directory; of anything else nothing is known."""
         path = None if model is None else local_path(model)
-        if path is not None and (prepare := Workspace(path).record("prepare")):
+        if path is not None and (prepare := Workspace(path).whole_record("prepare")):
             return cls(prepare["census"], directory=path)
         if model is None or (path is not None and not (path / PROVENANCE).exists()):
             return cls()

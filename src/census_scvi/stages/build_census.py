@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from census_scvi.cli import Parser, guarded
+from census_scvi.paths import expand_argument
 
 if TYPE_CHECKING:
     from census_scvi.census.build.census import BuildReport
@@ -64,8 +65,13 @@ def _parser() -> Parser:
 def _build_demo(arguments: argparse.Namespace) -> "BuildReport":
     from census_scvi.census.demo.cells import write_demo_census
 
+    uri = expand_argument(arguments.demo, "--demo")
     return write_demo_census(
-        arguments.demo, seed=arguments.seed, scale=arguments.scale, n_genes=arguments.genes, force=arguments.force
+        uri,
+        seed=arguments.seed,
+        scale=arguments.scale,
+        n_genes=arguments.genes,
+        force=arguments.force,
     )
 
 

@@ -24,6 +24,7 @@ from census_scvi.model.encode import reference_latent
 from census_scvi.model.facts import built_facts
 from census_scvi.model.published import COUNT_HASH, LATENT, SEALED, damaged_files, fetch, read_provenance
 from census_scvi.model.safe import load_safe
+from census_scvi.paths import expand_argument
 from census_scvi.quality.gates import architecture, re_embedding
 from census_scvi.stages.sample import draw_rows, read_sample
 
@@ -55,6 +56,8 @@ def verify(published: str, census: str | None = None, *, n_cells: int = 500, see
     -------
     The links in their order; what hangs on a broken one may be missing.
     """
+    published = expand_argument(published, "PUBLISHED")
+    census = None if census is None else expand_argument(census, "--census")
     with tempfile.TemporaryDirectory() as scratch:
         folder = fetch(published, Path(scratch))  # not from the cache: what lies there is what is asked about
         try:

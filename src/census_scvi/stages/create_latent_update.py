@@ -24,7 +24,8 @@ from census_scvi.model.encode import Encoder, Latent, extend_batches, labels_wit
 from census_scvi.model.minified import save_minified
 from census_scvi.model.safe import DESCRIPTION, WEIGHTS, ModelDescription, load_safe, read_description
 from census_scvi.progress import progress_bar
-from census_scvi.stages.latent_store import PROGRESS, LatentStore
+from census_scvi.run_names import PROGRESS
+from census_scvi.stages.latent_store import LatentStore
 from census_scvi.stages.plan import Plan
 from census_scvi.workspace import Artifacts, StageRun, Workspace
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from census_scvi.errors import UserError
 from census_scvi.model.encode import Latent
-from census_scvi.workspace.atomic import sync, write_json
-
-PROGRESS = "progress.json"
+from census_scvi.run_names import PROGRESS
+from census_scvi.workspace.atomic import read_json, sync, write_json
 
 
 class LatentStore:
@@ -35,11 +34,22 @@ class LatentStore:
             "library_size": ("<f4", (n_cells,)),
             "latent-hash": ("<u8", (n_cells,)),
         }
-        progress = folder / PROGRESS
-        self.cells_done = json.loads(progress.read_text())["cells"] if progress.exists() else 0
+        self.cells_done = self._progress(folder / PROGRESS, n_cells)
         if not self.cells_done:
             for name in self._files:
                 self._create(name)
+
+    @staticmethod
+    def _progress(path: Path, n_cells: int) -> int:
+        if not path.exists():
+            return 0
+        try:
+            done = int(read_json(path)["cells"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is damaged ({error}); --force embeds all cells again") from None
+        if not 0 <= done <= n_cells:
+            raise UserError(f"{path} counts {done:,} of {n_cells:,} cells; --force embeds all cells again")
+        return done
 
     def path(self, name: str) -> Path:
         """Path of one of the files."""

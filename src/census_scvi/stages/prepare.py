@@ -46,7 +46,7 @@ _PASSES, _FIXED_SECONDS = 2.3, 1.5
 
 def run(config: Config, *, force: bool = False) -> None:
     """Select cells and genes and write `hv_genes.pkl` and `anndata_model.h5ad`; a killed run goes on."""
-    with Workspace(config.directory).locked(STAGE) as workspace, open_census(config.census) as census:
+    with Workspace(config.directory).locked(STAGE, new=True) as workspace, open_census(config.census) as census:
         artifacts = Artifacts.of(config)
         inputs = {"census": census.identity}
         stage = workspace.begin(STAGE, config, KEYS, inputs, force=force, progress=artifacts.genes)

@@ -15,6 +15,7 @@ from anndata.io import read_elem
 from census_scvi.counts.file_order import Pool, Run, pools
 from census_scvi.counts.reader import PreparedCells
 from census_scvi.counts.writer import H5adWriter
+from census_scvi.run_names import PART
 from census_scvi.workspace.atomic import sync
 
 # Some 200,000 cells and a minute of work are what a kill costs.
@@ -42,7 +43,7 @@ class PreparedStore:
         self._target, self._writer = target, writer
         every = list(pools(runs, seed))
         groups = [every[first : first + PART_POOLS] for first in range(0, len(every), PART_POOLS)]
-        self._parts = {target.with_name(f"part-{number:05d}.h5ad"): group for number, group in enumerate(groups)}
+        self._parts = {target.with_name(PART.format(number)): group for number, group in enumerate(groups)}
 
     def missing(self) -> list[Pool]:
         """What is not on disk yet, in the order in which `fill` takes it."""

@@ -23,6 +23,7 @@ from census_scvi.model.published import PROVENANCE, copy_to, write_published
 from census_scvi.model.safe import DESCRIPTION, WEIGHTS, load_safe
 from census_scvi.progress import progress_bar
 from census_scvi.quality.gates import Gate, stopped_by
+from census_scvi.run_names import PROGRESS
 from census_scvi.stages import qa, target
 from census_scvi.stages.plan import Plan
 from census_scvi.stages.record import embedding_info, publication_record, summary_row
@@ -34,7 +35,6 @@ log = logging.getLogger(__name__)
 
 STAGE = "publish"
 KEYS = ("census", "anndata.batch_key", "genes", "model", "gates", "publish", "seed")
-PROGRESS = "progress.json"
 _BLOCK_CELLS = 2**16
 _EARLIER = ("prepare", "train", "create-latent-update")
 # For --dry-run, from one publication of 200,000 cells and one of 6,000: the imports; a gene of a sampled cell, which is
@@ -53,7 +53,7 @@ def run(config: Config, *, force: bool = False) -> None:
         experiment_uri = target.experiment_uri(config.publish, census)
         if stage.done:
             target.require_published(
-                config.publish, experiment_uri, str((workspace.record(STAGE) or {}).get("publication"))
+                config.publish, experiment_uri, str((workspace.whole_record(STAGE) or {}).get("publication"))
             )
             log.info("%s is done for these settings in %s; --force does it again", STAGE, config.directory)
             return
@@ -137,7 +137,7 @@ class _Publishing:
             n_batches=len(cells.batches),
             model=built_facts(model, description.genes),
             weights=inputs[f"{artifacts.model}/{WEIGHTS}"],
-            stages={stage: self._workspace.record(stage) or {} for stage in _EARLIER},
+            stages={stage: self._workspace.whole_record(stage) or {} for stage in _EARLIER},
             gates=qa.record(found, config.gates.reasons),
         )
         write_published(

@@ -34,6 +34,7 @@ from census_scvi.model.training import (
     make_plan,
     n_processes,
 )
+from census_scvi.run_names import CHECKPOINT
 from census_scvi.stages.plan import Plan, human_bytes
 from census_scvi.workspace import Artifacts, StageRun, Workspace
 from census_scvi.workspace.atomic import remove
@@ -46,7 +47,6 @@ KEYS = (
     "train.max_epochs", "train.batch_size", "train.train_size", "train.early_stopping", "train.multi_gpu",
     "train.devices", "train.precision", "train.trainer",
 )  # fmt: skip
-CHECKPOINT = "checkpoint.ckpt"
 # For --dry-run, checked by benchmarks/stages.py: the imports; what is done once; bytes for each entry of a minibatch.
 _BASE_MEMORY, _FIXED_SECONDS = 0.75e9, 3.0
 _BYTES_AN_ENTRY = {"fast": 45.0, "scvi-tools": 140.0}

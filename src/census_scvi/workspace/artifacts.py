@@ -1,14 +1,11 @@
-"""Names of everything in the run directory, in one place."""
+"""Names of the artifacts of a run, as its config gives them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from census_scvi import run_names
 from census_scvi.config import Config
-
-MANIFEST = "manifest.json"
-LOCK = ".lock"
-STAGING = ".partial"
 
 
 @dataclass(frozen=True)
@@ -17,14 +14,14 @@ class Artifacts:
 
     prepared: str
     model: str
-    genes: str = "hv_genes.pkl"
-    tensorboard: str = "tb_logs"
-    latent: str = "latent.npy"
-    latent_joinids: str = "latent-idx.npy"
-    latent_hashes: str = "latent-hash.npy"
-    minified: str = "final_scvi_optimized"
-    qa: str = "qa.json"
-    published: str = "published"
+    genes: str = run_names.GENES
+    tensorboard: str = run_names.TENSORBOARD
+    latent: str = run_names.LATENT
+    latent_joinids: str = run_names.LATENT_JOINIDS
+    latent_hashes: str = run_names.LATENT_HASHES
+    minified: str = run_names.MINIFIED
+    qa: str = run_names.QA
+    published: str = run_names.PUBLISHED
 
     @classmethod
     def of(cls, config: Config) -> Artifacts:

@@ -10,6 +10,14 @@ from pathlib import Path
 from typing import Any
 
 
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; ValueError where it is no JSON, or nested deeper than can be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
 def write_json(path: Path, values: Any) -> None:
     """Replace a JSON file in one step, durable when this returns."""
     write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")

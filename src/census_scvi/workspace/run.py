@@ -21,11 +21,12 @@ from typing import Any
 
 from census_scvi.config import Config, digest
 from census_scvi.errors import UserError
+from census_scvi.run_names import FINGERPRINT, LOCK, MANIFEST, STAGING
 from census_scvi.workspace import provenance
-from census_scvi.workspace.artifacts import LOCK, MANIFEST, STAGING
-from census_scvi.workspace.atomic import remove, sync, sync_tree, write_json
+from census_scvi.workspace.atomic import read_json, remove, sync, sync_tree, write_json
 from census_scvi.workspace.identity import Identity, damage, identities
 from census_scvi.workspace.lock import directory_lock
+from census_scvi.workspace.manifest import incomplete
 from census_scvi.workspace.uri import leaves_folder, without_credentials
 
 log = logging.getLogger(__name__)
@@ -47,13 +48,25 @@ class Workspace:
     directory: Path
 
     @contextmanager
-    def locked(self, stage: str) -> Iterator[Workspace]:
-        """Hold the directory for a stage; finishes a commit that a killed run left open."""
+    def locked(self, stage: str, *, new: bool = False) -> Iterator[Workspace]:
+        """Hold the directory for a stage; finishes a commit that a killed run left open.
+
+        Parameters
+        ----------
+        stage
+            Who holds it.
+        new
+            Make the directory where it does not exist, as the first stage does; for another there is nothing to hold
+            then, and `require` says what is missing.
+        """
         if "::" in str(self.directory.absolute()):
             raise UserError(
                 f"output.directory {self.directory.absolute()}: Lightning takes '::' in a path for a chain of file"
                 " systems; choose another folder"
             )
+        if not new and not self.directory.exists():
+            yield self
+            return
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -68,7 +81,7 @@ class Workspace:
         if not path.exists():
             return {"stages": {}}
         try:
-            manifest = dict(json.loads(path.read_text(encoding="utf-8")))
+            manifest = dict(read_json(path))
             names = [
                 name
                 for records in (manifest["stages"], manifest.get("committing", {}))
@@ -79,11 +92,28 @@ class Workspace:
             raise UserError(f"{path} is damaged ({error}); restore it, or move the run directory away") from None
         if outside := [name for name in names if leaves_folder(name)]:
             raise UserError(f"{path} names {outside[0]!r}, which lies outside the run directory; do not trust it")
+        records = [*manifest["stages"].items(), *manifest.get("committing", {}).items()]
+        for stage, record in records:
+            self._require_whole(stage, incomplete(record))
         return manifest
 
     def record(self, stage: str) -> dict[str, Any] | None:
         """Record of a finished stage."""
         return self.manifest()["stages"].get(stage)
+
+    def whole_record(self, stage: str) -> dict[str, Any] | None:
+        """Record of a finished stage, with all that this stage itself writes into it; UserError where some is gone."""
+        record = self.record(stage)
+        if record is not None:
+            self._require_whole(stage, incomplete(record, stage))
+        return record
+
+    def _require_whole(self, stage: str, gap: str | None) -> None:
+        if gap is not None:
+            raise UserError(
+                f"{self.directory / MANIFEST} is damaged ({stage}: {gap}); restore it, or run"
+                f" {SCRIPTS.get(stage, stage)} in another output.directory"
+            )
 
     def require(self, stage: str, names: Sequence[str]) -> dict[str, Identity]:
         """Identities of files that a finished stage wrote, checked against their contents.
@@ -256,8 +286,15 @@ class StageRun:
     @property
     def staged_fingerprint(self) -> dict[str, Any] | None:
         """Fingerprint of the unfinished work in `staging`, if there is any."""
-        path = self.staging / "fingerprint.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        path = self.staging / FINGERPRINT
+        if not path.exists():
+            return None
+        try:
+            fingerprint = dict(read_json(path))
+            dict(fingerprint["config"]), dict(fingerprint["inputs"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is damaged ({error}); --force does {self.stage} again") from None
+        return fingerprint
 
     @property
     def resumes(self) -> bool:
@@ -268,7 +305,7 @@ class StageRun:
         """Make an empty `staging`."""
         remove(self.staging)
         self.staging.mkdir(parents=True)
-        write_json(self.staging / "fingerprint.json", self.fingerprint)
+        write_json(self.staging / FINGERPRINT, self.fingerprint)
 
     def path(self, name: str) -> Path:
         """Where to write an output before it is committed."""

@@ -9,9 +9,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from census_scvi.census.build.schema import ORGANISMS, SETTABLE_COLUMNS
-from census_scvi.config_errors import suggestion
+from census_scvi.config_errors import as_written, shown, suggestion
 from census_scvi.config_file import read_yaml, typed
+from census_scvi.config_yaml import Plain
 from census_scvi.errors import UserError
+from census_scvi.paths import expand, expand_argument
 from census_scvi.workspace.uri import local_path
 
 
@@ -31,11 +33,17 @@ def _census_columns(value: object) -> object:
 
 
 def _as_text(value: object) -> object:
-    """Labels such as 1 (a donor) or 8.5 are text in the Census."""
+    """Labels such as 1 (a donor) or 8.5 are text in the Census; is_primary_data is true or false."""
     if isinstance(value, dict):
         numbers = {name: str(label) for name, label in value.items() if type(label) in (int, float)}
-        return {**value, **numbers}
+        value = {**value, **numbers}
+        if isinstance(primary := value.get(_PRIMARY), str):
+            value[_PRIMARY] = typed(Plain(primary), bool)
     return value
+
+
+def _expanded(value: object) -> object:
+    return expand(value) if isinstance(value, str) else value
 
 
 def _local(value: object) -> object:
@@ -46,6 +54,8 @@ def _local(value: object) -> object:
     return path
 
 
+PathName = Annotated[Path, BeforeValidator(_expanded)]
+_PRIMARY = "is_primary_data"
 OrganismName = Annotated[str, BeforeValidator(_organism)]
 
 
@@ -56,7 +66,7 @@ class _Section(BaseModel):
 class GenesConfig(_Section):
     """How genes get their Ensembl ids."""
 
-    map: dict[OrganismName, Path] = Field(default_factory=dict)
+    map: dict[OrganismName, PathName] = Field(default_factory=dict)
     """TSV of ensembl_id, symbol and optionally length and type, by organism; finds ids by symbol and names genes."""
 
     min_recognised: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
@@ -75,7 +85,7 @@ class DatasetColumn(_Section):
 class DatasetConfig(_Section):
     """One .h5ad file."""
 
-    file: Path
+    file: PathName
     """The .h5ad file with raw counts."""
 
     dataset_id: str | DatasetColumn | None = None
@@ -109,8 +119,8 @@ class DatasetConfig(_Section):
         if "observation_joinid" in self.values:
             raise ValueError("observation_joinid differs from cell to cell; it can only come from an obs column")
         for name, value in self.values.items():
-            if isinstance(value, bool) != (name == "is_primary_data"):
-                expected = "true or false" if name == "is_primary_data" else "text (put it in quotes)"
+            if isinstance(value, bool) != (name == _PRIMARY):
+                expected = "true or false" if name == _PRIMARY else "text (put it in quotes)"
                 raise ValueError(f"values.{name} is {value!r}, expected {expected}")
         return self
 
@@ -118,10 +128,10 @@ class DatasetConfig(_Section):
 class BuildConfig(_Section):
     """A Census to be built."""
 
-    uri: Annotated[Path, BeforeValidator(_local)]
+    uri: Annotated[Path, BeforeValidator(_local), BeforeValidator(_expanded)]
     """Folder of the new Census."""
 
-    data: Path = Path()
+    data: PathName = Path()
     """Folder in which the files of `datasets` and `genes.map` lie."""
 
     genes: GenesConfig = GenesConfig()
@@ -138,7 +148,8 @@ def load_build_config(path: str | Path, *, data: str | Path | None = None) -> Bu
     The argument `data` replaces the key, relative to the working directory. Raises UserError, in one line, for
     whatever is wrong with the YAML; whether the files exist is not looked at.
     """
-    path = Path(path)
+    path = Path(expand_argument(path, "CONFIG.yaml"))
+    data = None if data is None else expand_argument(data, "--data")
     try:
         config = BuildConfig.model_validate(typed(read_yaml(path, "the keys uri and datasets"), BuildConfig))
     except ValidationError as error:
@@ -160,7 +171,7 @@ def load_build_config(path: str | Path, *, data: str | Path | None = None) -> Bu
 
 
 def _join(folder: Path, path: Path) -> Path:
-    return Path(os.path.normpath(folder / path.expanduser()))
+    return Path(os.path.normpath(folder / path))
 
 
 _EXPECTED = {
@@ -184,16 +195,16 @@ def _explain(detail: dict[str, Any]) -> str:
             section = next((_SECTIONS[n] for n in reversed(names[:-1]) if n in _SECTIONS), BuildConfig)
             known = list(section.model_fields)
             hint = suggestion(str(names[-1]), known) or f"; there are {', '.join(known)}"
-            return f"{key} is not a setting{hint}"
+            return f"{as_written(key)} is not a setting{hint}"
         case "missing":
             return f"{key} is missing"
         case "value_error":
             text = str(detail["ctx"]["error"])
             return f"{key} {text}" if text.startswith("is ") else f"{key}: {text}"
     if names[-1] == "dataset_id":
-        return f"{key} is {detail['input']!r}, expected a name in quotes or {{column: name of an obs column}}"
+        return f"{key} is {shown(detail['input'])}, expected a name in quotes or {{column: name of an obs column}}"
     expected = _EXPECTED.get(detail["type"], detail["msg"].removeprefix("Input should be "))
-    return f"{key} is {detail['input']!r}, expected {expected}"
+    return f"{key} is {shown(detail['input'])}, expected {expected}"
 
 
 def _names(location: tuple[str | int, ...]) -> tuple[str, ...]:
