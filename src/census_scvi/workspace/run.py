@@ -90,7 +90,7 @@ class Workspace:
             ]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is damaged ({error}); restore it, or move the run directory away") from None
-        if outside := [name for name in names if leaves_folder(name)]:
+        if outside := [name for name in names if leaves_folder(str(name))]:
             raise UserError(f"{path} names {outside[0]!r}, which lies outside the run directory; do not trust it")
         records = [*manifest["stages"].items(), *manifest.get("committing", {}).items()]
         for stage, record in records:
