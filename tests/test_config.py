@@ -441,6 +441,8 @@ PLACES = [
 def test_home_folders_and_variables_in_every_place(
     setting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there$NOWHERE").mkdir()
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setenv("SCRATCH", "/scratch/$HOME")  # what a variable holds is taken as it is
     monkeypatch.setenv("BUCKET", "cells")
@@ -453,8 +455,8 @@ def test_home_folders_and_variables_in_every_place(
 
     written = {
         "~": "/home/me", "~/x/~y": "/home/me/x/~y", "./~": "./~", "a/~/b": "a/~/b", "~root/x": "/root/x",
-        "$SCRATCH/run": "/scratch/$HOME/run", "${BUCKET}s/x$": "cellss/x$", "s3://$BUCKET/~x": "s3://cells/~x",
-        "~/$BUCKET-$5": "/home/me/cells-$5",
+        "$SCRATCH/run": "/scratch/$HOME/run", "${BUCKET}s/x$": "cellss/x$",
+        "~/$BUCKET-$5": "/home/me/cells-$5", "a$$BUCKET": "a$BUCKET", "there$NOWHERE/x": "there$NOWHERE/x",
     }  # fmt: skip
     if setting not in ("output.directory", "query.file", "query.output", "evaluate.folder"):
         written["s3://$BUCKET/~x"] = "s3://cells/~x"

@@ -1,4 +1,4 @@
-"""Paths as a person writes them: `~`, `~user`, `$NAME` and `${NAME}` mean what they mean in a shell.
+"""Paths as a person writes them: `~`, `~user`, `$NAME` and `${NAME}` mean what they mean in a shell, `$$` is a dollar.
 
 One rule for every file, argument and setting that names a place. The path itself may be a URL: variables are filled in
 there as well, `~` stands for a home folder at the beginning only.
@@ -14,11 +14,13 @@ from typing import Any
 from census_scvi.errors import UserError
 
 _HOME = re.compile(r"~[^/]*")
-_VARIABLE = re.compile(r"\$(?:\{(?P<braced>[^}]*)\}?|(?P<bare>[A-Za-z_]\w*))")
+_VARIABLE = re.compile(r"\$(?:\$|\{(?P<braced>[^}]*)\}?|(?P<bare>[A-Za-z_]\w*))")
 
 
 def expand(path: str) -> str:
     """The path with home folders and environment variables filled in.
+
+    Where a variable is not set and a file or folder of the name as written is there, that is meant.
 
     Raises
     ------
@@ -38,13 +40,19 @@ def expand(path: str) -> str:
 
 
 def _value(found: re.Match[str]) -> str:
+    if found[0] == "$$":
+        return "$"
     name = found["bare"] or found["braced"]
+    end = found.string.find("/", found.end())
+    written = found.string if end < 0 else found.string[:end]
+    if name not in os.environ and os.path.lexists(written.removeprefix("file://")):
+        return found[0]  # a file or folder whose name holds a dollar sign
     if not re.fullmatch(r"[A-Za-z_]\w*", name or "") or found[0].count("{") != found[0].count("}"):
         raise ValueError(f"{found[0]} is no environment variable; write ${{NAME}}")
     value = os.environ.get(name)
     if not value:
         state = "not set" if value is None else "empty"
-        raise ValueError(f"the environment variable {name} is {state}; set it, or write the path out")
+        raise ValueError(f"the environment variable {name} is {state}; set it, or write $$ for a dollar sign")
     return value
 
 
