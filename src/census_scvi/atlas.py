@@ -148,7 +148,7 @@ class Atlas:
         if embedding is not None and section is None:
             raise UserError("an embedding is of the cells of a Census: name it with census=")
         find = origin.open_embedding if embedding is None else partial(open_embedding, embedding)
-        typical = partial(typical_counts, model, described[1].genes) if described else None
+        typical = partial(typical_counts, str(model), described[1].genes) if described else None
         atlas = cls(described, section, find, census_given=census is not None, typical=typical)
         if census is not None:
             with ExitStack() as stack:
