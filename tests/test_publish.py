@@ -1,5 +1,6 @@
 """Publishing: the gates stop what is wrong and name it; what is published is read by the Census API and verified."""
 
+import errno
 import json
 import os
 import re
@@ -37,6 +38,7 @@ from census_scvi.census.summary import read_summary
 from census_scvi.config import load_config
 from census_scvi.errors import UserError
 from census_scvi.model.encode import Encoder, batch_labels, reference_latent
+from census_scvi.model.published import copy_to
 from census_scvi.model.safe import load_safe
 from census_scvi.stages import publish
 from census_scvi.stages import verify as command
@@ -328,6 +330,43 @@ def test_a_folder_that_is_not_empty_is_not_overwritten(
         assert f"publish.model_uri {nowhere} cannot be written" in capsys.readouterr().err.splitlines()[-1]
     assert published_uri(experiment_of(run), "scvi") is None
     assert (tmp_path / "mine" / "thesis.tex").exists()
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing catches it."""
+
+
+@pytest.mark.parametrize("nth", [1, 2])
+def test_the_copy_elsewhere_is_the_old_or_the_new_after_a_kill_and_a_full_disk(
+    nth: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new, target = tmp_path / "old", tmp_path / "new", tmp_path / "models" / "v1"
+    for folder in (old, new):
+        folder.mkdir()
+        (folder / "provenance.json").write_text(folder.name)
+    (tmp_path / "models" / "v1.old").mkdir(parents=True)  # somebody's own
+    copy_to(old, str(target), replace=False)
+    real, calls = Path.rename, [0]
+
+    def dying(*arguments: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == nth:
+            raise Killed
+        return real(*arguments)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as planted, suppress(Killed):
+        planted.setattr(Path, "rename", dying)
+        copy_to(new, str(target), replace=True)
+    with monkeypatch.context() as planted, pytest.raises(OSError, match="No space left"):
+        planted.setattr(shutil, "copytree", full)
+        copy_to(new, str(target), replace=True)
+    assert (target / "provenance.json").read_text() == "old"
+    copy_to(new, str(target), replace=True)
+    assert (target / "provenance.json").read_text() == "new"
+    assert sorted(path.name for path in target.parent.iterdir()) == ["v1", "v1.old"]
 
 
 # --- what is not: caught by a gate

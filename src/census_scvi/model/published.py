@@ -29,7 +29,7 @@ from census_scvi.model.encode import Encoder
 from census_scvi.model.hub import write_hub
 from census_scvi.model.safe import DESCRIPTION, WEIGHTS, ModelDescription, load_safe, save_safe
 from census_scvi.workspace import Workspace
-from census_scvi.workspace.atomic import remove, sync_tree, write_json
+from census_scvi.workspace.atomic import remove, sync, sync_tree, write_json
 from census_scvi.workspace.identity import damage, identities
 from census_scvi.workspace.uri import file_system, leaves_folder, local_path
 
@@ -156,7 +156,9 @@ _SAID_ELSEWHERE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.
 
 
 def _copy_local(folder: Path, target: Path) -> None:
-    partial, aside = (target.with_name(target.name + ending) for ending in (".partial", ".old"))
+    partial, aside = (target.with_name(f".{target.name}.census-scvi-{what}") for what in ("partial", "old"))
+    if aside.is_dir() and not target.exists():  # killed between the two renames below: what was there comes back first
+        aside.rename(target)
     for leftover in (partial, aside):
         remove(leftover)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -165,6 +167,7 @@ def _copy_local(folder: Path, target: Path) -> None:
     if target.exists():
         target.rename(aside)
     partial.rename(target)
+    sync(target.parent)
     remove(aside)
 
 
