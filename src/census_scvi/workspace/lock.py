@@ -47,11 +47,10 @@ def _opened(path: Path) -> TextIO:
         if error.errno not in (errno.ELOOP, errno.EMLINK, errno.EISDIR, errno.ENXIO):
             raise
         raise _no_file(path) from None
-    file = os.fdopen(descriptor, "r+", encoding="utf-8")
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        file.close()
+        os.close(descriptor)
         raise _no_file(path)
-    return file
+    return os.fdopen(descriptor, "r+", encoding="utf-8")
 
 
 def _no_file(path: Path) -> UserError:
