@@ -147,7 +147,7 @@ def copied(template: Path, scratch: Path) -> Iterator[str]:
 
 
 def main(folder: str, library: str, kind: str, full: str, first: str, stride: str) -> None:
-    """Publish with a fault at each `stride`-th operation; for each a line with what was found after it, and after a rerun."""
+    """Publish with a fault at each `stride`-th operation; prints what was found after it, and after a rerun."""
     faults = ctypes.CDLL(library)
     import tiledbsoma  # noqa: F401  what is imported before the forks is imported once
 

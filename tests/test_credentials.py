@@ -59,7 +59,8 @@ def test_no_part_of_a_secret_remains(form: str, secret: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "me@lab.org", "mailto:me@lab.org", "Jane Doe <me@lab.org>, Lab: a@b", "/data/what?/x", "/tmp/x//a:b@c", "a//b@c",
+        "me@lab.org", "mailto:me@lab.org", "Jane Doe <me@lab.org>, Lab: a@b", "/data/what?/x", "/tmp/x//a:b@c",
+        "a//b@c",
         "file:///data/pub?1", "file:///data/a#b=c;d=e", "file:///home/me@lab/12:30/a@b", "memory://models/v1",
         "2026-01-01T12:00:00+00:00", "12:30:45", "https://doi.org/10.1101/2024.01", "s3://bucket/run-12:00/model@v1",
         "hf://datasets/lab/x@main/f", "https://host/doc#section", "https://host:8080/x", "is it https://host/x?",

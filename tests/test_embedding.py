@@ -15,7 +15,6 @@ import pytest
 import tiledbsoma
 from cellxgene_census import _release_directory
 from cellxgene_census.experimental import get_embedding, get_embedding_metadata
-
 from faulty_disk import CELLS, KILLED, run_driver
 
 from census_scvi.census import embedding, group, summary

@@ -48,8 +48,12 @@ def read_summary(experiment_uri: str) -> pd.DataFrame:
         measurement = experiment.ms[MEASUREMENT]
         if SUMMARY not in measurement:
             return pd.DataFrame({name: [] for name in _SCHEMA.names})
-        return measurement[SUMMARY].read().concat().to_pandas().sort_values(
-            ["published_on", "soma_joinid"], ignore_index=True
+        return (
+            measurement[SUMMARY]
+            .read()
+            .concat()
+            .to_pandas()
+            .sort_values(["published_on", "soma_joinid"], ignore_index=True)
         )
 
 

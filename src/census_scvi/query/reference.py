@@ -133,6 +133,8 @@ class Origin:
         if self.identity is None:
             return None
         where = "version" if self.identity["version"] else "uri"
+        if not self.identity[where]:
+            return None
         return CensusSection(organism=self.identity["organism"], **{where: self.identity[where]})
 
     def open_embedding(self, census: Census) -> Embedding:

@@ -27,7 +27,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def new_file(path: Path, mode: str) -> IO[Any]:
-    """Open a file that is made here, for "w" (UTF-8) or "wb"; a leftover of that name goes, where a link leads does not."""
+    """Open a file that is made here, for "w" (UTF-8) or "wb"; a leftover of that name goes, no link is followed."""
     remove(path)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
     return os.fdopen(descriptor, mode, encoding=None if "b" in mode else "utf-8")
