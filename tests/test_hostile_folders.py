@@ -431,7 +431,8 @@ def test_damage_of_the_census_is_a_broken_link(
     harmed = [
         *uri.glob("__fragments/*/__fragment_metadata.tdb"), *uri.glob("__schema/__[0-9]*"), *uri.glob("__meta/*"),
         *(experiment / "ms" / "RNA" / "scvi_summary").glob("__fragments/*/__fragment_metadata.tdb"),
-        *(experiment / "obs").glob("__schema/__[0-9]*"), *(census / "census_info" / "summary").glob("__schema/__[0-9]*"),
+        *(experiment / "obs").glob("__schema/__[0-9]*"),
+        *(census / "census_info" / "summary").glob("__schema/__[0-9]*"),
     ]  # fmt: skip
     assert len(harmed) >= 6
     for path in harmed:

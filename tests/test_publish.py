@@ -696,7 +696,7 @@ def test_a_pickle_is_loaded_only_where_it_is_trusted(finished_run: Run, tmp_path
         census_scvi.load_model(str(tmp_path / "nothing"))
 
 
-def test_the_card_says_what_was_built_and_its_snippets_run(run: Run) -> None:
+def test_the_card_says_what_was_built_and_its_snippets_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("publish", "publish.license=CC-BY-4.0", "publish.contact.email=atlas@example.org") == 0
     card = (run.path("published") / "README.md").read_text()
     front = yaml.safe_load(card.split("---")[1])
@@ -708,5 +708,6 @@ def test_the_card_says_what_was_built_and_its_snippets_run(run: Run) -> None:
     ):  # fmt: skip
         assert words in card, words
     assert matplotlib.image.imread(run.path("published") / "training-curve.png").std() > 0.02
+    monkeypatch.chdir(run.path("published"))
     for snippet in re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL):
         exec(compile(snippet, "card", "exec"), {})

@@ -28,6 +28,8 @@ from census_scvi.model.safe import load_safe
 from census_scvi.model.sealed import COUNT_HASH, LATENT, read_sealed
 from census_scvi.quality.gates import architecture, broken_verdicts, re_embedding
 from census_scvi.stages.sample import draw_rows, read_sample
+from census_scvi.workspace.place import resolved
+from census_scvi.workspace.uri import local_path
 
 _STOPPING = get_args(StoppingGate)
 _MAX_DIFFERENCE = GatesSection().max_difference
@@ -74,7 +76,8 @@ def verify(published: str, census: str | None = None, *, n_cells: int = 500, see
             record = read_provenance(folder)
         except UserError as error:
             return [Link("provenance", False, str(error))]
-        words = f"published {record['published_on']} by {record['published_by']}, publication {record['publication']}"
+        by = f" by {record['published_by']}" if record["published_by"] else ""
+        words = f"published {record['published_on']}{by}, publication {record['publication']}"
         links = [Link("provenance", True, words)]
         offline = _Folder(folder, record)
         for look in (offline.files, offline.model, offline.sealed_counts, offline.sealed_embedding, offline.gates):
@@ -116,16 +119,16 @@ class _Folder:
     """What the published folder alone shows: each method is a link, sound or not, and the finding."""
 
     def __init__(self, folder: Path, record: dict[str, Any]) -> None:
-        self._folder, self.record = folder, record
+        self.path, self.record = folder, record
 
     def files(self) -> tuple[bool, str]:
         """The files are those that were written."""
-        wrong = damaged_files(self._folder, self.record)
+        wrong = damaged_files(self.path, self.record)
         return not wrong, "; ".join(wrong) or f"{len(self.record['files'])} files as they were written"
 
     def model(self) -> tuple[bool, str]:
         """The model is built as its provenance says."""
-        model, description = load_safe(self._folder)
+        model, description = load_safe(self.path)
         stated = {name: value for name, value in self.record["model"].items() if name not in ("sha256", "uri")}
         gate = architecture(stated, built_facts(model, description.genes))
         return gate.passed, gate.detail
@@ -151,11 +154,11 @@ class _Folder:
 
     def sealed(self) -> ad.AnnData:
         """The sealed sample."""
-        return read_sealed(self._folder, self.record["model"]["genes"], self.record["embedding"]["n_features"])
+        return read_sealed(self.path, self.record["model"]["genes"], self.record["embedding"]["n_features"])
 
     def re_embedded(self, cells: ad.AnnData, published: Any) -> tuple[bool, str]:
         """Whether scvi-tools and the published model give cells (obs: soma_joinid, batch) what is published."""
-        model, description = load_safe(self._folder)
+        model, description = load_safe(self.path)
         if description.arguments["encode_covariates"]:  # scvi-tools has random weights for other batches
             trained = cells.obs["batch"].isin(description.batches).to_numpy()
             cells, published = cells[trained], published[trained]
@@ -235,7 +238,10 @@ class _InCensus:
     def _experiment_uri(self) -> str:
         """Of this Census, or, where it has no such embedding, the one that was published to."""
         here = str(self._census.experiment.uri)
-        return here if published_uri(here, self._name) else str(self._record["embedding"]["experiment_uri"])
+        there = resolved(self._record["embedding"]["experiment_uri"], self._folder.path)
+        path = None if there is None else local_path(there)
+        gone = there is None or (path is not None and not path.exists())
+        return here if gone or published_uri(here, self._name) else str(there)
 
     def _embedding_uri(self) -> str:
         experiment = self._experiment_uri()
