@@ -1,7 +1,10 @@
 """Embeddings in a Census: whole or not there, read by the Census API, replaced in one step, never doubled."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -9,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import cellxgene_census
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pytest
 import tiledbsoma
 from cellxgene_census import _release_directory
 from cellxgene_census.experimental import get_embedding, get_embedding_metadata
-from faulty_disk import CELLS, KILLED, run_driver
+from faulty_disk import CELLS, KILLED, run_driver, small_experiment
 
 from census_scvi.census import embedding, group, summary
 from census_scvi.census.embedding import EmbeddingDraft, EmbeddingHash, published_uri, read_embedding
@@ -334,6 +338,51 @@ def test_the_rows_of_two_publishers_at_once_are_both_there(
         assert provenance_of(experiment, publication) == {"whose": publication}
     append_summary(experiment, row_of("mine", "2026-03-03"), {"whose": "nobody"})  # there already: it stays as it is
     assert provenance_of(experiment, "mine") == {"whose": "mine"}
+
+
+PUBLISHER = """
+import pathlib, sys, time
+import census_scvi.census.summary, faulty_disk
+experiment, publication, seed, name, start = sys.argv[1:]
+while not pathlib.Path(start).exists():
+    time.sleep(0.01)
+faulty_disk.publish(experiment, publication, int(seed), replace=False, name=name)
+"""
+LOOK = (
+    "import faulty_disk, json, sys; print(json.dumps([faulty_disk.look(sys.argv[1], name) for name in sys.argv[2:]]))"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [("one", "two"), ("scvi", "scvi")], ids=["two names", "one name"])
+def test_two_publishers_to_one_bucket_at_once(names: tuple[str, str], bucket: str, tmp_path: Path) -> None:
+    """In processes of their own, as TileDB looks for the server's address once."""
+    experiment = f"{bucket}/experiment"
+    small_experiment(str(tmp_path / "experiment"))
+    fsspec.filesystem("s3").put(str(tmp_path / "experiment"), experiment, recursive=True)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    publishers = [
+        subprocess.Popen(
+            [sys.executable, "-c", PUBLISHER, experiment, digit * 32, str(seed), name, str(tmp_path / "start")],
+            env=environment, stderr=subprocess.PIPE, text=True,
+        )
+        for seed, (name, digit) in enumerate(zip(names, "ab", strict=True))
+    ]  # fmt: skip
+    time.sleep(8)  # both have imported what they need
+    (tmp_path / "start").touch()
+    ends = [(publisher.communicate()[1], publisher.returncode) for publisher in publishers]
+    looked = subprocess.run(
+        [sys.executable, "-c", LOOK, experiment, *names], env=environment, capture_output=True, text=True, check=True
+    )
+    found = json.loads(looked.stdout)
+    if names[0] != names[1]:
+        assert [code for _, code in ends] == [0, 0], ends
+        assert [look["embedding"] for look in found] == [0, 1]
+    else:
+        (winner,) = [seed for seed, (_, code) in enumerate(ends) if not code]
+        assert found[0]["embedding"] == winner
+        assert "UserError: " in ends[1 - winner][0].splitlines()[-1]
+    assert {"ab"[seed] * 32 for seed, (_, code) in enumerate(ends) if not code} <= set(found[0]["publications"])
 
 
 # --- a disk that fails

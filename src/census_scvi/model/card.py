@@ -47,7 +47,6 @@ def model_card(record: Mapping[str, Any], trained_batches: list[str], n_sample: 
     }  # fmt: skip
     return environment.from_string(template).render(
         picture=PICTURE,
-        newline=Markup("\n"),
         record=record,
         header=Markup(_header(record)),
         trained_batches=trained_batches,

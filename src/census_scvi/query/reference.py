@@ -166,7 +166,7 @@ def _place(recorded: str | None, folder: Path | None) -> str | None:
 
 
 def _run_around(folder: Path, record: dict[str, Any]) -> tuple[str | None, str | None]:
-    """Census and Experiment as the run directory knows them, where the folder still lies in the one that published it."""
+    """Census and Experiment as the run directory says, where the folder still lies in the one that published it."""
     publish = Workspace(folder.absolute().parent).record("publish") or {}
     if publish.get("publication") != record["publication"]:
         return None, None
