@@ -1,8 +1,15 @@
 """Fixtures shared by the tests."""
 
 import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 from pipeline import Run
@@ -35,3 +42,34 @@ def real_data() -> Path:
 def finished_run(demo_census: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run of all three stages on the demo Census; tests only read it."""
     return Run(tmp_path_factory.mktemp("finished"), demo_census).all()
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A bucket of an S3 server on this machine, which TileDB and fsspec find as they would any other."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": f"http://{address}",
+        "TILEDB_VFS_S3_ENDPOINT_OVERRIDE": address,
+        "TILEDB_VFS_S3_SCHEME": "http",
+        "TILEDB_VFS_S3_USE_VIRTUAL_ADDRESSING": "false",
+        "NO_PROXY": "127.0.0.1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    host, port = address.split(":")
+    server = subprocess.Popen([sys.executable, "-m", "moto.server", "-H", host, "-p", port], stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(300):
+            with suppress(ConnectionError), socket.create_connection((host, int(port))):
+                break
+            time.sleep(0.1)
+        fsspec.filesystem("s3", skip_instance_cache=True).mkdir("bucket")
+        yield "s3://bucket"
+    finally:
+        server.kill()
+        server.wait()
+        fsspec.get_filesystem_class("s3").clear_instance_cache()

@@ -1,7 +1,10 @@
 """Embeddings in a Census: whole or not there, read by the Census API, replaced in one step, never doubled."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -9,14 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import cellxgene_census
+import fsspec
 import numpy as np
+import pyarrow as pa
 import pytest
 import tiledbsoma
 from cellxgene_census import _release_directory
 from cellxgene_census.experimental import get_embedding, get_embedding_metadata
+from faulty_disk import CELLS, KILLED, run_driver, small_experiment
 
-from census_scvi.census import embedding
+from census_scvi.census import embedding, group, summary
 from census_scvi.census.embedding import EmbeddingDraft, EmbeddingHash, published_uri, read_embedding
+from census_scvi.census.summary import append_summary, provenance_of, read_summary
 from census_scvi.errors import UserError
 
 ORGANISM = "homo_sapiens"
@@ -199,8 +206,8 @@ def test_a_collection_written_by_a_clock_ahead_is_refused_or_waited_for(
     old, new = values_of(experiment, 0), values_of(experiment, 1)
     publish(experiment, old)
     real = time.time_ns
-    monkeypatch.setattr(time, "time_ns", lambda: real() - 60 * 10**9)
-    with pytest.raises(UserError, match=r"was last written 6\d seconds from now: the clock"):
+    monkeypatch.setattr(time, "time_ns", lambda: real() - 3600 * 10**9)
+    with pytest.raises(UserError, match=r"was last written 3[56]\d\d seconds from now: the clock"):
         publish(experiment, new, PUBLICATIONS[1], replace=True)
     assert np.array_equal(published(experiment), old)
     monkeypatch.setattr(time, "time_ns", lambda: real() - 5 * 10**9)
@@ -214,8 +221,8 @@ class Killed(BaseException):
 
 # Steps of a first publication and of a replacement: what is called, and which of its calls.
 ANY = [(tiledbsoma.SparseNDArray, "create", 1), (tiledbsoma.SparseNDArray, "write", 2), (json, "dumps", 1)]
-FIRST = [*ANY, (tiledbsoma.Collection, "set", 1)]
-REPLACEMENT = [*ANY, (embedding, "_record", 1), (embedding, "sync", 1), (Path, "rename", 1), (embedding, "sync", 2)]
+FIRST = [*ANY, (embedding, "name_member", 2)]
+REPLACEMENT = [*ANY, (group, "_record", 1), (group, "sync", 1), (Path, "rename", 1), (group, "sync", 2)]
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
@@ -269,6 +276,175 @@ def test_a_name_that_was_taken_meanwhile_is_replaced(experiment: str) -> None:
     fill(draft, second, skip=800)
     draft.publish(INFO)
     assert np.array_equal(published(experiment), second)
+
+
+def test_a_name_that_another_publisher_takes_at_the_same_time_is_refused(
+    experiment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Storage without locks: another publisher is done between a publisher's look at the name and its taking."""
+    first, second = values_of(experiment, 0), values_of(experiment, 1)
+    draft, other = draft_of(experiment), draft_of(experiment, PUBLICATIONS[1])
+    fill(draft, first)
+    fill(other, second)
+    other.publish({**INFO, "id": PUBLICATIONS[1]})
+    with pytest.raises(UserError, match=r"was published by another \(.*scvi-b+\) while this publication was written"):
+        draft.publish(INFO)
+    assert np.array_equal(published(experiment), second)
+    real, late = embedding.name_member, draft_of(experiment, "c" * 32, replace=True)
+    later = draft_of(experiment, "d" * 32, replace=True)
+
+    def after_mine(*arguments: Any) -> str:
+        record = real(*arguments)
+        monkeypatch.setattr(embedding, "name_member", real)
+        fill(later, first)
+        later.replaces = published_uri(experiment, "scvi")
+        later.publish({**INFO, "id": "d" * 32})
+        return record
+
+    fill(late, second)
+    monkeypatch.setattr(embedding, "name_member", after_mine)
+    with pytest.raises(UserError, match="by another"):
+        late.publish(INFO)
+    assert np.array_equal(published(experiment), first)
+    with tiledbsoma.open(str(published_uri(experiment, "scvi"))) as array:
+        assert array.metadata[embedding.PUBLICATION] == "d" * 32
+
+
+def row_of(publication: str, published_on: str) -> dict[str, Any]:
+    row: dict[str, Any] = {field.name: 0 if pa.types.is_integer(field.type) else "-" for field in summary._SCHEMA}
+    row |= {"publication": publication, "published_on": published_on}
+    return {name: value for name, value in row.items() if name not in ("soma_joinid", "provenance")}
+
+
+@pytest.mark.parametrize("first_of_all", [True, False])
+def test_the_rows_of_two_publishers_at_once_are_both_there(
+    first_of_all: bool, experiment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Storage without locks: another one appends between a publisher's look at the table and its writing."""
+    if not first_of_all:
+        append_summary(experiment, row_of("old", "2025-01-01"), {})
+    real = summary.read_summary
+
+    def meanwhile(uri: str) -> Any:
+        found = real(uri)
+        monkeypatch.setattr(summary, "read_summary", real)
+        append_summary(experiment, row_of("theirs", "2026-02-02"), {"whose": "theirs"})
+        return found
+
+    monkeypatch.setattr(summary, "read_summary", meanwhile)
+    append_summary(experiment, row_of("mine", "2026-01-01"), {"whose": "mine"})
+    assert read_summary(experiment)["publication"].tolist() == ["old", "mine", "theirs"][first_of_all:]
+    for publication in ("mine", "theirs"):
+        assert provenance_of(experiment, publication) == {"whose": publication}
+    append_summary(experiment, row_of("mine", "2026-03-03"), {"whose": "nobody"})  # there already: it stays as it is
+    assert provenance_of(experiment, "mine") == {"whose": "mine"}
+
+
+PUBLISHER = """
+import pathlib, sys, time
+import census_scvi.census.summary, faulty_disk
+experiment, publication, seed, name, start = sys.argv[1:]
+while not pathlib.Path(start).exists():
+    time.sleep(0.01)
+faulty_disk.publish(experiment, publication, int(seed), replace=False, name=name)
+"""
+LOOK = (
+    "import faulty_disk, json, sys; print(json.dumps([faulty_disk.look(sys.argv[1], name) for name in sys.argv[2:]]))"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [("one", "two"), ("scvi", "scvi")], ids=["two names", "one name"])
+def test_two_publishers_to_one_bucket_at_once(names: tuple[str, str], bucket: str, tmp_path: Path) -> None:
+    """In processes of their own, as TileDB looks for the server's address once."""
+    experiment = f"{bucket}/experiment"
+    small_experiment(str(tmp_path / "experiment"))
+    fsspec.filesystem("s3").put(str(tmp_path / "experiment"), experiment, recursive=True)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    publishers = [
+        subprocess.Popen(
+            [sys.executable, "-c", PUBLISHER, experiment, digit * 32, str(seed), name, str(tmp_path / "start")],
+            env=environment, stderr=subprocess.PIPE, text=True,
+        )
+        for seed, (name, digit) in enumerate(zip(names, "ab", strict=True))
+    ]  # fmt: skip
+    time.sleep(8)  # both have imported what they need
+    (tmp_path / "start").touch()
+    ends = [(publisher.communicate()[1], publisher.returncode) for publisher in publishers]
+    looked = subprocess.run(
+        [sys.executable, "-c", LOOK, experiment, *names], env=environment, capture_output=True, text=True, check=True
+    )
+    found = json.loads(looked.stdout)
+    if names[0] != names[1]:
+        assert [code for _, code in ends] == [0, 0], ends
+        assert [look["embedding"] for look in found] == [0, 1]
+    else:
+        (winner,) = [seed for seed, (_, code) in enumerate(ends) if not code]
+        assert found[0]["embedding"] == winner
+        assert "UserError: " in ends[1 - winner][0].splitlines()[-1]
+    assert {"ab"[seed] * 32 for seed, (_, code) in enumerate(ends) if not code} <= set(found[0]["publications"])
+
+
+# --- a disk that fails
+
+
+READABLE = ({"cells": CELLS, "embedding": None}, {"cells": CELLS, "embedding": 0}, {"cells": CELLS, "embedding": 1})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "full", "first", "stride"),
+    [("first", 0, 1, 2), ("first", 1, 2, 6), ("replacement", 0, 2, 5)],
+    ids=["killed", "disk full", "killed while it replaces"],
+)
+def test_no_operation_at_which_a_publisher_ends_harms_a_reader_or_a_rerun(
+    kind: str, full: int, first: int, stride: int, tmp_path: Path
+) -> None:
+    events = run_driver(tmp_path, kind, str(full), str(first), str(stride))
+    assert len(events) > 10
+    for event in events:
+        assert "found" not in event["fault"] or event["fault"]["found"] == event["of"], event
+        assert full or event["fault"]["exit"] == KILLED, event
+        before, after = event["before"].get("found"), event["after"].get("found")
+        assert before, event
+        assert {name: before[name] for name in ("cells", "embedding")} in READABLE, event
+        assert before["embedding"] != 0 or kind == "replacement", event
+        assert before["embedding"] is not None or kind == "first", event
+        expected = ["a" * 32, "b" * 32][kind == "first" :]
+        assert after == {"cells": CELLS, "embedding": 1, "publications": expected}, event
+        assert not event["left"], event
+
+
+@pytest.mark.parametrize("cut", [None, "__meta", "__schema", "__tiledb_group.tdb"])
+@pytest.mark.parametrize("member", ["obsm", "scvi_summary"])
+def test_a_member_that_was_made_and_never_named_is_no_obstacle(member: str, cut: str | None, experiment: str) -> None:
+    orphan = Path(experiment) / "ms" / "RNA" / member
+    make = tiledbsoma.Collection.create if member == "obsm" else summary._create
+    make(str(orphan)).close()
+    if cut and (orphan / cut).exists():
+        group.remove(orphan / cut)
+    publish(experiment, values_of(experiment, 0))
+    append_summary(experiment, row_of("x", "2025-01-01"), {})
+    assert np.array_equal(published(experiment), values_of(experiment, 0))
+    assert len(read_summary(experiment)) == 1
+
+
+def test_a_folder_with_data_that_is_in_the_way_is_not_deleted(experiment: str) -> None:
+    stray = Path(experiment) / "ms" / "RNA" / "obsm" / "mine" / "__schema"
+    stray.mkdir(parents=True)
+    with pytest.raises(UserError, match=r"ms/RNA/obsm is in the way: it cannot be opened, and no group names it"):
+        draft_of(experiment)
+    assert stray.exists()
+
+
+def test_a_record_that_was_cut_off_is_named(experiment: str) -> None:
+    publish(experiment, values_of(experiment, 0))
+    record = max((Path(experiment) / "ms" / "RNA" / "__group").iterdir())
+    record.write_bytes(record.read_bytes()[:52])
+    with pytest.raises(UserError, match=rf"its record \S+{record.name} is cut off.*; delete that file"):
+        published_uri(experiment, "scvi")
+    record.unlink()
+    assert published_uri(experiment, "scvi") is None
 
 
 def test_a_hash_does_not_depend_on_blocks_and_changes_with_one_bit() -> None:

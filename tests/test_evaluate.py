@@ -20,6 +20,8 @@ from census_scvi.config import load_config
 from census_scvi.evaluation import ontology
 from census_scvi.evaluation.evaluate import evaluate
 from census_scvi.evaluation.slice import read_slice
+from census_scvi.stages.record import evaluation_of
+from census_scvi.workspace.identity import file_identity
 
 QUICK = ("evaluate.measured_cells=500", "evaluate.batches=[dataset_id, batch]")
 
@@ -228,6 +230,17 @@ def test_classes_of_the_cell_ontology(finished_run: Run, tmp_path: Path) -> None
 
 
 # --- in a browser
+
+
+def test_a_publication_of_the_embedding_that_was_measured_shows_it(evaluated: Path, finished_run: Run) -> None:
+    latent = file_identity(finished_run.path("latent.npy"))
+    found, record = evaluation_of(evaluated, latent), metrics_of(evaluated)
+    assert found is not None
+    assert [score["value"] for score in found["scores"]] == [score["value"] for score in record["scores"]["scVI"]]
+    assert [score["others"]["PCA"] for score in found["scores"]] == [
+        score["value"] for score in record["scores"]["PCA"]
+    ]
+    assert evaluation_of(evaluated, {**latent, "sha256": ["0" * 64]}) is None
 
 
 @pytest.fixture(scope="module")

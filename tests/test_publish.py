@@ -1,15 +1,14 @@
 """Publishing: the gates stop what is wrong and name it; what is published is read by the Census API and verified."""
 
+import errno
 import json
 import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from census_scvi.census.summary import read_summary
 from census_scvi.config import load_config
 from census_scvi.errors import UserError
 from census_scvi.model.encode import Encoder, batch_labels, reference_latent
+from census_scvi.model.published import copy_to
 from census_scvi.model.safe import load_safe
 from census_scvi.stages import publish
 from census_scvi.stages import verify as command
@@ -60,37 +60,6 @@ def copy_of(finished: Run, folder: Path, **sections: dict[str, Any]) -> Run:
     run = Run(folder, str(folder / "census"), gates={"sample_size": 300}, **sections)
     shutil.copytree(finished.directory, run.directory)
     return run
-
-
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A bucket of an S3 server on this machine, which TileDB and fsspec find as they would any other."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": f"http://{address}",
-        "TILEDB_VFS_S3_ENDPOINT_OVERRIDE": address,
-        "TILEDB_VFS_S3_SCHEME": "http",
-        "TILEDB_VFS_S3_USE_VIRTUAL_ADDRESSING": "false",
-        "NO_PROXY": "127.0.0.1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    host, port = address.split(":")
-    server = subprocess.Popen([sys.executable, "-m", "moto.server", "-H", host, "-p", port], stderr=subprocess.DEVNULL)
-    try:
-        for _ in range(300):
-            with suppress(ConnectionError), socket.create_connection((host, int(port))):
-                break
-            time.sleep(0.1)
-        fsspec.filesystem("s3", skip_instance_cache=True).mkdir("bucket")
-        yield "s3://bucket"
-    finally:
-        server.kill()
-        server.wait()
-        fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
 def experiment_of(run: Run) -> str:
@@ -328,6 +297,43 @@ def test_a_folder_that_is_not_empty_is_not_overwritten(
         assert f"publish.model_uri {nowhere} cannot be written" in capsys.readouterr().err.splitlines()[-1]
     assert published_uri(experiment_of(run), "scvi") is None
     assert (tmp_path / "mine" / "thesis.tex").exists()
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing catches it."""
+
+
+@pytest.mark.parametrize("nth", [1, 2])
+def test_the_copy_elsewhere_is_the_old_or_the_new_after_a_kill_and_a_full_disk(
+    nth: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new, target = tmp_path / "old", tmp_path / "new", tmp_path / "models" / "v1"
+    for folder in (old, new):
+        folder.mkdir()
+        (folder / "provenance.json").write_text(folder.name)
+    (tmp_path / "models" / "v1.old").mkdir(parents=True)  # somebody's own
+    copy_to(old, str(target), replace=False)
+    real, calls = Path.rename, [0]
+
+    def dying(*arguments: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == nth:
+            raise Killed
+        return real(*arguments)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as planted, suppress(Killed):
+        planted.setattr(Path, "rename", dying)
+        copy_to(new, str(target), replace=True)
+    with monkeypatch.context() as planted, pytest.raises(OSError, match="No space left"):
+        planted.setattr(shutil, "copytree", full)
+        copy_to(new, str(target), replace=True)
+    assert (target / "provenance.json").read_text() == "old"
+    copy_to(new, str(target), replace=True)
+    assert (target / "provenance.json").read_text() == "new"
+    assert sorted(path.name for path in target.parent.iterdir()) == ["v1", "v1.old"]
 
 
 # --- what is not: caught by a gate
@@ -657,7 +663,7 @@ def test_a_pickle_is_loaded_only_where_it_is_trusted(finished_run: Run, tmp_path
         census_scvi.load_model(str(tmp_path / "nothing"))
 
 
-def test_the_card_says_what_was_built_and_its_snippets_run(run: Run) -> None:
+def test_the_card_says_what_was_built_and_its_snippets_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("publish", "publish.license=CC-BY-4.0", "publish.contact.email=atlas@example.org") == 0
     card = (run.path("published") / "README.md").read_text()
     front = yaml.safe_load(card.split("---")[1])
@@ -669,5 +675,6 @@ def test_the_card_says_what_was_built_and_its_snippets_run(run: Run) -> None:
     ):  # fmt: skip
         assert words in card, words
     assert matplotlib.image.imread(run.path("published") / "training-curve.png").std() > 0.02
+    monkeypatch.chdir(run.path("published"))
     for snippet in re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL):
         exec(compile(snippet, "card", "exec"), {})

@@ -25,6 +25,7 @@ from census_scvi.errors import UserError
 from census_scvi.evaluation import report
 from census_scvi.query.reference import Origin, RunEmbedding
 from census_scvi.workspace import Artifacts, Workspace
+from census_scvi.workspace.atomic import write_json
 from census_scvi.workspace.identity import BLOCK_BYTES, damage, file_identity
 from census_scvi.workspace.provenance import peak_memory_bytes
 from census_scvi.workspace.uri import absolute, file_system, local_path, tiledb_place, without_credentials
@@ -299,7 +300,7 @@ def test_a_file_system_without_locks(number: int, tmp_path: Path, monkeypatch: p
 
 def test_a_lock_that_is_a_folder(tmp_path: Path) -> None:
     (tmp_path / ".lock").mkdir()
-    with pytest.raises(UserError, match=r"\.lock is a folder, .*; remove the folder"):
+    with pytest.raises(UserError, match=r"\.lock is a folder, .*; remove it"):
         run_stage(tmp_path, "one")
 
 
@@ -358,7 +359,7 @@ def test_names_of_artifacts_follow_the_config(tmp_path: Path) -> None:
     [
         ("s3://bucket/census", "s3://bucket/census"),
         ("/data/census?x", "/data/census?x"),
-        ("https://me:secret@host/a@b", "https://***@host/a@b"),
+        ("https://me:secret@host/a/b", "https://***@host/a/b"),
         ("https://host/census?X-Amz-Signature=abc&Expires=1", "https://host/census?***"),
         ("see ftp://token@host/x and s3://b/c", "see ftp://***@host/x and s3://b/c"),
     ],
@@ -427,3 +428,31 @@ def test_a_manifest_that_points_outside_is_refused(place: str, name: str, tmp_pa
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="which lies outside the run directory; do not trust it"):
         Workspace(tmp_path).manifest()
+
+
+@pytest.mark.parametrize("name", [".lock", "manifest.json.partial"])
+@pytest.mark.parametrize("kind", ["link", "dangling link", "folder", "pipe"])
+def test_what_lies_where_a_file_of_ours_belongs_is_neither_followed_nor_emptied(
+    name: str, kind: str, tmp_path: Path
+) -> None:
+    directory, theirs = tmp_path / "run", tmp_path / "thesis.tex"
+    directory.mkdir()
+    if kind == "link":
+        theirs.write_text("years of work")
+    if "link" in kind:
+        (directory / name).symlink_to(theirs)
+    else:
+        (os.mkfifo if kind == "pipe" else os.mkdir)(directory / name)
+    if name == ".lock":
+        words = {"link": "a link", "dangling link": "a link", "folder": "a folder", "pipe": "no plain file"}[kind]
+        with (
+            pytest.raises(UserError, match=rf"\.lock is {words}, where a file .* expected; remove it"),
+            Workspace(directory).locked("train"),
+        ):
+            pass
+    else:
+        write_json(directory / "manifest.json", {"stages": {}})
+        assert Workspace(directory).manifest() == {"stages": {}}
+        assert not (directory / name).exists()
+    assert theirs.exists() == (kind == "link")
+    assert kind != "link" or theirs.read_text() == "years of work"

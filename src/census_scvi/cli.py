@@ -19,8 +19,8 @@ from typing import NoReturn
 from census_scvi.config import Config, load_config
 from census_scvi.errors import UserError
 from census_scvi.paths import expand_argument
+from census_scvi.printing import on_one_line, printable
 from census_scvi.stopping import Stopped, Stopping, say
-from census_scvi.workspace.uri import without_credentials
 
 DONE, DEFECT, USER_ERROR = 0, 1, 2
 
@@ -103,22 +103,22 @@ def _exit_code(error: BaseException) -> int:
         return _fail(str(error))
     if message := _storage_problem(error):
         return _fail(message)
-    traceback.print_exception(error)
+    print(printable("".join(traceback.format_exception(error))), end="", file=sys.stderr)
     return DEFECT
 
 
-class _WithoutCredentials(logging.Formatter):
-    """Takes user, password and signed query out of every URL."""
+class _Printable(logging.Formatter):
+    """Takes out credentials, and characters that would act on the terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The line, as it may be kept."""
-        return str(without_credentials(super().format(record)))
+        return printable(super().format(record))
 
 
 def configure_logging() -> None:
     """Times and messages of this project on stderr; of libraries, warnings only."""
     handler = logging.StreamHandler()
-    handler.setFormatter(_WithoutCredentials("%(asctime)s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(_Printable("%(asctime)s %(message)s", "%H:%M:%S"))
     project = logging.getLogger("census_scvi")
     project.handlers = [handler]
     project.setLevel(logging.INFO)
@@ -161,7 +161,7 @@ def _run(stage: str, arguments: argparse.Namespace) -> None:
 
 
 def _fail(message: str) -> int:
-    print(f"error: {without_credentials(message)}", file=sys.stderr)
+    print(f"error: {on_one_line(message)}", file=sys.stderr)
     return USER_ERROR
 
 

@@ -249,8 +249,8 @@ class PublishSection(Section):
     """Whether an embedding of that name may be replaced."""
     model_uri: PathName | None = None
     """Folder or URL (any that fsspec writes to) for the model; null: `published` in the run directory."""
-    title: Name = "scVI embedding of CELLxGENE Census"
-    """Title."""
+    title: Name | None = None
+    """Title; null: made of what the data are, for instance `scVI embedding of CELLxGENE Census`."""
     description: str = ""
     """What it is, for the reader of a catalogue."""
     license: str = ""
@@ -258,7 +258,7 @@ class PublishSection(Section):
     doi: str = ""
     """DOI of a paper or data set that describes it."""
     contact: ContactSection = ContactSection()
-    """Whom to ask."""
+    """Who publishes it, and whom to ask."""
 
 
 class QuerySection(Section):
@@ -381,6 +381,11 @@ class Config(Section):
     def directory(self) -> Path:
         """The run directory."""
         return Path(self.output.directory)
+
+    @property
+    def evaluation_folder(self) -> Path:
+        """Where scvi-evaluate.py writes."""
+        return Path(self.evaluate.folder) if self.evaluate.folder else self.directory / run_names.EVALUATION
 
     def select(self, keys: tuple[str, ...]) -> dict[str, Any]:
         """Values of dotted keys or whole sections, flat: `{"hvg.top_n_hvg": 8000, ...}`."""

@@ -1,22 +1,17 @@
-"""Embeddings in an Experiment's obsm: written beside what readers see, put in place in one step, read back in blocks.
+"""Embeddings in an Experiment's obsm: written where no reader sees them, put in place in one step, read in blocks.
 
-An embedding is an array of its own, which readers see when the collection names it. tiledbsoma adds a name but replaces
-none, and to take one away first would leave readers without. But a TileDB group is a folder of records, each adding
-members, of which a later one wins: the one record that names the new array is made in a group aside, by TileDB itself,
-and put among the others, a rename on a disk and one object in a bucket. Whoever opened the collection before, or the
-array that was replaced, goes on reading that.
+An embedding is an array of its own, which readers see when the collection names it (`group.name_member`). Whoever
+opened the collection before, or the array that was replaced, goes on reading that.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
+import re
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,19 +20,18 @@ import pyarrow as pa
 import tiledbsoma
 
 from census_scvi.census.build.schema import CHECKSUM
+from census_scvi.census.group import make_member, name_member, withdraw
 from census_scvi.census.open import MEASUREMENT
 from census_scvi.errors import UserError
-from census_scvi.workspace.atomic import sync
+from census_scvi.workspace.atomic import sync_tree
 from census_scvi.workspace.uri import file_system, local_path
 
 INFO, PUBLICATION = "CxG_embedding_info", "census_scvi_publication"
 _OBSM = "obsm"
 _TILE_CELLS = 2048
 _READ_CELLS = 16 * _TILE_CELLS
-# Where a TileDB group keeps its records: __<first ms>_<last ms>_<32 hexadecimal digits>_<version of the format>.
-_RECORDS = "__group"
-# How far a clock may be ahead of ours, in seconds.
-_MOST_AHEAD = 10.0
+# Seconds after which a publisher to a bucket, where there are no locks, looks whether another took the name.
+_SETTLES = 3.0
 
 Values = npt.NDArray[np.float32]
 Joinids = npt.NDArray[np.int64]
@@ -135,12 +129,35 @@ class EmbeddingDraft:
         with tiledbsoma.SparseNDArray.open(self.uri, "w") as array:
             array.metadata[INFO] = json.dumps(info)
             array.metadata[PUBLICATION] = self._publication
-        if self.replaces is None:
-            with tiledbsoma.Collection.open(self._obsm_uri, "w") as obsm:
-                obsm.set(self._name, tiledbsoma.SparseNDArray.open(self.uri), use_relative_uri=True)
-        else:
-            _name_anew(self._obsm_uri, self._name, self._member)
+        if (path := local_path(self.uri)) is not None:
+            sync_tree(path)
+        self._put_in_place()
         self.done = True
+
+    def _put_in_place(self) -> None:
+        """Let the name mean this array; UserError where another publisher takes it at the same time.
+
+        On a disk a lock keeps others away. A bucket has none: a publisher looks whether the name is free, takes it,
+        and looks again after a while that is longer than another one needs from its first look to its taking.
+        """
+        looked = time.monotonic()
+        if (live := published_uri(self._experiment_uri, self._name)) != self.replaces:
+            raise self._taken_meanwhile(live)
+        record = name_member(self._obsm_uri, self._name, self._member, tiledbsoma.SparseNDArray)
+        late = time.monotonic() - looked > _SETTLES
+        if local_path(self.uri) is None and not late:
+            time.sleep(_SETTLES)
+        live = published_uri(self._experiment_uri, self._name)
+        if late or live is None or publication_of(live) != self._publication:
+            withdraw(self._obsm_uri, record)
+            raise self._taken_meanwhile(published_uri(self._experiment_uri, self._name))
+
+    def _taken_meanwhile(self, live: str | None) -> UserError:
+        return UserError(
+            f"obsm[{self._name!r}] of {self._experiment_uri} was"
+            f" {'removed' if live is None else f'published by another ({live})'} while this publication was written;"
+            " run the same command again to publish after it"
+        )
 
 
 def _clear(uri: str) -> None:
@@ -148,40 +165,6 @@ def _clear(uri: str) -> None:
     system, path = file_system(uri)
     if system.exists(path):
         system.rm(path, recursive=True)
-
-
-def _name_anew(group_uri: str, name: str, member: str) -> None:
-    """Let `name`, which a group has already, mean another member of its folder."""
-    system, group = file_system(group_uri)
-    earlier = [Path(path).name for path in system.ls(f"{group}/{_RECORDS}", detail=False, refresh=True)]
-    last = max(int(record.split("_")[3]) for record in earlier)
-    now = time.time_ns() // 10**6
-    if last > now + 1000 * _MOST_AHEAD:
-        raise UserError(
-            f"{group_uri} was last written {(last - now) / 1000:.0f} seconds from now: the clock of this machine or of"
-            " its writer is wrong; nothing was published"
-        )
-    when = max(now, last + 1)
-    version, data = _record(name, member)
-    record = f"__{when}_{when}_{uuid.uuid4().hex}_{version}"
-    if (path := local_path(group_uri)) is None:
-        system.pipe_file(f"{group}/{_RECORDS}/{record}", data)
-    else:
-        aside = path / f"{member}.{record}"
-        aside.write_bytes(data)
-        sync(aside)
-        aside.rename(path / _RECORDS / record)
-        sync(path / _RECORDS)
-    time.sleep(max(when / 1000 - time.time(), 0))  # until then readers do not see it
-
-
-def _record(name: str, member: str) -> tuple[str, bytes]:
-    """What TileDB writes into a group for an array in its folder: version of the format, and the record."""
-    with tempfile.TemporaryDirectory() as scratch:
-        with tiledbsoma.Collection.create(f"{scratch}/group") as group:
-            group.add_new_sparse_ndarray(name, uri=member, type=pa.float32(), shape=(1, 1))
-        (record,) = (Path(scratch) / "group" / _RECORDS).iterdir()
-        return record.name.rpartition("_")[2], record.read_bytes()
 
 
 def read_cells(uri: str, joinids: Joinids) -> Values:
@@ -259,8 +242,9 @@ def _obsm_uri(experiment_uri: str) -> str:
         if _OBSM in measurement:
             return str(measurement[_OBSM].uri)
         uri = measurement.uri
-    with tiledbsoma.Measurement.open(uri, "w") as measurement:
-        return str(measurement.add_new_collection(_OBSM).uri)
+    made = make_member(uri, _OBSM, tiledbsoma.Collection, tiledbsoma.Collection.create)
+    name_member(uri, _OBSM, _OBSM, tiledbsoma.Collection)
+    return made
 
 
 @contextmanager
@@ -270,9 +254,26 @@ def _opened(experiment_uri: str) -> Iterator[Any]:
     except (tiledbsoma.DoesNotExistError, tiledbsoma.SOMAError, TypeError) as error:
         raise UserError(f"{experiment_uri} is no SOMA Experiment ({str(error).splitlines()[0]})") from None
     with experiment:
+        _require_measurement(experiment_uri, experiment)
+        yield experiment
+
+
+def _require_measurement(experiment_uri: str, experiment: Any) -> None:
+    try:
         if MEASUREMENT not in experiment.ms:
             raise UserError(f"{experiment_uri} has no measurement {MEASUREMENT}")
-        yield experiment
+        _ = experiment.ms[MEASUREMENT]
+    except (tiledbsoma.DoesNotExistError, tiledbsoma.SOMAError) as error:
+        message = str(error).splitlines()[0]
+        if cut := _CUT_RECORD.search(message):
+            message = (
+                f"its record {cut[1]} is cut off, as when a writer was killed or found the disk full; delete that file,"
+                " and everything that was written before can be read again"
+            )
+        raise UserError(f"{experiment_uri}: ms[{MEASUREMENT!r}] cannot be opened: {message}") from None
+
+
+_CUT_RECORD = re.compile(r"exceeds file size: .* URI (\S+/__group/\S+)")
 
 
 def publication_of(uri: str) -> str | None:

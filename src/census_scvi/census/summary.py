@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import Any
 
@@ -10,6 +11,7 @@ import pyarrow as pa
 import tiledbsoma
 
 from census_scvi.census.build.schema import table_platform_config
+from census_scvi.census.group import make_member, name_member
 from census_scvi.census.open import MEASUREMENT
 from census_scvi.errors import UserError
 
@@ -46,7 +48,13 @@ def read_summary(experiment_uri: str) -> pd.DataFrame:
         measurement = experiment.ms[MEASUREMENT]
         if SUMMARY not in measurement:
             return pd.DataFrame({name: [] for name in _SCHEMA.names})
-        return measurement[SUMMARY].read().concat().to_pandas().sort_values("soma_joinid", ignore_index=True)
+        return (
+            measurement[SUMMARY]
+            .read()
+            .concat()
+            .to_pandas()
+            .sort_values(["published_on", "soma_joinid"], ignore_index=True)
+        )
 
 
 def append_summary(experiment_uri: str, row: dict[str, Any], provenance: dict[str, Any]) -> None:
@@ -61,14 +69,26 @@ def append_summary(experiment_uri: str, row: dict[str, Any], provenance: dict[st
     provenance
         All that is known of it.
     """
+    table_uri = _table_uri(experiment_uri)
     present = read_summary(experiment_uri)
     if row["publication"] in set(present["publication"]):
         return
-    values = {**row, "soma_joinid": len(present), "provenance": json.dumps(provenance, sort_keys=True)}
+    joinid = _free_joinid(row["publication"], set(present["soma_joinid"]))
+    values = {**row, "soma_joinid": joinid, "provenance": json.dumps(provenance, sort_keys=True)}
     if values.keys() != set(_SCHEMA.names):
         raise ValueError(f"a publication has {sorted(_SCHEMA.names)}, not {sorted(values)}")
-    with tiledbsoma.DataFrame.open(_table_uri(experiment_uri), "w") as table:
+    with tiledbsoma.DataFrame.open(table_uri, "w") as table:
         table.write(pa.table({field.name: pa.array([values[field.name]], field.type) for field in _SCHEMA}))
+    if row["publication"] not in set(read_summary(experiment_uri)["publication"]):
+        raise UserError(f"{table_uri} lost this publication to another one; run the same command again")
+
+
+def _free_joinid(publication: str, taken: set[int]) -> int:
+    """A row of its own: two publishers who do not know of each other would both take the next one."""
+    joinid = int.from_bytes(hashlib.sha256(publication.encode()).digest()[:8]) % (_MOST_ROWS - 1)
+    while joinid in taken:
+        joinid = (joinid + 1) % (_MOST_ROWS - 1)
+    return joinid
 
 
 def provenance_of(experiment_uri: str, publication: str) -> dict[str, Any]:
@@ -85,13 +105,16 @@ def _table_uri(experiment_uri: str) -> str:
         if SUMMARY in measurement:
             return str(measurement[SUMMARY].uri)
         uri = measurement.uri
-    with tiledbsoma.Measurement.open(uri, "w") as measurement:
-        table = measurement.add_new_dataframe(
-            SUMMARY,
-            schema=_SCHEMA,
-            index_column_names=["soma_joinid"],
-            domain=[(0, _MOST_ROWS - 1)],
-            platform_config=table_platform_config(_SCHEMA),
-        )
-        table.close()
-        return str(table.uri)
+    made = make_member(uri, SUMMARY, tiledbsoma.DataFrame, _create)
+    name_member(uri, SUMMARY, SUMMARY, tiledbsoma.DataFrame)
+    return made
+
+
+def _create(uri: str) -> tiledbsoma.DataFrame:
+    return tiledbsoma.DataFrame.create(
+        uri,
+        schema=_SCHEMA,
+        index_column_names=["soma_joinid"],
+        domain=[(0, _MOST_ROWS - 1)],
+        platform_config=table_platform_config(_SCHEMA),
+    )

@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,13 +22,14 @@ from census_scvi.evaluation.breakdown import break_down
 from census_scvi.evaluation.mixing import mixing
 from census_scvi.evaluation.report import write_report
 from census_scvi.evaluation.score import LEGACY, Score
-from census_scvi.evaluation.slice import PCA, Slice, read_slice
+from census_scvi.evaluation.slice import PCA, Slice, named_embeddings, read_slice
 from census_scvi.evaluation.space import Space
 from census_scvi.progress import progress_bar
-from census_scvi.run_names import EVALUATION, METRICS, REPORT
+from census_scvi.run_names import METRICS, REPORT
 from census_scvi.stages.plan import Plan
+from census_scvi.workspace import Workspace
 from census_scvi.workspace.atomic import write_json
-from census_scvi.workspace.uri import without_credentials
+from census_scvi.workspace.uri import local_path, without_credentials
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class Evaluation:
 
 def run(config: Config, *, force: bool = False) -> None:
     """Measure, and write metrics.json and report.html."""
-    folder = _folder(config)
+    folder = config.evaluation_folder
     if (folder / REPORT).exists() and not force:
         raise UserError(f"{folder / REPORT} exists; name another evaluate.folder, or replace it with --force")
     with open_census(config.census) as census:
@@ -79,6 +79,7 @@ def run(config: Config, *, force: bool = False) -> None:
         "cells": {"matching": cells.n_matching, "evaluated": len(cells.obs), "measured": len(measured)},
         "packages": {name: version(name) for name in _PACKAGES},
         "problems": found.problems,
+        "latents": _latents(config),
         "scores": {name: [asdict(score) for score in scores] for name, scores in found.scores.items()},
         "breakdown": {
             name: {column: table.reset_index().to_dict("records") for column, table in tables.items()}
@@ -175,8 +176,14 @@ def _measured_rows(config: Config, cells: Slice) -> npt.NDArray[np.int64]:
     return np.sort(np.random.default_rng([config.seed, 8]).choice(n_cells, most, replace=False))
 
 
-def _folder(config: Config) -> Path:
-    return Path(config.evaluate.folder) if config.evaluate.folder else config.directory / EVALUATION
+def _latents(config: Config) -> dict[str, Any]:
+    """Which embedding it was, of those that lie in a run directory: the identity of latent.npy."""
+    found = {}
+    for name, place in named_embeddings(config).items():
+        path = local_path(place)
+        if path is not None and (record := Workspace(path).record("create-latent-update")):
+            found[name] = record["outputs"].get("latent.npy")
+    return found
 
 
 def _plain(values: Any) -> Any:
@@ -202,7 +209,7 @@ def plan(config: Config) -> Plan:
     n_measured = min(n_cells, settings.measured_cells)
     n_spaces = max(len(settings.embeddings), 1) + settings.baseline
     columns = len(settings.labels) + len(settings.batches)
-    folder = _folder(config)
+    folder = config.evaluation_folder
     return Plan(
         "evaluate",
         reads=[

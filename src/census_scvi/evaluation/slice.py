@@ -98,7 +98,7 @@ def _embeddings(
 ) -> tuple[dict[str, npt.NDArray[np.float32]], npt.NDArray[np.int64]]:
     """Each embedding of the cells that all have; an embedding that cannot be read is left out."""
     read = {}
-    named = config.evaluate.embeddings or _default_embedding(config)
+    named = named_embeddings(config)
     for name, place in named.items():
         try:
             embedding = open_embedding(place, census)
@@ -127,8 +127,10 @@ def _embeddings(
     return {name: values[np.searchsorted(found, common)] for name, (found, values) in read.items()}, common
 
 
-def _default_embedding(config: Config) -> dict[str, str]:
-    """The run's, or where there is no run what would be published."""
+def named_embeddings(config: Config) -> dict[str, str]:
+    """What is evaluated: as the config says, else the run's, or where there is no run what would be published."""
+    if config.evaluate.embeddings:
+        return dict(config.evaluate.embeddings)
     if (config.directory / MANIFEST).exists():
         return {"scVI": str(config.directory)}
     return {config.publish.name: config.publish.name}

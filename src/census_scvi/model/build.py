@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import scvi
+from pydantic import ValidationError
 
 from census_scvi.config import ModelSection
 
@@ -25,6 +26,26 @@ def init_arguments(settings: ModelSection) -> dict[str, Any]:
 
 
 _INIT_ARGUMENTS = {"n_hidden", "n_latent", "n_layers", "dropout_rate", "gene_likelihood", "encode_covariates"}
+
+
+def check_arguments(arguments: dict[str, Any]) -> None:
+    """ValueError where these are not what `init_arguments` gives, names, types and ranges: one line."""
+    if unknown := sorted(arguments.keys() - _INIT_ARGUMENTS):
+        raise ValueError(f"{unknown[0][:40]!r} is no argument of a model that this version knows")
+    if missing := sorted(_INIT_ARGUMENTS - arguments.keys()):
+        raise ValueError(f"its arguments lack {', '.join(missing)}")
+    try:
+        ModelSection.model_validate(arguments)
+    except ValidationError as error:
+        name, message = error.errors()[0]["loc"][0], error.errors()[0]["msg"]
+        raise ValueError(f"the argument {name} is {repr(arguments[str(name)])[:40]}: {message}") from None
+
+
+def least_parameters(arguments: dict[str, Any], n_genes: int, n_batches: int) -> int:
+    """What a model of these arguments has at least: the weights of its layers, without biases and normalisation."""
+    n_hidden, n_latent, n_layers = (int(arguments[name]) for name in ("n_hidden", "n_latent", "n_layers"))
+    between = (n_layers - 1) * n_hidden**2
+    return 2 * (n_genes * n_hidden + between + n_latent * n_hidden) + n_batches * n_hidden
 
 
 def skeleton(genes: list[str], batches: list[str]) -> ad.AnnData:

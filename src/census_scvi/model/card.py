@@ -11,8 +11,11 @@ from typing import Any
 import jinja2
 import scvi
 import yaml
+from markupsafe import Markup
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from census_scvi.model import markdown
 
 PICTURE = "training-curve.png"
 
@@ -31,13 +34,21 @@ def model_card(record: Mapping[str, Any], trained_batches: list[str], n_sample: 
     """
     config, stages = record["config"], record["stages"]
     hardware = stages["train"]["hardware"]
-    contact = " ".join(value for value in record["contact"].values() if value)
+    contact = record["contact"]
+    here = record["model"]["uri"] == "."
     template = files("census_scvi.model").joinpath("card.md.jinja").read_text(encoding="utf-8")
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False, keep_trailing_newline=True)
+    # Titles, labels and reasons are somebody's text: each value is escaped as it is put in.
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, autoescape=False, keep_trailing_newline=True, finalize=markdown.text
+    )
+    environment.filters |= {
+        "code": markdown.code, "literal": markdown.literal, "paragraphs": markdown.paragraphs, "number": "{:,}".format,
+        "rounded": _rounded,
+    }  # fmt: skip
     return environment.from_string(template).render(
         picture=PICTURE,
         record=record,
-        header=_header(record),
+        header=Markup(_header(record)),
         trained_batches=trained_batches,
         batch_key=", ".join(config["anndata"]["batch_key"]),
         organism=config["census"]["organism"].replace("_", " ").capitalize(),
@@ -46,7 +57,13 @@ def model_card(record: Mapping[str, Any], trained_batches: list[str], n_sample: 
         likelihood={"nb": "negative binomial", "zinb": "zero-inflated negative binomial"}.get(
             record["model"]["gene_likelihood"], record["model"]["gene_likelihood"]
         ),
-        contact=contact,
+        author=", ".join(value for value in (contact["name"], contact["affiliation"]) if value),
+        contact=" ".join(value for value in contact.values() if value),
+        data=record["data"],
+        evaluation=record.get("evaluation"),
+        others=_others(record.get("evaluation")),
+        place="the folder with this card" if here else record["model"]["uri"],
+        model_uri=record["model"]["uri"],
         prepare=stages["prepare"],
         train=stages["train"],
         hardware=", ".join(hardware.get("gpus", [])) or f"{hardware['cores']} cores",
@@ -63,6 +80,16 @@ def model_card(record: Mapping[str, Any], trained_batches: list[str], n_sample: 
         },
         n_sample=n_sample,
     )
+
+
+def _rounded(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _others(evaluation: Mapping[str, Any] | None) -> list[str]:
+    """What was measured beside the embedding."""
+    scores = evaluation["scores"] if evaluation else []
+    return list(dict.fromkeys(name for score in scores for name in score["others"]))
 
 
 def _header(record: Mapping[str, Any]) -> str:

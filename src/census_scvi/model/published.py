@@ -13,7 +13,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import anndata as ad
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
@@ -22,22 +21,22 @@ import scvi
 from fsspec import AbstractFileSystem
 from fsspec.callbacks import TqdmCallback
 
-from census_scvi.counts.row_hash import row_hashes
 from census_scvi.errors import UserError
 from census_scvi.model.card import PICTURE, learning_curve, model_card
 from census_scvi.model.encode import Encoder
 from census_scvi.model.hub import write_hub
+from census_scvi.model.published_record import check_record
 from census_scvi.model.safe import DESCRIPTION, WEIGHTS, ModelDescription, load_safe, save_safe
+from census_scvi.model.sealed import COLUMNS, SEALED, write_sealed
 from census_scvi.paths import expand_argument
 from census_scvi.workspace import Workspace
-from census_scvi.workspace.atomic import read_json, remove, sync_tree, write_json
+from census_scvi.workspace.atomic import remove, sync, sync_tree, write_json
 from census_scvi.workspace.identity import damage, identities
+from census_scvi.workspace.json_file import MOST_BYTES, read_json
 from census_scvi.workspace.uri import file_system, leaves_folder, local_path
 
-PROVENANCE, SEALED, CARD = "provenance.json", "sealed_sample.h5ad", "README.md"
-COUNT_HASH, LATENT = "count_hash", "X_scvi"
+PROVENANCE, CARD = "provenance.json", "README.md"
 _FORMAT = 1
-_SEALED_COLUMNS = ("soma_joinid", "observation_joinid", "dataset_id", "cell_type", "batch")
 
 
 def write_published(
@@ -68,10 +67,8 @@ def write_published(
     remove(partial)
     partial.mkdir()
     save_safe(model, description, partial)
-    obs = obs[[name for name in _SEALED_COLUMNS if name in obs]].set_axis(obs["soma_joinid"].astype(str).to_numpy())
-    var = pd.DataFrame(index=pd.Index(description.genes, name="feature_id"))
-    sealed = ad.AnnData(counts, obs=obs.assign(**{COUNT_HASH: row_hashes(counts)}), var=var, obsm={LATENT: latent})
-    sealed.write_h5ad(partial / SEALED, compression="gzip")
+    obs = obs[[name for name in COLUMNS if name in obs]].set_axis(obs["soma_joinid"].astype(str).to_numpy())
+    write_sealed(partial, description.genes, counts, obs, latent)
     codes = pd.Index(description.batches).get_indexer(obs["batch"].astype(str))
     posterior = Encoder(model)(counts, np.maximum(codes, 0))
     hub = write_hub(partial, load_safe(partial)[0], description.genes, obs, posterior)
@@ -101,12 +98,16 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     path = folder / PROVENANCE
     try:
         record = dict(read_json(path))
-        seal, form = record.pop("seal"), record["format"]
-        names = list(record["files"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); fetch the published folder again") from None
-    if form != _FORMAT:
-        raise UserError(f"{path} has format {form!r}, this version reads {_FORMAT}; update census-scvi")
+        if record.get("format", _FORMAT) != _FORMAT:
+            raise UserError(
+                f"{path} has format {str(record['format'])[:40]}, this version reads {_FORMAT}; update census-scvi"
+            )
+        seal = record.pop("seal")
+        check_record(record)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise UserError(f"{path} is damaged ({reason}); fetch the published folder again") from None
+    names = list(record["files"])
     if outside := [name for name in names if leaves_folder(name)]:
         raise UserError(f"{path} names {outside[0]!r}, which lies outside its folder; do not trust it")
     if seal != _seal(record):
@@ -117,7 +118,8 @@ def read_provenance(folder: Path) -> dict[str, Any]:
 def damaged_files(folder: Path, record: dict[str, Any]) -> list[str]:
     """What is wrong with the files of a published folder, a line each."""
     found = {name: damage(folder / name, identity) for name, identity in record["files"].items()}
-    return [f"{name} {wrong}" for name, wrong in found.items() if wrong]
+    unlisted = [f"{name} is not in the record" for name in (WEIGHTS, DESCRIPTION, SEALED) if name not in found]
+    return [*unlisted, *(f"{name} {wrong}" for name, wrong in found.items() if wrong)]
 
 
 def copy_to(folder: Path, uri: str, *, replace: bool) -> None:
@@ -157,7 +159,9 @@ _SAID_ELSEWHERE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.
 
 
 def _copy_local(folder: Path, target: Path) -> None:
-    partial, aside = (target.with_name(target.name + ending) for ending in (".partial", ".old"))
+    partial, aside = (target.with_name(f".{target.name}.census-scvi-{what}") for what in ("partial", "old"))
+    if aside.is_dir() and not target.exists():  # killed between the two renames below: what was there comes back first
+        aside.rename(target)
     for leftover in (partial, aside):
         remove(leftover)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -166,6 +170,7 @@ def _copy_local(folder: Path, target: Path) -> None:
     if target.exists():
         target.rename(aside)
     partial.rename(target)
+    sync(target.parent)
     remove(aside)
 
 
@@ -195,10 +200,10 @@ def fetch(uri: str, cache: Path | None = None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         system, source = file_system(uri)
-        _get(system, f"{source}/{PROVENANCE}", folder / PROVENANCE)
+        _get(system, f"{source}/{PROVENANCE}", folder / PROVENANCE, MOST_BYTES)
         for name, identity in read_provenance(folder)["files"].items():
             if damage(folder / name, identity):
-                _get(system, f"{source}/{name}", folder / name)
+                _get(system, f"{source}/{name}", folder / name, identity["size"])
     except FileNotFoundError as error:
         raise UserError(f"{uri} is no published folder: {error} does not exist") from None
     except (ImportError, ValueError, OSError) as error:
@@ -212,8 +217,14 @@ def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "census-scvi"
 
 
-def _get(system: AbstractFileSystem, source: str, target: Path) -> None:
+def _get(system: AbstractFileSystem, source: str, target: Path, most_bytes: int) -> None:
+    size, free = system.size(source) or 0, shutil.disk_usage(target.parent).free
+    if size > most_bytes:
+        raise ValueError(f"{source} has {size:,} bytes where at most {most_bytes:,} are expected; it is not fetched")
+    if size > free:
+        raise ValueError(f"{source} has {size:,} bytes, and {target.parent} {free:,} free; make room")
     partial = target.with_name(target.name + ".partial")
+    remove(partial)
     bar = {"desc": target.name, "unit": "B", "unit_scale": True, "leave": False, "disable": None}
     system.get_file(source, str(partial), callback=TqdmCallback(tqdm_kwargs=bar))
     partial.replace(target)

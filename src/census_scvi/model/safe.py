@@ -8,19 +8,24 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
 
 import scvi
+import torch
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from census_scvi.errors import UserError
-from census_scvi.model.build import build_model
-from census_scvi.workspace.atomic import read_json
+from census_scvi.model.build import build_model, check_arguments, least_parameters
+from census_scvi.model.published_record import first_problem
+from census_scvi.workspace.json_file import read_json
 
 WEIGHTS = "weights.safetensors"
 DESCRIPTION = "model.json"
 _FORMAT = 1
+_BYTES = 4  # of a weight, float32
+_AGAIN = "make it again with scvi-train.py --force, or fetch the published folder again"
 
 
 @dataclass(frozen=True)
@@ -45,16 +50,21 @@ class ModelDescription:
         Symbols (feature_name) of the genes, in their order; empty where they are not known.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, extra="forbid")
+
     genes: list[str]
     batches: list[str]
     arguments: dict[str, Any]
     organism: str
     batch_key: list[str]
-    n_cells: int
+    n_cells: Annotated[int, Field(ge=0)]
     symbols: list[str] = field(default_factory=list)
-    model: str = "SCVI"
+    model: Literal["SCVI"] = "SCVI"
     format: int = _FORMAT
     scvi_tools: str = field(default_factory=lambda: scvi.__version__)
+
+
+_DESCRIPTION = TypeAdapter(ModelDescription)
 
 
 def save_safe(model: scvi.model.SCVI, description: ModelDescription, folder: Path) -> None:
@@ -70,15 +80,29 @@ def read_description(folder: Path) -> ModelDescription:
     path = folder / DESCRIPTION
     try:
         values = read_json(path)
-        if values.get("format") != _FORMAT:
+        if isinstance(values, dict) and values.get("format", _FORMAT) != _FORMAT:
             raise UserError(
-                f"{path} has format {values.get('format')!r}, this version reads {_FORMAT}; update census-scvi"
+                f"{path} has format {str(values['format'])[:40]}, this version reads {_FORMAT}; update census-scvi"
             )
-        return ModelDescription(**values)
+        description = _DESCRIPTION.validate_json(path.read_bytes())
+        _check(description)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; run scvi-train.py first") from None
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({error}); run scvi-train.py --force") from None
+    except ValidationError as error:
+        raise UserError(f"{path} is damaged ({first_problem(error)}); {_AGAIN}") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}); {_AGAIN}") from None
+    return description
+
+
+def _check(description: ModelDescription) -> None:
+    """ValueError where no model can be built of it."""
+    for name, values in (("genes", description.genes), ("batches", description.batches)):
+        if not values or len(set(values)) < len(values):
+            raise ValueError(f"{name} are none, or not unique")
+    if description.symbols and len(description.symbols) != len(description.genes):
+        raise ValueError(f"it has {len(description.symbols):,} symbols of {len(description.genes):,} genes")
+    check_arguments(description.arguments)
 
 
 def load_safe(folder: Path) -> tuple[scvi.model.SCVI, ModelDescription]:
@@ -90,12 +114,29 @@ def load_safe(folder: Path) -> tuple[scvi.model.SCVI, ModelDescription]:
         A file is missing or damaged, or the weights do not fit the description.
     """
     description = read_description(folder)
-    model = build_model(description.genes, description.batches, description.arguments, n_cells=description.n_cells)
+    path = folder / WEIGHTS
     try:
-        model.module.load_state_dict(load_file(folder / WEIGHTS))
-    except (OSError, SafetensorError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{folder / WEIGHTS} cannot be used ({reason}); run scvi-train.py --force") from None
+        _check_size(path, description)
+        weights = load_file(path)
+        model = build_model(description.genes, description.batches, description.arguments, n_cells=description.n_cells)
+        model.module.load_state_dict(weights)
+        _check_finite(weights)
+    except (OSError, SafetensorError, RuntimeError, ValueError, TypeError) as error:
+        reason = str(error).splitlines()[0].rstrip(": ")
+        raise UserError(f"{path} cannot be used ({reason}); {_AGAIN}") from None
     model.module.eval()
     model.is_trained_ = True
     return model, description
+
+
+def _check_size(path: Path, description: ModelDescription) -> None:
+    """ValueError where the file is too small for the description: one that asks for all memory stops here."""
+    needed = least_parameters(description.arguments, len(description.genes), len(description.batches))
+    if (size := path.stat().st_size) < _BYTES * needed:
+        raise ValueError(f"it has {size:,} bytes, and the model of {DESCRIPTION} at least {needed:,} parameters")
+
+
+def _check_finite(weights: dict[str, torch.Tensor]) -> None:
+    for name, values in weights.items():
+        if values.is_floating_point() and not bool(torch.isfinite(values).all()):
+            raise ValueError(f"{name} holds values that are not finite numbers")

@@ -314,3 +314,28 @@ _EPOCHS_THAT_TELL = 5
 def stopped_by(gates: Iterable[Gate], waived: dict[str, str]) -> list[Gate]:
     """Gates that stop publishing: failed, no mere warnings, and not waived with a reason."""
     return [gate for gate in gates if gate.stops and not gate.passed and gate.name not in waived]
+
+
+def broken_verdicts(record: dict[str, Any], names: Iterable[str], max_difference: float) -> list[str]:
+    """What a published record of gates claims and does not hold, a line each.
+
+    Parameters
+    ----------
+    record
+        As in `qa.json`.
+    names
+        Gates that every record has.
+    max_difference
+        Our own limit of a difference; a laxer one in the record does not count.
+    """
+    found = {gate["name"]: gate for gate in record["gates"]}
+    lines = [f"{name} is missing" for name in names if name not in found]
+    for name, gate in found.items():
+        bound = min(gate["bound"], max_difference) if name in ("re_embedding", "order") else gate["bound"]
+        value = math.nan if gate["value"] is None else gate["value"]
+        holds = Gate(name, value, gate["side"], bound, gate["detail"]).passed
+        if gate["passed"] and not holds:
+            lines.append(f"{name} is called passed, and {value:.3g} is not {gate['side']} {bound:.3g}")
+        elif not gate["passed"] and "waived" not in gate and (gate["stops"] or name in names):
+            lines.append(f"{name} did not pass")
+    return lines

@@ -25,6 +25,7 @@ from census_scvi.model.safe import ModelDescription
 from census_scvi.query.mapping import MIN_SHARE
 from census_scvi.run_names import MANIFEST
 from census_scvi.workspace import Workspace
+from census_scvi.workspace.place import resolved
 from census_scvi.workspace.uri import local_path, tiledb_place
 
 log = logging.getLogger(__name__)
@@ -106,13 +107,13 @@ class Origin:
     identity
         Which Census, as `Census.identity`; None where there is no record.
     published
-        Experiment and name of the embedding that was published with it.
+        Experiment (None: that of the Census) and name of the embedding that was published with it.
     directory
         The run directory.
     """
 
     identity: dict[str, Any] | None = None
-    published: tuple[str, str] | None = None
+    published: tuple[str | None, str] | None = None
     directory: Path | None = None
 
     @classmethod
@@ -124,8 +125,11 @@ class Origin:
         if model is None or (path is not None and not (path / PROVENANCE).exists()):
             return cls()
         record = read_provenance(fetch(model))
-        embedding = record["embedding"]
-        return cls(record["census"], published=(str(embedding["experiment_uri"]), str(embedding["name"])))
+        census, embedding = record["census"], record["embedding"]
+        run_census, run_experiment = (None, None) if path is None else _run_around(path, record)
+        uri = _place(census["uri"], path) or _place(run_census, path)
+        experiment = _place(embedding["experiment_uri"], path) or _place(run_experiment, path)
+        return cls(census | {"uri": uri}, published=(experiment, embedding["name"]))
 
     @property
     def section(self) -> CensusSection | None:
@@ -133,6 +137,8 @@ class Origin:
         if self.identity is None:
             return None
         where = "version" if self.identity["version"] else "uri"
+        if not self.identity[where]:
+            return None
         return CensusSection(organism=self.identity["organism"], **{where: self.identity[where]})
 
     def open_embedding(self, census: Census) -> Embedding:
@@ -141,11 +147,31 @@ class Origin:
             if self.directory is not None:
                 return RunEmbedding(self.directory, census)
             if self.published is not None and self.identity is not None:
-                _require_same(self.identity, census, self.published[0])
-                return PublishedEmbedding(*self.published)
+                experiment, name = self.published
+                _require_same(self.identity, census, experiment or "the published folder")
+                return PublishedEmbedding(experiment or census.experiment.uri, name)
         except UserError as error:
             log.info("%s", error)
         return PublishedEmbedding(census.experiment.uri)
+
+
+def _place(recorded: str | None, folder: Path | None) -> str | None:
+    """Where the record of a published folder says that something lies; None where that is not there.
+
+    A path counts from the folder, and what was fetched (folder None) has left everything behind.
+    """
+    place = resolved(recorded, folder or Path("/"))
+    path = None if place is None else local_path(place)
+    return place if path is None or (path.exists() and (folder or Path(str(recorded)).is_absolute())) else None
+
+
+def _run_around(folder: Path, record: dict[str, Any]) -> tuple[str | None, str | None]:
+    """Census and Experiment as the run directory says, where the folder still lies in the one that published it."""
+    publish = Workspace(folder.absolute().parent).record("publish") or {}
+    if publish.get("publication") != record["publication"]:
+        return None, None
+    fingerprint = publish["fingerprint"]
+    return fingerprint["inputs"]["census"]["uri"], fingerprint["config"].get("publish.experiment_uri")
 
 
 def open_embedding(place: str, census: Census) -> Embedding:

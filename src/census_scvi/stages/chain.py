@@ -5,28 +5,35 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import anndata as ad
 import numpy as np
 
-from census_scvi.census.cells import select_cells
+from census_scvi.census.cells import Cells, select_cells
 from census_scvi.census.embedding import EmbeddingHash, publication_of, published_uri, read_cells, read_embedding
 from census_scvi.census.genes import locate_genes
 from census_scvi.census.open import Census, open_census
 from census_scvi.census.summary import provenance_of
-from census_scvi.config import CensusSection
+from census_scvi.config import CensusSection, GatesSection, StoppingGate
 from census_scvi.counts.row_hash import row_hashes
 from census_scvi.errors import UserError
 from census_scvi.model.encode import reference_latent
 from census_scvi.model.facts import built_facts
-from census_scvi.model.published import COUNT_HASH, LATENT, SEALED, damaged_files, fetch, read_provenance
+from census_scvi.model.published import damaged_files, fetch, read_provenance
 from census_scvi.model.safe import load_safe
+from census_scvi.model.sealed import COUNT_HASH, LATENT, read_sealed
 from census_scvi.paths import expand_argument
-from census_scvi.quality.gates import architecture, re_embedding
+from census_scvi.quality.gates import architecture, broken_verdicts, re_embedding
 from census_scvi.stages.sample import draw_rows, read_sample
+from census_scvi.workspace.place import resolved
+from census_scvi.workspace.uri import local_path
+
+_STOPPING = get_args(StoppingGate)
+_MAX_DIFFERENCE = GatesSection().max_difference
 
 
 @dataclass(frozen=True)
@@ -54,29 +61,44 @@ def verify(published: str, census: str | None = None, *, n_cells: int = 500, see
 
     Returns
     -------
-    The links in their order; what hangs on a broken one may be missing.
+    The links in their order; what hangs on a broken one may be missing. Without a Census they show that the folder is
+    consistent: whoever forges all of its files together, with a model and cells of his own, is not found.
+
+    Raises
+    ------
+    UserError
+        There is no published folder, or no Census, or `n_cells` or `seed` is negative.
     """
+    if n_cells < 1 or (seed is not None and seed < 0):
+        raise UserError(f"cells to read are {n_cells} and the seed is {seed}; expected 1 or more, and 0 or more")
     published = expand_argument(published, "PUBLISHED")
     census = None if census is None else expand_argument(census, "--census")
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         folder = fetch(published, Path(scratch))  # not from the cache: what lies there is what is asked about
         try:
             record = read_provenance(folder)
         except UserError as error:
             return [Link("provenance", False, str(error))]
-        words = f"published {record['published_on']} by {record['published_by']}, publication {record['publication']}"
+        by = f" by {record['published_by']}" if record["published_by"] else ""
+        words = f"published {record['published_on']}{by}, publication {record['publication']}"
         links = [Link("provenance", True, words)]
         offline = _Folder(folder, record)
         for look in (offline.files, offline.model, offline.sealed_counts, offline.sealed_embedding, offline.gates):
             links.append(_looked_at(look))
         if census is None:
             return links
-        with open_census(CensusSection(uri=census, organism=record["census"]["organism"])) as opened:
-            online = _InCensus(offline, opened, n_cells, seed)
-            links.append(_looked_at(online.census))
-            if links[-1].sound:  # soma_joinids of another Census mean other cells
-                looks = (online.publication, online.embedding, online.sealed_cells, online.fresh_sample)
-                links += [_looked_at(look) for look in looks]
+        section = CensusSection(uri=census, organism=record["census"]["organism"])
+        try:
+            opened = stack.enter_context(open_census(section))
+        except UserError:
+            raise
+        except Exception as error:
+            return [*links, _damaged("census", error)]
+        online = _InCensus(offline, opened, n_cells, seed)
+        links.append(_looked_at(online.census))
+        if links[-1].sound:  # soma_joinids of another Census mean other cells
+            looks = (online.publication, online.embedding, online.sealed_cells, online.fresh_sample)
+            links += [_looked_at(look) for look in looks]
         return links
 
 
@@ -86,22 +108,30 @@ def _looked_at(look: Callable[[], tuple[bool, str]]) -> Link:
         return Link(look.__name__, *look())
     except UserError as error:
         return Link(look.__name__, False, str(error))
+    except Exception as error:
+        return _damaged(look.__name__, error)
+
+
+def _damaged(name: str, error: Exception) -> Link:
+    """A broken link: what is damaged, or forged, makes every library fail in its own way."""
+    reason = str(error).strip().partition("\n")[0]
+    return Link(name, False, f"cannot be looked at ({type(error).__name__}: {reason})")
 
 
 class _Folder:
     """What the published folder alone shows: each method is a link, sound or not, and the finding."""
 
     def __init__(self, folder: Path, record: dict[str, Any]) -> None:
-        self._folder, self.record = folder, record
+        self.path, self.record = folder, record
 
     def files(self) -> tuple[bool, str]:
         """The files are those that were written."""
-        wrong = damaged_files(self._folder, self.record)
+        wrong = damaged_files(self.path, self.record)
         return not wrong, "; ".join(wrong) or f"{len(self.record['files'])} files as they were written"
 
     def model(self) -> tuple[bool, str]:
         """The model is built as its provenance says."""
-        model, description = load_safe(self._folder)
+        model, description = load_safe(self.path)
         stated = {name: value for name, value in self.record["model"].items() if name not in ("sha256", "uri")}
         gate = architecture(stated, built_facts(model, description.genes))
         return gate.passed, gate.detail
@@ -120,27 +150,25 @@ class _Folder:
     def gates(self) -> tuple[bool, str]:
         """The gates were passed, or waived with a reason."""
         found = self.record["gates"]["gates"]
-        wrong = [gate["name"] for gate in found if gate["stops"] and not gate["passed"] and "waived" not in gate]
+        wrong = broken_verdicts(self.record["gates"], _STOPPING, _MAX_DIFFERENCE)
         waived = [f"{gate['name']} ({gate['waived']})" for gate in found if "waived" in gate]
         words = f"{len(found)} gates" + (f", waived: {', '.join(waived)}" if waived else "")
-        return not wrong, f"not passed: {', '.join(wrong)}" if wrong else words
+        return not wrong, "; ".join(wrong) or words
 
     def sealed(self) -> ad.AnnData:
         """The sealed sample."""
-        try:
-            return ad.read_h5ad(self._folder / SEALED)
-        except (OSError, KeyError, ValueError) as error:
-            raise UserError(f"{SEALED} cannot be read ({str(error).splitlines()[0]})") from None
+        return read_sealed(self.path, self.record["model"]["genes"], self.record["embedding"]["n_features"])
 
     def re_embedded(self, cells: ad.AnnData, published: Any) -> tuple[bool, str]:
         """Whether scvi-tools and the published model give cells (obs: soma_joinid, batch) what is published."""
-        model, description = load_safe(self._folder)
+        model, description = load_safe(self.path)
         if description.arguments["encode_covariates"]:  # scvi-tools has random weights for other batches
             trained = cells.obs["batch"].isin(description.batches).to_numpy()
             cells, published = cells[trained], published[trained]
         batches = cells.obs["batch"].to_numpy(dtype=object)
         mean, _ = reference_latent(model, description.genes, cells.X, batches)
-        bound = float(self.record["config"]["gates"]["max_difference"])
+        # A record that was forged would allow any difference.
+        bound = min(float(self.record["config"]["gates"]["max_difference"]), _MAX_DIFFERENCE)
         gate = re_embedding(cells.obs["soma_joinid"].to_numpy(), np.asarray(published), mean, bound)
         words = f"{len(mean):,} cells, largest difference to scvi-tools' own {gate.value:.1e}"
         return gate.passed, words if gate.passed else gate.detail
@@ -175,12 +203,19 @@ class _InCensus:
 
     def embedding(self) -> tuple[bool, str]:
         """Every value is the one that was published."""
-        digest, n_cells = EmbeddingHash(), 0
+        digest, found = EmbeddingHash(), [np.empty(0, np.int64)]
         for joinids, values in read_embedding(self._embedding_uri()):
             digest.update(joinids, values)
-            n_cells += len(joinids)
-        same = digest.hexdigest() == self._record["embedding"]["sha256"]
-        return same, f"{n_cells:,} cells" + ("" if same else ", and their hash is not that of the published ones")
+            found.append(joinids)
+        cells, stated = np.concatenate(found), self._record["embedding"]
+        wrong = []
+        if digest.hexdigest() != stated["sha256"]:
+            wrong.append("their hash is not that of the published ones")
+        if len(cells) != stated["n_cells"]:
+            wrong.append(f"the record says {stated['n_cells']:,}")
+        if not np.array_equal(cells, self._cells().joinids):
+            wrong.append("they are not the cells of the query in the record")
+        return not wrong, "; ".join([f"{len(cells):,} cells", *wrong])
 
     def sealed_cells(self) -> tuple[bool, str]:
         """The sealed cells have in the Census the embedding that they were sealed with."""
@@ -191,8 +226,7 @@ class _InCensus:
 
     def fresh_sample(self) -> tuple[bool, str]:
         """Cells read anew from the Census are embedded as published."""
-        config, genes = self._record["config"], self._record["model"]["genes"]
-        cells = select_cells(self._census, config["census"]["obs_query"], config["anndata"]["batch_key"])
+        cells, genes = self._cells(), self._record["model"]["genes"]
         rows = draw_rows(len(cells), self._n_cells, self._seed)
         sample = read_sample(self._census, cells, rows, genes, locate_genes(self._census, genes, 0.0))
         obs = sample.obs[["soma_joinid", "batch"]].set_axis(sample.joinids.astype(str))
@@ -200,10 +234,17 @@ class _InCensus:
         sound, words = self._folder.re_embedded(ad.AnnData(sample.counts, obs=obs), published)
         return sound, f"{words} (--seed {self._seed})"
 
+    def _cells(self) -> Cells:
+        config = self._record["config"]
+        return select_cells(self._census, config["census"]["obs_query"], config["anndata"]["batch_key"])
+
     def _experiment_uri(self) -> str:
         """Of this Census, or, where it has no such embedding, the one that was published to."""
         here = str(self._census.experiment.uri)
-        return here if published_uri(here, self._name) else str(self._record["embedding"]["experiment_uri"])
+        there = resolved(self._record["embedding"]["experiment_uri"], self._folder.path)
+        path = None if there is None else local_path(there)
+        gone = there is None or (path is not None and not path.exists())
+        return here if gone or published_uri(here, self._name) else str(there)
 
     def _embedding_uri(self) -> str:
         experiment = self._experiment_uri()

@@ -12,7 +12,8 @@ import numpy.typing as npt
 from census_scvi.errors import UserError
 from census_scvi.model.encode import Latent
 from census_scvi.run_names import PROGRESS
-from census_scvi.workspace.atomic import read_json, sync, write_json
+from census_scvi.workspace.atomic import sync, write_json
+from census_scvi.workspace.json_file import read_json
 
 
 class LatentStore:

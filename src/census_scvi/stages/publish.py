@@ -12,6 +12,7 @@ import numpy as np
 import tiledbsoma
 
 from census_scvi.census.cells import require_columns, select_cells
+from census_scvi.census.datasets import describe_data
 from census_scvi.census.embedding import EmbeddingDraft
 from census_scvi.census.genes import locate_genes
 from census_scvi.census.open import Census, open_census
@@ -26,7 +27,7 @@ from census_scvi.quality.gates import Gate, stopped_by
 from census_scvi.run_names import PROGRESS
 from census_scvi.stages import qa, target
 from census_scvi.stages.plan import Plan
-from census_scvi.stages.record import embedding_info, publication_record, summary_row
+from census_scvi.stages.record import embedding_info, evaluation_of, publication_record, summary_row
 from census_scvi.stages.sample import draw_rows, read_sample
 from census_scvi.workspace import Artifacts, StageRun, Workspace
 from census_scvi.workspace.atomic import write_json
@@ -139,6 +140,8 @@ class _Publishing:
             weights=inputs[f"{artifacts.model}/{WEIGHTS}"],
             stages={stage: self._workspace.whole_record(stage) or {} for stage in _EARLIER},
             gates=qa.record(found, config.gates.reasons),
+            data=describe_data(self._census),
+            evaluation=evaluation_of(config.evaluation_folder, inputs[artifacts.latent]),
         )
         write_published(
             self._folder,

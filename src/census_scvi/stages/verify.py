@@ -7,12 +7,16 @@ from collections.abc import Sequence
 
 from census_scvi.cli import Parser, guarded
 from census_scvi.errors import UserError
+from census_scvi.printing import on_one_line
 
 _EPILOG = """\
 links, offline:   provenance, files, model, sealed_counts, sealed_embedding, gates
 with --census:    census, publication, embedding, sealed_cells, fresh_sample
 
-exit codes: 0 sound, 2 a link broke or cannot be looked at (it is named), 1 a defect of ours (traceback)"""
+without --census: consistent at best. Whoever forges all files of the folder together is found in the Census alone.
+
+exit codes: 0 sound or consistent, 2 a link broke or cannot be looked at (it is named),
+1 a defect of ours (traceback)"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,7 +46,17 @@ def _run(arguments: argparse.Namespace) -> None:
     links = verify(arguments.published, arguments.census, n_cells=arguments.sample, seed=arguments.seed)
     width = max(len(link.name) for link in links)
     for link in links:
-        print(f"{link.name:<{width}}  {'sound ' if link.sound else 'BROKEN'}  {link.finding}")
+        print(
+            f"{link.name:<{width}}  {'sound ' if link.sound else 'BROKEN'}  {on_one_line(link.finding)[:_MOST_SHOWN]}"
+        )
     if broken := [link.name for link in links if not link.sound]:
         raise UserError(f"{arguments.published} is not sound: {', '.join(broken)} broke; do not use the embedding")
-    print(f"{arguments.published} is sound" + ("" if arguments.census else "; --census URI looks at the Census, too"))
+    print(on_one_line(arguments.published) + (_SOUND if arguments.census else _CONSISTENT))
+
+
+_SOUND = " is sound"
+_CONSISTENT = (
+    " is consistent: its files, record, model and sealed cells agree. Whether the cells are those of a Census, and the"
+    " embedding there is this one, --census URI tells"
+)
+_MOST_SHOWN = 1000  # characters of a finding

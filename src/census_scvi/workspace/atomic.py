@@ -7,15 +7,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
-
-
-def read_json(path: Path) -> Any:
-    """What a JSON file holds; ValueError where it is no JSON, or nested deeper than can be read."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise ValueError("it is nested too deep") from None
+from typing import IO, Any
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -26,12 +18,19 @@ def write_json(path: Path, values: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Replace a text file in one step, durable when this returns."""
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with new_file(partial, "w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
     sync(path.parent)
+
+
+def new_file(path: Path, mode: str) -> IO[Any]:
+    """Open a file that is made here, for "w" (UTF-8) or "wb"; a leftover of that name goes, no link is followed."""
+    remove(path)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+    return os.fdopen(descriptor, mode, encoding=None if "b" in mode else "utf-8")
 
 
 def sync(path: Path) -> None:

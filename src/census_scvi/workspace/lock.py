@@ -7,13 +7,15 @@ import fcntl
 import json
 import os
 import platform
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TextIO
 
 from census_scvi.errors import UserError
-from census_scvi.workspace.atomic import read_json
+from census_scvi.workspace.json_file import read_json
 
 # NFS without its lock service, and file systems that know no locks.
 _WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
@@ -26,12 +28,10 @@ def directory_lock(path: Path, stage: str) -> Iterator[None]:
     Raises
     ------
     UserError
-        Another process holds it: stage, process id, host and since when; or the file system has no locks, or a
-        folder of that name is in the way.
+        Another process holds it: stage, process id, host and since when. Or the file system has no locks, or what lies
+        there is no plain file.
     """
-    if path.is_dir():
-        raise UserError(f"{path} is a folder, and the lock of {path.parent} is a file of that name; remove the folder")
-    with path.open("a+", encoding="utf-8") as file:
+    with _opened(path) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -49,6 +49,25 @@ def directory_lock(path: Path, stage: str) -> Iterator[None]:
         json.dump({"stage": stage, "pid": os.getpid(), "host": platform.node(), "since": started}, file)
         file.flush()
         yield
+
+
+def _opened(path: Path) -> TextIO:
+    """The file, made where it is missing; a link is not followed, or it would empty whatever it leads to."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EMLINK, errno.EISDIR, errno.ENXIO):
+            raise
+        raise _no_file(path) from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _no_file(path)
+    return os.fdopen(descriptor, "r+", encoding="utf-8")
+
+
+def _no_file(path: Path) -> UserError:
+    what = "a link" if path.is_symlink() else "a folder" if path.is_dir() else "no plain file"
+    return UserError(f"{path} is {what}, where a file that holds a lock is expected; remove it")
 
 
 def _holder(path: Path) -> str:

@@ -85,7 +85,10 @@ def leaves_folder(name: str) -> bool:
 
 
 def without_credentials(values: Any) -> Any:
-    """The same with what could open a door taken out of every URL: user and password, signed query.
+    """The same with what could open a door taken out: user and password of every URL, its query, secrets by name.
+
+    Where it cannot be known how far a secret goes, too much is taken out rather than too little: `://a:b/c@d/e@f`
+    keeps `f` alone. Local paths, mail addresses and URLs without any of these stay as they are.
 
     Parameters
     ----------
@@ -93,13 +96,59 @@ def without_credentials(values: Any) -> Any:
         A string, or lists and mappings of any depth that hold some; everything else stays as it is.
     """
     if isinstance(values, str):
-        return _QUERY.sub(r"\1?***", _USER.sub(r"\1***@", values))
+        return _WORD.sub(_clean_word, values)
     if isinstance(values, dict):
-        return {key: without_credentials(value) for key, value in values.items()}
-    if isinstance(values, list):
+        return {
+            without_credentials(key): "***"
+            if isinstance(value, str) and value and _SECRET_NAME.search(str(key))
+            else without_credentials(value)
+            for key, value in values.items()
+        }
+    if isinstance(values, list | tuple):
         return [without_credentials(value) for value in values]
     return values
 
 
-_USER = re.compile(r"(\w://)[^/@\s]+@")
-_QUERY = re.compile(r"(\w://[^\s?]+)\?\S+")
+_WORD = re.compile(r"\S+")
+# Two slashes after a scheme, or where a word or a value begins; one, as pathlib writes them. `a//b` is a path.
+_URL_START = re.compile(r"(?<![\w+.-])[A-Za-z][\w+.-]*:/{1,2}(?!/)|(?<![^\s\"'`(\[{<=,;|])//(?!/)")
+_LOCAL = re.compile(r"file:/(?:/localhost)?(?:/(?=/))?", re.IGNORECASE)
+# user:password@host without slashes, unlike mailto:name@host
+_BARE = re.compile(r"(?<![\w/.:@%+-])(?!mailto:)[\w.%+-]+:[^\s:@/\"']+@(?=[\w\[])", re.IGNORECASE)
+_ADDITION = re.compile(r"\?(?=\S*\w)|[#;&](?=\S*(?:=|%3[dD]))")
+_SECRET_NAME = re.compile(
+    r"secret|passw|passphrase|token(?!iz)|credential|signature|(?:api|access|account|private|shared|storage)_?key"
+    r"|session_?id",
+    re.IGNORECASE,
+)
+_NAMED = re.compile(rf"([\w.-]*(?:{_SECRET_NAME.pattern})[\w.-]*=)[^\s\"'`&;,#)\]}}]+", re.IGNORECASE)
+_ENCODED_TWICE = 3
+
+
+def _clean_word(match: re.Match[str]) -> str:
+    word = match[0]
+    cleaned = _cleaned(word)
+    decoded = word
+    for _ in range(_ENCODED_TWICE):
+        decoded, before = unquote(decoded), decoded
+        if decoded == before:
+            break
+        if cleaned == word and _cleaned(decoded) != decoded:
+            return _cleaned(decoded)
+    return cleaned
+
+
+def _cleaned(word: str) -> str:
+    """A word, decoded, without what is secret in it."""
+    start = _URL_START.search(word)
+    while start and _LOCAL.match(word, start.start()) and word[start.end() : start.end() + 1] in ("", "/"):
+        start = _URL_START.search(word, start.end() + 1)
+    if start is None:
+        return _NAMED.sub(r"\1***", _BARE.sub("***@", word))
+    head, rest = word[: start.end()], word[start.end() :]
+    first, at = rest.partition("/")[0], rest.rfind("@")
+    if at >= 0 and (":" in first or "@" in first):
+        rest = "***" + rest[at:]
+    if addition := _ADDITION.search(rest):
+        rest = rest[: addition.end()] + "***"
+    return _NAMED.sub(r"\1***", head) + _NAMED.sub(r"\1***", rest)

@@ -1,0 +1,110 @@
+"""What the record of a publication must hold to be read: the values that are used, their types and their ranges."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+Text = Annotated[str, Field(min_length=1)]
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _Part(BaseModel):
+    """A part of the record; what is not named here may be there, and is not used."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class _Embedding(_Part):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    experiment_uri: str | None
+    n_cells: Count
+    n_features: Annotated[int, Field(ge=1)]
+    sha256: Digest
+
+
+class _Census(_Part):
+    uri: str | None
+    version: Text | None
+    schema_: str | None = Field(alias="schema")
+    created_on: str | None
+    organism: Annotated[str, Field(pattern="^[A-Za-z0-9_.-]+$")]
+    cells: Count
+
+
+class _Model(_Part):
+    genes: Annotated[list[Text], Field(min_length=1)]
+    sha256: Digest
+    uri: str | None
+
+
+class _Gate(_Part):
+    name: Text
+    value: Finite | None
+    side: Literal["at most", "at least"]
+    bound: Finite
+    detail: str
+    stops: bool
+    passed: bool
+    waived: Text = "-"
+
+
+class _Gates(_Part):
+    gates: list[_Gate]
+
+
+class _UsedCensus(_Part):
+    obs_query: Text | None
+
+
+class _UsedLabels(_Part):
+    batch_key: Annotated[list[Text], Field(min_length=1)]
+
+
+class _UsedGates(_Part):
+    max_difference: Annotated[Finite, Field(gt=0.0)]
+
+
+class _Config(_Part):
+    census: _UsedCensus
+    anndata: _UsedLabels
+    gates: _UsedGates
+
+
+class _File(_Part):
+    size: Count
+    sha256: Annotated[list[Digest], Field(min_length=1)]
+
+
+class _Record(_Part):
+    format: Literal[1]
+    publication: Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
+    published_on: Text
+    published_by: str
+    embedding: _Embedding
+    census: _Census
+    model: _Model
+    config: _Config
+    gates: _Gates
+    cells_sha256: Digest
+    files: Annotated[dict[Text, _File], Field(max_length=1000)]
+
+
+def check_record(record: dict[str, Any]) -> None:
+    """ValueError where something that is read is missing, of another type or out of its range: one line."""
+    try:
+        _Record.model_validate(record)
+    except ValidationError as error:
+        raise ValueError(first_problem(error)) from None
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first of what pydantic found, in words; values are shown by their beginning."""
+    detail = error.errors(include_url=False, include_context=False)[0]
+    where = ".".join(map(str, detail["loc"])) or "it"
+    if detail["type"] == "missing":
+        return f"{where} is missing"
+    return f"{where} is {repr(detail['input'])[:40]}: {detail['msg'][:1].lower()}{detail['msg'][1:]}"
