@@ -33,7 +33,11 @@ def real_data() -> Path:
     folder = os.environ.get("CENSUS_SCVI_TEST_DATA")
     path = Path(folder) if folder else Path(__file__).parents[2] / "shared" / "data"
     if not path.is_dir():
-        pytest.skip(f"no real data: {path} does not exist (set CENSUS_SCVI_TEST_DATA)")
+        pytest.skip(
+            f"needs real cells, and {path} does not exist: set CENSUS_SCVI_TEST_DATA to a folder with"
+            " pbmc_multi_human.h5ad and the other files that tests/test_real_data.py reads (docs/blood.md says what"
+            " they hold)"
+        )
     return path
 
 
