@@ -156,12 +156,13 @@ def _measured(module: Any, device: Any) -> dict[str, Any]:
     """What a training would measure first: the faster libraries, and whether a reduced precision is slower."""
     import torch
 
-    from census_scvi.model.fast.measure import faster_libraries, measure_precision
+    from census_scvi.model.fast.measure import faster_libraries, measure_precision, shape_of
     from census_scvi.model.fast.products import Libraries
 
     if device.type != "cpu":
         return {"libraries": Libraries(), "precision": None}
-    return {"libraries": faster_libraries(module), "precision": measure_precision(module, torch.bfloat16)}
+    shape = shape_of(module)
+    return {"libraries": faster_libraries(*shape), "precision": measure_precision(*shape, torch.bfloat16)}
 
 
 def _ladder(device: Any, measured: dict[str, Any]) -> list[Rung]:

@@ -541,9 +541,7 @@ def test_the_warning_comes_before_training_and_in_the_plan(
 def choosing(monkeypatch: pytest.MonkeyPatch, library: str) -> list[str]:
     """Let the measurement find this library faster; returns what is measured, a line each."""
     measured: list[str] = []
-    monkeypatch.setattr(
-        fast_plan, "faster_libraries", lambda *_: measured.append(library) or Libraries(*[library] * 3)
-    )
+    monkeypatch.setattr(fast_plan, "faster_libraries", lambda *_: measured.append(library) or Libraries(*[library] * 3))
     return measured
 
 

@@ -78,8 +78,8 @@ def run(config: Config, *, force: bool = False) -> None:
         model = _build(config, data)
         if stage.resumed:
             log.info("going on from the last checkpoint")
-            if slow:
-                log.warning("warning: %s, which takes --force", slow)
+        if slow:
+            log.warning("warning: %s, which takes --force", slow)
         for problem in _problems(config, data):
             log.warning("warning: %s", problem)
         curves = _fit(config, model, data, stage.staging, digest(stage.fingerprint))
