@@ -3,9 +3,10 @@
 
 DATA ?= ../shared/data
 BENCH ?= bench
+SEEDS ?= $(shell date +%s)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint notebooks bench bench-train bench-blood
+.PHONY: help env demo test fuzz lint notebooks bench bench-train bench-blood
 
 # One worker a core, but each holds torch and scvi-tools in memory.
 WORKERS := $(shell n=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
@@ -24,6 +25,12 @@ notebooks: env ## run the notebooks on what `make demo` made, and keep what they
 
 test: env ## all tests; PYTEST_ARGS="-k name -x" are passed on
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+# New examples for every seed; the one that fails is printed, to be kept as an @example of its test.
+fuzz: env ## property-based tests with new random examples; SEEDS="1 2 3", PYTEST_ARGS="tests/test_hvg.py" are passed on
+	@for seed in $(SEEDS); do echo "seed $$seed"; \
+	  OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n $(WORKERS) -m hypothesis \
+	    --hypothesis-profile=fuzz --hypothesis-seed=$$seed $(PYTEST_ARGS) || exit 1; done
 
 lint: env ## ruff and mypy
 	.venv/bin/python -m ruff check

@@ -7,11 +7,12 @@ Makes up cells in FOLDER (once), or takes those of FILE. Then, for each number o
 
 1. steps: the same minibatches go through scvi-tools' step and, improvement by improvement, this project's, a step each
    in turn; medians. The roofline is what the matrix products and the bytes that must move take at the rates that this
-   device is measured to have.
+   device is measured to have, on a CPU with the faster library. A reduced precision that is slower is left out.
 2. end to end: `SCVI.train` with all cells in memory, and this project's training from the file, each in a process of
    its own, in turn: Lightning, metrics, validation and loader included, imports and reading into memory not.
 
-Printed as tables; FOLDER/train_step.json has every figure.
+Printed as tables, with the processor, its instruction sets and the libraries that were chosen; FOLDER/train_step.json
+has every figure.
 """
 
 from __future__ import annotations
@@ -115,9 +116,10 @@ def _steps(prepared: Path, hidden: int, threads: int) -> dict[str, Any]:
     made = build_model(
         data.cells.genes, data.cells.batches, {"n_hidden": hidden, "n_latent": LATENT, "gene_likelihood": "nb"}
     )
+    measured = _measured(made.module, device)
     steps = {
         rung.name: _prepare(copy.deepcopy(made.module).to(device).train(), rung, dense if rung.shipped else sparse)
-        for rung in _ladder(device)
+        for rung in _ladder(device, measured)
     }
     taken: dict[str, list[float]] = {name: [] for name in steps}
     losses = {}
@@ -132,6 +134,7 @@ def _steps(prepared: Path, hidden: int, threads: int) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
         "ms": {name: 1e3 * statistics.median(seconds) for name, seconds in taken.items()},
         "loss after the last step": losses,
+        "measured": {name: str(value) for name, value in measured.items()},
         "roofline": _roofline(hidden, data.cells.n_genes, device),
         "share of non-zeros": n_detected / BATCH_SIZE / data.cells.n_genes,
     }
@@ -144,21 +147,45 @@ class Rung:
     name: str
     shipped: bool = False
     one_pass_adam: bool = True
-    onednn: bool = True
+    libraries: Any = None
     kernel: bool = True
     reduced: bool = False
 
 
-def _ladder(device: Any) -> list[Rung]:
+def _measured(module: Any, device: Any) -> dict[str, Any]:
+    """What a training would measure first: the faster libraries, and whether a reduced precision is slower."""
+    import torch
+
+    from census_scvi.model.fast.measure import faster_libraries, measure_precision, shape_of
+    from census_scvi.model.fast.products import Libraries
+
+    if device.type != "cpu":
+        return {"libraries": Libraries(), "precision": None}
+    shape = shape_of(module)
+    return {"libraries": faster_libraries(*shape), "precision": measure_precision(*shape, torch.bfloat16)}
+
+
+def _ladder(device: Any, measured: dict[str, Any]) -> list[Rung]:
+    from census_scvi.model.fast.products import Libraries
+
+    chosen, precision = measured["libraries"], measured["precision"]
+    torch_alone, onednn = Libraries(), Libraries("onednn", "onednn", "onednn")
     rungs = [
         Rung("scvi-tools as shipped", shipped=True, one_pass_adam=False),
-        Rung("sums over non-zeros, no unused heads: pure torch", one_pass_adam=False, onednn=False, kernel=False),
-        Rung("+ Adam in one pass", onednn=False, kernel=False),
-        Rung("+ oneDNN's products", kernel=False),
-        Rung("+ kernel for the loss: train.engine fast"),
-        Rung(f"+ products in {_reduced(device)[0]}", reduced=True),
+        Rung(
+            "sums over non-zeros, no unused heads: pure torch",
+            one_pass_adam=False,
+            libraries=torch_alone,
+            kernel=False,
+        ),
+        Rung("+ Adam in one pass", libraries=torch_alone, kernel=False),
+        Rung("the same with oneDNN's products", libraries=onednn, kernel=False),
+        Rung("+ the faster library for each product", libraries=chosen, kernel=False),
+        Rung("+ kernel for the loss: train.engine fast", libraries=chosen),
     ]
-    return [rung for rung in rungs if device.type == "cpu" or "oneDNN" not in rung.name]
+    if precision is None or precision.reduced < precision.float32:
+        rungs.append(Rung(f"+ products in {_reduced(device)[0]}", libraries=chosen, reduced=True))
+    return [rung for rung in rungs if device.type == "cpu" or not ("oneDNN" in rung.name or "library" in rung.name)]
 
 
 def _reduced(device: Any) -> tuple[str, Any]:
@@ -197,8 +224,8 @@ def _prepare(module: Any, rung: Rung, minibatches: list[dict[str, Any]]) -> Call
         with ExitStack() as changed:
             if not rung.shipped:
                 changed.enter_context(unused_frozen(module))
-            if not rung.onednn:
-                changed.enter_context(patch.object(products, "_onednn", None))
+            if rung.libraries:
+                products.use(rung.libraries)
             if not rung.kernel:
                 changed.enter_context(patch.object(negative_binomial, "_kernel", lambda device: None))
             with torch.autocast(device.type, _reduced(device)[1], enabled=rung.reduced):
@@ -244,10 +271,12 @@ def _roofline(hidden: int, n_genes: int, device: Any) -> dict[str, float]:
     moved = 4 * (8 * BATCH_SIZE * n_genes + 2 * 10 * n_genes * hidden)
     rates = {}
     for name, work, size in (
-        ("flop/s", lambda: times_transposed(left, right)[0, 0], product),
+        ("flop/s", lambda: times_transposed("torch", left, right)[0, 0], product),
+        ("flop/s of oneDNN", lambda: times_transposed("onednn", left, right)[0, 0], product),
         ("bytes/s", lambda: other.copy_(large)[0], 2 * 4 * large.numel()),
     ):
         rates[name] = size / statistics.median(_timed(work, device)[0] for _ in range(9))
+    rates["flop/s"] = max(rates["flop/s"], rates["flop/s of oneDNN"])
     milliseconds = 1e3 * (flops / rates["flop/s"] + moved / rates["bytes/s"])
     return {"flop": flops, "bytes": moved, **rates, "ms": milliseconds}
 
@@ -269,10 +298,14 @@ def _step_table(result: dict[str, Any]) -> str:
         f" {roofline['bytes'] / 1e9:.2f} GB at {roofline['bytes/s'] / 1e9:,.0f} GB/s: {roofline['ms']:.1f} ms;"
         f" the step reaches {roofline['ms'] / fast:.0%} of it"
     )
+    lines += [f"{name}: {value}" for name, value in result["measured"].items()]
     return "\n".join(lines)
 
 
 # --- end to end
+
+# Trains; returns elbo_validation and the libraries that multiplied.
+Work = Callable[[], tuple[float, Any]]
 
 SIDES = {
     "SCVI.train, all cells in memory": "scvi-tools",
@@ -281,8 +314,8 @@ SIDES = {
 }
 
 
-def _trainings(prepared: Path, hidden: int, arguments: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in SIDES}
+def _trainings(prepared: Path, hidden: int, arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in SIDES}
     for _ in range(arguments.repeats):
         for name, side in SIDES.items():
             command = [sys.executable, "-W", "ignore", __file__, "--folder", str(arguments.folder), "--side", side]
@@ -296,7 +329,7 @@ def _trainings(prepared: Path, hidden: int, arguments: argparse.Namespace) -> di
     return runs
 
 
-def _end_to_end(side: str, prepared: Path, hidden: int, arguments: argparse.Namespace) -> dict[str, float]:
+def _end_to_end(side: str, prepared: Path, hidden: int, arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     warnings.simplefilter("ignore")
@@ -304,14 +337,15 @@ def _end_to_end(side: str, prepared: Path, hidden: int, arguments: argparse.Name
     train = _theirs if side == "scvi-tools" else _ours
     with train(side, prepared, hidden, arguments.epochs) as (work, steps):
         wall, cpu = time.perf_counter(), time.process_time()
-        elbo = work()
+        elbo, libraries = work()
         taken = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
     (peak,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
-    return {**taken, "steps": steps, "elbo_validation": elbo, "peak": int(peak.split()[1]) * 1024}
+    peak_bytes = int(peak.split()[1]) * 1024
+    return {**taken, "steps": steps, "elbo_validation": elbo, "peak": peak_bytes, "libraries": libraries}
 
 
 @contextmanager
-def _theirs(side: str, prepared: Path, hidden: int, epochs: int) -> Iterator[tuple[Callable[[], float], int]]:
+def _theirs(side: str, prepared: Path, hidden: int, epochs: int) -> Iterator[tuple[Work, int]]:
     import anndata as ad
     import lightning
     import scvi
@@ -321,7 +355,7 @@ def _theirs(side: str, prepared: Path, hidden: int, epochs: int) -> Iterator[tup
     lightning.seed_everything(0, verbose=False)
     model = scvi.model.SCVI(cells, n_hidden=hidden, n_latent=LATENT, gene_likelihood="nb")
 
-    def train() -> float:
+    def train() -> tuple[float, Any]:
         model.train(
             max_epochs=epochs,
             batch_size=BATCH_SIZE,
@@ -330,20 +364,23 @@ def _theirs(side: str, prepared: Path, hidden: int, epochs: int) -> Iterator[tup
             plan_kwargs={"lr": 1e-4, "n_epochs_kl_warmup": 20},
             enable_progress_bar=False,
         )
-        return float(model.history["elbo_validation"].iloc[-1, 0])
+        return float(model.history["elbo_validation"].iloc[-1, 0]), None
 
     yield train, epochs * -(-int(0.9 * cells.n_obs) // BATCH_SIZE)
 
 
 @contextmanager
-def _ours(side: str, prepared: Path, hidden: int, epochs: int) -> Iterator[tuple[Callable[[], float], int]]:
+def _ours(side: str, prepared: Path, hidden: int, epochs: int) -> Iterator[tuple[Work, int]]:
     import lightning
+    import torch.utils.tensorboard  # noqa: F401 - imports are not timed, and Lightning would import it in the training
 
     from census_scvi.config import Config
     from census_scvi.counts.data_module import PreparedDataModule
     from census_scvi.model.build import build_model
+    from census_scvi.model.fast import negative_binomial
     from census_scvi.model.training import fit
 
+    negative_binomial._kernel("cpu")  # nor what compiles it
     settings = Config().train.model_copy(
         update={"max_epochs": epochs, "batch_size": BATCH_SIZE, "engine": side.removeprefix("ours-")}
     )
@@ -354,7 +391,7 @@ def _ours(side: str, prepared: Path, hidden: int, epochs: int) -> Iterator[tuple
     )
     with tempfile.TemporaryDirectory() as folder:
 
-        def train() -> float:
+        def train() -> tuple[float, Any]:
             curves = fit(
                 model,
                 data,
@@ -364,19 +401,20 @@ def _ours(side: str, prepared: Path, hidden: int, epochs: int) -> Iterator[tuple
                 checkpoint=Path(folder, "checkpoint.ckpt"),
                 tensorboard=Path(folder, "tensorboard"),
             )
-            return curves.curves["elbo_validation"][-1]
+            return curves.curves["elbo_validation"][-1], curves.libraries
 
         yield train, epochs * -(-data.n_train // BATCH_SIZE)
 
 
-def _training_table(runs: dict[str, list[dict[str, float]]], hidden: int) -> str:
+def _training_table(runs: dict[str, list[dict[str, Any]]], hidden: int) -> str:
     lines = [f"\n{hidden} hidden, whole trainings, medians of {len(next(iter(runs.values())))}"]
     lines += [
         "| trained by | CPU s a minibatch | wall s a minibatch | peak GB | CPU, wall beside it | elbo_validation |"
     ]
     lines.append("|---" * 6 + "|")
     medians = {
-        name: {key: statistics.median(run[key] for run in some) for key in some[0]} for name, some in runs.items()
+        name: {key: statistics.median(run[key] for run in some) for key in some[0] if key != "libraries"}
+        for name, some in runs.items()
     }
     theirs = next(iter(medians.values()))
     for name, taken in medians.items():
@@ -388,14 +426,27 @@ def _training_table(runs: dict[str, list[dict[str, float]]], hidden: int) -> str
     return "\n".join(lines)
 
 
+# With these the libraries are kept from instructions that the processor has, to see what they do without.
+LIMITS = (
+    "ATEN_CPU_CAPABILITY",
+    "ONEDNN_MAX_CPU_ISA",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "NUMBA_CPU_NAME",
+    "NUMBA_CPU_FEATURES",
+)
+
+
 def _machine() -> str:
     from importlib.metadata import version
 
     import torch
 
+    from census_scvi.workspace.provenance import processor
+
     packages = ", ".join(f"{name} {version(name)}" for name in ("scvi-tools", "torch", "lightning", "numba"))
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"Python {platform.python_version()}, {os.cpu_count()} cores{gpu}; {packages}"
+    limits = "".join(f", {name}={os.environ[name]}" for name in LIMITS if name in os.environ)
+    return f"{processor()}{limits}, {os.cpu_count()} cores{gpu}; Python {platform.python_version()}, {packages}"
 
 
 if __name__ == "__main__":

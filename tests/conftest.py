@@ -12,10 +12,16 @@ from pathlib import Path
 import fsspec
 import pytest
 import torch
+from hypothesis import settings
 from pipeline import Run
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+
+# Property-based tests draw the same examples on every machine and in every run; `make fuzz` draws new ones.
+settings.register_profile("fixed", derandomize=True, deadline=None)
+settings.register_profile("fuzz", max_examples=1000, deadline=None, print_blob=True)
+settings.load_profile("fixed")
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +40,11 @@ def real_data() -> Path:
     folder = os.environ.get("CENSUS_SCVI_TEST_DATA")
     path = Path(folder) if folder else Path(__file__).parents[2] / "shared" / "data"
     if not path.is_dir():
-        pytest.skip(f"no real data: {path} does not exist (set CENSUS_SCVI_TEST_DATA)")
+        pytest.skip(
+            f"needs real cells, and {path} does not exist: set CENSUS_SCVI_TEST_DATA to a folder with"
+            " pbmc_multi_human.h5ad and the other files that tests/test_real_data.py reads (docs/blood.md says what"
+            " they hold)"
+        )
     return path
 
 

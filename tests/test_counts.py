@@ -22,7 +22,7 @@ from census_scvi.counts import file_order
 from census_scvi.counts.data_module import PreparedDataModule
 from census_scvi.counts.file_order import pools
 from census_scvi.counts.loader import MinibatchLoader
-from census_scvi.counts.minibatch import DenseMinibatches, densify, sparse_minibatch
+from census_scvi.counts.minibatch import DenseMinibatches, SparseCounts, densify, sparse_minibatch
 from census_scvi.counts.reader import PreparedCells
 from census_scvi.counts.row_hash import row_hashes
 from census_scvi.counts.vector import Vector, VectorWriter
@@ -245,6 +245,39 @@ def test_a_pass_goes_on_where_another_was(tmp_path: Path) -> None:
     paused = iter(loader)
     next(paused), next(paused)
     assert loader.state_dict() == {"minibatches": 2}
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("most", [10_000_000, 5_000, 0])
+def test_validation_cells_that_take_little_memory_are_decoded_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int, sparse: bool
+) -> None:
+    write(tmp_path / "x.h5ad", 300)
+    data = PreparedDataModule(tmp_path / "x.h5ad", batch_size=16, train_size=0.5, seed=0, workers=1)
+    data.sparse = sparse
+    loader = data.val_dataloader()
+    loader._most = most
+    reads = []
+    real = PreparedCells.read
+    monkeypatch.setattr(PreparedCells, "read", lambda *arguments: reads.append(1) or real(*arguments))
+    first = next(iter(loader))  # a pass that is left is no whole one
+    passes = []
+    for _ in range(3):
+        before = len(reads)
+        taken = [(each["row"].clone(), as_array(each["X"])) for each in loader]
+        passes.append((len(reads) - before, taken))
+    assert np.array_equal(passes[0][1][0][0], first["row"])
+    assert sum(len(rows) for rows, _ in passes[0][1]) == data.n_val > 100
+    for decoded, taken in passes[1:]:
+        assert (decoded == 0) == (sparse and most > 1_000_000)
+        for (rows, counts), (same_rows, same_counts) in zip(taken, passes[0][1], strict=True):
+            assert torch.equal(rows, same_rows)
+            assert np.array_equal(counts, same_counts)
+
+
+def as_array(counts: torch.Tensor | SparseCounts) -> np.ndarray:
+    dense = counts if isinstance(counts, torch.Tensor) else counts.dense()
+    return dense.numpy().copy()
 
 
 def test_memory_of_a_minibatch_is_used_again_only_when_nobody_holds_it(tmp_path: Path) -> None:

@@ -216,7 +216,7 @@ def test_without_a_run_the_pca_takes_variable_genes(finished_run: Run, demo_cens
 
 
 def test_classes_of_the_cell_ontology(finished_run: Run, tmp_path: Path) -> None:
-    pytest.importorskip("cellxgene_ontology_guide")
+    pytest.importorskip("cellxgene_ontology_guide", reason="needs the Cell Ontology: pip install -e .[ontology]")
     terms = pd.Series(["CL:0000236", "CL:0000624", "CL:0000057", "unknown", "CL:9999999", "CL:0000236"])
     found = ontology.classes_of(terms, "cell_class").tolist()
     blood = "hematopoietic cell"
@@ -246,10 +246,10 @@ def test_a_publication_of_the_embedding_that_was_measured_shows_it(evaluated: Pa
 @pytest.fixture(scope="module")
 def page(evaluated: Path) -> Iterator[tuple[Any, list[str]]]:
     """The report in headless Chromium, and what it complains of."""
-    api = pytest.importorskip("playwright.sync_api")
+    api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if chromium is None:
-        pytest.skip("no Chromium on this machine to open the report in")
+        pytest.skip("needs a Chromium to open the report in: install chromium or google-chrome")
     with api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         context = browser.new_context(offline=True)

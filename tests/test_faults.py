@@ -303,7 +303,7 @@ def test_a_full_disk_is_one_line_and_the_rerun_ends_the_same(
 
 def test_no_permission_is_one_line(demo_census: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if os.geteuid() == 0:
-        pytest.skip("root may write everywhere")
+        pytest.skip("root may write everywhere: run the test as another user")
     tmp_path.chmod(0o500)
     assert Run(tmp_path / "x", demo_census)("prepare") == 2
     assert "no permission" in capsys.readouterr().err
@@ -342,15 +342,33 @@ def start(script: Path, run: Run) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 
+# On each of two processes another library is faster; each says which one it uses.
+UNLIKE = """
+import os, sys
+from census_scvi.model.fast import plan
+rank, use = os.environ.get("LOCAL_RANK", "0"), plan.products.use
+plan.faster_libraries = lambda *_: plan.Libraries(*[{"0": "onednn", "1": "torch"}[rank]] * 3)
+plan.products.use = lambda libraries: print(f"rank {rank} uses {libraries.forward}", file=sys.stderr) or use(libraries)
+"""
+TRAIN = "\nimport sys\nfrom census_scvi.cli import main\nsys.exit(main('train'))\n"
+
+
 @pytest.mark.slow
 def test_two_cpu_processes_train_one_model_and_resume(demo_census: str, tmp_path: Path) -> None:
     """DDP as an operator starts it: the script, with multi_gpu; and once more, killed in an epoch and resumed."""
     undisturbed, killed = (Run(tmp_path / name, demo_census, train=DDP) for name in ("undisturbed", "killed"))
     assert undisturbed("prepare") == 0
-    done = start(ROOT / "scvi-train.py", undisturbed)
+    script = tmp_path / "undisturbed.py"
+    script.write_text(UNLIKE + TRAIN)
+    done = start(script, undisturbed)
     assert done.returncode == 0, done.stderr
+    assert {line for line in done.stderr.splitlines() if " uses " in line} == {
+        "rank 0 uses onednn",
+        "rank 1 uses onednn",
+    }
     record = undisturbed.record("train")
     assert record["processes"] == 2
+    assert set(record["libraries"].values()) == {"onednn"}
     assert record["counts"]["epochs"] == 2
     assert record["learning_curves"]["elbo_validation"][-1] < record["learning_curves"]["elbo_validation"][0]
 
@@ -359,7 +377,7 @@ def test_two_cpu_processes_train_one_model_and_resume(demo_census: str, tmp_path
     kill = {"module": "census_scvi.model.finite_loss", "name": "FiniteLoss.on_train_batch_end", "nth": 19}
     first = "os.environ.get('LOCAL_RANK', '0') == '0'"  # the signal comes to one of the processes only
     plant = KILL.format(**kill, signal=f"SIGTERM if {first} else 0")
-    script.write_text(f"{plant}\nimport sys\nfrom census_scvi.cli import main\nsys.exit(main('train'))\n")
+    script.write_text(UNLIKE + plant + TRAIN)
     stopped = start(script, killed)
     assert stopped.returncode == 143, stopped.stderr
     assert stopped.stderr.splitlines()[-1] == STOPPED["SIGTERM"][1]

@@ -296,7 +296,7 @@ def test_a_torch_that_does_not_start_is_no_installation(sandbox: Sandbox) -> Non
     assert not sandbox.finished
 
 
-@pytest.mark.skipif(not shutil.which("flock"), reason="needs flock")
+@pytest.mark.skipif(not shutil.which("flock"), reason="needs flock: install util-linux")
 def test_of_two_runs_at_once_one_installs_and_one_waits(sandbox: Sandbox) -> None:
     sandbox.python("python3.11")
     runs = [sandbox.start(FAKE_PIP="sleep 1") for _ in range(2)]
@@ -397,7 +397,7 @@ def test_every_requirement_is_pinned_within_its_bounds() -> None:
         assert pinned[canonicalize_name(requirement.name)] in requirement.specifier, line
 
 
-@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="the pins are for Python 3.11")
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="the pins are for Python 3.11: make test PYTHON=python3.11")
 def test_installed_packages_have_the_pinned_versions() -> None:
     different = {}
     for name, pinned in pins().items():

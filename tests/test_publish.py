@@ -268,7 +268,7 @@ def test_storage_that_fails_half_way_leaves_what_was_there(
 def test_a_read_only_target_is_one_line(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     folder = census_of(run)
     if subprocess.run(["mount", "--bind", folder, folder], capture_output=True, check=False).returncode:
-        pytest.skip("this process may not mount a folder read-only")
+        pytest.skip("needs the right to mount a folder read-only: run the test as root (CAP_SYS_ADMIN)")
     try:
         subprocess.run(["mount", "-o", "remount,ro,bind", folder], check=True)
         assert run("publish") == 2

@@ -4,8 +4,11 @@ import itertools
 import json
 import logging
 import math
+import os
 import pickle
 import re
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -29,11 +32,15 @@ from census_scvi.counts.data_module import PreparedDataModule
 from census_scvi.errors import UserError
 from census_scvi.model import finite_loss, training, training_progress
 from census_scvi.model.build import build_model, init_arguments
-from census_scvi.model.fast import negative_binomial
+from census_scvi.model.fast import negative_binomial, products
+from census_scvi.model.fast import plan as fast_plan
+from census_scvi.model.fast.measure import Precision
 from census_scvi.model.fast.plan import FastTrainingPlan
+from census_scvi.model.fast.products import Libraries
 from census_scvi.model.safe import load_safe
 from census_scvi.model.schedule import warnings_before
 from census_scvi.stages import train
+from census_scvi.workspace.provenance import processor
 
 
 @pytest.fixture(scope="module")
@@ -324,7 +331,7 @@ def test_devices_without_multi_gpu_are_said_not_to_count(
     assert "train.devices is [0, 1] and counts only with train.multi_gpu: true" in caplog.text
 
 
-@pytest.mark.skipif(torch.cuda.device_count() > 3, reason="this machine has the devices that the test asks for")
+@pytest.mark.skipif(torch.cuda.device_count() > 3, reason="there are four GPUs here; CUDA_VISIBLE_DEVICES= hides them")
 @pytest.mark.parametrize("settings", [["train.multi_gpu=true", "train.devices=[0,1,2,3]", "train.accelerator=auto"]])
 def test_more_devices_than_there_are_is_refused(
     prepared: Run, settings: list[str], capsys: pytest.CaptureFixture[str]
@@ -333,13 +340,13 @@ def test_more_devices_than_there_are_is_refused(
     assert "train.multi_gpu asks for devices [0, 1, 2, 3] and torch finds" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here; CUDA_VISIBLE_DEVICES= hides it")
 def test_a_gpu_that_is_not_there_is_refused(prepared: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert prepared("train", "train.accelerator=gpu") == 2
     assert "torch finds no GPU here" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here; CUDA_VISIBLE_DEVICES= hides it")
 def test_a_precision_that_the_device_has_not_is_refused(prepared: Run, capsys: pytest.CaptureFixture[str]) -> None:
     for more in ([], ["--dry-run"]):
         assert prepared("train", "train.precision=fp16", *more) == 2
@@ -529,6 +536,127 @@ def test_the_warning_comes_before_training_and_in_the_plan(
         "note   warning: 1,242 training cells in minibatches of 256 for 3 epochs are 15 optimiser"
         in capsys.readouterr().out
     )
+
+
+def choosing(monkeypatch: pytest.MonkeyPatch, library: str) -> list[str]:
+    """Let the measurement find this library faster; returns what is measured, a line each."""
+    measured: list[str] = []
+    monkeypatch.setattr(fast_plan, "faster_libraries", lambda *_: measured.append(library) or Libraries(*[library] * 3))
+    return measured
+
+
+def test_a_resumed_run_multiplies_with_the_library_that_it_began_with(
+    prepared: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.set_num_threads(1)
+    settings = {**RESUMABLE, "train": {**RESUMABLE["train"], "checkpoint_minutes": 0}}
+    undisturbed, stopped, other = (copy_of(prepared, tmp_path / name, **settings) for name in "abc")
+    used: set[str] = set()
+    real = products.times_transposed
+    monkeypatch.setattr(products, "times_transposed", lambda library, *more: used.add(library) or real(library, *more))
+    measured = choosing(monkeypatch, "onednn")
+    assert undisturbed("train") == 0
+    stop_in(stopped, 1, 1, monkeypatch)
+    assert measured == ["onednn"] * 2
+    measured = choosing(monkeypatch, "torch")
+    products.use(Libraries())  # a new process
+    used.clear()
+    assert stopped("train") == 0
+    assert (measured, used) == ([], {"onednn"})
+    assert equal(weights(undisturbed), weights(stopped))
+    used.clear()
+    assert other("train") == 0
+    assert (measured, used) == (["torch"], {"torch"})
+    kinds = ("forward", "input_gradient", "weight_gradient")
+    for run, library in ((undisturbed, "onednn"), (stopped, "onednn"), (other, "torch")):
+        assert run.record("train")["libraries"] == dict.fromkeys(kinds, library)
+    # The choice belongs to the machine, not to the settings: the finished run is still that of its config.
+    assert undisturbed("train") == 0
+    assert measured == ["torch"]
+
+
+def test_a_checkpoint_older_than_the_choice_goes_on_with_onednn(
+    prepared: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = copy_of(prepared, tmp_path)
+    choosing(monkeypatch, "onednn")
+    stop_in(run, 1, 0, monkeypatch)
+    path = run.path(".partial/train/checkpoint.ckpt")
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["libraries"]
+    torch.save(checkpoint, path)
+    measured = choosing(monkeypatch, "torch")
+    assert run("train") == 0
+    assert (measured, set(run.record("train")["libraries"].values())) == ([], {"onednn"})
+
+
+@pytest.mark.parametrize("settings", [{"engine": "scvi-tools"}, {"precision": "bf16"}])
+def test_where_torch_alone_multiplies_nothing_is_measured(
+    prepared: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    measured = choosing(monkeypatch, "onednn")
+    run = copy_of(prepared, tmp_path, train={"max_epochs": 1, **settings})
+    assert run("train") == 0
+    assert (measured, run.record("train")["libraries"]) == ([], None)
+
+
+def test_a_precision_that_is_slower_here_than_float32_is_refused_before_training(
+    prepared: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copy_of(prepared, tmp_path, train={"checkpoint_minutes": 0, "precision": "bf16"})
+    for reduced, code in ((12.835, 2), (0.1, 0)):
+        monkeypatch.setattr(training, "measure_precision", lambda *_, reduced=reduced: Precision(0.724, reduced))
+        for more in (["--dry-run"], []):
+            assert run("train", *more) == code
+            error = capsys.readouterr().err
+            if code:
+                assert not run.directory.joinpath(".partial").exists()
+                assert error.splitlines()[-1] == (
+                    f"error: train.precision is bf16, and this processor ({processor()}) is slower in it: 12,835 ms for"
+                    " matrix products of this model that take 724 ms in float32; set float32"
+                )
+    monkeypatch.setattr(training, "measure_precision", lambda *_: Precision(0.724, 12.835))
+    assert run("train", "train.precision=float32", "--force") == 0  # nothing is measured for it
+    resumed = copy_of(prepared, tmp_path / "resumed", train={"checkpoint_minutes": 0, "precision": "bf16"})
+    with monkeypatch.context() as before:
+        before.setattr(training, "measure_precision", lambda *_: None)
+        stop_in(resumed, 1, 0, monkeypatch)
+    capsys.readouterr()
+    assert resumed("train") == 0  # on another machine: said, for it cannot be changed any more
+    assert "is slower in it: 12,835 ms" in capsys.readouterr().err
+
+
+BF16 = """
+import sys
+import torch
+from census_scvi.config import load_config
+from census_scvi.model.training import slow_precision
+
+settings = load_config(sys.argv[1], ["train.precision=bf16"]).train
+print(torch.backends.cpu.get_cpu_capability(), slow_precision(settings, 2000, 128))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX"), reason="needs a processor with AVX2"
+)
+def test_without_instructions_for_bf16_it_is_measured_to_be_slower(prepared: Run) -> None:
+    """The libraries kept from the newer instructions of this processor."""
+    limits = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", BF16, str(prepared.config)],
+        env=os.environ | limits | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = re.fullmatch(
+        r"AVX2 .* is slower in it: ([\d,]+) ms for .* take ([\d,]+) ms in float32; .*", done.stdout.strip()
+    )
+    assert found, done.stdout
+    reduced, float32 = (int(number.replace(",", "")) for number in found.groups())
+    assert reduced > 2 * float32
 
 
 # --- what training does to the cells

@@ -179,7 +179,7 @@ class TrainSection(Section):
     engine: Literal["fast", "scvi-tools"] = "fast"
     """Who computes a training step: `fast` is the same loss and gradients in a fraction of the time."""
     precision: Literal["float32", "bf16", "fp16"] = "float32"
-    """Of the matrix products: the reduced ones are faster on a GPU that has them, and give other numbers."""
+    """Of the matrix products: bf16 and fp16 are faster where the hardware has them, and give other numbers."""
     checkpoint_minutes: Annotated[float, Field(ge=0.0)] = 10.0
     """Between checkpoints within an epoch, where a killed training goes on; there is one after each epoch as well."""
     trainer: dict[str, Any] | None = None

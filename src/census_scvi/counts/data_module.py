@@ -8,7 +8,7 @@ from pathlib import Path
 import lightning
 import torch
 
-from census_scvi.counts.loader import MinibatchLoader
+from census_scvi.counts.loader import KeptMinibatches, MinibatchLoader
 from census_scvi.counts.minibatch import Minibatch, densify
 from census_scvi.counts.order import CellOrder, validation_mask
 from census_scvi.counts.reader import PreparedCells
@@ -61,13 +61,13 @@ class PreparedDataModule(lightning.LightningDataModule):
         order = CellOrder(~self._validation, self._seed, rank, world_size)
         return self._loader(order, self._epoch)
 
-    def val_dataloader(self) -> MinibatchLoader | list[Minibatch]:
+    def val_dataloader(self) -> KeptMinibatches | list[Minibatch]:
         """Validation cells, in the order of the file; nothing where all cells train."""
         rank, world_size = self._rank()
         if self.n_val < world_size:
             return []
         order = CellOrder(self._validation, None, rank, world_size)
-        return self._loader(order, lambda: 0)
+        return KeptMinibatches(self._loader(order, lambda: 0))
 
     def on_after_batch_transfer(self, batch: Minibatch, dataloader_idx: int) -> Minibatch:
         """Make a sparse minibatch dense, on the device, unless sparse ones are wanted."""

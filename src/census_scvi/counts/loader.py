@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from census_scvi.counts.minibatch import DenseMinibatches, Minibatch, sparse_minibatch
+from census_scvi.counts.minibatch import DenseMinibatches, Minibatch, SparseCounts, sparse_minibatch
 from census_scvi.counts.order import CellOrder, Window, minibatch_sizes
 from census_scvi.counts.reader import PreparedCells, Rows
 from census_scvi.readahead import read_ahead
@@ -91,6 +91,41 @@ class MinibatchLoader:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Let the next pass begin after as many minibatches."""
         self._skip = state["minibatches"]
+
+
+class KeptMinibatches:
+    """The same minibatches in each pass: sparse ones that take little memory are decoded once, in the first whole pass.
+
+    Parameters
+    ----------
+    loader
+        Gives the same minibatches in each pass.
+    most
+        Bytes that may be kept; of more, nothing is.
+    """
+
+    def __init__(self, loader: MinibatchLoader, most: int = 64_000_000) -> None:
+        self._loader = loader
+        self._most = most
+        self._kept: list[Minibatch] = []
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Minibatch]:
+        if self._kept:
+            yield from self._kept
+            return
+        met, n_bytes = [], 0
+        for minibatch in self._loader:
+            counts = minibatch["X"]
+            n_bytes += counts.nbytes if isinstance(counts, SparseCounts) else self._most + 1
+            if n_bytes <= self._most:
+                met.append(minibatch)
+            else:
+                met.clear()
+            yield minibatch
+        self._kept = met if n_bytes <= self._most else []
 
 
 def _cut(windows: Iterator[Rows], sizes: Iterable[int]) -> Iterator[list[Rows]]:

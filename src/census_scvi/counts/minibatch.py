@@ -39,6 +39,11 @@ class SparseCounts:
     def __len__(self) -> int:
         return len(self.n_detected)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory."""
+        return self.n_detected.nbytes + self.genes.nbytes + self.counts.nbytes
+
     def to(self, device: torch.device | str) -> SparseCounts:
         """The same on a device; from pinned memory without waiting for the copy."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=tensor.is_pinned()))

@@ -54,12 +54,18 @@ class LearningCurves(lightning.Callback):
     ----------
     engine
         Who computes the steps, for the record.
+
+    Attributes
+    ----------
+    libraries
+        What multiplied float32 matrices, for the record.
     """
 
     def __init__(self, engine: str) -> None:
         self.curves: dict[str, list[float]] = {}
         self.engine = engine
         self.processes = 1
+        self.libraries: dict[str, str] | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: Plan) -> None:
         """Note how many processes train."""

@@ -8,6 +8,7 @@ import os
 import traceback
 import warnings
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ import lightning
 import scvi
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor
-from lightning.pytorch.loggers import TensorBoardLogger
 from scvi.train import Trainer, TrainingPlan
 
 from census_scvi.config import TrainSection
@@ -29,11 +29,13 @@ from census_scvi.model.callbacks import (
     early_stopping_callbacks,
 )
 from census_scvi.model.checkpoint import Checkpoint, StagedIO
+from census_scvi.model.fast.measure import measure_precision
 from census_scvi.model.fast.plan import FastTrainingPlan
 from census_scvi.model.fast.step import reason_against, unused_frozen
 from census_scvi.model.finite_loss import FiniteLoss
 from census_scvi.model.rehearsal import diverged, one_line, require_trainable
-from census_scvi.model.training_progress import Progress
+from census_scvi.model.training_progress import EventLog, Progress
+from census_scvi.workspace.provenance import processor
 
 log = logging.getLogger(__name__)
 
@@ -96,13 +98,33 @@ def choose_precision(settings: TrainSection) -> str:
     UserError
         The device cannot compute in `train.precision`.
     """
-    gpu = settings.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    gpu = _on_gpu(settings)
     if settings.precision == "fp16" and not gpu:
         raise UserError("train.precision is fp16, which needs a GPU; set float32 or bf16")
     if settings.precision == "bf16" and gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
         name = torch.cuda.get_device_name()
         raise UserError(f"train.precision is bf16, and this GPU ({name}) cannot compute in it; set float32 or fp16")
     return {"float32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[settings.precision]
+
+
+def slow_precision(settings: TrainSection, n_genes: int, n_hidden: int) -> str:
+    """Why `train.precision` does not suit this processor, measured on products of the model's shapes; "" where it does.
+
+    A processor without instructions for bf16 computes in it all the same, many times slower than in float32.
+    """
+    if settings.precision == "float32" or _on_gpu(settings):
+        return ""
+    measured = measure_precision(n_genes, n_hidden, torch.bfloat16)
+    if measured is None or measured.reduced <= measured.float32:
+        return ""
+    return (
+        f"train.precision is bf16, and this processor ({processor()}) is slower in it: {1e3 * measured.reduced:,.0f} ms"
+        f" for matrix products of this model that take {1e3 * measured.float32:,.0f} ms in float32; set float32"
+    )
+
+
+def _on_gpu(settings: TrainSection) -> bool:
+    return settings.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
 
 
 def make_plan(
@@ -155,6 +177,12 @@ def n_processes(settings: TrainSection) -> int:
 def engine_of(plan: TrainingPlan) -> str:
     """The `train.engine` that a plan is of."""
     return "fast" if isinstance(plan, FastTrainingPlan) else "scvi-tools"
+
+
+def libraries_of(plan: TrainingPlan) -> dict[str, str] | None:
+    """The libraries that multiplied float32 matrices, for the record; None where torch alone chose."""
+    libraries = plan.libraries if isinstance(plan, FastTrainingPlan) else None
+    return asdict(libraries) if libraries else None
 
 
 def fit(
@@ -218,7 +246,7 @@ def fit(
         trainer = Trainer(
             callbacks=callbacks,
             plugins=StagedIO(),
-            logger=TensorBoardLogger(tensorboard.parent, name=tensorboard.name, version="", sub_dir=None),
+            logger=EventLog(tensorboard.parent, name=tensorboard.name, version="", sub_dir=None),
             default_root_dir=str(tensorboard.parent),
             **_trainer_arguments(settings, data) | arguments,
         )
@@ -234,6 +262,7 @@ def fit(
                     f" train.trainer: {settings.trainer}; correct that or leave it out"
                 ) from error
             raise
+    curves.libraries = libraries_of(plan)
     model.module.eval()
     model.is_trained_ = True
     return curves

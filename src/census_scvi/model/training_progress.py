@@ -9,6 +9,8 @@ from typing import Any, TypeAlias
 
 import lightning
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from tqdm import tqdm
 
 from census_scvi.counts.minibatch import Minibatch
@@ -22,6 +24,19 @@ Plan: TypeAlias = lightning.LightningModule
 
 _SECONDS_BETWEEN_LINES = 600
 _LONGEST = 10**12  # seconds of which timedelta can speak
+
+
+class EventLog(TensorBoardLogger):
+    """TensorBoard's events, without Lightning's hparams.yaml: manifest.json has the settings.
+
+    To see whether its folder is one, Lightning would import each cloud's file system that is installed, for half a
+    second.
+    """
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Write what is logged so far."""
+        self.experiment.flush()
 
 
 class Progress(lightning.Callback):

@@ -22,6 +22,8 @@ from census_scvi.counts.minibatch import Minibatch
 from census_scvi.errors import UserError
 from census_scvi.model.build import build_model, init_arguments
 from census_scvi.model.callbacks import LearningCurves
+from census_scvi.model.fast import products
+from census_scvi.model.fast.measure import faster_libraries, shape_of
 from census_scvi.model.fast.step import unused_frozen
 from census_scvi.model.safe import ModelDescription, save_safe
 from census_scvi.model.schedule import warnings_before
@@ -33,6 +35,7 @@ from census_scvi.model.training import (
     fit,
     make_plan,
     n_processes,
+    slow_precision,
 )
 from census_scvi.run_names import CHECKPOINT
 from census_scvi.stages.plan import Plan, human_bytes
@@ -65,6 +68,9 @@ def run(config: Config, *, force: bool = False) -> None:
         inputs = workspace.require("prepare", [artifacts.prepared])
         data = _data(config)
         check_arguments(config.train, config.training_plan, data)
+        slow = slow_precision(config.train, data.cells.n_genes, config.model.n_hidden)
+        if slow and (force or not _started(config, workspace)):
+            raise UserError(slow)
         stage = workspace.begin(STAGE, config, KEYS, inputs, force=force, progress=CHECKPOINT)
         if stage.done:
             log.info("%s is done for these settings in %s; --force does it again", STAGE, config.directory)
@@ -72,6 +78,8 @@ def run(config: Config, *, force: bool = False) -> None:
         model = _build(config, data)
         if stage.resumed:
             log.info("going on from the last checkpoint")
+        if slow:
+            log.warning("warning: %s, which takes --force", slow)
         for problem in _problems(config, data):
             log.warning("warning: %s", problem)
         curves = _fit(config, model, data, stage.staging, digest(stage.fingerprint))
@@ -83,11 +91,17 @@ def run(config: Config, *, force: bool = False) -> None:
             counts,
             engine=curves.engine,
             processes=curves.processes,
+            libraries=curves.libraries,
             final_metrics=_final(curves),
             learning_curves=curves.curves,
         )
         losses = ", ".join(f"{name} {value:.1f}" for name, value in _final(curves).items())
         log.info("wrote %s after %d epochs: %s", config.directory / artifacts.model, counts["epochs"], losses)
+
+
+def _started(config: Config, workspace: Workspace) -> bool:
+    """Whether there is a training, finished or not, whose precision is what it is."""
+    return workspace.record(STAGE) is not None or StageRun(workspace, STAGE, config, {}).path(CHECKPOINT).exists()
 
 
 def _follows() -> bool:
@@ -193,8 +207,11 @@ def plan(config: Config) -> Plan:
     data = _data(config)
     check_arguments(config.train, config.training_plan, data)
     model = _build(config, data)
+    if slow := slow_precision(config.train, data.cells.n_genes, config.model.n_hidden):
+        raise UserError(slow)
     parameters = sum(parameter.numel() for parameter in model.module.parameters())
     training = make_plan(config.train, model.module, data, config.training_plan)
+    libraries = _libraries(config, training)
     step = _seconds_per_cell(config, training, data)
     engine = engine_of(training)
     entries = config.train.batch_size * data.cells.n_genes
@@ -215,13 +232,23 @@ def plan(config: Config) -> Plan:
             f"devices: {devices['devices']} ({devices['accelerator']}), steps by train.engine {engine}",
             f"while it trains, a checkpoint of {human_bytes(12.0 * parameters)}",
             *(f"warning: {problem}" for problem in _problems(config, data)),
+            *([f"float32 matrix products: {libraries}"] if libraries else []),
         ],
     )
 
 
+def _libraries(config: Config, plan: TrainingPlan) -> products.Libraries | None:
+    """Choose, as the training will, what multiplies on the CPU; None where torch alone does."""
+    if engine_of(plan) != "fast" or config.train.precision != "float32" or _device(config) != "cpu":
+        return None
+    libraries = faster_libraries(*shape_of(plan.module))
+    products.use(libraries)
+    return libraries
+
+
 def _seconds_per_cell(config: Config, plan: TrainingPlan, data: PreparedDataModule) -> float:
     """Time of training steps on the CPU or the first GPU, reading included."""
-    device = "cuda" if torch.cuda.is_available() and config.train.accelerator != "cpu" else "cpu"
+    device = _device(config)
     module = plan.module.to(device).train()
     minibatches = itertools.chain.from_iterable(itertools.repeat(data.train_dataloader()))
     reduced = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.precision)
@@ -233,6 +260,10 @@ def _seconds_per_cell(config: Config, plan: TrainingPlan, data: PreparedDataModu
         while (elapsed := time.monotonic() - started) < _SAMPLE_SECONDS:
             cells += _step(plan, optimiser, next(minibatches), device)
     return elapsed / cells
+
+
+def _device(config: Config) -> str:
+    return "cuda" if torch.cuda.is_available() and config.train.accelerator != "cpu" else "cpu"
 
 
 def _step(plan: TrainingPlan, optimiser: torch.optim.Optimizer, minibatch: Minibatch, device: str) -> int:

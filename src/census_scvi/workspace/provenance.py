@@ -15,6 +15,11 @@ PACKAGES = (
     "census-scvi", "cellxgene-census", "tiledbsoma", "scvi-tools", "torch", "lightning", "anndata", "scanpy", "h5py",
     "numpy", "pandas", "scipy", "pyarrow", "scikit-misc", "safetensors",
 )  # fmt: skip
+# By their names in /proc/cpuinfo.
+_INSTRUCTIONS = {
+    "avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "AVX-512 BF16", "amx_bf16": "AMX BF16",
+    "asimd": "NEON", "sve": "SVE", "bf16": "BF16",
+}  # fmt: skip
 
 
 def package_versions() -> dict[str, str]:
@@ -51,6 +56,7 @@ def hardware() -> dict[str, Any]:
     """Processor, cores, memory in bytes and, where torch is already imported, GPUs."""
     found: dict[str, Any] = {
         "machine": platform.machine(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
     }
@@ -58,6 +64,16 @@ def hardware() -> dict[str, Any]:
     if torch is not None and torch.cuda.is_available():
         found["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return found
+
+
+def processor() -> str:
+    """Name of the processor and those of its instruction sets that decide how fast it multiplies."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = fields.get("flags", fields.get("Features", "")).split()
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    return ", ".join([name, *(shown for flag, shown in _INSTRUCTIONS.items() if flag in flags)])
 
 
 def peak_memory_bytes() -> int:

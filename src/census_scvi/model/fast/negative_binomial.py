@@ -50,7 +50,7 @@ import torch
 from census_scvi.counts.minibatch import SparseCounts
 from census_scvi.model.fast import torch_kernel
 from census_scvi.model.fast.decoded import Decoded, LossAndSlopes
-from census_scvi.model.fast.products import product_dtype, times_transposed
+from census_scvi.model.fast.products import input_gradient, layer_output, product_dtype, weight_gradient
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ class _ReconstructionLoss(torch.autograd.Function):
         weights = [each.to(dtype) for each in (weight, dropout_weight) if each is not None]
         biases = [each.to(dtype) for each in (bias, dropout_bias) if each is not None]
         with torch.autocast(hidden.device.type, enabled=False):
-            products = [times_transposed(hidden, *head).to(theta.dtype) for head in zip(weights, biases, strict=True)]
+            products = [layer_output(hidden, *head).to(theta.dtype) for head in zip(weights, biases, strict=True)]
             decoded = Decoded(products[0], theta, row_of_cell, counts, products[1] if len(products) > 1 else None)
             made = loss_and_slopes(decoded, slopes=any(ctx.needs_input_grad))
         of_products = [_narrow(each, dtype) for each in (made.logits, made.dropout) if each is not None]
@@ -122,11 +122,11 @@ class _ReconstructionLoss(torch.autograd.Function):
         weights, of_products = rest[: len(rest) // 2], rest[len(rest) // 2 :]
         scale = of_mean / len(hidden)
         # The scale goes to the smaller factor: float16 holds the slopes of single cells, not those divided by cells.
-        scaled = (hidden * scale.to(hidden.dtype)).T
-        of_hidden = sum(times_transposed(slopes, weight.T) for weight, slopes in zip(weights, of_products, strict=True))
+        scaled = hidden * scale.to(hidden.dtype)
+        of_hidden = sum(input_gradient(slopes, weight) for weight, slopes in zip(weights, of_products, strict=True))
         of_heads: list[torch.Tensor | None] = []
         for slopes in of_products:
-            of_heads += [times_transposed(slopes.T, scaled).to(theta.dtype), slopes.sum(0, dtype=theta.dtype) * scale]
+            of_heads += [weight_gradient(slopes, scaled).to(theta.dtype), slopes.sum(0, dtype=theta.dtype) * scale]
         of_heads += [None] * (4 - len(of_heads))
         return of_hidden * scale, *of_heads, theta * scale, None, None
 

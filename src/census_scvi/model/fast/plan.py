@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -11,11 +13,46 @@ from scvi.train import TrainingPlan
 from scvi.train._trainingplans import _compute_kl_weight
 
 from census_scvi.counts.minibatch import Minibatch
+from census_scvi.model.fast import products
+from census_scvi.model.fast.measure import faster_libraries, shape_of
+from census_scvi.model.fast.products import Libraries
 from census_scvi.model.fast.step import step
+
+log = logging.getLogger(__name__)
 
 
 class FastTrainingPlan(TrainingPlan):
-    """Metrics, schedules and optimiser of scvi-tools; the loss by `step`, Adam in one pass over the parameters."""
+    """Metrics, schedules and optimiser of scvi-tools; the loss by `step`, Adam in one pass over the parameters.
+
+    Attributes
+    ----------
+    libraries
+        What multiplies float32 matrices on a CPU: measured when a training begins, and kept in its checkpoints, since
+        the libraries round differently; None where it is not known yet, or torch alone multiplies.
+    """
+
+    libraries: Libraries | None = None
+
+    def on_train_start(self) -> None:
+        """Choose the libraries: one choice for all processes, and for all of a training that is resumed."""
+        if self.device.type != "cpu" or self.trainer.precision != "32-true":
+            return
+        if self.libraries is None:
+            self.libraries = self.trainer.strategy.broadcast(faster_libraries(*shape_of(self.module)))
+            chosen = ", ".join(
+                f"{kind.replace('_', ' ')} {library}" for kind, library in asdict(self.libraries).items()
+            )
+            log.info("the faster library for float32 matrix products here: %s", chosen)
+        products.use(self.libraries)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save the choice."""
+        checkpoint["libraries"] = asdict(self.libraries) if self.libraries else None
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the choice; before there was one, oneDNN multiplied."""
+        saved = checkpoint.get("libraries", asdict(Libraries("onednn", "onednn", "onednn")))
+        self.libraries = Libraries(**saved) if saved else None
 
     def forward(self, minibatch: Minibatch, loss_kwargs: dict[str, Any]) -> tuple[None, None, LossOutput]:
         """What scvi-tools' steps of training and validation call."""

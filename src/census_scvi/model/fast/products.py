@@ -1,34 +1,83 @@
-"""Matrix products of the network, by the fastest exact float32 routine at hand.
+"""Matrix products of the network, those of float32 on a CPU by the library that is faster there.
 
-torch multiplies float32 matrices on a CPU with MKL, which on AMD's processors reaches less than half of what oneDNN
-does, and oneDNN is in every torch for x86: it is asked where torch offers it.
+torch multiplies float32 matrices on a CPU with its BLAS, MKL in its builds for x86. oneDNN, which is in these builds as
+well, takes less than half of the time on some processors and more on others: `measure` finds out which.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import torch
 from torch.nn import functional
 
 # torch's compiler makes linear layers of it.
-_onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+_onednn: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+Library = Literal["torch", "onednn"]
 
 
-def times_transposed(left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`left @ right.T + bias`, (n, m) of (n, k), (m, k) and (m,); the matrices may be views, without gradients."""
+@dataclass(frozen=True)
+class Libraries:
+    """The library for each kind of product; "torch" is the one that torch itself takes."""
+
+    forward: Library = "torch"
+    input_gradient: Library = "torch"
+    weight_gradient: Library = "torch"
+
+    def __str__(self) -> str:
+        return ", ".join(f"{kind.replace('_', ' ')} {library}" for kind, library in asdict(self).items())
+
+
+_used = Libraries()
+
+
+def use(libraries: Libraries) -> None:
+    """Multiply with these libraries in this process from now on."""
+    global _used
+    _used = libraries
+
+
+def onednn_available() -> bool:
+    """Whether torch offers oneDNN's products here."""
+    return _onednn is not None and torch.backends.mkldnn.is_available()
+
+
+def layer_output(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """`x @ weight.T + bias`, (cells, outputs) of (cells, inputs), (outputs, inputs) and (outputs,).
+
+    Here and below the matrices may be views, and no gradients are kept.
+    """
+    return times_transposed(_used.forward, x, weight, bias)
+
+
+def input_gradient(slopes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`slopes @ weight`, (cells, inputs) of (cells, outputs) and (outputs, inputs)."""
+    return times_transposed(_used.input_gradient, slopes, weight.T)
+
+
+def weight_gradient(slopes: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """`slopes.T @ x`, (outputs, inputs) of (cells, outputs) and (cells, inputs)."""
+    return times_transposed(_used.weight_gradient, slopes.T, x.T)
+
+
+def times_transposed(
+    library: Library, left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`left @ right.T + bias`, (n, m) of (n, k), (m, k) and (m,), by a library where it can."""
     if (
-        _onednn is not None
-        and left.device.type == "cpu"
-        and left.dtype == torch.float32
-        and torch.backends.mkldnn.is_available()
-        and _plain(left)
-        and _plain(right)
+        library == "torch"
+        or left.device.type != "cpu"
+        or left.dtype != torch.float32
+        or not onednn_available()
+        or not _plain(left)
+        or not _plain(right)
     ):
-        if bias is None and not left.is_contiguous() and len(left) > len(right):  # it would be copied first
-            return _onednn(right, left, None, "none", [], "").T.contiguous()
-        return _onednn(left, right, bias, "none", [], "")
-    return functional.linear(left, right, bias)
+        return functional.linear(left, right, bias)
+    if bias is None and not left.is_contiguous() and len(left) > len(right):  # it would be copied first
+        return _onednn(right, left, None, "none", [], "").T.contiguous()
+    return _onednn(left, right, bias, "none", [], "")
 
 
 def _plain(matrix: torch.Tensor) -> bool:
@@ -53,11 +102,11 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
-        return times_transposed(x, weight, bias)
+        return layer_output(x, weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, of_result: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        of_x = times_transposed(of_result, weight.T) if ctx.needs_input_grad[0] else None
-        return of_x, times_transposed(of_result.T, x.T), of_result.sum(0)
+        of_x = input_gradient(of_result, weight) if ctx.needs_input_grad[0] else None
+        return of_x, weight_gradient(of_result, x), of_result.sum(0)

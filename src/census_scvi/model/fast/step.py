@@ -1,8 +1,9 @@
 """The training step of scvi-tools' VAE in less work: same parameters, same random numbers, same loss and gradients.
 
-What differs from `VAE.forward`: log1p is taken of the counts that are there; matrix products are oneDNN's where it is
-at hand (`products`); a batch is a row of weights that is looked up, where scvi-tools appends a one-hot matrix to its
-inputs; the loss is that of `negative_binomial`; and the layers that the loss does not depend on are left out.
+What differs from `VAE.forward`: log1p is taken of the counts that are there; matrix products are those of the library
+that is faster on the processor (`products`); a batch is a row of weights that is looked up, where scvi-tools appends a
+one-hot matrix to its inputs; the loss is that of `negative_binomial`; and the layers that the loss does not depend on
+are left out.
 """
 
 from __future__ import annotations
