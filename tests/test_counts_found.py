@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -399,7 +400,15 @@ def forged(name: str, position: int, value: int, kind: str) -> Callable[[h5py.Fi
     return forge
 
 
+def reshaped(shape: object) -> Callable[[h5py.File], None]:
+    return lambda file: file["X"].attrs.__setitem__("shape", shape)
+
+
 FORGED = {
+    "a giant shape": reshaped((10**9, 10**9)),
+    "text for a shape": reshaped("large"),
+    "a negative shape": reshaped((-60, 80)),
+    "three dimensions": reshaped((60, 80, 2)),
     "index beyond the genes": forged("indices", 3, 10**6, "csr"),
     "negative index": forged("indices", 3, -5, "csr"),
     "pointer backwards": forged("indptr", 3, 10**6, "csr"),
@@ -415,9 +424,10 @@ def test_a_sparse_matrix_that_does_not_fit_together_is_refused(case: str, tmp_pa
     cells(ALL).write_h5ad(tmp_path / "a.h5ad")
     with h5py.File(tmp_path / "a.h5ad", "r+") as file:
         FORGED[case](file)
-    with pytest.raises(UserError, match=r"do(es)? not fit"):
+    message = r"do(es)? not fit|do not belong together|expected cells x genes"
+    with pytest.raises(UserError, match=message):
         open_h5ad(tmp_path / "a.h5ad", organism=ORGANISM)
-    with pytest.raises(UserError, match=r"do(es)? not fit"), QueryCells(tmp_path / "a.h5ad") as query:
+    with pytest.raises(UserError, match=message), QueryCells(tmp_path / "a.h5ad") as query:
         query.find_counts()
 
 
@@ -482,6 +492,7 @@ OTHER_FORMATS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a.rds": (lambda path: path.write_bytes(b"X"), r"is an R file \(\.rds\); convert it in R: zellkonverter"),
     "a.h5ad.gz": (lambda path: path.write_bytes(b"\x1f\x8b"), r"is compressed; unpack it first: gunzip a\.h5ad\.gz"),
     "absent.h5ad": (lambda path: None, "no such file"),
+    "pipe.h5ad": (os.mkfifo, "is no regular file"),
 }  # fmt: skip
 
 

@@ -223,7 +223,7 @@ def nothing_but_normalised(cells: ad.AnnData) -> ad.AnnData:
 
 
 REFUSED = {
-    "normalised": (nothing_but_normalised, r"no raw counts.*X holds 0\.\d+ in row 0.*layers/scaled holds.*Put the"),
+    "normalised": (nothing_but_normalised, r"no raw counts.*X holds 0\.\d+ in row 0.*layers/scaled holds.*put the"),
     "nan": (with_value(np.nan), r"holds no raw counts.*X holds nan in row 0, column \d+"),
     "negative": (with_value(-1.0), r"holds no raw counts.*X holds -1 in row 0"),
     "fraction": (with_value(2.5), r"holds no raw counts.*X holds 2\.5 in row 0"),

@@ -59,11 +59,13 @@ def open_file(path: Path) -> h5py.File:
 
 
 def check_path(path: Path) -> None:
-    """UserError unless there is a file at the path."""
+    """UserError unless there is a regular file at the path."""
     if not path.exists():
         raise UserError(f"{path}: no such file")
-    if not path.is_file():
+    if path.is_dir():
         raise UserError(f"{path}: {explain_path(path)}")
+    if not path.is_file():  # reading a pipe or a device could wait for ever
+        raise UserError(f"{path}: is no regular file; expected an .h5ad")
 
 
 _EXPECTED = "expected an .h5ad as anndata writes it"
@@ -149,16 +151,20 @@ class CountMatrix:
         self._name = f"{file.filename}: {key}"
         if isinstance(self._node, h5py.Dataset):
             # anndata before 0.7 wrote the matrix of one gene as a vector.
-            self._encoding, shape = "array", (*self._node.shape, 1)[: max(self._node.ndim, 2)]
+            self._encoding, shape = "array", self._node.shape
+            shape = (*shape, 1) if len(shape) == 1 else shape
         else:
             # anndata before 0.7 wrote h5sparse_format and h5sparse_shape.
             attributes = self._node.attrs
             encoding = attributes.get("encoding-type", attributes.get("h5sparse_format", "?"))
             self._encoding = encoding.decode() if isinstance(encoding, bytes) else str(encoding)
-            shape = attributes.get("shape", attributes.get("h5sparse_shape", ()))
+            shape = np.atleast_1d(attributes.get("shape", attributes.get("h5sparse_shape", ())))
         self._encoding = self._encoding.removesuffix("_matrix")
-        if self._encoding not in ("array", "csr", "csc") or len(shape) != 2:
-            raise UserError(f"{self._name} is stored as {self._encoding!r}, not as a CSR, CSC or dense matrix")
+        if self._encoding not in ("array", "csr", "csc") or len(shape) != 2 or not _whole(shape):
+            raise UserError(
+                f"{self._name} is stored as {self._encoding!r} of shape ({', '.join(map(str, shape))}); expected cells"
+                " x genes as a CSR, CSC or dense matrix"
+            )
         self.shape = (int(shape[0]), int(shape[1]))
         if self._encoding != "array":
             self._check_sparse()
@@ -268,6 +274,10 @@ class CountMatrix:
     def _check_indices(self, indices: np.ndarray, width: int) -> None:
         if len(indices) and (int(indices.min()) < 0 or int(indices.max()) >= width):
             raise UserError(f"{self._name}: indices do not fit the shape {self.shape}; the file is damaged")
+
+
+def _whole(shape: Sequence[Any]) -> bool:
+    return all(isinstance(size, int | np.integer) and size >= 0 for size in shape)
 
 
 def plain_numbers(values: np.ndarray, where: str) -> np.ndarray:

@@ -131,10 +131,7 @@ def find_raw_counts(
     whole = [look for look in looks if not look.refused]
     if not whole:
         found = "; ".join(look.refused for look in looks) or "it has no X"
-        raise UserError(
-            f"{name} holds no raw counts: {found}."
-            " Put the counts as they came from the sequencer's pipeline into X or layers['counts']"
-        )
+        raise UserError(f"{name} holds no raw counts: {found}; {_PUT}")
     likely = [look for look in whole if not look.unlike_counts]
     if not likely:
         return _all_unlike(whole, name, setting)
@@ -157,13 +154,30 @@ def _all_unlike(whole: list[_Look], name: str, setting: str) -> str:
     return _best(whole).place
 
 
-def check_place(place: str, matrix: Matrix, n_cells: int, n_genes: int, *, name: str, setting: str) -> None:
-    """UserError where a matrix that was asked for holds no raw counts; a warning where it hardly does."""
-    look = _look(place, matrix, pd.RangeIndex(n_genes), n_cells, name)
+def check_place(
+    place: str, matrices: Mapping[str, Matrix], n_cells: int, n_genes: int, *, name: str, setting: str
+) -> None:
+    """UserError where the matrix that was asked for holds no raw counts; a warning where it hardly does.
+
+    Parameters
+    ----------
+    place
+        What was asked for, one of `matrices`.
+    matrices, n_cells, name, setting
+        As of `find_raw_counts`.
+    n_genes
+        Columns that the matrix must have.
+    """
+    look = _look(place, matrices[place], pd.RangeIndex(n_genes), n_cells, name)
     if look.refused:
-        raise UserError(f"{name}: {look.refused}: {place} holds no raw counts; name where they are with {setting}...")
+        others = ", ".join(other for other in matrices if other != place)
+        way_out = f"name another place with {setting}... ({others})" if others else _PUT
+        raise UserError(f"{name}: {look.refused}. {place} holds no raw counts; {way_out}")
     if look.counts.nnz and look.unlike_counts:
         log.warning("%s: %s is taken as raw counts, but it %s", name, place, look.unlike_counts)
+
+
+_PUT = "put the counts as they came from the sequencer's pipeline into X or layers['counts']"
 
 
 @dataclass(frozen=True)
@@ -320,6 +334,8 @@ def _undecided(name: str, setting: str, groups: list[list[_Look]], looks: list[_
     shown = [_best(group) for group in groups]
     largest = max(shown, key=lambda look: float(look.counts.sum())).place
     way_out = f"Name the raw counts of all reads, such as {setting}{largest}, or put them into layers['counts']"
+    if len(shown) == 1:
+        way_out = f"If these are the raw counts all the same, say {setting}{largest}; or put them into layers['counts']"
     if {"layers/spliced", "layers/unspliced"} <= {look.place for look in looks}:
         way_out += " (of spliced, unspliced and ambiguous reads, their sum)"
     if len(shown) == 1:

@@ -429,7 +429,10 @@ class _Refusal:
         if not self.best.n_shared:
             return ""
         missing = _listed(self.best.missing(self.known.genes))
-        return f"Missing are {missing}. Were genes taken out, such as all but variable ones? Map the cells as they were"
+        return (
+            f"Missing are {missing}. Were genes taken out, such as all but variable ones? Map the cells as they were"
+            " before"
+        )
 
 
 # Names alike from which on it is no accident.

@@ -91,7 +91,7 @@ class QueryCells:
             )
         require_place(asked, list(self._matrices), self.name)
         n_genes = len(self.var(asked))
-        check_place(asked, self._matrices[asked], len(self), n_genes, name=self.name, setting=setting)
+        check_place(asked, self._matrices, len(self), n_genes, name=self.name, setting=setting)
         return asked
 
     def sample(self, place: str) -> sp.csr_matrix:
