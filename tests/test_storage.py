@@ -85,7 +85,7 @@ def test_the_aws_environment_decides_but_for_the_public_census(no_aws: pytest.Mo
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("census.tiledb={vfs.s3.regoin: hunter2}", "vfs.s3.regoin is not a setting of TileDB; did you mean vfs.s3.region"),
+        ("census.tiledb={vfs.s3.regoin: hunter2}", "vfs.s3.regoin is not a setting of TileDB; did you mean"),
         ("census.tiledb.vfs.s3.scheme=hunter2", "census.tiledb (vfs.s3.scheme) is refused by TileDB: Invalid"),
         ("census.tiledb=hunter2", "census.tiledb: expected settings of TileDB and their values, as"),
         ("census.tiledb.vfs.s3.region=[hunter2]", "census.tiledb: vfs.s3.region has no single value"),
