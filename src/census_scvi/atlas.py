@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -111,6 +111,7 @@ class Atlas:
         census: str | Path | None = None,
         embedding: str | Path | None = None,
         organism: str | None = None,
+        tiledb: Mapping[str, str] | None = None,
     ) -> Self:
         """Open what there is.
 
@@ -126,6 +127,9 @@ class Atlas:
             published with the model, `latent.npy` of its run directory, or `obsm["scvi"]` of the Census.
         organism
             Such as `homo_sapiens`; None takes the model's.
+        tiledb
+            Settings of TileDB, such as `{"vfs.s3.region": "eu-west-1"}`, for a Census in a private bucket; they win
+            over the AWS environment, and hold in this process until another Census is opened.
 
         Raises
         ------
@@ -145,6 +149,8 @@ class Atlas:
         origin = Origin.of(model)
         name = organism or (described[1].organism if described else "homo_sapiens")
         section = _census_section(census, name) if census is not None else origin.section
+        if section is not None and tiledb:
+            section = section.model_copy(update={"tiledb": dict(tiledb)})
         if embedding is not None and section is None:
             raise UserError("an embedding is of the cells of a Census: name it with census=")
         find = origin.open_embedding if embedding is None else partial(open_embedding, embedding)
@@ -684,8 +690,9 @@ class Atlas:
 
 def _census_section(census: str, organism: str) -> CensusSection:
     """A path or URL, or else the name of a release."""
-    is_place = "/" in census or Path(census).exists()
-    return CensusSection(organism=organism, **({"uri": census} if is_place else {"version": census}))
+    if "/" in census or Path(census).exists():
+        return CensusSection(organism=organism, uri=census)
+    return CensusSection(organism=organism, version=census)
 
 
 def _some(values: npt.NDArray[np.int64], most: int, seed: int) -> npt.NDArray[np.int64]:

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from census_scvi import config_names, run_names
@@ -60,6 +60,23 @@ def _distinct(names: list[str]) -> list[str]:
     return names
 
 
+def _tiledb(values: Any, prefix: str = "") -> Any:
+    """Settings of TileDB as it takes them: dotted keys and text. The command line gives nested mappings."""
+    # UserErrors, since pydantic's errors show the values, and one may be a secret.
+    if values is not None and not isinstance(values, dict):
+        raise UserError("census.tiledb: expected settings of TileDB and their values, as {vfs.s3.region: eu-west-1}")
+    found: dict[str, Any] = {}
+    for name, value in (values or {}).items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict):
+            found |= _tiledb(value, f"{key}.")
+        elif isinstance(value, list | None):
+            raise UserError(f"census.tiledb: {key} has no single value; expected text, a number, true or false")
+        else:
+            found[key] = str(value).lower() if isinstance(value, bool) else str(value)
+    return found
+
+
 Name = Annotated[str, Field(min_length=1)]
 ObsFilter = Annotated[str, AfterValidator(_obs_filter)]
 Columns = Annotated[list[Name], AfterValidator(_distinct)]
@@ -97,6 +114,10 @@ class CensusSection(Section):
     """Any SOMA Census: a local folder or s3://...; wins over `version`."""
     version: Name = "stable"
     """Release of the CELLxGENE Census, e.g. 2025-11-08, stable or latest."""
+    tiledb: Annotated[dict[str, str], BeforeValidator(lambda values: _tiledb(values))] = Field(
+        default_factory=dict, exclude=True, repr=False
+    )
+    """TileDB settings for reading it, e.g. {vfs.s3.region: eu-west-1}; they win over the AWS environment."""
     obs_query: ObsFilter | None = None
     """SOMA value filter of the cells to embed, and with `obs_query_model` to train on; null: all."""
     obs_query_model: ObsFilter | None = None

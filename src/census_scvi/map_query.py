@@ -52,6 +52,7 @@ def run(config: Config, *, force: bool = False) -> None:
             census=_census(config),
             embedding=settings.embedding,
             organism=config.census.organism if "organism" in config.census.model_fields_set else None,
+            tiledb=config.census.tiledb,
         ) as atlas,
     ):
         mapped = _predict(atlas, source, config)

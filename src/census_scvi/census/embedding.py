@@ -22,9 +22,10 @@ import tiledbsoma
 from census_scvi.census.build.schema import CHECKSUM
 from census_scvi.census.group import make_member, name_member, withdraw
 from census_scvi.census.open import MEASUREMENT
+from census_scvi.census.storage import soma_context, storage
 from census_scvi.errors import UserError
 from census_scvi.workspace.atomic import sync_tree
-from census_scvi.workspace.uri import file_system, local_path
+from census_scvi.workspace.uri import local_path
 
 INFO, PUBLICATION = "CxG_embedding_info", "census_scvi_publication"
 _OBSM = "obsm"
@@ -97,11 +98,15 @@ class EmbeddingDraft:
         self.uri = f"{self._obsm_uri}/{self._member}"
         self.replaces = published_uri(experiment_uri, name)
         self.done = self.replaces is not None and publication_of(self.replaces) == publication
-        self.empty = not tiledbsoma.SparseNDArray.exists(self.uri)
+        self.empty = not tiledbsoma.SparseNDArray.exists(self.uri, context=soma_context(self.uri))
         if self.empty:
             _clear(self.uri)
             tiledbsoma.SparseNDArray.create(
-                self.uri, type=pa.float32(), shape=shape, platform_config=_platform_config(shape[1])
+                self.uri,
+                type=pa.float32(),
+                shape=shape,
+                platform_config=_platform_config(shape[1]),
+                context=soma_context(self.uri),
             ).close()
 
     def write(self, joinids: Joinids, values: Values) -> None:
@@ -118,7 +123,7 @@ class EmbeddingDraft:
         columns = np.tile(np.arange(values.shape[1]), len(joinids))
         # Ascending cells lie in the order of the array's tiles: sorting takes six times as long.
         ordered = tiledbsoma.TileDBWriteOptions(sort_coords=False)
-        with tiledbsoma.SparseNDArray.open(self.uri, "w") as array:
+        with tiledbsoma.SparseNDArray.open(self.uri, "w", context=soma_context(self.uri)) as array:
             table = pa.table({"soma_dim_0": rows, "soma_dim_1": columns, "soma_data": values.ravel()})
             array.write(table, platform_config=ordered)
 
@@ -126,7 +131,7 @@ class EmbeddingDraft:
         """Let readers see the embedding, with `info` in its metadata; may be repeated after a kill at any point."""
         if self.done:
             return
-        with tiledbsoma.SparseNDArray.open(self.uri, "w") as array:
+        with tiledbsoma.SparseNDArray.open(self.uri, "w", context=soma_context(self.uri)) as array:
             array.metadata[INFO] = json.dumps(info)
             array.metadata[PUBLICATION] = self._publication
         if (path := local_path(self.uri)) is not None:
@@ -162,7 +167,7 @@ class EmbeddingDraft:
 
 def _clear(uri: str) -> None:
     """Take away what was left of an array where its maker was killed."""
-    system, path = file_system(uri)
+    system, path = storage(uri)
     if system.exists(path):
         system.rm(path, recursive=True)
 
@@ -202,7 +207,7 @@ def read_embedding(uri: str) -> Iterator[tuple[Joinids, Values]]:
 @contextmanager
 def _readable(uri: str) -> Iterator[Any]:
     try:
-        with tiledbsoma.SparseNDArray.open(uri) as array:
+        with tiledbsoma.SparseNDArray.open(uri, context=soma_context(uri)) as array:
             yield array
     except tiledbsoma.SOMAError as error:
         raise UserError(f"{uri} cannot be read: {str(error).splitlines()[0]}") from None
@@ -250,7 +255,7 @@ def _obsm_uri(experiment_uri: str) -> str:
 @contextmanager
 def _opened(experiment_uri: str) -> Iterator[Any]:
     try:
-        experiment = tiledbsoma.Experiment.open(experiment_uri)
+        experiment = tiledbsoma.Experiment.open(experiment_uri, context=soma_context(experiment_uri))
     except (tiledbsoma.DoesNotExistError, tiledbsoma.SOMAError, TypeError) as error:
         raise UserError(f"{experiment_uri} is no SOMA Experiment ({str(error).splitlines()[0]})") from None
     with experiment:
@@ -278,7 +283,7 @@ _CUT_RECORD = re.compile(r"exceeds file size: .* URI (\S+/__group/\S+)")
 
 def publication_of(uri: str) -> str | None:
     """The publication that an embedding names; None where this project has not published it."""
-    with tiledbsoma.open(uri) as array:
+    with tiledbsoma.open(uri, context=soma_context(uri)) as array:
         return array.metadata.get(PUBLICATION)
 
 

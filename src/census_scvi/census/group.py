@@ -21,9 +21,10 @@ import pyarrow as pa
 import tiledbsoma
 from fsspec import AbstractFileSystem
 
+from census_scvi.census.storage import soma_context, storage
 from census_scvi.errors import UserError
 from census_scvi.workspace.atomic import new_file, remove, sync, sync_tree
-from census_scvi.workspace.uri import file_system, local_path
+from census_scvi.workspace.uri import local_path
 
 # Where a TileDB group keeps its records: __<first ms>_<last ms>_<32 hexadecimal digits>_<version of the format>.
 _RECORDS = "__group"
@@ -58,7 +59,7 @@ def make_member(group_uri: str, member: str, kind: Kind, create: Callable[[str],
         A folder of that name holds something else.
     """
     uri = f"{group_uri.rstrip('/')}/{member}"
-    if kind.exists(uri):
+    if kind.exists(uri, context=soma_context(uri)):
         return uri
     if (path := local_path(uri)) is None:
         _put_made(uri, create)
@@ -75,7 +76,7 @@ def make_member(group_uri: str, member: str, kind: Kind, create: Callable[[str],
 
 def _put_made(uri: str, create: Callable[[str], Any]) -> None:
     """Make it here and put its files there: whatever a killed or another publisher has put, they complete it."""
-    system, target = file_system(uri)
+    system, target = storage(uri)
     with tempfile.TemporaryDirectory() as scratch:
         made = Path(scratch) / "made"
         create(str(made)).close()
@@ -116,7 +117,7 @@ def name_member(group_uri: str, name: str, member: str, kind: Kind) -> str:
         The group was written by a clock that is ahead of this one.
     """
     version, data = _record(name, member, kind)
-    system, group = file_system(group_uri)
+    system, group = storage(group_uri)
     last = max(_times(system, group), default=0)
     now = time.time_ns() // 10**6
     if last > now + 1000 * _MOST_AHEAD:
@@ -141,7 +142,7 @@ def name_member(group_uri: str, name: str, member: str, kind: Kind) -> str:
 
 def withdraw(group_uri: str, record: str) -> None:
     """Take back what `name_member` said."""
-    file_system(group_uri)[0].rm_file(record)
+    storage(group_uri)[0].rm_file(record)
 
 
 def _times(system: AbstractFileSystem, group: str) -> list[int]:

@@ -12,6 +12,7 @@ from typing import Any
 import cellxgene_census
 import tiledbsoma
 
+from census_scvi.census.storage import refused_by_store, soma_context, use_settings
 from census_scvi.config import CensusSection
 from census_scvi.errors import UserError
 from census_scvi.workspace.uri import local_path, tiledb_place, without_credentials
@@ -19,13 +20,6 @@ from census_scvi.workspace.uri import local_path, tiledb_place, without_credenti
 log = logging.getLogger(__name__)
 
 MEASUREMENT = "RNA"
-
-# The default of 1 GiB a column costs 8 GB for a gene selection over 90,000 cells, and is slower.
-_TILEDB_CONFIG = {
-    "soma.init_buffer_bytes": 16 * 2**20,
-    "py.init_buffer_bytes": 16 * 2**20,
-    "sm.mem.total_budget": 2 * 2**30,
-}
 
 
 @dataclass(frozen=True)
@@ -57,6 +51,7 @@ def open_census(settings: CensusSection) -> Iterator[Census]:
         Nothing there, not a Census, not reachable, or without the organism.
     """
     where = without_credentials(settings.uri) or f"release {settings.version}"
+    use_settings(settings.tiledb)
     path = local_path(settings.uri) if settings.uri else None
     if path is not None and path.is_file():
         raise UserError(f"census.uri {where} is a file; build a Census of .h5ad files with scvi-build-census.py")
@@ -65,8 +60,13 @@ def open_census(settings: CensusSection) -> Iterator[Census]:
         version = None if settings.uri else settings.version
         # Records outlive the current folder, from which relative paths count.
         uri = settings.uri and tiledb_place(settings.uri, "census.uri")
-        root = cellxgene_census.open_soma(uri=uri, census_version=version, tiledb_config=dict(_TILEDB_CONFIG))
+        root = cellxgene_census.open_soma(uri=uri, census_version=version, context=soma_context(uri))
     except (tiledbsoma.DoesNotExistError, tiledbsoma.SOMAError) as error:
+        if settings.uri and (reason := refused_by_store(error)):
+            raise UserError(
+                f"Census {where} cannot be read: {reason}; credentials and region are those of the AWS environment"
+                " (AWS_PROFILE, AWS_ACCESS_KEY_ID, AWS_REGION, ~/.aws), or what census.tiledb says"
+            ) from None
         raise UserError(
             f"Census {where}: nothing can be opened there; set census.uri to a Census folder or URL ({error})"
         ) from None

@@ -13,6 +13,7 @@ import tiledbsoma
 from census_scvi.census.build.schema import table_platform_config
 from census_scvi.census.group import make_member, name_member
 from census_scvi.census.open import MEASUREMENT
+from census_scvi.census.storage import soma_context
 from census_scvi.errors import UserError
 
 SUMMARY = "scvi_summary"
@@ -44,7 +45,7 @@ def read_summary(experiment_uri: str) -> pd.DataFrame:
 
     `provenance` holds the whole record as JSON.
     """
-    with tiledbsoma.Experiment.open(experiment_uri) as experiment:
+    with tiledbsoma.Experiment.open(experiment_uri, context=soma_context(experiment_uri)) as experiment:
         measurement = experiment.ms[MEASUREMENT]
         if SUMMARY not in measurement:
             return pd.DataFrame({name: [] for name in _SCHEMA.names})
@@ -77,7 +78,7 @@ def append_summary(experiment_uri: str, row: dict[str, Any], provenance: dict[st
     values = {**row, "soma_joinid": joinid, "provenance": json.dumps(provenance, sort_keys=True)}
     if values.keys() != set(_SCHEMA.names):
         raise ValueError(f"a publication has {sorted(_SCHEMA.names)}, not {sorted(values)}")
-    with tiledbsoma.DataFrame.open(table_uri, "w") as table:
+    with tiledbsoma.DataFrame.open(table_uri, "w", context=soma_context(table_uri)) as table:
         table.write(pa.table({field.name: pa.array([values[field.name]], field.type) for field in _SCHEMA}))
     if row["publication"] not in set(read_summary(experiment_uri)["publication"]):
         raise UserError(f"{table_uri} lost this publication to another one; run the same command again")
@@ -100,7 +101,7 @@ def provenance_of(experiment_uri: str, publication: str) -> dict[str, Any]:
 
 
 def _table_uri(experiment_uri: str) -> str:
-    with tiledbsoma.Experiment.open(experiment_uri) as experiment:
+    with tiledbsoma.Experiment.open(experiment_uri, context=soma_context(experiment_uri)) as experiment:
         measurement = experiment.ms[MEASUREMENT]
         if SUMMARY in measurement:
             return str(measurement[SUMMARY].uri)

@@ -16,6 +16,7 @@ import tiledbsoma
 from census_scvi.census.embedding import published_uri, read_some
 from census_scvi.census.genes import locate_genes
 from census_scvi.census.open import Census
+from census_scvi.census.storage import soma_context
 from census_scvi.census.stream import stream_blocks
 from census_scvi.config import CensusSection
 from census_scvi.errors import UserError
@@ -68,7 +69,7 @@ class PublishedEmbedding:
                 f"{experiment_uri} has no obsm[{name!r}]; name another embedding, or the run directory that has one"
             )
         self.name, self._uri = uri, uri
-        with tiledbsoma.open(uri) as array:
+        with tiledbsoma.open(uri, context=soma_context(uri)) as array:
             self.n_latent = int(array.shape[1])
 
     def read(self, joinids: Joinids) -> Iterator[tuple[Joinids, Values]]:

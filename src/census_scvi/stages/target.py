@@ -8,6 +8,7 @@ import tiledbsoma
 
 from census_scvi.census.embedding import check_target, publication_of, published_uri
 from census_scvi.census.open import MEASUREMENT, Census
+from census_scvi.census.storage import soma_context
 from census_scvi.config import PublishSection
 from census_scvi.errors import UserError
 from census_scvi.stages.sample import Sample
@@ -41,7 +42,7 @@ def target_lock(experiment_uri: str) -> AbstractContextManager[None]:
 def require_free(settings: PublishSection, census: Census, experiment_uri: str, publication: str) -> None:
     """The Experiment holds the cells that the embedding is of, and the name is free or may be replaced."""
     published_uri(experiment_uri, settings.name)  # says so where it is no Experiment
-    with tiledbsoma.Experiment.open(experiment_uri) as experiment:
+    with tiledbsoma.Experiment.open(experiment_uri, context=soma_context(experiment_uri)) as experiment:
         n_cells = int(experiment.obs.count)
     if n_cells != census.identity["cells"]:
         raise UserError(
@@ -53,7 +54,7 @@ def require_free(settings: PublishSection, census: Census, experiment_uri: str, 
 
 def require_same_cells(experiment_uri: str, sample: Sample) -> None:
     """UserError where the Experiment means other cells by the same soma_joinids."""
-    with tiledbsoma.Experiment.open(experiment_uri) as experiment:
+    with tiledbsoma.Experiment.open(experiment_uri, context=soma_context(experiment_uri)) as experiment:
         names = [name for name in _IDENTIFYING if name in experiment.obs.schema.names and name in sample.obs]
         obs = experiment.obs.read(coords=(sample.joinids.tolist(),), column_names=["soma_joinid", *names]).concat()
     theirs = obs.to_pandas().set_index("soma_joinid").reindex(sample.joinids)[names].astype(str).to_numpy()

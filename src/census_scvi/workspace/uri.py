@@ -58,12 +58,15 @@ def tiledb_place(place: str, what: str) -> str:
     return absolute(place)
 
 
-def file_system(place: str) -> tuple[AbstractFileSystem, str]:
-    """The fsspec file system of a place, and the path in it. fsspec itself would split a path at `::`."""
+def file_system(place: str, **options: Any) -> tuple[AbstractFileSystem, str]:
+    """The fsspec file system of a place, and the path in it. fsspec itself would split a path at `::`.
+
+    `options` are those of the file system of a URL, such as `key` and `secret`.
+    """
     import fsspec
 
     path = local_path(place)
-    return fsspec.url_to_fs(place) if path is None else (fsspec.filesystem("file"), str(path.absolute()))
+    return fsspec.url_to_fs(place, **options) if path is None else (fsspec.filesystem("file"), str(path.absolute()))
 
 
 @contextmanager

@@ -1,0 +1,120 @@
+"""How TileDB reaches a Census in an object store: which region, signed or not, and what `census.tiledb` says."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import cellxgene_census
+import tiledbsoma
+
+from census_scvi.config_errors import suggestion
+from census_scvi.errors import UserError
+from census_scvi.workspace.uri import file_system, local_path
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+# The default of 1 GiB a column costs 8 GB for a gene selection over 90,000 cells, and is slower.
+_BUFFERS = {
+    "soma.init_buffer_bytes": 16 * 2**20,
+    "py.init_buffer_bytes": 16 * 2**20,
+    "sm.mem.total_budget": 2 * 2**30,
+}
+# Buckets of CZI's, which anybody may read.
+_PUBLIC_BUCKETS = ("cellxgene-census-public-us-west-2", "cellxgene-contrib-public")
+_PUBLIC_REGION = "us-west-2"
+# Settings of libraries above TileDB, and headers of any name.
+_FREE = ("py.", "soma.", "vfs.s3.custom_headers.", "rest.custom_headers.")
+_OF_FSSPEC = {
+    "vfs.s3.aws_access_key_id": "key",
+    "vfs.s3.aws_secret_access_key": "secret",
+    "vfs.s3.aws_session_token": "token",
+}
+
+_current: dict[str, str] = {}
+
+
+def use_settings(settings: Mapping[str, str]) -> None:
+    """Let `census.tiledb` of a config hold for what is opened from now on, by `soma_context` and `storage`.
+
+    Raises
+    ------
+    UserError
+        A key is none of TileDB's, or a value cannot be used.
+    """
+    known = tiledbsoma.SOMATileDBContext().native_context.config()
+    for key in settings:
+        if key not in known and not key.startswith(_FREE):
+            raise UserError(f"census.tiledb: {key} is not a setting of TileDB{suggestion(key, sorted(known))}")
+    try:
+        _ = tiledbsoma.SOMATileDBContext(tiledb_config=dict(settings)).native_context
+    except (RuntimeError, tiledbsoma.SOMAError) as error:
+        reason = str(error).rpartition("Error: ")[2].rpartition("Config: ")[2]
+        raise UserError(f"census.tiledb ({', '.join(settings)}) is refused by TileDB: {reason}") from None
+    _current.clear()
+    _current.update(settings)
+
+
+def soma_context(uri: str | None) -> Any:
+    """What tiledbsoma opens a place with; None names a release of the public Census."""
+    return _context(_bucket(uri) if uri else _PUBLIC_BUCKETS[0], tuple(_current.items()))
+
+
+@lru_cache
+def _context(bucket: str | None, given: tuple[tuple[str, str], ...]) -> Any:
+    of_store = _store_settings(bucket, tuple(dict(given))) if bucket else {}
+    return cellxgene_census.get_default_soma_context(tiledb_config=_BUFFERS | of_store | dict(given))
+
+
+def storage(uri: str) -> tuple[AbstractFileSystem, str]:
+    """The fsspec file system of a place, reached as TileDB reaches it, and the path in it."""
+    bucket = _bucket(uri)
+    if bucket is None:
+        return file_system(uri)
+    settings = _store_settings(bucket, tuple(_current)) | _current
+    options: dict[str, Any] = {name: settings[key] for key, name in _OF_FSSPEC.items() if key in settings}
+    if address := settings.get("vfs.s3.endpoint_override"):
+        scheme = settings.get("vfs.s3.scheme", "https")
+        options["endpoint_url"] = address if "://" in address else f"{scheme}://{address}"
+    if settings["vfs.s3.no_sign_request"] == "true":
+        options["anon"] = True
+    return file_system(uri, client_kwargs={"region_name": settings["vfs.s3.region"]}, **options)
+
+
+def _bucket(uri: str) -> str | None:
+    scheme, separator, rest = uri.partition("://")
+    if local_path(uri) is not None or not separator or scheme.lower() not in ("s3", "s3a"):
+        return None
+    return rest.partition("/")[0]
+
+
+@lru_cache
+def _store_settings(bucket: str, given: tuple[str, ...]) -> dict[str, str]:
+    """Region, and whether requests are signed: CZI's buckets are open, for others the AWS environment decides.
+
+    Without credentials requests are not signed, so that other public buckets can be read; `census.tiledb` wins.
+    """
+    if bucket in _PUBLIC_BUCKETS:
+        return {"vfs.s3.region": _PUBLIC_REGION, "vfs.s3.no_sign_request": "true"}
+    import botocore.exceptions
+    import botocore.session
+
+    try:
+        session = botocore.session.get_session()
+        region = os.environ.get("AWS_REGION") or session.get_config_variable("region") or _PUBLIC_REGION
+        signed = any(key.startswith("vfs.s3.aws_") for key in given) or session.get_credentials() is not None
+    except botocore.exceptions.BotoCoreError as error:
+        raise UserError(f"the AWS settings for s3://{bucket} cannot be used: {error}") from None
+    return {"vfs.s3.region": region, "vfs.s3.no_sign_request": str(not signed).lower()}
+
+
+def refused_by_store(error: Exception) -> str | None:
+    """What an object store answered, where an error of TileDB's comes from one."""
+    answer = re.search(r"\[HTTP Response Code: (-?\d+)\](?: \[Exception: (\w*)\])?", str(error))
+    if answer is None:
+        return None
+    return f"the store answers {answer[2] or 'with an error'} (HTTP {answer[1]})"
