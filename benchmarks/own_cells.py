@@ -220,7 +220,8 @@ def unknown(case: Case, found: Prediction) -> dict[str, float]:
         noticed["found"].append(left_out.unknown[shared][of_type].mean())
         noticed["kept"].append(1 - left_out.unknown[shared][~of_type].mean())
     return {
-        "shift": found.shift,
+        "distance ratio": found.shift,
+        "corrected by": found.corrected_by,
         "unknown": found.unknown[shared].mean(),
         "accuracy of the rest": right[~found.unknown[shared]].mean(),
         **{f"left out, {name}": float(np.mean(values)) for name, values in noticed.items()},
