@@ -292,6 +292,7 @@ class Atlas:
 
     def _slice(self, cells: ad.AnnData | str | None, columns: list[str], max_cells: int, seed: int) -> ad.AnnData:
         """Cells as they are given, or those of the Census that match a filter."""
+        require_whole("seed", seed, 0)
         if isinstance(cells, ad.AnnData):
             if not cells.n_obs:
                 raise UserError("there are no cells: the AnnData is empty")
@@ -550,9 +551,10 @@ class Atlas:
             require_whole(name, value, least)
         require_columns(self._require_census(), columns, "labels")
         check_method(method)
-        mapped = self._embedded(source, options)
         if not columns:
-            return mapped
+            return self._embedded(source, options)
+        self._require_embedding()  # damage and another Census are said before the cells are embedded
+        mapped = self._embedded(source, options)
         reference = self.reference(obs_filter, columns, max_cells, seed)
         namings = [
             Naming(reference, LATENT, column, method=method, n_neighbours=n_neighbours, seed=seed) for column in columns

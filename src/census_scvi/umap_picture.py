@@ -22,7 +22,7 @@ _POINTS = 30_000.0  # marker area times cells: dense where there are many, visib
 _SMALLEST, _LARGEST = 0.5, 30.0
 _NO_LABEL = "unknown"
 # A user's cells on the map of a reference: of few, each is to be found.
-_LEAST_OWN, _EDGED = 8.0, 2_000
+_LEAST_OWN, _EDGED, _LARGE_OWN, _VERY_FEW = 8.0, 2_000, 70.0, 50
 _LEGEND_ENTRIES = 24
 
 
@@ -79,6 +79,8 @@ def draw_on_reference(
 ) -> Figure:
     """Cells on the map of a reference: the reference by its labels, then the others by theirs on top of it in grey.
 
+    The fewer these are, the larger they are drawn.
+
     Parameters
     ----------
     reference, query
@@ -100,7 +102,7 @@ def draw_on_reference(
     few = len(query) <= _EDGED  # a dark edge shows single cells, and blackens a crowd
     scatter(
         axes[1], query[order], _categorical(query_labels, names).iloc[order], legend=True,
-        least=_LEAST_OWN if few else _SMALLEST, edge=0.4 if few else 0.0,
+        size=_own_size(len(query)), edge=0.4 if few else 0.0,
     )  # fmt: skip
     axes[1].set_title(f"your {len(query):,} cells, by predicted {title}", fontsize=12, loc="left")
     return figure
@@ -150,9 +152,16 @@ def _vary(values: Any) -> bool:
     return bool((least != most).any())
 
 
-def _size(n_cells: int, least: float = _SMALLEST) -> float:
+def _size(n_cells: int) -> float:
     """Area of a marker."""
-    return min(max(_POINTS / max(n_cells, 1), least), _LARGEST)
+    return min(max(_POINTS / max(n_cells, 1), _SMALLEST), _LARGEST)
+
+
+def _own_size(n_cells: int) -> float:
+    """Area of a marker of a user's cells, which lie on top of others."""
+    if n_cells <= _VERY_FEW:
+        return _LARGE_OWN
+    return max(_size(n_cells), _LEAST_OWN) if n_cells <= _EDGED else _size(n_cells)
 
 
 def scatter(
@@ -161,7 +170,7 @@ def scatter(
     labels: pd.Series,
     *,
     legend: bool,
-    least: float = _SMALLEST,
+    size: float | None = None,
     edge: float = 0.0,
 ) -> None:
     """Points coloured by a categorical; the legend stands beside them.
@@ -172,15 +181,15 @@ def scatter(
         Where, float32 (cells, 2), and a categorical, a row a cell.
     legend
         Whether there is one: of the values that are there, in their order.
-    least, edge
-        Smallest area of a marker, and width of its dark edge.
+    size, edge
+        Area of a marker, None by the number of cells, and width of its dark edge.
     """
     categories = list(labels.cat.categories)
     colours = _colours(len(categories))
     colours[[str(name) == _NO_LABEL for name in categories]] = (0.35, 0.35, 0.35, 1)  # not as if it were a type
     codes = labels.cat.codes.to_numpy()
     axes.scatter(
-        positions[:, 0], positions[:, 1], s=_size(len(labels), least), c=colours[codes], linewidths=edge,
+        positions[:, 0], positions[:, 1], s=size or _size(len(labels)), c=colours[codes], linewidths=edge,
         edgecolors="0.15" if edge else "none", rasterized=True,
     )  # fmt: skip
     axes.set_axis_off()

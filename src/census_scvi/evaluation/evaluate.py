@@ -77,6 +77,11 @@ def run(config: Config, *, force: bool = False) -> None:
         identity = census.identity
     measured = _measured_rows(config, cells)
     found = evaluate(config, cells, measured)
+    if not any(found.scores.values()):
+        raise UserError(
+            f"nothing can be measured on {len(cells.obs):,} cells: {'; '.join(found.problems) or 'no column is named'}."
+            " Change evaluate.obs_filter, evaluate.labels or evaluate.batches"
+        )
     record = {
         "mode": config.evaluate.mode,
         "census": identity,

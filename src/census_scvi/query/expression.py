@@ -41,8 +41,8 @@ class Decoder:
 
     def check_genes(self, genes: list[str]) -> list[str]:
         """feature_ids of genes named by id or symbol; UserError for one that the model has not."""
-        if not genes:
-            raise UserError("genes is empty; name at least one, by feature_id or symbol")
+        if not genes or isinstance(genes, str):
+            raise UserError(f"genes is {genes!r}; expected a list of one or more, by feature_id or symbol")
         by_symbol = dict(zip(self.description.symbols, self.description.genes, strict=False))
         known = set(self.description.genes)
         found = []

@@ -190,7 +190,7 @@ def check_method(method: str) -> None:
 def _too_few(different: int, cells: int, n_neighbours: int) -> str:
     copies = f", {different:,} of them different," if different < cells else ""
     return (
-        f"the reference has {cells:,} labelled cells{copies} and n_neighbours={n_neighbours} needs"
+        f"the reference has {cells:,} labelled cell{'s' * (cells != 1)}{copies} and n_neighbours={n_neighbours} needs"
         f" {n_neighbours + 1} or more; take more reference cells (obs_filter), or fewer neighbors"
     )
 
