@@ -155,7 +155,7 @@ def test_too_few_cells_are_no_reference(n_cells: int, copies: int, n_neighbours:
     points, labels = (np.repeat(values[:n_cells], copies, axis=0) for values in blobs(20, 0))
     different = f", {n_cells} of them different," if copies > 1 else ""
     message = (
-        f"the reference has {n_cells * copies} labelled cells{different} and n_neighbours={n_neighbours} needs"
+        f"the reference has {n_cells * copies} labelled cells?{different} and n_neighbours={n_neighbours} needs"
         f" {n_neighbours + 1} or more"
     )
     with pytest.raises(UserError, match=message):

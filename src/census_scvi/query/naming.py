@@ -122,7 +122,7 @@ class Naming:
         kept = self._known[rows]
         counts, rows = counts[np.flatnonzero(kept)], rows[kept]
         labels = self._labels[rows]
-        filled = np.diff(counts[:, genes].indptr) > 0  # a cell without counts is like any other
+        filled = np.asarray(counts[:, genes].sum(axis=1)).ravel() > 0  # a cell without counts is like any other
         counts, rows, labels = _of_several(counts[np.flatnonzero(filled)], rows[filled], labels[filled])
         if len(np.unique(labels.astype(str))) < 2:
             log.info("%s: nothing to compare with, the reference has one label", self._column)
