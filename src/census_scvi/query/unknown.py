@@ -189,18 +189,20 @@ def _compare(
     elsewhere = len(points) - np.bincount(groups)[groups[rows]]
     across = (studies_of_label[codes[rows]] > 1) & (elsewhere >= n_neighbours)
     known, missing = [], []
+    squares = np.square(points).sum(axis=1)
     size = max(_BLOCK_DISTANCES // len(points), 1)
     for start in range(0, len(rows), size):
         block = rows[start : start + size]
-        squared = _squared_distances(points[block], points)
+        squared = squares[block][:, None] + squares - 2 * points[block] @ points.T  # to within rounding
         squared[np.arange(len(block)), block] = np.inf  # not itself
         away = np.where(groups[block][:, None] == groups, np.inf, squared)
         known.append(_nearest(points, block, np.where(across[start : start + size, None], away, squared), n_neighbours))
         same = codes[block][:, None] == codes
         other, at = _nearest(points, block, np.where(same, np.inf, away), n_neighbours)
-        near, near_at = _nearest(points, block, np.where(same, np.inf, squared), n_neighbours)
-        alone = np.isnan(other)  # other studies have too few cells of other labels
-        missing.append((np.where(alone, near, other), np.where(alone, near_at, at)))
+        if (few := np.isnan(other)).any():  # other studies have too few cells of other labels: those of its own count
+            near = np.where(same[few], np.inf, squared[few])
+            other[few], at[few] = _nearest(points, block[few], near, n_neighbours)
+        missing.append((other, at))
     (known_distance, known_at), (missing_distance, missing_at) = (
         tuple(np.concatenate(part) for part in zip(*blocks, strict=True)) for blocks in (known, missing)
     )
@@ -214,13 +216,6 @@ def _compare(
         missing_nearest=codes[missing_at],
         across=across,
     )
-
-
-def _squared_distances(some: npt.NDArray[np.float32], points: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """float32 (some, cells), to within rounding."""
-    squares = np.square(points).sum(axis=1)
-    found: npt.NDArray[np.float32] = np.square(some).sum(axis=1)[:, None] + squares - 2 * some @ points.T
-    return found
 
 
 def _nearest(
