@@ -51,10 +51,14 @@ class Case:
     query: npt.NDArray[np.float32]
     truth: npt.NDArray[np.object_]
 
-    def predict(self, without: str | None = None, method: str = NEIGHBOURS) -> Prediction:
-        """Labels of the query, as `Atlas.predict` gives them; `without` takes a type out of the reference."""
+    def transfer(self, without: str | None = None, method: str = NEIGHBOURS) -> LabelTransfer:
+        """What `Atlas.predict` predicts with; `without` takes a type out of the reference."""
         kept = self.labels != without
-        return LabelTransfer(self.points[kept], self.labels[kept], self.groups[kept], method=method).predict(self.query)
+        return LabelTransfer(self.points[kept], self.labels[kept], self.groups[kept], method=method)
+
+    def predict(self, method: str = NEIGHBOURS) -> Prediction:
+        """Labels of the query, as `Atlas.predict` gives them."""
+        return self.transfer(method=method).predict(self.query)
 
 
 def main() -> None:
@@ -209,18 +213,24 @@ def unknown(case: Case, found: Prediction) -> dict[str, float]:
     """What `unknown` does, and how well types that were left out are noticed."""
     shared = np.isin(case.truth.astype(str), np.unique(case.labels.astype(str)))
     right = (case.truth == found.labels)[shared]
-    noticed = {name: [] for name in ("uncertainty", "improbability", "found", "kept")}
+    names = ("uncertainty", "improbability", "found", "kept", "found alone", "found, expected", "kept, expected")
+    noticed = {name: [] for name in names}
     for label in np.unique(case.truth[shared].astype(str)):
         of_type = (case.truth == label)[shared]
         if of_type.sum() < 20:
             continue
-        left_out = case.predict(without=label)
-        noticed["uncertainty"].append(roc_auc_score(of_type, left_out.uncertainty[shared]))
-        noticed["improbability"].append(roc_auc_score(of_type, 1 - left_out.probability[shared]))
-        noticed["found"].append(left_out.unknown[shared][of_type].mean())
-        noticed["kept"].append(1 - left_out.unknown[shared][~of_type].mean())
+        transfer = case.transfer(without=label)
+        left_out, alone = transfer.predict(case.query[shared]), transfer.predict(case.query[shared][of_type])
+        noticed["uncertainty"].append(roc_auc_score(of_type, left_out.uncertainty))
+        noticed["improbability"].append(roc_auc_score(of_type, 1 - left_out.probability))
+        noticed["found"].append(left_out.unknown[of_type].mean())
+        noticed["kept"].append(1 - left_out.unknown[~of_type].mean())
+        noticed["found alone"].append(alone.unknown.mean())
+        noticed["found, expected"].append(transfer.bound.left_out_found)
+        noticed["kept, expected"].append(transfer.bound.known_kept)
     return {
-        "shift": found.shift,
+        "distance ratio": found.shift,
+        "far": float(found.far),
         "unknown": found.unknown[shared].mean(),
         "accuracy of the rest": right[~found.unknown[shared]].mean(),
         **{f"left out, {name}": float(np.mean(values)) for name, values in noticed.items()},

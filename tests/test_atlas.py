@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
 import cellxgene_census
@@ -12,12 +13,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import scanpy as sc
+import scipy.sparse as sp
 import torch
 from pipeline import Run
+from scipy.spatial.distance import pdist
 from sklearn.metrics import balanced_accuracy_score
 
 from census_scvi import Atlas, load_model
 from census_scvi.errors import UserError
+from census_scvi.query.umap_map import UmapMap
+from census_scvi.umap_picture import draw_on_reference, log_pca
 
 ORGANISM = "homo_sapiens"
 
@@ -363,3 +368,112 @@ def test_groups_that_are_batches_are_warned_of(atlas: Atlas, caplog: pytest.LogC
     atlas.differential_expression(*groups)
     project.removeHandler(caplog.handler)
     assert "the groups share no batch" in caplog.text
+
+
+# --- few cells, and arguments that are none
+
+
+@pytest.mark.parametrize("n_cells", [1, 2, 3, 4])
+def test_few_cells_of_the_census(atlas: Atlas, n_cells: int) -> None:
+    few = f"soma_joinid < {n_cells}"
+    cells = atlas.embeddings(few)
+    figure = atlas.umap(cells, "tissue")
+    assert np.isfinite(cells.obsm["X_umap"]).all()
+    assert len(figure.axes[0].collections[0].get_offsets()) == n_cells
+    assert atlas.clusters(cells)["n_cells"].sum() == n_cells
+    assert atlas.clusters(few)["n_cells"].sum() == n_cells
+
+
+def test_own_cells_few_or_against_few(atlas: Atlas, own_cells: ad.AnnData) -> None:
+    for n_cells in (1, 2):
+        named = atlas.predict(own_cells[:n_cells].copy(), baseline_cells=100)
+        assert named.obs["cell_type_predicted"].notna().all()
+    near = atlas.neighbors(own_cells[:5].copy(), obs_filter="soma_joinid < 3")
+    assert near.joinids.shape == (5, 3)  # all that there are
+    with pytest.raises(UserError, match=r"the reference has 3 labelled cells and n_neighbours=15 needs 16 or more"):
+        atlas.predict(own_cells[:5].copy(), obs_filter="soma_joinid < 3")
+    assert (
+        atlas.predict(own_cells[:5].copy(), obs_filter="soma_joinid < 3", n_neighbours=1, baseline_cells=2).n_obs == 5
+    )
+    assert "cell_type_predicted" not in atlas.predict(own_cells[:2].copy(), []).obs
+
+
+def test_expression_of_single_cells(atlas: Atlas) -> None:
+    one, other = atlas.embeddings(TRAINED, max_cells=2).obs["soma_joinid"]
+    found = atlas.differential_expression(f"soma_joinid == {one}", f"soma_joinid == {other}")
+    assert len(found) == 200
+    genes = atlas.description.genes[:2]
+    assert np.isfinite(atlas.normalized_expression(f"soma_joinid == {one}", genes, None, n_samples=2).X).all()
+
+
+CELLS = ad.AnnData(obsm={"scvi": np.zeros((5, 4), np.float32)}, obs=pd.DataFrame(index=list("abcde")))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda a, own: a.predict(own, n_neighbours=0), "n_neighbours is 0; expected a whole number of 1 or more"),
+        (lambda a, own: a.predict(own, n_neighbours=1.5), "n_neighbours is 1.5; expected a whole number"),
+        (lambda a, own: a.predict(own, baseline_cells=-1), "baseline_cells is -1; expected a whole number of 0 or"),
+        (lambda a, own: a.predict(own, max_cells=0), "max_cells is 0; expected a whole number of 1 or more"),
+        (lambda a, own: a.neighbors(own, n_neighbours=0), "n_neighbours is 0; expected a whole number of 1 or more"),
+        (lambda a, _: a.embeddings(max_cells=0), "max_cells is 0; expected a whole number of 1 or more"),
+        (lambda a, _: a.embeddings(seed=-1), "seed is -1; expected a whole number of 0 or more"),
+        (lambda a, _: a.umap(CELLS[:0]), "there are no cells: the AnnData is empty"),
+        (lambda a, _: a.umap(CELLS, seed=-1), "seed is -1; expected a whole number of 0 or more"),
+        (lambda a, _: a.clusters(CELLS[:0]), "there are no cells: the AnnData is empty"),
+        (lambda a, _: a.clusters(CELLS, resolution=0), "resolution is 0; expected a number above 0"),
+        (lambda a, _: a.clusters(CELLS, resolution=float("nan")), "resolution is nan; expected a number above 0"),
+        (lambda a, _: a.normalized_expression(None, [], None), "expected a list of one or more, by feature_id"),
+        (lambda a, _: a.normalized_expression(None, "CD4", None), "genes is 'CD4'; expected a list"),
+        (lambda a, _: a.normalized_expression(None, a.description.genes[:1], []), "transform_batch is empty; name"),
+        (lambda a, _: a.normalized_expression(None, ["x"], None, n_samples=0), "n_samples is 0; expected a whole"),
+        (lambda a, _: a.normalized_expression(None, ["x"], None, library_size=0), "library_size is 0; expected a"),
+        (lambda a, _: a.differential_expression("x", "y", fdr=2), "fdr is 2; expected a number above 0 and at most 1"),
+        (lambda a, _: a.differential_expression("x", "y", delta=-1), "delta is -1; expected a number of 0 or more"),
+        (lambda a, _: a.differential_expression("x", "y", max_cells=0), "max_cells is 0; expected a whole number"),
+    ],
+)  # fmt: skip
+def test_arguments_that_are_none(atlas: Atlas, own_cells: ad.AnnData, call: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        call(atlas, own_cells)
+
+
+@pytest.mark.parametrize("n_cells", [0, 1, 2, 3])
+def test_a_map_of_fewer_cells_than_umap_takes(n_cells: int) -> None:
+    """Three cells lie in a plane: their distances are kept."""
+    points = np.random.default_rng(0).normal(size=(n_cells, 7)).astype(np.float32)
+    umap = UmapMap(points)
+    np.testing.assert_allclose(pdist(umap.positions), pdist(points), rtol=1e-4)
+    assert umap.positions.shape == (n_cells, 2)
+    if n_cells:
+        np.testing.assert_allclose(
+            umap.place(points), np.tile(np.median(umap.positions, axis=0), (n_cells, 1)), atol=1e-6
+        )
+    assert UmapMap(np.ones((n_cells, 7), np.float32)).positions.tolist() == [[0, 0]] * n_cells
+
+
+@pytest.mark.parametrize("counts", [np.zeros((6, 5)), np.ones((6, 1)), np.ones((1, 5)), np.full((6, 5), 3), np.eye(6)])
+def test_a_pca_of_counts_that_hardly_differ(counts: np.ndarray) -> None:
+    for matrix in (sp.csr_matrix(counts, dtype=np.float32), counts.astype(np.float32)):
+        found = log_pca(ad.AnnData(matrix))
+        assert len(found) == len(counts)
+        assert np.isfinite(found).all()
+        assert (np.ptp(found) > 0) == (counts.shape == (6, 6))
+
+
+def test_few_cells_on_a_map_are_large_and_on_top() -> None:
+    reference = np.random.default_rng(0).normal(size=(5000, 2)).astype(np.float32)
+    labels = pd.Series(np.where(reference[:, 0] > 0, "B cell", "T cell"))
+    sizes = []
+    for n_cells in (1, 100, 1000, 5000):
+        named = pd.Series(["unknown", *["B cell"] * (n_cells - 1)])
+        axes = draw_on_reference(reference, labels, reference[:n_cells], named, "cell type").axes[1]
+        below, above = axes.collections[:2]
+        assert (len(below.get_offsets()), len(above.get_offsets())) == (5000, n_cells)
+        sizes.append(above.get_sizes()[0] / below.get_sizes()[0])
+        greys = np.ptp(above.get_facecolors()[:, :3], axis=1) == 0
+        assert greys.sum() == 1  # unknown is no type
+    assert sizes[0] > 10
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] == 1

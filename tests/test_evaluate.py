@@ -12,13 +12,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pipeline import Run
 
 from census_scvi.census.open import open_census
 from census_scvi.cli import main
 from census_scvi.config import load_config
-from census_scvi.evaluation import ontology
+from census_scvi.errors import UserError
+from census_scvi.evaluation import ontology, report
 from census_scvi.evaluation.evaluate import evaluate
+from census_scvi.evaluation.groups import same_groups
 from census_scvi.evaluation.slice import read_slice
 from census_scvi.stages.record import evaluation_of
 from census_scvi.workspace.identity import file_identity
@@ -35,6 +39,17 @@ def evaluated(finished_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Pa
     folder = tmp_path_factory.mktemp("evaluated")
     assert evaluation(finished_run, folder) == 0
     return folder
+
+
+def recorded(directory: Path, **arrays: np.ndarray) -> None:
+    """Other arrays in a run directory, as if create-latent-update had written them."""
+    manifest = json.loads((directory / "manifest.json").read_text())
+    outputs = manifest["stages"]["create-latent-update"]["outputs"]
+    for name, values in arrays.items():
+        file = f"{name.replace('_', '-')}.npy"
+        np.save(directory / file, values)
+        outputs[file] = file_identity(directory / file)
+    (directory / "manifest.json").write_text(json.dumps(manifest))
 
 
 def metrics_of(folder: Path) -> dict[str, Any]:
@@ -126,7 +141,7 @@ def test_several_embeddings_stand_side_by_side(finished_run: Run, tmp_path: Path
     other = tmp_path / "other"
     shutil.copytree(finished_run.directory, other)
     latent = np.load(other / "latent.npy")
-    np.save(other / "latent.npy", latent + np.random.default_rng(0).normal(size=latent.shape).astype(np.float32) * 3)
+    recorded(other, latent=latent + np.random.default_rng(0).normal(size=latent.shape).astype(np.float32) * 3)
     named = f"evaluate.embeddings={{ours: {finished_run.directory}, noisy: {other}, none: {tmp_path}/nowhere}}"
     assert evaluation(finished_run, tmp_path / "out", named, "evaluate.baseline=false") == 0
     record = metrics_of(tmp_path / "out")
@@ -144,8 +159,7 @@ def test_what_cannot_be_measured_is_said_and_the_rest_is_there(finished_run: Run
     shutil.copytree(finished_run.directory, other)
     latent, joinids = np.load(other / "latent.npy"), np.load(other / "latent-idx.npy")
     latent[25:28] = np.nan
-    np.save(other / "latent.npy", latent[20:])
-    np.save(other / "latent-idx.npy", joinids[20:])
+    recorded(other, latent=latent[20:], latent_idx=joinids[20:])
     settings = (
         f"evaluate.embeddings={{damaged: {other}}}",
         "evaluate.labels=[cell_typ, development_stage, cell_type]",
@@ -173,10 +187,71 @@ def test_what_stops_it(finished_run: Run, tmp_path: Path, capsys: pytest.Capture
     assert "matches 'nnz > 1000000'; change obs_filter" in capsys.readouterr().err
     assert evaluation(finished_run, tmp_path, "evaluate.embeddings={it: other_name}") == 2
     assert "has no obsm['other_name']" in capsys.readouterr().err
-    assert evaluation(finished_run, tmp_path, f"output.directory={tmp_path}/none") == 2
-    assert "has no obsm['scvi']; name another embedding, or the run directory that has one" in capsys.readouterr().err
+    for directory, found in (
+        (tmp_path / "none", "does not exist"),
+        (tmp_path, "has no manifest.json, nothing was run"),
+    ):
+        for arguments in ((), ("--dry-run",)):
+            assert evaluation(finished_run, tmp_path / "out", f"output.directory={directory}", *arguments) == 2
+            message = capsys.readouterr().err
+            assert f"run directory {directory} {found}" in message
+            assert "name the run in output.directory, or what to evaluate in evaluate.embeddings" in message
+    named = f"evaluate.embeddings={{it: {tmp_path}/none/run}}"
+    assert evaluation(finished_run, tmp_path / "out", named) == 2
+    assert "none/run does not exist; name a run directory, an Experiment, or an embedding" in capsys.readouterr().err
     assert evaluation(finished_run, tmp_path, "evaluate.mode=published") == 2
     assert "evaluate.mode" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("n_cells", "mode"), [(1, "sound"), (1, "legacy"), (2, "sound"), (2, "legacy"), (3, "legacy")])
+def test_few_cells(
+    n_cells: int, mode: str, finished_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Measured where something can be, else refused; never a library's traceback."""
+    code = evaluation(finished_run, tmp_path, f"evaluate.obs_filter=soma_joinid < {n_cells}", f"evaluate.mode={mode}")
+    if code == 0:
+        record = metrics_of(tmp_path)
+        assert record["cells"]["measured"] == n_cells
+        assert any(record["scores"].values())
+    else:
+        assert (code, n_cells) == (2, 1)
+        assert f"nothing can be measured on {n_cells} cells: " in capsys.readouterr().err.splitlines()[-1]
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_what_says_the_same_is_there_once(finished_run: Run, tmp_path: Path) -> None:
+    """A batch that is the dataset, and columns of one value, are said and neither measured nor drawn again."""
+    settings = ("anndata.batch_key=[dataset_id]", "evaluate.max_cells=200", "evaluate.labels=[cell_type, sex]")
+    assert evaluation(finished_run, tmp_path, *settings, "evaluate.batches=[dataset_id, batch, suspension_type]") == 0
+    record = metrics_of(tmp_path)
+    assert record["same_as"] == {"batch": "dataset_id"}
+    assert {score["column"] for score in record["scores"]["scVI"]} == {"cell_type", "sex", "dataset_id"}
+    page = (tmp_path / "report.html").read_text()
+    headings = re.findall(r"<h3>(.*?)</h3>", page)
+    same = '<span class="soft">and batch: the same groups of cells</span>'
+    assert f"dataset_id {same}" in headings
+    assert f"By dataset id {same}" in headings
+    assert not any(heading.startswith(("batch", "By batch", "By suspension")) for heading in headings)
+    assert "No map by suspension type (cell): all measured cells have the same value." in page
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from("xy")), min_size=1, max_size=12))
+def test_same_groups(cells: list[tuple[str, str]]) -> None:
+    one, other = ([values[n] for values in cells] for n in (0, 1))
+    renamed = [{"a": None, "b": 1.5, "c": "b"}[name] for name in one]
+    pairs = len(set(cells))
+    equal = len(set(one)) == len(set(other)) == pairs
+    expected = {"renamed": "one"} | ({"other": "one"} if equal else {})
+    assert same_groups({"one": one, "other": other, "renamed": renamed}) == expected
+
+
+def test_damaged_gates_are_said(finished_run: Run, tmp_path: Path) -> None:
+    config = load_config(finished_run.config, [f"output.directory={tmp_path}"])
+    for text in ("{", "[]", '{"gates": 3}'):
+        (tmp_path / "qa.json").write_text(text)
+        with pytest.raises(UserError, match=r"qa.json is damaged"):
+            report._gates(config)
 
 
 def test_no_credentials_are_written(finished_run: Run, tmp_path: Path) -> None:

@@ -120,7 +120,80 @@ def test_a_full_disk_leaves_nothing_half_written(
     monkeypatch.setattr("census_scvi.map_query.write_elem", full)
     assert map_query(finished_run, f"query.file={query}", "query.umap_cells=0", "query.baseline_cells=0") == 2
     assert "the disk is full" in capsys.readouterr().err
-    assert list(query.parent.glob("*mapped*")) == []
+    assert [path.name for path in query.parent.iterdir()] == ["cells.h5ad"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("renamed", [0, 1, 2])
+def test_a_killed_run_is_repeated_without_force(finished_run: Run, query: Path, renamed: int) -> None:
+    """Killed before each file is put into its place: quality picture, report, cells."""
+    settings = (f"query.file={query}", "query.umap_cells=0", "query.baseline_cells=100")
+    before = (
+        "import os, pathlib; renames = iter(range(%d)); replace = pathlib.Path.replace; pathlib.Path.replace ="
+        " lambda *a: replace(*a) if next(renames, None) is not None else os._exit(9)"
+    )
+    done = finished_run.subprocess("map-query", *settings, before=before % renamed)
+    assert done.returncode == 9
+    assert not query.with_name("cells-mapped.h5ad").exists()
+    assert map_query(finished_run, *settings, "query.umap_cells=0") == 0
+    names = {"cells.h5ad", "cells-mapped.h5ad", "cells-mapped.json", "cells-mapped-cell_type.png"}
+    assert {path.name for path in query.parent.iterdir()} == names
+    report = json.loads(query.with_name("cells-mapped.json").read_text())
+    assert report["cells"] == ad.read_h5ad(query.with_name("cells-mapped.h5ad")).n_obs
+
+
+def test_a_run_directory_that_is_not_there(
+    finished_run: Run, query: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing else is taken for its model or embedding, but what the config names."""
+    (tmp_path / "empty").mkdir()
+    for name, found in (("none", "does not exist"), ("empty", "has no manifest.json, nothing was run in it")):
+        for arguments in ((), ("--dry-run",)):
+            assert (
+                map_query(finished_run, f"query.file={query}", f"output.directory={tmp_path / name}", *arguments) == 2
+            )
+            message = capsys.readouterr().err
+            assert f"run directory {tmp_path / name} {found}; name it in output.directory, or a published" in message
+    named = (f"query.model={finished_run.directory}", f"output.directory={tmp_path}/none")
+    assert map_query(finished_run, f"query.file={query}", "query.umap_cells=0", "query.baseline_cells=0", *named) == 0
+    assert f"embedding of the Census' cells: {finished_run.directory}" in capsys.readouterr().err
+    for place, message in {
+        f"{tmp_path}/none": "none does not exist; name a run directory, an Experiment, or an embedding in obsm",
+        "none": "has no obsm['none']",
+    }.items():
+        assert map_query(finished_run, f"query.file={query}", f"query.embedding={place}", "--force") == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("n_cells", [1, 2, 3])
+def test_a_map_of_few_cells(finished_run: Run, query: Path, n_cells: int) -> None:
+    settings = (f"query.file={query}", "query.labels=[]", f"query.umap_cells={n_cells}")
+    assert main("map-query", ["--config", str(finished_run.config), *settings]) == 0
+    positions = ad.read_h5ad(query.with_name("cells-mapped.h5ad")).obsm["X_umap"]
+    assert len(np.unique(positions, axis=0)) == 1  # each in the middle of all of the reference
+    assert matplotlib.image.imread(query.with_name("cells-mapped.png")).std() > 0.01
+
+
+def test_a_query_that_is_far_is_said_so(finished_run: Run, query: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A tenth of the genes take most of the counts, as in no cell of the reference; and cells without counts."""
+    cells = ad.read_h5ad(query)
+    counts = cells.layers["counts"].toarray()
+    counts[:, ::10] = counts[:, ::10] * 60 + 40
+    counts[:3] = 0
+    cells.layers["counts"] = counts
+    cells.write_h5ad(query)
+    assert map_query(finished_run, f"query.file={query}", "query.umap_cells=0") == 0
+    messages = capsys.readouterr().err
+    found = json.loads(query.with_name("cells-mapped.json").read_text())["predictions"]["cell_type"]
+    assert found["far"]
+    assert found["corrected_by"] == 1
+    assert f"the cells lie {found['shift']:.1f} times as far from the reference as its own" in messages
+    assert "3 cells without counts among them" in messages
+    assert "do not trust these labels without a look at marker genes" in messages
+    mapped = ad.read_h5ad(query.with_name("cells-mapped.h5ad")).obs
+    assert mapped["cell_type_unknown"].mean() > 0.5
+    for column in ("cell_type_predicted", "cell_type_pca", "cell_type_logistic_regression"):
+        assert mapped[column].iloc[:3].tolist() == ["unknown"] * 3
 
 
 def test_the_threshold_of_the_config_holds_and_is_named(

@@ -172,3 +172,40 @@ def test_one_label_has_nothing_beside_it() -> None:
     assert "held_out" not in mine.uns[PREDICTION]["cell_type"]
     with pytest.raises(UserError, match="nothing was held out"):
         draw_quality(mine.uns[PREDICTION]["cell_type"], "cell type")
+
+
+@pytest.mark.parametrize("missing", [None, np.nan, pd.NA, "unknown", "nan", ""], ids=repr)
+def test_cells_without_a_label_teach_nothing(missing: object) -> None:
+    reference, _, mine, _ = atlas_cells("good")
+    labels = reference.obs["cell_type"].astype(object)
+    labels[(labels == "monocyte").to_numpy()] = missing
+    reference.obs["cell_type"] = labels
+    naming = Naming(reference, "scvi", "cell_type")
+    naming.name(mine, "X_scvi")
+    found = mine.uns[PREDICTION]["cell_type"]
+    assert found["classes"] == ["B cell", "T cell"]
+    assert found["reference_cells"] == labels.isin(found["classes"]).sum()
+    reference.obs["cell_type"] = pd.Series(missing, index=reference.obs_names, dtype=object)
+    with pytest.raises(UserError, match="none of the 400 reference cells has a cell_type; change obs_filter"):
+        Naming(reference, "scvi", "cell_type")
+
+
+@pytest.mark.parametrize("n_cells", [1, 3, 15])
+def test_few_reference_cells_are_refused(n_cells: int) -> None:
+    reference, _, _, _ = atlas_cells("good")
+    with pytest.raises(UserError, match=f"{n_cells} labelled cells? and n_neighbours=15 needs 16 or more"):
+        Naming(reference[:n_cells].copy(), "scvi", "cell_type")
+
+
+def test_counts_that_tell_nothing_are_not_compared_with(caplog: pytest.LogCaptureFixture) -> None:
+    """Cells without counts, and counts of a single gene: there is nothing to compare the model with."""
+    reference, counts, mine, query = atlas_cells("good")
+    naming = Naming(reference, "scvi", "cell_type")
+    naming.name(mine, "X_scvi")
+    for genes in (np.zeros(N_GENES, bool), np.arange(N_GENES) == 3):
+        naming.compare(mine, [query], counts, np.arange(400), genes)
+    naming.compare(mine, [query], counts * 0, np.arange(400), ALL)
+    assert "held_out" not in mine.uns[PREDICTION]["cell_type"]
+    some = sp.vstack([counts[:100] * 0, counts[100:]]).tocsr()
+    naming.compare(mine, [query], some, np.arange(400), ALL)
+    assert mine.uns[PREDICTION]["cell_type"]["baseline_cells"] == 300

@@ -20,6 +20,7 @@ import scipy.sparse as sp
 import scvi
 from matplotlib.figure import Figure
 
+from census_scvi.arguments import require_number, require_whole
 from census_scvi.census.cells import Cells, matching_joinids, require_columns, select_cells
 from census_scvi.census.genes import locate_genes, read_var
 from census_scvi.census.open import Census, open_census
@@ -224,6 +225,8 @@ class Atlas:
         AnnData with obs, `obsm["scvi"]` float32 (cells, dimensions) and no X, in the order of the Census. Cells that
         match and have no embedding are left out, with a warning.
         """
+        require_whole("max_cells", max_cells, 1)
+        require_whole("seed", seed, 0)
         census, embedding = self._require_census(), self._require_embedding()
         require_columns(census, obs_columns or [], "obs_columns")
         joinids = matching_joinids(census, obs_filter)
@@ -293,13 +296,17 @@ class Atlas:
         -------
         A row a cluster, the largest first: `n_cells`, and for each column its commonest value and its share.
         """
+        require_number("resolution", resolution, above=0)
         chosen = self._slice(cells, list(columns), max_cells, seed)
         chosen.obs["leiden"] = leiden(_latent_of(chosen), resolution, seed)
         return composition(chosen.obs, "leiden", columns)
 
     def _slice(self, cells: ad.AnnData | str | None, columns: list[str], max_cells: int, seed: int) -> ad.AnnData:
         """Cells as they are given, or those of the Census that match a filter."""
+        require_whole("seed", seed, 0)
         if isinstance(cells, ad.AnnData):
+            if not cells.n_obs:
+                raise UserError("there are no cells: the AnnData is empty")
             return cells
         return self.embeddings(cells, obs_columns=columns, max_cells=max_cells, seed=seed)
 
@@ -344,6 +351,9 @@ class Atlas:
         UserError
             A gene or batch is not the model's, or a cell's batch was not trained and `transform_batch` is None.
         """
+        require_number("library_size", library_size, above=0)
+        for name, value, least in (("n_samples", n_samples, 1), ("max_cells", max_cells, 1), ("seed", seed, 0)):
+            require_whole(name, value, least)
         decoder = self._decoder()
         feature_ids = decoder.check_genes(genes)
         targets = [transform_batch] if isinstance(transform_batch, str) else transform_batch
@@ -408,6 +418,10 @@ class Atlas:
         UserError
             The groups overlap, or hold cells of batches that the model was not trained on.
         """
+        require_number("fdr", fdr, above=0, most=1)
+        require_number("delta", delta)
+        require_whole("max_cells", max_cells, 1)
+        require_whole("seed", seed, 0)
         decoder = self._decoder()
         groups = [self._cells_of(group, max_cells, seed) for group in (group_a, group_b)]
         if shared := len(np.intersect1d(groups[0].joinids, groups[1].joinids)):
@@ -532,22 +546,26 @@ class Atlas:
         Returns
         -------
         As `embed`, with `<labels>_predicted`, `_probability`, `_uncertainty` and `_unknown` in obs; a cell that is like
-        none of the reference is named "unknown". Beside them `<labels>_pca` and `<labels>_logistic_regression`, which
-        nearest neighbours in a PCA and logistic regression, both on log-normalised counts, name the cells.
-        `uns["scvi_prediction"][<labels>]` has what is known of their quality: `agreement` of the three, and how right
-        each is on studies `held_out` of the reference (`HeldOut`; `draw_quality` draws it).
+        none of the reference, or that has no counts, is "unknown". Next to them `<labels>_pca` and
+        `<labels>_logistic_regression`: what nearest neighbors in a PCA and logistic regression, both on log-normalised
+        counts, predict. `uns["scvi_prediction"][<labels>]` has what is known of their quality: `agreement` of the
+        three, and how right each is on studies `held_out` of the reference (`HeldOut`; `draw_quality` draws it).
 
         Raises
         ------
         UserError
-            As `embed`; or the embedding is not this model's; or no cell has a label; or no such method.
+            As `embed`; or the embedding is not this model's; or fewer cells have a label than `n_neighbours` needs; or
+            no such method.
         """
-        columns = [labels] if isinstance(labels, str) else list(labels)
+        columns = [labels] if isinstance(labels, str) else list(dict.fromkeys(labels))
+        for name, value, least in (("n_neighbours", n_neighbours, 1), ("baseline_cells", baseline_cells, 0)):
+            require_whole(name, value, least)
         require_columns(self._require_census(), columns, "labels")
         check_method(method)
-        mapped = self._embedded(source, options)
         if not columns:
-            return mapped
+            return self._embedded(source, options)
+        self._require_embedding()  # damage and another Census are said before the cells are embedded
+        mapped = self._embedded(source, options)
         reference = self.reference(obs_filter, columns, max_cells, seed)
         namings = [
             Naming(reference, LATENT, column, method=method, n_neighbours=n_neighbours, seed=seed) for column in columns
@@ -596,7 +614,7 @@ class Atlas:
         obs_columns
             obs columns of the neighbours to read; None reads all.
         n_neighbours
-            Neighbours a cell.
+            Neighbors per cell; all cells of the atlas where it has fewer.
         max_cells
             The atlas is thinned at random to so many.
         seed
@@ -604,6 +622,7 @@ class Atlas:
         options
             Passed to `embed`.
         """
+        require_whole("n_neighbours", n_neighbours, 1)
         mapped = self._embedded(source, options)
         reference = self.reference(obs_filter, obs_columns, max_cells, seed)
         index = NeighbourIndex(reference.obsm[LATENT], seed=seed)
@@ -671,7 +690,9 @@ class Atlas:
 
     @cached_property
     def _embedding(self) -> Embedding:
-        return self._find_embedding(self._census)
+        found = self._find_embedding(self._census)
+        log.info("embedding of the Census' cells: %s", without_credentials(found.name))
+        return found
 
     def _require_model(self) -> tuple[scvi.model.SCVI, ModelDescription]:
         if self.model is None or self.description is None:

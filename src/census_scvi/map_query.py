@@ -19,19 +19,26 @@ from census_scvi.atlas import LATENT, OWN_LATENT, Atlas
 from census_scvi.config import Config
 from census_scvi.counts.h5ad import check_path, portable_frame
 from census_scvi.errors import UserError
+from census_scvi.model.published import PROVENANCE
+from census_scvi.model.safe import DESCRIPTION
 from census_scvi.obs_filter import in_section
 from census_scvi.query.alignment import TooFewGenes
 from census_scvi.query.cells import QueryCells
-from census_scvi.query.naming import PREDICTION
+from census_scvi.query.naming import EMPTY, PREDICTION
 from census_scvi.query.neighbours import EXACT_CELLS
 from census_scvi.query.umap_map import UmapMap
+from census_scvi.run_names import MANIFEST
 from census_scvi.stages.plan import Plan
 from census_scvi.umap_picture import draw_on_reference
-from census_scvi.workspace.atomic import remove, sync
+from census_scvi.workspace import Workspace
+from census_scvi.workspace.atomic import replacing
+from census_scvi.workspace.writable import require_writable
 
 log = logging.getLogger(__name__)
 
 MAP = "X_umap"
+# Of the report and the pictures that lie beside the .h5ad; and what makes a folder one that holds a model.
+_SUFFIXES, _OF_A_MODEL = (".json", ".png"), (MANIFEST, PROVENANCE, DESCRIPTION)
 _COUNTS = "query.counts="  # what says where the raw counts are, for messages
 # For --dry-run, from runs on two cores: imports; a cell of query or reference; what is done once; cells embedded
 # and named a second; the index of a large reference; the map, whose time hardly depends on its cells.
@@ -44,6 +51,13 @@ def run(config: Config, *, force: bool = False) -> None:
     source, target = _paths(config)
     if target.exists() and not force:
         raise UserError(f"{target} exists; name another query.output, or replace it with --force")
+    with replacing([*_beside(config, target), target]) as partials:
+        _run(config, source, target, dict(zip([*_beside(config, target), target], partials, strict=True)))
+    log.info("wrote %s", ", ".join(str(path) for path in (target, *_beside(config, target)) if path.exists()))
+
+
+def _run(config: Config, source: Path, target: Path, partial: dict[Path, Path]) -> None:
+    """Write everything; `partial` says where, for each file."""
     settings = config.query
     with (
         in_section("query"),
@@ -58,13 +72,14 @@ def run(config: Config, *, force: bool = False) -> None:
         mapped = _predict(atlas, source, config)
         for labels in settings.labels:
             log.info("%s", _summary(mapped, labels))
-            _draw_quality(atlas, mapped, labels, target)
+            if mapped.uns[PREDICTION][labels].get("held_out"):
+                figure = atlas.quality(mapped, labels)
+                figure.savefig(partial[_quality_picture(target, labels)], dpi=110, format="png")
         if settings.umap_cells:
-            _place(atlas, mapped, config, target.with_suffix(".png"))
-    _write(source, target, mapped)
-    report = target.with_suffix(".json")
-    report.write_text(json.dumps(_plain(_report(mapped, settings.labels)), indent=1) + "\n", encoding="utf-8")
-    log.info("wrote %s and %s", target, report)
+            _place(atlas, mapped, config, partial[target.with_suffix(".png")])
+    report = json.dumps(_plain(_report(mapped, settings.labels)), indent=1)
+    partial[target.with_suffix(".json")].write_text(report + "\n", encoding="utf-8")
+    _write(source, partial[target], mapped)
 
 
 def _predict(atlas: Atlas, source: Path, config: Config) -> ad.AnnData:
@@ -95,11 +110,24 @@ def _paths(config: Config) -> tuple[Path, Path]:
     source = Path(config.query.file)
     check_path(source)
     target = Path(config.query.output) if config.query.output else source.with_name(f"{source.stem}-mapped.h5ad")
-    if target.resolve() == source.resolve():
-        raise UserError(f"query.output is query.file, {source}; name another file")
-    if not target.parent.is_dir():
-        raise UserError(f"{target.parent} does not exist; make the folder of query.output first")
+    if target.suffix in _SUFFIXES:
+        raise UserError(f"query.output ends in {target.suffix}, as the report or a picture do; expected a name.h5ad")
+    for path in (target, *_beside(config, target)):
+        require_writable(path, "query.output")
+        if path.exists() and path.samefile(source):
+            raise UserError(f"query.output is query.file, {source}; name another file")
+    if config.query.model is None and not any((config.directory / name).exists() for name in _OF_A_MODEL):
+        Workspace(config.directory).require_run("name it in output.directory, or a published model in query.model")
     return source, target
+
+
+def _beside(config: Config, target: Path) -> list[Path]:
+    """The files that are written beside the .h5ad: pictures and the report."""
+    settings = config.query
+    pictures = [_quality_picture(target, labels) for labels in settings.labels] if settings.baseline_cells else []
+    if settings.umap_cells:
+        pictures.append(target.with_suffix(".png"))
+    return [*dict.fromkeys(pictures), target.with_suffix(".json")]
 
 
 def _census(config: Config) -> str | None:
@@ -120,6 +148,13 @@ def _summary(mapped: ad.AnnData, labels: str) -> str:
     unknown = mapped.obs[f"{labels}_unknown"].to_numpy()
     found = mapped.obs[f"{labels}_predicted"].nunique() - bool(unknown.any())
     words = f"{labels}: {found} of {len(quality['classes'])} found, {unknown.mean():.1%} of the cells unknown"
+    if empty := int(mapped.obs[EMPTY].sum()):
+        words += f", {empty:,} cells without counts among them"
+    if quality["far"]:
+        return (
+            f"{words}; the cells lie {quality['shift']:.1f} times as far from the reference as its own: do not trust"
+            " these labels without a look at marker genes"
+        )
     if np.isnan(quality["left_out_found"]):
         return words
     return (
@@ -129,14 +164,7 @@ def _summary(mapped: ad.AnnData, labels: str) -> str:
 
 
 def _quality_picture(target: Path, labels: str) -> Path:
-    return target.with_name(f"{target.stem}-{labels}.png")
-
-
-def _draw_quality(atlas: Atlas, mapped: ad.AnnData, labels: str, target: Path) -> None:
-    if mapped.uns[PREDICTION][labels].get("held_out"):
-        picture = _quality_picture(target, labels)
-        atlas.quality(mapped, labels).savefig(picture, dpi=110)
-        log.info("wrote %s", picture)
+    return target.with_name(f"{target.stem}-{labels.replace('/', '_')}.png")
 
 
 def _place(atlas: Atlas, mapped: ad.AnnData, config: Config, picture: Path) -> None:
@@ -149,8 +177,7 @@ def _place(atlas: Atlas, mapped: ad.AnnData, config: Config, picture: Path) -> N
     mapped.obsm[MAP] = umap.place(mapped.obsm[OWN_LATENT])
     named = mapped.obs[f"{labels}_predicted"] if settings.labels else pd.Series("your cells", mapped.obs_names)
     figure = draw_on_reference(umap.positions, reference.obs[labels], mapped.obsm[MAP], named, labels.replace("_", " "))
-    figure.savefig(picture, dpi=110)
-    log.info("wrote %s", picture)
+    figure.savefig(picture, dpi=110, format="png")
 
 
 def _report(mapped: ad.AnnData, labels: list[str]) -> dict[str, Any]:
@@ -170,21 +197,9 @@ def _report(mapped: ad.AnnData, labels: list[str]) -> dict[str, Any]:
 
 
 def _write(source: Path, target: Path, mapped: ad.AnnData) -> None:
-    """The user's file as it is, with what was found; whole or not at all."""
-    partial = target.with_name(target.name + ".partial")
-    remove(partial)
-    try:
-        shutil.copyfile(source, partial)
-        _add(partial, mapped)
-        sync(partial)
-        partial.replace(target)
-    finally:
-        remove(partial)
-
-
-def _add(path: Path, mapped: ad.AnnData) -> None:
-    """Write what was found into the copy of the user's file."""
-    with h5py.File(path, "r+") as file:
+    """The user's file as it is, with what was found."""
+    shutil.copyfile(source, target)
+    with h5py.File(target, "r+") as file:
         write_elem(file, "obs", portable_frame(mapped.obs))
         if "obsm" not in file:
             write_elem(file, "obsm", {})
@@ -224,9 +239,6 @@ def plan(config: Config) -> Plan:
     with QueryCells(source) as cells:
         n_cells, place = len(cells), cells.find_counts(settings.counts, setting=_COUNTS)
         n_genes = len(cells.var(place))
-    beside = [target.with_suffix(".json"), *([target.with_suffix(".png")] if settings.umap_cells else [])]
-    if settings.baseline_cells:
-        beside += [_quality_picture(target, labels) for labels in settings.labels]
     return Plan(
         "map-query",
         reads=[
@@ -235,7 +247,7 @@ def plan(config: Config) -> Plan:
             f"{_census(config) or 'the Census of the model'}: embedding and labels of up to"
             f" {settings.reference_cells:,} cells",
         ],
-        writes=[str(path) for path in (target, *beside)],
+        writes=[str(path) for path in (target, *_beside(config, target))],
         cells=n_cells,
         genes=n_genes,
         memory=_BASE_MEMORY + _BYTES_A_CELL * (n_cells + settings.reference_cells),

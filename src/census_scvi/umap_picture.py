@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
 import matplotlib as mpl
@@ -10,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import scanpy as sc
+import scipy.sparse as sp
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -17,6 +19,10 @@ from census_scvi.picture import Picture
 from census_scvi.query.umap_map import UmapMap
 
 _POINTS = 30_000.0  # marker area times cells: dense where there are many, visible where there are few
+_SMALLEST, _LARGEST = 0.5, 30.0
+_NO_LABEL = "unknown"
+# A user's cells on the map of a reference: of few, each is to be found.
+_LEAST_OWN, _EDGED, _LARGE_OWN, _VERY_FEW = 8.0, 2_000, 70.0, 50
 _LEGEND_ENTRIES = 24
 
 
@@ -73,6 +79,8 @@ def draw_on_reference(
 ) -> Figure:
     """Cells on the map of a reference: the reference by its labels, then the others by theirs on top of it in grey.
 
+    The fewer these are, the larger they are drawn.
+
     Parameters
     ----------
     reference, query
@@ -89,10 +97,13 @@ def draw_on_reference(
     order = np.random.default_rng(0).permutation(len(reference))  # no group is drawn on top of the others
     scatter(axes[0], reference[order], _categorical(reference_labels, names).iloc[order], legend=False)
     axes[0].set_title(f"reference, {len(reference):,} cells, by {title}", fontsize=12, loc="left")
-    size = min(max(_POINTS / len(reference), 0.5), 30)
-    axes[1].scatter(reference[:, 0], reference[:, 1], s=size, c="0.85", linewidths=0, rasterized=True)
+    axes[1].scatter(reference[:, 0], reference[:, 1], s=_size(len(reference)), c="0.88", linewidths=0, rasterized=True)
     order = np.random.default_rng(0).permutation(len(query))
-    scatter(axes[1], query[order], _categorical(query_labels, names).iloc[order], legend=True)
+    few = len(query) <= _EDGED  # a dark edge shows single cells, and blackens a crowd
+    scatter(
+        axes[1], query[order], _categorical(query_labels, names).iloc[order], legend=True,
+        size=_own_size(len(query)), edge=0.4 if few else 0.0,
+    )  # fmt: skip
     axes[1].set_title(f"your {len(query):,} cells, by predicted {title}", fontsize=12, loc="left")
     return figure
 
@@ -101,22 +112,86 @@ def _categorical(labels: pd.Series, names: pd.Index) -> pd.Series:
     return pd.Series(pd.Categorical(labels.astype(str), categories=names))
 
 
-def log_pca(cells: ad.AnnData, n_components: int = 50) -> npt.NDArray[np.float32]:
-    """PCA of log-normalised counts (10,000 a cell), float32 (cells, n_components): what a user does without a model."""
+def log_pca(
+    cells: ad.AnnData, n_components: int = 50, *, counts_per_cell: float | None = 1e4, seed: int = 0
+) -> npt.NDArray[np.float32]:
+    """PCA of log-normalised counts: what a user does without a model.
+
+    Parameters
+    ----------
+    cells
+        X: raw counts (cells, genes).
+    n_components
+        Dimensions. Of few cells or genes there are fewer; of cells that do not differ there is one, which is 0.
+    counts_per_cell
+        What the counts of a cell are scaled to; None: to the median of the cells.
+    seed
+        Of the PCA.
+
+    Returns
+    -------
+    float32 (cells, components).
+    """
     plain = ad.AnnData(cells.X.copy())
-    sc.pp.normalize_total(plain, target_sum=1e4)
+    with np.errstate(divide="ignore", invalid="ignore"):  # cells without counts
+        sc.pp.normalize_total(plain, target_sum=counts_per_cell)
     sc.pp.log1p(plain)
-    sc.pp.pca(plain, n_comps=min(n_components, min(plain.shape) - 1), random_state=0)
+    n_components = min(n_components, min(plain.shape) - 1)
+    if n_components < 1:
+        values = np.asarray(plain.to_df(), np.float32)
+        return (values - values.mean(axis=0))[:, :1]
+    if not _vary(plain.X):
+        return np.zeros((plain.n_obs, 1), np.float32)
+    sc.pp.pca(plain, n_comps=n_components, random_state=seed)
     return np.asarray(plain.obsm["X_pca"], dtype=np.float32)
 
 
-def scatter(axes: Axes, positions: npt.NDArray[np.float32], labels: pd.Series, *, legend: bool) -> None:
-    """Points coloured by a categorical; the legend stands beside them."""
+def _vary(values: Any) -> bool:
+    """Whether a column of a matrix has two values."""
+    least, most = (sp.csr_matrix(extreme(axis=0)).toarray() for extreme in (values.min, values.max))
+    return bool((least != most).any())
+
+
+def _size(n_cells: int) -> float:
+    """Area of a marker."""
+    return min(max(_POINTS / max(n_cells, 1), _SMALLEST), _LARGEST)
+
+
+def _own_size(n_cells: int) -> float:
+    """Area of a marker of a user's cells, which lie on top of others."""
+    if n_cells <= _VERY_FEW:
+        return _LARGE_OWN
+    return max(_size(n_cells), _LEAST_OWN) if n_cells <= _EDGED else _size(n_cells)
+
+
+def scatter(
+    axes: Axes,
+    positions: npt.NDArray[np.float32],
+    labels: pd.Series,
+    *,
+    legend: bool,
+    size: float | None = None,
+    edge: float = 0.0,
+) -> None:
+    """Points coloured by a categorical; the legend stands beside them.
+
+    Parameters
+    ----------
+    axes, positions, labels
+        Where, float32 (cells, 2), and a categorical, a row a cell.
+    legend
+        Whether there is one: of the values that are there, in their order.
+    size, edge
+        Area of a marker, None by the number of cells, and width of its dark edge.
+    """
     categories = list(labels.cat.categories)
     colours = _colours(len(categories))
-    size = min(max(_POINTS / len(labels), 0.5), 30)
+    colours[[str(name) == _NO_LABEL for name in categories]] = (0.35, 0.35, 0.35, 1)  # not as if it were a type
     codes = labels.cat.codes.to_numpy()
-    axes.scatter(positions[:, 0], positions[:, 1], s=size, c=colours[codes], linewidths=0, rasterized=True)
+    axes.scatter(
+        positions[:, 0], positions[:, 1], s=size or _size(len(labels)), c=colours[codes], linewidths=edge,
+        edgecolors="0.15" if edge else "none", rasterized=True,
+    )  # fmt: skip
     axes.set_axis_off()
     if legend:
         for code, name in enumerate(categories[:_LEGEND_ENTRIES]):

@@ -46,13 +46,16 @@ class OutOfFold:
     held_out: str
 
 
-def published_split(points: Points, codes: Codes) -> OutOfFold:
+def published_split(points: Points, codes: Codes) -> OutOfFold | None:
     """As the published script: 60 % to learn from, unstratified, unscaled, library defaults, an unseeded forest.
 
-    Flaws: cells of one donor are on both sides of the split, and dimensions of great variance outweigh the others.
+    None where these are of one label. Flaws: cells of one donor are on both sides of the split, and dimensions of great
+    variance outweigh the others.
     """
     rows = np.arange(len(codes))
     train, test = train_test_split(rows, test_size=0.4, random_state=42)
+    if len(np.unique(codes[train])) < 2:
+        return None
     right = {}
     for name, classifier in zip(NAMES, (SVC(), RandomForestClassifier(), LogisticRegression()), strict=True):
         right[name] = _fit(classifier, points[train], codes[train]).predict(points[test]) == codes[test]
@@ -61,8 +64,10 @@ def published_split(points: Points, codes: Codes) -> OutOfFold:
 
 def held_out(
     points: Points, codes: Codes, groups: npt.NDArray[np.object_] | None, what: str, *, seed: int = 0
-) -> OutOfFold:
+) -> OutOfFold | None:
     """Five folds, stratified and seeded, whole groups held out where labels are in several; standardised dimensions.
+
+    None where no fold leaves two labels to learn from.
 
     Parameters
     ----------
@@ -92,6 +97,8 @@ def held_out(
         for name, classifier in zip(NAMES, models, strict=True):
             right[name].append(_fit(classifier, learnt, codes[train]).predict(asked) == codes[test])
         rows.append(test)
+    if not rows:
+        return None
     return OutOfFold(
         np.concatenate(rows),
         {name: np.concatenate(parts) for name, parts in right.items()},

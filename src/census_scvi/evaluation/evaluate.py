@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,11 @@ from census_scvi.config import Config
 from census_scvi.errors import UserError
 from census_scvi.evaluation.biology import biology
 from census_scvi.evaluation.breakdown import break_down
+from census_scvi.evaluation.groups import same_groups
 from census_scvi.evaluation.mixing import mixing
 from census_scvi.evaluation.report import write_report
 from census_scvi.evaluation.score import LEGACY, Score
-from census_scvi.evaluation.slice import PCA, Slice, named_embeddings, read_slice
+from census_scvi.evaluation.slice import PCA, Slice, embeddings_of, read_slice
 from census_scvi.evaluation.space import Space
 from census_scvi.progress import progress_bar
 from census_scvi.run_names import METRICS, REPORT
@@ -30,6 +32,7 @@ from census_scvi.stages.plan import Plan
 from census_scvi.workspace import Workspace
 from census_scvi.workspace.atomic import write_json
 from census_scvi.workspace.uri import local_path, without_credentials
+from census_scvi.workspace.writable import require_writable_folder
 
 log = logging.getLogger(__name__)
 
@@ -54,23 +57,32 @@ class Evaluation:
         By embedding, then by column: a table of `break_down`.
     problems
         What could not be measured, for people.
+    same_as
+        Columns that divide the cells as another one does, and that one, which alone is measured.
     """
 
     scores: dict[str, list[Score]] = field(default_factory=dict)
     breakdowns: dict[str, dict[str, pd.DataFrame]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    same_as: dict[str, str] = field(default_factory=dict)
 
 
 def run(config: Config, *, force: bool = False) -> None:
     """Measure, and write metrics.json and report.html."""
-    folder = config.evaluation_folder
-    if (folder / REPORT).exists() and not force:
+    folder = _folder(config)
+    if (folder / REPORT).is_file() and not force:
         raise UserError(f"{folder / REPORT} exists; name another evaluate.folder, or replace it with --force")
+    embeddings_of(config)
     with open_census(config.census) as census:
         cells = read_slice(config, census)
         identity = census.identity
     measured = _measured_rows(config, cells)
     found = evaluate(config, cells, measured)
+    if not any(found.scores.values()):
+        raise UserError(
+            f"nothing can be measured on {len(cells.obs):,} cells: {'; '.join(found.problems) or 'no column is named'}."
+            " Change evaluate.obs_filter, evaluate.labels or evaluate.batches"
+        )
     record = {
         "mode": config.evaluate.mode,
         "census": identity,
@@ -80,6 +92,7 @@ def run(config: Config, *, force: bool = False) -> None:
         "packages": {name: version(name) for name in _PACKAGES},
         "problems": found.problems,
         "latents": _latents(config),
+        "same_as": found.same_as,
         "scores": {name: [asdict(score) for score in scores] for name, scores in found.scores.items()},
         "breakdown": {
             name: {column: table.reset_index().to_dict("records") for column, table in tables.items()}
@@ -118,6 +131,12 @@ def evaluate(config: Config, cells: Slice, measured: npt.NDArray[np.int64]) -> E
     # The published script took silhouette_batch within the last label, whichever it named.
     inner = (list(labels)[-1] if legacy else next(iter(labels))) if labels else ""
     within = labels.get(inner, np.full(len(cells.obs), None, dtype=object))
+    if not legacy:  # whose rows are all of the published tables
+        found.same_as = same_groups(labels) | same_groups(batches)
+        labels, batches = (
+            {name: values for name, values in columns.items() if name not in found.same_as}
+            for columns in (labels, batches)
+        )
     with progress_bar(len(cells.spaces) * (len(labels) + len(batches)), "metrics", unit="columns") as bar:
         for name, points in cells.spaces.items():
             space = Space(points, measured, config.seed)
@@ -136,10 +155,10 @@ def evaluate(config: Config, cells: Slice, measured: npt.NDArray[np.int64]) -> E
                 )  # fmt: skip
                 bar.update()
             if labels and batches:
-                found.breakdowns[name] = {
-                    inner: break_down(space, within, whole, within),
-                    next(iter(batches)): break_down(space, within, whole, whole),
-                }
+                first = next(iter(batches))
+                found.breakdowns[name] = {inner: break_down(space, within, whole, within)}
+                if not same_groups({inner: within, first: whole}):
+                    found.breakdowns[name][first] = break_down(space, within, whole, whole)
     return found
 
 
@@ -179,11 +198,19 @@ def _measured_rows(config: Config, cells: Slice) -> npt.NDArray[np.int64]:
 def _latents(config: Config) -> dict[str, Any]:
     """Which embedding it was, of those that lie in a run directory: the identity of latent.npy."""
     found = {}
-    for name, place in named_embeddings(config).items():
+    for name, place in embeddings_of(config).items():
         path = local_path(place)
         if path is not None and (record := Workspace(path).record("create-latent-update")):
             found[name] = record["outputs"].get("latent.npy")
     return found
+
+
+def _folder(config: Config) -> Path:
+    """Where to write; UserError where that cannot be."""
+    folder = config.evaluation_folder
+    setting = "evaluate.folder" if config.evaluate.folder else "output.directory"
+    require_writable_folder(folder, [METRICS, REPORT], setting)
+    return folder
 
 
 def _plain(values: Any) -> Any:
@@ -200,6 +227,7 @@ def _plain(values: Any) -> Any:
 def plan(config: Config) -> Plan:
     """Size from the Census; the time is that of two cores."""
     settings = config.evaluate
+    places, folder = embeddings_of(config).values(), _folder(config)
     with open_census(config.census) as census:
         n_matching = sum(
             len(table) for table in read_obs(census, settings.obs_filter, ["soma_joinid"], "evaluate.obs_filter")
@@ -209,12 +237,11 @@ def plan(config: Config) -> Plan:
     n_measured = min(n_cells, settings.measured_cells)
     n_spaces = max(len(settings.embeddings), 1) + settings.baseline
     columns = len(settings.labels) + len(settings.batches)
-    folder = config.evaluation_folder
     return Plan(
         "evaluate",
         reads=[
             f"{uri}: {n_cells:,} of {n_matching:,} cells of {settings.obs_filter or 'all'}",
-            *(settings.embeddings.values() or [f"{config.directory}/"]),
+            *places,
         ],
         writes=[str(folder / METRICS), str(folder / REPORT)],
         cells=n_cells,

@@ -53,7 +53,7 @@ def draw_map(positions: npt.NDArray[np.float32], labels: pd.Series, legend: Lege
     names = labels.astype(str).to_numpy()
     colours = {name: colour for _, colour, name, _ in legend.entries}
     order = np.random.default_rng(seed).permutation(len(names))  # no group is drawn on top of the others
-    size = min(max(_POINTS / len(names), 0.5), 30)
+    size = min(max(_POINTS / max(len(names), 1), 0.5), 30)
     shown = [colours.get(names[row], _OTHER) for row in order]
     axes.scatter(positions[order, 0], positions[order, 1], s=size, c=shown, linewidths=0)
     for number, _, name, _ in legend.entries:

@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import yaml
 
 from census_scvi.config import Config
+from census_scvi.errors import UserError
 from census_scvi.evaluation import figures
+from census_scvi.evaluation.groups import same_groups
 from census_scvi.evaluation.score import BATCH, BIOLOGY, CHANCE, MIXED, WITHIN, Score
 from census_scvi.evaluation.slice import PCA, Slice
 from census_scvi.query.umap_map import UmapMap
@@ -53,11 +56,13 @@ def write_report(
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=True, trim_blocks=True)
     environment.filters |= {"shown": _shown, "place": _place}
     spaces = [*cells.spaces]
+    maps, unmapped = _maps(config, cells, measured)
     page = environment.from_string(template).render(
         record=record,
         spaces=spaces,
         best=[name for name in spaces if name != PCA],
-        maps=_maps(config, cells, measured),
+        maps=maps,
+        unmapped=unmapped,
         tables=_tables(found, spaces),
         breakdowns=_breakdowns(found, spaces),
         training=_training(config),
@@ -68,21 +73,32 @@ def write_report(
     write_text(path, page)
 
 
-def _maps(config: Config, cells: Slice, measured: npt.NDArray[np.int64]) -> list[dict[str, Any]]:
-    """For each column that cells are coloured by: its legend, and a picture of each embedding."""
+def _maps(config: Config, cells: Slice, measured: npt.NDArray[np.int64]) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """For each column that cells are coloured by: its legend, and a picture of each embedding; and one-valued columns.
+
+    Columns that divide the cells alike share their pictures.
+    """
     positions = {name: UmapMap(points[measured], seed=config.seed).positions for name, points in cells.spaces.items()}
     settings = config.evaluate
     columns = dict.fromkeys([*settings.labels, *_COLOURED_BY, *settings.batches])
+    labels = {name: cells.obs[name].iloc[measured] for name in columns if name in cells.obs}
+    unmapped = {name: _only_value(values) for name, values in labels.items() if values.nunique(dropna=False) < 2}
+    same_as = same_groups({name: values for name, values in labels.items() if name not in unmapped})
     shown = []
-    for column in columns:
-        if column in cells.obs:
-            labels = cells.obs[column].iloc[measured]
-            legend = figures.legend_of(labels)
-            pictures = {
-                name: figures.draw_map(places, labels, legend, seed=config.seed) for name, places in positions.items()
-            }
-            shown.append({"column": column, "legend": legend, "pictures": pictures})
-    return shown
+    for column, values in labels.items():
+        if column in unmapped or column in same_as:
+            continue
+        legend = figures.legend_of(values)
+        pictures = {
+            name: figures.draw_map(places, values, legend, seed=config.seed) for name, places in positions.items()
+        }
+        same = [name for name, first in same_as.items() if first == column]
+        shown.append({"column": column, "same": same, "legend": legend, "pictures": pictures})
+    return shown, unmapped
+
+
+def _only_value(values: pd.Series) -> str:
+    return "missing" if values.isna().all() else str(values.iloc[0])
 
 
 def _tables(found: Evaluation, spaces: list[str]) -> list[dict[str, Any]]:
@@ -95,6 +111,7 @@ def _tables(found: Evaluation, spaces: list[str]) -> list[dict[str, Any]]:
         {
             "about": about,
             "column": column,
+            "same": [name for name, first in found.same_as.items() if first == column],
             "rows": rows,
             "levels": [level for level in (CHANCE, MIXED, WITHIN) if _has_level(rows, level)],
             "notes": sorted({score.note for row in rows.values() for score in row.values() if score.note}),
@@ -142,7 +159,12 @@ def _training(config: Config) -> dict[str, Any] | None:
 
 def _gates(config: Config) -> list[dict[str, Any]]:
     path = config.directory / Artifacts.of(config).qa
-    return list(json.loads(path.read_text(encoding="utf-8"))["gates"]) if path.exists() else []
+    if not path.exists():
+        return []
+    try:
+        return list(json.loads(path.read_text(encoding="utf-8"))["gates"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); remove it, or run scvi-publish.py again") from None
 
 
 def _settings(config: Config) -> dict[str, Any]:

@@ -124,6 +124,9 @@ def classified(
         found = classify.published_split(points, codes)
     else:
         found = classify.held_out(points, codes, groups, "donors", seed=seed)
+    if found is None:
+        return []
+    if mode != LEGACY:
         notes.append(f"classifiers: {found.held_out} held out")
     level = {MIXED: 1 - found.majority} if mixed else {CHANCE: found.majority}
     scores = []

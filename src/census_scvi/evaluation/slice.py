@@ -22,9 +22,9 @@ from census_scvi.errors import UserError
 from census_scvi.evaluation import ontology
 from census_scvi.progress import progress_bar
 from census_scvi.query.reference import open_embedding
-from census_scvi.run_names import MANIFEST
 from census_scvi.umap_picture import log_pca
-from census_scvi.workspace import Artifacts
+from census_scvi.workspace import Artifacts, Workspace
+from census_scvi.workspace.uri import without_credentials
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ def _embeddings(
 ) -> tuple[dict[str, npt.NDArray[np.float32]], npt.NDArray[np.int64]]:
     """Each embedding of the cells that all have; an embedding that cannot be read is left out."""
     read = {}
-    named = named_embeddings(config)
+    named = embeddings_of(config)
     for name, place in named.items():
         try:
             embedding = open_embedding(place, census)
@@ -107,6 +107,7 @@ def _embeddings(
                 raise
             problems.append(f"{name}: {error}")
             continue
+        log.info("%s is the embedding %s", name, without_credentials(embedding.name))
         blocks = list(embedding.read(joinids))
         found = np.concatenate([np.empty(0, np.int64), *(block[0] for block in blocks)])
         values = np.concatenate([np.empty((0, embedding.n_latent), np.float32), *(block[1] for block in blocks)])
@@ -127,13 +128,16 @@ def _embeddings(
     return {name: values[np.searchsorted(found, common)] for name, (found, values) in read.items()}, common
 
 
-def named_embeddings(config: Config) -> dict[str, str]:
-    """What is evaluated: as the config says, else the run's, or where there is no run what would be published."""
+def embeddings_of(config: Config) -> dict[str, str]:
+    """Name in the report, and place, of each embedding; UserError where none is named and there is no run."""
     if config.evaluate.embeddings:
         return dict(config.evaluate.embeddings)
-    if (config.directory / MANIFEST).exists():
-        return {"scVI": str(config.directory)}
-    return {config.publish.name: config.publish.name}
+    way_out = (
+        "name the run in output.directory, or what to evaluate in evaluate.embeddings, for instance"
+        f" {{published: {config.publish.name}}} for obsm['{config.publish.name}'] of the Census"
+    )
+    Workspace(config.directory).require_run(way_out)
+    return {"scVI": str(config.directory)}
 
 
 def _obs(config: Config, census: Census, joinids: npt.NDArray[np.int64], problems: list[str]) -> pd.DataFrame:
@@ -171,8 +175,10 @@ def _pca(config: Config, census: Census, joinids: npt.NDArray[np.int64]) -> npt.
 
 def _genes(config: Config, census: Census, joinids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """soma_joinids of the genes."""
-    path = config.directory / Artifacts.of(config).genes
+    genes = Artifacts.of(config).genes
+    path = config.directory / genes
     if path.exists():
+        Workspace(config.directory).check("prepare", [genes])
         found = locate_genes(census, read_genes(path), 0.0)
         return found[found >= 0]
     every = read_var(census)["soma_joinid"].to_numpy()

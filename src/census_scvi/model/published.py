@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from census_scvi.model.sealed import COLUMNS, SEALED, write_sealed
 from census_scvi.paths import expand_argument
 from census_scvi.workspace import Workspace
 from census_scvi.workspace.atomic import remove, sync, sync_tree, write_json
-from census_scvi.workspace.identity import damage, identities
+from census_scvi.workspace.identity import cache_folder, damage, identities
 from census_scvi.workspace.json_file import MOST_BYTES, read_json
 from census_scvi.workspace.uri import file_system, leaves_folder, local_path
 
@@ -193,10 +192,12 @@ def fetch(uri: str, cache: Path | None = None) -> Path:
         No published folder is there, or it cannot be read.
     """
     if (path := local_path(uri)) is not None:
+        if not path.exists():
+            raise UserError(f"{uri} does not exist; name a run directory, or a folder that scvi-publish.py wrote")
         if not (path / PROVENANCE).exists():
             raise UserError(f"{uri} holds no {PROVENANCE}; name the folder `published` that scvi-publish.py wrote")
         return path
-    folder = (cache or _cache()) / hashlib.sha256(uri.encode()).hexdigest()[:16]
+    folder = (cache or cache_folder()) / hashlib.sha256(uri.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     try:
         system, source = file_system(uri)
@@ -209,12 +210,6 @@ def fetch(uri: str, cache: Path | None = None) -> Path:
     except (ImportError, ValueError, OSError) as error:
         raise UserError(f"{uri} cannot be read: {error}") from None
     return folder
-
-
-def _cache() -> Path:
-    if given := os.environ.get("CENSUS_SCVI_CACHE"):
-        return Path(expand_argument(given, "CENSUS_SCVI_CACHE"))
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "census-scvi"
 
 
 def _get(system: AbstractFileSystem, source: str, target: Path, most_bytes: int) -> None:
@@ -264,14 +259,29 @@ def load_model(uri: str, *, trust: bool = False, cache: Path | None = None) -> s
 def load_described(uri: str, *, cache: Path | None = None) -> tuple[scvi.model.SCVI, ModelDescription]:
     """A model and what it is, from its safe form; where it may lie, and errors, as `load_model` says."""
     path = local_path(uri)
-    if path is not None and (train := Workspace(path).whole_record("train")):
-        path = path / str(train["artifacts"][0])
+    if path is not None:
+        path = _checked_model(path)
     if path is not None and not (path / PROVENANCE).exists() and (path / DESCRIPTION).exists():
         return load_safe(path)
     folder = fetch(uri, cache)
     if wrong := damaged_files(folder, read_provenance(folder)):
         raise UserError(f"{uri} is not what was published: {'; '.join(wrong)}")
     return load_safe(folder)
+
+
+def _checked_model(path: Path) -> Path:
+    """The folder of the model in a run directory, or of such a folder itself; what is read of it is what was written.
+
+    Any other path stays as it is.
+    """
+    for run, name in ((path, None), (path.parent, path.name)):
+        record = Workspace(run).whole_record("train")
+        if record is None or name not in (None, record["artifacts"][0]):
+            continue
+        model = str(record["artifacts"][0])
+        Workspace(run).check("train", [f"{model}/{DESCRIPTION}", f"{model}/{WEIGHTS}"])
+        return run / model
+    return path
 
 
 def _unpickle(folder: Path, *, trust: bool) -> scvi.model.SCVI:

@@ -64,7 +64,7 @@ def label_share(
     """
     groups = np.zeros(len(points), int) if within is None else np.unique(within, return_inverse=True)[1]
     shares, chances = [], []
-    for group in range(int(groups.max()) + 1):
+    for group in np.unique(groups):
         cells = np.flatnonzero(groups == group)
         if len(cells) < 2:
             continue

@@ -41,6 +41,8 @@ class Decoder:
 
     def check_genes(self, genes: list[str]) -> list[str]:
         """feature_ids of genes named by id or symbol; UserError for one that the model has not."""
+        if not genes or isinstance(genes, str):
+            raise UserError(f"genes is {genes!r}; expected a list of one or more, by feature_id or symbol")
         by_symbol = dict(zip(self.description.symbols, self.description.genes, strict=False))
         known = set(self.description.genes)
         found = []
@@ -54,6 +56,8 @@ class Decoder:
     def check_batches(self, batches: list[str]) -> None:
         """UserError for a batch that the model was not trained on."""
         trained = self.description.batches
+        if not batches:
+            raise UserError("transform_batch is empty; name trained batches (atlas.description.batches has them)")
         for batch in batches:
             if batch not in trained:
                 near = suggestion(batch, trained)

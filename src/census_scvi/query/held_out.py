@@ -13,6 +13,7 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import recall_score
 from sklearn.model_selection import GroupKFold, KFold
 
+from census_scvi.errors import UserError
 from census_scvi.query.baselines import Baselines, Labels, Named
 from census_scvi.query.label_transfer import NEIGHBOURS, LabelTransfer
 
@@ -103,12 +104,16 @@ def hold_out(
 
     Returns
     -------
-    `scvi`, `pca` and `logistic_regression`, held against the truth; empty where no type is in two studies.
+    `scvi`, `pca` and `logistic_regression`, compared with the truth; empty where no type is in two studies, or where
+    the cells are too few.
     """
     truth: list[Labels] = []
     found: dict[str, list[Named]] = {}
     for train, test in _folds(labels, studies, seed):
-        transfer = LabelTransfer(latent[train], labels[train], n_neighbours=n_neighbours, method=method, seed=seed)
+        try:
+            transfer = LabelTransfer(latent[train], labels[train], n_neighbours=n_neighbours, method=method, seed=seed)
+        except UserError:
+            continue  # too few different cells to learn from
         named = transfer.predict(latent[test], warn=False)
         baselines = Baselines(counts[train], labels[train], genes, n_neighbours=n_neighbours, seed=seed)
         truth.append(labels[test])

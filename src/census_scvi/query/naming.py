@@ -58,7 +58,8 @@ class Naming:
         n_neighbours: int = 15,
         seed: int = 0,
     ) -> None:
-        known = ~reference.obs[labels].astype(str).isin(_VAGUE).to_numpy()
+        values = reference.obs[labels]
+        known = (values.notna() & ~values.astype(str).isin(_VAGUE)).to_numpy(dtype=bool)
         if not known.any():
             raise UserError(f"none of the {reference.n_obs:,} reference cells has a {labels}; change obs_filter")
         self._known, self._points, self._column = known, reference.obsm[latent], labels
@@ -78,12 +79,12 @@ class Naming:
 
     def name(self, cells: ad.AnnData, latent: str) -> None:
         """Write labels, probability, uncertainty and unknown into the obs of cells, by their embedding in obsm."""
-        found, transfer, column = self._transfer.predict(cells.obsm[latent]), self._transfer, self._column
-        unknown = found.unknown | cells.obs[EMPTY].to_numpy()
-        cells.obs[f"{column}_predicted"] = pd.Categorical(np.where(unknown, UNKNOWN, found.labels))
+        transfer, column = self._transfer, self._column
+        found = transfer.predict(cells.obsm[latent], empty=cells.obs[EMPTY].to_numpy(dtype=bool))
+        cells.obs[f"{column}_predicted"] = pd.Categorical(np.where(found.unknown, UNKNOWN, found.labels))
         cells.obs[f"{column}_probability"] = found.probability
         cells.obs[f"{column}_uncertainty"] = found.uncertainty
-        cells.obs[f"{column}_unknown"] = unknown
+        cells.obs[f"{column}_unknown"] = found.unknown
         cells.uns.setdefault(PREDICTION, {})[column] = {
             "classes": transfer.classes,
             "reference_cells": int(self._known.sum()),
@@ -92,6 +93,9 @@ class Naming:
             "known_kept": transfer.bound.known_kept,
             "left_out_found": transfer.bound.left_out_found,
             "shift": found.shift,
+            "usual_shift": transfer.bound.usual_ratio,
+            "corrected_by": found.corrected_by,
+            "far": found.far,
         }
 
     def compare(
@@ -118,9 +122,13 @@ class Naming:
         kept = self._known[rows]
         counts, rows = counts[np.flatnonzero(kept)], rows[kept]
         labels = self._labels[rows]
-        counts, rows, labels = _of_several(counts, rows, labels)
-        if len(np.unique(labels.astype(str))) < 2 or genes.sum() < 2:
+        filled = np.asarray(counts[:, genes].sum(axis=1)).ravel() > 0  # a cell without counts is like any other
+        counts, rows, labels = _of_several(counts[np.flatnonzero(filled)], rows[filled], labels[filled])
+        if len(np.unique(labels.astype(str))) < 2:
             log.info("%s: nothing to compare with, the reference has one label", self._column)
+            return
+        if np.count_nonzero(counts[:, genes].sum(axis=0)) < 2:
+            log.info("%s: nothing to compare with, the reference has counts of fewer than two genes", self._column)
             return
         baselines = Baselines(counts, labels, genes, n_neighbours=self._n_neighbours, seed=self._seed)
         named: dict[str, list[Labels]] = {}
@@ -129,8 +137,9 @@ class Naming:
                 named.setdefault(name, []).append(found)
         column = self._column
         theirs = {name: np.concatenate(parts) for name, parts in named.items()}
+        empty = cells.obs[EMPTY].to_numpy(dtype=bool)
         for name, found in theirs.items():
-            cells.obs[f"{column}_{name}"] = pd.Categorical(found)
+            cells.obs[f"{column}_{name}"] = pd.Categorical(np.where(empty, UNKNOWN, found))
         certain = ~cells.obs[f"{column}_unknown"].to_numpy()
         own = cells.obs[f"{column}_predicted"].astype(str).to_numpy()
         scores = hold_out(

@@ -25,12 +25,13 @@ from census_scvi.model.published import PROVENANCE, fetch, read_provenance
 from census_scvi.model.safe import ModelDescription
 from census_scvi.query.mapping import MIN_SHARE
 from census_scvi.run_names import MANIFEST
-from census_scvi.workspace import Workspace
+from census_scvi.workspace import Artifacts, Workspace
 from census_scvi.workspace.place import resolved
 from census_scvi.workspace.uri import local_path, tiledb_place
 
 log = logging.getLogger(__name__)
 
+_STAGE, _FILES = "create-latent-update", (Artifacts.latent, Artifacts.latent_joinids)
 _READ_CELLS = 2**15
 # Cells with which the model is held against the embedding, and how far they may differ.
 _PROVEN_CELLS, _TOLERANCE = 64, 1e-3
@@ -59,13 +60,17 @@ class Embedding(Protocol):
         ...
 
 
+class _NotThereError(UserError):
+    """There is no such embedding, or none of this Census."""
+
+
 class PublishedEmbedding:
     """`ms["RNA"].obsm[name]` of an Experiment."""
 
     def __init__(self, experiment_uri: str, name: str = "scvi") -> None:
         uri = published_uri(experiment_uri, name)
         if uri is None:
-            raise UserError(
+            raise _NotThereError(
                 f"{experiment_uri} has no obsm[{name!r}]; name another embedding, or the run directory that has one"
             )
         self.name, self._uri = uri, uri
@@ -78,16 +83,17 @@ class PublishedEmbedding:
 
 
 class RunEmbedding:
-    """`latent.npy` of a run directory."""
+    """`latent.npy` of a run directory, checked against its manifest."""
 
     def __init__(self, directory: Path, census: Census) -> None:
-        record = Workspace(directory).whole_record("create-latent-update")
+        workspace = Workspace(directory)
+        record = workspace.whole_record(_STAGE)
         if record is None:
-            raise UserError(f"{directory} has no embedding; run scvi-create-latent-update.py first")
+            raise _NotThereError(f"{directory} has no embedding; run scvi-create-latent-update.py first")
         _require_same(record["census"], census, str(directory))
+        workspace.check(_STAGE, _FILES)
         self.name = str(directory)
-        self._latent = np.load(directory / "latent.npy", mmap_mode="r")
-        self._joinids = np.load(directory / "latent-idx.npy", mmap_mode="r")
+        self._latent, self._joinids = (np.load(directory / name, mmap_mode="r") for name in _FILES)
         self.n_latent = int(self._latent.shape[1])
 
     def read(self, joinids: Joinids) -> Iterator[tuple[Joinids, Values]]:
@@ -152,7 +158,9 @@ class Origin:
                 _require_same(self.identity, census, experiment or "the published folder")
                 return PublishedEmbedding(experiment or census.experiment.uri, name)
         except UserError as error:
-            log.info("%s", error)
+            if self.directory is not None and not isinstance(error, _NotThereError):
+                raise  # it is there, and damaged
+            log.warning("%s. Looking for obsm['scvi'] of the Census instead", error)
         return PublishedEmbedding(census.experiment.uri)
 
 
@@ -194,6 +202,8 @@ def open_embedding(place: str, census: Census) -> Embedding:
         return RunEmbedding(path, census)
     if "/" not in place:
         return PublishedEmbedding(census.experiment.uri, place)
+    if path is not None and not path.exists():
+        raise UserError(f"{place} does not exist; name a run directory, an Experiment, or an embedding in obsm")
     return PublishedEmbedding(tiledb_place(place, "embedding"))
 
 
@@ -239,7 +249,7 @@ def prove_embedding(
 def _require_same(stated: dict[str, Any], census: Census, what: str) -> None:
     found = census.identity
     if differing := [key for key in _SAME_CENSUS if stated[key] != found[key]]:
-        raise UserError(
+        raise _NotThereError(
             f"{what} embeds another Census than {found['uri']}: "
             + ", ".join(f"{key} {stated[key]} and {found[key]}" for key in differing)
             + "; soma_joinids hold within one Census only"

@@ -11,11 +11,13 @@ import umap
 from census_scvi.query.neighbours import NeighbourIndex, Points
 
 _NEIGHBOURS = 15
+# Of fewer cells UMAP makes no map.
+_FEWEST = 4
 _BLOCK_CELLS = 2**14
 
 
 class UmapMap:
-    """UMAP fitted on reference cells.
+    """UMAP fitted on reference cells; of fewer than four, their first two principal components.
 
     Parameters
     ----------
@@ -32,6 +34,9 @@ class UmapMap:
 
     def __init__(self, points: Points, *, seed: int = 0) -> None:
         self._points, self._seed = np.asarray(points, np.float32), seed
+        if len(self._points) < _FEWEST:
+            self.positions = _principal(self._points)
+            return
         # Not through scanpy: its neighbours of more than 8,192 cells fail with the newest pynndescent.
         reducer = umap.UMAP(n_neighbors=min(_NEIGHBOURS, len(points) - 1), min_dist=0.5, random_state=seed)
         with warnings.catch_warnings():
@@ -45,6 +50,18 @@ class UmapMap:
         neighbours approximately, and among cells that lie far from all it finds them on the wrong island.
         """
         index = NeighbourIndex(self._points, seed=self._seed)
+        if not len(points):
+            return np.empty((0, 2), np.float32)
         blocks = [points[start : start + _BLOCK_CELLS] for start in range(0, len(points), _BLOCK_CELLS)]
         found = [np.median(self.positions[index.query(block, _NEIGHBOURS)[1]], axis=1) for block in blocks]
         return np.concatenate(found).astype(np.float32)
+
+
+def _principal(points: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """First two principal components, float32 (cells, 2); 0 where there are fewer."""
+    positions = np.zeros((len(points), 2), np.float32)
+    if len(points):
+        left, sizes, _ = np.linalg.svd(points - points.mean(axis=0), full_matrices=False)
+        found = (left * sizes)[:, :2]
+        positions[:, : found.shape[1]] = found
+    return positions

@@ -6,10 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import anndata as ad
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
-import scanpy as sc
 import scvi
 
 from census_scvi.census.cells import Cells
@@ -23,6 +22,7 @@ from census_scvi.quality import gates
 from census_scvi.quality.gates import Gate, LatentMoments
 from census_scvi.quality.neighbours import label_share
 from census_scvi.stages.sample import Sample
+from census_scvi.umap_picture import log_pca
 from census_scvi.workspace import Artifacts, Workspace
 
 _ROWS = 2**16
@@ -142,13 +142,7 @@ def _warnings(config: Config, sample: Sample, published: npt.NDArray[np.float32]
 
 def _pca(sample: Sample, seed: int) -> npt.NDArray[np.float32]:
     """Principal components of log-normalised counts, (cells, components)."""
-    cells = sc.AnnData(sample.counts.copy(), obs=pd.DataFrame(index=[str(joinid) for joinid in sample.joinids]))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        sc.pp.normalize_total(cells)
-    sc.pp.log1p(cells)
-    components = min(_COMPONENTS, min(cells.shape) - 1)
-    sc.pp.pca(cells, n_comps=components, random_state=seed)
-    return np.asarray(cells.obsm["X_pca"], dtype=np.float32)
+    return log_pca(ad.AnnData(sample.counts), _COMPONENTS, counts_per_cell=None, seed=seed)
 
 
 def table(found: Iterable[Gate], waived: dict[str, str]) -> str:

@@ -6,8 +6,12 @@ import ctypes
 import json
 import os
 import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+PARTIAL = ".partial"
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -17,13 +21,45 @@ def write_json(path: Path, values: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a text file in one step, durable when this returns."""
-    partial = path.with_name(path.name + ".partial")
-    with new_file(partial, "w") as file:
+    with replacing([path]) as (partial,), new_file(partial, "w") as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    sync(path.parent)
+
+
+def partial_of(path: Path) -> Path:
+    """Where a file is written before it is whole."""
+    return path.with_name(path.name + PARTIAL)
+
+
+@contextmanager
+def replacing(paths: Sequence[Path]) -> Iterator[list[Path]]:
+    """Write files beside their places, and put them there when all are whole.
+
+    They are renamed in their order, so that the last one is there only if all are. Whatever ends the block otherwise,
+    nothing of it is left. A kill may leave partial files, which the next run replaces.
+
+    Parameters
+    ----------
+    paths
+        The files, of one folder.
+
+    Yields
+    ------
+    Where to write each; one that is not written is passed over.
+    """
+    partials = [partial_of(path) for path in paths]
+    for partial in partials:
+        remove(partial)
+    try:
+        yield partials
+        written = [(partial, path) for partial, path in zip(partials, paths, strict=True) if partial.exists()]
+        for partial, _ in written:
+            sync(partial)
+        for partial, path in written:
+            partial.replace(path)
+        sync(paths[-1].parent)
+    finally:
+        for partial in partials:
+            remove(partial)
 
 
 def new_file(path: Path, mode: str) -> IO[Any]:

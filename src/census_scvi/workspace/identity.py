@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
+import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from census_scvi.paths import expand_argument
+from census_scvi.workspace.json_file import read_json
 
 # Blocks are hashed side by side (hashlib releases the GIL) and name the place of a damage; 256 MiB keeps the list
 # short for files of a terabyte. A file of one block has the digest that `sha256sum` prints.
 BLOCK_BYTES = 256 * 2**20
 _READ_BYTES = 2**20
 _THREADS = 4
+
+# Files from this size on are hashed once, and then remembered by size and times; of so many files.
+REMEMBERED_BYTES, _REMEMBERED_FILES = 64 * 2**20, 1000
+# A file that was just written may be written again within the same tick of its clock.
+_SETTLED_SECONDS = 2.0
+_MEMORY = "checked-files.json"
 
 Identity = dict[str, Any]
 
@@ -46,7 +58,7 @@ def identities(root: Path, names: Iterable[str]) -> dict[str, Identity]:
     return found
 
 
-def damage(path: Path, expected: Identity, *, contents: bool = True) -> str | None:
+def damage(path: Path, expected: Identity, *, contents: bool = True, remember: bool = False) -> str | None:
     """What is wrong with a file, in words, or None where it is what was recorded.
 
     Parameters
@@ -57,12 +69,55 @@ def damage(path: Path, expected: Identity, *, contents: bool = True) -> str | No
         Its recorded identity.
     contents
         Whether to hash it, or to look at presence and size only.
+    remember
+        Whether a large file that was found whole before, and has the same size and times as then, is taken for whole.
     """
     if not path.is_file():
         return "is missing"
     size = path.stat().st_size
     if size != expected["size"]:
         return f"has {size:,} bytes where {expected['size']:,} were written"
-    if contents and file_identity(path)["sha256"] != expected["sha256"]:
+    if not contents:
+        return None
+    remember = remember and size >= REMEMBERED_BYTES
+    if remember and _remembered().get(str(path.resolve())) == _state(path, expected):
+        return None
+    before = _state(path, expected)
+    if file_identity(path)["sha256"] != expected["sha256"]:
         return "has other contents than were written"
+    if remember and time.time() - path.stat().st_mtime > _SETTLED_SECONDS:
+        _keep(str(path.resolve()), before)
     return None
+
+
+def cache_folder() -> Path:
+    """Where copies and notes are kept: `CENSUS_SCVI_CACHE`, or `census-scvi` in the user's cache folder."""
+    if given := os.environ.get("CENSUS_SCVI_CACHE"):
+        return Path(expand_argument(given, "CENSUS_SCVI_CACHE"))
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "census-scvi"
+
+
+def _state(path: Path, expected: Identity) -> list[Any]:
+    """What changes where a file is written to, and what it should be."""
+    found = path.stat()
+    digest = hashlib.sha256(json.dumps(expected["sha256"]).encode()).hexdigest()
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev, digest]
+
+
+def _remembered() -> dict[str, list[Any]]:
+    try:
+        return dict(read_json(cache_folder() / _MEMORY))
+    except (OSError, ValueError, TypeError, RuntimeError):  # RuntimeError: there is no home folder
+        return {}
+
+
+def _keep(path: str, state: list[Any]) -> None:
+    """Remember a file; where nothing can be written, it is hashed again the next time."""
+    files = {name: known for name, known in _remembered().items() if name != path} | {path: state}
+    try:
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        partial = cache_folder() / f"{_MEMORY}.{os.getpid()}"
+        partial.write_text(json.dumps(dict(list(files.items())[-_REMEMBERED_FILES:])), encoding="utf-8")
+        partial.replace(cache_folder() / _MEMORY)
+    except (OSError, RuntimeError):
+        return

@@ -142,6 +142,24 @@ class Workspace:
             found[name] = record["outputs"][name]
         return found
 
+    def check(self, stage: str, names: Sequence[str]) -> None:
+        """UserError where a file that a finished stage wrote is missing, or is not what it wrote.
+
+        For those who read a run without changing it: large files are hashed once, and then remembered by size and
+        times; a file that the stage did not write is passed over.
+        """
+        record = self.record(stage)
+        for name in names:
+            if record is not None and name in record["outputs"]:
+                self._require_sound(stage, name, record["outputs"][name], remember=True)
+
+    def require_run(self, way_out: str) -> None:
+        """UserError where nothing was run in the directory; `way_out` says what to do instead."""
+        if not self.directory.is_dir():
+            raise UserError(f"run directory {self.directory} does not exist; {way_out}")
+        if not (self.directory / MANIFEST).exists():
+            raise UserError(f"run directory {self.directory} has no {MANIFEST}, nothing was run in it; {way_out}")
+
     def begin(
         self,
         stage: str,
@@ -217,10 +235,10 @@ class Workspace:
                 " set it back, use another output.directory, or --force to do it anew"
             )
 
-    def _require_sound(self, stage: str, name: str, identity: Identity) -> None:
+    def _require_sound(self, stage: str, name: str, identity: Identity, *, remember: bool = False) -> None:
         if identity["size"] > _LARGE:
             log.info("checking %s (%.0f GB)", self.directory / name, identity["size"] / 1e9)
-        if found := damage(self.directory / name, identity):
+        if found := damage(self.directory / name, identity, remember=remember):
             raise UserError(
                 f"{self.directory / name} {found} by {SCRIPTS[stage]}; restore it, or run {SCRIPTS[stage]} --force"
             )

@@ -1,0 +1,307 @@
+"""From which distance to the reference on a cell is `unknown`, and how well that finds types that the reference lacks.
+
+Both are measured on the reference itself. Each probe, a cell of the reference, is compared with the cells of the other
+studies, as a query's will be: with all of them, and with those of other labels, as if its own label were missing there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+# Cells of each label that are compared with the others, and the fewest that make a label count.
+_PROBES, _MOST_PROBES, _FEWEST = 200, 5000, 10
+# Of the known cells at least so many shall keep their label.
+_LEAST_KEPT = 0.9
+# From how many cells on the distance ratio of a study is measured, and how many of its cells must be probes for that.
+_FEWEST_OF_A_STUDY, _FEWEST_PROBES = 100, 20
+# Of a study's cells the nearest quarter says how far it lies: where a third of the cells, or a half, are of missing
+# types, these are still known ones.
+_QUARTER = 0.25
+# A study is far where it lies farther than nine in ten of the reference's own; a tenth of the distance is chance.
+_USUAL, _CHANCE = 0.9, 1.1
+_BLOCK_DISTANCES, _LEAST_DISTANCE = 2**23, 1e-12
+
+Distances = npt.NDArray[np.float64]
+Codes = npt.NDArray[np.integer]
+
+
+@dataclass(frozen=True)
+class Correction:
+    """What is done with the distances of a study.
+
+    Attributes
+    ----------
+    ratio
+        How many times as far from the reference its cells lie as the reference's own; 1 where they lie no farther, or
+        are too few to tell.
+    divisor
+        What its distances are divided by.
+    far
+        The ratio is larger than between the reference's own studies, so that nothing is divided.
+    """
+
+    ratio: float
+    divisor: float
+    far: bool
+
+
+@dataclass(frozen=True)
+class UnknownThreshold:
+    """How `unknown` is decided, and how well it finds cells of types that the reference lacks.
+
+    Attributes
+    ----------
+    distance
+        Mean distance to the neighbors above which a cell is unknown.
+    scales
+        float64 (labels,): distance of the nearest quarter of a label's cells to the cells of other studies.
+    usual_ratio
+        Largest distance ratio that is corrected: that between the reference's own studies; NaN where it has one.
+    known_kept
+        Share of the cells of known types that are not unknown, mean over types.
+    left_out_found
+        Share of the cells of a type that the reference lacks that are unknown, mean over types; NaN where there are too
+        few types. Both are measured as they are applied: one study of the reference after the other is the query, with
+        its cells of the missing type among the others, and its distances are corrected as a query's.
+    """
+
+    distance: float
+    scales: Distances
+    usual_ratio: float
+    known_kept: float
+    left_out_found: float
+
+    def apply(self, distance: Distances, nearest: Codes) -> Correction:
+        """The correction for cells of one study.
+
+        Parameters
+        ----------
+        distance
+            (cells,): mean distance to the neighbors.
+        nearest
+            (cells,): code of the nearest neighbor's label.
+        """
+        if len(distance) < _FEWEST_OF_A_STUDY:
+            return Correction(1.0, 1.0, False)
+        return _correct(float(np.quantile(distance / self.scales[nearest], _QUARTER)), self.usual_ratio)
+
+    def warning(self, ratio: float) -> str:
+        """What to say of a study that is far."""
+        usual = (
+            "it has one study, so that nothing is known of what is usual"
+            if np.isnan(self.usual_ratio)
+            else f"its own studies lie up to {max(self.usual_ratio, 1.0):.1f} times as far from one another"
+        )
+        return (
+            f"the cells lie {ratio:.1f} times as far from the reference as its own cells ({usual}): another chemistry"
+            " or treatment, or many are of types that the reference lacks. Check their labels by marker genes; the"
+            " distance is not corrected, so that cells of known types may be called unknown, too"
+        )
+
+
+def _correct(ratio: float, usual: float) -> Correction:
+    """Divide by a ratio that is usual; `usual` is NaN where nothing is known."""
+    if ratio > _CHANCE * max(np.nan_to_num(usual, nan=1.0), 1.0):
+        return Correction(ratio, 1.0, True)
+    return Correction(max(ratio, 1.0), max(ratio, 1.0), False)
+
+
+@dataclass(frozen=True)
+class _Probes:
+    """Cells of the reference that stand for a query's.
+
+    Attributes
+    ----------
+    labels, groups
+        (probes,): code of label and study.
+    weight
+        (probes,): cells of the reference that each stands for, of its label and study.
+    known, known_nearest
+        (probes,): distance to the other cells, and the nearest one's label; of other studies, where `across`.
+    missing, missing_nearest
+        (probes,): the same to cells of other labels; NaN where these are too few.
+    across
+        bool (probes,): whether another study has the label.
+    """
+
+    labels: Codes
+    groups: Codes
+    weight: Distances
+    known: Distances
+    known_nearest: Codes
+    missing: Distances
+    missing_nearest: Codes
+    across: npt.NDArray[np.bool_]
+
+
+def set_threshold(
+    points: npt.NDArray[np.float32], codes: Codes, groups: Codes, *, n_neighbours: int, seed: int
+) -> UnknownThreshold:
+    """The distance that best separates cells of missing types from cells of known ones.
+
+    Of those at which nine in ten of the latter keep their label, mean over types.
+
+    Parameters
+    ----------
+    points
+        float32 (cells, dimensions): the reference, more cells than `n_neighbours`.
+    codes, groups
+        (cells,): code of the label, and of the study.
+    n_neighbours
+        Neighbors per cell.
+    seed
+        Of the draw of the probes.
+    """
+    rows = _draw(codes, np.random.default_rng(seed))
+    probes = _compare(points, codes, groups, rows, n_neighbours)
+    scales = _scales(probes, int(codes.max()) + 1)
+    sizes = np.bincount(groups)
+    ratios = {
+        int(group): ratio
+        for group in np.unique(probes.groups)
+        if (ratio := _study_ratio(probes, scales, group, sizes)) is not None
+    }
+    distance = _best_distance(probes)
+    kept, found = _as_applied(probes, distance, scales, ratios)
+    return UnknownThreshold(distance, scales, _usual(ratios), kept, found)
+
+
+def _draw(codes: Codes, generator: np.random.Generator) -> npt.NDArray[np.int64]:
+    """Rows of the probes: some of each label that has enough cells, or where none has, of every label."""
+    numbers = np.bincount(codes)
+    counted = np.flatnonzero(numbers >= min(_FEWEST, numbers.max()))
+    most = max(min(_PROBES, _MOST_PROBES // len(counted)), _FEWEST)
+    members = (np.flatnonzero(codes == label) for label in counted)
+    return np.concatenate([generator.choice(cells, min(most, len(cells)), replace=False) for cells in members])
+
+
+def _compare(
+    points: npt.NDArray[np.float32], codes: Codes, groups: Codes, rows: npt.NDArray[np.int64], n_neighbours: int
+) -> _Probes:
+    """Distances of the probes to the other cells."""
+    pairs = codes.astype(np.int64) * (int(groups.max()) + 1) + groups
+    _, pair_of, cells = np.unique(pairs, return_inverse=True, return_counts=True)
+    probes_of = np.bincount(pair_of[rows], minlength=len(cells))
+    studies_of_label = np.bincount(np.unique(pairs) // (int(groups.max()) + 1))
+    elsewhere = len(points) - np.bincount(groups)[groups[rows]]
+    across = (studies_of_label[codes[rows]] > 1) & (elsewhere >= n_neighbours)
+    known, missing = [], []
+    squares = np.square(points).sum(axis=1)
+    size = max(_BLOCK_DISTANCES // len(points), 1)
+    for start in range(0, len(rows), size):
+        block = rows[start : start + size]
+        squared = squares[block][:, None] + squares - 2 * points[block] @ points.T  # to within rounding
+        squared[np.arange(len(block)), block] = np.inf  # not itself
+        away = np.where(groups[block][:, None] == groups, np.inf, squared)
+        known.append(_nearest(points, block, np.where(across[start : start + size, None], away, squared), n_neighbours))
+        same = codes[block][:, None] == codes
+        other, at = _nearest(points, block, np.where(same, np.inf, away), n_neighbours)
+        if (few := np.isnan(other)).any():  # other studies have too few cells of other labels: those of its own count
+            near = np.where(same[few], np.inf, squared[few])
+            other[few], at[few] = _nearest(points, block[few], near, n_neighbours)
+        missing.append((other, at))
+    (known_distance, known_at), (missing_distance, missing_at) = (
+        tuple(np.concatenate(part) for part in zip(*blocks, strict=True)) for blocks in (known, missing)
+    )
+    return _Probes(
+        labels=codes[rows],
+        groups=groups[rows],
+        weight=(cells / np.maximum(probes_of, 1))[pair_of[rows]],
+        known=known_distance,
+        known_nearest=codes[known_at],
+        missing=missing_distance,
+        missing_nearest=codes[missing_at],
+        across=across,
+    )
+
+
+def _nearest(
+    points: npt.NDArray[np.float32], rows: npt.NDArray[np.int64], squared: npt.NDArray[np.float32], n_neighbours: int
+) -> tuple[Distances, npt.NDArray[np.int64]]:
+    """Mean distance to the nearest cells, NaN where fewer are admitted (not infinite), and the nearest of them."""
+    at = np.argpartition(squared, n_neighbours - 1, axis=1)[:, :n_neighbours]
+    exact = np.linalg.norm(points[at].astype(np.float64) - points[rows][:, None], axis=2)
+    exact[~np.isfinite(np.take_along_axis(squared, at, axis=1))] = np.nan
+    first = np.where(np.isnan(exact), np.inf, exact).argmin(axis=1)
+    return exact.mean(axis=1), at[np.arange(len(at)), first]
+
+
+def _scales(probes: _Probes, n_labels: int) -> Distances:
+    """Distance of the nearest quarter of each label's cells; of all cells for a label without probes."""
+    scales = np.full(n_labels, np.quantile(probes.known, _QUARTER))
+    for label in np.unique(probes.labels):
+        scales[label] = np.quantile(probes.known[probes.labels == label], _QUARTER)
+    return np.maximum(scales, _LEAST_DISTANCE)
+
+
+def _study_ratio(probes: _Probes, scales: Distances, group: int, sizes: npt.NDArray[np.int64]) -> float | None:
+    """Distance ratio of a study of the reference; None where it has too few cells to tell."""
+    mine = (probes.groups == group) & probes.across
+    if sizes[group] < _FEWEST_OF_A_STUDY or mine.sum() < _FEWEST_PROBES:
+        return None
+    return _quarter(probes.known[mine] / scales[probes.known_nearest[mine]], probes.weight[mine])
+
+
+def _quarter(values: Distances, weight: Distances) -> float:
+    return float(np.quantile(values, _QUARTER, weights=weight, method="inverted_cdf"))
+
+
+def _usual(ratios: dict[int, float]) -> float:
+    """Largest ratio of nine in ten studies; NaN for a single study, of which nothing can be said."""
+    return float(np.quantile(list(ratios.values()), _USUAL, method="higher")) if len(ratios) > 1 else float("nan")
+
+
+def _best_distance(probes: _Probes) -> float:
+    """The threshold, on distances that are not corrected."""
+    missing = ~np.isnan(probes.missing)
+    if not missing.any():
+        return max(float(np.quantile(probes.known, 0.99)), _LEAST_DISTANCE)
+    levels = np.quantile(np.concatenate([probes.known, probes.missing[missing]]), np.linspace(0, 1, 501))
+    candidates = np.append((levels[1:] + levels[:-1]) / 2, levels[-1])  # a gap is divided in the middle
+    kept = _share_above(probes.known, probes.labels, candidates)
+    found = _share_above(probes.missing[missing], probes.labels[missing], candidates)
+    score = np.where(1 - kept >= _LEAST_KEPT, found - kept, -np.inf)
+    best = np.flatnonzero(score == score.max())
+    return max(float(candidates[best[len(best) // 2]]), _LEAST_DISTANCE)
+
+
+def _share_above(values: Distances, labels: Codes, candidates: Distances) -> Distances:
+    """Share of values above each candidate, mean over labels."""
+    shares = [(values[labels == label][:, None] > candidates).mean(axis=0) for label in np.unique(labels)]
+    return np.asarray(np.mean(shares, axis=0))
+
+
+def _as_applied(probes: _Probes, threshold: float, scales: Distances, ratios: dict[int, float]) -> tuple[float, float]:
+    """`known_kept` and `left_out_found`: each study in turn is the query, complete, and with each label missing."""
+    kept: dict[int, list[npt.NDArray[np.bool_]]] = {}
+    found: dict[int, list[npt.NDArray[np.bool_]]] = {}
+    known, missing = probes.known / scales[probes.known_nearest], probes.missing / scales[probes.missing_nearest]
+    for group in np.unique(probes.groups):
+        usual = _usual({other: ratio for other, ratio in ratios.items() if other != group})
+        corrected = group in ratios  # a smaller study is not
+        mine = probes.groups == group
+        others = mine & probes.across if (mine & probes.across).any() else mine
+        divisor = _divisor(known[others], probes.weight[others], usual) if corrected else 1.0
+        for label in np.unique(probes.labels[mine]):
+            of_label = mine & (probes.labels == label)
+            kept.setdefault(label, []).append(probes.known[of_label & others] / divisor <= threshold)
+            rest, lacking = others & ~of_label, of_label & ~np.isnan(probes.missing)
+            values = np.append(known[rest], missing[lacking])
+            weight = np.append(probes.weight[rest], probes.weight[lacking])
+            by = _divisor(values, weight, usual) if corrected and len(values) else 1.0
+            found.setdefault(label, []).append(probes.missing[lacking] / by > threshold)
+    return _mean_over_labels(kept), _mean_over_labels(found)
+
+
+def _divisor(relative: Distances, weight: Distances, usual: float) -> float:
+    return _correct(_quarter(relative, weight), usual).divisor
+
+
+def _mean_over_labels(parts: dict[int, list[npt.NDArray[np.bool_]]]) -> float:
+    """NaN where there is no cell."""
+    cells = [np.concatenate(values) for values in parts.values()]
+    shares = [values.mean() for values in cells if len(values)]
+    return float(np.mean(shares)) if shares else float("nan")
