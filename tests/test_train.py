@@ -106,6 +106,25 @@ def test_a_checkpoint_takes_no_copy_in_the_temporary_folder(
     assert copy_of(prepared, tmp_path, train={"checkpoint_minutes": 0})("train") == 0
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_disk_that_is_full_for_the_model_is_said(
+    prepared: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copy_of(prepared, tmp_path)
+    real = train.save_for_scvi_tools
+
+    def save(model: Any, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "model.pt").symlink_to("/dev/full")
+        real(model, folder)
+
+    with monkeypatch.context() as planted:
+        planted.setattr(train, "save_for_scvi_tools", save)
+        assert run("train") == 2
+    assert "the disk is full" in capsys.readouterr().err.splitlines()[-1]
+    assert run("train") == 0
+
+
 def test_what_a_kill_leaves_in_staging_is_not_committed(
     prepared: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -79,11 +79,16 @@ class Stopping:
                     self._exit()
 
     def _exit(self) -> None:
-        say(self.line)
+        if _is_first_process():
+            os.write(2, f"{self.line}\n".encode())  # a print may be what was interrupted
         os._exit(self.exit_code)
 
 
 def say(line: str) -> None:
     """Print a line to stderr, in the first of several processes of a training."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if _is_first_process():
         print(line, file=sys.stderr, flush=True)
+
+
+def _is_first_process() -> bool:
+    return os.environ.get("LOCAL_RANK", "0") == "0"

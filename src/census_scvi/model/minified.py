@@ -14,6 +14,7 @@ import scvi
 from census_scvi.counts.writer import H5adWriter
 from census_scvi.model.build import quiet
 from census_scvi.model.encode import Latent, batch_labels
+from census_scvi.model.safe import save_for_scvi_tools
 
 MEAN_KEY, VARIANCE_KEY = "scvi_latent_qzm", "scvi_latent_qzv"
 LIBRARY_SIZE_KEY = "observed_lib_size"
@@ -63,4 +64,4 @@ def _save_model(model: scvi.model.SCVI, folder: Path) -> None:
         model.adata.obsm[key] = np.ones((n_cells, n_latent), dtype=np.float32)
     with quiet("scvi"):
         model.minify_adata(use_latent_qzm_key=MEAN_KEY, use_latent_qzv_key=VARIANCE_KEY)
-        model.save(str(folder), overwrite=True)
+        save_for_scvi_tools(model, folder)

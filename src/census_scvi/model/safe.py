@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -73,6 +75,16 @@ def save_safe(model: scvi.model.SCVI, description: ModelDescription, folder: Pat
     save_file(weights, folder / WEIGHTS)
     (folder / DESCRIPTION).write_text(json.dumps(asdict(description), indent=1) + "\n", encoding="utf-8")
     (folder / WEIGHTS).chmod((folder / DESCRIPTION).stat().st_mode)  # safetensors lets nobody else read its files
+
+
+def save_for_scvi_tools(model: scvi.model.SCVI, folder: Path) -> None:
+    """Write scvi-tools' own form, model.pt; OSError where the disk is full, which torch calls a RuntimeError."""
+    try:
+        model.save(str(folder), overwrite=True)
+    except RuntimeError as error:
+        if not any(words in str(error) for words in ("iostream error", "inline_container.cc")):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
 
 
 def read_description(folder: Path) -> ModelDescription:

@@ -25,7 +25,7 @@ from census_scvi.model.callbacks import LearningCurves
 from census_scvi.model.fast import products
 from census_scvi.model.fast.measure import faster_libraries, shape_of
 from census_scvi.model.fast.step import unused_frozen
-from census_scvi.model.safe import ModelDescription, save_safe
+from census_scvi.model.safe import ModelDescription, save_for_scvi_tools, save_safe
 from census_scvi.model.schedule import warnings_before
 from census_scvi.model.training import (
     check_arguments,
@@ -162,7 +162,7 @@ def _save(
     folder = stage.path(Artifacts.of(config).model)
     remove(folder)  # a kill leaves temporary files of safetensors
     model.history_ = {name: _history(name, values) for name, values in curves.curves.items()}
-    model.save(str(folder), overwrite=True)
+    save_for_scvi_tools(model, folder)
     description = ModelDescription(
         genes=data.cells.genes,
         batches=data.cells.batches,
