@@ -260,16 +260,17 @@ def test_no_gap_in_a_manifest_is_a_traceback(
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("[" * 100_000, "nested too deep"),
-        ('{"stages": ' + '{"a": ' * 5000, "nested too deep"),
+        ("[" * 100_000, "nested deeper than 50 levels"),
+        ('{"stages": ' + '{"a": ' * 5000, "nested deeper than 50 levels"),
         ("[]", "is damaged"),
         ("null", "is damaged"),
         ('{"stages": []}', "is damaged"),
         ('{"stages": {"train": null}}', "is damaged"),
         ('{"stages": {}, "committing": 5}', "is damaged"),
+        ('{"stages": {}, "redoing": 5}', "is damaged"),
         ("\udcff", "is damaged"),
     ],
-    ids=range(8),
+    ids=range(9),
 )
 def test_a_manifest_that_is_none(text: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_bytes(text.encode(errors="surrogateescape"))

@@ -83,6 +83,7 @@ class Workspace:
             return {"stages": {}}
         try:
             manifest = dict(read_json(path))
+            dict(manifest.get("redoing", {}))
             names = [
                 name
                 for records in (manifest["stages"], manifest.get("committing", {}))
