@@ -153,7 +153,10 @@ def test_a_failure_leaves_nothing_unfinished(
     else:
         monkeypatch.setattr(Path, operation, fail)
     with pytest.raises(type(error)):
-        write_all(tmp_path, "new") if operation != "write_text" else write_json(tmp_path / "cells.h5ad", {})
+        write_all(tmp_path, "new")
+    if operation != "write_text":
+        with pytest.raises(type(error)):
+            write_json(tmp_path / "report.json", {})
     assert list(tmp_path.iterdir()) == []
 
 
