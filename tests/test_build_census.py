@@ -1021,7 +1021,7 @@ def test_a_damaged_census_is_never_read_as_another(
                 assert code == 2
                 (line,) = [line for line in error.splitlines() if line.startswith("error: ")]
                 assert f"homo_sapiens/{array} cannot be read (" in line
-                assert "): a file is damaged; restore it, or build the Census again" in line
+                assert "): a file is damaged or missing; restore it, or build the Census again" in line
                 assert "Traceback" not in error
                 told += 1
             else:  # none of the damaged bytes is read
@@ -1029,6 +1029,30 @@ def test_a_damaged_census_is_never_read_as_another(
         assert {name: run.path(name).read_bytes() for name in before} == before
         shutil.copyfile(Path(demo_census) / file.relative_to(tmp_path / "census"), file)
     assert told >= 2
+
+
+@pytest.mark.parametrize(
+    "part", ["census_data/homo_sapiens/obs", "census_data/homo_sapiens/ms/RNA/X/raw", "census_info"]
+)
+@pytest.mark.parametrize("how", ["removed", "group", "fragments"])
+def test_missing_parts_of_a_census_are_one_line(
+    part: str, how: str, demo_census: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(demo_census, tmp_path / "census")
+    folder = tmp_path / "census" / part
+    if how == "removed":
+        shutil.rmtree(folder)
+    elif how == "group":  # a byte of the record of the members, or of the metadata
+        for path in [*folder.parent.glob("__group/*"), *folder.glob("__meta/*")]:
+            path.write_bytes(bytes([*path.read_bytes()[:40], 1, 2, *path.read_bytes()[42:]]))
+    else:
+        for path in folder.rglob("__fragments/*/d0.tdb"):
+            path.unlink()
+    run = Run(tmp_path, str(tmp_path / "census"))
+    assert run("prepare") == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert len([line for line in error.splitlines() if line.startswith("error: ")]) == 1
 
 
 def test_every_array_of_a_census_carries_a_checksum(demo_census: str) -> None:

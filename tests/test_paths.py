@@ -1,9 +1,11 @@
 """Every stage and every reader in folders whose names a URL, TileDB, fsspec or a shell would take for more."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
+import tiledbsoma
 from pipeline import Run
 
 import census_scvi
@@ -25,6 +27,12 @@ def test_all_stages_in_a_folder_of_any_name(
     first = published_uri(experiment, "scvi")
     assert run("publish", "publish.replace=true", "--force") == 0
     assert first and published_uri(experiment, "scvi") not in (None, first)
+    with tiledbsoma.open(experiment) as opened:
+        measurement = opened.ms["RNA"]
+        for array in (measurement["obsm"]["scvi"], measurement["scvi_summary"]):  # a damaged byte is noticed
+            options = array.schema_config_options()
+            columns = [*json.loads(options.dims).values(), *json.loads(options.attrs).values()]
+            assert all("CHECKSUM_SHA256" in str(column["filters"]) for column in columns)
     for published in (str(model), f"file://{model}", model.as_uri(), str(run.path("published"))):
         assert verify.main([published, "--census", str(census), "--sample", "50"]) == 0, capsys.readouterr()
         assert census_scvi.load_model(published).is_trained

@@ -67,8 +67,9 @@ def open_census(settings: CensusSection) -> Iterator[Census]:
                 f"Census {where} cannot be read: {reason}; credentials and region are those of the AWS environment"
                 " (AWS_PROFILE, AWS_ACCESS_KEY_ID, AWS_REGION, ~/.aws), or what census.tiledb says"
             ) from None
+        reason = " ".join(str(error).split())
         raise UserError(
-            f"Census {where}: nothing can be opened there; set census.uri to a Census folder or URL ({error})"
+            f"Census {where}: nothing can be opened there; set census.uri to a Census folder or URL ({reason})"
         ) from None
     except Exception as error:
         if settings.uri is None:
@@ -76,6 +77,8 @@ def open_census(settings: CensusSection) -> Iterator[Census]:
                 f"Census {where} cannot be found ({_reason(error)});"
                 " set census.version to a release, or census.uri to a local Census"
             ) from None
+        if is_damage(error):
+            raise cannot_be_read(f"Census {where}", error) from None
         raise
     with root:
         try:
@@ -86,15 +89,15 @@ def open_census(settings: CensusSection) -> Iterator[Census]:
             raise
 
 
-# What TileDB says of a file whose bytes are not those that were written.
+# What TileDB says of a file that is missing, or whose bytes are not those that were written.
 _DAMAGE = re.compile(
     r"Checksum|GZipException|FilterBuffer|FilterCreate|CompressionFilter|unfiltered tile|end of serialized data"
-    r"|bad_alloc|Cannot allocate buffer|Deserialization|exceeds file size"
+    r"|bad_alloc|Cannot allocate buffer|Deserialization|exceeds file size|(?:Array|Group) does not exist|No such file"
 )
 
 
 def is_damage(error: Exception) -> bool:
-    """Whether TileDB met bytes that are not those that were written."""
+    """Whether TileDB met bytes that are not those that were written, or missed a file."""
     return bool(_DAMAGE.search(str(error)))
 
 
@@ -115,7 +118,9 @@ def cannot_be_read(what: str, error: Exception) -> UserError:
         return UserError(f"{what} cannot be read ({reason})")
     named = re.search(r"file://[^'\"]+|s3://[^'\"\s]+", message)
     place = f"{what}, in {named[0]}," if named and named[0] not in what else what
-    return UserError(f"{place} cannot be read ({reason}): a file is damaged; restore it, or build the Census again")
+    return UserError(
+        f"{place} cannot be read ({reason}): a file is damaged or missing; restore it, or build the Census again"
+    )
 
 
 def _describe(root: Any, settings: CensusSection, where: str) -> Census:
