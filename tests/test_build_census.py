@@ -1009,12 +1009,11 @@ def test_a_damaged_census_is_never_read_as_another(
     rng = np.random.default_rng(len(array))
     told = 0
     for _ in range(2):
-        run = Run(tmp_path, str(tmp_path / "census"))
-        shutil.rmtree(run.directory, ignore_errors=True)
-        shutil.copytree(finished_run.directory, run.directory)
-        before = {name: run.path(name).read_bytes() for name in ("latent.npy", "latent-idx.npy")}
         file = flip_a_bit(folder, rng)
         for stage, name in (("prepare", "hv_genes.pkl"), ("create-latent-update", "latent.npy")):
+            run = Run(tmp_path, str(tmp_path / "census"))
+            shutil.rmtree(run.directory, ignore_errors=True)
+            shutil.copytree(finished_run.directory, run.directory)
             code = run(stage, "--force")
             error = capsys.readouterr().err
             if code:
@@ -1026,7 +1025,6 @@ def test_a_damaged_census_is_never_read_as_another(
                 told += 1
             else:  # none of the damaged bytes is read
                 assert run.path(name).read_bytes() == finished_run.path(name).read_bytes()
-        assert {name: run.path(name).read_bytes() for name in before} == before
         shutil.copyfile(Path(demo_census) / file.relative_to(tmp_path / "census"), file)
     assert told >= 2
 
