@@ -301,6 +301,39 @@ def test_a_full_disk_is_one_line_and_the_rerun_ends_the_same(
     assert digests(run) == digests(undisturbed)
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=100k", "none", str(folder)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a small disk needs root and the right to mount: run the tests as root, in a container that has it")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kilobytes", [8, 60, 420, 900, 1180, 4090])
+def test_a_disk_that_is_too_small_for_the_cells(
+    kilobytes: int, demo_census: str, small_disk: Path, tmp_path: Path
+) -> None:
+    def resize(size: int) -> None:
+        subprocess.run(["mount", "-o", f"remount,size={size}k", str(small_disk)], check=True)
+
+    run = Run(tmp_path, demo_census)
+    resize(kilobytes)
+    setting = f"output.directory={small_disk}/run"
+    failed = run.subprocess("prepare", setting)
+    assert failed.returncode == 2, failed.stderr
+    (error,) = [line for line in failed.stderr.splitlines() if line.startswith("error")]
+    assert "the disk is full" in error
+    assert f" MB in {small_disk}/run" in error
+    resize(100_000)
+    done = run.subprocess("prepare", setting)
+    assert done.returncode == 0, done.stderr
+    assert ad.read_h5ad(small_disk / "run" / "anndata_model.h5ad").n_obs > 1000
+
+
 def test_no_permission_is_one_line(demo_census: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if os.geteuid() == 0:
         pytest.skip("root may write everywhere: run the test as another user")

@@ -6,10 +6,12 @@ import argparse
 import errno
 import importlib
 import logging
+import os
 import re
 import shutil
 import signal
 import sys
+import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -156,13 +158,37 @@ def _run(stage: str, arguments: argparse.Namespace) -> None:
     module = importlib.import_module(f"census_scvi.{_ROOMS.get(stage, 'stages.')}{stage.replace('-', '_')}")
     if arguments.dry_run:
         print(module.plan(config).text(config))
-    else:
+        return
+    try:
         module.run(config, force=arguments.force)
+    except Exception as error:
+        error.add_note(f"{_IN_FOLDER}{config.directory}")
+        raise
 
 
 def _fail(message: str) -> int:
     print(f"error: {on_one_line(message)}", file=sys.stderr)
     return USER_ERROR
+
+
+_IN_FOLDER = "run directory: "
+_HDF5_FILE = re.compile(r"filename = '([^']*)'")
+
+
+def _free_space(error: BaseException, cause: BaseException) -> str:
+    """Free space where the file lies that could not be written, else in the run directory; and for temporary files."""
+    notes = [note.removeprefix(_IN_FOLDER) for note in getattr(error, "__notes__", []) if note.startswith(_IN_FOLDER)]
+    named = _HDF5_FILE.search(str(cause))
+    file = getattr(cause, "filename", None) or (named[1] if named else None)
+    place = Path(os.fsdecode(file)).parent if isinstance(file, str | bytes) else Path(notes[0] if notes else ".")
+    folders = {folder.stat().st_dev: folder for folder in (Path(tempfile.gettempdir()), _existing(place.absolute()))}
+    free = {folder: shutil.disk_usage(folder).free for folder in reversed(folders.values())}
+    return ", ".join(f"{number / 1e6:,.1f} MB in {folder}" for folder, number in free.items())
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    return next(place for place in (folder, *folder.parents) if place.exists())
 
 
 def _storage_problem(error: BaseException) -> str | None:
@@ -172,10 +198,9 @@ def _storage_problem(error: BaseException) -> str | None:
         text = str(seen)
         number = getattr(seen, "errno", None)
         if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text or "errno = 28" in text:
-            free = shutil.disk_usage(Path.cwd()).free
             return (
-                f"the disk is full ({text.splitlines()[0]}; {free / 2**30:.1f} GiB free in the current folder):"
-                " make room or choose another output.directory, and run the same command again; nothing is lost"
+                f"the disk is full ({text.splitlines()[0]}; free are {_free_space(error, seen)}): make room or choose"
+                " another output.directory, and run the same command again; nothing is lost"
             )
         if isinstance(seen, PermissionError):
             return f"{seen.filename or text}: no permission to write or read there"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +27,7 @@ _CHUNK_CELLS = 2**14
 # After a byte shuffle, gzip takes a fifth fewer bytes than lzf, and every HDF5 tool reads it.
 _COMPRESSION: dict[str, Any] = {"compression": "gzip", "compression_opts": 1, "shuffle": True}
 _THREADS = min(4, os.cpu_count() or 1)
+_HELD_BYTES = 4 * 2**20
 _STRING = h5py.string_dtype("utf-8")
 
 
@@ -52,6 +55,8 @@ class H5adWriter:
     def __init__(
         self, path: Path, var: pd.DataFrame, uns: dict[str, Any] | None = None, *, compression: Compression = "gzip"
     ) -> None:
+        self._path = path
+        self._require_room(0)
         self._file = h5py.File(path, "w")
         self._compression = compression
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="compress")
@@ -98,6 +103,7 @@ class H5adWriter:
         """
         if counts is None:
             counts = sp.csr_matrix((len(obs), self._n_genes), dtype=np.float32)
+        self._require_room(8 * counts.nnz + int(obs.memory_usage(deep=True).sum()) + _bytes_of(obsm))
         if not self._n_cells:
             self._begin(obs)
         self._counts.append(counts.data)
@@ -115,6 +121,16 @@ class H5adWriter:
                 self._dataset(f"obsm/{name}", values.dtype, values.shape[1:])
             self._extend(f"obsm/{name}", values)
         self._n_cells += len(obs)
+
+    def _require_room(self, n_bytes: int) -> None:
+        """OSError where the disk has no room for so much more and for what HDF5 still holds of earlier cells.
+
+        HDF5 itself must not meet a full disk: it cannot close a file then, and crashes.
+        """
+        wanted = 2 * n_bytes + _HELD_BYTES
+        if shutil.disk_usage(self._path.parent).free < wanted:
+            words = f"{os.strerror(errno.ENOSPC)}, {wanted / 1e6:,.1f} MB are wanted"
+            raise OSError(errno.ENOSPC, words, str(self._path))
 
     def _begin(self, obs: pd.DataFrame) -> None:
         frame = self._file.create_group("obs")
@@ -164,6 +180,7 @@ class H5adWriter:
     def _finish(self) -> None:
         if not self._n_cells:
             raise ValueError("no cell was appended")
+        self._require_room(16 * self._n_cells)
         self._counts.finish()
         self._genes.finish()
         row_ends = np.concatenate(self._row_ends)
@@ -171,6 +188,10 @@ class H5adWriter:
             row_ends = row_ends.astype(np.int32)
         write_elem(self._file["X"], "indptr", row_ends)
         self._file["X"].attrs["shape"] = np.array([self._n_cells, self._n_genes], dtype=np.int64)
+
+
+def _bytes_of(obsm: dict[str, npt.NDArray[np.float32]] | None) -> int:
+    return sum(values.nbytes for values in (obsm or {}).values())
 
 
 def _as_anndata_writes(frame: pd.DataFrame) -> pd.DataFrame:
