@@ -134,6 +134,19 @@ def require_stopped(exit_code: int, name: str, capsys: pytest.CaptureFixture[str
     assert not any(text.startswith(("error", "Traceback")) or "SIGTERM" in text for text in lines)
 
 
+@pytest.fixture
+def heeds_signals() -> Iterator[None]:
+    """Signals act in the test, whatever nohup or a shell in the background told this process to ignore."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    for number in numbers:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("heeds_signals")
 @pytest.mark.parametrize(("stage", "place", "name"), STOPS, ids=[f"{stop[1][12:]} {stop[2]}" for stop in STOPS])
 def test_a_stopped_stage_says_so_and_what_it_was_to_replace_is_not_its_result(
     stage: str,

@@ -283,6 +283,7 @@ SETTINGS = {
 def test_the_message_names_the_setting(
     stage: str, setting: str, finished_run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    before = finished_run.manifest()
     force = ["--force"] if stage != "evaluate" else []
     for text, message in (
         ("nnz == 1.5", "nnz holds whole numbers and is compared with 1.5"),
@@ -293,6 +294,7 @@ def test_the_message_names_the_setting(
         assert len(errors) == 1
         assert f"{setting} " in errors[0]
         assert message in errors[0]
+    assert finished_run.manifest() == before  # what was finished stays so
 
 
 @pytest.mark.parametrize("engine", ["one-pass", "census"])

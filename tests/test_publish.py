@@ -601,7 +601,7 @@ def test_dry_run_of_publish(run: Run, capsys: pytest.CaptureFixture[str]) -> Non
     ],
 )
 def test_kill_9_and_a_rerun_publish_once(module: str, name: str, nth: int, run: Run) -> None:
-    killed = run.subprocess("publish", before=KILL.format(module=module, name=name, nth=nth))
+    killed = run.subprocess("publish", before=KILL.format(module=module, name=name, nth=nth, signal="SIGKILL"))
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert run("publish") == 0
     assert len(read_summary(experiment_of(run))) == 1

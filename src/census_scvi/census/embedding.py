@@ -32,7 +32,7 @@ _OBSM = "obsm"
 _TILE_CELLS = 2048
 _READ_CELLS = 16 * _TILE_CELLS
 # Seconds after which a publisher to a bucket, where there are no locks, looks whether another took the name.
-_SETTLES = 3.0
+_SETTLES = 10.0
 
 Values = npt.NDArray[np.float32]
 Joinids = npt.NDArray[np.int64]
@@ -145,15 +145,21 @@ class EmbeddingDraft:
         On a disk a lock keeps others away. A bucket has none: a publisher looks whether the name is free, takes it,
         and looks again after a while that is longer than another one needs from its first look to its taking.
         """
-        looked = time.monotonic()
+        shared, looked = local_path(self.uri) is None, time.monotonic()
         if (live := published_uri(self._experiment_uri, self._name)) != self.replaces:
             raise self._taken_meanwhile(live)
         record = name_member(self._obsm_uri, self._name, self._member, tiledbsoma.SparseNDArray)
-        late = time.monotonic() - looked > _SETTLES
-        if local_path(self.uri) is None and not late:
+        took = time.monotonic() - looked
+        if shared and took > _SETTLES:
+            withdraw(self._obsm_uri, record)
+            raise UserError(
+                f"{self._experiment_uri} took {took:.0f} seconds to name this publication: in more than {_SETTLES:.0f}"
+                " another publisher may take the name, too; nothing was published, run the same command again"
+            )
+        if shared:
             time.sleep(_SETTLES)
         live = published_uri(self._experiment_uri, self._name)
-        if late or live is None or publication_of(live) != self._publication:
+        if live is None or publication_of(live) != self._publication:
             withdraw(self._obsm_uri, record)
             raise self._taken_meanwhile(published_uri(self._experiment_uri, self._name))
 

@@ -13,7 +13,7 @@ import pandas as pd
 import scvi
 import torch
 
-from census_scvi.census.cells import Cells, select_cells
+from census_scvi.census.cells import Cells, select_cells, soma_filter
 from census_scvi.census.genes import locate_genes, read_genes
 from census_scvi.census.open import Census, open_census
 from census_scvi.census.stream import Block, consecutive, stream_blocks, stream_obs, tile_runs
@@ -49,11 +49,12 @@ def run(config: Config, *, force: bool = False) -> None:
         description = _fitting_description(config, artifacts)
         with open_census(config.census) as census:
             inputs["census"] = census.identity
+            gene_joinids = locate_genes(census, description.genes, config.genes.min_share, "genes.min_share")
+            soma_filter(census, config.census.obs_query, "census.obs_query")
             stage = workspace.begin(STAGE, config, KEYS, inputs, force=force, progress=PROGRESS)
             if stage.done:
                 log.info("%s is done for these settings in %s; --force does it again", STAGE, config.directory)
                 return
-            gene_joinids = locate_genes(census, description.genes, config.genes.min_share, "genes.min_share")
             cells = select_cells(census, config.census.obs_query, config.anndata.batch_key)
             log.info("%s cells in %d batches", f"{len(cells):,}", len(cells.batches))
             job = _Embedding(config, stage, census, cells, gene_joinids, artifacts)

@@ -48,12 +48,12 @@ def run(config: Config, *, force: bool = False) -> None:
     """Select cells and genes and write `hv_genes.pkl` and `anndata_model.h5ad`; a killed run goes on."""
     with Workspace(config.directory).locked(STAGE, new=True) as workspace, open_census(config.census) as census:
         artifacts = Artifacts.of(config)
+        _check_columns(census, config)
         inputs = {"census": census.identity}
         stage = workspace.begin(STAGE, config, KEYS, inputs, force=force, progress=artifacts.genes)
         if stage.done:
             log.info("%s is done for these settings in %s; --force does it again", STAGE, config.directory)
             return
-        _check_columns(census, config)
         cells = select_cells(census, training_filter(config), config.anndata.batch_key)
         _report_cells(cells)
         genes = _genes(stage, census, config, stage.path(artifacts.genes))
@@ -66,7 +66,7 @@ def run(config: Config, *, force: bool = False) -> None:
 
 
 def _check_columns(census: Census, config: Config) -> None:
-    """Every column that a list or a filter names is there, before any work is done."""
+    """Every column that a list or a filter names is there, before anything in the run directory changes."""
     require_columns(census, config.anndata.batch_key, "anndata.batch_key")
     require_columns(census, config.hvg.hvg_batch, "hvg.hvg_batch")
     require_columns(census, config.anndata.obs_columns or [], "anndata.obs_columns")
