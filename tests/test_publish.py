@@ -659,7 +659,7 @@ def test_a_pickle_is_loaded_only_where_it_is_trusted(finished_run: Run, tmp_path
     with pytest.raises(UserError, match=r"runs whatever code its author put into it; .* trust=True"):
         census_scvi.load_model(str(tmp_path))
     assert census_scvi.load_model(str(tmp_path), trust=True).module.n_latent == 4
-    with pytest.raises(UserError, match=r"holds no provenance\.json"):
+    with pytest.raises(UserError, match=r"does not exist; name a run directory"):
         census_scvi.load_model(str(tmp_path / "nothing"))
 
 
