@@ -454,7 +454,8 @@ def test_home_folders_and_variables_in_every_place(
         return str(flatten(config.model_dump())[setting])
 
     written = {
-        "~": "/home/me", "~/x/~y": "/home/me/x/~y", "./~": "./~", "a/~/b": "a/~/b", "~root/x": str(Path("~root/x").expanduser()),
+        "~": "/home/me", "~/x/~y": "/home/me/x/~y", "./~": "./~", "a/~/b": "a/~/b",
+        "~root/x": str(Path("~root/x").expanduser()),
         "$SCRATCH/run": "/scratch/$HOME/run", "${BUCKET}s/x$": "cellss/x$",
         "~/$BUCKET-$5": "/home/me/cells-$5", "a$$BUCKET": "a$BUCKET", "there$NOWHERE/x": "there$NOWHERE/x",
     }  # fmt: skip
