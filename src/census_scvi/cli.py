@@ -40,8 +40,8 @@ _EPILOG = """\
 settings on the command line win over the file:
   %(prog)s --config configs/demo.yaml hvg.top_n_hvg=2000 output.directory=run2
 
-exit codes: 0 done, 2 something to mend (one line says what), 1 a defect of ours (traceback),
-130 or 143 stopped by Ctrl-C or SIGTERM: the same command goes on"""
+exit codes: 0 done, 2 something for you to fix (one line says what), 1 a defect of ours (traceback),
+130 or 143 stopped by Ctrl-C or SIGTERM: the same command resumes"""
 
 
 def main(stage: str, argv: Sequence[str] | None = None) -> int:
@@ -79,7 +79,7 @@ _DASHED_SETTING = re.compile(r"unrecognized arguments: .*--?\w+(\.\w+)+")
 
 
 def guarded(work: Callable[[], None]) -> int:
-    """Exit code of some work; what the user can mend is one line on stderr, a defect a traceback.
+    """Exit code of some work; what the user can fix is one line on stderr, a defect a traceback.
 
     A signal to stop (Ctrl-C, SIGTERM, SIGHUP) ends it with 128 + its number, and the line that says how to go on.
     """

@@ -37,7 +37,7 @@ from census_scvi.workspace.writable import require_writable
 log = logging.getLogger(__name__)
 
 MAP = "X_umap"
-# Of the report and the pictures that lie beside the .h5ad; and what makes a folder one that holds a model.
+# Of the report and the pictures next to the .h5ad; and what makes a folder one that holds a model.
 _SUFFIXES, _OF_A_MODEL = (".json", ".png"), (MANIFEST, PROVENANCE, DESCRIPTION)
 _COUNTS = "query.counts="  # what says where the raw counts are, for messages
 # For --dry-run, from runs on two cores: imports; a cell of query or reference; what is done once; cells embedded
@@ -122,7 +122,7 @@ def _paths(config: Config) -> tuple[Path, Path]:
 
 
 def _beside(config: Config, target: Path) -> list[Path]:
-    """The files that are written beside the .h5ad: pictures and the report."""
+    """The files that are written next to the .h5ad: pictures and the report."""
     settings = config.query
     pictures = [_quality_picture(target, labels) for labels in settings.labels] if settings.baseline_cells else []
     if settings.umap_cells:

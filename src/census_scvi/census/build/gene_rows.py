@@ -133,7 +133,7 @@ def _names(var: pd.DataFrame) -> Iterator[pd.Series]:
 
 
 def clean_names(names: pd.Series) -> pd.Series:
-    """Names without spaces around them, the genome in front, and the symbol beside an Ensembl id.
+    """Names without spaces around them, the genome in front, and the symbol next to an Ensembl id.
 
     A name with one Ensembl id in it is that id. The genome's name alone is never cut to nothing.
     """

@@ -310,7 +310,7 @@ def _proposal(
 
 
 def _attributes(var: pd.DataFrame, names_from: str) -> pd.DataFrame:
-    """What the file says of its genes: the Census' columns, and the index as symbols beside a column of ids."""
+    """What the file says of its genes: the Census' columns, and the index as symbols where a column holds the ids."""
     if "feature_type" in var and holds_kinds(var["feature_type"]):  # "Gene Expression", where the Census has biotypes
         var = var.drop(columns="feature_type")
     if names_from == "var_names" or "feature_name" in var or var.index.astype(str).str.isdigit().any():
