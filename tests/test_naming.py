@@ -14,6 +14,7 @@ import scanpy as sc
 import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.linalg import null_space
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
@@ -188,6 +189,21 @@ def test_cells_without_a_label_teach_nothing(missing: object) -> None:
     reference.obs["cell_type"] = pd.Series(missing, index=reference.obs_names, dtype=object)
     with pytest.raises(UserError, match="none of the 400 reference cells has a cell_type; change obs_filter"):
         Naming(reference, "scvi", "cell_type")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_unknown_cell_keeps_its_most_probable_label(method: str) -> None:
+    reference, _, mine, _ = atlas_cells("good")
+    truth, latent = mine.obs["truth"].to_numpy(), reference.obsm["scvi"]
+    middles = np.stack([latent[reference.obs["cell_type"] == name].mean(axis=0) for name in TYPES])
+    mine.obsm["X_scvi"][:50] += 20 * null_space(middles)[:, 0]  # far from all types, and still nearest to their own
+    mine.obs[EMPTY] = np.arange(100) >= 90
+    Naming(reference, "scvi", "cell_type", method=method).name(mine, "X_scvi")
+    found = {name: mine.obs[f"cell_type_{name}"].astype(str).to_numpy() for name in ("predicted", "best")}
+    assert (found["predicted"][:50] == "unknown").mean() > 0.9
+    assert (found["best"][:50] == truth[:50]).mean() > 0.6  # of three types: a forest is less sure out there
+    assert np.array_equal(found["best"][50:], found["predicted"][50:])
+    assert set(found["best"][90:]) == {"unknown"}  # without counts there is no most probable label
 
 
 @pytest.mark.parametrize("n_cells", [1, 3, 15])

@@ -80,8 +80,10 @@ class Naming:
     def name(self, cells: ad.AnnData, latent: str) -> None:
         """Write labels, probability, uncertainty and unknown into the obs of cells, by their embedding in obsm."""
         transfer, column = self._transfer, self._column
-        found = transfer.predict(cells.obsm[latent], empty=cells.obs[EMPTY].to_numpy(dtype=bool))
+        empty = cells.obs[EMPTY].to_numpy(dtype=bool)
+        found = transfer.predict(cells.obsm[latent], empty=empty)
         cells.obs[f"{column}_predicted"] = pd.Categorical(np.where(found.unknown, UNKNOWN, found.labels))
+        cells.obs[f"{column}_best"] = pd.Categorical(np.where(empty, UNKNOWN, found.labels))
         cells.obs[f"{column}_probability"] = found.probability
         cells.obs[f"{column}_uncertainty"] = found.uncertainty
         cells.obs[f"{column}_unknown"] = found.unknown
