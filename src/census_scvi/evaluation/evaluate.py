@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 
 from census_scvi.census.cells import read_obs
 from census_scvi.census.open import open_census
@@ -23,6 +22,7 @@ from census_scvi.evaluation.breakdown import break_down
 from census_scvi.evaluation.groups import same_groups
 from census_scvi.evaluation.mixing import mixing
 from census_scvi.evaluation.report import write_report
+from census_scvi.evaluation.result import Evaluation
 from census_scvi.evaluation.score import LEGACY, Score
 from census_scvi.evaluation.slice import PCA, Slice, embeddings_of, read_slice
 from census_scvi.evaluation.space import Space
@@ -43,28 +43,6 @@ _FIXED_SECONDS, _CELL_SECONDS, _MEASURED_SECONDS = 30.0, 6e-4, 2e-3
 _BASE_MEMORY, _BYTES_A_CELL = 1.2e9, 12_000.0
 
 Names = npt.NDArray[np.object_]
-
-
-@dataclass
-class Evaluation:
-    """What was found.
-
-    Attributes
-    ----------
-    scores
-        By embedding.
-    breakdowns
-        By embedding, then by column: a table of `break_down`.
-    problems
-        What could not be measured, for people.
-    same_as
-        Columns that divide the cells as another one does, and that one, which alone is measured.
-    """
-
-    scores: dict[str, list[Score]] = field(default_factory=dict)
-    breakdowns: dict[str, dict[str, pd.DataFrame]] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-    same_as: dict[str, str] = field(default_factory=dict)
 
 
 def run(config: Config, *, force: bool = False) -> None:

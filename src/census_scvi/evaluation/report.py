@@ -6,7 +6,7 @@ import json
 import math
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -18,15 +18,13 @@ from census_scvi.config import Config
 from census_scvi.errors import UserError
 from census_scvi.evaluation import figures
 from census_scvi.evaluation.groups import same_groups
+from census_scvi.evaluation.result import Evaluation
 from census_scvi.evaluation.score import BATCH, BIOLOGY, CHANCE, MIXED, WITHIN, Score
 from census_scvi.evaluation.slice import PCA, Slice
 from census_scvi.query.umap_map import UmapMap
 from census_scvi.workspace import Artifacts, Workspace
 from census_scvi.workspace.atomic import write_text
 from census_scvi.workspace.uri import without_credentials
-
-if TYPE_CHECKING:
-    from census_scvi.evaluation.evaluate import Evaluation
 
 _COLOURED_BY = ("cell_type", "dataset_id", "assay", "donor_id")
 _CURVES = ("elbo_train", "elbo_validation")
