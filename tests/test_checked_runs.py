@@ -83,6 +83,24 @@ def test_evaluate_refuses_a_damaged_run(
     assert not (copied / "evaluation").exists()
 
 
+@pytest.mark.parametrize("stage", ["train", "create-latent-update"])
+def test_the_earlier_result_of_a_stage_that_runs_again_is_said_to_be(
+    stage: str, copied: Path, finished_run: Run, query: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = json.loads((copied / "manifest.json").read_text())
+    settings = ["--config", str(finished_run.config), f"output.directory={copied}"]
+    mapping = [*settings, f"query.file={query}", f"query.output={tmp_path}/out.h5ad", "query.umap_cells=0", "--force"]
+    commands = {"map-query": [*mapping, "query.baseline_cells=0"]}
+    if stage == "create-latent-update":  # evaluate reads no model
+        commands["evaluate"] = [*settings, "evaluate.max_cells=300", "evaluate.baseline=false", "--force"]
+    for command, arguments in commands.items():
+        for redoing in ({}, {stage: "0" * 64}):
+            (copied / "manifest.json").write_text(json.dumps(manifest | {"redoing": redoing}))
+            assert main(command, arguments) == 0
+            warning = f"run: scvi-{stage}.py --force has not finished; its earlier result is used"
+            assert (warning in capsys.readouterr().err) == bool(redoing), command
+
+
 @pytest.mark.parametrize("name", [*LATENT, *MODEL])
 def test_a_file_that_is_gone_or_cut(name: str, copied: Path, demo_census: str) -> None:
     with (copied / name).open("r+b") as file:

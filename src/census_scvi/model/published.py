@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,10 @@ from census_scvi.workspace import Workspace
 from census_scvi.workspace.atomic import remove, sync, sync_tree, write_json
 from census_scvi.workspace.identity import cache_folder, damage, identities
 from census_scvi.workspace.json_file import MOST_BYTES, read_json
+from census_scvi.workspace.run import SCRIPTS
 from census_scvi.workspace.uri import file_system, leaves_folder, local_path
+
+log = logging.getLogger(__name__)
 
 PROVENANCE, CARD = "provenance.json", "README.md"
 _FORMAT = 1
@@ -280,8 +284,21 @@ def _checked_model(path: Path) -> Path:
             continue
         model = str(record["artifacts"][0])
         Workspace(run).check("train", [f"{model}/{DESCRIPTION}", f"{model}/{WEIGHTS}"])
+        warn_if_running_again(Workspace(run), "train")
         return run / model
     return path
+
+
+def warn_if_running_again(workspace: Workspace, stage: str) -> None:
+    """Say that what is read of a stage is its earlier result, where the stage runs again and has not finished."""
+    if stage in workspace.manifest().get("redoing", {}):
+        script = SCRIPTS[stage]
+        log.warning(
+            "%s: %s --force has not finished; its earlier result is used. Run %s again to finish it",
+            workspace.directory,
+            script,
+            script,
+        )
 
 
 def _unpickle(folder: Path, *, trust: bool) -> scvi.model.SCVI:

@@ -21,7 +21,7 @@ from census_scvi.census.stream import stream_blocks
 from census_scvi.config import CensusSection
 from census_scvi.errors import UserError
 from census_scvi.model.encode import Encoder
-from census_scvi.model.published import PROVENANCE, fetch, read_provenance
+from census_scvi.model.published import PROVENANCE, fetch, read_provenance, warn_if_running_again
 from census_scvi.model.safe import ModelDescription
 from census_scvi.query.mapping import MIN_SHARE
 from census_scvi.run_names import MANIFEST
@@ -92,6 +92,7 @@ class RunEmbedding:
             raise _NotThereError(f"{directory} has no embedding; run scvi-create-latent-update.py first")
         _require_same(record["census"], census, str(directory))
         workspace.check(_STAGE, _FILES)
+        warn_if_running_again(workspace, _STAGE)
         self.name = str(directory)
         self._latent, self._joinids = (np.load(directory / name, mmap_mode="r") for name in _FILES)
         self.n_latent = int(self._latent.shape[1])
