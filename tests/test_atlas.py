@@ -129,12 +129,14 @@ def test_own_cells_are_named(atlas: Atlas, own_cells: ad.AnnData, tmp_path: Path
     assert balanced_accuracy_score(named.obs["truth"], named.obs["cell_type_predicted"].astype(str)) > 1.5 * guess
     assert named.obs["cell_type_probability"].between(0, 1).all()
     assert (named.obs["cell_type_unknown"] == (named.obs["cell_type_predicted"] == "unknown")).all()
+    known = named.obs[~named.obs["cell_type_unknown"]]
+    assert known["cell_type_best"].astype(str).equals(known["cell_type_predicted"].astype(str))
     for without_model in ("cell_type_pca", "cell_type_logistic_regression"):
         assert balanced_accuracy_score(named.obs["truth"], named.obs[without_model].astype(str)) > 1.5 * guess
     assert set(named.uns["scvi_prediction"]["cell_type"]["held_out"]) == {"scvi", "pca", "logistic_regression"}
     assert len(atlas.quality(named).axes) == 2
     tissue = atlas.predict(atlas.embed(own_cells), ["tissue", "assay"])
-    for column in ("predicted", "probability", "uncertainty", "unknown"):
+    for column in ("predicted", "best", "probability", "uncertainty", "unknown"):
         assert {f"tissue_{column}", f"assay_{column}"} <= set(tissue.obs)
     assert "tissue_pca" not in tissue.obs  # what embed returns has no counts
     assert np.array_equal(tissue.obsm["X_scvi"], named.obsm["X_scvi"])
@@ -163,7 +165,7 @@ def test_an_empty_cell_is_unknown(atlas: Atlas, own_cells: ad.AnnData) -> None:
     cells.X.eliminate_zeros()
     named = atlas.predict(cells)
     assert named.obs["scvi_empty"].to_numpy().nonzero()[0].tolist() == [7]
-    assert named.obs["cell_type_predicted"].iloc[7] == "unknown"
+    assert named.obs.iloc[7][["cell_type_predicted", "cell_type_best"]].tolist() == ["unknown", "unknown"]
 
 
 def test_the_embedding_of_another_model_is_refused(published: Run, own_cells: ad.AnnData, tmp_path: Path) -> None:
@@ -429,6 +431,18 @@ CELLS = ad.AnnData(obsm={"scvi": np.zeros((5, 4), np.float32)}, obs=pd.DataFrame
         (lambda a, _: a.normalized_expression(None, a.description.genes[:1], []), "transform_batch is empty; name"),
         (lambda a, _: a.normalized_expression(None, ["x"], None, n_samples=0), "n_samples is 0; expected a whole"),
         (lambda a, _: a.normalized_expression(None, ["x"], None, library_size=0), "library_size is 0; expected a"),
+        (
+            lambda a, _: a.differential_expression("tissue == 'blod'", "tissue == 'lung'"),
+            "matches \"tissue == 'blod'\"; change group_a",
+        ),
+        (
+            lambda a, _: a.differential_expression("tissue == 'blood'", "tissue == 'lnug'"),
+            "matches \"tissue == 'lnug'\"; change group_b",
+        ),
+        (
+            lambda a, _: a.differential_expression("tissue == 'blood'", "tisue == 'lung'"),
+            "group_b .* did you mean tissue",
+        ),
         (lambda a, _: a.differential_expression("x", "y", fdr=2), "fdr is 2; expected a number above 0 and at most 1"),
         (lambda a, _: a.differential_expression("x", "y", delta=-1), "delta is -1; expected a number of 0 or more"),
         (lambda a, _: a.differential_expression("x", "y", max_cells=0), "max_cells is 0; expected a whole number"),

@@ -357,7 +357,7 @@ class Atlas:
         decoder = self._decoder()
         feature_ids = decoder.check_genes(genes)
         targets = [transform_batch] if isinstance(transform_batch, str) else transform_batch
-        cells = self._cells_of(obs_filter, max_cells, seed)
+        cells = self._cells_of(obs_filter, max_cells, seed, "obs_filter")
         labels = np.array(cells.batches, dtype=object)[cells.batch_codes]
         if targets is None:
             way_out = "Name trained batches in transform_batch (atlas.description.batches has them)"
@@ -423,7 +423,10 @@ class Atlas:
         require_whole("max_cells", max_cells, 1)
         require_whole("seed", seed, 0)
         decoder = self._decoder()
-        groups = [self._cells_of(group, max_cells, seed) for group in (group_a, group_b)]
+        groups = [
+            self._cells_of(group, max_cells, seed, setting)
+            for setting, group in (("group_a", group_a), ("group_b", group_b))
+        ]
         if shared := len(np.intersect1d(groups[0].joinids, groups[1].joinids)):
             raise UserError(f"{shared:,} cells are in both groups; change group_a or group_b")
         joinids = np.concatenate([group.joinids for group in groups])
@@ -441,10 +444,10 @@ class Atlas:
         self._require_census()
         return Decoder(*self._require_model())
 
-    def _cells_of(self, obs_filter: str | None, max_cells: int, seed: int) -> Cells:
-        """Cells of the Census with their batches, some of them where there are more."""
+    def _cells_of(self, obs_filter: str | None, max_cells: int, seed: int, argument: str) -> Cells:
+        """Cells of the Census with their batches, at most `max_cells`; errors name the `argument` of the filter."""
         _, description = self._require_model()
-        cells = select_cells(self._require_census(), obs_filter, description.batch_key, "obs_filter")
+        cells = select_cells(self._require_census(), obs_filter, description.batch_key, argument)
         if len(cells) <= max_cells:
             return cells
         log.info("%s of %s cells drawn at random", f"{max_cells:,}", f"{len(cells):,}")
@@ -545,11 +548,12 @@ class Atlas:
 
         Returns
         -------
-        As `embed`, with `<labels>_predicted`, `_probability`, `_uncertainty` and `_unknown` in obs; a cell that is like
-        none of the reference, or that has no counts, is "unknown". Next to them `<labels>_pca` and
-        `<labels>_logistic_regression`: what nearest neighbors in a PCA and logistic regression, both on log-normalised
-        counts, predict. `uns["scvi_prediction"][<labels>]` has what is known of their quality: `agreement` of the
-        three, and how right each is on studies `held_out` of the reference (`HeldOut`; `draw_quality` draws it).
+        As `embed`, with `<labels>_predicted`, `_best`, `_probability`, `_uncertainty` and `_unknown` in obs. A cell
+        that lies too far from the reference is "unknown" in `_predicted`; `_best` keeps its most probable label. A cell
+        without counts is "unknown" in every column. `<labels>_pca` and `<labels>_logistic_regression` are what nearest
+        neighbors in a PCA and logistic regression predict, both from log-normalised counts without the model.
+        `uns["scvi_prediction"][<labels>]` has what is known of their quality: `agreement` of the three, and the
+        accuracy of each on `held_out` studies of the reference (`HeldOut`; `draw_quality` draws it).
 
         Raises
         ------
