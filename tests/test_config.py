@@ -406,7 +406,13 @@ def test_two_names_that_some_file_systems_take_for_one(one: str, other: str, tmp
         ("publish.model_uri", "run", "publish.model_uri run holds the run directory run"),
         ("publish.model_uri", ".", "holds the run directory run"),
         ("publish.model_uri", "file://{here}/run/latent.npy", "latent.npy is a name of the run's own"),
+        ("publish.model_uri", "file://localhost{here}/run/latent.npy", "latent.npy is a name of the run's own"),
+        ("publish.model_uri", "FILE://{here}/run/latent.npy", "latent.npy is a name of the run's own"),
         ("publish.model_uri", "run/evaluation", "evaluation is a name of the run's own"),
+        ("publish.model_uri", "census", "publish.model_uri census would overwrite census.uri census; name another"),
+        ("publish.model_uri", "census/census_data", "would overwrite census.uri census"),
+        ("publish.model_uri", "data", "would overwrite publish.experiment_uri data/census/mouse"),
+        ("publish.model_uri", "data/models", None),
         ("census.uri", "run/.", "output.directory run is the Census; name another folder"),
         ("evaluate.folder", "run", None),
         ("evaluate.folder", "run/evaluation", None),
@@ -422,7 +428,8 @@ def test_a_place_in_the_run_directory(
     setting: str, place: str, words: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    settings = [f"{setting}={place.format(here=tmp_path)}"]
+    settings = ["census.uri=census", "publish.experiment_uri=data/census/mouse"]
+    settings += [f"{setting}={place.format(here=tmp_path)}"]
     if words is None:
         load_config(config_file(tmp_path), settings)
         return

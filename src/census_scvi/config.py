@@ -390,6 +390,7 @@ class Config(Section):
             self.output.directory,
             names,
             census=self.census.uri,
+            experiment=self.publish.experiment_uri,
             evaluation=self.evaluate.folder,
             mapped=self.query.output,
             published=self.publish.model_uri,

@@ -79,11 +79,12 @@ def check_places(
     names: tuple[str, str],
     *,
     census: str | None,
+    experiment: str | None,
     evaluation: str | None,
     mapped: str | None,
     published: str | None,
 ) -> None:
-    """ValueError where a setting would write over what the run directory holds.
+    """ValueError where a setting would write over what the run directory holds, or over the Census.
 
     Parameters
     ----------
@@ -91,31 +92,42 @@ def check_places(
         The run directory.
     names
         Names of the prepared cells and of the model in it.
-    census, evaluation, mapped, published
-        `census.uri`, `evaluate.folder`, `query.output` and `publish.model_uri`.
+    census, experiment, evaluation, mapped, published
+        `census.uri`, `publish.experiment_uri`, `evaluate.folder`, `query.output` and `publish.model_uri`.
     """
     run = Path(os.path.realpath(directory))
     if census is not None and run == _real(census):
         raise ValueError(f"output.directory {directory} is the Census; name another folder")
+    if published is not None and (model := _real(published)) is not None:
+        if model in (run, *run.parents):
+            raise ValueError(f"publish.model_uri {published} holds the run directory {directory}; name another folder")
+        for setting, place in (("census.uri", census), ("publish.experiment_uri", experiment)):
+            stored = None if place is None else _real(place)
+            if stored is not None and (model in (stored, *stored.parents) or stored in model.parents):
+                raise ValueError(f"publish.model_uri {published} would overwrite {setting} {place}; name another folder")
     taken = {same_name(name) for name in names}
-    files = [mapped] if mapped is None or not Path(mapped).name else [
-        mapped, *(str(Path(mapped).with_suffix(end)) for end in (".json", ".png"))
-    ]  # fmt: skip
-    places: list[tuple[str, str | None, str | None]] = [("query.output", file, None) for file in files]
+    places = [("query.output", file, None) for file in _files_of(mapped)]
     places += [("evaluate.folder", evaluation, EVALUATION), ("publish.model_uri", published, PUBLISHED)]
     for setting, written, own in places:
         place = None if written is None else _real(written)
-        if place is None or (own and place == run / own):
+        if place is None or run not in place.parents or (own and place == run / own):
             continue
-        if setting == "publish.model_uri" and place in (run, *run.parents):
-            raise ValueError(f"{setting} {written} holds the run directory {directory}; name another folder")
-        if run in place.parents and (is_owned(first := place.relative_to(run).parts[0]) or same_name(first) in taken):
+        first = place.relative_to(run).parts[0]
+        if is_owned(first) or same_name(first) in taken:
             raise ValueError(f"{setting} writes {written}, and {first} is a name of the run's own; choose another")
+
+
+def _files_of(mapped: str | None) -> list[str]:
+    """What `query.output` has written: the .h5ad, the report and the picture."""
+    if mapped is None or not Path(mapped).name:
+        return []
+    return [mapped, *(str(Path(mapped).with_suffix(end)) for end in (".json", ".png"))]
 
 
 def _real(place: str) -> Path | None:
     """The real path of a local place; None for a URL."""
-    scheme, separator, rest = place.partition("://")
-    if separator and scheme != "file":
-        return None
-    return Path(os.path.realpath(rest if separator else place))
+    # Imported here, since its package imports the config, which imports this module.
+    from census_scvi.workspace.uri import local_path
+
+    path = local_path(place)
+    return None if path is None else Path(os.path.realpath(path))
