@@ -448,9 +448,7 @@ def test_cells_that_lose_most_of_their_counts_are_counted_and_named(
     (dataset,) = report.datasets
     assert (dataset.n_lost_most, dataset.n_emptied) == (5, 3)
     assert str(dataset).endswith("10 without Ensembl id dropped; 5 cells lost most of their counts with them, 3 all")
-    text = (
-        "a: 5 of 50 cells lost more than half of their counts with genes that were left out, 3 of them all; the first"
-    )
+    text = "a: 5 of 50 cells lost more than half of their counts with excluded genes, 3 of them all; the first"
     assert f"{text} is cell 8." in caplog.text
     with soma.open(report.uri) as root:
         (record,) = json.loads(root.metadata[census.BUILD])["datasets"]

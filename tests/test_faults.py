@@ -91,9 +91,9 @@ def test_kill_9_and_a_rerun_end_like_an_undisturbed_run(
 # --- signals to stop
 
 STOPPED = {
-    "SIGINT": (130, "interrupted; run the same command again to go on"),
-    "SIGTERM": (143, "terminated; run the same command again to go on"),
-    "SIGHUP": (129, "terminated, since its terminal was closed; run the same command again to go on"),
+    "SIGINT": (130, "interrupted; run the same command again to resume"),
+    "SIGTERM": (143, "terminated; run the same command again to resume"),
+    "SIGHUP": (129, "terminated, since its terminal was closed; run the same command again to resume"),
 }
 STOPS = [
     ("prepare", "census_scvi.stages.prepare.open_census", "SIGHUP"),

@@ -104,7 +104,7 @@ def test_a_symbol_among_ids_is_not_added_to_its_gene(tmp_path: Path) -> None:
     ids = ad.AnnData(values, var=var.set_index("gene_ids"))
     aligned = AlignedCells(QueryCells(ids), IDS, KNOWN, HUMAN, min_share=1.0)
     assert np.array_equal(next(aligned.blocks(100))[1].toarray(), values[:, :40].toarray())
-    assert aligned.report.not_genes == {"symbol of a gene that is there by id": 1}
+    assert aligned.report.not_genes == {"symbol of a gene that another row has by id": 1}
     assert (aligned.report.by_id, aligned.report.by_symbol, aligned.report.extra) == (40, 0, 1)
     ids.write_h5ad(tmp_path / "a.h5ad")
     (tmp_path / "map.tsv").write_text(f"ensembl_id\tsymbol\n{IDS[0]}\tCD4\n")
@@ -210,7 +210,7 @@ def test_a_file_with_genes_as_rows_is_told_from_others(tmp_path: Path) -> None:
 def test_a_file_without_any_gene_says_what_it_holds(tmp_path: Path) -> None:
     var = pd.DataFrame({"feature_types": "Antibody Capture"}, index=SYMBOLS)
     ad.AnnData(counts(40), var=var).write_h5ad(tmp_path / "a.h5ad")
-    with pytest.raises(UserError, match=r"40 rows that are no genes .* left out: 40 Antibody Capture; nothing is left"):
+    with pytest.raises(UserError, match=r"40 rows that are no genes .* excluded: 40 Antibody Capture; nothing is left"):
         open_h5ad(tmp_path / "a.h5ad", organism=HUMAN)
     with pytest.raises(TooFewGenes, match=r"has 0 of the model's 40 genes.*40 Antibody Capture"):
         AlignedCells(QueryCells(tmp_path / "a.h5ad"), IDS, KNOWN, HUMAN, min_share=0.8)

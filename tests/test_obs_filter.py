@@ -202,6 +202,15 @@ def test_forms_of_a_filter(text: str, joinids: list[int], obs: tuple[tiledbsoma.
     assert found(obs[0], text) == joinids
 
 
+def test_nan_matches_unequal_alone(tmp_path: Path) -> None:
+    schema = pa.schema([("soma_joinid", pa.int64()), ("score", pa.float64())])
+    with tiledbsoma.DataFrame.create(str(tmp_path / "obs"), schema=schema, domain=[[0, 2]]) as frame:
+        frame.write(pa.table([[0, 1, 2], [0.5, np.nan, 2.0]], schema=schema))
+    with tiledbsoma.DataFrame.open(str(tmp_path / "obs")) as frame:
+        expected = {"score >= 1": [2], "not (score < 1)": [2], "score != 2": [0, 1], "not (score == 2)": [0, 1]}
+        assert {text: found(frame, text) for text in expected} == expected
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -31,13 +31,13 @@ _DESCRIPTIONS = {
     "train": "Train scVI on the prepared cells and write the model to scvi.model/.",
     "create-latent-update": "Embed every cell of the Census and write latent.npy and final_scvi_optimized/.",
     "publish": "Pass the gates, then publish the embedding in the Census' obsm, with model and provenance.",
-    "map-query": "Embed your own cells with a trained model and name them by their neighbours in the Census.",
+    "map-query": "Embed your own cells with a trained model and annotate them from the Census.",
     "evaluate": "Measure embeddings of a slice of the Census, and write metrics.json and report.html.",
 }
-# Of what is no stage of the pipeline.
-_ROOMS = {"map-query": "", "evaluate": "evaluation."}
+# Packages of the commands that are no stages of the pipeline.
+_PACKAGES = {"map-query": "", "evaluate": "evaluation."}
 _EPILOG = """\
-settings on the command line win over the file:
+settings on the command line override the file:
   %(prog)s --config configs/demo.yaml hvg.top_n_hvg=2000 output.directory=run2
 
 exit codes: 0 done, 2 something for you to fix (one line says what), 1 a defect of ours (traceback),
@@ -81,7 +81,7 @@ _DASHED_SETTING = re.compile(r"unrecognized arguments: .*--?\w+(\.\w+)+")
 def guarded(work: Callable[[], None]) -> int:
     """Exit code of some work; what the user can fix is one line on stderr, a defect a traceback.
 
-    A signal to stop (Ctrl-C, SIGTERM, SIGHUP) ends it with 128 + its number, and the line that says how to go on.
+    A signal to stop (Ctrl-C, SIGTERM, SIGHUP) ends it with 128 + its number, and the line that says how to resume.
     """
     configure_logging()
     stopping = Stopping()
@@ -110,10 +110,10 @@ def _exit_code(error: BaseException) -> int:
 
 
 class _Printable(logging.Formatter):
-    """Takes out credentials, and characters that would act on the terminal."""
+    """Removes credentials, and escapes characters that would act on the terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line, as it may be kept."""
+        """The line without them."""
         return printable(super().format(record))
 
 
@@ -138,14 +138,14 @@ def _parser(stage: str) -> Parser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("settings", nargs="*", metavar="section.key=value", help="settings that win over the file")
+    parser.add_argument("settings", nargs="*", metavar="section.key=value", help="settings that override the file")
     parser.add_argument("--config", default="scvi-config.yaml", metavar="FILE", help="YAML file (default: %(default)s)")
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="show the resolved config, what would be read and written, and what it would take; change nothing",
+        help="show the resolved config, the inputs and outputs, and the expected time and memory; change nothing",
     )
-    parser.add_argument("--force", action="store_true", help="do the stage anew, whatever is there")
+    parser.add_argument("--force", action="store_true", help="run the stage again, from the start, whatever it wrote")
     return parser
 
 
@@ -155,7 +155,7 @@ def _run(stage: str, arguments: argparse.Namespace) -> None:
         raise UserError(f"{path}: no such file; name the YAML file with your settings: --config FILE")
     config: Config = load_config(path, arguments.settings)
     # Imported only now: torch, scvi-tools and TileDB take seconds, and a wrong setting is answered at once.
-    module = importlib.import_module(f"census_scvi.{_ROOMS.get(stage, 'stages.')}{stage.replace('-', '_')}")
+    module = importlib.import_module(f"census_scvi.{_PACKAGES.get(stage, 'stages.')}{stage.replace('-', '_')}")
     if arguments.dry_run:
         print(module.plan(config).text(config))
         return
@@ -187,7 +187,7 @@ def _free_space(error: BaseException, cause: BaseException) -> str:
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
+    """The folder, or the nearest existing one above it."""
     return next(place for place in (folder, *folder.parents) if place.exists())
 
 
@@ -199,7 +199,7 @@ def _storage_problem(error: BaseException) -> str | None:
         number = getattr(seen, "errno", None)
         if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text or "errno = 28" in text:
             return (
-                f"the disk is full ({text.splitlines()[0]}; free are {_free_space(error, seen)}): make room or choose"
+                f"the disk is full ({text.splitlines()[0]}; {_free_space(error, seen)} free): make room or choose"
                 " another output.directory, and run the same command again; nothing is lost"
             )
         if isinstance(seen, PermissionError):

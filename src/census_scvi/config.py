@@ -132,7 +132,7 @@ class HvgSection(Section):
     hvg_batch: Columns = Field(default_factory=list)
     """obs columns within whose combinations the genes are ranked; empty: one ranking."""
     min_genes: Annotated[int, Field(ge=0)] = 0
-    """Cells with fewer detected genes (obs nnz) are left out of selection and training, never of embedding."""
+    """Cells with fewer detected genes (obs nnz) are excluded from gene selection and training, never from embedding."""
     engine: Literal["one-pass", "census"] = "one-pass"
     """Implementation: one-pass equals scanpy's and reads the counts once; census is the published pipeline's."""
 
@@ -145,7 +145,7 @@ class AnndataSection(Section):
     model_filename: FileName = "anndata_model.h5ad"
     """File of the prepared cells in the run directory."""
     obs_columns: Columns | None = None
-    """obs columns to keep in that file, beside soma_joinid and batch; null: all."""
+    """obs columns to keep in that file, in addition to soma_joinid and batch; null: all."""
     compression: Literal["gzip", "none"] = "gzip"
     """Of the counts in that file: none takes four times the space and a third less CPU time to read."""
 
@@ -165,7 +165,7 @@ class ModelSection(Section):
     filename: FileName = "scvi.model"
     """Folder of the trained model in the run directory."""
     n_hidden: Annotated[int, Field(ge=1)] = 128
-    """Nodes a hidden layer."""
+    """Hidden units per layer."""
     n_latent: Annotated[int, Field(ge=1)] = 10
     """Dimensions of the latent space."""
     n_layers: Annotated[int, Field(ge=1)] = 1
@@ -184,7 +184,7 @@ class TrainSection(Section):
     max_epochs: Annotated[int, Field(ge=1)] = 100
     """Passes over the training cells."""
     batch_size: Annotated[int, Field(ge=2)] = 1024
-    """Cells a minibatch (and device)."""
+    """Cells per minibatch (and device)."""
     train_size: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
     """Share of cells trained on; the rest validates."""
     early_stopping: bool = False
@@ -198,11 +198,11 @@ class TrainSection(Section):
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto"
     """Kind of device."""
     engine: Literal["fast", "scvi-tools"] = "fast"
-    """Who computes a training step: `fast` is the same loss and gradients in a fraction of the time."""
+    """Implementation of the training step: `fast` computes the same loss and gradients in a fraction of the time."""
     precision: Literal["float32", "bf16", "fp16"] = "float32"
     """Of the matrix products: bf16 and fp16 are faster where the hardware has them, and give other numbers."""
     checkpoint_minutes: Annotated[float, Field(ge=0.0)] = 10.0
-    """Between checkpoints within an epoch, where a killed training goes on; there is one after each epoch as well."""
+    """Minutes between checkpoints within an epoch, to resume a killed training from; each epoch ends with one."""
     trainer: dict[str, Any] | None = None
     """More arguments of Lightning's Trainer, e.g. gradient_clip_val."""
 
@@ -222,7 +222,7 @@ class GatesSection(Section):
     """What an embedding must show before it is published."""
 
     sample_size: Annotated[int, Field(ge=2)] = 2000
-    """Random cells that are read anew and embedded by scvi-tools; the sealed sample."""
+    """Random cells that are read again and embedded by scvi-tools; the sealed sample."""
     max_difference: Annotated[float, Field(gt=0.0)] = 1e-5
     """Largest difference of an embedding from the same cell's, computed by scvi-tools or for a copy of it."""
     min_variance: Annotated[float, Field(gt=0.0)] = 1e-6
@@ -302,13 +302,13 @@ class QuerySection(Section):
     obs_filter: ObsFilter | None = None
     """SOMA value filter of the cells to learn from; null: all."""
     reference_cells: Annotated[int, Field(ge=100)] = 200_000
-    """Cells to learn from; of more, so many are drawn at random."""
+    """Reference cells to learn from; of more, this number is drawn at random."""
     method: Literal["neighbours", "random_forest", "logistic_regression"] = "neighbours"
-    """How the embedding tells labels."""
+    """Classifier that predicts labels from the embedding."""
     n_neighbours: Annotated[int, Field(ge=1)] = 15
-    """Neighbours that name a cell."""
+    """Nearest reference cells that vote on a cell's label."""
     baseline_cells: Annotated[int, Field(ge=0)] = 10_000
-    """Reference cells whose counts are read to name yours without the model as well; 0: they are not."""
+    """Reference cells whose counts train the baseline annotation, without the model; 0: no baseline."""
     umap_cells: Annotated[int, Field(ge=0)] = 20_000
     """Reference cells on the map; 0: no map."""
 
@@ -325,15 +325,15 @@ class EvaluateSection(Section):
     batches: Columns = Field(default_factory=lambda: ["dataset_id", "assay", "batch"])
     """obs columns that should be mixed; batch: those of `anndata.batch_key` together."""
     donors: Name | None = "donor_id"
-    """obs column that is held out of classifiers, and drawn for intervals, as a whole; null: cells are."""
+    """obs column whose groups are held out and resampled (for intervals) as a whole; null: single cells are."""
     mode: Literal["sound", "legacy"] = "sound"
     """The metrics, or the published script's with their flaws."""
     max_cells: Annotated[int, Field(ge=100)] = 100_000
-    """Cells of the slice; of more, so many are drawn at random."""
+    """Cells of the slice; of more, this number is drawn at random."""
     measured_cells: Annotated[int, Field(ge=100)] = 10_000
-    """Cells of these that are measured, and drawn on the maps; neighbours of the entropy are sought among all."""
+    """Cells of the slice that are measured and drawn on the maps; entropy takes neighbours among all of it."""
     baseline: bool = True
-    """Whether a PCA of log-normalised counts is evaluated beside them."""
+    """Whether a PCA of log-normalised counts is evaluated, too."""
     folder: LocalPath | None = None
     """Where metrics.json and report.html are written; null: `evaluation` in the run directory."""
 

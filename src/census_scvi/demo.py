@@ -1,4 +1,4 @@
-"""`make demo`: a small made-up Census, every stage on it, the proof, and what came out."""
+"""`make demo`: a small simulated Census, every stage on it, verification, and the artifacts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def run_demo(argv: Sequence[str] | None = None) -> int:
 def _run(overrides: list[str]) -> None:
     started = time.monotonic()
     config = load_config(CONFIG, overrides)
-    _say(f"1. a small Census of made-up cells in {config.census.uri}")
+    _say(f"1. a small Census of simulated cells in {config.census.uri}")
     _build_census(config)
     for number, stage in enumerate(STAGES, start=2):
         _say(f"{number}. scvi-{stage}.py --config {CONFIG}")
@@ -99,7 +99,7 @@ def artifact_table(config: Config, more: Sequence[Path] = ()) -> str:
         names.latent_joinids: "soma_joinid of each row of the latent",
         names.latent_hashes: "hash of each cell's counts: copies have equal ones",
         names.minified: "minified model: obs, latent means and variances",
-        names.qa: "the gates: value, bound, verdict",
+        names.qa: "the gates: value, threshold, passed or not",
         names.published: "model, sealed sample of cells, provenance",
         "evaluation": "metrics.json, and report.html to open in a browser",
         "manifest.json": "how it was made: config, Census, versions, hashes, times",

@@ -3,7 +3,8 @@
 TileDB-SOMA 2.3 crashes on the negation of a group, `not (a in [...])`, and cuts a fraction that is compared with a
 column of whole numbers, so that `nnz >= 317.5` finds 317. Here a negation is moved inwards to the comparisons (by
 De Morgan's laws) and every literal is checked against the type of its column. As in TileDB and in pandas' nullable
-columns, a comparison never matches a missing value; `== None` does.
+columns, a comparison never matches a missing value; `== None` does. NaN in a column of floats matches `!=` alone: after
+De Morgan's laws a negated `<` is `>=`, which NaN does not match, and TileDB has no condition that would add it.
 """
 
 from __future__ import annotations

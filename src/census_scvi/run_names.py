@@ -101,12 +101,12 @@ def check_places(
     if published is not None and (model := _real(published)) is not None:
         if model in (run, *run.parents):
             raise ValueError(f"publish.model_uri {published} holds the run directory {directory}; name another folder")
-        for setting, place in (("census.uri", census), ("publish.experiment_uri", experiment)):
-            stored = None if place is None else _real(place)
+        for setting, read in (("census.uri", census), ("publish.experiment_uri", experiment)):
+            stored = None if read is None else _real(read)
             if stored is not None and (model in (stored, *stored.parents) or stored in model.parents):
-                raise ValueError(f"publish.model_uri {published} would overwrite {setting} {place}; name another folder")
+                raise ValueError(f"publish.model_uri {published} would overwrite {setting} {read}; name another folder")
     taken = {same_name(name) for name in names}
-    places = [("query.output", file, None) for file in _files_of(mapped)]
+    places: list[tuple[str, str | None, str | None]] = [("query.output", file, None) for file in _files_of(mapped)]
     places += [("evaluate.folder", evaluation, EVALUATION), ("publish.model_uri", published, PUBLISHED)]
     for setting, written, own in places:
         place = None if written is None else _real(written)

@@ -1,4 +1,4 @@
-"""What a signal to stop does: the work ends where it is, with the exit code that the shell expects and one line."""
+"""What a signal to stop does: the work stops at once, with the exit code that the shell expects and one line."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Stopping:
     @property
     def line(self) -> str:
         """What happened and what to do."""
-        return f"{_WORDS[signal.Signals(self.exit_code - 128)]}; run the same command again to go on"
+        return f"{_WORDS[signal.Signals(self.exit_code - 128)]}; run the same command again to resume"
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         again, self.exit_code = bool(self.exit_code), 128 + number

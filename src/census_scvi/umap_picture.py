@@ -173,7 +173,7 @@ def scatter(
     size: float | None = None,
     edge: float = 0.0,
 ) -> None:
-    """Points coloured by a categorical; the legend stands beside them.
+    """Points coloured by a categorical; the legend stands next to them.
 
     Parameters
     ----------

@@ -1,7 +1,7 @@
 """Embeddings in an Experiment's obsm: written where no reader sees them, put in place in one step, read in blocks.
 
 An embedding is an array of its own, which readers see when the collection names it (`group.name_member`). Whoever
-opened the collection before, or the array that was replaced, goes on reading that.
+opened the collection before, or the array that was replaced, continues to read that one.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class EmbeddingDraft:
     shape
         Cells of the Experiment and dimensions.
     publication
-        32 hexadecimal digits; the same ones go on with the same draft.
+        32 hexadecimal digits; with the same ones the same draft is continued.
     replace
         Whether an embedding of that name may be replaced.
 

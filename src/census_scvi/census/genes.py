@@ -62,7 +62,7 @@ def select_genes(
     Raises
     ------
     UserError
-        A column is missing, no cell matches, no gene is detected in so many cells, or the genes cannot be ranked in
+        A column is missing, no cell matches, no gene is detected in `min_cells` cells, or the genes cannot be ranked in
         batches of few cells.
     """
     require_columns(census, settings.hvg_batch, "hvg.hvg_batch")
@@ -81,7 +81,7 @@ def select_genes(
         chosen = candidates = np.ones(len(var), dtype=bool)
     n_candidates = int(candidates.sum())
     if not n_candidates:
-        raise UserError(f"genes.min_cells is {min_cells:,} and no gene is detected in so many of the cells; lower it")
+        raise UserError(f"genes.min_cells is {min_cells:,} and no gene is detected in that many of the cells; lower it")
     if n_candidates <= settings.top_n_hvg:
         words = f"{n_candidates} genes" + (f" in at least {min_cells:,} cells" if min_cells else "")
         log.warning("hvg.top_n_hvg is %d and the Census has %s: all are taken", settings.top_n_hvg, words)

@@ -3,8 +3,9 @@
 tiledbsoma writes the record of a group's members in place and in two appends. A reader between them, or any reader
 after a kill or a full disk there, cannot open the group any more. And what it made of a member before that stays in the
 way of the next attempt. But a group is a folder of records, each adding members, of which a later one wins: so a member
-is made aside and renamed to its place, and so is the one record that names it, which TileDB itself makes in a group in
-a temporary folder. In a bucket an object is there or not, and objects are put in the order in which they are needed.
+is made elsewhere and renamed to its place, and so is the one record that names it, which TileDB itself makes in a
+group in a temporary folder. In a bucket an object is there or not, and objects are put in the order in
+which they are needed.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ Kind = type[tiledbsoma.Collection] | type[tiledbsoma.DataFrame] | type[tiledbsom
 
 
 def make_member(group_uri: str, member: str, kind: Kind, create: Callable[[str], Any]) -> str:
-    """A collection or array in the folder of a group, not yet named by it; one that is there and whole is taken.
+    """A collection or array in the folder of a group, not yet named by it; an existing whole one is taken.
 
     Parameters
     ----------

@@ -56,7 +56,7 @@ def open_census(settings: CensusSection) -> Iterator[Census]:
     if path is not None and path.is_file():
         raise UserError(f"census.uri {where} is a file; build a Census of .h5ad files with scvi-build-census.py")
     try:
-        # `uri` wins in the API, too; naming a version beside it would make it ask the network.
+        # `uri` wins in the API, too; a version next to it would make it ask the network.
         version = None if settings.uri else settings.version
         # Records outlive the current folder, from which relative paths count.
         uri = settings.uri and tiledb_place(settings.uri, "census.uri")

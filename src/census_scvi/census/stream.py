@@ -84,7 +84,7 @@ def stream_obs(
     groups
         int64 positions in `joinids`, ascending in each group. Large groups: each costs some 30 ms.
     columns
-        Columns to read beside soma_joinid; None reads all.
+        Columns to read in addition to soma_joinid; None reads all.
     """
 
     def read(group: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], pd.DataFrame]:

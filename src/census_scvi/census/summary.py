@@ -1,4 +1,4 @@
-"""The table `scvi_summary` beside the embeddings of an Experiment: one row a publication, never changed afterwards."""
+"""The table `scvi_summary` next to the embeddings of an Experiment: one row a publication, never changed afterwards."""
 
 from __future__ import annotations
 

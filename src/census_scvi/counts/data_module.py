@@ -23,7 +23,7 @@ class PreparedDataModule(lightning.LightningDataModule):
     path
         The .h5ad that prepare wrote.
     batch_size
-        Cells a minibatch (and rank).
+        Cells per minibatch (and rank).
     train_size
         Share of cells trained on.
     seed

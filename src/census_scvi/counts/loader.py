@@ -29,7 +29,7 @@ class MinibatchLoader:
     order
         Which cells, in which order.
     batch_size
-        Cells a minibatch.
+        Cells per minibatch.
     workers
         Threads that read and decode ahead; 0 reads between minibatches.
     epoch

@@ -32,7 +32,7 @@ def partial_of(path: Path) -> Path:
 
 @contextmanager
 def replacing(paths: Sequence[Path]) -> Iterator[list[Path]]:
-    """Write files beside their places, and put them there when all are whole.
+    """Write files next to their places, and put them there when all are whole.
 
     They are renamed in their order, so that the last one is there only if all are. Whatever ends the block otherwise,
     nothing of it is left. A kill may leave partial files, which the next run replaces.

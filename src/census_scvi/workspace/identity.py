@@ -20,7 +20,7 @@ BLOCK_BYTES = 256 * 2**20
 _READ_BYTES = 2**20
 _THREADS = 4
 
-# Files from this size on are hashed once, and then remembered by size and times; of so many files.
+# Files of at least this size are hashed once and then remembered by size and times, this number of them at most.
 REMEMBERED_BYTES, _REMEMBERED_FILES = 64 * 2**20, 1000
 # A file that was just written may be written again within the same tick of its clock.
 _SETTLED_SECONDS = 2.0

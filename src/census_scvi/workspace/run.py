@@ -4,7 +4,7 @@ A stage writes into `.partial/<stage>/`. To commit, its record is put into the m
 identities of its outputs; then each output is renamed into place; then the record becomes `done`. Whoever opens the
 directory next carries an interrupted commit to its end, so a kill at any moment leaves the old artifacts or the new.
 A finished stage that runs again with --force is noted as `redoing` until it commits: other stages refuse to read what
-it wrote before, and the same command without --force goes on.
+it wrote before, and the same command without --force resumes.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class Workspace:
         if stage in self.manifest().get("redoing", {}):
             raise UserError(
                 f"{SCRIPTS[stage]} --force did not finish in {self.directory}, and {names[0]} there is older than that;"
-                f" run {SCRIPTS[stage]} again (without --force it goes on)"
+                f" run {SCRIPTS[stage]} again (without --force it resumes)"
             )
         found = {}
         for name in names:
@@ -171,7 +171,7 @@ class Workspace:
         force: bool,
         progress: str | None = None,
     ) -> StageRun:
-        """Decide whether a stage is done, goes on, starts, or must be refused.
+        """Decide whether a stage is done, resumes, starts, or must be refused.
 
         Parameters
         ----------
@@ -184,9 +184,9 @@ class Workspace:
         inputs
             Identity of everything the stage reads.
         force
-            Start anew whatever is there.
+            Start again even if the stage is done.
         progress
-            File in staging whose presence means that there is work to go on with; None for a stage that starts over.
+            File in staging whose presence means that there is work to resume; None for a stage that starts over.
 
         Raises
         ------
@@ -233,7 +233,7 @@ class Workspace:
         if changes := _changes(before, now):
             raise UserError(
                 f"{self.directory} holds {state} {stage} for other settings: {changes};"
-                " set it back, use another output.directory, or --force to do it anew"
+                " set it back, use another output.directory, or --force to run it again"
             )
 
     def _require_sound(self, stage: str, name: str, identity: Identity, *, remember: bool = False) -> None:
@@ -286,7 +286,7 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 @dataclass
 class StageRun:
-    """One run of a stage: where it writes, whether it goes on with earlier work, how it ends."""
+    """One run of a stage: where it writes, whether it resumes earlier work, how it ends."""
 
     workspace: Workspace
     stage: str

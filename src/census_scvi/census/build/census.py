@@ -129,8 +129,8 @@ def _warn(report: BuildReport, sources: Sequence[Source]) -> None:
     for dataset, source in zip(report.datasets, sources, strict=True):
         if dataset.n_lost_most:
             logger.warning(
-                "%s: %s of %s cells lost more than half of their counts with genes that were left out, %s of them all;"
-                " the first is cell %d. Are they of another organism? Then leave them out of the file",
+                "%s: %s of %s cells lost more than half of their counts with excluded genes, %s of them all;"
+                " the first is cell %d. If they are of another organism, remove them from the file",
                 dataset.dataset_id,
                 f"{dataset.n_lost_most:,}",
                 f"{dataset.n_cells:,}",

@@ -34,7 +34,7 @@ class GeneReport:
             "without Ensembl id kept under their symbol": self.under_symbol,
             "without Ensembl id dropped": self.dropped,
             "duplicates summed": self.summed,
-            "columns that are no genes left out": self.not_genes,
+            "columns that are no genes excluded": self.not_genes,
         }
         return "; ".join([text, *(f"{number:,} {what}" for what, number in notes.items() if number)])
 

@@ -23,7 +23,7 @@ _NO_GENES = {
 _NAMES = re.compile(r"^var_names$|_(?:id|ids|name|names|symbol|symbols)'\]$|^var\['(?:symbol|name|ID|Symbol)'\]$")
 # Share of Ensembl ids from which symbols among them are something else.
 _ALL_BUT_FEW = 0.95
-NAMED_TWICE = "symbol of a gene that is there by id"
+NAMED_TWICE = "symbol of a gene that another row has by id"
 _NO_GENE_NAMES = {
     "spike-in": r"^(?:gSpikein[-_])?(?:ERCC[-_.]\d{4,5}|SIRV\d+(?:[-_.]\d+)?|phiX(?:174)?|ArrayControl[-_.]?\d+)$",
     "peak": r"^(?:chr|CHR)?[\dXYMTW][\w.]*[:_-]\d+[-_]\d+$",
@@ -67,7 +67,7 @@ class GeneRows:
 def left_out_words(left_out: dict[str, int]) -> str:
     """`GeneRows.left_out` in words."""
     listed = ", ".join(f"{number:,} {kind}" for kind, number in left_out.items())
-    return f"{sum(left_out.values()):,} rows that are no genes of the organism are left out: {listed}"
+    return f"{sum(left_out.values()):,} rows that are no genes of the organism are excluded: {listed}"
 
 
 def find_gene_rows(var: pd.DataFrame, organism: str) -> GeneRows:

@@ -262,7 +262,7 @@ def _find_genes(
     proposal = _proposal(asked, best, recognised, obs, organism, gene_map)
     names = strip_version(clean_names(places[asked])[rows.is_gene])
     if gene_map is not None and (twice := named_twice(names, names.map(gene_map.id_of_symbol))).any():
-        logger.warning("%s: %s rows are left out: %s", path, f"{twice.sum():,}", NAMED_TWICE)
+        logger.warning("%s: %s rows are excluded: %s", path, f"{twice.sum():,}", NAMED_TWICE)
         names, columns = names[~twice], columns[~twice]
     try:
         genes = resolve_genes(

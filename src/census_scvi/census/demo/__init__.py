@@ -1,1 +1,1 @@
-"""The demo Census: made-up cells of human and mouse."""
+"""The demo Census: simulated cells of human and mouse."""
