@@ -26,7 +26,7 @@ from torch.nn import functional
 from waits import Waits
 
 from census_scvi.counts.minibatch import SparseCounts
-from census_scvi.model.fast import cpu_kernel, measure, negative_binomial, products, torch_kernel
+from census_scvi.model.fast import cpu_kernel, measure, negative_binomial, products, sparse_layer, torch_kernel
 from census_scvi.model.fast.decoded import Decoded
 from census_scvi.model.fast.products import Libraries
 from census_scvi.model.fast.step import encode, reason_against, step, unused_frozen
@@ -146,12 +146,16 @@ def test_loss_and_gradients_are_those_of_scvi_tools(arguments: dict[str, Any], n
         )
 
 
-@pytest.mark.parametrize("engine", ["kernel", "torch"])
+@pytest.mark.parametrize("engine", ["kernel", "torch", "sparse counts"])
 @pytest.mark.parametrize("largest", COUNTS.values(), ids=COUNTS)
 @pytest.mark.parametrize("arguments", VARIANTS.values(), ids=VARIANTS)
 def test_in_float32_too(arguments: dict[str, Any], largest: int, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if engine == "torch":
         monkeypatch.setattr(negative_binomial, "_kernel", lambda device: None)
+    elif engine == "sparse counts":
+        monkeypatch.setattr(products, "_used", Libraries(counts="sparse"))
+        assert sparse_layer.usable()
+        monkeypatch.delattr(SparseCounts, "dense")  # nothing needs the dense matrix
     assert_float32_step_is_scvi_tools(arguments, largest)
 
 
@@ -567,6 +571,81 @@ def test_products(shape: tuple[int, int, int], layout: str, library: str, monkey
         torch.testing.assert_close(found.double(), wanted.double(), rtol=1e-6, atol=1e-6 + 3e-7 * summed)
 
 
+@settings(max_examples=60)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    n_cells=st.integers(1, 40),
+    n_genes=st.integers(1, 700),
+    n_batches=st.sampled_from([0, 1, 3, 130]),
+    n_hidden=st.integers(1, 200),
+    density=st.sampled_from([0.0, 0.05, 0.5, 1.0]),
+    kind=st.sampled_from([np.uint16, np.float32]),
+    genes=st.sampled_from([np.uint16, np.int32]),
+    contiguous=st.booleans(),
+)
+def test_sparse_layer(
+    seed: int,
+    n_cells: int,
+    n_genes: int,
+    n_batches: int,
+    n_hidden: int,
+    density: float,
+    kind: type,
+    genes: type,
+    contiguous: bool,
+) -> None:
+    """The layer and its gradients are those of the dense matrix, whatever the number of threads."""
+    rng = np.random.default_rng(seed)
+    dense = rng.integers(1, 5_000, (n_cells, n_genes)) * (rng.random((n_cells, n_genes)) < density)
+    csr = sp.csr_matrix((dense + (kind is np.float32) * 0.25 * (dense > 0)).astype(kind))
+    counts = SparseCounts(
+        torch.from_numpy(np.diff(csr.indptr).astype(np.int64)),
+        torch.from_numpy(csr.indices.astype(genes)),
+        torch.from_numpy(csr.data),
+        n_genes,
+    )
+    codes = torch.from_numpy(rng.integers(0, max(n_batches, 1), n_cells))
+    one_hot = np.eye(max(n_batches, 1))[codes.numpy()][:, :n_batches]
+    x = np.concatenate([np.log1p(csr.toarray().astype(np.float64)), one_hot], 1)
+    weight = torch.from_numpy(rng.normal(size=(n_hidden, x.shape[1]))).float().requires_grad_()
+    bias = torch.from_numpy(rng.normal(size=n_hidden)).float().requires_grad_()
+    slopes = torch.from_numpy(rng.normal(size=(n_cells, n_hidden))).float()
+    slopes = slopes if contiguous else slopes.T.contiguous().T
+    before, made = torch.get_num_threads(), {}
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        try:
+            output = sparse_layer.sparse_layer(counts, codes if n_batches else None, weight, bias)
+            made[threads] = (output.detach(), *torch.autograd.grad(output, (weight, bias), slopes))
+        finally:
+            torch.set_num_threads(before)
+    outputs = torch.from_numpy(x) @ weight.detach().T.double() + bias.detach().double()
+    expected = (outputs, slopes.double().T @ torch.from_numpy(x), slopes.double().sum(0))
+    for one, several, wanted in zip(made[1], made[3], expected, strict=True):
+        assert torch.equal(one, several)
+        torch.testing.assert_close(one.double(), wanted, rtol=1e-5, atol=1e-5 * (1 + wanted.abs().max().item()))
+
+
+@pytest.mark.parametrize("trouble", ["does not compile", "gives other results"])
+def test_without_the_sparse_layer_dense_products_do_it_and_it_is_said(
+    trouble: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("no vector instructions")
+
+    logging.getLogger("census_scvi").propagate = True
+    monkeypatch.setattr(products, "_used", Libraries(counts="sparse"))
+    sparse_layer.usable.cache_clear()
+    with monkeypatch.context() as planted:
+        broken = fails if trouble == "does not compile" else lambda *arguments: arguments[-1].fill(0)
+        planted.setattr(sparse_layer, "_outputs", broken)
+        assert measure.faster_libraries(1000, 32, 0.05).counts == "dense"
+        assert_float32_step_is_scvi_tools({}, 30)
+    sparse_layer.usable.cache_clear()
+    assert "the encoder's layer for sparse counts cannot be used here" in caplog.text
+    assert caplog.text.count("cannot be used here") == 1
+
+
 @pytest.mark.parametrize("kind", ["forward", "input_gradient", "weight_gradient"])
 @pytest.mark.parametrize("arguments", [{}, {"gene_likelihood": "zinb"}, {"n_layers": 2, "encode_covariates": True}])
 def test_each_library_gives_the_step_of_scvi_tools(
@@ -586,7 +665,8 @@ def test_the_faster_library_is_measured(monkeypatch: pytest.MonkeyPatch) -> None
     large, small = (1000, 32), (100, 32)
     assert measure.shape_of(make(n_hidden=24)) == (N_GENES, 24)
     before = torch.get_rng_state()
-    real, kinds = measure.times_transposed, Libraries.__dataclass_fields__
+    real, kinds = measure.times_transposed, ("forward", "input_gradient", "weight_gradient")
+    monkeypatch.setattr(sparse_layer, "usable", lambda: False)
     for slow in ("torch", "onednn"):
 
         def multiply(library: str, *operands: Any, slow: str = slow) -> torch.Tensor:
@@ -596,12 +676,32 @@ def test_the_faster_library_is_measured(monkeypatch: pytest.MonkeyPatch) -> None
             return real(library, *operands)
 
         monkeypatch.setattr(measure, "times_transposed", multiply)
-        chosen = measure.faster_libraries(*large)
+        chosen = measure.faster_libraries(*large, 0.1)
         assert chosen == Libraries(**dict.fromkeys(kinds, {"torch": "onednn", "onednn": "torch"}[slow]))
-        assert measure.faster_libraries(*small) == Libraries()  # too small to matter
+        assert measure.faster_libraries(*small, 0.1) == Libraries()  # too small to matter
     assert torch.equal(before, torch.get_rng_state())
     monkeypatch.setattr(products, "_onednn", None)
-    assert measure.faster_libraries(*large) == Libraries()
+    assert measure.faster_libraries(*large, 0.1) == Libraries()
+
+
+@pytest.mark.parametrize(("slow", "chosen"), [("sparse", "dense"), ("dense", "sparse")])
+def test_it_is_measured_whether_the_zeros_are_multiplied(
+    slow: str, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "_SECONDS", 0.02)
+    owner, name = {"sparse": (sparse_layer, "sparse_layer"), "dense": (SparseCounts, "dense")}[slow]
+    real = getattr(owner, name)
+
+    def slowed(*operands: Any, **options: Any) -> torch.Tensor:
+        end = time.process_time() + 0.05
+        while time.process_time() < end:
+            pass
+        return real(*operands, **options)
+
+    monkeypatch.setattr(owner, name, slowed)
+    before = torch.get_rng_state()
+    assert measure.faster_libraries(1000, 32, 0.1).counts == chosen
+    assert torch.equal(before, torch.get_rng_state())
 
 
 def test_a_precision_is_measured() -> None:

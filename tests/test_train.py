@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -557,10 +558,13 @@ def test_the_warning_comes_before_training_and_in_the_plan(
     )
 
 
+CHOICES = {"torch": Libraries(), "onednn": Libraries("onednn", "onednn", "onednn", counts="sparse")}
+
+
 def choosing(monkeypatch: pytest.MonkeyPatch, library: str) -> list[str]:
-    """Let the measurement find this library faster; returns what is measured, a line each."""
+    """Let the measurement find this library faster, with oneDNN sparse counts too; returns a line a measurement."""
     measured: list[str] = []
-    monkeypatch.setattr(fast_plan, "faster_libraries", lambda *_: measured.append(library) or Libraries(*[library] * 3))
+    monkeypatch.setattr(fast_plan, "faster_libraries", lambda *_: measured.append(library) or CHOICES[library])
     return measured
 
 
@@ -586,16 +590,27 @@ def test_a_resumed_run_multiplies_with_the_library_that_it_began_with(
     used.clear()
     assert other("train") == 0
     assert (measured, used) == (["torch"], {"torch"})
-    kinds = ("forward", "input_gradient", "weight_gradient")
     for run, library in ((undisturbed, "onednn"), (stopped, "onednn"), (other, "torch")):
-        assert run.record("train")["libraries"] == dict.fromkeys(kinds, library)
+        assert run.record("train")["libraries"] == asdict(CHOICES[library])
     # The choice belongs to the machine, not to the settings: the finished run is still that of its config.
     assert undisturbed("train") == 0
     assert measured == ["torch"]
 
 
-def test_a_checkpoint_older_than_the_choice_goes_on_with_onednn(
-    prepared: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("saved", "used"),
+    [
+        (None, Libraries("onednn", "onednn", "onednn")),
+        (dict.fromkeys(("forward", "input_gradient", "weight_gradient"), "torch"), Libraries()),
+    ],
+    ids=["before there was a choice", "before there were sparse products"],
+)
+def test_a_training_resumed_from_an_older_checkpoint_multiplies_as_it_began(
+    prepared: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    saved: dict[str, str] | None,
+    used: Libraries,
 ) -> None:
     run = copy_of(prepared, tmp_path)
     choosing(monkeypatch, "onednn")
@@ -603,10 +618,12 @@ def test_a_checkpoint_older_than_the_choice_goes_on_with_onednn(
     path = run.path(".partial/train/checkpoint.ckpt")
     checkpoint = torch.load(path, weights_only=True)
     del checkpoint["libraries"]
+    if saved:
+        checkpoint["libraries"] = saved
     torch.save(checkpoint, path)
-    measured = choosing(monkeypatch, "torch")
+    measured = choosing(monkeypatch, "onednn")
     assert run("train") == 0
-    assert (measured, set(run.record("train")["libraries"].values())) == ([], {"onednn"})
+    assert (measured, run.record("train")["libraries"]) == ([], asdict(used))
 
 
 @pytest.mark.parametrize("settings", [{"engine": "scvi-tools"}, {"precision": "bf16"}])

@@ -70,6 +70,8 @@ class PreparedCells:
     ----------
     n_cells, n_genes
         Shape of the matrix.
+    density
+        Share of the counts that are not 0.
     genes, symbols
         feature_ids and feature_names, in the order of the columns; no symbols where var has none.
     batches
@@ -84,6 +86,7 @@ class PreparedCells:
             self._row_ends = Vector(self._file["X/indptr"])
             self._codes = self._file["obs/batch/codes"][:]
             self.n_cells, self.n_genes = (int(n) for n in self._file["X"].attrs["shape"])
+            self.density = self._file["X/data"].size / max(self.n_cells * self.n_genes, 1)
             var = read_elem(self._file["var"])
             self.genes = [str(gene) for gene in var.index]
             self.symbols = [str(symbol) for symbol in var.get("feature_name", [])]

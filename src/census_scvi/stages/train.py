@@ -211,7 +211,7 @@ def plan(config: Config) -> Plan:
         raise UserError(slow)
     parameters = sum(parameter.numel() for parameter in model.module.parameters())
     training = make_plan(config.train, model.module, data, config.training_plan)
-    libraries = _libraries(config, training)
+    libraries = _libraries(config, training, data)
     step = _seconds_per_cell(config, training, data)
     engine = engine_of(training)
     entries = config.train.batch_size * data.cells.n_genes
@@ -237,11 +237,11 @@ def plan(config: Config) -> Plan:
     )
 
 
-def _libraries(config: Config, plan: TrainingPlan) -> products.Libraries | None:
+def _libraries(config: Config, plan: TrainingPlan, data: PreparedDataModule) -> products.Libraries | None:
     """Choose, as the training will, what multiplies on the CPU; None where torch alone does."""
     if engine_of(plan) != "fast" or config.train.precision != "float32" or _device(config) != "cpu":
         return None
-    libraries = faster_libraries(*shape_of(plan.module))
+    libraries = faster_libraries(*shape_of(plan.module), data.cells.density)
     products.use(libraries)
     return libraries
 

@@ -8,14 +8,11 @@ keeps what it compiled until the file of a function changes, and would not notic
 
 from __future__ import annotations
 
-import os
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-
 import numba
 import numpy as np
 import torch
 
+from census_scvi.model.fast.compiled import in_threads
 from census_scvi.model.fast.decoded import Decoded, LossAndSlopes
 
 _each = numba.njit(fastmath={"contract"}, error_model="numpy", nogil=True, cache=True)
@@ -48,21 +45,12 @@ def loss_and_slopes(decoded: Decoded, *, slopes: bool = True) -> LossAndSlopes:
         arrays = (*(each[cells] for each in a_cell), counts.genes, counts.counts, theta, loss[cells], sums)
         _cells(*(array.detach().numpy() for array in arrays), inflated, slopes)
 
-    if parts == 1:
-        work(0)
-    else:
-        list(_threads(parts, os.getpid()).map(work, range(parts)))
+    in_threads(work, parts)
     if not slopes:
         return LossAndSlopes(loss)
     if one_row:
         return LossAndSlopes(loss, logits, of_theta.sum(0, keepdim=True), dropout)
     return LossAndSlopes(loss, logits, torch.zeros_like(theta).index_add_(0, row_of_cell, of_theta), dropout)
-
-
-@cache
-def _threads(number: int, process: int) -> ThreadPoolExecutor:
-    """Threads of this process: a forked one has none of its parent's."""
-    return ThreadPoolExecutor(number, thread_name_prefix="loss")
 
 
 @numba.njit(nogil=True, cache=True)

@@ -38,7 +38,6 @@ autograd are the matrix products around it.
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 from functools import cache
 from importlib import import_module
@@ -49,10 +48,9 @@ import torch
 
 from census_scvi.counts.minibatch import SparseCounts
 from census_scvi.model.fast import torch_kernel
+from census_scvi.model.fast.compiled import require_equal, works
 from census_scvi.model.fast.decoded import Decoded, LossAndSlopes
 from census_scvi.model.fast.products import input_gradient, layer_output, product_dtype, weight_gradient
-
-log = logging.getLogger(__name__)
 
 
 class Dispersion(NamedTuple):
@@ -149,19 +147,9 @@ def _kernel(device: str) -> ModuleType | None:
     name = {"cpu": "cpu_kernel", "cuda": "gpu_kernel"}.get(device)
     if name is None:
         return None
-    try:
-        kernel = import_module(f"census_scvi.model.fast.{name}")
-        _compare(kernel, device)
-    except Exception as error:  # whatever compilers raise: torch does without them
-        log.warning(
-            "the training step's kernel for %s cannot be used here (%s: %s); torch's own operations take its place,"
-            " which are slower",
-            device,
-            type(error).__name__,
-            (str(error).strip().splitlines() or ["no reason given"])[0],
-        )
-        return None
-    return kernel
+    module = f"census_scvi.model.fast.{name}"
+    usable = works(lambda: _compare(import_module(module), device), f"the training step's kernel for {device}")
+    return import_module(module) if usable else None
 
 
 def _compare(kernel: ModuleType, device: str) -> None:
@@ -176,6 +164,4 @@ def _compare(kernel: ModuleType, device: str) -> None:
         overwritten = replace(decoded, logits=logits.clone(), dropout=None if dropout is None else dropout.clone())
         expected, made = torch_kernel.loss_and_slopes(decoded), kernel.loss_and_slopes(overwritten)
         for found, wanted in zip(made, expected, strict=True):
-            difference = 0.0 if wanted is None else ((found - wanted).abs().max() / wanted.abs().max()).item()
-            if not difference < 1e-4:
-                raise ArithmeticError(f"its results differ from torch's by {difference:.1e} of their size")
+            require_equal(found, wanted, 1e-4)

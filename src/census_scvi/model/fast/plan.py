@@ -38,7 +38,8 @@ class FastTrainingPlan(TrainingPlan):
         if self.device.type != "cpu" or self.trainer.precision != "32-true":
             return
         if self.libraries is None:
-            self.libraries = self.trainer.strategy.broadcast(faster_libraries(*shape_of(self.module)))
+            measured = faster_libraries(*shape_of(self.module), self.trainer.datamodule.cells.density)
+            self.libraries = self.trainer.strategy.broadcast(measured)
             chosen = ", ".join(
                 f"{kind.replace('_', ' ')} {library}" for kind, library in asdict(self.libraries).items()
             )

@@ -20,11 +20,21 @@ Library = Literal["torch", "onednn"]
 
 @dataclass(frozen=True)
 class Libraries:
-    """The library for each kind of product; "torch" is the one that torch itself takes."""
+    """What computes each kind of product.
+
+    Attributes
+    ----------
+    forward, input_gradient, weight_gradient
+        The library; "torch" is the one that torch itself takes.
+    counts
+        Whether the encoder's first layer multiplies the dense matrix of counts, with these libraries, or only the
+        non-zeros, with `sparse_layer`.
+    """
 
     forward: Library = "torch"
     input_gradient: Library = "torch"
     weight_gradient: Library = "torch"
+    counts: Literal["dense", "sparse"] = "dense"
 
     def __str__(self) -> str:
         return ", ".join(f"{kind.replace('_', ' ')} {library}" for kind, library in asdict(self).items())
@@ -37,6 +47,11 @@ def use(libraries: Libraries) -> None:
     """Multiply with these libraries in this process from now on."""
     global _used
     _used = libraries
+
+
+def used() -> Libraries:
+    """The libraries that multiply now."""
+    return _used
 
 
 def onednn_available() -> bool:

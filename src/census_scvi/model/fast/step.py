@@ -1,15 +1,16 @@
 """The training step of scvi-tools' VAE in less work: same parameters, same random numbers, same loss and gradients.
 
-What differs from `VAE.forward`: log1p is taken of the counts that are there; matrix products are those of the library
-that is faster on the processor (`products`); a batch is a row of weights that is looked up, where scvi-tools appends a
-one-hot matrix to its inputs; the loss is that of `negative_binomial`; and the layers that the loss does not depend on
-are left out.
+What differs from `VAE.forward`: log1p is taken of the non-zero counts only; matrix products are computed by the library
+that is faster on the processor (`products`), those of the counts from the non-zeros where that is faster
+(`sparse_layer`); a batch is a row of weights that is looked up, where scvi-tools appends a one-hot matrix to its
+inputs; the loss is that of `negative_binomial`; and the layers that the loss does not depend on are left out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from scvi.module import VAE
@@ -19,8 +20,9 @@ from torch.distributions import Normal, kl_divergence
 from torch.nn import functional
 
 from census_scvi.counts.minibatch import Minibatch, SparseCounts
+from census_scvi.model.fast import products
 from census_scvi.model.fast.negative_binomial import Dispersion, Head, reconstruction_loss
-from census_scvi.model.fast.products import linear
+from census_scvi.model.fast.sparse_layer import sparse_layer, usable
 
 
 def reason_against(module: VAE) -> str:
@@ -81,22 +83,33 @@ def encode(module: VAE, counts: SparseCounts, batch: torch.Tensor) -> tuple[Norm
     """Posterior q(z | x) of cells and a sample of it, (cells, n_latent) each."""
     encoder = module.z_encoder
     dtype = encoder.mean_encoder.weight.dtype
-    hidden = _hidden(encoder.encoder, counts.dense(dtype, log1p=True), batch)
+    inputs = counts if _stay_sparse(counts, dtype) else counts.dense(dtype, log1p=True)
+    hidden = _hidden(encoder.encoder, inputs, batch)
     mean = encoder.mean_encoder(hidden).to(dtype)  # a reduced precision is for products alone
     variance = encoder.var_activation(encoder.var_encoder(hidden).to(dtype)) + encoder.var_eps
     posterior = Normal(mean, variance.sqrt(), validate_args=False)  # validating would stop a GPU to look at it
     return posterior, encoder.z_transformation(posterior.rsample())
 
 
-def _hidden(layers: FCLayers, x: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
-    """`layers(x, batch)`; a one-hot batch times weights is a row of them."""
+def _stay_sparse(counts: SparseCounts, dtype: torch.dtype) -> bool:
+    """Whether the encoder's first layer takes the counts that are not 0 alone."""
+    device = counts.counts.device.type
+    float32_on_cpu = device == "cpu" and dtype == torch.float32 and not torch.is_autocast_enabled(device)
+    return float32_on_cpu and products.used().counts == "sparse" and usable()
+
+
+def _hidden(layers: FCLayers, x: Any, batch: torch.Tensor) -> torch.Tensor:
+    """`layers(x, batch)`, of sparse counts `layers(log1p(x), batch)`; one-hot batch times weights is a row of them."""
     for number, (first, *others) in enumerate(layers.fc_layers):
-        if layers.n_cov and layers.inject_into_layer(number):
+        takes_batch = layers.n_cov and layers.inject_into_layer(number)
+        if isinstance(x, SparseCounts):
+            x = sparse_layer(x, batch if takes_batch else None, first.weight, first.bias)
+        elif takes_batch:
             n_inputs = first.in_features - layers.n_cov
-            x = linear(x, first.weight[:, :n_inputs], first.bias)
+            x = products.linear(x, first.weight[:, :n_inputs], first.bias)
             x = x + functional.embedding(batch, first.weight[:, n_inputs:].T)
         else:
-            x = linear(x, first.weight, first.bias)
+            x = products.linear(x, first.weight, first.bias)
         for layer in others:
             x = x if layer is None else layer(x)
     return x
@@ -107,7 +120,7 @@ def _dispersion(module: VAE, hidden: torch.Tensor, batch: torch.Tensor, labels: 
         return Dispersion(module.px_r.exp().unsqueeze(0), torch.zeros_like(batch))
     if module.dispersion == "gene-cell":
         head = module.decoder.px_r_decoder
-        theta = linear(hidden, head.weight, head.bias).to(head.weight.dtype).exp()
+        theta = products.linear(hidden, head.weight, head.bias).to(head.weight.dtype).exp()
         return Dispersion(theta, torch.arange(len(batch), device=batch.device))
     return Dispersion(module.px_r.T.exp().contiguous(), batch if module.dispersion == "gene-batch" else labels)
 
