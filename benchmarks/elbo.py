@@ -40,13 +40,7 @@ SETTINGS = [
 
 def main() -> None:
     """Train and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("prepared", type=Path)
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--window", type=int, default=order.WINDOW_ROWS)
-    parser.add_argument("settings", nargs="*")
-    arguments = parser.parse_intermixed_args()
+    arguments = parse_arguments()
     order.WINDOW_ROWS = arguments.window
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as empty:
         empty.write("train:\n")
@@ -76,6 +70,17 @@ def main() -> None:
         print(
             "standard deviation over seeds:", ", ".join(f"{name} {stdev(values):.2f}" for name, values in last.items())
         )
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prepared", type=Path)
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--window", type=int, default=order.WINDOW_ROWS)
+    parser.add_argument("settings", nargs="*")
+    return parser.parse_intermixed_args()
 
 
 def _data(prepared: Path, config: Config, seed: int) -> PreparedDataModule:

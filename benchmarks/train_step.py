@@ -42,7 +42,7 @@ FAST = "train.engine fast"
 
 
 def main() -> None:
-    arguments = _arguments()
+    arguments = parse_arguments()
     if arguments.side:
         print(json.dumps(_end_to_end(arguments.side, arguments.prepared, arguments.hidden[0], arguments)))
         return
@@ -51,7 +51,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     prepared = arguments.prepared or folder / f"cells-{arguments.cells}-{arguments.genes}.h5ad"
     if not prepared.exists():
-        _make_up(prepared, arguments.cells, arguments.genes)
+        make_up_cells(prepared, arguments.cells, arguments.genes)
     results = []
     for hidden in arguments.hidden:
         result = {"hidden": hidden, **_steps(prepared, hidden, arguments.threads)}
@@ -63,7 +63,7 @@ def main() -> None:
     print(_machine())
 
 
-def _arguments() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--hidden", type=int, nargs="+", default=[512, 128])
@@ -77,7 +77,7 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _make_up(path: Path, n_cells: int, n_genes: int) -> None:
+def make_up_cells(path: Path, n_cells: int, n_genes: int) -> None:
     """Cells of ten types and four batches; counts are gamma-Poisson."""
     import numpy as np
     import pandas as pd
