@@ -1,35 +1,23 @@
-"""A user's genes as a model's: matched by name alone, reported, and refused where too few fit."""
+"""A user's counts in the genes of a model: matched by name, reported, and refused where too few genes match."""
 
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import scipy.sparse as sp
 
-from census_scvi.census.build.gene_ids import strip_version
-from census_scvi.census.build.gene_rows import (
-    NAMED_TWICE,
-    GeneRows,
-    clean_names,
-    find_gene_rows,
-    left_out_words,
-    name_columns,
-    named_twice,
-)
-from census_scvi.errors import UserError
+from census_scvi.census.build.gene_rows import NAMED_TWICE, GeneRows, find_gene_rows, left_out_words, name_columns
 from census_scvi.query.cells import QueryCells
+from census_scvi.query.gene_match import KnownGenes, Match, match_names
+from census_scvi.query.too_few_genes import Refusal, TooFewGenes, enough_counts, listed
 
 log = logging.getLogger(__name__)
-
-_ENSEMBL = r"^(ENS[A-Z]*G)\d{11}"
-_ABSENT = -1
 
 
 @dataclass
@@ -80,6 +68,25 @@ class AlignmentReport:
     n_cells: int = 0
     n_empty: int = 0
     counts_share: float = float("nan")
+
+    @classmethod
+    def of(cls, place: str, match: Match, rows: GeneRows, genes: list[str], expected_share: float) -> Self:
+        """The report before any cell is read."""
+        used = match.used
+        return cls(
+            counts=place,
+            names=match.where,
+            n_genes=len(genes),
+            n_shared=match.n_shared,
+            by_id=int((used & ~match.by_symbol).sum()),
+            by_symbol=int((used & match.by_symbol).sum()),
+            summed=int(used.sum()) - match.n_shared,
+            ambiguous=match.ambiguous,
+            extra=int((~used & rows.is_gene).sum()) - match.ambiguous - match.twice,
+            missing=match.missing(genes),
+            not_genes=rows.left_out | ({NAMED_TWICE: match.twice} if match.twice else {}),
+            expected_share=expected_share,
+        )
 
     @property
     def share(self) -> float:
@@ -165,42 +172,28 @@ class AlignedCells:
     ) -> None:
         self._cells = cells
         self._place = cells.find_counts(counts)
-        known = _KnownGenes(genes, symbols)
+        known = KnownGenes(genes, symbols)
         var = cells.var(self._place)
         rows = find_gene_rows(var, organism)
-        found = [_match(where, names, rows.is_gene, known) for where, names in name_columns(var)]
+        found = [match_names(where, names, rows.is_gene, known) for where, names in name_columns(var)]
         best = max(found, key=lambda match: match.n_shared)
         self._selection = best.selection(len(genes))
         expected_share = self._expected_share(best, expected)
-        if best.n_shared < min_share * len(genes) and not expected_share >= _enough_counts(min_share):
+        if best.n_shared < min_share * len(genes) and not expected_share >= enough_counts(min_share):
             raise TooFewGenes(
-                _Refusal(cells, self._place, rows, best, found, known, organism), min_share, expected_share
+                Refusal(cells, self._place, rows, best, found, known, organism, min_share, expected_share)
             )
-        used = best.columns != _ABSENT
-        self.report = AlignmentReport(
-            counts=self._place,
-            names=best.where,
-            n_genes=len(genes),
-            n_shared=best.n_shared,
-            by_id=int((used & ~best.by_symbol).sum()),
-            by_symbol=int((used & best.by_symbol).sum()),
-            summed=int(used.sum()) - best.n_shared,
-            ambiguous=best.ambiguous,
-            extra=int((~used & rows.is_gene).sum()) - best.ambiguous - best.twice,
-            missing=best.missing(genes),
-            not_genes=rows.left_out | ({NAMED_TWICE: best.twice} if best.twice else {}),
-            expected_share=expected_share,
-        )
+        self.report = AlignmentReport.of(self._place, best, rows, genes, expected_share)
         if expected_share < min_share:
             log.warning(
                 "the genes that the query lacks hold %.0f%% of the counts expected in its cells: %s",
                 100 * (1 - expected_share),
-                _listed(self.report.missing),
+                listed(self.report.missing),
             )
         self._total = self._covered = 0.0
 
     def _expected_share(
-        self, best: _Match, expected: Callable[[sp.csr_matrix, npt.NDArray[np.bool_]], float] | None
+        self, best: Match, expected: Callable[[sp.csr_matrix, npt.NDArray[np.bool_]], float] | None
     ) -> float:
         """Share of the expected counts in genes that the query has."""
         if expected is None or not best.n_shared:
@@ -210,7 +203,7 @@ class AlignedCells:
         if not aligned.shape[0]:
             return float("nan")
         there = np.zeros(aligned.shape[1], bool)
-        there[best.columns[best.columns != _ABSENT]] = True
+        there[best.columns[best.used]] = True
         return expected(aligned, there)
 
     def _aligned(self, block: sp.csr_matrix) -> sp.csr_matrix:
@@ -248,205 +241,3 @@ class AlignedCells:
         self.report.n_cells += aligned.shape[0]
         self.report.n_empty += int((np.diff(aligned.indptr) == 0).sum())
         self.report.counts_share = self._covered / self._total if self._total else float("nan")
-
-
-class _KnownGenes:
-    """Where a gene of some name lies among the model's; symbols that stand for several genes are apart."""
-
-    def __init__(self, genes: list[str], symbols: Mapping[str, str]) -> None:
-        self.genes = genes
-        self.column = {gene: number for number, gene in enumerate(genes)}
-        named = pd.Series(dict(symbols), dtype=object)
-        named = named[named.notna() & (named != "") & (named.astype(str) != named.index)]
-        several = named.duplicated(keep=False)
-        self.several = set(named[several & named.index.isin(self.column)])
-        self.id_of_symbol = {symbol: gene for gene, symbol in named[~several].items()}
-
-
-@dataclass
-class _Match:
-    """Which columns of a query are which genes, by the names of one place."""
-
-    where: str
-    names: pd.Series
-    shown: str
-    columns: npt.NDArray[np.int64]
-    by_symbol: npt.NDArray[np.bool_]
-    ambiguous: int
-    twice: int
-    n_shared: int
-
-    def missing(self, genes: list[str]) -> list[str]:
-        """The genes that no column is."""
-        there = set(self.columns.tolist())
-        return [gene for number, gene in enumerate(genes) if number not in there]
-
-    def selection(self, n_genes: int) -> sp.csr_matrix:
-        """(columns of the query, genes): float64, so that sums are exact before they are narrowed."""
-        rows = np.flatnonzero(self.columns != _ABSENT)
-        return sp.csr_matrix((np.ones(len(rows)), (rows, self.columns[rows])), shape=(len(self.columns), n_genes))
-
-
-def _match(where: str, names: pd.Series, is_gene: npt.NDArray[np.bool_], known: _KnownGenes) -> _Match:
-    cleaned = clean_names(names)
-    ids = strip_version(cleaned)
-    by_id = ids.isin(known.column)
-    several = ~by_id & cleaned.isin(known.several) & is_gene
-    by_symbol = cleaned.map(known.id_of_symbol)
-    columns = ids.where(by_id, by_symbol).map(known.column).fillna(_ABSENT).to_numpy().astype(np.int64)
-    twice = np.zeros(len(ids), bool)
-    twice[is_gene] = named_twice(ids[is_gene], by_symbol[is_gene])
-    columns[~is_gene | twice] = _ABSENT
-    n_shared = len(np.unique(columns[columns != _ABSENT]))
-    shown = str(names.iloc[0]) if len(names) else ""
-    return _Match(where, cleaned, shown, columns, ~by_id.to_numpy(), int(several.sum()), int(twice.sum()), n_shared)
-
-
-def _enough_counts(min_share: float) -> float:
-    """Share of the expected counts with which fewer genes than `min_share` will do."""
-    return 1 - (1 - min_share) / 2
-
-
-class TooFewGenes(UserError):
-    """Too few of a model's genes are in a query; `named` says it with the caller's own name of `min_share`."""
-
-    def __init__(self, refusal: _Refusal, min_share: float, expected_share: float, setting: str = "min_share=") -> None:
-        self._arguments = (refusal, min_share, expected_share)
-        super().__init__(refusal.words(min_share, expected_share, setting))
-
-    def named(self, setting: str) -> TooFewGenes:
-        """The same error with another name of the threshold."""
-        return TooFewGenes(*self._arguments, setting=setting)
-
-
-@dataclass(frozen=True)
-class _Refusal:
-    """Why the genes of a query do not fit, and what to do."""
-
-    cells: QueryCells
-    place: str
-    rows: GeneRows
-    best: _Match
-    found: list[_Match]
-    known: _KnownGenes
-    organism: str
-
-    def words(self, min_share: float, expected_share: float, setting: str) -> str:
-        """All of it, in one line."""
-        n_genes, best = len(self.known.genes), self.best
-        of_counts = ""
-        if not np.isnan(expected_share):
-            of_counts = (
-                f", or {_enough_counts(min_share):.0%} of the counts expected in these cells"
-                f" ({expected_share:.1%} are in these genes)"
-            )
-        looked = ", ".join(f"{match.where} (such as {match.shown!r}: {match.n_shared:,})" for match in self.found)
-        return (
-            f"{self.cells.name} has {best.n_shared:,} of the model's {n_genes:,} genes ({best.n_shared / n_genes:.1%}),"
-            f" {min_share:.0%} are needed ({setting}){of_counts}; looked for Ensembl ids and symbols in {looked}."
-            f" {self._hint()}"
-        )
-
-    def _hint(self) -> str:
-        ways = (
-            self._no_genes, self._in_obs, self._other_ids, self._other_capitals, self._no_symbols, self._more_in_raw,
-            self._some_missing,
-        )  # fmt: skip
-        known = self.known
-        return next(
-            (hint for way in ways if (hint := way())),
-            f"The model's genes are named like {known.genes[0]!r} or {next(iter(known.id_of_symbol), '')!r}",
-        )
-
-    def _no_genes(self) -> str:
-        if not self.rows.left_out or self.rows.is_gene.sum() > len(self.rows.is_gene) / 2:
-            return ""
-        return f"{self.rows} (the model is of {self.organism})"
-
-    def _in_obs(self) -> str:
-        """The genes are cells, and the cells genes."""
-        names = pd.Series(self.cells.obs.index.astype(str), dtype=object)
-        match = _match("obs_names", names, np.ones(len(names), bool), self.known)
-        if match.n_shared < max(_SOME, 2 * self.best.n_shared):
-            return ""
-        return (
-            f"{match.n_shared:,} of the model's genes are in obs_names: rows and columns are exchanged; give the cells"
-            " as rows (adata.T)"
-        )
-
-    def _other_ids(self) -> str:
-        own = re.match(_ENSEMBL, self.known.genes[0])
-        for match in self.found:
-            prefixes = match.names.str.extract(_ENSEMBL)[0]
-            others = prefixes[prefixes.notna() & (prefixes != (own and own[1]))]
-            if len(others) > len(match.names) / 2:
-                return (
-                    f"{match.where} holds Ensembl ids of another organism ({others.mode()[0]}...), the model is of"
-                    f" {self.organism} ({own and own[1]}...): take a model of that organism"
-                )
-            if match.names.str.match(r"ENS[A-Z]*T\d{11}").mean() > 0.5:
-                return f"{match.where} holds transcripts ({match.shown!r}): sum them by gene"
-        return ""
-
-    def _other_capitals(self) -> str:
-        """Symbols that are the model's but for capitals, as an ortholog's are."""
-        symbols = [*self.known.id_of_symbol]
-        exact = {*symbols, *self.known.genes}
-        folded = {name.casefold() for name in exact}
-        for match in self.found:
-            names = match.names[~match.names.str.match(r"ENS[A-Z]*G\d{11}")]
-            alike = int(names[~names.isin(exact)].str.casefold().drop_duplicates().isin(folded).sum())
-            few = max(_SOME, 2 * self.best.n_shared, min(len(names), len(folded)) // 5)
-            styles = [_capitals(pd.Series(values, dtype=object)) for values in (names, symbols)]
-            if len(names) >= 2 * _SOME and styles[0] and styles[1] and styles[0] != styles[1] and styles[0] != "lower":
-                return (
-                    f"{match.where} holds symbols of another organism: they are written as {_OF_STYLE[styles[0]]}"
-                    f" ({match.shown!r}), and the model is of {self.organism}: take a model of that organism"
-                )
-            if alike >= few:
-                return (
-                    f"{alike:,} names in {match.where} are the model's but for capitals ({match.shown!r}; the model has"
-                    f" {next(iter(symbols), self.known.genes[0])!r}). Genes of other organisms differ in that, and the"
-                    f" model is of {self.organism}: where the query is, too, write its names as the model does"
-                )
-        return ""
-
-    def _no_symbols(self) -> str:
-        if self.known.id_of_symbol:
-            return ""
-        return "This model knows no symbols: give Ensembl ids, in var_names or in a column of var"
-
-    def _more_in_raw(self) -> str:
-        n_genes, n_raw = len(self.cells.var(self.place)), len(self.cells.var("raw"))
-        if self.place == "raw" or n_raw <= n_genes:
-            return ""
-        return (
-            f"{self.place} has {n_genes:,} genes, .raw {n_raw:,}: were genes taken out? Map the cells as they were"
-            " before, with raw counts of all genes"
-        )
-
-    def _some_missing(self) -> str:
-        if not self.best.n_shared:
-            return ""
-        missing = _listed(self.best.missing(self.known.genes))
-        return (
-            f"Missing are {missing}. Were genes taken out, such as all but variable ones? Map the cells as they were"
-            " before"
-        )
-
-
-# Names alike from which on it is no accident.
-_SOME = 10
-_OF_STYLE = {"Upper": "those of human genes are", "Capital": "those of mouse and rat are"}
-
-
-def _capitals(names: pd.Series) -> str:
-    """How most symbols are written: `Upper` (TP53, human), `Capital` (Trp53, mouse), `lower`, or "" where mixed."""
-    words = names[names.str.fullmatch(r"[A-Za-z][A-Za-z0-9.-]*[A-Za-z][A-Za-z0-9.-]*")]
-    styles = {"Upper": r"[^a-z]+", "Capital": r"[A-Z][^A-Z]+", "lower": r"[^A-Z]+"}
-    return next((name for name, form in styles.items() if len(words) and words.str.fullmatch(form).mean() > 0.6), "")
-
-
-def _listed(names: list[str], most: int = 5) -> str:
-    more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

@@ -1,0 +1,106 @@
+"""Which columns of a query are which genes of a model, by the names of one place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import scipy.sparse as sp
+
+from census_scvi.census.build.gene_ids import strip_version
+from census_scvi.census.build.gene_rows import clean_names, named_twice
+
+ABSENT = -1
+
+
+class KnownGenes:
+    """A model's genes by id (`column`) and by symbol (`id_of_symbol`); `several`: symbols that several genes share."""
+
+    def __init__(self, genes: list[str], symbols: Mapping[str, str]) -> None:
+        self.genes = genes
+        self.column = {gene: number for number, gene in enumerate(genes)}
+        named = pd.Series(dict(symbols), dtype=object)
+        named = named[named.notna() & (named != "") & (named.astype(str) != named.index)]
+        several = named.duplicated(keep=False)
+        self.several = set(named[several & named.index.isin(self.column)])
+        self.id_of_symbol = {symbol: gene for gene, symbol in named[~several].items()}
+
+
+@dataclass
+class Match:
+    """Which columns of a query are which genes of the model.
+
+    Attributes
+    ----------
+    where
+        Where the names were: `var_names`, or a column of var.
+    names
+        They, without versions and genome prefixes.
+    shown
+        The first of them as it was written, for messages.
+    columns
+        int64 (columns of the query,): column of the model, or `ABSENT`.
+    by_symbol
+        bool (columns of the query,): not matched by id.
+    ambiguous
+        Columns whose symbol stands for several genes.
+    twice
+    XX
+    n_shared
+        Genes of the model that a column has.
+    """
+
+    where: str
+    names: pd.Series
+    shown: str
+    columns: npt.NDArray[np.int64]
+    by_symbol: npt.NDArray[np.bool_]
+    ambiguous: int
+    twice: int
+    n_shared: int
+
+    @property
+    def used(self) -> npt.NDArray[np.bool_]:
+        """Which columns of the query are genes of the model."""
+        return self.columns != ABSENT
+
+    def missing(self, genes: list[str]) -> list[str]:
+        """Genes of the model that no column has."""
+        found = set(self.columns.tolist())
+        return [gene for number, gene in enumerate(genes) if number not in found]
+
+    def selection(self, n_genes: int) -> sp.csr_matrix:
+        """(columns of the query, genes): float64, so that sums are exact before they are narrowed."""
+        rows = np.flatnonzero(self.used)
+        return sp.csr_matrix((np.ones(len(rows)), (rows, self.columns[rows])), shape=(len(self.columns), n_genes))
+
+
+def match_names(where: str, names: pd.Series, is_gene: npt.NDArray[np.bool_], known: KnownGenes) -> Match:
+    """Match the names of a query's columns with a model's genes.
+
+    Parameters
+    ----------
+    where
+        Where the names were, for messages.
+    names
+        One for each column of the query: Ensembl ids, symbols, or neither.
+    is_gene
+        bool (columns of the query,): rows that are no genes match nothing.
+    known
+        The model's genes.
+    """
+    cleaned = clean_names(names)
+    ids = strip_version(cleaned)
+    by_id = ids.isin(known.column)
+    several = ~by_id & cleaned.isin(known.several) & is_gene
+    by_symbol = cleaned.map(known.id_of_symbol)
+    columns = ids.where(by_id, by_symbol).map(known.column).fillna(ABSENT).to_numpy().astype(np.int64)
+    twice = np.zeros(len(ids), bool)
+    twice[is_gene] = named_twice(ids[is_gene], by_symbol[is_gene])
+    columns[~is_gene | twice] = ABSENT
+    n_shared = len(np.unique(columns[columns != ABSENT]))
+    shown = str(names.iloc[0]) if len(names) else ""
+    return Match(where, cleaned, shown, columns, ~by_id.to_numpy(), int(several.sum()), int(twice.sum()), n_shared)
