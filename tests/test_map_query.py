@@ -189,7 +189,7 @@ def test_a_query_that_is_far_is_said_so(finished_run: Run, query: Path, capsys: 
     assert found["corrected_by"] == 1
     assert f"the cells lie {found['shift']:.1f} times as far from the reference as its own" in messages
     assert "3 cells without counts among them" in messages
-    assert "do not trust these labels without a look at marker genes" in messages
+    assert "check these labels by marker genes before you use them" in messages
     mapped = ad.read_h5ad(query.with_name("cells-mapped.h5ad")).obs
     assert mapped["cell_type_unknown"].mean() > 0.5
     for column in ("cell_type_predicted", "cell_type_pca", "cell_type_logistic_regression"):

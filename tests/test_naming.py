@@ -149,7 +149,7 @@ def test_a_user_sees_whether_the_model_helps(
     right = {name: score["accuracy"] for name, score in prediction["held_out"].items()}
     for name in ("pca", "logistic_regression"):
         assert (mine.obs[f"cell_type_{name}"].astype(str) == mine.obs["truth"]).mean() > 0.9
-    assert "cell_type of reference cells whose dataset_id was held out: model" in caplog.text
+    assert "cell_type, accuracy on held-out reference cells (by dataset_id): model" in caplog.text
     if latent_of == "good":
         assert right["scvi"] > 0.99
         assert min(prediction["agreement"].values()) > 0.9

@@ -19,6 +19,7 @@ from census_scvi.atlas import LATENT, OWN_LATENT, Atlas
 from census_scvi.config import Config
 from census_scvi.counts.h5ad import check_path, portable_frame
 from census_scvi.errors import UserError
+from census_scvi.json_values import json_values
 from census_scvi.model.published import PROVENANCE
 from census_scvi.model.safe import DESCRIPTION
 from census_scvi.obs_filter import in_section
@@ -40,20 +41,21 @@ MAP = "X_umap"
 # Of the report and the pictures next to the .h5ad; and what makes a folder one that holds a model.
 _SUFFIXES, _OF_A_MODEL = (".json", ".png"), (MANIFEST, PROVENANCE, DESCRIPTION)
 _COUNTS = "query.counts="  # what says where the raw counts are, for messages
-# For --dry-run, from runs on two cores: imports; a cell of query or reference; what is done once; cells embedded
-# and named a second; the index of a large reference; the map, whose time hardly depends on its cells.
+# For --dry-run, from runs on two cores: memory of the imports, and of a cell of query or reference; time that does not
+# depend on cells; cells/s that are embedded and annotated; the index of a large reference; the map.
 _BASE_MEMORY, _BYTES_A_CELL = 1.0e9, 1500.0
 _FIXED_SECONDS, _CELLS_A_SECOND, _INDEX_SECONDS, _MAP_SECONDS = 12.0, 1500.0, 40.0, 50.0
 
 
 def run(config: Config, *, force: bool = False) -> None:
-    """Embed the cells, name them, place them on the map, and write the .h5ad, a picture and a report beside it."""
+    """Embed the cells, predict their labels, and write the .h5ad, pictures and a report next to it."""
     source, target = _paths(config)
     if target.exists() and not force:
         raise UserError(f"{target} exists; name another query.output, or replace it with --force")
-    with replacing([*_beside(config, target), target]) as partials:
-        _run(config, source, target, dict(zip([*_beside(config, target), target], partials, strict=True)))
-    log.info("wrote %s", ", ".join(str(path) for path in (target, *_beside(config, target)) if path.exists()))
+    files = [*_beside(config, target), target]
+    with replacing(files) as partials:
+        _run(config, source, target, dict(zip(files, partials, strict=True)))
+    log.info("wrote %s", ", ".join(str(path) for path in reversed(files) if path.exists()))
 
 
 def _run(config: Config, source: Path, target: Path, partial: dict[Path, Path]) -> None:
@@ -77,13 +79,13 @@ def _run(config: Config, source: Path, target: Path, partial: dict[Path, Path]) 
                 figure.savefig(partial[_quality_picture(target, labels)], dpi=110, format="png")
         if settings.umap_cells:
             _place(atlas, mapped, config, partial[target.with_suffix(".png")])
-    report = json.dumps(_plain(_report(mapped, settings.labels)), indent=1)
+    report = json.dumps(json_values(_report(mapped, settings.labels)), indent=1)
     partial[target.with_suffix(".json")].write_text(report + "\n", encoding="utf-8")
     _write(source, partial[target], mapped)
 
 
 def _predict(atlas: Atlas, source: Path, config: Config) -> ad.AnnData:
-    """The cells as `Atlas.predict` gives them; what it refuses is said with the names of the settings."""
+    """The cells as `Atlas.predict` gives them; its errors name the settings of the config."""
     settings, (setting, min_share) = config.query, _min_share(config)
     with QueryCells(source) as cells:
         counts = cells.find_counts(settings.counts, setting=_COUNTS)
@@ -111,7 +113,7 @@ def _paths(config: Config) -> tuple[Path, Path]:
     check_path(source)
     target = Path(config.query.output) if config.query.output else source.with_name(f"{source.stem}-mapped.h5ad")
     if target.suffix in _SUFFIXES:
-        raise UserError(f"query.output ends in {target.suffix}, as the report or a picture do; expected a name.h5ad")
+        raise UserError(f"query.output ends in {target.suffix}, like the report or a picture; expected NAME.h5ad")
     for path in (target, *_beside(config, target)):
         require_writable(path, "query.output")
         if path.exists() and path.samefile(source):
@@ -147,19 +149,19 @@ def _summary(mapped: ad.AnnData, labels: str) -> str:
     quality = mapped.uns[PREDICTION][labels]
     unknown = mapped.obs[f"{labels}_unknown"].to_numpy()
     found = mapped.obs[f"{labels}_predicted"].nunique() - bool(unknown.any())
-    words = f"{labels}: {found} of {len(quality['classes'])} found, {unknown.mean():.1%} of the cells unknown"
+    words = f"{labels}: {found} of {len(quality['classes'])} labels found, {unknown.mean():.1%} of the cells unknown"
     if empty := int(mapped.obs[EMPTY].sum()):
         words += f", {empty:,} cells without counts among them"
     if quality["far"]:
         return (
-            f"{words}; the cells lie {quality['shift']:.1f} times as far from the reference as its own: do not trust"
-            " these labels without a look at marker genes"
+            f"{words}; the cells lie {quality['shift']:.1f} times as far from the reference as its own cells: check"
+            " these labels by marker genes before you use them"
         )
     if np.isnan(quality["left_out_found"]):
         return words
     return (
-        f"{words} (where one was left out of the reference, {quality['left_out_found']:.0%} of its cells were, and"
-        f" {1 - quality['known_kept']:.0%} of the others)"
+        f"{words} (tested by excluding one label of the reference: {quality['left_out_found']:.0%} of its cells were"
+        f" unknown, and {1 - quality['known_kept']:.0%} of the cells of known labels)"
     )
 
 
@@ -214,15 +216,6 @@ def _write(source: Path, target: Path, mapped: ad.AnnData) -> None:
         for name in ("scvi_alignment", PREDICTION, "scvi_model"):
             if name in mapped.uns:
                 write_elem(file["uns"], name, _storable(mapped.uns[name]))
-
-
-def _plain(values: Any) -> Any:
-    """For JSON, which knows neither arrays nor NaN."""
-    if isinstance(values, Mapping):
-        return {name: _plain(value) for name, value in values.items()}
-    if isinstance(values, list | np.ndarray):
-        return [_plain(value) for value in values]
-    return None if isinstance(values, float) and np.isnan(values) else values
 
 
 def _storable(values: Any) -> Any:

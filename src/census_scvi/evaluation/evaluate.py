@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -26,6 +25,7 @@ from census_scvi.evaluation.result import Evaluation
 from census_scvi.evaluation.score import LEGACY, Score
 from census_scvi.evaluation.slice import PCA, Slice, embeddings_of, read_slice
 from census_scvi.evaluation.space import Space
+from census_scvi.json_values import json_values
 from census_scvi.progress import progress_bar
 from census_scvi.run_names import METRICS, REPORT
 from census_scvi.stages.plan import Plan
@@ -78,7 +78,7 @@ def run(config: Config, *, force: bool = False) -> None:
         },
     }
     folder.mkdir(parents=True, exist_ok=True)
-    record = without_credentials(_plain(record))
+    record = without_credentials(json_values(record))
     write_json(folder / METRICS, record)
     log.info("drawing the report")
     write_report(folder / REPORT, config, cells, measured, found, record)
@@ -189,17 +189,6 @@ def _folder(config: Config) -> Path:
     setting = "evaluate.folder" if config.evaluate.folder else "output.directory"
     require_writable_folder(folder, [METRICS, REPORT], setting)
     return folder
-
-
-def _plain(values: Any) -> Any:
-    """For JSON, which knows no NaN and no numpy."""
-    if isinstance(values, dict):
-        return {str(name): _plain(value) for name, value in values.items()}
-    if isinstance(values, list | tuple):
-        return [_plain(value) for value in values]
-    if isinstance(values, np.generic):
-        return _plain(values.item())
-    return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
 def plan(config: Config) -> Plan:

@@ -1,4 +1,4 @@
-"""What happens beside the training steps: train mode, learning curves, early stopping."""
+"""Callbacks of the training: train mode, signals, learning curves, early stopping."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class TrainMode(lightning.Callback):
 
 
 class Stoppable(lightning.Callback):
-    """A signal to stop ends a training as it ends anything else, in all of its processes.
+    """SIGTERM ends a training, in all of its processes, as it ends any other stage.
 
     Lightning's own handler of SIGTERM lets the process exit with 0, as if it had trained to the end, and in several
     processes it waits for the others, which may wait for this one.
@@ -53,12 +53,12 @@ class LearningCurves(lightning.Callback):
     Parameters
     ----------
     engine
-        Who computes the steps, for the record.
+        The implementation that computes the steps, for the record.
 
     Attributes
     ----------
     libraries
-        What multiplied float32 matrices, for the record.
+        The libraries that multiplied float32 matrices, for the record.
     """
 
     def __init__(self, engine: str) -> None:
@@ -84,7 +84,7 @@ class LearningCurves(lightning.Callback):
         return {"curves": self.curves}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with saved curves."""
+        """Continue saved curves."""
         self.curves = state_dict["curves"]
 
 
@@ -96,7 +96,7 @@ class EarlyStopping(LoudEarlyStopping):
         return {**super().state_dict(), "checks": self._current_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
+        """Continue the count of checks."""
         state = dict(state_dict)
         self._current_step = state.pop("checks")
         super().load_state_dict(state)

@@ -87,7 +87,7 @@ def _rounded(value: float | None) -> str:
 
 
 def _others(evaluation: Mapping[str, Any] | None) -> list[str]:
-    """What was measured beside the embedding."""
+    """Names of the embeddings and baselines that were measured for comparison."""
     scores = evaluation["scores"] if evaluation else []
     return list(dict.fromkeys(name for score in scores for name in score["others"]))
 

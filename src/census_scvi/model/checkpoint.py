@@ -1,4 +1,4 @@
-"""Save all that an undisturbed training would have in memory, so that a killed one goes on as if nothing had been."""
+"""Save everything that a training holds in memory, so that a killed one resumes as if it had not been interrupted."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class Checkpoint(lightning.Callback):
         if len(states) != trainer.world_size:
             raise UserError(
                 f"{self._path} is of a training in {len(states)} process(es), and now there are {trainer.world_size};"
-                " set train.devices as it was, or start anew with --force"
+                " set train.devices as it was, or start again with --force"
             )
         self._restored = dict(states[trainer.global_rank])
 

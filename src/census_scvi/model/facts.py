@@ -1,4 +1,4 @@
-"""What a built scVI module is, read off its layers, beside what a config asks for."""
+"""Facts of a built scVI module, read from its layers, to be compared with its config."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The folder that is published beside an embedding: the model, a sealed sample of cells, and how both were made.
+"""The folder that is published with an embedding: the model, a sealed sample of cells, and how both were made.
 
 The model is there twice: in its safe form, which is all that this project reads, and as scvi-tools' model hub wants it.
 """
@@ -180,8 +180,7 @@ def _copy_local(folder: Path, target: Path) -> None:
 def fetch(uri: str, cache: Path | None = None) -> Path:
     """A published folder as a local one: itself where it is local, else a copy in the cache.
 
-    Files that are in the cache already, and sound, are not fetched again. What the folder holds is for `damaged_files`
-    to say.
+    Undamaged files that are in the cache already are not fetched again; `damaged_files` checks the folder.
 
     Parameters
     ----------

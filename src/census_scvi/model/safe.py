@@ -27,12 +27,12 @@ WEIGHTS = "weights.safetensors"
 DESCRIPTION = "model.json"
 _FORMAT = 1
 _BYTES = 4  # of a weight, float32
-_AGAIN = "make it again with scvi-train.py --force, or fetch the published folder again"
+_AGAIN = "train it again with scvi-train.py --force, or fetch the published folder again"
 
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """What a model is, beside its weights.
+    """What defines a model, apart from its weights.
 
     Attributes
     ----------
@@ -88,7 +88,7 @@ def save_for_scvi_tools(model: scvi.model.SCVI, folder: Path) -> None:
 
 
 def read_description(folder: Path) -> ModelDescription:
-    """What the model in a folder is; UserError where it is missing or damaged."""
+    """The description of the model in a folder; UserError where it is missing or damaged."""
     path = folder / DESCRIPTION
     try:
         values = read_json(path)
@@ -108,10 +108,10 @@ def read_description(folder: Path) -> ModelDescription:
 
 
 def _check(description: ModelDescription) -> None:
-    """ValueError where no model can be built of it."""
+    """ValueError where no model can be built from it."""
     for name, values in (("genes", description.genes), ("batches", description.batches)):
         if not values or len(set(values)) < len(values):
-            raise ValueError(f"{name} are none, or not unique")
+            raise ValueError(f"{name} are empty or not unique")
     if description.symbols and len(description.symbols) != len(description.genes):
         raise ValueError(f"it has {len(description.symbols):,} symbols of {len(description.genes):,} genes")
     check_arguments(description.arguments)

@@ -46,7 +46,7 @@ def write_sealed(
 
 
 def read_sealed(folder: Path, genes: list[str], n_latent: int) -> ad.AnnData:
-    """The sample, its parts fitting each other and the model's genes and dimensions; UserError where they do not."""
+    """The sample, checked against the model's genes and dimensions; UserError where they do not agree."""
     path = folder / SEALED
     try:
         with h5py.File(path) as file:
@@ -62,19 +62,19 @@ def read_sealed(folder: Path, genes: list[str], n_latent: int) -> ad.AnnData:
 
 
 def _check(cells: ad.AnnData, genes: list[str], n_latent: int) -> None:
-    """ValueError where one could not compute with them: scipy follows whatever indices a sparse matrix has."""
+    """ValueError where the parts cannot be used; scipy does not check the indices of a sparse matrix by itself."""
     counts = sp.csr_matrix(cells.X)
     counts.check_format(full_check=True)
     if list(cells.var_names) != genes:
         raise ValueError("its genes are not the model's")
     if not cells.n_obs or counts.dtype != np.float32 or not np.isfinite(counts.data).all() or (counts.data < 0).any():
-        raise ValueError("it holds no cells, or counts that are none")
+        raise ValueError("it holds no cells, or values that are no counts")
     cells.X = counts
     latent, joinids = np.asarray(cells.obsm[LATENT]), cells.obs["soma_joinid"].to_numpy()
     if latent.shape != (cells.n_obs, n_latent) or latent.dtype != np.float32:
         raise ValueError(f"the embedding of its cells is {latent.dtype} {latent.shape}")
     if joinids.dtype != np.int64 or len(set(joinids.tolist())) < cells.n_obs or joinids.min() < 0:
-        raise ValueError("its soma_joinids are no identities of cells")
+        raise ValueError("soma_joinid holds duplicates, negative values or other types than int64")
     if cells.obs[COUNT_HASH].dtype != np.uint64:
-        raise ValueError("its hashes of counts are none")
+        raise ValueError(f"{COUNT_HASH} is {cells.obs[COUNT_HASH].dtype}, expected uint64")
     cells.obs["batch"] = cells.obs["batch"].astype(str).astype(object)

@@ -195,7 +195,7 @@ def fit(
     checkpoint: Path,
     tensorboard: Path,
 ) -> LearningCurves:
-    """Train a model in place; goes on from `checkpoint` where that file exists.
+    """Train a model in place; resumes from `checkpoint` where that file exists.
 
     Parameters
     ----------
@@ -291,7 +291,7 @@ def _resumable(checkpoint: Path) -> Path | None:
     if not checkpoint.exists():
         return None
     if not zipfile.is_zipfile(checkpoint):  # its directory comes last: a truncated one is none
-        raise UserError(f"{checkpoint} is damaged; start anew with --force")
+        raise UserError(f"{checkpoint} is damaged; start again with --force")
     return checkpoint
 
 

@@ -53,7 +53,7 @@ class Progress(lightning.Callback):
         self._logged, self._said = _Pace(0), _Pace(0)
 
     def on_train_start(self, trainer: Trainer, pl_module: Plan) -> None:
-        """Show the bar, at the place where a resumed run goes on."""
+        """Show the bar, at the place where a resumed run continues."""
         self._total = self._n_train * (trainer.max_epochs or 1)
         self._done = self._n_train * (trainer.fit_loop.total_batch_idx + 1) // trainer.num_training_batches
         self._logged, self._said = _Pace(self._done), _Pace(self._done)

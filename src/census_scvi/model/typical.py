@@ -1,4 +1,4 @@
-"""Raw counts of some cells that a model stands for: of its published folder, or of its run directory."""
+"""Raw counts of some cells that a model was trained on: from its published folder, or its run directory."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def typical_counts(uri: str, genes: list[str]) -> sp.csr_matrix | None:
     try:
         file = _file(uri)
         return None if file is None else _read(file, genes)
-    except (UserError, OSError, KeyError):  # it is a help, and the model is whole without it
+    except (UserError, OSError, KeyError):  # optional: the model works without them
         return None
 
 

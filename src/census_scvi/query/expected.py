@@ -1,4 +1,4 @@
-"""What share of its counts a query lacks together with the genes that it lacks."""
+"""The share of a query's expected counts that lies in the genes which it lacks."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import torch
 from census_scvi.model.encode import Encoder
 from census_scvi.query.neighbours import NeighbourIndex
 
-# Cells of the query that are looked at, trained batches that are decoded, cells of the reference each is compared with.
+# Cells of the query that are used, trained batches that are decoded, reference neighbors per cell.
 _CELLS, _BATCHES, _NEIGHBOURS = 256, 8, 15
 
 
 class ExpectedCounts:
-    """Expects of the genes that a query lacks what similar cells of the reference have.
+    """Estimates the counts in genes that a query lacks from its nearest reference cells.
 
-    Similar are the nearest in the latent space, once the reference lacks the same genes. Without cells of a reference
-    the model's decoder is asked, which knows less where it was trained for a short time.
+    These are nearest in the latent space, with the same genes set to 0 in the reference. Without reference cells the
+    model's decoder gives the estimate, which is less accurate after a short training.
 
     Parameters
     ----------
@@ -30,7 +30,7 @@ class ExpectedCounts:
     n_trained
         Its trained batches.
     reference
-        Gives CSR float32 (cells, genes): raw counts of cells that the model stands for, or None.
+        Gives CSR float32 (cells, genes): raw counts of some cells of the kind that the model was trained on, or None.
     """
 
     def __init__(

@@ -136,7 +136,7 @@ class Decoder:
         delta: float,
         seed: int,
     ) -> pd.DataFrame:
-        """scvi-tools' `differential_expression`, mode change: the first group beside the other cells.
+        """scvi-tools' `differential_expression`, mode change: the first group compared with the other cells.
 
         Returns
         -------

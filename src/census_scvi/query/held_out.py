@@ -1,4 +1,4 @@
-"""How right ways of naming cells are on studies of the reference that they have not learnt from."""
+"""Accuracy of label transfer and its baselines on held-out studies of the reference."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _COVERAGE = np.linspace(0.05, 1, 20)
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Labels of cells of known types, held against the truth.
+    """Predicted labels of held-out cells, compared with their true ones.
 
     Attributes
     ----------
@@ -33,12 +33,12 @@ class HeldOut:
     mean_over_types
         The same, mean over types, however rare.
     calibration_error
-        Mean distance of `right` from `probability`.
+        Expected calibration error: mean absolute difference of `right` and `probability`.
     probability, right
         (bins,): mean probability of the cells of a bin, and share of them that got the right label; ten bins of equal
         size, fewer where many cells have the same probability.
     coverage, risk
-        (20,): if only this share of the cells is named, the surest ones, so many of these get a wrong label.
+        (20,): share of the cells that are kept, the most confident first, and share of these with a wrong label.
     """
 
     accuracy: float
@@ -84,10 +84,10 @@ def hold_out(
     n_neighbours: int = 15,
     seed: int = 0,
 ) -> dict[str, HeldOut]:
-    """Name each third of the studies by the others: in the latent space, and without it.
+    """Predict the labels of each third of the studies from the others: in the latent space, and without the model.
 
-    The model has seen the counts of all of them, not their labels; the PCA has not. In a study that the model has not
-    seen it does less well.
+    The model was trained on the counts of all of them, without labels; the PCA was not. On a study that the model was
+    not trained on its accuracy is lower.
 
     Parameters
     ----------
@@ -104,8 +104,7 @@ def hold_out(
 
     Returns
     -------
-    `scvi`, `pca` and `logistic_regression`, compared with the truth; empty where no type is in two studies, or where
-    the cells are too few.
+    `scvi`, `pca` and `logistic_regression`; empty where no type is in two studies, or where the cells are too few.
     """
     truth: list[Labels] = []
     found: dict[str, list[Named]] = {}
@@ -126,7 +125,7 @@ def hold_out(
 
 
 def _folds(labels: Labels, studies: Labels | None, seed: int) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
-    """Rows to learn from and rows to name, of types that the former have."""
+    """Training rows and held-out rows; the latter only of types that the former have."""
     if studies is None:
         parts = KFold(_FOLDS, shuffle=True, random_state=seed).split(labels)
     else:

@@ -58,10 +58,10 @@ class Mapper:
     model, description
         The trained model.
     symbols
-        Symbols of genes by feature_id, beside those that the model knows.
+        Symbols of genes by feature_id, in addition to those that the model knows.
     typical
-        Gives CSR float32 (cells, genes of the model): raw counts of cells that the model stands for, or None; they tell
-        what a gene weighs that a query lacks.
+        Gives CSR float32 (cells, genes of the model): raw counts of some cells of the kind that the model was trained
+        on, or None. They tell which share of the counts lies in genes that a query lacks.
     """
 
     def __init__(

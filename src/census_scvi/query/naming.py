@@ -1,4 +1,4 @@
-"""Names for a user's cells, written into their obs, and beside them what says whether to believe them."""
+"""Label transfer to a user's cells: labels in their obs, next to baselines and held-out accuracy."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ TITLES = {MODEL: "model", PCA_NEIGHBOURS: "PCA", REGRESSION: "logistic regressio
 _VAGUE = ("unknown", "na", "nan", "None", "")
 _STUDY, _DONOR = "dataset_id", "donor_id"
 STUDY_COLUMNS = [_STUDY, _DONOR]
-# By how much a way without the model must do better before that is said.
+# By how much the accuracy of a baseline must exceed the model's for a warning.
 _BETTER = 0.02
 
 
 class Naming:
-    """Names cells by those of a reference.
+    """Annotates cells with the labels of a reference.
 
     Parameters
     ----------
     reference
-        obs with `labels`, dataset_id and donor_id; cells whose label says nothing ("unknown") are left out.
+        obs with `labels`, dataset_id and donor_id; cells whose label says nothing ("unknown") are excluded.
     latent
         Name of its embedding in obsm.
     labels
@@ -65,7 +65,7 @@ class Naming:
         self._known, self._points, self._column = known, reference.obsm[latent], labels
         self._labels = reference.obs[labels].astype(str).to_numpy(dtype=object)
         self._method, self._n_neighbours, self._seed = method, n_neighbours, seed
-        # What a query differs from its neighbours in: the study, or the donor where the reference is one study.
+        # A query comes from another study than its neighbors; where the reference is one study, from another donor.
         self._differ = next((name for name in STUDY_COLUMNS if reference.obs[name][known].nunique() > 1), None)
         self._studies = None if self._differ is None else reference.obs[self._differ].astype(str).to_numpy(dtype=object)
         self._transfer = LabelTransfer(
@@ -108,12 +108,12 @@ class Naming:
         rows: Any,
         genes: Any,
     ) -> None:
-        """Write the baselines' labels beside, and how right all of them are on studies held out.
+        """Write the labels of the baselines, and the accuracy of all methods on held-out studies of the reference.
 
         Parameters
         ----------
         cells
-            What `name` named.
+            The cells, annotated by `name`.
         blocks
             Their raw counts, CSR (some cells, genes), one after the other.
         counts, rows
@@ -127,10 +127,10 @@ class Naming:
         filled = np.asarray(counts[:, genes].sum(axis=1)).ravel() > 0  # a cell without counts is like any other
         counts, rows, labels = _of_several(counts[np.flatnonzero(filled)], rows[filled], labels[filled])
         if len(np.unique(labels.astype(str))) < 2:
-            log.info("%s: nothing to compare with, the reference has one label", self._column)
+            log.info("%s: no baselines, the reference has one label", self._column)
             return
         if np.count_nonzero(counts[:, genes].sum(axis=0)) < 2:
-            log.info("%s: nothing to compare with, the reference has counts of fewer than two genes", self._column)
+            log.info("%s: no baselines, the reference has counts of fewer than two genes", self._column)
             return
         baselines = Baselines(counts, labels, genes, n_neighbours=self._n_neighbours, seed=self._seed)
         named: dict[str, list[Labels]] = {}
@@ -167,7 +167,7 @@ class Naming:
 
 
 def _of_several(counts: sp.csr_matrix, rows: Any, labels: Labels) -> tuple[sp.csr_matrix, Any, Labels]:
-    """Without labels of a single cell, which cannot be learnt and held out."""
+    """Without labels of a single cell, which cannot be in training and held-out cells."""
     names, numbers = np.unique(labels.astype(str), return_counts=True)
     several = np.isin(labels.astype(str), names[numbers > 1])
     return counts[np.flatnonzero(several)], rows[several], labels[several]
@@ -175,19 +175,19 @@ def _of_several(counts: sp.csr_matrix, rows: Any, labels: Labels) -> tuple[sp.cs
 
 def _say(column: str, differ: str | None, scores: dict[str, HeldOut]) -> None:
     if not scores:
-        log.info("%s: no label is in two %ss, nothing can be held out", column, differ)
+        log.info("%s: no accuracy on held-out cells, because no label is in two values of %s", column, differ)
         return
     right = {name: score.accuracy for name, score in scores.items()}
     log.info(
-        "%s of reference cells whose %s was held out: %s",
+        "%s, accuracy on held-out reference cells (by %s): %s",
         column,
-        differ or "third",
-        ", ".join(f"{TITLES[name]} {share:.1%} right" for name, share in right.items()),
+        differ or "cell",
+        ", ".join(f"{TITLES[name]} {share:.1%}" for name, share in right.items()),
     )
     best = max(right, key=lambda name: right[name])
     if right[best] > right[MODEL] + _BETTER:
         log.warning(
-            "%s of reference cells held out: %s names %.1f%% of them right, the model %.1f%%; look at obs['%s_%s'] too",
+            "%s: on held-out reference cells %s has an accuracy of %.1f%%, the model %.1f%%; look at obs['%s_%s'] too",
             column,
             TITLES[best],
             100 * right[best],

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 _STAGE, _FILES = "create-latent-update", (Artifacts.latent, Artifacts.latent_joinids)
 _READ_CELLS = 2**15
-# Cells with which the model is held against the embedding, and how far they may differ.
+# Cells with which the embedding is compared with the model's, and how far they may differ.
 _PROVEN_CELLS, _TOLERANCE = 64, 1e-3
 _SAME_CENSUS = ("schema", "created_on", "organism", "cells")
 
@@ -211,7 +211,7 @@ def open_embedding(place: str, census: Census) -> Embedding:
 def prove_embedding(
     embedding: Embedding, joinids: Joinids, census: Census, model: scvi.model.SCVI, description: ModelDescription
 ) -> None:
-    """UserError where the embedding is not this model's: its first cells are embedded anew.
+    """UserError where the embedding is not this model's: its first cells are embedded again and compared.
 
     Parameters
     ----------

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-# Cells of each label that are compared with the others, and the fewest that make a label count.
+# Probes per label and in all, and the fewest cells of a label that is probed.
 _PROBES, _MOST_PROBES, _FEWEST = 200, 5000, 10
-# Of the known cells at least so many shall keep their label.
+# Least share of the known cells that keep their label.
 _LEAST_KEPT = 0.9
-# From how many cells on the distance ratio of a study is measured, and how many of its cells must be probes for that.
+# Fewest cells of a study, and fewest probes among them, from which its distance ratio is measured.
 _FEWEST_OF_A_STUDY, _FEWEST_PROBES = 100, 20
-# Of a study's cells the nearest quarter says how far it lies: where a third of the cells, or a half, are of missing
-# types, these are still known ones.
+# How far a study lies is measured on its nearest quarter: these are cells of known types even where half of the cells
+# are of missing ones.
 _QUARTER = 0.25
 # A study is far where it lies farther than nine in ten of the reference's own; a tenth of the distance is chance.
 _USUAL, _CHANCE = 0.9, 1.1
