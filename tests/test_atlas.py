@@ -153,7 +153,7 @@ def test_the_embedding_is_read_in_other_ways(atlas: Atlas, own_cells: ad.AnnData
     assert "cell_type_pca" not in named.obs
     with pytest.raises(UserError, match="nothing was held out"):
         atlas.quality(named)
-    with pytest.raises(UserError, match="these cells have no predicted tissue; name them first"):
+    with pytest.raises(UserError, match="these cells have no predicted tissue; predict it first"):
         atlas.quality(named, "tissue")
     with pytest.raises(UserError, match="method is 'random_forrest'; did you mean random_forest"):
         atlas.predict(own_cells, method="random_forrest")

@@ -74,7 +74,7 @@ def test_a_published_folder_finds_its_census_where_both_were_moved(run: Run, tmp
     with Atlas.open(moved / "run" / "published") as atlas:
         cells = atlas.embeddings("soma_joinid < 9")
     assert np.array_equal(cells.obsm["scvi"], latent[:9])
-    assert all(link.sound for link in verify(str(moved / "run" / "published"), str(moved / "data" / "census")))
+    assert all(link.valid for link in verify(str(moved / "run" / "published"), str(moved / "data" / "census")))
     shutil.move(moved / "data", tmp_path / "data")  # now without its Census
     with Atlas.open(moved / "run" / "published") as atlas, pytest.raises(UserError, match=r"census=\.\.\."):
         atlas.embeddings()
@@ -257,5 +257,5 @@ def test_old_records_are_read_as_before(run: Run) -> None:
     with Atlas.open(run.directory.parent / "copy") as atlas:
         assert atlas.embeddings("soma_joinid < 9").n_obs == 9
     with cellxgene_census.open_soma(uri=str(census)):
-        found = {link.name for link in verify(str(run.path("published")), str(census)) if not link.sound}
+        found = {link.name for link in verify(str(run.path("published")), str(census)) if not link.valid}
     assert found == {"publication"}  # the table has the record that was written

@@ -29,7 +29,7 @@ def test_the_demo_shows_what_it_made(
     for line in [line for line in out.splitlines() if line.startswith(f"  {tmp_path}")]:
         assert Path(line.split()[0]).exists()
     assert "raw counts, 1,380 cells x 100 genes, 13 batches" in out
-    assert "published is sound" in out
+    assert "published is valid" in out
     assert "latent means, 1,500 cells x 20" in out
     assert (tmp_path / "run" / "evaluation" / "report.html").stat().st_size > 100_000
     picture = matplotlib.image.imread(tmp_path / "demo-umap.png")

@@ -186,7 +186,7 @@ def test_a_stopped_force_goes_on_without_it(
         require_stopped(run("train", "--force"), "SIGTERM", capsys)
     shutil.copytree(run.directory, tmp_path / "stopped")
     assert run("train") == 0
-    assert "going on from the last checkpoint" in capsys.readouterr().err
+    assert "resuming from the last checkpoint" in capsys.readouterr().err
     assert run.record("train")["resumed"]
     assert "redoing" not in run.manifest() or not run.manifest()["redoing"]
     for later in STAGES[2:]:

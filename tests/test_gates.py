@@ -1,4 +1,4 @@
-"""The gates: each passes what is sound and names what is not."""
+"""The gates: each passes what is valid and names what is not."""
 
 import json
 
@@ -149,7 +149,7 @@ def test_the_worst_cell_of_a_re_embedding_is_named() -> None:
     anew = mean.copy()
     anew[[3, 17], 0] += [0.5, 2]
     gate = gates.re_embedding(np.arange(50) + 100, mean, anew, 1e-5)
-    assert gate.detail == "2 of 50 cells read anew differ, most the cell with soma_joinid 117"
+    assert gate.detail == "2 of 50 cells read again differ, most the cell with soma_joinid 117"
     anew[9] = np.nan
     assert gates.re_embedding(np.arange(50), mean, anew, 1e-5).value == np.inf
 

@@ -66,7 +66,7 @@ def forge(folder: Path, change: Callable[[dict[str, Any]], Any] = lambda record:
 
 
 def broken(links: list[Link]) -> dict[str, str]:
-    return {link.name: link.finding for link in links if not link.sound}
+    return {link.name: link.finding for link in links if not link.valid}
 
 
 def edit_model(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -94,7 +94,7 @@ def test_a_limit_in_the_record_is_not_believed(folder: Path) -> None:
     forge(folder, lambda record: record["config"]["gates"].update(max_difference=1e9))
     found = broken(verify(str(folder)))
     assert set(found) == {"sealed_embedding"}
-    assert "40 of 40 cells read anew differ" in found["sealed_embedding"]
+    assert "40 of 40 cells read again differ" in found["sealed_embedding"]
 
 
 def set_gate(name: str, **values: Any) -> Callable[[dict[str, Any]], None]:
@@ -117,13 +117,13 @@ def set_gate(name: str, **values: Any) -> Callable[[dict[str, Any]], None]:
         ),
         (lambda record: record["gates"].update(gates=[]), "gates", "cells is missing"),
         (lambda record: record["gates"]["gates"].pop(0) and None, "gates", "cells is missing"),
-        (set_gate("variance", value=0.0), "gates", "variance is called passed, and 0 is not at least 1e-06"),
+        (set_gate("variance", value=0.0), "gates", "variance is recorded as passed, but 0 is not at least 1e-06"),
         (
             set_gate("re_embedding", value=5.0, bound=1e9),
             "gates",
-            "re_embedding is called passed, and 5 is not at most",
+            "re_embedding is recorded as passed, but 5 is not at most",
         ),
-        (set_gate("finite", value=None), "gates", "finite is called passed, and nan is not at most 0"),
+        (set_gate("finite", value=None), "gates", "finite is recorded as passed, but nan is not at most 0"),
         (set_gate("order", passed=False, stops=False), "gates", "order did not pass"),
         (lambda record: record["model"].update(parameters=1), "model", "parameters is 17386, expected 1"),
     ],
@@ -150,10 +150,10 @@ def test_a_consistent_forgery_is_called_consistent_and_found_in_the_census(
     assert command.main([str(folder)]) == 0
     shown = capsys.readouterr().out
     assert f"{folder} is consistent: " in shown
-    assert "is sound" not in shown
+    assert "is valid" not in shown
     assert command.main([str(folder), "--census", str(publication / "census")]) == 2
     captured = capsys.readouterr()
-    assert "is not sound: publication, sealed_cells, fresh_sample broke" in captured.err
+    assert "is not valid: publication, sealed_cells, fresh_sample broke" in captured.err
     assert "consistent" not in captured.out
 
 
@@ -218,7 +218,7 @@ def test_no_record_of_any_shape_is_a_traceback(folder: Path) -> None:
                 refused += 1
                 continue
             links = [chain._looked_at(look) for look in (chain._Folder(folder, read).gates,)]
-            assert all("cannot be looked at" not in link.finding for link in links), (place, value)
+            assert all("cannot be checked" not in link.finding for link in links), (place, value)
     assert refused > 400
 
 
@@ -401,7 +401,7 @@ def test_a_sealed_sample_that_is_none_is_refused(harm: Change, folder: Path) -> 
     forge(folder)
     found = broken(verify(str(folder)))
     assert set(found) == {"sealed_counts", "sealed_embedding"}
-    assert all("cannot be looked at" not in words and "\n" not in words for words in found.values()), found
+    assert all("cannot be checked" not in words and "\n" not in words for words in found.values()), found
 
 
 def test_other_counts_than_were_sealed_are_found(folder: Path) -> None:
@@ -451,7 +451,7 @@ def test_damage_of_the_census_is_a_broken_link(
 
 
 def test_nothing_of_a_folder_acts_on_the_terminal(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    evil = "x\x1b]0;owned\x07\x9b2J\u202etxt\r\nfiles  sound  forged"
+    evil = "x\x1b]0;owned\x07\x9b2J\u202etxt\r\nfiles  valid  forged"
     forge(folder, lambda record: {**record, "published_by": evil, "published_on": evil})
     assert command.main([str(folder)]) == 0
     edit_model(folder, lambda values: values["arguments"].update({evil: 1}))
@@ -462,4 +462,4 @@ def test_nothing_of_a_folder_acts_on_the_terminal(folder: Path, capsys: pytest.C
     assert "\\x1b]0;owned\\x07\\x9b2J\\u202etxt" in shown
     assert not any((ord(character) < 32 and character != "\n") or 127 <= ord(character) < 160 for character in shown)
     assert "\u202e" not in shown
-    assert not any(line.startswith("files  sound  forged") for line in shown.splitlines())
+    assert not any(line.startswith("files  valid  forged") for line in shown.splitlines())

@@ -103,10 +103,10 @@ def failed_gates(run: Run) -> set[str]:
 
 
 def broken(links: list[Link]) -> set[str]:
-    return {link.name for link in links if not link.sound}
+    return {link.name for link in links if not link.valid}
 
 
-# --- what is sound
+# --- what is valid
 
 
 def test_what_is_published_is_the_embedding_and_the_census_api_reads_it(run: Run) -> None:
@@ -146,7 +146,7 @@ def test_all_links_are_sound(run: Run, capsys: pytest.CaptureFixture[str]) -> No
     ]  # fmt: skip
     assert command.main([folder, "--census", census_of(run), "--sample", "50"]) == 0
     out = capsys.readouterr().out
-    assert f"{folder} is sound" in out
+    assert f"{folder} is valid" in out
     assert "BROKEN" not in out
 
 
@@ -173,7 +173,7 @@ def test_publishing_again_skips_and_another_model_needs_replace(
     assert len(read_summary(experiment_of(run))) == 2
     assert broken(verify(str(run.path("published")), census_of(run))) == set()
     links = {link.name: link for link in verify(str(tmp_path / "first"), census_of(run))}
-    assert not links["publication"].sound
+    assert not links["publication"].valid
     assert f"this folder is of {first}" in links["publication"].finding
 
 
@@ -218,7 +218,7 @@ def test_a_bucket_as_target(run: Run, bucket: str) -> None:
 
     assert run.subprocess("publish", *settings).returncode == 0
     first = verified()
-    assert "is sound" in first
+    assert "is valid" in first
     assert "set publish.replace to true" in run.subprocess("publish", *settings, "--force").stderr
     done = run.subprocess("publish", *settings, "publish.replace=true", "--force")
     assert done.returncode == 0, done.stderr
@@ -434,7 +434,7 @@ def test_a_gate_is_waived_with_a_reason_that_is_published(run: Run, capsys: pyte
     assert gates["duplicate_dimensions"]["waived"] == reason
     links = {link.name: link for link in verify(str(run.path("published")))}
     assert reason in links["gates"].finding
-    assert not links["sealed_embedding"].sound  # a waived gate publishes, and hides nothing
+    assert not links["sealed_embedding"].valid  # a waived gate publishes, and hides nothing
 
 
 def test_an_unknown_gate_is_not_waived(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -482,7 +482,7 @@ def test_one_bit_of_the_embedding_is_caught(run: Run, capsys: pytest.CaptureFixt
     assert command.main([str(run.path("published")), "--census", census_of(run)]) == 2
     captured = capsys.readouterr()
     assert "embedding         BROKEN" in captured.out
-    assert "is not sound: embedding" in captured.err
+    assert "is not valid: embedding" in captured.err
 
 
 def test_two_rows_that_change_places_in_the_census_are_caught(run: Run) -> None:
@@ -493,8 +493,8 @@ def test_two_rows_that_change_places_in_the_census_are_caught(run: Run) -> None:
     with tiledbsoma.open(uri, "w") as array:
         array.write(pa.table({"soma_dim_0": rows, "soma_dim_1": columns, "soma_data": latent[[900, 7]].ravel()}))
     links = {link.name: link for link in verify(str(run.path("published")), census_of(run), n_cells=2000)}
-    assert not links["embedding"].sound
-    assert "2 of 1,500 cells read anew differ" in links["fresh_sample"].finding
+    assert not links["embedding"].valid
+    assert "2 of 1,500 cells read again differ" in links["fresh_sample"].finding
 
 
 def test_another_census_is_caught(run: Run, demo_census: str, tmp_path: Path) -> None:
@@ -504,7 +504,7 @@ def test_another_census_is_caught(run: Run, demo_census: str, tmp_path: Path) ->
     write_demo_census(str(tmp_path / "other"), seed=5, scale=0.1, n_genes=200)
     links = verify(str(run.path("published")), str(tmp_path / "other"))
     assert links[-1].name == "census"
-    assert not links[-1].sound
+    assert not links[-1].valid
 
 
 def test_a_record_that_names_files_outside_its_folder_is_refused(run: Run) -> None:
@@ -526,7 +526,7 @@ def test_a_folder_that_was_not_published_is_said(run: Run, capsys: pytest.Captur
 def test_a_record_that_is_none_is_said(damage: str, tmp_path: Path) -> None:
     (tmp_path / "provenance.json").write_text(damage)
     (link,) = verify(str(tmp_path))
-    assert not link.sound
+    assert not link.valid
 
 
 # --- targets

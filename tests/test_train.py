@@ -830,7 +830,7 @@ def test_gradients_that_are_not_finite_stop_at_their_own_step(
     )
     assert "look at row" in error
     saved = torch.load(run.path(".partial/train/checkpoint.ckpt"), weights_only=True)
-    assert saved["global_step"] == 3  # the last sound one
+    assert saved["global_step"] == 3  # the last valid one
     assert all(torch.isfinite(tensor).all() for tensor in saved["state_dict"].values())
 
 
@@ -936,7 +936,7 @@ def test_a_damaged_checkpoint_is_said(
     checkpoint = run.path(".partial/train/checkpoint.ckpt")
     checkpoint.write_bytes(checkpoint.read_bytes()[:-50])
     assert run("train") == 2
-    assert "checkpoint.ckpt is damaged; start anew with --force" in capsys.readouterr().err
+    assert "checkpoint.ckpt is damaged; start again with --force" in capsys.readouterr().err
     assert run("train", "--force") == 0
 
 

@@ -64,7 +64,7 @@ def test_targets_of_map_query(name: str, places: Path, finished_run: Run, capsys
         ("cells.h5ad", "query.output is query.file"),
         ("folder/../cells.h5ad", "query.output is query.file"),
         ("hard.h5ad", "query.output is query.file"),
-        ("out.json", "query.output ends in .json, as the report"),
+        ("out.json", "query.output ends in .json, like the report"),
         ("out.png", "query.output ends in .png, like the report or a picture; expected NAME.h5ad"),
         ("report.h5ad", "report.json is a folder; name a file"),
         ("picture.h5ad", "picture-cell_type.png is a folder; name a file"),

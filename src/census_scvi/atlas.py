@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 
 LATENT, OWN_LATENT = "scvi", "X_scvi"
 _MODEL = "scvi_model"
-# What a reference is thinned to: some 100 MB of positions.
+# Default size of a reference (some 100 MB of positions), and of a slice.
 REFERENCE_CELLS, SLICE_CELLS = 200_000, 1_000_000
 # Cells whose counts are read to compare with; more of them change little.
 BASELINE_CELLS = 10_000
@@ -214,9 +214,9 @@ class Atlas:
         obs_filter
             Such as `tissue_general == 'blood' and is_primary_data == True`; None takes all cells.
         obs_columns
-            obs columns to read beside soma_joinid; None reads all.
+            obs columns to read in addition to soma_joinid; None reads all.
         max_cells
-            Of more cells that match, so many are drawn at random.
+            Of more matching cells, that many are drawn at random.
         seed
             Of that draw.
 
@@ -286,7 +286,7 @@ class Atlas:
         resolution
             The higher, the more clusters.
         columns
-            obs columns to describe the clusters by; those that obs has not are passed over.
+            obs columns to describe the clusters by; those that obs lacks are skipped.
         max_cells
             Cells drawn of those that match an obs_filter.
         seed
@@ -294,7 +294,7 @@ class Atlas:
 
         Returns
         -------
-        A row a cluster, the largest first: `n_cells`, and for each column its commonest value and its share.
+        One row per cluster, the largest first: `n_cells`, and for each column its commonest value and its share.
         """
         require_number("resolution", resolution, above=0)
         chosen = self._slice(cells, list(columns), max_cells, seed)
@@ -333,11 +333,11 @@ class Atlas:
             The trained batches as whose cells the expression is decoded, and averaged; None decodes each cell as of its
             own batch, which must be a trained one.
         library_size
-            Counts a cell to scale to.
+            Total counts per cell to scale to.
         n_samples
             Draws from the posterior, averaged.
         max_cells
-            Of more cells that match, so many are drawn at random.
+            Of more matching cells, that many are drawn at random.
         seed
             Of both draws.
 
@@ -522,7 +522,7 @@ class Atlas:
         seed: int = 0,
         **options: Any,
     ) -> ad.AnnData:
-        """Name your own cells by the atlas', and say what ways without the model name them.
+        """Transfer labels of the atlas to your own cells, next to baselines that do without the model.
 
         Parameters
         ----------
@@ -531,16 +531,16 @@ class Atlas:
         labels
             obs columns of the Census, one or more: `cell_type`, `tissue`, `disease`, ...
         obs_filter
-            Cells of the Census to learn from; None takes all. Cells whose label says nothing ("unknown") are left out.
+            Cells of the Census as reference; None takes all. Cells whose label says nothing ("unknown") are excluded.
         method
-            How the embedding tells labels: `neighbours`, `random_forest` or `logistic_regression`.
+            Classifier on the embedding: `neighbours`, `random_forest` or `logistic_regression`.
         n_neighbours
-            Neighbours a cell.
+            Neighbors per cell.
         baseline_cells
-            Cells of the reference whose counts are read to name yours without the model, and to hold studies out;
+            Cells of the reference whose counts are read for the baselines and for the accuracy on held-out studies;
             0 does neither.
         max_cells
-            The reference is thinned at random to so many.
+            Cells of the reference; of more, that many are drawn at random.
         seed
             Of these draws, and of all else that is random.
         options
@@ -568,7 +568,7 @@ class Atlas:
         check_method(method)
         if not columns:
             return self._embedded(source, options)
-        self._require_embedding()  # damage and another Census are said before the cells are embedded
+        self._require_embedding()  # damage and another Census are errors before the cells are embedded
         mapped = self._embedded(source, options)
         reference = self.reference(obs_filter, columns, max_cells, seed)
         namings = [
@@ -585,14 +585,14 @@ class Atlas:
             for naming in namings:
                 naming.compare(mapped, self._mapper.counts(source, **options), counts, rows, genes)
         elif baseline_cells:
-            log.info("the cells hold no counts, so that nothing is named without the model; give predict the file")
+            log.info("the cells hold no counts, so that there are no baselines; give predict the file")
         return mapped
 
     def quality(self, cells: ad.AnnData, labels: str = "cell_type") -> Figure:
-        """How far the labels that `predict` gave are to be believed: calibration and risk-coverage curves."""
+        """Quality of the labels that `predict` gave: calibration and risk-coverage curves."""
         if labels not in (found := cells.uns.get(PREDICTION, {})):
             raise UserError(
-                f"these cells have no predicted {labels}; name them first: atlas.predict(cells, {labels!r})"
+                f"these cells have no predicted {labels}; predict it first: atlas.predict(cells, {labels!r})"
             )
         return draw_quality(found[labels], labels.replace("_", " "))
 
@@ -620,7 +620,7 @@ class Atlas:
         n_neighbours
             Neighbors per cell; all cells of the atlas where it has fewer.
         max_cells
-            The atlas is thinned at random to so many.
+            Cells of the atlas to search; of more, that many are drawn at random.
         seed
             Of that draw.
         options
@@ -659,7 +659,7 @@ class Atlas:
         max_cells: int = REFERENCE_CELLS,
         seed: int = 0,
     ) -> ad.AnnData:
-        """Cells of the Census to hold others against: as `embeddings`, once it is proven that the model embedded them.
+        """Cells of the Census to compare others with: as `embeddings`, after a check that the model embedded them.
 
         Raises
         ------
@@ -721,7 +721,7 @@ def _census_section(census: str, organism: str) -> CensusSection:
 
 
 def _some(values: npt.NDArray[np.int64], most: int, seed: int) -> npt.NDArray[np.int64]:
-    """Of more than `most` values, ascending, so many drawn at random."""
+    """At most `most` of the values, ascending, drawn at random."""
     if len(values) <= most:
         return values
     return np.sort(np.random.default_rng(seed).choice(values, most, replace=False))

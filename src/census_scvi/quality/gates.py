@@ -1,4 +1,4 @@
-"""What an embedding must show before it is published: arrays in, a number, a bound and a verdict out."""
+"""The gates that an embedding must pass before it is published: arrays in; value, limit and verdict out."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.floating]
+# Fewest measured epochs for which a fall of the ELBO can be told.
+_FEWEST_EPOCHS = 5
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,7 @@ def gene_coverage(found: npt.NDArray[np.bool_], counts: Floats, bound: float) ->
 
 
 def re_embedding(joinids: npt.NDArray[np.int64], published: Floats, anew: Floats, bound: float) -> Gate:
-    """What is published is what scvi-tools computes from counts read anew.
+    """The published embedding is what scvi-tools computes from counts that are read again.
 
     Parameters
     ----------
@@ -204,7 +206,7 @@ def re_embedding(joinids: npt.NDArray[np.int64], published: Floats, anew: Floats
     differences[np.isnan(differences)] = np.inf
     worst = int(differences.argmax())
     wrong = int((~(differences <= bound)).sum())
-    detail = f"{len(joinids):,} cells read anew"
+    detail = f"{len(joinids):,} cells read again"
     if wrong:
         detail = f"{wrong:,} of {detail} differ, most the cell with soma_joinid {joinids[worst]}"
     return Gate("re_embedding", float(differences[worst]), "at most", bound, detail)
@@ -269,7 +271,7 @@ _SHOWN = 4
 
 
 def training_gates(curves: dict[str, list[float]], most_fall: float, most_gap: float) -> list[Gate]:
-    """Whether the training came to its end: the ELBO no longer falls, and is alike for training and validation cells.
+    """Whether the training converged: the ELBO no longer falls, and is similar for training and validation cells.
 
     Parameters
     ----------
@@ -283,8 +285,9 @@ def training_gates(curves: dict[str, list[float]], most_fall: float, most_gap: f
 
     Returns
     -------
-    `convergence` and `overfitting`. Each is a warning alone: a short training of very many cells still falls, and few
-    cells are always learnt better than others. Both at once stop: the model knows its cells rather than their kinds.
+    `convergence` and `overfitting`. Each alone is a warning: the ELBO still falls at the end of a short training of
+    very many cells, and few training cells always fit better than others. Both at once stop publishing: the model
+    overfits before it has converged.
     """
     validated = "elbo_validation" in curves
     curve = np.asarray(curves.get("elbo_validation", curves.get("elbo_train", [])), np.float64)
@@ -292,7 +295,7 @@ def training_gates(curves: dict[str, list[float]], most_fall: float, most_gap: f
     fifth = len(curve) / 5
     last = epochs[-max(3, math.ceil(len(epochs) / 5)) :]
     name = "elbo_validation" if validated else "elbo_train"
-    if len(epochs) < _EPOCHS_THAT_TELL:
+    if len(epochs) < _FEWEST_EPOCHS:
         fall, words = math.nan, f"{len(epochs)} measured epochs are too few to tell"
     else:
         slope = np.polyfit(last, curve[last], 1)[0]
@@ -308,16 +311,13 @@ def training_gates(curves: dict[str, list[float]], most_fall: float, most_gap: f
     return [convergence, Gate("overfitting", gap, "at most", most_gap, words, stops=stops)]
 
 
-_EPOCHS_THAT_TELL = 5
-
-
 def stopped_by(gates: Iterable[Gate], waived: dict[str, str]) -> list[Gate]:
     """Gates that stop publishing: failed, no mere warnings, and not waived with a reason."""
     return [gate for gate in gates if gate.stops and not gate.passed and gate.name not in waived]
 
 
 def broken_verdicts(record: dict[str, Any], names: Iterable[str], max_difference: float) -> list[str]:
-    """What a published record of gates claims and does not hold, a line each.
+    """Verdicts of a published record of gates that do not hold, one line each.
 
     Parameters
     ----------
@@ -335,7 +335,7 @@ def broken_verdicts(record: dict[str, Any], names: Iterable[str], max_difference
         value = math.nan if gate["value"] is None else gate["value"]
         holds = Gate(name, value, gate["side"], bound, gate["detail"]).passed
         if gate["passed"] and not holds:
-            lines.append(f"{name} is called passed, and {value:.3g} is not {gate['side']} {bound:.3g}")
+            lines.append(f"{name} is recorded as passed, but {value:.3g} is not {gate['side']} {bound:.3g}")
         elif not gate["passed"] and "waived" not in gate and (gate["stops"] or name in names):
             lines.append(f"{name} did not pass")
     return lines

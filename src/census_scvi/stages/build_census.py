@@ -29,7 +29,7 @@ then open it:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns 0 (done), 2 (the user can mend it, one line on stderr) or 1 (a defect, traceback)."""
+    """Run the command; returns 0 (done), 2 (the user can fix it, one line on stderr) or 1 (a defect, traceback)."""
     parser = _parser()
     arguments = parser.parse(argv)
     if (arguments.config is None) == (arguments.demo is None):

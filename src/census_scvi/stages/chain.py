@@ -42,31 +42,31 @@ _MAX_DIFFERENCE = GatesSection().max_difference
 
 @dataclass(frozen=True)
 class Link:
-    """One link of the chain: whether it is sound, and what was found."""
+    """One link of the chain: whether it is valid, and what was found."""
 
     name: str
-    sound: bool
+    valid: bool
     finding: str
 
 
 def verify(published: str, census: str | None = None, *, n_cells: int = 500, seed: int | None = None) -> list[Link]:
-    """Look at every link.
+    """Check every link.
 
     Parameters
     ----------
     published
         Folder or URL that was published with the embedding.
     census
-        URI of the Census that holds the embedding; None looks at the folder alone.
+        URI of the Census that holds the embedding; None checks the folder alone.
     n_cells
-        Cells to read anew.
+        Cells to read again.
     seed
-        Which ones; None draws others each time.
+        Seed of that sample; None draws another one each time.
 
     Returns
     -------
-    The links in their order; what hangs on a broken one may be missing. Without a Census they show that the folder is
-    consistent: whoever forges all of its files together, with a model and cells of his own, is not found.
+    The links in their order; those that depend on a broken one may be missing. Without a Census they show that the
+    folder is consistent; a folder whose files were all forged together, model and cells included, is not detected.
 
     Raises
     ------
@@ -74,11 +74,11 @@ def verify(published: str, census: str | None = None, *, n_cells: int = 500, see
         There is no published folder, or no Census, or `n_cells` or `seed` is negative.
     """
     if n_cells < 1 or (seed is not None and seed < 0):
-        raise UserError(f"cells to read are {n_cells} and the seed is {seed}; expected 1 or more, and 0 or more")
+        raise UserError(f"--sample is {n_cells} and --seed {seed}; expected 1 or more cells, and a seed of 0 or more")
     published = expand_argument(published, "PUBLISHED")
     census = None if census is None else expand_argument(census, "--census")
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
-        folder = fetch(published, Path(scratch))  # not from the cache: what lies there is what is asked about
+        folder = fetch(published, Path(scratch))  # not from the cache: the place itself is checked
         try:
             record = read_provenance(folder)
         except UserError as error:
@@ -100,14 +100,14 @@ def verify(published: str, census: str | None = None, *, n_cells: int = 500, see
             return [*links, _damaged("census", error)]
         online = _InCensus(offline, opened, n_cells, seed)
         links.append(_looked_at(online.census))
-        if links[-1].sound:  # soma_joinids of another Census mean other cells
+        if links[-1].valid:  # soma_joinids of another Census mean other cells
             looks = (online.publication, online.embedding, online.sealed_cells, online.fresh_sample)
             links += [_looked_at(look) for look in looks]
         return links
 
 
 def _looked_at(look: Callable[[], tuple[bool, str]]) -> Link:
-    """A link; one that cannot be looked at is broken."""
+    """A link; one that cannot be checked is broken."""
     try:
         return Link(look.__name__, *look())
     except UserError as error:
@@ -117,13 +117,13 @@ def _looked_at(look: Callable[[], tuple[bool, str]]) -> Link:
 
 
 def _damaged(name: str, error: Exception) -> Link:
-    """A broken link: what is damaged, or forged, makes every library fail in its own way."""
+    """A broken link; libraries fail in many ways on damaged or forged files."""
     reason = str(error).strip().partition("\n")[0]
-    return Link(name, False, f"cannot be looked at ({type(error).__name__}: {reason})")
+    return Link(name, False, f"cannot be checked ({type(error).__name__}: {reason})")
 
 
 class _Folder:
-    """What the published folder alone shows: each method is a link, sound or not, and the finding."""
+    """The links of the published folder alone: each method returns whether it is valid, and the finding."""
 
     def __init__(self, folder: Path, record: dict[str, Any]) -> None:
         self.path, self.record = folder, record
@@ -179,7 +179,7 @@ class _Folder:
 
 
 class _InCensus:
-    """What the Census shows."""
+    """The links that need the Census."""
 
     def __init__(self, folder: _Folder, census: Census, n_cells: int, seed: int | None) -> None:
         self._folder, self._census, self._record = folder, census, folder.record
@@ -229,14 +229,14 @@ class _InCensus:
         return not wrong, f"{wrong:,} of {cells.n_obs:,} sealed cells have another embedding in the Census"
 
     def fresh_sample(self) -> tuple[bool, str]:
-        """Cells read anew from the Census are embedded as published."""
+        """Cells read again from the Census are embedded as published."""
         cells, genes = self._cells(), self._record["model"]["genes"]
         rows = draw_rows(len(cells), self._n_cells, self._seed)
         sample = read_sample(self._census, cells, rows, genes, locate_genes(self._census, genes, 0.0))
         obs = sample.obs[["soma_joinid", "batch"]].set_axis(sample.joinids.astype(str))
         published = read_cells(self._embedding_uri(), sample.joinids)
-        sound, words = self._folder.re_embedded(ad.AnnData(sample.counts, obs=obs), published)
-        return sound, f"{words} (--seed {self._seed})"
+        valid, words = self._folder.re_embedded(ad.AnnData(sample.counts, obs=obs), published)
+        return valid, f"{words} (--seed {self._seed})"
 
     def _cells(self) -> Cells:
         config = self._record["config"]

@@ -1,4 +1,4 @@
-"""The posterior of all cells on disk, filled block by block; a killed run goes on at the first missing block."""
+"""The posterior of all cells on disk, filled block by block; a killed run continues at the first missing block."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class LatentStore:
             return 0
         try:
             done = int(read_json(path)["cells"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise UserError(f"{path} is damaged ({error}); --force embeds all cells again") from None
         if not 0 <= done <= n_cells:
             raise UserError(f"{path} counts {done:,} of {n_cells:,} cells; --force embeds all cells again")

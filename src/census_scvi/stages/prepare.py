@@ -35,17 +35,17 @@ KEYS = ("census", "hvg", "genes.min_cells", "anndata", "seed")
 # For --dry-run, checked by benchmarks/stages.py. Resident before the first cell: the imports of this stage, and
 # TileDB's buffers.
 _BASE_MEMORY = 0.4e9
-# A non-zero takes so many bytes while it is read (in two rows of tiles, twice) and in the pool that is shuffled.
+# Bytes per non-zero while it is read (in two rows of tiles, twice), and in the pool that is shuffled.
 _BYTES_READ, _BYTES_POOLED = 96.0, 16.0
 _SAMPLE_RUNS = 12
 _VARIABLE = 0.6
 _BYTES_A_NONZERO = {"gzip": 1.9, "none": 8.0}
-# Time of the stage in readings of all counts: one to select genes, one to write them, and what is not done beside.
+# Time of the stage, in passes over all counts: one selects genes, one writes; the rest is work that does not overlap.
 _PASSES, _FIXED_SECONDS = 2.3, 1.5
 
 
 def run(config: Config, *, force: bool = False) -> None:
-    """Select cells and genes and write `hv_genes.pkl` and `anndata_model.h5ad`; a killed run goes on."""
+    """Select cells and genes and write `hv_genes.pkl` and `anndata_model.h5ad`; a killed run resumes."""
     with Workspace(config.directory).locked(STAGE, new=True) as workspace, open_census(config.census) as census:
         artifacts = Artifacts.of(config)
         _check_columns(census, config)
@@ -129,7 +129,7 @@ def _write(census: Census, cells: Cells, genes: list[str], config: Config, path:
     store.join()
     nonzeros, empty = count_nonzeros(path)
     if empty:
-        log.warning("%d cells have no count in the selected genes; they are kept, as the filter says", empty)
+        log.warning("%d cells have no count in the selected genes; they are kept, because the filter keeps them", empty)
     return {
         "cells": len(cells),
         "genes": len(genes),

@@ -1,4 +1,4 @@
-"""The prepared cells on disk, shuffled, written part by part; a killed run goes on at the first missing part."""
+"""The prepared cells on disk, shuffled, written part by part; a killed run continues at the first missing part."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class PreparedStore:
     Parameters
     ----------
     target
-        The file in the end; parts lie beside it until then.
+        The finished file; until then its parts lie in the same folder.
     runs
         Runs of cells that are read together: first, and after the last.
     seed

@@ -39,13 +39,13 @@ KEYS = ("census", "anndata.batch_key", "genes", "model", "gates", "publish", "se
 _BLOCK_CELLS = 2**16
 _EARLIER = ("prepare", "train", "create-latent-update")
 # For --dry-run, from one publication of 200,000 cells and one of 6,000: the imports; a gene of a sampled cell, which is
-# embedded and put beside a PCA; what is done once; reading a sampled cell; cells written.
+# embedded and compared with a PCA; what is done once; reading a sampled cell; cells written.
 _BASE_MEMORY, _BYTES_A_GENE, _FIXED_SECONDS, _SAMPLE_SECONDS = 0.85e9, 80.0, 3.0, 0.005
 _CELLS_A_SECOND = 80_000.0
 
 
 def run(config: Config, *, force: bool = False) -> None:
-    """Measure the gates, write `qa.json`, and where none stops it publish; a killed run goes on."""
+    """Measure the gates, write `qa.json`, and where none stops it publish; a killed run resumes."""
     artifacts = Artifacts.of(config)
     with Workspace(config.directory).locked(STAGE) as workspace, open_census(config.census) as census:
         inputs = _inputs(workspace, artifacts) | {"census": census.identity}
@@ -87,7 +87,7 @@ class _Progress:
         self.cells: int = values.get("cells", 0)
 
     def save(self, cells: int) -> None:
-        """Note that so many cells are written."""
+        """Note how many cells are written."""
         self.cells = cells
         write_json(self._path, {"publication": self.publication, "cells": cells})
 
@@ -113,7 +113,7 @@ class _Publishing:
         self.n_latent = int(self._latent.shape[1])
 
     def prepare(self, artifacts: Artifacts) -> None:
-        """Measure the gates and make the folder that is published beside the embedding."""
+        """Measure the gates and make the folder that is published with the embedding."""
         if self._stage.resumed:
             log.info("going on with publication %s, whose gates are measured", self._progress.publication)
             return
@@ -122,7 +122,7 @@ class _Publishing:
         gene_joinids = locate_genes(self._census, description.genes, 0.0)
         cells = select_cells(self._census, config.census.obs_query, config.anndata.batch_key)
         rows = draw_rows(len(cells), config.gates.sample_size, config.seed)
-        log.info("reading %s of %s cells anew", f"{len(rows):,}", f"{len(cells):,}")
+        log.info("reading %s of %s cells again", f"{len(rows):,}", f"{len(cells):,}")
         sample = read_sample(self._census, cells, rows, description.genes, gene_joinids)
         target.require_same_cells(self._experiment_uri, sample)
         found = qa.measure(config, cells, gene_joinids, model, description, sample)
@@ -227,5 +227,5 @@ def plan(config: Config) -> Plan:
         memory=_BASE_MEMORY + 32.0 * n_cells + _BYTES_A_GENE * config.gates.sample_size * genes,
         disk=n_cells * n_latent * 3.7,
         seconds=_FIXED_SECONDS + _SAMPLE_SECONDS * config.gates.sample_size + n_cells / _CELLS_A_SECOND,
-        notes=[f"{config.gates.sample_size:,} cells are read anew"],
+        notes=[f"{config.gates.sample_size:,} cells are read again"],
     )

@@ -51,7 +51,7 @@ def measure(
     model, description
         The trained model in its safe form.
     sample
-        Cells read anew.
+        Cells read again.
     """
     artifacts, bounds = Artifacts.of(config), config.gates
     latent = np.load(config.directory / artifacts.latent, mmap_mode="r")
@@ -114,7 +114,7 @@ def _gene_counts(prepared: Path) -> npt.NDArray[np.float64]:
 
 
 def _warnings(config: Config, sample: Sample, published: npt.NDArray[np.float32]) -> list[Gate]:
-    """Separation of cell types and mixing of batches, beside a PCA of the same cells and genes."""
+    """Separation of cell types and mixing of batches, compared with a PCA of the same cells and genes."""
     label = config.gates.label
     types, batches = (sample.obs[name].astype(str).to_numpy() for name in (label, "batch"))
     pca = _pca(sample, config.seed)

@@ -136,7 +136,7 @@ def evaluation_of(folder: Path, latent: Identity) -> dict[str, Any] | None:
     Returns
     -------
     `cells` that were measured, `obs_filter`, `mode`, and `scores`: a list of metric, column, value, its interval, and
-    the values of what was measured beside it.
+    the values of the other embeddings and baselines.
     """
     path = folder / "metrics.json"
     try:

@@ -1,4 +1,4 @@
-"""Cells read anew through the Census API and embedded by scvi-tools alone: what all else is held against."""
+"""Cells read again through the Census API and embedded by scvi-tools alone: the independent check of an embedding."""
 
 from __future__ import annotations
 

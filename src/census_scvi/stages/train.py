@@ -57,7 +57,7 @@ _SAMPLE_SECONDS = 5.0
 
 
 def run(config: Config, *, force: bool = False) -> None:
-    """Train and write `scvi.model/`; a killed run goes on from its last checkpoint."""
+    """Train and write `scvi.model/`; a killed run resumes from its last checkpoint."""
     if _follows():
         _train_as_follower(config)
         return
@@ -77,7 +77,7 @@ def run(config: Config, *, force: bool = False) -> None:
             return
         model = _build(config, data)
         if stage.resumed:
-            log.info("going on from the last checkpoint")
+            log.info("resuming from the last checkpoint")
         if slow:
             log.warning("warning: %s, which takes --force", slow)
         for problem in _problems(config, data):
@@ -100,7 +100,7 @@ def run(config: Config, *, force: bool = False) -> None:
 
 
 def _started(config: Config, workspace: Workspace) -> bool:
-    """Whether there is a training, finished or not, whose precision is what it is."""
+    """Whether there is a training already, finished or not: its precision was accepted before."""
     return workspace.record(STAGE) is not None or StageRun(workspace, STAGE, config, {}).path(CHECKPOINT).exists()
 
 
@@ -126,7 +126,7 @@ def _data(config: Config) -> PreparedDataModule:
         workers=config.train.num_workers,
     )
     if config.train.early_stopping and not data.n_val:
-        raise UserError(f"train.early_stopping needs validation cells, and of {data.n_train} cells none is left for it")
+        raise UserError(f"train.early_stopping needs validation cells, and all {data.n_train} cells are for training")
     return data
 
 
@@ -150,7 +150,7 @@ def _fit(
         config.training_plan,
         seed=config.seed,
         checkpoint=staging / CHECKPOINT,
-        # One folder a fingerprint: a resumed run goes on in its own, another one is shown beside it.
+        # One folder per fingerprint: a resumed run continues its own curves, another run adds its own.
         tensorboard=config.directory / Artifacts.of(config).tensorboard / run_id[:12],
     )
 

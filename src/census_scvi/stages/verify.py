@@ -13,9 +13,9 @@ _EPILOG = """\
 links, offline:   provenance, files, model, sealed_counts, sealed_embedding, gates
 with --census:    census, publication, embedding, sealed_cells, fresh_sample
 
-without --census: consistent at best. Whoever forges all files of the folder together is found in the Census alone.
+without --census: consistent at best; a folder whose files were all forged together is found only with the Census
 
-exit codes: 0 sound or consistent, 2 a link broke or cannot be looked at (it is named),
+exit codes: 0 valid or consistent, 2 a link is broken or cannot be checked (it is named),
 1 a defect of ours (traceback)"""
 
 
@@ -28,14 +28,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> Parser:
     parser = Parser(
         prog="scvi-verify.py",
-        description="Prove that a published embedding is the one that its model gives of its cells.",
+        description="Check that a published embedding is what its model computes from its cells.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("published", metavar="PUBLISHED", help="folder or URL that was published with the embedding")
-    parser.add_argument("--census", metavar="URI", help="the Census it is of: cells are read anew from there")
-    parser.add_argument("--sample", type=int, default=500, help="cells to read anew (default %(default)s)")
-    parser.add_argument("--seed", type=int, help="of that sample; without it, another sample each time")
+    parser.add_argument("--census", metavar="URI", help="the Census that was embedded; cells are read from it again")
+    parser.add_argument("--sample", type=int, default=500, help="cells to read again (default %(default)s)")
+    parser.add_argument("--seed", type=int, help="seed of that sample; default: another sample each time")
     return parser
 
 
@@ -47,16 +47,16 @@ def _run(arguments: argparse.Namespace) -> None:
     width = max(len(link.name) for link in links)
     for link in links:
         print(
-            f"{link.name:<{width}}  {'sound ' if link.sound else 'BROKEN'}  {on_one_line(link.finding)[:_MOST_SHOWN]}"
+            f"{link.name:<{width}}  {'valid ' if link.valid else 'BROKEN'}  {on_one_line(link.finding)[:_MOST_SHOWN]}"
         )
-    if broken := [link.name for link in links if not link.sound]:
-        raise UserError(f"{arguments.published} is not sound: {', '.join(broken)} broke; do not use the embedding")
-    print(on_one_line(arguments.published) + (_SOUND if arguments.census else _CONSISTENT))
+    if broken := [link.name for link in links if not link.valid]:
+        raise UserError(f"{arguments.published} is not valid: {', '.join(broken)} broke; do not use the embedding")
+    print(on_one_line(arguments.published) + (_VALID if arguments.census else _CONSISTENT))
 
 
-_SOUND = " is sound"
+_VALID = " is valid"
 _CONSISTENT = (
-    " is consistent: its files, record, model and sealed cells agree. Whether the cells are those of a Census, and the"
-    " embedding there is this one, --census URI tells"
+    " is consistent: its files, record, model and sealed cells agree. --census URI also checks that the cells and the"
+    " embedding are those of the Census"
 )
 _MOST_SHOWN = 1000  # characters of a finding
