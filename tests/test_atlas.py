@@ -151,7 +151,7 @@ def test_the_embedding_is_read_in_other_ways(atlas: Atlas, own_cells: ad.AnnData
     assert balanced_accuracy_score(named.obs["truth"], named.obs["cell_type_predicted"].astype(str)) > 1.5 * guess
     assert named.uns["scvi_prediction"]["cell_type"]["method"] == method
     assert "cell_type_pca" not in named.obs
-    with pytest.raises(UserError, match="nothing was held out"):
+    with pytest.raises(UserError, match="there are no held-out cells to judge"):
         atlas.quality(named)
     with pytest.raises(UserError, match="these cells have no predicted tissue; predict it first"):
         atlas.quality(named, "tissue")

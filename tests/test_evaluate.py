@@ -174,8 +174,8 @@ def test_what_cannot_be_measured_is_said_and_the_rest_is_there(finished_run: Run
     assert "evaluate.batches names 'lane', which is no obs column" in problems
     assert "evaluate.donors names 'patient', which is no obs column of the Census; cells are held out" in problems
     assert "development_stage has too few usable values, 1 (known, and of 10 measured cells or more)" in problems
-    assert re.search(r"damaged has no finite position for \d cells; they are left out everywhere", problems)
-    assert re.search(r"damaged lacks \d+ of the cells; they are left out everywhere", problems)
+    assert re.search(r"damaged has no finite position for \d cells; they are excluded everywhere", problems)
+    assert re.search(r"damaged lacks \d+ of the cells; they are excluded everywhere", problems)
     assert values(record, "damaged", "cell_type")["leiden_nmi"] > 0
     assert values(record, "damaged", "dataset_id")["entropy"] > 0
     page = (tmp_path / "out" / "report.html").read_text()

@@ -1,4 +1,4 @@
-"""Naming beside what needs no model, and how right each is on studies held out."""
+"""Label transfer, its baselines, and their accuracy on held-out studies."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_one_label_has_nothing_beside_it() -> None:
     naming.name(mine, "X_scvi")
     naming.compare(mine, [query], counts, np.arange(400), ALL)
     assert "held_out" not in mine.uns[PREDICTION]["cell_type"]
-    with pytest.raises(UserError, match="nothing was held out"):
+    with pytest.raises(UserError, match="there are no held-out cells to judge"):
         draw_quality(mine.uns[PREDICTION]["cell_type"], "cell type")
 
 

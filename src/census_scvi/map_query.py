@@ -1,4 +1,4 @@
-"""What scvi-map-query.py does: an .h5ad of a user's cells with embedding, map and predicted labels."""
+"""The command scvi-map-query.py: writes a user's .h5ad with embedding, map and predicted labels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How well classifiers tell labels from an embedding: as published, and with whole donors held out."""
+"""Accuracy of classifiers of labels on an embedding: as published, and with held-out donors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sklearn.svm import SVC
 
 NAMES = ("svm", "forest", "lr")
 _FOLDS = 5
-# Of the cells, so many must be of labels that several groups have, for groups to be held out.
+# Least share of the cells whose labels are in several groups, for whole groups to be held out.
 _SHARED = 0.9
 
 Points = npt.NDArray[np.float32]

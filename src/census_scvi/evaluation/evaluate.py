@@ -1,4 +1,4 @@
-"""What scvi-evaluate.py does: measures embeddings of a slice, and writes metrics.json and report.html."""
+"""The command scvi-evaluate.py: measures embeddings of a slice, and writes metrics.json and report.html."""
 
 from __future__ import annotations
 
@@ -216,5 +216,5 @@ def plan(config: Config) -> Plan:
         memory=_BASE_MEMORY + _BYTES_A_CELL * n_cells,
         disk=2e6,
         seconds=_FIXED_SECONDS + _CELL_SECONDS * n_cells + _MEASURED_SECONDS * n_measured * columns * n_spaces,
-        notes=[f"{n_measured:,} cells are measured; {PCA} of counts beside them" if settings.baseline else ""],
+        notes=[f"{n_measured:,} cells are measured, and a {PCA} of their counts" if settings.baseline else ""],
     )

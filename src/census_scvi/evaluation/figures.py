@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pandas as pd
 from matplotlib.figure import Figure
 
-# Okabe and Ito's colours without black, told apart by colour-blind readers; numbers on the map do the rest.
+# Okabe and Ito's colours without black, which colour-blind readers can separate; numbers on the map do the rest.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#B8A800", "#7F7F7F")
 MOST_NAMED = 24
 _OTHER = "#D9D9D9"

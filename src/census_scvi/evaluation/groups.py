@@ -1,4 +1,4 @@
-"""Columns that say the same of the cells, or nothing, so that no table and no map is there twice."""
+"""Columns that divide the cells in the same way, so that no table and no map is repeated."""
 
 from __future__ import annotations
 

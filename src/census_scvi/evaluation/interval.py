@@ -1,4 +1,4 @@
-"""How far a score can be trusted: intervals by drawing donors anew."""
+"""Intervals of scores, by a bootstrap over donors."""
 
 from __future__ import annotations
 

@@ -17,12 +17,12 @@ from census_scvi.query.neighbours import NeighbourIndex
 SOUND, LEGACY = "sound", "legacy"
 BIOLOGY, BATCH = "biology", "batch"
 CHANCE, MIXED, WITHIN = "chance", "perfectly mixed", "mixed within types"
-# Of the draws that give chance levels, beside the seed.
+# Random stream of the draws that give chance levels, in addition to the seed.
 SHUFFLE = 9
 FEWEST_CELLS = 10
 # Neighbours of LISI, as scib-metrics' own benchmark takes them.
 _LISI_NEIGHBOURS = 90
-# Classifiers are asked for so many classes at most, the commonest: to the SVM each pair is a problem of its own.
+# Most classes for classifiers, the commonest ones: the SVM trains on every pair of them.
 MOST_CLASSES = 100
 
 Points = npt.NDArray[np.float32]
@@ -45,13 +45,13 @@ class Score:
     value
         The higher, the better: biology kept, batches mixed.
     low, high
-        Interval of 95 %, by drawing donors anew (cells, where there are fewer than five); None in legacy mode.
+        95 % interval, by a bootstrap over donors (cells, where there are fewer than five); None in legacy mode.
     levels
-        What to hold it against: `chance`, or `perfectly mixed` and `mixed within types`.
+        Levels to compare it with: `chance`, or `perfectly mixed` and `mixed within types`.
     cells
         How many it was measured on.
     note
-        What a reader should know: what was held out, which cells were left out.
+        For the reader: what was held out, which cells were excluded.
     """
 
     metric: str

@@ -32,7 +32,7 @@ PCA, BATCH = "PCA", "batch"
 # Labels that say nothing. The published script lists the middle three, and does not apply the list.
 VAGUE = ("unknown", "native cell", "animal cell", "eukaryotic cell", "cell", "na", "nan", "None", "")
 _TERMS = "cell_type_ontology_term_id"
-# Coloured by, on the maps, beside labels and batches.
+# Columns that colour the maps, in addition to labels and batches.
 _SHOWN = ("cell_type", "dataset_id", "assay", "donor_id")
 _OBS_BLOCK, _COUNT_BLOCK = 2**16, 4096
 _GENE_CELLS = 20_000
@@ -51,7 +51,7 @@ class Slice:
     spaces
         float32 (cells, dimensions) by name; PCA first, where there is one.
     n_matching
-        Cells of the Census that match the filter; of more than `evaluate.max_cells`, so many are drawn.
+        Cells of the Census that match the filter; of more than `evaluate.max_cells`, that many are drawn.
     problems
         What could not be read, for the reader of the report.
     """
@@ -96,7 +96,7 @@ def read_slice(config: Config, census: Census) -> Slice:
 def _embeddings(
     config: Config, census: Census, joinids: npt.NDArray[np.int64], problems: list[str]
 ) -> tuple[dict[str, npt.NDArray[np.float32]], npt.NDArray[np.int64]]:
-    """Each embedding of the cells that all have; an embedding that cannot be read is left out."""
+    """Each embedding, of the cells that are in all of them; an embedding that cannot be read is skipped."""
     read = {}
     named = embeddings_of(config)
     for name, place in named.items():
@@ -111,12 +111,14 @@ def _embeddings(
         blocks = list(embedding.read(joinids))
         found = np.concatenate([np.empty(0, np.int64), *(block[0] for block in blocks)])
         values = np.concatenate([np.empty((0, embedding.n_latent), np.float32), *(block[1] for block in blocks)])
-        sound = np.isfinite(values).all(axis=1)
-        if not sound.all():
-            problems.append(f"{name} has no finite position for {(~sound).sum():,} cells; they are left out everywhere")
+        finite = np.isfinite(values).all(axis=1)
+        if not finite.all():
+            problems.append(
+                f"{name} has no finite position for {(~finite).sum():,} cells; they are excluded everywhere"
+            )
         if len(found) < len(joinids):
-            problems.append(f"{name} lacks {len(joinids) - len(found):,} of the cells; they are left out everywhere")
-        read[name] = (found[sound], values[sound])
+            problems.append(f"{name} lacks {len(joinids) - len(found):,} of the cells; they are excluded everywhere")
+        read[name] = (found[finite], values[finite])
     common = joinids
     for found, _ in read.values():
         common = np.intersect1d(common, found, assume_unique=True)
