@@ -213,6 +213,25 @@ def test_few_reference_cells_are_refused(n_cells: int) -> None:
         Naming(reference[:n_cells].copy(), "scvi", "cell_type")
 
 
+@pytest.mark.parametrize("studies", ["none", "one label each"])
+def test_what_cannot_be_held_out_is_said(studies: str, caplog: pytest.LogCaptureFixture) -> None:
+    reference, counts, mine, query = atlas_cells("good")
+    rows = np.arange(4)
+    if studies == "none":
+        reference.obs["dataset_id"], reference.obs["donor_id"] = "a", "b"
+        labels, expected = ["a", "a", "b", "b"], "the reference has too few cells"
+    else:
+        reference.obs["dataset_id"] = np.where(np.arange(reference.n_obs) % 2, "a", "b")
+        labels, expected = ["a", "b", "a", "b"], "no label is in two values of dataset_id"
+    reference.obs["cell_type"] = reference.obs["cell_type"].astype(object)
+    reference.obs.loc[reference.obs_names[:4], "cell_type"] = labels
+    naming = Naming(reference, "scvi", "cell_type")
+    naming.name(mine, "X_scvi")
+    with caplog.at_level(logging.INFO):
+        naming.compare(mine, [query], counts[:4], rows, ALL)
+    assert f"no accuracy on held-out cells, because {expected}" in caplog.text
+
+
 def test_counts_that_tell_nothing_are_not_compared_with(caplog: pytest.LogCaptureFixture) -> None:
     """Cells without counts, and counts of a single gene: there is nothing to compare the model with."""
     reference, counts, mine, query = atlas_cells("good")

@@ -287,7 +287,7 @@ def plain_numbers(values: np.ndarray, where: str) -> np.ndarray:
         raise UserError(f"{where} holds {dtype} values; expected raw counts")
     if dtype.kind in "bui" and dtype.itemsize < 4:  # parts of an entry are summed, and must not overflow
         return values.astype(np.int32)
-    if dtype == np.float16:
+    if dtype.kind == "f" and dtype.itemsize < 4:  # half precision, of either byte order
         return values.astype(np.float32)
     if dtype.itemsize > 8:  # long double
         return values.astype(np.float64)

@@ -155,18 +155,29 @@ def _all_unlike(whole: list[_Look], name: str, setting: str) -> str:
 
 
 def check_place(
-    place: str, matrices: Mapping[str, Matrix], n_cells: int, n_genes: int, *, name: str, setting: str
+    place: str,
+    matrices: Mapping[str, Matrix],
+    n_cells: int,
+    n_genes: int,
+    *,
+    name: str,
+    setting: str,
+    asked: bool = True,
 ) -> None:
-    """UserError where the matrix that was asked for holds no raw counts; a warning where it hardly does.
+    """UserError where a matrix holds no raw counts.
+
+    One that hardly does, such as one of only 0 and 1, is taken with a warning where it was asked for.
 
     Parameters
     ----------
     place
-        What was asked for, one of `matrices`.
+        Which, one of `matrices`.
     matrices, n_cells, name, setting
         As of `find_raw_counts`.
     n_genes
         Columns that the matrix must have.
+    asked
+        Whether the user named the place.
     """
     look = _look(place, matrices[place], pd.RangeIndex(n_genes), n_cells, name)
     if look.refused:
@@ -174,6 +185,8 @@ def check_place(
         way_out = f"name another place with {setting}... ({others})" if others else _PUT
         raise UserError(f"{name}: {look.refused}. {place} holds no raw counts; {way_out}")
     if look.counts.nnz and look.unlike_counts:
+        if not asked:
+            raise UserError(_undecided(name, setting, [[look]], [look]))
         log.warning("%s: %s is taken as raw counts, but it %s", name, place, look.unlike_counts)
 
 

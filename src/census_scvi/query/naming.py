@@ -127,7 +127,7 @@ class Naming:
         filled = np.asarray(counts[:, genes].sum(axis=1)).ravel() > 0  # a cell without counts is like any other
         counts, rows, labels = _of_several(counts[np.flatnonzero(filled)], rows[filled], labels[filled])
         if len(np.unique(labels.astype(str))) < 2:
-            log.info("%s: no baselines, the reference has one label", self._column)
+            log.info("%s: no baselines, fewer than two labels have two reference cells", self._column)
             return
         if np.count_nonzero(counts[:, genes].sum(axis=0)) < 2:
             log.info("%s: no baselines, the reference has counts of fewer than two genes", self._column)
@@ -173,9 +173,15 @@ def _of_several(counts: sp.csr_matrix, rows: Any, labels: Labels) -> tuple[sp.cs
     return counts[np.flatnonzero(several)], rows[several], labels[several]
 
 
+def _not_held_out(differ: str | None) -> str:
+    if differ is None:
+        return "the reference has too few cells"
+    return f"no label is in two values of {differ}, or the reference has too few cells"
+
+
 def _say(column: str, differ: str | None, scores: dict[str, HeldOut]) -> None:
     if not scores:
-        log.info("%s: no accuracy on held-out cells, because no label is in two values of %s", column, differ)
+        log.info("%s: no accuracy on held-out cells, because %s", column, _not_held_out(differ))
         return
     right = {name: score.accuracy for name, score in scores.items()}
     log.info(

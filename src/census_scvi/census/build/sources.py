@@ -223,7 +223,7 @@ def _find_counts(file: h5py.File, path: Path, asked: str | None, n_cells: int) -
     place = asked or next(iter(matrices), "X")
     require_place(place, list(matrices), str(path))
     n_genes = len(names[var_key(file, place)])
-    check_place(place, matrices, n_cells, n_genes, name=str(path), setting=setting)
+    check_place(place, matrices, n_cells, n_genes, name=str(path), setting=setting, asked=asked is not None)
     return place
 
 
