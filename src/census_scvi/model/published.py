@@ -100,7 +100,9 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     """
     path = folder / PROVENANCE
     try:
-        record = dict(read_json(path))
+        record = read_json(path)
+        if not isinstance(record, dict):
+            raise ValueError("it holds no JSON object")
         if record.get("format", _FORMAT) != _FORMAT:
             raise UserError(
                 f"{path} has format {str(record['format'])[:40]}, this version reads {_FORMAT}; update census-scvi"
