@@ -277,6 +277,13 @@ def test_json_that_would_harm_is_not_read(harm: Any, words: str, name: str, fold
         assert words in broken(verify(str(folder)))["provenance"]
 
 
+@pytest.mark.parametrize("text", ["null", "[]", "7", '"record"'])
+def test_a_record_that_is_no_json_object(text: str, folder: Path) -> None:
+    (folder / "provenance.json").write_text(text)
+    with pytest.raises(UserError, match=r"provenance.json is damaged \(it holds no JSON object\); fetch the"):
+        read_provenance(folder)
+
+
 # --- the model
 
 
