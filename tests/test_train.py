@@ -403,7 +403,7 @@ REFUSED = [
     (TRAINER, "{accumulate_grad_batches: 0}", "accumulate_grad_batches is 0, expected a whole number, 1 or more"),
     (TRAINER, "{check_val_every_n_epoch: 0}", "check_val_every_n_epoch is 0, expected a whole number, 1 or more"),
     (TRAINER, "{log_every_n_steps: 0}", "log_every_n_steps is 0, expected a whole number, 1 or more"),
-    (TRAINER, "{gradient_clip_val: abc}", "train.trainer.gradient_clip_val is 'abc', expected int | float | None"),
+    (TRAINER, "{gradient_clip_val: abc}", "train.trainer.gradient_clip_val is 'abc', expected a number or null"),
     (TRAINER, "{gradient_clip_val: -1}", "train.trainer.gradient_clip_val is -1, expected a finite number, 0 or more"),
     (TRAINER, "{deterministic: maybe}", "train.trainer.deterministic is 'maybe', expected one of True, False, warn"),
     (TRAINER, "{strategy: ddp}", "train.trainer.strategy cannot be set here; set train.multi_gpu"),

@@ -15,6 +15,7 @@ _EXPECTED = {
     "int_from_float": "a whole number",
     "float_type": "a number",
     "string_type": "text",
+    "string_too_short": "text that is not empty",
     "bool_type": "true or false",
     "list_type": "a list such as [a, b]",
     "dict_type": "a section of keys",
@@ -43,9 +44,14 @@ def describe_errors(
     for detail in error.errors():
         names = [part for part in detail["loc"] if isinstance(part, str)]
         key = ".".join(_known_path(model, names))
-        where = "command line" if ".".join(map(str, detail["loc"])) in overridden or key in overridden else source
+        where = "command line" if any(_is_within(name, key) for name in overridden) else source
         lines.setdefault(key, f"{where}: {_describe(dict(detail), key, model)}")
     return "; ".join(lines.values())
+
+
+def _is_within(name: str, key: str) -> bool:
+    """Whether one dotted key is the other, or lies in its section."""
+    return name == key or name.startswith(f"{key}.") or key.startswith(f"{name}.")
 
 
 def suggestion(name: str, known: list[str]) -> str:
@@ -88,8 +94,8 @@ def _dotted(detail: dict[str, Any], model: type[BaseModel]) -> str:
     written = str(detail["loc"][-1])
     section, _, leaf = written.partition(".")
     names = list(setting_names(model))
-    has_keys_of_its_own = section in names and not any(name.startswith(f"{section}.") for name in names)
-    if written not in names and not (leaf and has_keys_of_its_own):
+    sections = {name.rpartition(".")[0] for name in names}
+    if not leaf or not any(_is_within(written, name) for name in names if name not in sections):
         return ""
     return f"; in a file, write it as {section}: {{{leaf.replace('.', ': {')}: ...}}" + "}" * leaf.count(".")
 

@@ -33,7 +33,7 @@ def read_yaml(path: Path, expected: str = "sections such as census, hvg and mode
         raise UserError(f"{path}{where}: not valid YAML: {error}") from None
     if isinstance(values, dict):
         return values
-    found = "an empty file" if not text.strip() else "a list" if isinstance(values, list) else "text"
+    found = "an empty file" if values == Plain("") else "a list" if isinstance(values, list) else "text"
     raise UserError(f"{path}: expected {expected}, found {found}")
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from census_scvi.config_errors import suggestion
+from census_scvi.config_errors import shown, suggestion
 
 # Arguments that another setting or the pipeline itself decides, with the setting to use instead.
 _TRAINER_RESERVED = {
@@ -103,7 +103,10 @@ _PLAN_VALUES = {
 }
 # Which their annotation does not say; n_steps_kl_warmup counts without the epochs' warm-up only.
 _MAY_BE_NULL = {"n_epochs_kl_warmup", "num_sanity_val_steps"}
-_SIMPLE_TYPES = {"int": int, "float": float, "bool": bool, "str": str, "dict": dict}
+_SIMPLE_TYPES = {
+    "int": (int, "a whole number"), "float": (float, "a number"), "bool": (bool, "true or false"), "str": (str, "text"),
+    "dict": (dict, "keys with values"), "None": (type(None), "null"),
+}  # fmt: skip
 
 
 def check_trainer(arguments: dict[str, Any]) -> None:
@@ -155,16 +158,16 @@ def _check_values(
             continue
         if (value is None and expected) or not holds(value):
             near = suggestion(str(value), list(MEASURED)) if "elbo_validation" in expected else ""
-            raise ValueError(f"{section}.{name} is {value!r}, expected {expected}{near}")
+            raise ValueError(f"{section}.{name} is {shown(value)}, expected {expected}{near}")
 
 
 def _check_type(key: str, value: Any, annotation: str) -> None:
     parts = [part.strip() for part in annotation.split("|")]
-    kinds = [_SIMPLE_TYPES[part] for part in parts if part in _SIMPLE_TYPES]
-    if not kinds or len(kinds) < len([p for p in parts if p != "None"]) or value is None:
+    if value is None or not set(parts) <= _SIMPLE_TYPES.keys():
         return  # a type only the library understands: it will say
-    if not any(_is(value, kind) for kind in kinds):
-        raise ValueError(f"{key} is {value!r}, expected {annotation}")
+    if not any(_is(value, _SIMPLE_TYPES[part][0]) for part in parts):
+        expected = " or ".join(_SIMPLE_TYPES[part][1] for part in parts if part != "int" or "float" not in parts)
+        raise ValueError(f"{key} is {shown(value)}, expected {expected}")
 
 
 def _is(value: Any, kind: type) -> bool:
