@@ -168,6 +168,24 @@ def test_full_gene_assays_are_normalized_by_length(tmp_path: Path) -> None:
     assert list(var["feature_length"]) == list(length)
 
 
+def test_lengths_that_are_none_are_not_known(tmp_path: Path) -> None:
+    genes = [f"{gene}.1" for gene in GENES]
+    lengths = [np.inf, -np.inf, np.nan, -5.0, 0.0, 1e300, 2e9, *[900.5] * (len(GENES) - 7)]
+    adata = write_h5ad(tmp_path / "a.h5ad", genes=genes)
+    adata.var["feature_length"] = lengths
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    (source,) = open_h5ad(tmp_path / "a.h5ad", organism="homo_sapiens")
+    assert source.var["feature_length"].tolist() == [0] * 7 + [900] * (len(GENES) - 7)
+
+
+def test_a_file_without_a_matrix_is_refused(tmp_path: Path) -> None:
+    write_h5ad(tmp_path / "a.h5ad")
+    with h5py.File(tmp_path / "a.h5ad", "r+") as file:
+        del file["X"]
+    with pytest.raises(UserError, match=r"a\.h5ad: has no X, raw or layers; nothing to build from"):
+        open_h5ad(tmp_path / "a.h5ad", organism="homo_sapiens")
+
+
 @pytest.mark.parametrize("kind", ["h5ad", "demo"])
 def test_schema(kind: str, request: pytest.FixtureRequest, two_files: tuple[Path, dict[str, ad.AnnData]]) -> None:
     uri = request.getfixturevalue("demo_census") if kind == "demo" else build_yaml(two_files[0]).uri

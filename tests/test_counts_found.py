@@ -342,6 +342,10 @@ def dangling(file: h5py.File, key: str, secret: Path) -> None:
     file[key] = h5py.SoftLink("/no/such/place")
 
 
+def circle(file: h5py.File, key: str, secret: Path) -> None:
+    file[key] = h5py.SoftLink(f"/{key}")
+
+
 def empty_giant(file: h5py.File, key: str, secret: Path) -> None:
     file.create_dataset(key, (10**6, 10**6), "f8", chunks=(1000, 1000), compression="gzip")
 
@@ -355,6 +359,7 @@ HOSTILE = {
     virtual: "is a virtual dataset of other files",
     external_link: "is a link to another file",
     dangling: "is a link to /no/such/place, which is not there",
+    circle: "is a link to /.*, which is not there",
     empty_giant: r"declares 8\.0 TB",
     unwritten: r"declares 8\.0 GB",
 }

@@ -64,7 +64,7 @@ def _datasets(file: h5py.File) -> Iterator[tuple[str, h5py.Dataset]]:
             link = _local_link(file, group, name, path)
             try:
                 member = group[name]
-            except (OSError, KeyError) as error:
+            except (OSError, KeyError, RuntimeError) as error:  # RuntimeError: links that lead to each other
                 where = f" is a link to {link.path}, which" if isinstance(link, h5py.SoftLink) else ""
                 raise UserError(
                     f"{file.filename}: {path}{where} is not there; the file is damaged ({error})"

@@ -173,6 +173,10 @@ def _require_recognised(
     raise UserError(f"{found}; {hint}")
 
 
+# Bases; longer than any chromosome of the organisms.
+_LONGEST_GENE = 10**9
+
+
 def _describe(ids: pd.Series, attributes: pd.DataFrame, gene_map: GeneMap | None) -> pd.DataFrame:
     """The resolved genes' var: the map knows best, then the file, then nothing."""
     known = pd.DataFrame(index=range(len(ids))) if gene_map is None else gene_map.by_id.reindex(ids).reset_index()
@@ -186,11 +190,12 @@ def _describe(ids: pd.Series, attributes: pd.DataFrame, gene_map: GeneMap | None
         return value
 
     length = pd.to_numeric(first_known("length", "feature_length"), errors="coerce")
+    length = length.where((length > 0) & (length < _LONGEST_GENE), 0)
     return pd.DataFrame(
         {
             "feature_id": ids,
             "feature_name": first_known("symbol", "feature_name").fillna(ids).astype(str),
-            "feature_length": length.fillna(0).astype(np.int64),
+            "feature_length": length.astype(np.int64),
             "feature_type": first_known("type", "feature_type").fillna("unknown").astype(str),
         }
     )

@@ -55,7 +55,9 @@ def table_column(table: pd.DataFrame, name: str, where: str) -> pd.Series:
     """A column of a file's table, with a plain index; UserError naming the nearest and all there are."""
     if name not in table:
         known = [str(column) for column in table.columns]
-        raise UserError(f"{where} has no column {name!r}{suggestion(name, known)} (it has {', '.join(known)})")
+        raise UserError(
+            f"{where} has no column {name!r}{suggestion(name, known)} (it has {', '.join(known) or 'none'})"
+        )
     return table[name].reset_index(drop=True)
 
 

@@ -212,6 +212,8 @@ def open_h5ad(
 def _find_counts(file: h5py.File, path: Path, asked: str | None, n_cells: int) -> str:
     """The place that is asked for, or the one that holds the raw counts; UserError where none does."""
     matrices, setting = matrices_in(file), "counts: "
+    if not matrices:
+        raise UserError(f"{path}: has no X, raw or layers; nothing to build from")
     names = {key: read_frame(file, key).index for key in {var_key(file, place) for place in matrices}}
     n_genes = max((len(index) for index in names.values()), default=0)
     if not n_cells or not n_genes:
@@ -220,7 +222,7 @@ def _find_counts(file: h5py.File, path: Path, asked: str | None, n_cells: int) -
         return find_raw_counts(
             matrices, lambda place: names[var_key(file, place)], n_cells, name=str(path), setting=setting
         )
-    place = asked or next(iter(matrices), "X")
+    place = asked or next(iter(matrices))
     require_place(place, list(matrices), str(path))
     n_genes = len(names[var_key(file, place)])
     check_place(place, matrices, n_cells, n_genes, name=str(path), setting=setting, asked=asked is not None)
