@@ -581,6 +581,7 @@ def test_wrong_columns_are_named_with_the_nearest(tmp_path: Path, dataset: dict[
         ({"genes": {"without_id": "maybe"}}, "genes.without_id is 'maybe'"),
         ({"genes": {"map": {"human": "x"}}}, "is 'human', expected one of homo_sapiens, mus_musculus"),
         ({"dataset": {"cuonts": "X"}}, "datasets[1].cuonts is not a setting; did you mean counts?"),
+        ({"dataset": {"organism": ["x"]}}, "datasets[1].organism is ['x'], expected one of homo_sapiens"),
         ({"dataset": {"organism": "rat"}}, "datasets[1].organism is 'rat', expected one of homo_sapiens"),
         (
             {"dataset": {"obs": {"celltype": "x"}}},

@@ -268,6 +268,7 @@ def test_no_gap_in_a_manifest_is_a_traceback(
         ('{"stages": {"train": null}}', "is damaged"),
         ('{"stages": {}, "committing": 5}', "is damaged"),
         ('{"stages": {}, "redoing": 5}', "is damaged"),
+        ('{"stages": {}, "redoing": []}', "is damaged"),
         ("\udcff", "is damaged"),
     ],
     ids=range(9),

@@ -83,7 +83,8 @@ class Workspace:
             return {"stages": {}}
         try:
             manifest = dict(read_json(path))
-            dict(manifest.get("redoing", {}))
+            if not isinstance(manifest.get("redoing", {}), dict):
+                raise TypeError("redoing is no mapping of stages")
             names = [
                 name
                 for records in (manifest["stages"], manifest.get("committing", {}))

@@ -19,8 +19,8 @@ from census_scvi.workspace.uri import local_path
 
 def _organism(value: object) -> object:
     name = value.strip().lower().replace(" ", "_") if isinstance(value, str) else value
-    if name not in ORGANISMS:
-        raise ValueError(f"is {value!r}, expected one of {', '.join(ORGANISMS)}")
+    if name not in list(ORGANISMS):  # which a list, without a hash, can be compared with
+        raise ValueError(f"is {shown(value)}, expected one of {', '.join(ORGANISMS)}")
     return name
 
 
