@@ -14,6 +14,7 @@ from census_scvi import config_errors, run_names
 from census_scvi.cli import main
 from census_scvi.config import Config, digest, flatten, load_config
 from census_scvi.errors import UserError
+from census_scvi.paths import expand
 
 ROOT = Path(__file__).parents[1]
 
@@ -447,6 +448,12 @@ PLACES = [
     "census.uri", "output.directory", "publish.experiment_uri", "publish.model_uri", "query.file", "query.output",
     "query.model", "query.embedding", "evaluate.folder", "evaluate.embeddings.mine",
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("home", "path", "expected"), [("/", "~/x", "/x"), ("/", "~", "/"), ("/a/", "~/x", "/a/x")])
+def test_a_home_that_ends_in_a_slash(home: str, path: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", home)
+    assert expand(path) == expected
 
 
 @pytest.mark.parametrize("setting", PLACES)

@@ -384,6 +384,29 @@ def test_a_file_that_is_not_whole_in_itself_is_refused_by_name(
         assert "\n" not in str(error.value)
 
 
+def test_many_datasets_that_declare_much_together_are_refused(tmp_path: Path) -> None:
+    cells(ALL).write_h5ad(tmp_path / "a.h5ad")
+    with h5py.File(tmp_path / "a.h5ad", "r+") as file:
+        for number in range(20):
+            file.create_dataset(f"uns/{number}", (60_000_000,), "i1")
+    with pytest.raises(UserError, match=r"a\.h5ad declares 1\.2 GB in a file of"):
+        open_h5ad(tmp_path / "a.h5ad", organism=ORGANISM)
+
+
+def test_a_row_of_more_entries_than_there_are_genes_is_damage(tmp_path: Path) -> None:
+    cells(ALL).write_h5ad(tmp_path / "a.h5ad")
+    with h5py.File(tmp_path / "a.h5ad", "r+") as file:
+        n_cells, n_genes = file["X"].attrs["shape"]
+        for name in ("data", "indices", "indptr"):
+            del file["X"][name]
+        ends = np.full(n_cells + 1, 9 * n_genes)
+        ends[0] = 0
+        file["X/data"], file["X/indptr"] = np.ones(9 * n_genes, np.float32), ends
+        file["X/indices"] = np.tile(np.arange(n_genes), 9)
+    with pytest.raises(UserError, match="X: indptr does not fit data and shape"):
+        open_h5ad(tmp_path / "a.h5ad", organism=ORGANISM)
+
+
 def test_links_within_a_file_are_read_and_circles_end(tmp_path: Path) -> None:
     cells(ALL).write_h5ad(tmp_path / "a.h5ad")
     with h5py.File(tmp_path / "a.h5ad", "r+") as file:

@@ -102,6 +102,11 @@ def test_mistakes(finished_run: Run, query: Path, tmp_path: Path, capsys: pytest
         (f"query.file={query}", f"query.output={tmp_path}/no/such/folder.h5ad"): "does not exist; make the folder",
         ("query.file=none.h5ad",): "none.h5ad: no such file",
         (f"query.file={query}", "query.labels=[cell_tipe]"): "did you mean cell_type?",
+        (
+            f"query.file={query}",
+            "query.obs_filter=tissue == 'Blut'",
+        ): "query.obs_filter \"tissue == 'Blut'\" matches",
+        (f"query.file={query}", "query.obs_filter=nnz == 'few'"): "query.obs_filter \"nnz == 'few'\" cannot be used",
         (f"query.file={query}", "query.counts=X"): "holds no raw counts",
         (f"query.file={query}", f"query.model={tmp_path}"): "holds no provenance.json",
         (f"query.file={query}", "query.n_neighbors=5"): "did you mean query.n_neighbours?",

@@ -271,7 +271,7 @@ def test_no_gap_in_a_manifest_is_a_traceback(
         ('{"stages": {}, "redoing": []}', "is damaged"),
         ("\udcff", "is damaged"),
     ],
-    ids=range(9),
+    ids=range(10),
 )
 def test_a_manifest_that_is_none(text: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_bytes(text.encode(errors="surrogateescape"))

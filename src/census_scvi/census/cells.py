@@ -14,9 +14,9 @@ import tiledbsoma
 
 from census_scvi.census.open import Census, cannot_be_read, is_damage
 from census_scvi.config import Config
-from census_scvi.config_errors import suggestion
+from census_scvi.config_errors import shown, suggestion
 from census_scvi.errors import UserError
-from census_scvi.obs_filter import usable_filter
+from census_scvi.obs_filter import FilterError, usable_filter
 
 _SEPARATOR = "|"
 
@@ -85,10 +85,11 @@ def select_cells(
         codes.append(_batch_codes(table.select(batch_key).to_pandas().set_axis(range(len(table))), labels))
     cells = np.concatenate(joinids) if joinids else np.empty(0, np.int64)
     if not len(cells):
-        by_config = setting.startswith("census.")
+        if not setting.startswith("census."):
+            raise _matches_none(census, value_filter, setting)
         raise UserError(
             f"no cell of {census.identity['uri']} ({census.identity['organism']}) matches {value_filter!r};"
-            f" change {'census.obs_query, census.obs_query_model or hvg.min_genes' if by_config else setting}"
+            " change census.obs_query, census.obs_query_model or hvg.min_genes"
         )
     return _in_order(cells, np.concatenate(codes), labels)
 
@@ -98,8 +99,13 @@ def matching_joinids(census: Census, obs_filter: str | None, setting: str = "obs
     tables = [table["soma_joinid"].to_numpy() for table in read_obs(census, obs_filter, ["soma_joinid"], setting)]
     joinids = np.sort(np.concatenate([np.empty(0, np.int64), *tables]))
     if not len(joinids):
-        raise UserError(f"no cell of {census.identity['uri']} matches {obs_filter!r}; change {setting}")
+        raise _matches_none(census, obs_filter, setting)
     return joinids
+
+
+def _matches_none(census: Census, value_filter: str | None, setting: str) -> FilterError:
+    where = f"{census.identity['uri']} ({census.identity['organism']})"
+    return FilterError(f"{setting} {shown(value_filter)} matches no cell of {where}; change it")
 
 
 def require_columns(census: Census, columns: list[str], setting: str) -> None:
@@ -136,7 +142,7 @@ def read_obs(
         if value_filter is None or is_damage(error):
             raise cannot_be_read(census.experiment.obs.uri, error) from None
         reason = str(error).strip().partition("\n")[0].removeprefix("SOMAError: ")
-        raise UserError(f"{setting} {value_filter!r} cannot be used on obs: {reason}") from None
+        raise FilterError(f"{setting} {shown(value_filter)} cannot be used on obs: {reason}") from None
 
 
 def batch_label(values: tuple[Any, ...]) -> str:

@@ -125,7 +125,7 @@ class KeptMinibatches:
             else:
                 met.clear()
             yield minibatch
-        self._kept = met if n_bytes <= self._most else []
+        self._kept = met  # nothing, where there was more than may be kept
 
 
 def _cut(windows: Iterator[Rows], sizes: Iterable[int]) -> Iterator[list[Rows]]:

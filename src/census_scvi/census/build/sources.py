@@ -250,19 +250,12 @@ def _find_genes(
     columns = np.flatnonzero(rows.is_gene)
     if not len(columns):
         raise UserError(f"{path}: {rows}; nothing is left to build from")
-    places = dict(name_columns(var))
     recognised = {
-        where: int(_recognised(names[rows.is_gene], organism, gene_map).sum()) for where, names in places.items()
+        where: int(_recognised(names[rows.is_gene], organism, gene_map).sum()) for where, names in name_columns(var)
     }
-    best = max(recognised, key=recognised.__getitem__)
-    asked = best if gene_id is None else "var_names" if gene_id == "index" else f"var[{gene_id!r}]"
-    if asked not in places:
-        places[asked] = table_column(var, str(gene_id), f"{path}: var").astype(str)
-    if asked != "var_names" and gene_id is None:
-        numbers = f"{recognised[asked]:,} of {len(columns):,} genes, var_names {recognised['var_names']:,}"
-        logger.info("%s: genes are taken from %s, which names %s", path, asked, numbers)
-    proposal = _proposal(asked, best, recognised, obs, organism, gene_map)
-    names = strip_version(clean_names(places[asked])[rows.is_gene])
+    asked, names = _gene_names(path, var, gene_id, recognised, len(columns))
+    proposal = _proposal(asked, recognised, obs, organism, gene_map)
+    names = strip_version(clean_names(names)[rows.is_gene])
     if gene_map is not None and (twice := named_twice(names, names.map(gene_map.id_of_symbol))).any():
         logger.warning("%s: %s rows are excluded: %s", path, f"{twice.sum():,}", NAMED_TWICE)
         names, columns = names[~twice], columns[~twice]
@@ -285,6 +278,24 @@ def _find_genes(
     return replace(genes, column_to_gene=column_to_gene, report=report), rows.is_expression
 
 
+def _gene_names(
+    path: Path, var: pd.DataFrame, gene_id: str | None, recognised: Mapping[str, int], n_genes: int
+) -> tuple[str, pd.Series]:
+    """Where the genes are named, as asked for or where most are `recognised`, and the names there, (rows of var,)."""
+    asked = _best_place(recognised) if gene_id is None else "var_names" if gene_id == "index" else f"var[{gene_id!r}]"
+    if gene_id is None and asked != "var_names":
+        numbers = f"{recognised[asked]:,} of {n_genes:,} genes, var_names {recognised['var_names']:,}"
+        logger.info("%s: genes are taken from %s, which names %s", path, asked, numbers)
+    places = dict(name_columns(var))
+    if asked not in places:
+        places[asked] = table_column(var, str(gene_id), f"{path}: var").astype(str)
+    return asked, places[asked]
+
+
+def _best_place(recognised: Mapping[str, int]) -> str:
+    return max(recognised, key=recognised.__getitem__)
+
+
 def _recognised(names: pd.Series, organism: str, gene_map: GeneMap | None) -> pd.Series:
     """Which names are Ensembl ids of the organism, or symbols of the map."""
     ids = strip_version(clean_names(names))
@@ -294,14 +305,13 @@ def _recognised(names: pd.Series, organism: str, gene_map: GeneMap | None) -> pd
 
 def _proposal(
     asked: str,
-    best: str,
     recognised: Mapping[str, int],
     obs: pd.DataFrame,
     organism: str,
     gene_map: GeneMap | None,
 ) -> str:
     """Where more genes would be recognised than in the place that was asked for, or ""."""
-    here = recognised.get(asked, 0)
+    here, best = recognised.get(asked, 0), _best_place(recognised)
     if recognised[best] > here:
         column = "index" if best == "var_names" else best.removeprefix("var['").removesuffix("']")
         return f"{best} names {recognised[best]:,} genes, {asked} {here:,}: take it with gene_id: {column}"
