@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -11,7 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from census_scvi import cli
+from census_scvi.config import Config
 from census_scvi.errors import UserError
+from census_scvi.model.published import fetch
+from census_scvi.stages.plan import Plan
 from census_scvi.workspace.uri import without_credentials
 
 FORMS = {
@@ -95,3 +99,17 @@ def test_neither_errors_nor_logs_nor_tracebacks_show_them(kind: Any, capsys: pyt
     assert "cret" not in shown
     assert "s3://***@bucket is not there\\x1b[2J\\x9b1m" in shown
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", shown)
+
+
+def test_a_dry_run_shows_no_credentials() -> None:
+    places = {"uri": "https://user:se/cret@host/census", "tiledb": {"vfs.s3.aws_secret_access_key": "cret"}}
+    config = Config.model_validate({"census": places, "publish": {"model_uri": "s3://key:se/cret@bucket/model"}})
+    shown = Plan("publish", [], [], cells=1, genes=1, memory=1, disk=1, seconds=1).text(config)
+    assert "cret" not in shown.replace("secret", "")
+    assert "model_uri: s3://***@bucket/model" in shown
+
+
+def test_a_url_that_cannot_be_split_is_not_quoted(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="it is no valid URL; write / as %2F and @ as %40 in a password") as error:
+        fetch("ftp://user:se/cret@host/path", cache=tmp_path)
+    assert "port" not in str(error.value).casefold()

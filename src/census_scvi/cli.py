@@ -157,7 +157,7 @@ def _run(stage: str, arguments: argparse.Namespace) -> None:
     # Imported only now: torch, scvi-tools and TileDB take seconds, and a wrong setting is answered at once.
     module = importlib.import_module(f"census_scvi.{_PACKAGES.get(stage, 'stages.')}{stage.replace('-', '_')}")
     if arguments.dry_run:
-        print(module.plan(config).text(config))
+        print(printable(module.plan(config).text(config)))
         return
     try:
         module.run(config, force=arguments.force)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import yaml
 
 from census_scvi.config import Config
+from census_scvi.workspace.uri import without_credentials
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,11 @@ class Plan:
     notes: list[str] = field(default_factory=list)
 
     def text(self, config: Config) -> str:
-        """The resolved config and the plan, for people."""
+        """The resolved config without credentials and the plan, for people."""
+        settings = without_credentials(config.model_dump(mode="json"))
         lines = [
             "# resolved config",
-            yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None),
+            yaml.safe_dump(settings, sort_keys=False, default_flow_style=None),
             f"# {self.stage} would",
             *(f"  read   {line}" for line in self.reads),
             *(f"  write  {line}" for line in self.writes),

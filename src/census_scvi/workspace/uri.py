@@ -61,12 +61,19 @@ def tiledb_place(place: str, what: str) -> str:
 def file_system(place: str, **options: Any) -> tuple[AbstractFileSystem, str]:
     """The fsspec file system of a place, and the path in it. fsspec itself would split a path at `::`.
 
-    `options` are those of the file system of a URL, such as `key` and `secret`.
+    `options` are those of the file system of a URL, such as `key` and `secret`. ValueError: it is no URL.
     """
     import fsspec
 
-    path = local_path(place)
-    return fsspec.url_to_fs(place, **options) if path is None else (fsspec.filesystem("file"), str(path.absolute()))
+    if (path := local_path(place)) is not None:
+        return fsspec.filesystem("file"), str(path.absolute())
+    try:
+        return fsspec.url_to_fs(place, **options)
+    except ValueError:
+        if without_credentials(place) == place:
+            raise
+        # The reason may quote a part of the password.
+        raise ValueError("it is no valid URL; write / as %2F and @ as %40 in a password, or leave it out") from None
 
 
 @contextmanager
