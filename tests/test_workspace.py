@@ -27,6 +27,7 @@ from census_scvi.query.reference import Origin, RunEmbedding
 from census_scvi.workspace import Artifacts, Workspace
 from census_scvi.workspace.atomic import write_json
 from census_scvi.workspace.identity import BLOCK_BYTES, damage, file_identity
+from census_scvi.workspace.place import recorded
 from census_scvi.workspace.provenance import peak_memory_bytes
 from census_scvi.workspace.uri import absolute, file_system, local_path, tiledb_place, without_credentials
 
@@ -203,7 +204,8 @@ def test_the_manifest_says_what_ran(tmp_path: Path) -> None:
 
 def test_peak_memory_is_this_process_s_own_and_not_its_parent_s() -> None:
     ballast = np.ones(60_000_000)  # 0.5 GB, in this process
-    code = "from census_scvi.workspace.provenance import peak_memory_bytes; print(peak_memory_bytes())"
+    code = "from census_scvi.workspace.place import recorded
+from census_scvi.workspace.provenance import peak_memory_bytes; print(peak_memory_bytes())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) < ballast.nbytes < peak_memory_bytes()
 
@@ -458,3 +460,10 @@ def test_what_lies_where_a_file_of_ours_belongs_is_neither_followed_nor_emptied(
         assert not (directory / name).exists()
     assert theirs.exists() == (kind == "link")
     assert kind != "link" or theirs.read_text() == "years of work"
+
+
+def test_a_place_in_a_record_names_no_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    folder = Path("/home/me/run/published")
+    places = {"/home/me/census": "../../census", "/home/you/census": None, "/data/census": None, "s3://b/c": "s3://b/c"}
+    assert {place: recorded(place, folder) for place in places} == places
