@@ -23,6 +23,7 @@ from census_scvi.errors import UserError
 from census_scvi.model.build import build_model
 from census_scvi.model.encode import Encoder, batch_labels, extend_batches, reference_latent
 from census_scvi.model.safe import load_safe
+from census_scvi.stages.latent_store import LatentStore
 
 
 def library_latent(run: Run, census: str) -> tuple[np.ndarray, np.ndarray, ad.AnnData]:
@@ -410,3 +411,10 @@ def test_done_is_skipped(finished_run: Run, capsys: pytest.CaptureFixture[str]) 
         assert finished_run(stage) == 0
         assert f"{stage} is done for these settings" in capsys.readouterr().err
     assert finished_run.path("manifest.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("cells", ["1e999", '"many"', "-1", "11", "[]"])
+def test_a_damaged_count_of_embedded_cells_is_said(cells: str, tmp_path: Path) -> None:
+    (tmp_path / "progress.json").write_text(f'{{"cells": {cells}}}')
+    with pytest.raises(UserError, match=r"progress.json .*; --force embeds all cells again"):
+        LatentStore(tmp_path, 10, 3)
