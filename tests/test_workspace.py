@@ -204,8 +204,7 @@ def test_the_manifest_says_what_ran(tmp_path: Path) -> None:
 
 def test_peak_memory_is_this_process_s_own_and_not_its_parent_s() -> None:
     ballast = np.ones(60_000_000)  # 0.5 GB, in this process
-    code = "from census_scvi.workspace.place import recorded
-from census_scvi.workspace.provenance import peak_memory_bytes; print(peak_memory_bytes())"
+    code = "from census_scvi.workspace.provenance import peak_memory_bytes; print(peak_memory_bytes())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) < ballast.nbytes < peak_memory_bytes()
 
