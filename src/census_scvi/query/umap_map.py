@@ -8,7 +8,10 @@ import numpy as np
 import numpy.typing as npt
 import umap
 
+from census_scvi.query.compiled import keep_compiled
 from census_scvi.query.neighbours import NeighbourIndex, Points
+
+keep_compiled("umap")
 
 _NEIGHBOURS = 15
 # Of fewer cells UMAP makes no map.
