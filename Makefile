@@ -23,13 +23,14 @@ demo: env ## the whole pipeline on a small made-up Census
 notebooks: env ## run the notebooks on what `make demo` made, and keep what they put out
 	.venv/bin/python notebooks/execute.py
 
+# Workers begin with neighbouring tests, which share what a module sets up, and take over from each other at the end.
 test: env ## all tests; PYTEST_ARGS="-k name -x" are passed on
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 # New examples for every seed; the one that fails is printed, to be kept as an @example of its test.
 fuzz: env ## property-based tests with new random examples; SEEDS="1 2 3", PYTEST_ARGS="tests/test_hvg.py" are passed on
 	@for seed in $(SEEDS); do echo "seed $$seed"; \
-	  OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n $(WORKERS) -m hypothesis \
+	  OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n $(WORKERS) --dist worksteal -m hypothesis \
 	    --hypothesis-profile=fuzz --hypothesis-seed=$$seed $(PYTEST_ARGS) || exit 1; done
 
 lint: env ## ruff and mypy

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import runpy
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,61 @@ SMALL: dict[str, Any] = {
     "latent": {"block_size": 512},
     "evaluate": {"measured_cells": 300, "batches": ["dataset_id"]},
 }
+
+
+# What takes seconds to import: imported once, by the process that the processes of tests are forked from.
+_forks = multiprocessing.get_context("forkserver")
+_forks.set_forkserver_preload(
+    [
+        "census_scvi.stages.prepare",
+        "census_scvi.stages.train",
+        "census_scvi.stages.create_latent_update",
+        "census_scvi.stages.publish",
+        "census_scvi.stages.verify",
+        "census_scvi.map_query",
+        "census_scvi.evaluation.evaluate",
+    ]
+)
+
+
+def forked(
+    work: Callable[..., object], *arguments: Any, cwd: Path | None = None, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """A call in a process of its own, which begins where a new one has imported its libraries.
+
+    Its exit code is what `sys.exit` was given, or minus the signal that ended it; its environment has `variables` too.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        out, error = (Path(folder) / name for name in ("stdout", "stderr"))
+        place = (cwd or Path.cwd(), os.environ | {"OMP_NUM_THREADS": "1"} | variables, out, error)
+        process = _forks.Process(target=_in_place, args=(*place, work, arguments))
+        process.start()
+        process.join()
+        assert process.exitcode is not None
+        return subprocess.CompletedProcess([str(work)], process.exitcode, out.read_text(), error.read_text())
+
+
+def _in_place(
+    cwd: Path, environment: dict[str, str], out: Path, error: Path, work: Callable[..., object], arguments: Any
+) -> None:
+    for stream, path in ((1, out), (2, error)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    work(*arguments)
+
+
+def run_script(script: str, *arguments: str) -> None:
+    """A script of the current folder as `python script arguments` runs it."""
+    sys.argv, sys.path[0] = [script, *arguments], str(Path(script).absolute().parent)
+    runpy.run_path(script, run_name="__main__")
+
+
+def run_code(code: str, *arguments: str) -> None:
+    """Code as `python -c code arguments` runs it."""
+    sys.argv, sys.path[0] = ["-c", *arguments], ""
+    exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
 
 
 class Run:
@@ -71,6 +130,4 @@ class Run:
     def subprocess(self, stage: str, *arguments: str, before: str = "") -> subprocess.CompletedProcess[str]:
         """The stage in a process of its own; `before` is code that runs first, for planting a failure."""
         code = f"import sys; from census_scvi.cli import main; {before}\nsys.exit(main({stage!r}, sys.argv[1:]))"
-        command = [sys.executable, "-c", code, "--config", str(self.config), *arguments]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        return forked(run_code, code, "--config", str(self.config), *arguments)
