@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from census_scvi.cli import main
@@ -58,7 +59,9 @@ def forked(
         out, error = (Path(folder) / name for name in ("stdout", "stderr"))
         place = (cwd or Path.cwd(), os.environ | {"OMP_NUM_THREADS": "1"} | variables, out, error)
         process = _forks.Process(target=_in_place, args=(*place, work, arguments))
-        process.start()
+        with pytest.MonkeyPatch.context() as patch:  # libraries read it once, in the process that is forked
+            patch.setenv("OMP_NUM_THREADS", "1")
+            process.start()
         process.join()
         assert process.exitcode is not None
         return subprocess.CompletedProcess([str(work)], process.exitcode, out.read_text(), error.read_text())
