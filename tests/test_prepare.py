@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 import scanpy as sc
 import tiledbsoma
+import tiledbsoma.io
 from hypothesis import given
 from hypothesis import strategies as st
 from pipeline import Run
@@ -322,3 +323,23 @@ def test_a_release_that_does_not_exist(demo_census: str, tmp_path: Path, capsys:
 def test_uri_wins_over_version(demo_census: str) -> None:
     with open_census(CensusSection(uri=demo_census, version="1999-01-01")) as census:
         assert census.identity["version"] is None
+
+
+def test_an_obs_column_of_the_census_that_is_replaced_is_named(
+    demo_census: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(demo_census, tmp_path / "census")
+    place = f"{tmp_path}/census/census_data/homo_sapiens"
+    with tiledbsoma.open(place) as experiment:
+        obs = experiment.obs.read().concat().to_pandas().set_index("observation_joinid")
+    with tiledbsoma.open(place, "w") as experiment:
+        tiledbsoma.io.update_obs(experiment, obs.assign(batch="plate 1"), default_index_name="observation_joinid")
+    run = Run(tmp_path, str(tmp_path / "census"), anndata={"batch_key": ["donor_id"]})
+    said = "obs column 'batch', which anndata_model.h5ad does not keep"
+    assert run("prepare") == 0
+    assert said in capsys.readouterr().err
+    donors = ad.read_h5ad(run.path("anndata_model.h5ad"), backed="r").obs
+    assert (donors["batch"].astype(str) == donors["donor_id"].astype(str)).all()
+    for unconcerned in ("anndata.batch_key=[batch]", "anndata.obs_columns=[donor_id]"):
+        assert run("prepare", unconcerned, "--dry-run") == 0
+        assert said not in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Publishing: the gates stop what is wrong and name it; what is published is read by the Census API and verified."""
 
 import errno
+import http.server
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -35,8 +37,9 @@ from census_scvi.census.embedding import published_uri
 from census_scvi.census.summary import read_summary
 from census_scvi.config import load_config
 from census_scvi.errors import UserError
+from census_scvi.model import published
 from census_scvi.model.encode import Encoder, batch_labels, reference_latent
-from census_scvi.model.published import copy_to
+from census_scvi.model.published import copy_to, fetch
 from census_scvi.model.safe import load_safe
 from census_scvi.stages import publish
 from census_scvi.stages import verify as command
@@ -290,8 +293,11 @@ def test_a_folder_that_is_not_empty_is_not_overwritten(
 ) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
-    assert run("publish", f"publish.model_uri={tmp_path}/mine") == 2
-    assert "is not empty; set publish.replace" in capsys.readouterr().err
+    for replace in ("false", "true"):
+        for place in ("mine", "mine/thesis.tex"):
+            settings = (f"publish.model_uri={tmp_path}/{place}", f"publish.replace={replace}")
+            assert run("publish", *settings, "--force") == 2
+            assert "thesis.tex'; it is left as it is: name an empty or a new folder" in capsys.readouterr().err
     for nowhere in ("/proc/model", "nosuchscheme://bucket/model"):
         assert run("publish", f"publish.model_uri={nowhere}", "--force") == 2
         assert f"publish.model_uri {nowhere} cannot be written" in capsys.readouterr().err.splitlines()[-1]
@@ -299,13 +305,45 @@ def test_a_folder_that_is_not_empty_is_not_overwritten(
     assert (tmp_path / "mine" / "thesis.tex").exists()
 
 
+def test_a_download_ends_where_more_comes_than_the_record_says(run: Run, tmp_path: Path) -> None:
+    """From a server that does not say how long a file is."""
+    assert run("publish") == 0
+    files = {path.name: path.read_bytes() for path in run.path("published").iterdir()}
+    endless = files["README.md"] + b"x" * 20_000_000
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            name = self.path.rsplit("/", 1)[-1]
+            self.send_response(200 if name in files else 404)
+            self.end_headers()
+            with suppress(ConnectionError):
+                self.wfile.write(endless if name == "README.md" else files.get(name, b""))
+
+        def do_HEAD(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None: ...
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        cache = tmp_path / "cache"
+        with pytest.raises(UserError, match=r"README.md has more than the [\d,]+ bytes expected; it is not fetched"):
+            fetch(f"http://127.0.0.1:{server.server_port}/published", cache)
+        assert not list(cache.rglob("README.md*"))
+        endless = files["README.md"]
+        folder = fetch(f"http://127.0.0.1:{server.server_port}/published", cache)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
+        server.shutdown()
+
+
 class Killed(BaseException):
     """Stands for kill -9: nothing catches it."""
 
 
-@pytest.mark.parametrize("nth", [1, 2])
+@pytest.mark.parametrize(("exchanged", "nth"), [(False, 1), (False, 2), (True, 1)])
 def test_the_copy_elsewhere_is_the_old_or_the_new_after_a_kill_and_a_full_disk(
-    nth: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    exchanged: bool, nth: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old, new, target = tmp_path / "old", tmp_path / "new", tmp_path / "models" / "v1"
     for folder in (old, new):
@@ -313,7 +351,12 @@ def test_the_copy_elsewhere_is_the_old_or_the_new_after_a_kill_and_a_full_disk(
         (folder / "provenance.json").write_text(folder.name)
     (tmp_path / "models" / "v1.old").mkdir(parents=True)  # somebody's own
     copy_to(old, str(target), replace=False)
-    real, calls = Path.rename, [0]
+    with suppress(UserError):
+        copy_to(new, str(target), replace=False)
+    assert (target / "provenance.json").read_text() == "old"
+    if not exchanged:
+        monkeypatch.setattr(published, "exchange", lambda *_: False)
+    real, calls = published.exchange if exchanged else Path.rename, [0]
 
     def dying(*arguments: Any) -> Any:
         calls[0] += 1
@@ -325,7 +368,7 @@ def test_the_copy_elsewhere_is_the_old_or_the_new_after_a_kill_and_a_full_disk(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as planted, suppress(Killed):
-        planted.setattr(Path, "rename", dying)
+        planted.setattr(*((published, "exchange") if exchanged else (Path, "rename")), dying)
         copy_to(new, str(target), replace=True)
     with monkeypatch.context() as planted, pytest.raises(OSError, match="No space left"):
         planted.setattr(shutil, "copytree", full)

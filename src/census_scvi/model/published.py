@@ -30,7 +30,7 @@ from census_scvi.model.safe import DESCRIPTION, WEIGHTS, ModelDescription, load_
 from census_scvi.model.sealed import COLUMNS, SEALED, write_sealed
 from census_scvi.paths import expand_argument
 from census_scvi.workspace import Workspace
-from census_scvi.workspace.atomic import remove, sync, sync_tree, write_json
+from census_scvi.workspace.atomic import exchange, remove, sync, sync_tree, write_json
 from census_scvi.workspace.identity import cache_folder, damage, identities
 from census_scvi.workspace.json_file import MOST_BYTES, read_json
 from census_scvi.workspace.run import SCRIPTS
@@ -135,7 +135,7 @@ def copy_to(folder: Path, uri: str, *, replace: bool) -> None:
     Raises
     ------
     UserError
-        Something else is there and `replace` is false, or the place cannot be written.
+        A published model is there and `replace` is false, anything else is there, or the place cannot be written.
     """
     try:
         system, target = file_system(uri)
@@ -143,10 +143,7 @@ def copy_to(folder: Path, uri: str, *, replace: bool) -> None:
             with system.open(f"{target}/{PROVENANCE}", "rb") as file:
                 if file.read() == (folder / PROVENANCE).read_bytes():
                     return
-        if system.exists(target) and system.ls(target) and not replace:
-            raise UserError(
-                f"publish.model_uri {uri} is not empty; set publish.replace to true to replace what is there"
-            )
+        _require_free(system, target, uri, {file.name for file in folder.iterdir()}, replace=replace)
         if (path := local_path(uri)) is not None:
             _copy_local(folder, path)
             return
@@ -163,18 +160,36 @@ def copy_to(folder: Path, uri: str, *, replace: bool) -> None:
 _SAID_ELSEWHERE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
+def _require_free(system: AbstractFileSystem, target: str, uri: str, files: set[str], *, replace: bool) -> None:
+    """UserError unless nothing is there, or a published model, or part of one, that may be replaced."""
+    if not system.exists(target):
+        return
+    there = [Path(entry).name for entry in system.ls(target, detail=False)] if system.isdir(target) else [target]
+    foreign = [] if PROVENANCE in there else sorted(set(there) - files)
+    if foreign:
+        raise UserError(
+            f"publish.model_uri {uri} holds no published model, but {foreign[0]!r}; it is left as it is: name an empty"
+            " or a new folder"
+        )
+    if there and not replace:
+        raise UserError(f"publish.model_uri {uri} holds another model; set publish.replace to true to replace it")
+
+
 def _copy_local(folder: Path, target: Path) -> None:
     partial, aside = (target.with_name(f".{target.name}.census-scvi-{what}") for what in ("partial", "old"))
-    if aside.is_dir() and not target.exists():  # killed between the two renames below: what was there comes back first
+    if aside.is_dir() and not target.exists():  # killed between the two renames below: the old one comes back first
         aside.rename(target)
     for leftover in (partial, aside):
         remove(leftover)
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copytree(folder, partial)
     sync_tree(partial)
-    if target.exists():
-        target.rename(aside)
-    partial.rename(target)
+    if target.exists() and exchange(partial, target):
+        aside = partial
+    else:
+        if target.exists():
+            target.rename(aside)
+        partial.rename(target)
     sync(target.parent)
     remove(aside)
 
@@ -225,9 +240,26 @@ def _get(system: AbstractFileSystem, source: str, target: Path, most_bytes: int)
         raise ValueError(f"{source} has {size:,} bytes, and {target.parent} {free:,} free; make room")
     partial = target.with_name(target.name + ".partial")
     remove(partial)
-    bar = {"desc": target.name, "unit": "B", "unit_scale": True, "leave": False, "disable": None}
-    system.get_file(source, str(partial), callback=TqdmCallback(tqdm_kwargs=bar))
-    partial.replace(target)
+    try:
+        system.get_file(source, str(partial), callback=_Download(source, min(most_bytes, free)))
+        partial.replace(target)
+    finally:
+        remove(partial)
+
+
+class _Download(TqdmCallback):
+    """Progress of a download, which ends where more bytes come than are expected: a server need not say how many."""
+
+    def __init__(self, source: str, most_bytes: int) -> None:
+        name = source.rsplit("/", 1)[-1]
+        super().__init__({"desc": name, "unit": "B", "unit_scale": True, "leave": False, "disable": None})
+        self._source, self._most_bytes = source, most_bytes
+
+    def relative_update(self, inc: int = 1) -> None:
+        """Count bytes; ValueError beyond the limit."""
+        super().relative_update(inc)
+        if self.value > self._most_bytes:
+            raise ValueError(f"{self._source} has more than the {self._most_bytes:,} bytes expected; it is not fetched")
 
 
 def load_model(uri: str, *, trust: bool = False, cache: Path | None = None) -> scvi.model.SCVI:

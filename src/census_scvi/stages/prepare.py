@@ -74,6 +74,14 @@ def _check_columns(census: Census, config: Config) -> None:
     soma_filter(census, config.census.obs_query_model, "census.obs_query_model")
     if config.hvg.min_genes:
         require_columns(census, ["nnz"], "hvg.min_genes")
+    kept = config.anndata.obs_columns or census.experiment.obs.schema.names
+    if "batch" in kept and config.anndata.batch_key != ["batch"]:
+        log.warning(
+            "the Census has an obs column 'batch', which %s does not keep: its own column of that name holds the label"
+            " of anndata.batch_key (%s)",
+            config.anndata.model_filename,
+            ", ".join(config.anndata.batch_key),
+        )
 
 
 def _report_cells(cells: Cells) -> None:
