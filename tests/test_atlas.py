@@ -15,12 +15,15 @@ import pytest
 import scanpy as sc
 import scipy.sparse as sp
 import torch
+import umap.layouts
+from numba.core.registry import CPUDispatcher
 from pipeline import Run
 from scipy.spatial.distance import pdist
 from sklearn.metrics import balanced_accuracy_score
 
 from census_scvi import Atlas, load_model
 from census_scvi.errors import UserError
+from census_scvi.query.compile_cache import keep_compiled
 from census_scvi.query.umap_map import UmapMap
 from census_scvi.umap_picture import draw_on_reference, log_pca
 
@@ -465,6 +468,19 @@ def test_a_map_of_fewer_cells_than_umap_takes(n_cells: int) -> None:
             umap.place(points), np.tile(np.median(umap.positions, axis=0), (n_cells, 1)), atol=1e-6
         )
     assert UmapMap(np.ones((n_cells, 7), np.float32)).positions.tolist() == [[0, 0]] * n_cells
+
+
+def test_what_is_compiled_of_umap_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or compiled in each process, where no folder can be written."""
+    functions = [each for each in vars(umap.layouts).values() if isinstance(each, CPUDispatcher)]
+    assert functions
+    assert all(function.stats.cache_path for function in functions)
+
+    def nowhere(_: CPUDispatcher) -> None:
+        raise RuntimeError("cannot cache function: no locator available")
+
+    monkeypatch.setattr(CPUDispatcher, "enable_caching", nowhere)
+    keep_compiled("umap")
 
 
 @pytest.mark.parametrize("counts", [np.zeros((6, 5)), np.ones((6, 1)), np.ones((1, 5)), np.full((6, 5), 3), np.eye(6)])

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import umap
 
-from census_scvi.query.compiled import keep_compiled
+from census_scvi.query.compile_cache import keep_compiled
 from census_scvi.query.neighbours import NeighbourIndex, Points
 
 keep_compiled("umap")

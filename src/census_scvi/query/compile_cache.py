@@ -1,0 +1,23 @@
+"""Keeps what numba compiles of a library from one process to the next."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import suppress
+
+from numba.core.registry import CPUDispatcher
+
+
+def keep_compiled(package: str) -> None:
+    """Let numba cache the compiled functions of an imported package on disk, as it does this project's.
+
+    UMAP does not ask for it, so that each process would compile for ten seconds, whatever the number of cells. numba
+    writes next to the package or into the user's cache folder, and compiles a function again when its file changes.
+    """
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] != package:
+            continue
+        for function in list(vars(module).values()):
+            if isinstance(function, CPUDispatcher) and function.py_func.__module__ == name:
+                with suppress(RuntimeError):  # neither folder can be written: compiled in each process, as before
+                    function.enable_caching()
