@@ -436,11 +436,11 @@ CELLS = ad.AnnData(obsm={"scvi": np.zeros((5, 4), np.float32)}, obs=pd.DataFrame
         (lambda a, _: a.normalized_expression(None, ["x"], None, library_size=0), "library_size is 0; expected a"),
         (
             lambda a, _: a.differential_expression("tissue == 'blod'", "tissue == 'lung'"),
-            "matches \"tissue == 'blod'\"; change group_a",
+            "group_a \"tissue == 'blod'\" matches no cell of .*; change it",
         ),
         (
             lambda a, _: a.differential_expression("tissue == 'blood'", "tissue == 'lnug'"),
-            "matches \"tissue == 'lnug'\"; change group_b",
+            "group_b \"tissue == 'lnug'\" matches no cell of .*; change it",
         ),
         (
             lambda a, _: a.differential_expression("tissue == 'blood'", "tisue == 'lung'"),

@@ -184,7 +184,7 @@ def test_what_cannot_be_measured_is_said_and_the_rest_is_there(finished_run: Run
 
 def test_what_stops_it(finished_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluation(finished_run, tmp_path, "evaluate.obs_filter=nnz > 1000000") == 2
-    assert "matches 'nnz > 1000000'; change evaluate.obs_filter" in capsys.readouterr().err
+    assert "evaluate.obs_filter 'nnz > 1000000' matches no cell of" in capsys.readouterr().err
     assert evaluation(finished_run, tmp_path, "evaluate.embeddings={it: other_name}") == 2
     assert "has no obsm['other_name']" in capsys.readouterr().err
     for directory, found in (

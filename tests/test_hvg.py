@@ -166,7 +166,7 @@ def test_fewer_common_genes_than_asked_for_are_all_taken(demo_census: str, tmp_p
 
 def test_no_gene_in_so_many_cells(demo_census: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert Run(tmp_path, demo_census)("prepare", "genes.min_cells=1000000") == 2
-    assert "genes.min_cells is 1,000,000 and no gene is detected in so many of the cells" in capsys.readouterr().err
+    assert "genes.min_cells is 1,000,000 and no gene is detected in that many of the cells" in capsys.readouterr().err
 
 
 def test_reading_again_where_too_few_large_counts_were_kept(demo_census: str, monkeypatch: pytest.MonkeyPatch) -> None:

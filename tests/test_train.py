@@ -385,7 +385,7 @@ REFUSED = [
     (PLAN, "{lr: -0.001}", "training_plan.lr is -0.001, expected"),
     (PLAN, "{lr: .nan}", "training_plan.lr is nan, expected a finite number above 0"),
     (PLAN, "{lr: .inf}", "training_plan.lr is inf, expected"),
-    (PLAN, "{lr: null}", "training_plan.lr is None, expected"),
+    (PLAN, "{lr: null}", "training_plan.lr is null, expected"),
     (PLAN, "{n_epochs_kl_warmup: -3}", "training_plan.n_epochs_kl_warmup is -3, expected a whole number, 0 or more"),
     (PLAN, "{n_steps_kl_warmup: -1}", "training_plan.n_steps_kl_warmup is -1, expected a whole number, 0 or more"),
     (PLAN, "{weight_decay: -1.0}", "training_plan.weight_decay is -1.0, expected a finite number, 0 or more"),
