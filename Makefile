@@ -18,7 +18,7 @@ env:
 	@PYTHON="$(PYTHON)" ./scvi-init.sh
 
 demo: env ## the whole pipeline on a small made-up Census
-	.venv/bin/python -m census_scvi.demo
+	.venv/bin/python -m census_scvi.stages.demo
 
 notebooks: env ## run the notebooks on what `make demo` made, and keep what they put out
 	.venv/bin/python notebooks/execute.py

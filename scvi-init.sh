@@ -135,7 +135,7 @@ install() {
     install_failed
   fi
   # This imports torch, so it also shows that what was installed starts.
-  gpu=$(.venv/bin/python -m census_scvi.gpu 2>>"$LOG") || fail 1 "torch is installed but does not start; see $here/$LOG"
+  gpu=$(.venv/bin/python -m census_scvi.training.gpu 2>>"$LOG") || fail 1 "torch is installed but does not start; see $here/$LOG"
   stamp "$have" >"$STAMP.new"
   mv -f "$STAMP.new" "$STAMP"
   rm -f "$STAMP.old"
@@ -171,7 +171,7 @@ export PIP_USER=0 PIP_DISABLE_PIP_VERSION_CHECK=1
 
 if [ "${1:-}" = --check-gpu ]; then
   [ -f "$STAMP" ] || fail 2 "there is no finished .venv yet; run ./scvi-init.sh first"
-  exec .venv/bin/python -m census_scvi.gpu
+  exec .venv/bin/python -m census_scvi.training.gpu
 fi
 if [ -n "$asked" ]; then find_python; fi
 look_at_venv

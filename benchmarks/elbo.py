@@ -27,7 +27,7 @@ from census_scvi.config import Config, load_config
 from census_scvi.counts import order
 from census_scvi.counts.data_module import PreparedDataModule
 from census_scvi.model.build import build_model, init_arguments
-from census_scvi.model.training import fit
+from census_scvi.training.fit import fit
 
 SETTINGS = [
     "model.n_hidden=128",

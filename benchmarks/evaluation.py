@@ -23,13 +23,13 @@ import pandas as pd
 import scvi
 import torch
 
-from census_scvi.census.build.config import load_build_config
 from census_scvi.census.open import open_census
 from census_scvi.cli import main as run_stage
 from census_scvi.config import Config, load_config
-from census_scvi.evaluation.evaluate import evaluate
-from census_scvi.evaluation.slice import BATCH, read_slice
+from census_scvi.local_census.config import load_build_config
+from census_scvi.report.slice import BATCH, read_slice
 from census_scvi.stages.build_census import build_from_config
+from census_scvi.stages.evaluate import evaluate
 from census_scvi.workspace import Artifacts
 
 CONFIGS = Path(__file__).parents[1] / "configs"

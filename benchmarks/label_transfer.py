@@ -28,12 +28,12 @@ from PIL import Image
 from sklearn.metrics import accuracy_score, recall_score
 from sklearn.neighbors import KNeighborsClassifier
 
-from census_scvi.census.build.config import load_build_config
 from census_scvi.census.genes import read_genes
 from census_scvi.cli import main as run_stage
 from census_scvi.config import Config, load_config
+from census_scvi.local_census.config import load_build_config
+from census_scvi.pictures.umap import draw_before_and_after
 from census_scvi.stages.build_census import build_from_config
-from census_scvi.umap_picture import draw_before_and_after
 from census_scvi.workspace import Artifacts
 
 CONFIGS = Path(__file__).parents[1] / "configs"

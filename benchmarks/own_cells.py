@@ -24,14 +24,14 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
+from census_scvi.annotation.held_out import HeldOut
+from census_scvi.annotation.label_transfer import FOREST, NEIGHBOURS, REGRESSION, LabelTransfer, Prediction
+from census_scvi.annotation.naming import STUDY_COLUMNS
 from census_scvi.atlas import Atlas
-from census_scvi.census.build.config import load_build_config
 from census_scvi.cli import main as run_stage
+from census_scvi.local_census.config import load_build_config
 from census_scvi.query.alignment import AlignedCells
 from census_scvi.query.cells import QueryCells
-from census_scvi.query.held_out import HeldOut
-from census_scvi.query.label_transfer import FOREST, NEIGHBOURS, REGRESSION, LabelTransfer, Prediction
-from census_scvi.query.naming import STUDY_COLUMNS
 from census_scvi.stages.build_census import build_from_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -79,8 +79,8 @@ def _build(folder: Path, arguments: argparse.Namespace) -> None:
     """The Census, a model trained a little on a few of its cells, and all its cells prepared."""
     from scale_sides import Folder, run_stage
 
-    from census_scvi.census.build.census import build_census
-    from census_scvi.census.demo.cells import demo_sources
+    from census_scvi.local_census.demo.cells import demo_sources
+    from census_scvi.local_census.write import build_census
 
     folder.mkdir(parents=True, exist_ok=True)
     paths = Folder(folder, arguments.selected)

@@ -157,8 +157,8 @@ def _measured(module: Any, density: float, device: Any) -> dict[str, Any]:
     """What a training would measure first: the faster libraries, and whether a reduced precision is slower."""
     import torch
 
-    from census_scvi.model.fast.measure import faster_libraries, measure_precision, shape_of
-    from census_scvi.model.fast.products import Libraries
+    from census_scvi.training.fast.measure import faster_libraries, measure_precision, shape_of
+    from census_scvi.training.fast.products import Libraries
 
     if device.type != "cpu":
         return {"libraries": Libraries(), "precision": None}
@@ -167,7 +167,7 @@ def _measured(module: Any, density: float, device: Any) -> dict[str, Any]:
 
 
 def _ladder(device: Any, measured: dict[str, Any]) -> list[Rung]:
-    from census_scvi.model.fast.products import Libraries
+    from census_scvi.training.fast.products import Libraries
 
     chosen, precision = measured["libraries"], measured["precision"]
     torch_alone, onednn = Libraries(), Libraries("onednn", "onednn", "onednn")
@@ -218,8 +218,8 @@ def _prepare(module: Any, rung: Rung, minibatches: list[dict[str, Any]]) -> Call
     """A training step, minibatch to updated weights, as `step(number) -> loss`."""
     import torch
 
-    from census_scvi.model.fast import negative_binomial, products
-    from census_scvi.model.fast.step import step, unused_frozen
+    from census_scvi.training.fast import negative_binomial, products
+    from census_scvi.training.fast.step import step, unused_frozen
 
     device = next(module.parameters()).device
 
@@ -266,7 +266,7 @@ def _roofline(hidden: int, n_genes: int, density: float, device: Any) -> dict[st
     """
     import torch
 
-    from census_scvi.model.fast.products import times_transposed
+    from census_scvi.training.fast.products import times_transposed
 
     left, right = torch.randn(BATCH_SIZE, hidden, device=device), torch.randn(n_genes, hidden, device=device)
     large = torch.randn(BATCH_SIZE * n_genes * 2, device=device)
@@ -392,8 +392,8 @@ def _ours(side: str, prepared: Path, hidden: int, epochs: int) -> Iterator[tuple
     from census_scvi.config import Config
     from census_scvi.counts.data_module import PreparedDataModule
     from census_scvi.model.build import build_model
-    from census_scvi.model.fast import negative_binomial
-    from census_scvi.model.training import fit
+    from census_scvi.training.fast import negative_binomial
+    from census_scvi.training.fit import fit
 
     negative_binomial._kernel("cpu")  # nor what compiles it
     settings = Config().train.model_copy(

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from census_scvi.query.label_transfer import LabelTransfer
+from census_scvi.annotation.label_transfer import LabelTransfer
 
 DIMENSIONS, DISTANCE, CELLS_OF_A_STUDY, QUERY_CELLS = 10, 6.0, 300, 600
 SPREADS, SHARES = (1.0, 1.3), (0.0, 1 / 3, 0.6, 1.0)

@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def demo_census(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a small demo Census: 1,500 human and 500 mouse cells, 600 genes each; built once a worker."""
-    from census_scvi.census.demo.cells import write_demo_census
+    from census_scvi.local_census.demo.cells import write_demo_census
 
     uri = tmp_path_factory.mktemp("demo") / "census"
     write_demo_census(uri, seed=0, scale=0.25, n_genes=600)

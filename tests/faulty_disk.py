@@ -86,8 +86,8 @@ def publish(experiment: str, publication: str, seed: int, *, replace: bool, name
     import numpy as np
     import pyarrow as pa
 
-    from census_scvi.census.embedding import EmbeddingDraft
-    from census_scvi.census.summary import _SCHEMA, append_summary
+    from census_scvi.publication.obsm import EmbeddingDraft
+    from census_scvi.publication.summary import _SCHEMA, append_summary
 
     draft = EmbeddingDraft(experiment, name, (CELLS, DIMENSIONS), publication, replace=replace)
     if draft.done:
@@ -105,7 +105,7 @@ def look(experiment: str, name: str = "scvi") -> dict[str, Any]:
     import tiledbsoma as soma
 
     from census_scvi.census.embedding import published_uri, read_embedding
-    from census_scvi.census.summary import read_summary
+    from census_scvi.publication.summary import read_summary
 
     with soma.Experiment.open(experiment) as opened:
         counts = opened.ms["RNA"].X["raw"].read().tables().concat()
@@ -151,7 +151,7 @@ def main(folder: str, library: str, kind: str, full: str, first: str, stride: st
     faults = ctypes.CDLL(library)
     import tiledbsoma  # noqa: F401  what is imported before the forks is imported once
 
-    import census_scvi.census.summary  # noqa: F401
+    import census_scvi.publication.summary  # noqa: F401
 
     replace = kind == "replacement"
     template, scratch = Path(folder) / "template", Path(folder) / "experiment"

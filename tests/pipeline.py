@@ -42,8 +42,8 @@ _forks.set_forkserver_preload(
         "census_scvi.stages.create_latent_update",
         "census_scvi.stages.publish",
         "census_scvi.stages.verify",
-        "census_scvi.map_query",
-        "census_scvi.evaluation.evaluate",
+        "census_scvi.stages.map_query",
+        "census_scvi.stages.evaluate",
     ]
 )
 

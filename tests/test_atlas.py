@@ -23,9 +23,9 @@ from sklearn.metrics import balanced_accuracy_score
 
 from census_scvi import Atlas, load_model
 from census_scvi.errors import UserError
-from census_scvi.query.compile_cache import keep_compiled
-from census_scvi.query.umap_map import UmapMap
-from census_scvi.umap_picture import draw_on_reference, log_pca
+from census_scvi.neighbors.compile_cache import keep_compiled
+from census_scvi.neighbors.umap_map import UmapMap
+from census_scvi.pictures.umap import draw_on_reference, log_pca
 
 ORGANISM = "homo_sapiens"
 
@@ -231,7 +231,7 @@ def test_mistakes_in_names_and_filters(atlas: Atlas, own_cells: ad.AnnData) -> N
 
 
 def test_a_run_on_another_census_is_refused(published: Run, demo_census: str, tmp_path: Path) -> None:
-    from census_scvi.census.demo.cells import write_demo_census
+    from census_scvi.local_census.demo.cells import write_demo_census
 
     write_demo_census(str(tmp_path / "census"), seed=1, scale=0.1, n_genes=600)
     with pytest.raises(UserError, match=r"embeds another Census than .* soma_joinids hold within one Census only"):
@@ -279,7 +279,7 @@ def test_a_picture_and_clusters_of_a_slice(atlas: Atlas) -> None:
 
 def test_clusters_are_as_good_as_scanpys() -> None:
     """The same modularity on the same graph, within what another seed changes."""
-    from census_scvi.query.clusters import leiden
+    from census_scvi.neighbors.clusters import leiden
 
     points = np.concatenate([np.random.default_rng(n).normal(6 * n, 1, (150, 5)) for n in range(4)]).astype(np.float32)
     found = leiden(points, 0.2, 0)

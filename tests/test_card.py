@@ -19,14 +19,14 @@ from census_scvi.atlas import Atlas
 from census_scvi.census.datasets import describe_data
 from census_scvi.census.embedding import published_uri
 from census_scvi.census.open import open_census
-from census_scvi.census.summary import read_summary
 from census_scvi.config import CensusSection
 from census_scvi.errors import UserError
-from census_scvi.model import markdown
-from census_scvi.stages.chain import verify
-from census_scvi.stages.record import evaluation_of
+from census_scvi.files.place import recorded, resolved
+from census_scvi.publication import markdown
+from census_scvi.publication.chain import verify
+from census_scvi.publication.record import evaluation_of
+from census_scvi.publication.summary import read_summary
 from census_scvi.workspace.identity import file_identity
-from census_scvi.workspace.place import recorded, resolved
 
 EVIL = '<script>alert(1)</script> [x](javascript:y) | # ![i](u) *b* `c` ~~s~~ $m$ _e_\n\n# Title\n---\n"q": \x1b[2J'
 
@@ -241,7 +241,7 @@ def test_code_in_markdown_ends_where_it_should() -> None:
 
 def test_old_records_are_read_as_before(run: Run) -> None:
     """A record that names its Census by an absolute path, the account that published it, and no data."""
-    from census_scvi.model.published import _seal
+    from census_scvi.model.published import seal_of
 
     assert run("publish") == 0
     path = run.path("published/provenance.json")
@@ -252,7 +252,7 @@ def test_old_records_are_read_as_before(run: Run) -> None:
     record["census"]["uri"] = str(census)
     record["embedding"]["experiment_uri"] = f"file://{census}/census_data/homo_sapiens"
     record |= {"published_by": "root", "model": record["model"] | {"uri": str(run.path("published"))}}
-    path.write_text(json.dumps({**record, "seal": _seal(record)}))
+    path.write_text(json.dumps({**record, "seal": seal_of(record)}))
     shutil.copytree(run.path("published"), run.directory.parent / "copy")
     with Atlas.open(run.directory.parent / "copy") as atlas:
         assert atlas.embeddings("soma_joinid < 9").n_obs == 9

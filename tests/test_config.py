@@ -10,11 +10,11 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from census_scvi import config_errors, run_names
 from census_scvi.cli import main
-from census_scvi.config import Config, digest, flatten, load_config
+from census_scvi.config import Config, digest, flatten, load_config, run_names
+from census_scvi.config import messages as config_errors
 from census_scvi.errors import UserError
-from census_scvi.paths import expand
+from census_scvi.files.paths import expand
 
 ROOT = Path(__file__).parents[1]
 

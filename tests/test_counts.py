@@ -18,18 +18,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from census_scvi.census import stream
-from census_scvi.counts import file_order
+from census_scvi.counts import file_order, prepared_store
 from census_scvi.counts.data_module import PreparedDataModule
 from census_scvi.counts.file_order import pools
 from census_scvi.counts.loader import MinibatchLoader
 from census_scvi.counts.minibatch import DenseMinibatches, SparseCounts, densify, sparse_minibatch
+from census_scvi.counts.prepared_store import PreparedStore
 from census_scvi.counts.reader import PreparedCells
 from census_scvi.counts.row_hash import row_hashes
 from census_scvi.counts.vector import Vector, VectorWriter
 from census_scvi.counts.writer import H5adWriter
 from census_scvi.errors import UserError
-from census_scvi.stages import prepared_store
-from census_scvi.stages.prepared_store import PreparedStore
 
 LARGEST = {"small": 9, "above uint8": 1_000, "above uint16": 100_000}
 

@@ -15,9 +15,9 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from census_scvi.census.build.sources import open_h5ad
 from census_scvi.counts.h5ad import open_file
 from census_scvi.errors import UserError
+from census_scvi.local_census.sources import open_h5ad
 from census_scvi.query.alignment import AlignedCells
 from census_scvi.query.cells import QueryCells
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from census_scvi import cli
 from census_scvi.config import Config
 from census_scvi.errors import UserError
+from census_scvi.files.uri import without_credentials
 from census_scvi.model.published import fetch
 from census_scvi.stages.plan import Plan
-from census_scvi.workspace.uri import without_credentials
 
 FORMS = {
     "user and password": "https://user:{}@host/path",

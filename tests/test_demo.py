@@ -7,7 +7,7 @@ import matplotlib.image
 import pytest
 from pipeline import ROOT
 
-from census_scvi.demo import run_demo
+from census_scvi.stages.demo import run_demo
 
 
 @pytest.mark.slow

@@ -5,9 +5,9 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from census_scvi.census.build import schema
-from census_scvi.census.demo.cells import DemoSource, demo_sources
+from census_scvi.census import schema
 from census_scvi.errors import UserError
+from census_scvi.local_census.demo.cells import DemoSource, demo_sources
 
 
 def small(seed: int) -> list[DemoSource]:

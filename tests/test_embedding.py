@@ -21,10 +21,12 @@ from cellxgene_census import _release_directory
 from cellxgene_census.experimental import get_embedding, get_embedding_metadata
 from faulty_disk import CELLS, KILLED, run_driver, small_experiment
 
-from census_scvi.census import embedding, group, summary
-from census_scvi.census.embedding import EmbeddingDraft, EmbeddingHash, published_uri, read_embedding
-from census_scvi.census.summary import append_summary, provenance_of, read_summary
+from census_scvi.census import embedding
+from census_scvi.census.embedding import EmbeddingHash, published_uri, read_embedding
 from census_scvi.errors import UserError
+from census_scvi.publication import group, summary
+from census_scvi.publication.obsm import EmbeddingDraft
+from census_scvi.publication.summary import append_summary, provenance_of, read_summary
 
 ORGANISM = "homo_sapiens"
 N_LATENT = 4
@@ -342,7 +344,7 @@ def test_the_rows_of_two_publishers_at_once_are_both_there(
 
 PUBLISHER = """
 import pathlib, sys, time
-import census_scvi.census.summary, faulty_disk
+import census_scvi.publication.summary, faulty_disk
 experiment, publication, seed, name, start = sys.argv[1:]
 while not pathlib.Path(start).exists():
     time.sleep(0.01)

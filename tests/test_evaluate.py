@@ -16,15 +16,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pipeline import Run
 
+from census_scvi.census import ontology
 from census_scvi.census.open import open_census
 from census_scvi.cli import main
 from census_scvi.config import load_config
 from census_scvi.errors import UserError
-from census_scvi.evaluation import ontology, report
-from census_scvi.evaluation.evaluate import evaluate
-from census_scvi.evaluation.groups import same_groups
-from census_scvi.evaluation.slice import read_slice
-from census_scvi.stages.record import evaluation_of
+from census_scvi.publication.record import evaluation_of
+from census_scvi.report import html as report
+from census_scvi.report.groups import same_groups
+from census_scvi.report.slice import read_slice
+from census_scvi.stages.evaluate import evaluate
 from census_scvi.workspace.identity import file_identity
 
 QUICK = ("evaluate.measured_cells=500", "evaluate.batches=[dataset_id, batch]")

@@ -26,10 +26,10 @@ from torch.nn import functional
 from waits import Waits
 
 from census_scvi.counts.minibatch import SparseCounts
-from census_scvi.model.fast import cpu_kernel, measure, negative_binomial, products, sparse_layer, torch_kernel
-from census_scvi.model.fast.decoded import Decoded
-from census_scvi.model.fast.products import Libraries
-from census_scvi.model.fast.step import encode, reason_against, step, unused_frozen
+from census_scvi.training.fast import cpu_kernel, measure, negative_binomial, products, sparse_layer, torch_kernel
+from census_scvi.training.fast.decoded import Decoded
+from census_scvi.training.fast.products import Libraries
+from census_scvi.training.fast.step import encode, reason_against, step, unused_frozen
 
 N_GENES = 60
 
@@ -417,7 +417,7 @@ def test_without_the_kernel_torch_does_it_and_it_is_said(
 def gpu_kernel() -> ModuleType:
     """Triton's kernel; where there is no GPU, by its interpreter, which shows the arithmetic, not that it compiles."""
     pytest.importorskip("triton", reason="needs Triton: pip install triton (Linux)")
-    from census_scvi.model.fast import gpu_kernel
+    from census_scvi.training.fast import gpu_kernel
 
     return gpu_kernel
 
@@ -451,7 +451,7 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from census_scvi.model.fast.gpu_kernel import _BLOCK, _WARPS, _cells
+from census_scvi.training.fast.gpu_kernel import _BLOCK, _WARPS, _cells
 
 constants = {"CELLS": 4, "ONE_ROW": True, "INFLATED": True, "SLOPES": True, "BLOCK": _BLOCK}
 types = {name: "*i64" for name in ("first", "last", "row_of_cell")} | {"genes": "*u16", "counts": "*u16"}

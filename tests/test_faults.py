@@ -19,9 +19,8 @@ import pytest
 import torch
 from pipeline import ROOT, STAGES, Run
 
-from census_scvi import demo
 from census_scvi.model.safe import load_safe
-from census_scvi.stages import build_census, verify
+from census_scvi.stages import build_census, demo, verify
 
 # Each plants a signal, kill -9 by default, at the nth call of a function of the stage.
 KILL = """
@@ -39,9 +38,9 @@ module.{name} = dying
 POINTS = {
     "prepare while it writes cells": ("prepare", "census_scvi.stages.prepare", "H5adWriter.append", 1),
     "prepare in its commit": ("prepare", "census_scvi.workspace.run", "Workspace.finish_commit", 1),
-    "train in an epoch": ("train", "census_scvi.model.finite_loss", "FiniteLoss.on_train_batch_end", 12),
+    "train in an epoch": ("train", "census_scvi.training.finite_loss", "FiniteLoss.on_train_batch_end", 12),
     "train while it saves": ("train", "census_scvi.stages.train", "save_safe", 1),
-    "latent in its third block": ("create-latent-update", "census_scvi.stages.latent_store", "LatentStore.append", 3),
+    "latent in its third block": ("create-latent-update", "census_scvi.model.latent_store", "LatentStore.append", 3),
     "latent while it writes the minified model": (
         "create-latent-update",
         "census_scvi.model.minified",
@@ -99,14 +98,14 @@ STOPS = [
     ("prepare", "census_scvi.stages.prepare.open_census", "SIGHUP"),
     ("prepare", "census_scvi.counts.writer.H5adWriter.append", "SIGTERM"),
     ("train", "census_scvi.stages.train.build_model", "SIGTERM"),
-    ("train", "census_scvi.model.finite_loss.FiniteLoss.on_train_batch_end", "SIGHUP"),
-    ("train", "census_scvi.model.finite_loss.FiniteLoss.on_train_epoch_end", "SIGINT"),
-    ("train", "census_scvi.model.finite_loss.FiniteLoss.on_train_epoch_end", "SIGTERM"),
+    ("train", "census_scvi.training.finite_loss.FiniteLoss.on_train_batch_end", "SIGHUP"),
+    ("train", "census_scvi.training.finite_loss.FiniteLoss.on_train_epoch_end", "SIGINT"),
+    ("train", "census_scvi.training.finite_loss.FiniteLoss.on_train_epoch_end", "SIGTERM"),
     ("train", "census_scvi.stages.train.save_safe", "SIGTERM"),
-    ("create-latent-update", "census_scvi.stages.latent_store.LatentStore.append", "SIGTERM"),
+    ("create-latent-update", "census_scvi.model.latent_store.LatentStore.append", "SIGTERM"),
     ("create-latent-update", "census_scvi.model.minified.H5adWriter.append", "SIGINT"),
     ("publish", "census_scvi.stages.publish.open_census", "SIGTERM"),
-    ("evaluate", "census_scvi.evaluation.evaluate.open_census", "SIGTERM"),
+    ("evaluate", "census_scvi.stages.evaluate.open_census", "SIGTERM"),
 ]
 
 
@@ -216,7 +215,8 @@ def test_the_settings_of_the_result_that_stands_make_it_the_result_again(
 
 STUCK = """
 import hashlib, os, signal, sys, threading
-from census_scvi import cli, stopping
+from census_scvi import cli
+from census_scvi.terminal import stopping
 stopping._GRACE_SECONDS = 0.2
 def work():
     threading.Timer(0.1, os.kill, [os.getpid(), signal.SIGTERM]).start()
@@ -391,7 +391,7 @@ def start(script: Path, run: Run) -> subprocess.CompletedProcess[str]:
 # On each of two processes another library is faster; each says which one it uses.
 UNLIKE = """
 import os, sys
-from census_scvi.model.fast import plan
+from census_scvi.training.fast import plan
 rank, use = os.environ.get("LOCAL_RANK", "0"), plan.products.use
 plan.faster_libraries = lambda *_: plan.Libraries(*[{"0": "onednn", "1": "torch"}[rank]] * 3)
 plan.products.use = lambda libraries: print(f"rank {rank} uses {libraries.forward}", file=sys.stderr) or use(libraries)
@@ -420,7 +420,7 @@ def test_two_cpu_processes_train_one_model_and_resume(demo_census: str, tmp_path
 
     assert killed("prepare") == 0
     script = tmp_path / "dying.py"
-    kill = {"module": "census_scvi.model.finite_loss", "name": "FiniteLoss.on_train_batch_end", "nth": 19}
+    kill = {"module": "census_scvi.training.finite_loss", "name": "FiniteLoss.on_train_batch_end", "nth": 19}
     first = "os.environ.get('LOCAL_RANK', '0') == '0'"  # the signal comes to one of the processes only
     plant = KILL.format(**kill, signal=f"SIGTERM if {first} else 0")
     script.write_text(UNLIKE + plant + TRAIN)

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from census_scvi.quality import gates
-from census_scvi.quality.gates import Gate, LatentMoments
-from census_scvi.quality.neighbours import label_share
+from census_scvi.publication import gates
+from census_scvi.publication.gates import Gate, LatentMoments
+from census_scvi.publication.neighbor_overlap import label_share
 
 N_CELLS, N_LATENT = 2000, 5
 

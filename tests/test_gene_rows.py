@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from pipeline import Run
 
 from census_scvi.atlas import Atlas
-from census_scvi.census.build.gene_ids import GeneMap
-from census_scvi.census.build.gene_rows import clean_names, find_gene_rows
-from census_scvi.census.build.sources import open_h5ad
+from census_scvi.census.gene_ids import GeneMap
+from census_scvi.census.gene_rows import clean_names, find_gene_rows
 from census_scvi.errors import UserError
+from census_scvi.local_census.sources import open_h5ad
 from census_scvi.model.safe import load_safe
 from census_scvi.query.alignment import AlignedCells, TooFewGenes
 from census_scvi.query.cells import QueryCells

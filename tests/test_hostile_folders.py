@@ -23,12 +23,12 @@ from census_scvi.census.embedding import published_uri
 from census_scvi.counts.row_hash import row_hashes
 from census_scvi.errors import UserError
 from census_scvi.model.encode import reference_latent
-from census_scvi.model.published import _seal, read_provenance
+from census_scvi.model.published import read_provenance, seal_of
 from census_scvi.model.safe import load_safe
+from census_scvi.publication import chain
+from census_scvi.publication.chain import Link, verify
 from census_scvi.query.reference import Origin
-from census_scvi.stages import chain
 from census_scvi.stages import verify as command
-from census_scvi.stages.chain import Link, verify
 from census_scvi.workspace.identity import identities
 
 Change = Callable[[Path], None]
@@ -62,7 +62,7 @@ def forge(folder: Path, change: Callable[[dict[str, Any]], Any] = lambda record:
     record["files"] = identities(folder, record["files"])
     record.pop("seal")
     record = change(record) or record
-    (folder / "provenance.json").write_text(json.dumps({**record, "seal": _seal(record)}))
+    (folder / "provenance.json").write_text(json.dumps({**record, "seal": seal_of(record)}))
 
 
 def broken(links: list[Link]) -> dict[str, str]:
@@ -209,7 +209,7 @@ def test_no_record_of_any_shape_is_a_traceback(folder: Path) -> None:
             continue
         for value in VALUES:
             record = mutated(whole, place, value)
-            (folder / "provenance.json").write_text(json.dumps({**record, "seal": _seal(record)}))
+            (folder / "provenance.json").write_text(json.dumps({**record, "seal": seal_of(record)}))
             try:
                 read = read_provenance(folder)
                 _ = Origin.of(str(folder)).section
@@ -240,7 +240,7 @@ def nested(folder: Path, name: str) -> None:
     (folder / name).write_text('{"format": 1, "files": ' + "[" * 100_000 + "]" * 100_000 + "}")
 
 
-def nested_and_sealed(folder: Path, name: str) -> None:
+def nested_andseal_ofed(folder: Path, name: str) -> None:
     (folder / name).write_text('{"format": 1, "a": ' + "[" * 300 + "]" * 300 + "}")
 
 
@@ -259,7 +259,7 @@ def pipe(folder: Path, name: str) -> None:
     ("harm", "words"),
     [
         (nested, "it is nested deeper than 50 levels"),
-        (nested_and_sealed, "it is nested deeper than 50 levels"),
+        (nested_andseal_ofed, "it is nested deeper than 50 levels"),
         (huge, "it has 1,099,511,627,776 bytes, and no more than 33,554,432 are read"),
         (pipe, "it is no file"),
         (lambda folder, name: (folder / name).write_bytes(b"\xff\xfe\x00"), "codec can't decode"),
@@ -345,7 +345,7 @@ def test_weights_that_are_none_are_refused(harm: Change, words: str, folder: Pat
 # --- the sealed sample
 
 
-def in_sealed(change: Callable[[h5py.File], Any]) -> Change:
+def inseal_ofed(change: Callable[[h5py.File], Any]) -> Change:
     def harm(folder: Path) -> None:
         with h5py.File(folder / "sealed_sample.h5ad", "r+") as file:
             change(file)
@@ -360,7 +360,7 @@ def replaced(name: str, value: Any) -> Change:
         file[name] = value
         file[name].attrs.update(attributes)
 
-    return in_sealed(change)
+    return inseal_ofed(change)
 
 
 def bomb(file: h5py.File) -> None:
@@ -381,19 +381,19 @@ def elsewhere(file: h5py.File) -> None:
 @pytest.mark.parametrize(
     "harm",
     [
-        in_sealed(bomb),
-        in_sealed(small_bombs),
-        in_sealed(elsewhere),
-        in_sealed(lambda file: file["X/indices"].__setitem__(0, 2**31 - 1)),
-        in_sealed(lambda file: file["X/indices"].__setitem__(0, -5)),
-        in_sealed(lambda file: file["X/indptr"].__setitem__(1, 2**30)),
-        in_sealed(lambda file: file["X/data"].__setitem__(0, np.nan)),
-        in_sealed(lambda file: file["X/data"].__setitem__(0, -3.0)),
-        in_sealed(lambda file: file.__delitem__("X")),
-        in_sealed(lambda file: file.__delitem__("obsm")),
-        in_sealed(lambda file: file.__delitem__("obs/soma_joinid")),
-        in_sealed(lambda file: file.__delitem__("obs/count_hash")),
-        in_sealed(lambda file: file["X"].attrs.__setitem__("encoding-type", "no such type")),
+        inseal_ofed(bomb),
+        inseal_ofed(small_bombs),
+        inseal_ofed(elsewhere),
+        inseal_ofed(lambda file: file["X/indices"].__setitem__(0, 2**31 - 1)),
+        inseal_ofed(lambda file: file["X/indices"].__setitem__(0, -5)),
+        inseal_ofed(lambda file: file["X/indptr"].__setitem__(1, 2**30)),
+        inseal_ofed(lambda file: file["X/data"].__setitem__(0, np.nan)),
+        inseal_ofed(lambda file: file["X/data"].__setitem__(0, -3.0)),
+        inseal_ofed(lambda file: file.__delitem__("X")),
+        inseal_ofed(lambda file: file.__delitem__("obsm")),
+        inseal_ofed(lambda file: file.__delitem__("obs/soma_joinid")),
+        inseal_ofed(lambda file: file.__delitem__("obs/count_hash")),
+        inseal_ofed(lambda file: file["X"].attrs.__setitem__("encoding-type", "no such type")),
         replaced("obsm/X_scvi", np.zeros((40, 9), np.float32)),
         replaced("obsm/X_scvi", np.full((40, 4), "x", dtype=h5py.string_dtype())),
         replaced("obs/soma_joinid", np.full(40, 7)),
@@ -403,7 +403,7 @@ def elsewhere(file: h5py.File) -> None:
         lambda folder: (folder / "sealed_sample.h5ad").write_text("no HDF5"),
     ],
 )
-def test_a_sealed_sample_that_is_none_is_refused(harm: Change, folder: Path) -> None:
+def test_aseal_ofed_sample_that_is_none_is_refused(harm: Change, folder: Path) -> None:
     harm(folder)
     forge(folder)
     found = broken(verify(str(folder)))
@@ -411,7 +411,7 @@ def test_a_sealed_sample_that_is_none_is_refused(harm: Change, folder: Path) -> 
     assert all("cannot be checked" not in words and "\n" not in words for words in found.values()), found
 
 
-def test_other_counts_than_were_sealed_are_found(folder: Path) -> None:
+def test_other_counts_than_wereseal_ofed_are_found(folder: Path) -> None:
     sealed = ad.read_h5ad(folder / "sealed_sample.h5ad")
     sealed.X.data[:3] += 1
     sealed.write_h5ad(folder / "sealed_sample.h5ad")

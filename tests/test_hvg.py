@@ -13,8 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pipeline import Run
 
-from census_scvi.census.build.census import build_census
-from census_scvi.census.build.sources import open_h5ad
 from census_scvi.census.cells import Cells, select_cells
 from census_scvi.census.genes import read_genes, select_genes
 from census_scvi.census.hvg import select
@@ -22,6 +20,8 @@ from census_scvi.census.hvg.seurat_v3 import mean_and_variance, normalised_varia
 from census_scvi.census.hvg.tally import GeneTally
 from census_scvi.census.open import open_census
 from census_scvi.config import CensusSection, HvgSection
+from census_scvi.local_census.sources import open_h5ad
+from census_scvi.local_census.write import build_census
 
 
 def tally_of(matrix: np.ndarray, batches: np.ndarray, kept: int) -> GeneTally:

@@ -17,8 +17,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from census_scvi import gpu
-from census_scvi.gpu import Facts, describe
+from census_scvi.training import gpu
+from census_scvi.training.gpu import Facts, describe
 
 ROOT = Path(__file__).parents[1]
 # All that scvi-init.sh and the made-up Pythons may use; the real Pythons stay out of sight.
@@ -31,7 +31,7 @@ case "$1 $2" in
   "-c "*) echo {version} ;;
   "-m venv") rm -rf "$4"; mkdir -p "$4/bin"; cp "$0" "$4/bin/python" ;;
   "-m pip") echo "$@" >> pip-calls; eval "${{FAKE_PIP:-true}}" ;;
-  "-m census_scvi.gpu") eval "${{FAKE_GPU:-echo GPU: none}}" ;;
+  "-m census_scvi.training.gpu") eval "${{FAKE_GPU:-echo GPU: none}}" ;;
 esac
 """
 BROKEN_SHIM = "#!/usr/bin/env bash\necho 'pyenv: command not found' >&2\nexit 127\n"

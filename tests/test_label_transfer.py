@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from sklearn.neighbors import KNeighborsClassifier
 
+from census_scvi.annotation.label_transfer import LabelTransfer
 from census_scvi.errors import UserError
-from census_scvi.query.label_transfer import LabelTransfer
-from census_scvi.query.neighbours import NeighbourIndex
+from census_scvi.neighbors.index import NeighbourIndex
 
 CENTRES = {"B cell": (0, 0, 0), "T cell": (9, 0, 0), "monocyte": (0, 9, 0), "NK cell": (9, 9, 0)}
 

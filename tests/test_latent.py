@@ -22,8 +22,8 @@ from census_scvi.census.genes import read_genes, write_genes
 from census_scvi.errors import UserError
 from census_scvi.model.build import build_model
 from census_scvi.model.encode import Encoder, batch_labels, extend_batches, reference_latent
+from census_scvi.model.latent_store import LatentStore
 from census_scvi.model.safe import load_safe
-from census_scvi.stages.latent_store import LatentStore
 
 
 def library_latent(run: Run, census: str) -> tuple[np.ndarray, np.ndarray, ad.AnnData]:

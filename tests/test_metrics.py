@@ -17,13 +17,13 @@ from sklearn.neighbors import NearestNeighbors
 from sklearn.svm import SVC
 
 from census_scvi.errors import UserError
-from census_scvi.evaluation import classify
-from census_scvi.evaluation.biology import biology
-from census_scvi.evaluation.entropy import neighbour_entropy
-from census_scvi.evaluation.interval import interval
-from census_scvi.evaluation.mixing import mixing
-from census_scvi.evaluation.score import CHANCE, LEGACY, MIXED, SOUND, WITHIN, Score
-from census_scvi.evaluation.space import Space
+from census_scvi.metrics import classify
+from census_scvi.metrics.biology import biology
+from census_scvi.metrics.entropy import neighbour_entropy
+from census_scvi.metrics.interval import interval
+from census_scvi.metrics.mixing import mixing
+from census_scvi.metrics.score import CHANCE, LEGACY, MIXED, SOUND, WITHIN, Score
+from census_scvi.metrics.space import Space
 
 TYPES = np.array(["B cell", "T cell", "monocyte"], dtype=object)
 STUDIES = np.array(["one", "two", "three"], dtype=object)

@@ -19,12 +19,12 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
+from census_scvi.annotation.baselines import Baselines
+from census_scvi.annotation.held_out import HeldOut, hold_out
+from census_scvi.annotation.label_transfer import METHODS
+from census_scvi.annotation.naming import EMPTY, PREDICTION, Naming
 from census_scvi.errors import UserError
-from census_scvi.quality_picture import draw_quality
-from census_scvi.query.baselines import Baselines
-from census_scvi.query.held_out import HeldOut, hold_out
-from census_scvi.query.label_transfer import METHODS
-from census_scvi.query.naming import EMPTY, PREDICTION, Naming
+from census_scvi.pictures.annotation_quality import draw_quality
 
 N_GENES, TYPES = 60, np.array(["B cell", "T cell", "monocyte"], dtype=object)
 

@@ -66,7 +66,7 @@ def test_the_size_of_runs_pools_and_parts_changes_the_order_alone(
 ) -> None:
     monkeypatch.setattr("census_scvi.census.stream.X_TILE", 97)
     monkeypatch.setattr("census_scvi.counts.file_order.POOL_RUNS", 3)
-    monkeypatch.setattr("census_scvi.stages.prepared_store.PART_POOLS", part_pools)
+    monkeypatch.setattr("census_scvi.counts.prepared_store.PART_POOLS", part_pools)
     run = Run(tmp_path, demo_census)
     assert run("prepare") == 0
     ours, theirs = (ad.read_h5ad(r.path("anndata_model.h5ad")) for r in (run, finished_run))

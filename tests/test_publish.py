@@ -34,18 +34,19 @@ from test_faults import KILL
 
 import census_scvi
 from census_scvi.census.embedding import published_uri
-from census_scvi.census.summary import read_summary
 from census_scvi.config import load_config
 from census_scvi.errors import UserError
-from census_scvi.model import published
+from census_scvi.files.lock import directory_lock
 from census_scvi.model.encode import Encoder, batch_labels, reference_latent
-from census_scvi.model.published import copy_to, fetch
+from census_scvi.model.published import fetch
 from census_scvi.model.safe import load_safe
+from census_scvi.publication import folder as published
+from census_scvi.publication.chain import Link, verify
+from census_scvi.publication.folder import copy_to
+from census_scvi.publication.summary import read_summary
 from census_scvi.stages import publish
 from census_scvi.stages import verify as command
-from census_scvi.stages.chain import Link, verify
 from census_scvi.workspace.identity import identities
-from census_scvi.workspace.lock import directory_lock
 
 ORGANISM = "homo_sapiens"
 Latent = np.ndarray
@@ -541,7 +542,7 @@ def test_two_rows_that_change_places_in_the_census_are_caught(run: Run) -> None:
 
 
 def test_another_census_is_caught(run: Run, demo_census: str, tmp_path: Path) -> None:
-    from census_scvi.census.demo.cells import write_demo_census
+    from census_scvi.local_census.demo.cells import write_demo_census
 
     assert run("publish") == 0
     write_demo_census(str(tmp_path / "other"), seed=5, scale=0.1, n_genes=200)
@@ -592,7 +593,7 @@ def another_build(demo_census: str, folder: Path) -> str:
 def test_an_experiment_of_another_census_is_refused(
     run: Run, demo_census: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from census_scvi.census.demo.cells import write_demo_census
+    from census_scvi.local_census.demo.cells import write_demo_census
 
     write_demo_census(str(tmp_path / "other"), seed=5, scale=0.1, n_genes=200)
     target = f"publish.experiment_uri={tmp_path}/other/census_data/{ORGANISM}"

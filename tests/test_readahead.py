@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from census_scvi.readahead import read_ahead
+from census_scvi.files.readahead import read_ahead
 
 
 @given(st.lists(st.integers(), max_size=20), st.integers(0, 4))

@@ -20,12 +20,12 @@ import yaml
 from pipeline import ROOT, STAGES, Run
 
 from census_scvi import Atlas
-from census_scvi.census.build.census import BuildReport
-from census_scvi.census.build.config import load_build_config
 from census_scvi.cli import main
 from census_scvi.config import Config, load_config
+from census_scvi.local_census.config import load_build_config
+from census_scvi.local_census.write import BuildReport
+from census_scvi.publication.chain import verify
 from census_scvi.stages.build_census import build_from_config
-from census_scvi.stages.chain import verify
 from census_scvi.workspace import Artifacts, Workspace
 
 pytestmark = pytest.mark.slow

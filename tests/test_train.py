@@ -25,22 +25,24 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from waits import Waits
 
-from census_scvi import progress
 from census_scvi.cli import main
 from census_scvi.config import TrainSection, load_config
-from census_scvi.config_names import MEASURED
+from census_scvi.config.names import MEASURED
 from census_scvi.counts.data_module import PreparedDataModule
 from census_scvi.errors import UserError
-from census_scvi.model import finite_loss, training, training_progress
 from census_scvi.model.build import build_model, init_arguments
-from census_scvi.model.fast import negative_binomial, products
-from census_scvi.model.fast import plan as fast_plan
-from census_scvi.model.fast.measure import Precision
-from census_scvi.model.fast.plan import FastTrainingPlan
-from census_scvi.model.fast.products import Libraries
 from census_scvi.model.safe import load_safe
-from census_scvi.model.schedule import warnings_before
 from census_scvi.stages import train
+from census_scvi.terminal import progress
+from census_scvi.training import finite_loss
+from census_scvi.training import fit as training
+from census_scvi.training import progress as training_progress
+from census_scvi.training.fast import negative_binomial, products
+from census_scvi.training.fast import plan as fast_plan
+from census_scvi.training.fast.measure import Precision
+from census_scvi.training.fast.plan import FastTrainingPlan
+from census_scvi.training.fast.products import Libraries
+from census_scvi.training.schedule import warnings_before
 from census_scvi.workspace.provenance import processor
 
 
@@ -666,7 +668,7 @@ BF16 = """
 import sys
 import torch
 from census_scvi.config import load_config
-from census_scvi.model.training import slow_precision
+from census_scvi.training.fit import slow_precision
 
 settings = load_config(sys.argv[1], ["train.precision=bf16"]).train
 print(torch.backends.cpu.get_cpu_capability(), slow_precision(settings, 2000, 128))

@@ -22,14 +22,14 @@ from pipeline import STAGES, Run
 from census_scvi.census.open import open_census
 from census_scvi.config import Config, OutputSection, load_config
 from census_scvi.errors import UserError
-from census_scvi.evaluation import report
+from census_scvi.files.atomic import write_json
+from census_scvi.files.place import recorded
+from census_scvi.files.uri import absolute, file_system, local_path, tiledb_place, without_credentials
 from census_scvi.query.reference import Origin, RunEmbedding
+from census_scvi.report import html as report
 from census_scvi.workspace import Artifacts, Workspace
-from census_scvi.workspace.atomic import write_json
 from census_scvi.workspace.identity import BLOCK_BYTES, damage, file_identity
-from census_scvi.workspace.place import recorded
 from census_scvi.workspace.provenance import peak_memory_bytes
-from census_scvi.workspace.uri import absolute, file_system, local_path, tiledb_place, without_credentials
 
 KEYS = ("hvg", "seed")
 
@@ -227,7 +227,7 @@ def test_no_gap_in_a_manifest_is_a_traceback(
     finished_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each key is taken out, and replaced by what does not belong there: whoever reads it copes or says so."""
-    monkeypatch.setattr("census_scvi.evaluation.figures.draw_curves", lambda curves, names: (dict(curves), names))
+    monkeypatch.setattr("census_scvi.report.figures.draw_curves", lambda curves, names: (dict(curves), names))
     run = Run.given(tmp_path, yaml.safe_load(finished_run.config.read_text()), finished_run.directory)
     config, path = load_config(run.config), run.directory / "manifest.json"
     workspace, whole, refused = Workspace(run.directory), run.manifest(), 0

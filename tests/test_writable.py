@@ -10,9 +10,9 @@ from pipeline import Run
 
 from census_scvi.cli import main
 from census_scvi.errors import UserError
-from census_scvi.workspace import atomic
-from census_scvi.workspace.atomic import replacing, write_json
-from census_scvi.workspace.writable import require_writable, require_writable_folder
+from census_scvi.files import atomic
+from census_scvi.files.atomic import replacing, write_json
+from census_scvi.files.writable import require_writable, require_writable_folder
 
 
 @pytest.fixture

@@ -116,7 +116,7 @@ def check(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Loss, gradients and random numbers of the step and of scvi-tools' module, both in float32 on the device."""
     import test_fast_step as tests
 
-    from census_scvi.model.fast.step import step
+    from census_scvi.training.fast.step import step
 
     found, rows = [], []
     for name, values in tests.VARIANTS.items():
@@ -157,8 +157,8 @@ def check(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 def kernel(arguments: argparse.Namespace) -> dict[str, Any]:
     """The kernel of the loss beside torch in float64, its time and other shapes of it, and the rates of the GPU."""
     from census_scvi.counts.minibatch import SparseCounts
-    from census_scvi.model.fast import gpu_kernel, torch_kernel
-    from census_scvi.model.fast.decoded import Decoded
+    from census_scvi.training.fast import gpu_kernel, torch_kernel
+    from census_scvi.training.fast.decoded import Decoded
 
     n_cells, n_genes = (MINIBATCH, arguments.genes) if GPU else (6, 90)  # the interpreter of Triton 3.6: numpy < 2.4
     torch.manual_seed(0)
@@ -270,8 +270,8 @@ def rates_of_gpu(n_genes: int) -> dict[str, Any]:
 def warm(n_genes: int) -> None:
     """Compile the kernel for all that trainings call it with, or the first ones would be measured with it."""
     from census_scvi.counts.minibatch import SparseCounts
-    from census_scvi.model.fast.decoded import Decoded
-    from census_scvi.model.fast.negative_binomial import loss_and_slopes
+    from census_scvi.training.fast.decoded import Decoded
+    from census_scvi.training.fast.negative_binomial import loss_and_slopes
 
     for n_cells in (MINIBATCH, MINIBATCH - 1):  # Triton tells numbers that 16 divides from others
         for more in (0, 1):
@@ -292,8 +292,8 @@ def training(
     """Seconds of this project's training, with `probe` among the callbacks."""
     from census_scvi.config import Config
     from census_scvi.counts.data_module import PreparedDataModule
-    from census_scvi.model import training as project
     from census_scvi.model.build import build_model
+    from census_scvi.training import fit as project
 
     chosen = Config().train.model_copy(update={"batch_size": MINIBATCH, "engine": "fast", "max_epochs": 1, **settings})
     data = PreparedDataModule(prepared, batch_size=chosen.batch_size, train_size=0.9, seed=0, workers=workers)

@@ -20,30 +20,30 @@ import scipy.sparse as sp
 import scvi
 from matplotlib.figure import Figure
 
-from census_scvi.arguments import require_number, require_whole
+from census_scvi.annotation.label_transfer import NEIGHBOURS, check_method
+from census_scvi.annotation.naming import EMPTY, PREDICTION, STUDY_COLUMNS, Naming
 from census_scvi.census.cells import Cells, matching_joinids, require_columns, select_cells
 from census_scvi.census.genes import locate_genes, read_var
 from census_scvi.census.open import Census, open_census
 from census_scvi.census.stream import Block, consecutive, stream_blocks, stream_obs, tile_runs
 from census_scvi.config import CensusSection
-from census_scvi.config_errors import suggestion
+from census_scvi.config.arguments import require_number, require_whole
+from census_scvi.config.messages import suggestion
 from census_scvi.errors import UserError
+from census_scvi.files.paths import expand_argument
+from census_scvi.files.uri import without_credentials
 from census_scvi.model.published import load_described
 from census_scvi.model.safe import ModelDescription
 from census_scvi.model.typical import typical_counts
-from census_scvi.paths import expand_argument
-from census_scvi.progress import progress_bar, show_messages
-from census_scvi.quality_picture import draw_quality
-from census_scvi.query.clusters import composition, leiden
+from census_scvi.neighbors.clusters import composition, leiden
+from census_scvi.neighbors.index import NeighbourIndex
+from census_scvi.neighbors.umap_map import UmapMap
+from census_scvi.pictures.annotation_quality import draw_quality
+from census_scvi.pictures.umap import draw_map
 from census_scvi.query.expression import Decoder, warn_where_groups_are_batches
-from census_scvi.query.label_transfer import NEIGHBOURS, check_method
 from census_scvi.query.mapping import MIN_SHARE, Mapper
-from census_scvi.query.naming import EMPTY, PREDICTION, STUDY_COLUMNS, Naming
-from census_scvi.query.neighbours import NeighbourIndex
 from census_scvi.query.reference import Embedding, Origin, open_embedding, prove_embedding
-from census_scvi.query.umap_map import UmapMap
-from census_scvi.umap_picture import draw_map
-from census_scvi.workspace.uri import without_credentials
+from census_scvi.terminal.progress import progress_bar, show_messages
 
 log = logging.getLogger(__name__)
 

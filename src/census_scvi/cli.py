@@ -20,9 +20,9 @@ from typing import NoReturn
 
 from census_scvi.config import Config, load_config
 from census_scvi.errors import UserError
-from census_scvi.paths import expand_argument
-from census_scvi.printing import on_one_line, printable
-from census_scvi.stopping import Stopped, Stopping, say
+from census_scvi.files.paths import expand_argument
+from census_scvi.terminal.printing import on_one_line, printable
+from census_scvi.terminal.stopping import Stopped, Stopping, say
 
 DONE, DEFECT, USER_ERROR = 0, 1, 2
 
@@ -34,8 +34,6 @@ _DESCRIPTIONS = {
     "map-query": "Embed your own cells with a trained model and annotate them from the Census.",
     "evaluate": "Measure embeddings of a slice of the Census, and write metrics.json and report.html.",
 }
-# Packages of the commands that are no stages of the pipeline.
-_PACKAGES = {"map-query": "", "evaluate": "evaluation."}
 _EPILOG = """\
 settings on the command line override the file:
   %(prog)s --config configs/demo.yaml hvg.top_n_hvg=2000 output.directory=run2
@@ -155,7 +153,7 @@ def _run(stage: str, arguments: argparse.Namespace) -> None:
         raise UserError(f"{path}: no such file; name the YAML file with your settings: --config FILE")
     config: Config = load_config(path, arguments.settings)
     # Imported only now: torch, scvi-tools and TileDB take seconds, and a wrong setting is answered at once.
-    module = importlib.import_module(f"census_scvi.{_PACKAGES.get(stage, 'stages.')}{stage.replace('-', '_')}")
+    module = importlib.import_module(f"census_scvi.stages.{stage.replace('-', '_')}")
     if arguments.dry_run:
         print(printable(module.plan(config).text(config)))
         return

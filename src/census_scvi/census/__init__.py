@@ -1,0 +1,1 @@
+"""Reads a Census: opens it, selects cells, streams counts, chooses genes."""

@@ -14,9 +14,9 @@ import tiledbsoma
 
 from census_scvi.census.open import Census, cannot_be_read, is_damage
 from census_scvi.config import Config
-from census_scvi.config_errors import shown, suggestion
+from census_scvi.config.messages import shown, suggestion
+from census_scvi.config.obs_filter import FilterError, usable_filter
 from census_scvi.errors import UserError
-from census_scvi.obs_filter import FilterError, usable_filter
 
 _SEPARATOR = "|"
 

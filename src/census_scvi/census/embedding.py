@@ -1,15 +1,9 @@
-"""Embeddings in an Experiment's obsm: written where no reader sees them, put in place in one step, read in blocks.
-
-An embedding is an array of its own, which readers see when the collection names it (`group.name_member`). Whoever
-opened the collection before, or the array that was replaced, continues to read that one.
-"""
+"""Embeddings in an Experiment's obsm, read in blocks."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,20 +13,14 @@ import numpy.typing as npt
 import pyarrow as pa
 import tiledbsoma
 
-from census_scvi.census.build.schema import CHECKSUM
-from census_scvi.census.group import make_member, name_member, withdraw
 from census_scvi.census.open import MEASUREMENT
-from census_scvi.census.storage import soma_context, storage
+from census_scvi.census.storage import soma_context
 from census_scvi.errors import UserError
-from census_scvi.workspace.atomic import sync_tree
-from census_scvi.workspace.uri import local_path
 
-INFO, PUBLICATION = "CxG_embedding_info", "census_scvi_publication"
-_OBSM = "obsm"
-_TILE_CELLS = 2048
-_READ_CELLS = 16 * _TILE_CELLS
-# Seconds after which a publisher to a bucket, where there are no locks, looks whether another took the name.
-_SETTLES = 10.0
+OBSM, PUBLICATION = "obsm", "census_scvi_publication"
+# Cells of a tile of the array, and of a block that is read.
+TILE_CELLS = 2048
+_READ_CELLS = 16 * TILE_CELLS
 
 Values = npt.NDArray[np.float32]
 Joinids = npt.NDArray[np.int64]
@@ -40,142 +28,11 @@ Joinids = npt.NDArray[np.int64]
 
 def published_uri(experiment_uri: str, name: str) -> str | None:
     """URI of `obsm[name]`; None where there is none."""
-    with _opened(experiment_uri) as experiment:
+    with open_experiment(experiment_uri) as experiment:
         measurement = experiment.ms[MEASUREMENT]
-        if _OBSM not in measurement or name not in measurement[_OBSM]:
+        if OBSM not in measurement or name not in measurement[OBSM]:
             return None
-        return str(measurement[_OBSM][name].uri)
-
-
-def check_target(experiment_uri: str, name: str, publication: str, *, replace: bool) -> None:
-    """UserError where the name is taken by another publication and `replace` is false."""
-    live = published_uri(experiment_uri, name)
-    if live is not None and publication_of(live) != publication and not replace:
-        raise UserError(
-            f"{experiment_uri} has an obsm[{name!r}] already; set publish.replace to true to replace it, or"
-            " publish.name to another name"
-        )
-
-
-class EmbeddingDraft:
-    """An embedding on its way into an Experiment; nobody sees it before `publish`.
-
-    Parameters
-    ----------
-    experiment_uri
-        The Experiment.
-    name
-        Its name in obsm.
-    shape
-        Cells of the Experiment and dimensions.
-    publication
-        32 hexadecimal digits; with the same ones the same draft is continued.
-    replace
-        Whether an embedding of that name may be replaced.
-
-    Attributes
-    ----------
-    uri
-        The array.
-    replaces
-        URI of the array that readers see before; it stays where it is.
-    done
-        Whether this publication is what readers see already.
-    empty
-        Whether the draft holds no cells yet.
-
-    Raises
-    ------
-    UserError
-        As `check_target` says.
-    """
-
-    def __init__(self, experiment_uri: str, name: str, shape: tuple[int, int], publication: str, *, replace: bool):
-        check_target(experiment_uri, name, publication, replace=replace)
-        self._experiment_uri, self._name, self._publication = experiment_uri, name, publication
-        self._member = f"{name}-{publication[:12]}"
-        self._obsm_uri = _obsm_uri(experiment_uri)
-        self.uri = f"{self._obsm_uri}/{self._member}"
-        self.replaces = published_uri(experiment_uri, name)
-        self.done = self.replaces is not None and publication_of(self.replaces) == publication
-        self.empty = not tiledbsoma.SparseNDArray.exists(self.uri, context=soma_context(self.uri))
-        if self.empty:
-            _clear(self.uri)
-            tiledbsoma.SparseNDArray.create(
-                self.uri,
-                type=pa.float32(),
-                shape=shape,
-                platform_config=_platform_config(shape[1]),
-                context=soma_context(self.uri),
-            ).close()
-
-    def write(self, joinids: Joinids, values: Values) -> None:
-        """Write cells; writing them again changes nothing.
-
-        Parameters
-        ----------
-        joinids
-            int64 (cells,), ascending: their soma_joinids.
-        values
-            float32 (cells, dimensions).
-        """
-        rows = np.repeat(joinids, values.shape[1])
-        columns = np.tile(np.arange(values.shape[1]), len(joinids))
-        # Ascending cells lie in the order of the array's tiles: sorting takes six times as long.
-        ordered = tiledbsoma.TileDBWriteOptions(sort_coords=False)
-        with tiledbsoma.SparseNDArray.open(self.uri, "w", context=soma_context(self.uri)) as array:
-            table = pa.table({"soma_dim_0": rows, "soma_dim_1": columns, "soma_data": values.ravel()})
-            array.write(table, platform_config=ordered)
-
-    def publish(self, info: dict[str, Any]) -> None:
-        """Let readers see the embedding, with `info` in its metadata; may be repeated after a kill at any point."""
-        if self.done:
-            return
-        with tiledbsoma.SparseNDArray.open(self.uri, "w", context=soma_context(self.uri)) as array:
-            array.metadata[INFO] = json.dumps(info)
-            array.metadata[PUBLICATION] = self._publication
-        if (path := local_path(self.uri)) is not None:
-            sync_tree(path)
-        self._put_in_place()
-        self.done = True
-
-    def _put_in_place(self) -> None:
-        """Let the name mean this array; UserError where another publisher takes it at the same time.
-
-        On a disk a lock keeps others away. A bucket has none: a publisher looks whether the name is free, takes it,
-        and looks again after a while that is longer than another one needs from its first look to its taking.
-        """
-        shared, looked = local_path(self.uri) is None, time.monotonic()
-        if (live := published_uri(self._experiment_uri, self._name)) != self.replaces:
-            raise self._taken_meanwhile(live)
-        record = name_member(self._obsm_uri, self._name, self._member, tiledbsoma.SparseNDArray)
-        took = time.monotonic() - looked
-        if shared and took > _SETTLES:
-            withdraw(self._obsm_uri, record)
-            raise UserError(
-                f"{self._experiment_uri} took {took:.0f} seconds to name this publication: in more than {_SETTLES:.0f}"
-                " another publisher may take the name, too; nothing was published, run the same command again"
-            )
-        if shared:
-            time.sleep(_SETTLES)
-        live = published_uri(self._experiment_uri, self._name)
-        if live is None or publication_of(live) != self._publication:
-            withdraw(self._obsm_uri, record)
-            raise self._taken_meanwhile(published_uri(self._experiment_uri, self._name))
-
-    def _taken_meanwhile(self, live: str | None) -> UserError:
-        return UserError(
-            f"obsm[{self._name!r}] of {self._experiment_uri} was"
-            f" {'removed' if live is None else f'published by another ({live})'} while this publication was written;"
-            " run the same command again to publish after it"
-        )
-
-
-def _clear(uri: str) -> None:
-    """Take away what was left of an array where its maker was killed."""
-    system, path = storage(uri)
-    if system.exists(path):
-        system.rm(path, recursive=True)
+        return str(measurement[OBSM][name].uri)
 
 
 def read_cells(uri: str, joinids: Joinids) -> Values:
@@ -246,20 +103,9 @@ class EmbeddingHash:
         return hashlib.sha256(self._joinids.digest() + self._values.digest()).hexdigest()
 
 
-def _obsm_uri(experiment_uri: str) -> str:
-    """URI of ms["RNA"].obsm, which is made where it is missing."""
-    with _opened(experiment_uri) as experiment:
-        measurement = experiment.ms[MEASUREMENT]
-        if _OBSM in measurement:
-            return str(measurement[_OBSM].uri)
-        uri = measurement.uri
-    made = make_member(uri, _OBSM, tiledbsoma.Collection, tiledbsoma.Collection.create)
-    name_member(uri, _OBSM, _OBSM, tiledbsoma.Collection)
-    return made
-
-
 @contextmanager
-def _opened(experiment_uri: str) -> Iterator[Any]:
+def open_experiment(experiment_uri: str) -> Iterator[Any]:
+    """The Experiment, open for reading; UserError where there is none with the measurement RNA."""
     try:
         experiment = tiledbsoma.Experiment.open(experiment_uri, context=soma_context(experiment_uri))
     except (tiledbsoma.DoesNotExistError, tiledbsoma.SOMAError, TypeError) as error:
@@ -291,18 +137,3 @@ def publication_of(uri: str) -> str | None:
     """The publication that an embedding names; None where this project has not published it."""
     with tiledbsoma.open(uri, context=soma_context(uri)) as array:
         return array.metadata.get(PUBLICATION)
-
-
-def _platform_config(n_features: int) -> dict[str, Any]:
-    zstd = {"_type": "ZstdFilter", "level": 5}
-    create = {
-        "allows_duplicates": False,  # a block that is written again after a kill is there once
-        "dims": {
-            "soma_dim_0": {"tile": _TILE_CELLS, "filters": ["DoubleDeltaFilter", zstd, CHECKSUM]},
-            "soma_dim_1": {"tile": n_features, "filters": ["DoubleDeltaFilter", zstd, CHECKSUM]},
-        },
-        "attrs": {"soma_data": {"filters": ["ByteShuffleFilter", zstd, CHECKSUM]}},
-        "cell_order": "row-major",
-        "tile_order": "row-major",
-    }
-    return {"tiledb": {"create": create}}

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import cellxgene_census
 import tiledbsoma
 
-from census_scvi.config_errors import suggestion
+from census_scvi.config.messages import suggestion
 from census_scvi.errors import UserError
-from census_scvi.workspace.uri import file_system, local_path
+from census_scvi.files.uri import file_system, local_path
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem

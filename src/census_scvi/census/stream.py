@@ -14,9 +14,9 @@ import pandas as pd
 import pyarrow as pa
 import scipy.sparse as sp
 
-from census_scvi.census.build.schema import X_TILE
 from census_scvi.census.open import Census, reading
-from census_scvi.readahead import read_ahead
+from census_scvi.census.schema import X_TILE
+from census_scvi.files.readahead import read_ahead
 
 
 @dataclass(frozen=True)

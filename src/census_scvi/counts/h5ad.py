@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from census_scvi.config_errors import suggestion
+from census_scvi.config.messages import suggestion
 from census_scvi.counts.other_formats import explain_hdf5, explain_path
 from census_scvi.counts.untrusted import check_file
 from census_scvi.errors import UserError

@@ -10,7 +10,7 @@ import torch
 from census_scvi.counts.minibatch import DenseMinibatches, Minibatch, SparseCounts, sparse_minibatch
 from census_scvi.counts.order import CellOrder, Window, minibatch_sizes
 from census_scvi.counts.reader import PreparedCells, Rows
-from census_scvi.readahead import read_ahead
+from census_scvi.files.readahead import read_ahead
 
 
 class MinibatchLoader:

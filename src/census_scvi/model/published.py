@@ -1,11 +1,7 @@
-"""The folder that is published with an embedding: the model, a sealed sample of cells, and how both were made.
-
-The model is there twice: in its safe form, which is all that this project reads, and as scvi-tools' model hub wants it.
-"""
+"""Reads a published folder, or a run directory: fetched from any URL, checked, the model in its safe form."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
@@ -13,79 +9,28 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-import pandas as pd
-import scipy.sparse as sp
 import scvi
 from fsspec import AbstractFileSystem
 from fsspec.callbacks import TqdmCallback
 
 from census_scvi.errors import UserError
-from census_scvi.model.card import PICTURE, learning_curve, model_card
-from census_scvi.model.encode import Encoder
-from census_scvi.model.hub import write_hub
+from census_scvi.files.atomic import remove
+from census_scvi.files.json_file import MOST_BYTES, read_json
+from census_scvi.files.paths import expand_argument
+from census_scvi.files.uri import file_system, leaves_folder, local_path
 from census_scvi.model.published_record import check_record
-from census_scvi.model.safe import DESCRIPTION, WEIGHTS, ModelDescription, load_safe, save_safe
-from census_scvi.model.sealed import COLUMNS, SEALED, write_sealed
-from census_scvi.paths import expand_argument
+from census_scvi.model.safe import DESCRIPTION, WEIGHTS, ModelDescription, load_safe
 from census_scvi.workspace import Workspace
-from census_scvi.workspace.atomic import exchange, remove, sync, sync_tree, write_json
-from census_scvi.workspace.identity import cache_folder, damage, identities
-from census_scvi.workspace.json_file import MOST_BYTES, read_json
+from census_scvi.workspace.identity import cache_folder, damage
 from census_scvi.workspace.run import SCRIPTS
-from census_scvi.workspace.uri import file_system, leaves_folder, local_path
 
 log = logging.getLogger(__name__)
 
-PROVENANCE, CARD = "provenance.json", "README.md"
-_FORMAT = 1
+PROVENANCE, SEALED = "provenance.json", "sealed_sample.h5ad"
+FORMAT = 1
 
 
-def write_published(
-    folder: Path,
-    model: scvi.model.SCVI,
-    description: ModelDescription,
-    counts: sp.csr_matrix,
-    obs: pd.DataFrame,
-    latent: npt.NDArray[np.float32],
-    record: dict[str, Any],
-) -> None:
-    """Make the folder, whole or not at all.
-
-    Parameters
-    ----------
-    folder
-        Where.
-    model, description
-        The trained model.
-    counts, obs
-        The cells that are sealed: CSR float32 (cells, genes), and their obs with soma_joinid and batch.
-    latent
-        float32 (cells, n_latent): their embedding, as it is published.
-    record
-        The provenance; identities of the files and a seal are added.
-    """
-    partial = folder.with_name(folder.name + ".partial")
-    remove(partial)
-    partial.mkdir()
-    save_safe(model, description, partial)
-    obs = obs[[name for name in COLUMNS if name in obs]].set_axis(obs["soma_joinid"].astype(str).to_numpy())
-    write_sealed(partial, description.genes, counts, obs, latent)
-    codes = pd.Index(description.batches).get_indexer(obs["batch"].astype(str))
-    posterior = Encoder(model)(counts, np.maximum(codes, 0))
-    hub = write_hub(partial, load_safe(partial)[0], description.genes, obs, posterior)
-    (partial / PICTURE).write_bytes(learning_curve(record["stages"]["train"]["learning_curves"]))
-    card = model_card(record, description.batches, int((codes >= 0).sum()))
-    (partial / CARD).write_text(card, encoding="utf-8")
-    files = identities(partial, [WEIGHTS, DESCRIPTION, SEALED, *hub, PICTURE, CARD])
-    record = {**record, "format": _FORMAT, "files": files}
-    write_json(partial / PROVENANCE, {**record, "seal": _seal(record)})
-    sync_tree(partial)
-    partial.rename(folder)
-
-
-def _seal(record: dict[str, Any]) -> str:
+def seal_of(record: dict[str, Any]) -> str:
     """SHA-256 of the record itself."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
@@ -103,9 +48,9 @@ def read_provenance(folder: Path) -> dict[str, Any]:
         record = read_json(path)
         if not isinstance(record, dict):
             raise ValueError("it holds no JSON object")
-        if record.get("format", _FORMAT) != _FORMAT:
+        if record.get("format", FORMAT) != FORMAT:
             raise UserError(
-                f"{path} has format {str(record['format'])[:40]}, this version reads {_FORMAT}; update census-scvi"
+                f"{path} has format {str(record['format'])[:40]}, this version reads {FORMAT}; update census-scvi"
             )
         seal = record.pop("seal")
         check_record(record)
@@ -115,7 +60,7 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     names = list(record["files"])
     if outside := [name for name in names if leaves_folder(name)]:
         raise UserError(f"{path} names {outside[0]!r}, which lies outside its folder; do not trust it")
-    if seal != _seal(record):
+    if seal != seal_of(record):
         raise UserError(f"{path} was changed after it was written: its seal does not fit")
     return record
 
@@ -125,73 +70,6 @@ def damaged_files(folder: Path, record: dict[str, Any]) -> list[str]:
     found = {name: damage(folder / name, identity) for name, identity in record["files"].items()}
     unlisted = [f"{name} is not in the record" for name in (WEIGHTS, DESCRIPTION, SEALED) if name not in found]
     return [*unlisted, *(f"{name} {wrong}" for name, wrong in found.items() if wrong)]
-
-
-def copy_to(folder: Path, uri: str, *, replace: bool) -> None:
-    """Copy the published folder to another folder or URL.
-
-    On a local disk it appears in one step; elsewhere the provenance comes last.
-
-    Raises
-    ------
-    UserError
-        A published model is there and `replace` is false, anything else is there, or the place cannot be written.
-    """
-    try:
-        system, target = file_system(uri)
-        if system.exists(f"{target}/{PROVENANCE}"):
-            with system.open(f"{target}/{PROVENANCE}", "rb") as file:
-                if file.read() == (folder / PROVENANCE).read_bytes():
-                    return
-        _require_free(system, target, uri, {file.name for file in folder.iterdir()}, replace=replace)
-        if (path := local_path(uri)) is not None:
-            _copy_local(folder, path)
-            return
-        names = sorted(file.name for file in folder.iterdir() if file.name != PROVENANCE)
-        for name in [*names, PROVENANCE]:
-            system.put_file(str(folder / name), f"{target}/{name}")
-    except (ImportError, ValueError, OSError) as error:
-        if isinstance(error, OSError) and error.errno in _SAID_ELSEWHERE:
-            raise
-        raise UserError(f"publish.model_uri {uri} cannot be written: {error}") from None
-
-
-# A full disk, a missing permission: the same line wherever they are met.
-_SAID_ELSEWHERE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
-
-
-def _require_free(system: AbstractFileSystem, target: str, uri: str, files: set[str], *, replace: bool) -> None:
-    """UserError unless nothing is there, or a published model, or part of one, that may be replaced."""
-    if not system.exists(target):
-        return
-    there = [Path(entry).name for entry in system.ls(target, detail=False)] if system.isdir(target) else [target]
-    foreign = [] if PROVENANCE in there else sorted(set(there) - files)
-    if foreign:
-        raise UserError(
-            f"publish.model_uri {uri} holds no published model, but {foreign[0]!r}; it is left as it is: name an empty"
-            " or a new folder"
-        )
-    if there and not replace:
-        raise UserError(f"publish.model_uri {uri} holds another model; set publish.replace to true to replace it")
-
-
-def _copy_local(folder: Path, target: Path) -> None:
-    partial, aside = (target.with_name(f".{target.name}.census-scvi-{what}") for what in ("partial", "old"))
-    if aside.is_dir() and not target.exists():  # killed between the two renames below: the old one comes back first
-        aside.rename(target)
-    for leftover in (partial, aside):
-        remove(leftover)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(folder, partial)
-    sync_tree(partial)
-    if target.exists() and exchange(partial, target):
-        aside = partial
-    else:
-        if target.exists():
-            target.rename(aside)
-        partial.rename(target)
-    sync(target.parent)
-    remove(aside)
 
 
 def fetch(uri: str, cache: Path | None = None) -> Path:

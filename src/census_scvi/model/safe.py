@@ -19,9 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from census_scvi.errors import UserError
+from census_scvi.files.json_file import read_json
 from census_scvi.model.build import build_model, check_arguments, least_parameters
 from census_scvi.model.published_record import first_problem
-from census_scvi.workspace.json_file import read_json
 
 WEIGHTS = "weights.safetensors"
 DESCRIPTION = "model.json"

@@ -11,9 +11,9 @@ import scipy.sparse as sp
 from census_scvi.counts.h5ad import CountMatrix, open_file, read_frame
 from census_scvi.counts.raw_counts import sample_spans
 from census_scvi.errors import UserError
+from census_scvi.files.uri import local_path
 from census_scvi.model.published import PROVENANCE, SEALED, fetch
 from census_scvi.workspace import Workspace
-from census_scvi.workspace.uri import local_path
 
 
 def typical_counts(uri: str, genes: list[str]) -> sp.csr_matrix | None:

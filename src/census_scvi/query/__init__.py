@@ -1,0 +1,1 @@
+"""The user's cells: matching their genes, embedding them, expected expression."""

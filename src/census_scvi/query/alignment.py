@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pandas as pd
 import scipy.sparse as sp
 
-from census_scvi.census.build.gene_rows import NAMED_TWICE, GeneRows, find_gene_rows, left_out_words, name_columns
+from census_scvi.census.gene_rows import NAMED_TWICE, GeneRows, find_gene_rows, left_out_words, name_columns
 from census_scvi.query.cells import QueryCells
 from census_scvi.query.gene_match import KnownGenes, Match, match_names
 from census_scvi.query.too_few_genes import Refusal, TooFewGenes, enough_counts, listed

@@ -17,7 +17,7 @@ import scipy.sparse as sp
 from census_scvi.counts.h5ad import check_counts, open_file, plain_numbers, read_frame, require_place, unreadable
 from census_scvi.counts.raw_counts import Matrix, check_place, find_raw_counts, matrices_in, sample_spans, var_key
 from census_scvi.errors import UserError
-from census_scvi.paths import expand_argument
+from census_scvi.files.paths import expand_argument
 
 
 class QueryCells:

@@ -11,7 +11,7 @@ import scvi
 import torch
 
 from census_scvi.model.encode import Encoder
-from census_scvi.query.neighbours import NeighbourIndex
+from census_scvi.neighbors.index import NeighbourIndex
 
 # Cells of the query that are used, trained batches that are decoded, reference neighbors per cell.
 _CELLS, _BATCHES, _NEIGHBOURS = 256, 8, 15

@@ -15,7 +15,7 @@ import scipy.sparse as sp
 import scvi
 import torch
 
-from census_scvi.config_errors import suggestion
+from census_scvi.config.messages import suggestion
 from census_scvi.errors import UserError
 from census_scvi.model.build import quiet
 from census_scvi.model.safe import ModelDescription

@@ -10,8 +10,8 @@ import numpy.typing as npt
 import pandas as pd
 import scipy.sparse as sp
 
-from census_scvi.census.build.gene_ids import strip_version
-from census_scvi.census.build.gene_rows import clean_names, named_twice
+from census_scvi.census.gene_ids import strip_version
+from census_scvi.census.gene_rows import clean_names, named_twice
 
 ABSENT = -1
 

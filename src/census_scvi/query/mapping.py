@@ -16,10 +16,10 @@ import scvi
 
 from census_scvi.model.encode import Encoder, extend_batches
 from census_scvi.model.safe import ModelDescription
-from census_scvi.progress import progress_bar
 from census_scvi.query.alignment import AlignedCells, AlignmentReport
 from census_scvi.query.cells import QueryCells
 from census_scvi.query.expected import ExpectedCounts
+from census_scvi.terminal.progress import progress_bar
 
 # Default of query.min_share and of min_share=: a tenth of the genes costs little, half costs much.
 MIN_SHARE = 0.8

@@ -19,15 +19,15 @@ from census_scvi.census.open import Census
 from census_scvi.census.storage import soma_context
 from census_scvi.census.stream import stream_blocks
 from census_scvi.config import CensusSection
+from census_scvi.config.run_names import MANIFEST
 from census_scvi.errors import UserError
+from census_scvi.files.place import resolved
+from census_scvi.files.uri import local_path, tiledb_place
 from census_scvi.model.encode import Encoder
 from census_scvi.model.published import PROVENANCE, fetch, read_provenance, warn_if_running_again
 from census_scvi.model.safe import ModelDescription
 from census_scvi.query.mapping import MIN_SHARE
-from census_scvi.run_names import MANIFEST
 from census_scvi.workspace import Artifacts, Workspace
-from census_scvi.workspace.place import resolved
-from census_scvi.workspace.uri import local_path, tiledb_place
 
 log = logging.getLogger(__name__)
 

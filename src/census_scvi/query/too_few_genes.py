@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from census_scvi.census.build.gene_rows import GeneRows
+from census_scvi.census.gene_rows import GeneRows
 from census_scvi.errors import UserError
 from census_scvi.query.cells import QueryCells
 from census_scvi.query.gene_match import KnownGenes, Match, match_names

@@ -1,0 +1,1 @@
+"""A file for each command: what it runs, and what --dry-run says."""

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from census_scvi.cli import Parser, guarded
-from census_scvi.paths import expand_argument
+from census_scvi.files.paths import expand_argument
 
 if TYPE_CHECKING:
-    from census_scvi.census.build.census import BuildReport
-    from census_scvi.census.build.config import BuildConfig
+    from census_scvi.local_census.config import BuildConfig
+    from census_scvi.local_census.write import BuildReport
 
 _EXAMPLE = """\
 example of a CONFIG.yaml (all keys: configs/build-blood.yaml):
@@ -63,7 +63,7 @@ def _parser() -> Parser:
 
 
 def _build_demo(arguments: argparse.Namespace) -> "BuildReport":
-    from census_scvi.census.demo.cells import write_demo_census
+    from census_scvi.local_census.demo.cells import write_demo_census
 
     uri = expand_argument(arguments.demo, "--demo")
     return write_demo_census(
@@ -77,16 +77,16 @@ def _build_demo(arguments: argparse.Namespace) -> "BuildReport":
 
 def _build_from_config(arguments: argparse.Namespace) -> "BuildReport":
     # The YAML first: a wrong key is answered before the heavy imports.
-    from census_scvi.census.build.config import load_build_config
+    from census_scvi.local_census.config import load_build_config
 
     return build_from_config(load_build_config(arguments.config, data=arguments.data), force=arguments.force)
 
 
 def build_from_config(config: "BuildConfig", *, force: bool = False) -> "BuildReport":
     """Build the Census that a config describes; UserError for files that are missing or unsuitable."""
-    from census_scvi.census.build.census import build_census, check_target
-    from census_scvi.census.build.gene_ids import GeneMap
-    from census_scvi.census.build.sources import H5adSource, open_h5ad
+    from census_scvi.census.gene_ids import GeneMap
+    from census_scvi.local_census.sources import H5adSource, open_h5ad
+    from census_scvi.local_census.write import build_census, check_target
 
     check_target(config.uri, force=force)
     maps = {organism: GeneMap(path) for organism, path in config.genes.map.items()}

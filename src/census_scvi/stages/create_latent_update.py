@@ -18,15 +18,15 @@ from census_scvi.census.genes import locate_genes, read_genes
 from census_scvi.census.open import Census, open_census
 from census_scvi.census.stream import Block, consecutive, stream_blocks, stream_obs, tile_runs
 from census_scvi.config import Config
+from census_scvi.config.run_names import PROGRESS
 from census_scvi.counts.row_hash import row_hashes
 from census_scvi.errors import UserError
 from census_scvi.model.encode import Encoder, Latent, extend_batches, labels_with, reference_latent
+from census_scvi.model.latent_store import LatentStore
 from census_scvi.model.minified import save_minified
 from census_scvi.model.safe import DESCRIPTION, WEIGHTS, ModelDescription, load_safe, read_description
-from census_scvi.progress import progress_bar
-from census_scvi.run_names import PROGRESS
-from census_scvi.stages.latent_store import LatentStore
 from census_scvi.stages.plan import Plan
+from census_scvi.terminal.progress import progress_bar
 from census_scvi.workspace import Artifacts, StageRun, Workspace
 
 log = logging.getLogger(__name__)

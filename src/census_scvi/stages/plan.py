@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import yaml
 
 from census_scvi.config import Config
-from census_scvi.workspace.uri import without_credentials
+from census_scvi.files.uri import without_credentials
 
 
 @dataclass(frozen=True)

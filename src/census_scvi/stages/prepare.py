@@ -13,20 +13,20 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from census_scvi.census.build.schema import X_TILE
 from census_scvi.census.cells import Cells, require_columns, select_cells, soma_filter, training_filter
 from census_scvi.census.genes import Selection, read_genes, read_var, select_genes, write_genes
 from census_scvi.census.hvg.tally import GeneTally
 from census_scvi.census.open import Census, open_census
+from census_scvi.census.schema import X_TILE
 from census_scvi.census.stream import stream_blocks, stream_obs, tile_runs
 from census_scvi.config import Config
 from census_scvi.counts.file_order import POOL_RUNS
+from census_scvi.counts.prepared_store import PART_POOLS, PreparedStore, count_nonzeros
 from census_scvi.counts.writer import H5adWriter
-from census_scvi.progress import progress_bar
+from census_scvi.files.atomic import write_json
 from census_scvi.stages.plan import Plan, human_bytes
-from census_scvi.stages.prepared_store import PART_POOLS, PreparedStore, count_nonzeros
+from census_scvi.terminal.progress import progress_bar
 from census_scvi.workspace import Artifacts, StageRun, Workspace
-from census_scvi.workspace.atomic import write_json
 
 log = logging.getLogger(__name__)
 

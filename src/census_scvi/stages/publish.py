@@ -13,24 +13,26 @@ import tiledbsoma
 
 from census_scvi.census.cells import require_columns, select_cells
 from census_scvi.census.datasets import describe_data
-from census_scvi.census.embedding import EmbeddingDraft
 from census_scvi.census.genes import locate_genes
 from census_scvi.census.open import Census, open_census
-from census_scvi.census.summary import append_summary
 from census_scvi.config import Config
+from census_scvi.config.run_names import PROGRESS
 from census_scvi.errors import UserError
+from census_scvi.files.atomic import write_json
 from census_scvi.model.facts import built_facts
-from census_scvi.model.published import PROVENANCE, copy_to, write_published
+from census_scvi.model.published import PROVENANCE
 from census_scvi.model.safe import DESCRIPTION, WEIGHTS, load_safe
-from census_scvi.progress import progress_bar
-from census_scvi.quality.gates import Gate, stopped_by
-from census_scvi.run_names import PROGRESS
-from census_scvi.stages import qa, target
+from census_scvi.publication import measure_gates as qa
+from census_scvi.publication import target
+from census_scvi.publication.folder import copy_to, write_published
+from census_scvi.publication.gates import Gate, stopped_by
+from census_scvi.publication.obsm import EmbeddingDraft
+from census_scvi.publication.record import embedding_info, evaluation_of, publication_record, summary_row
+from census_scvi.publication.sample import draw_rows, read_sample
+from census_scvi.publication.summary import append_summary
 from census_scvi.stages.plan import Plan
-from census_scvi.stages.record import embedding_info, evaluation_of, publication_record, summary_row
-from census_scvi.stages.sample import draw_rows, read_sample
+from census_scvi.terminal.progress import progress_bar
 from census_scvi.workspace import Artifacts, StageRun, Workspace
-from census_scvi.workspace.atomic import write_json
 
 log = logging.getLogger(__name__)
 

@@ -17,17 +17,19 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from scvi.train import TrainingPlan
 
 from census_scvi.config import Config, digest
+from census_scvi.config.run_names import CHECKPOINT
 from census_scvi.counts.data_module import PreparedDataModule
 from census_scvi.counts.minibatch import Minibatch
 from census_scvi.errors import UserError
+from census_scvi.files.atomic import remove
 from census_scvi.model.build import build_model, init_arguments
-from census_scvi.model.callbacks import LearningCurves
-from census_scvi.model.fast import products
-from census_scvi.model.fast.measure import faster_libraries, shape_of
-from census_scvi.model.fast.step import unused_frozen
 from census_scvi.model.safe import ModelDescription, save_for_scvi_tools, save_safe
-from census_scvi.model.schedule import warnings_before
-from census_scvi.model.training import (
+from census_scvi.stages.plan import Plan, human_bytes
+from census_scvi.training.callbacks import LearningCurves
+from census_scvi.training.fast import products
+from census_scvi.training.fast.measure import faster_libraries, shape_of
+from census_scvi.training.fast.step import unused_frozen
+from census_scvi.training.fit import (
     check_arguments,
     choose_devices,
     choose_precision,
@@ -37,10 +39,8 @@ from census_scvi.model.training import (
     n_processes,
     slow_precision,
 )
-from census_scvi.run_names import CHECKPOINT
-from census_scvi.stages.plan import Plan, human_bytes
+from census_scvi.training.schedule import warnings_before
 from census_scvi.workspace import Artifacts, StageRun, Workspace
-from census_scvi.workspace.atomic import remove
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from census_scvi.cli import Parser, guarded
 from census_scvi.errors import UserError
-from census_scvi.printing import on_one_line
+from census_scvi.terminal.printing import on_one_line
 
 _EPILOG = """\
 links, offline:   provenance, files, model, sealed_counts, sealed_embedding, gates
@@ -41,7 +41,7 @@ def _parser() -> Parser:
 
 def _run(arguments: argparse.Namespace) -> None:
     # Imported only now: torch, scvi-tools and TileDB take seconds, and --help is answered at once.
-    from census_scvi.stages.chain import verify
+    from census_scvi.publication.chain import verify
 
     links = verify(arguments.published, arguments.census, n_cells=arguments.sample, seed=arguments.seed)
     width = max(len(link.name) for link in links)

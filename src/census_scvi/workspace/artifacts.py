@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from census_scvi import run_names
-from census_scvi.config import Config
+from census_scvi.config import Config, run_names
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from census_scvi.paths import expand_argument
-from census_scvi.workspace.json_file import read_json
+from census_scvi.files.json_file import read_json
+from census_scvi.files.paths import expand_argument
 
 # Blocks are hashed side by side (hashlib releases the GIL) and name the place of a damage; 256 MiB keeps the list
 # short for files of a terabyte. A file of one block has the digest that `sha256sum` prints.

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from census_scvi.config_errors import shown
+from census_scvi.config.messages import shown
 
 Count = Annotated[int, Field(ge=0)]
 

@@ -20,15 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from census_scvi.config import Config, digest
+from census_scvi.config.run_names import FINGERPRINT, LOCK, MANIFEST, STAGING
 from census_scvi.errors import UserError
-from census_scvi.run_names import FINGERPRINT, LOCK, MANIFEST, STAGING
+from census_scvi.files.atomic import remove, sync, sync_tree, write_json
+from census_scvi.files.json_file import read_json
+from census_scvi.files.lock import directory_lock
+from census_scvi.files.uri import leaves_folder, without_credentials
 from census_scvi.workspace import provenance
-from census_scvi.workspace.atomic import remove, sync, sync_tree, write_json
 from census_scvi.workspace.identity import Identity, damage, identities
-from census_scvi.workspace.json_file import read_json
-from census_scvi.workspace.lock import directory_lock
 from census_scvi.workspace.manifest import incomplete
-from census_scvi.workspace.uri import leaves_folder, without_credentials
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""Label transfer: cell types for the user's cells, compared with baselines."""

@@ -1,0 +1,208 @@
+"""Labels of reference cells for other cells, by their places in an embedding; what is like none is `unknown`."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.ensemble import RandomForestClassifier
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from census_scvi.annotation.unknown import UnknownThreshold, set_threshold
+from census_scvi.config.arguments import require_whole
+from census_scvi.config.messages import suggestion
+from census_scvi.errors import UserError
+from census_scvi.neighbors.index import EXACT_CELLS, NeighbourIndex, Points
+
+log = logging.getLogger(__name__)
+
+UNKNOWN = "unknown"
+NEIGHBOURS, FOREST, REGRESSION = METHODS = ("neighbours", "random_forest", "logistic_regression")
+_BLOCK_CELLS = 2**14
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Labels of some cells.
+
+    Attributes
+    ----------
+    labels
+        object (cells,): the likeliest label, whether the cell is unknown or not.
+    probability
+        float32 (cells,): share of the neighbors' weight that this label has; with another method, what that says.
+    uncertainty
+        float32 (cells,), 0 to 1: how far the cell lies from its neighbors; 0.5 at the threshold of `unknown`.
+    unknown
+        bool (cells,): uncertainty above 0.5.
+    shift
+        Distance ratio: how many times as far from the reference the cells lie as the reference's own; 1 where they lie
+        no farther, or are too few to tell.
+    corrected_by
+        What the distances were divided by before they were compared with the threshold; 1: nothing.
+    far
+        Whether the ratio is larger than between the reference's own studies: then nothing is corrected, and neither
+        labels nor `unknown` are to be trusted.
+    """
+
+    labels: npt.NDArray[np.object_]
+    probability: npt.NDArray[np.float32]
+    uncertainty: npt.NDArray[np.float32]
+    unknown: npt.NDArray[np.bool_]
+    shift: float
+    corrected_by: float
+    far: bool
+
+
+class LabelTransfer:
+    """Labels by the nearest neighbors in an embedding, or by a classifier on it; `unknown` by distance in either case.
+
+    Parameters
+    ----------
+    points
+        (cells, dimensions): the reference. Copies of a cell (equal position and label) count once.
+    labels
+        (cells,): label of each; missing ones are not admitted.
+    groups
+        (cells,): study or donor of each reference cell. A query comes from another study than its neighbors; with
+        groups the threshold of `unknown` is set in that situation. None: all one group.
+    n_neighbours
+        Neighbors per cell, 1 or more.
+    exact_cells
+        Up to how many reference cells the search is exact.
+    method
+        `neighbours`, `random_forest` or `logistic_regression` (on standardised dimensions).
+    seed
+        Of the probes, of an approximate index and of the forest.
+
+    Attributes
+    ----------
+    classes
+        The labels, sorted.
+    bound
+        How `unknown` is decided, and how well that works.
+
+    Raises
+    ------
+    UserError
+        No more cells than neighbors, a cell without a label or a finite position, or no such method.
+    """
+
+    def __init__(
+        self,
+        points: Points,
+        labels: npt.ArrayLike,
+        groups: npt.ArrayLike | None = None,
+        *,
+        n_neighbours: int = 15,
+        exact_cells: int = EXACT_CELLS,
+        method: str = NEIGHBOURS,
+        seed: int = 0,
+    ) -> None:
+        check_method(method)
+        require_whole("n_neighbours", n_neighbours, 1)
+        names = np.asarray(labels, dtype=object)
+        if any(not isinstance(name, str) or not name for name in names):
+            raise UserError("the reference has cells without a label; leave them out")
+        points = np.ascontiguousarray(points, np.float32)
+        if not np.isfinite(points).all():
+            raise UserError("the reference has cells without a finite position; leave them out")
+        unique, codes = np.unique(names.astype(str), return_inverse=True)
+        kept = _without_copies(points, codes)
+        if len(kept) <= n_neighbours:
+            raise UserError(_too_few(len(kept), len(names), n_neighbours))
+        self._points, self._codes = points[kept], codes[kept]
+        self.classes = [str(name) for name in unique]
+        studies = np.zeros(len(names), np.int64)
+        if groups is not None:
+            studies = np.unique(np.asarray(groups).astype(str), return_inverse=True)[1]
+        self._n_neighbours = n_neighbours
+        self._index = NeighbourIndex(self._points, exact_cells=exact_cells, seed=seed)
+        self.bound: UnknownThreshold = set_threshold(
+            self._points, self._codes, studies[kept], n_neighbours=n_neighbours, seed=seed
+        )
+        self._classifier = None
+        if method != NEIGHBOURS and len(self.classes) > 1:
+            self._classifier = _classifier(method, seed).fit(self._points, self._codes)
+
+    def predict(self, points: Points, *, empty: npt.NDArray[np.bool_] | None = None, warn: bool = True) -> Prediction:
+        """Labels of the cells of a study.
+
+        A study may lie farther from the reference than the reference's own cells from one another, for another
+        chemistry or treatment: the distances are divided by how much, as long as that is no more than between the
+        reference's own studies. A study that lies farther than that is not corrected, and `warn` says so: cells of
+        types that the reference lacks look the same.
+
+        Parameters
+        ----------
+        points
+            (cells, dimensions) in the same embedding.
+        empty
+            bool (cells,): cells without counts, whose position means nothing. They are unknown, with probability 0.
+        warn
+            Whether to warn where the cells are far.
+        """
+        empty = np.zeros(len(points), bool) if empty is None else empty
+        best, probability = np.empty(len(points), np.int64), np.empty(len(points), np.float32)
+        distance, nearest = np.empty(len(points)), np.empty(len(points), np.int64)
+        for start in range(0, len(points), _BLOCK_CELLS):
+            rows = slice(start, start + _BLOCK_CELLS)
+            distances, positions = self._index.query(points[rows], self._n_neighbours)
+            classifier = self._classifier
+            votes = classifier.predict_proba(points[rows]) if classifier else self._vote(distances, positions)
+            best[rows], probability[rows] = votes.argmax(axis=1), votes.max(axis=1)
+            distance[rows], nearest[rows] = distances.mean(axis=1, dtype=np.float64), self._codes[positions[:, 0]]
+        found = self.bound.apply(distance[~empty], nearest[~empty])
+        if warn and found.far:
+            log.warning("%s", self.bound.warning(found.ratio))
+        excess = distance / found.divisor / self.bound.distance
+        uncertainty = (excess / (excess + 1)).astype(np.float32)  # half at the threshold, towards one with the distance
+        return Prediction(
+            labels=np.array(self.classes, dtype=object)[best],
+            probability=np.where(empty, np.float32(0), probability),
+            uncertainty=np.where(empty, np.float32(1), uncertainty),
+            unknown=empty | (excess > 1),
+            shift=found.ratio,
+            corrected_by=found.divisor,
+            far=found.far,
+        )
+
+    def _vote(self, distances: npt.NDArray[Any], positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """Shares of the labels, nearer neighbors weighing more."""
+        weights = np.exp(-np.square(distances / np.maximum(distances.mean(axis=1, keepdims=True), 1e-12)))
+        votes = np.zeros((len(distances), len(self.classes)), np.float32)
+        rows = np.repeat(np.arange(len(distances)), distances.shape[1])
+        np.add.at(votes, (rows, self._codes[positions].ravel()), weights.ravel())
+        return votes / votes.sum(axis=1, keepdims=True)
+
+
+def check_method(method: str) -> None:
+    """UserError for what is no method."""
+    if method not in METHODS:
+        raise UserError(f"method is {method!r}{suggestion(method, list(METHODS))}; choose {', '.join(METHODS)}")
+
+
+def _too_few(different: int, cells: int, n_neighbours: int) -> str:
+    copies = f", {different:,} of them different," if different < cells else ""
+    return (
+        f"the reference has {cells:,} labelled cell{'s' * (cells != 1)}{copies} and n_neighbours={n_neighbours} needs"
+        f" {n_neighbours + 1} or more; take more reference cells (obs_filter), or fewer neighbors"
+    )
+
+
+def _without_copies(points: Points, codes: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+    """Rows of the first of all cells with the same position and label, ascending."""
+    rows = np.column_stack([points + np.float32(0), codes.astype(np.float32)])  # -0.0 is 0.0
+    bytes_of = np.ascontiguousarray(rows).view(np.dtype((np.void, rows.itemsize * rows.shape[1]))).ravel()
+    return np.sort(np.unique(bytes_of, return_index=True)[1])
+
+
+def _classifier(method: str, seed: int) -> Any:
+    if method == FOREST:
+        return RandomForestClassifier(random_state=seed, n_jobs=-1)
+    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=300))

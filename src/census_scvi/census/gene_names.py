@@ -1,0 +1,98 @@
+"""What names look like that are not genes of the organism: another's ids or symbols, transcripts, probes, numbers."""
+
+import math
+import re
+from dataclasses import dataclass
+
+import pandas as pd
+
+from census_scvi.census.schema import ORGANISMS
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of names that are no Ensembl gene ids of the declared organism.
+
+    Attributes
+    ----------
+    pattern
+        Regular expression that all of a name matches.
+    advice
+        What to do with a file of such names.
+    organism
+        Whose genes they are; "" where the name does not say it.
+    mixed
+        Share of a file's genes from which such names are no accident, but another organism's next to the declared one.
+    """
+
+    pattern: re.Pattern[str]
+    advice: str
+    organism: str = ""
+    mixed: float = math.inf
+
+
+_NAME_GENES = "name the genes by Ensembl id or symbol (gene_id: a column of var that holds them)"
+_PREFIXES = {
+    "mus_musculus": "ENSMUSG", "homo_sapiens": "ENSG", "rat": "ENSRNOG", "rhesus macaque": "ENSMMUG",
+    "crab-eating macaque": "ENSMFAG", "marmoset": "ENSCJAG", "chimpanzee": "ENSPTRG", "pig": "ENSSSCG",
+    "cow": "ENSBTAG", "dog": "ENSCAFG", "rabbit": "ENSOCUG", "chicken": "ENSGALG", "zebrafish": "ENSDARG",
+    "frog": "ENSXETG",
+}  # fmt: skip
+
+
+def _of(organism: str) -> str:
+    if organism in ORGANISMS:
+        return f"if the cells are of {organism}, set organism: {organism}"
+    return f"a local Census holds cells of {' and '.join(ORGANISMS)}"
+
+
+# In this order: a name is of the first kind that it matches.
+KINDS = {
+    **{
+        f"Ensembl ids of {name}": Kind(re.compile(prefix + r"\d{11}(\.\d+)?"), _of(name), name, 0.05)
+        for name, prefix in _PREFIXES.items()
+    },
+    "Ensembl ids of another organism": Kind(
+        re.compile(r"ENS[A-Z]{2,6}G\d{11}(\.\d+)?"), _of("another"), "another", 0.05
+    ),
+    "ids of fly genes": Kind(re.compile(r"FBgn\d{7}"), _of("fly"), "fly", 0.05),
+    "ids of worm genes": Kind(re.compile(r"WBGene\d{8}"), _of("worm"), "worm", 0.05),
+    "ids of yeast genes": Kind(re.compile(r"Y[A-P][LR]\d{3}[WC](-[A-Z])?"), _of("yeast"), "yeast", 0.05),
+    "transcript ids": Kind(re.compile(r"ENS[A-Z]*T\d{11}(\.\d+)?|[NX][MR]_\d+(\.\d+)?"), "sum the counts by gene"),
+    "protein ids": Kind(re.compile(r"ENS[A-Z]*P\d{11}(\.\d+)?|[NX]P_\d+(\.\d+)?"), _NAME_GENES),
+    "numbers, as of Entrez or of rows": Kind(re.compile(r"\d+(\.0)?"), _NAME_GENES),
+    "probes of a microarray": Kind(re.compile(r"\S+_at|ILMN_\d+|A_\d+_P\d+"), _NAME_GENES),
+    "symbols of mouse genes": Kind(
+        re.compile(r"(?!Ercc)[A-Z][a-z][A-Za-z0-9]*([.-][A-Za-z0-9]+)*|\d{6,}[A-Z]\d{2}Rik|mt-[A-Z]\w+"),
+        _of("mus_musculus"),
+        "mus_musculus",
+        0.2,  # symbols without an id, old ones say, may look like another organism's
+    ),
+    "symbols of human genes": Kind(
+        re.compile(r"(?!ERCC|[A-Z]{2}\d{6})[A-Z]{2,}[A-Z0-9]*(-[A-Z0-9]+)*|[A-Z]\d+orf\d+|MT-[A-Z]\w+"),
+        _of("homo_sapiens"),
+        "homo_sapiens",
+        0.2,
+    ),
+}
+
+
+def count_kinds(names: pd.Series, organism: str) -> dict[str, tuple[int, str]]:
+    """How many names are of each kind that the organism's own are not, and the first of them; most first.
+
+    Parameters
+    ----------
+    names
+        str (genes,): names in which no gene of the organism was recognised.
+    organism
+        The declared one.
+    """
+    left, found = names, {}
+    for kind, description in KINDS.items():
+        if description.organism == organism:
+            continue
+        matches = left.str.fullmatch(description.pattern.pattern).astype(bool)
+        if matches.any():
+            found[kind] = (int(matches.sum()), str(left[matches].iloc[0]))
+            left = left[~matches]
+    return dict(sorted(found.items(), key=lambda item: -item[1][0]))

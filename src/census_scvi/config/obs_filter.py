@@ -1,0 +1,345 @@
+"""Value filters on obs: parsed, checked against the columns, and put into a form that TileDB-SOMA answers correctly.
+
+TileDB-SOMA 2.3 crashes on the negation of a group, `not (a in [...])`, and cuts a fraction that is compared with a
+column of whole numbers, so that `nnz >= 317.5` finds 317. Here a negation is moved inwards to the comparisons (by
+De Morgan's laws) and every literal is checked against the type of its column. As in TileDB and in pandas' nullable
+columns, a comparison never matches a missing value; `== None` does. NaN in a column of floats matches `!=` alone: after
+De Morgan's laws a negated `<` is `>=`, which NaN does not match, and TileDB has no condition that would add it.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from keyword import iskeyword
+from typing import TYPE_CHECKING, Any, Literal
+
+from census_scvi.config.messages import shown, suggestion
+from census_scvi.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+EXAMPLE = "tissue == 'blood' and nnz >= 300"
+_LISTED = "list values as in tissue in ['blood', 'lung']"
+_MOST_PARTS = 2000  # TileDB goes through them one within the other
+_PRECEDENCE = "& and | bind closer than ==: put each comparison in parentheses, or write and, or"
+_OPERATORS: dict[type[ast.cmpop], str] = {
+    ast.Eq: "==", ast.NotEq: "!=", ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">=", ast.In: "in",
+    ast.NotIn: "not in", ast.Is: "==", ast.IsNot: "!=",
+}  # fmt: skip
+_NEGATED = {"==": "!=", "<": ">=", "<=": ">", "in": "not in"}
+_NEGATED |= {negated: operator for operator, negated in _NEGATED.items()}
+_MIRRORED = {"==": "==", "!=": "!=", "<": ">", "<=": ">=", ">": "<", ">=": "<="}
+# A comparison with 317.5 in whole numbers: the operator, and whether the next whole number below or above.
+_WHOLE = {"<": ("<", math.ceil), ">=": (">=", math.ceil), ">": (">", math.floor), "<=": ("<=", math.floor)}
+
+
+class FilterError(UserError):
+    """A value filter that cannot be used; the message begins with the setting or argument that holds it."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A column against a literal, or a list of them for `in` and `not in`."""
+
+    column: str
+    operator: str
+    value: Any
+
+
+@dataclass(frozen=True)
+class Group:
+    """Conditions that hold together, or of which one holds."""
+
+    word: Literal["and", "or"]
+    parts: tuple[Condition, ...]
+
+
+Condition = Comparison | Group
+
+
+def parse_filter(text: str) -> Condition:
+    """The conditions of a value filter, without negations.
+
+    Raises
+    ------
+    ValueError
+        It is no value filter: what is wrong, and how one reads.
+    """
+    try:
+        return _condition(_expression(text), negated=False)
+    except (RecursionError, MemoryError):
+        raise ValueError(f"it is nested too deep; {_LISTED}") from None
+
+
+def usable_filter(text: str, schema: pa.Schema, setting: str) -> str:
+    """The filter in a form that TileDB-SOMA answers correctly.
+
+    Parameters
+    ----------
+    text
+        A value filter.
+    schema
+        Of obs.
+    setting
+        Setting or argument that holds the filter, for the error.
+
+    Raises
+    ------
+    FilterError
+        It is no value filter, names an unknown column, or compares a column with what it cannot hold.
+    """
+    try:
+        return _text(parse_filter(text), schema)
+    except RecursionError:
+        raise FilterError(f"{setting} {shown(text)} is nested too deep") from None
+    except ValueError as error:
+        raise FilterError(f"{setting} {shown(text)} cannot be used on obs: {error}") from None
+
+
+@contextmanager
+def in_section(section: str) -> Iterator[None]:
+    """Name the setting where a filter comes from a section of the configuration: `query.obs_filter`."""
+    try:
+        yield
+    except FilterError as error:
+        raise FilterError(f"{section}.{error}") from None
+
+
+# --- from text to conditions
+
+
+def _expression(text: str) -> ast.expr:
+    if not text.strip():
+        raise ValueError("it is empty; null takes all cells")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)
+        try:
+            # In brackets it may go over several lines, and cannot close more parentheses than it opens.
+            body = ast.parse(f"[{text}\n]", mode="eval").body
+            text.encode()
+        except (SyntaxError, ValueError) as error:
+            raise ValueError(f"{_syntax_problem(text, error)}; it reads like {EXAMPLE}") from None
+    if not isinstance(body, ast.List) or len(body.elts) != 1:
+        raise ValueError(f"it must be one condition; it reads like {EXAMPLE}")
+    return body.elts[0]
+
+
+def _syntax_problem(text: str, error: Exception) -> str:
+    if isinstance(error, UnicodeEncodeError):
+        return "it holds a character that is not valid Unicode"
+    try:
+        ast.parse(text.strip(), mode="eval")  # without the brackets, which are not the user's
+    except SyntaxError as own:
+        error = own
+    except ValueError:
+        pass
+    return str(getattr(error, "msg", None) or error)
+
+
+def _condition(node: ast.expr, *, negated: bool) -> Condition:
+    match node:
+        case ast.BoolOp(op=op, values=values):
+            return _group("and" if isinstance(op, ast.And) else "or", values, negated=negated)
+        case ast.BinOp(op=ast.BitAnd() | ast.BitOr() as op, left=left, right=right):
+            _require_conditions(left, right)
+            return _group("and" if isinstance(op, ast.BitAnd) else "or", [left, right], negated=negated)
+        case ast.UnaryOp(op=ast.Not() | ast.Invert(), operand=operand):
+            return _condition(operand, negated=not negated)
+        case ast.Compare():
+            return _comparisons(node, negated=negated)
+        case ast.Name() | ast.Call():  # is_primary_data stands for is_primary_data == True
+            return Comparison(_column(node), "!=" if negated else "==", True)
+    raise ValueError(f"{_source(node)} is no condition; it reads like {EXAMPLE}")
+
+
+def _require_conditions(*nodes: ast.expr) -> None:
+    if any(isinstance(node, ast.Constant) for node in nodes):
+        raise ValueError(_PRECEDENCE)
+
+
+def _group(word: Literal["and", "or"], nodes: list[ast.expr], *, negated: bool) -> Group:
+    if negated:
+        word = "or" if word == "and" else "and"
+    parts: list[Condition] = []
+    for node in nodes:
+        part = _condition(node, negated=negated)
+        parts += part.parts if isinstance(part, Group) and part.word == word else [part]
+    if len(parts) > _MOST_PARTS:
+        raise ValueError(f"it has {len(parts):,} conditions, at most {_MOST_PARTS:,} can be read; {_LISTED}")
+    return Group(word, tuple(parts))
+
+
+def _comparisons(node: ast.Compare, *, negated: bool) -> Condition:
+    """`1 < nnz <= 3` is two comparisons that hold together."""
+    sides = [node.left, *node.comparators]
+    found = [
+        _comparison(left, _OPERATORS[type(op)], right, negated=negated)
+        for left, op, right in zip(sides[:-1], node.ops, sides[1:], strict=True)
+    ]
+    return found[0] if len(found) == 1 else Group("or" if negated else "and", tuple(found))
+
+
+def _comparison(left: ast.expr, operator: str, right: ast.expr, *, negated: bool) -> Comparison:
+    if not _is_column(left):
+        if operator not in _MIRRORED or not _is_column(right):
+            raise ValueError(
+                f"{_source(left)} {operator} {_source(right)} has no obs column"
+                f" {'on one side' if operator in _MIRRORED else 'before ' + operator}; it reads like {EXAMPLE},"
+                " or tissue in ['blood', 'lung']"
+            )
+        left, operator, right = right, _MIRRORED[operator], left
+    operator = _NEGATED[operator] if negated else operator
+    column = _column(left)
+    if operator not in ("in", "not in"):
+        if _is_column(right):
+            raise ValueError(
+                f"{column} is compared with {_source(right)}: two columns cannot be compared, and text needs quotes,"
+                f" {column} {operator} '{_column(right)}'"
+            )
+        return Comparison(column, operator, _literal(right))
+    if not isinstance(right, ast.List | ast.Tuple | ast.Set) or not right.elts:
+        raise ValueError(f"{column} {operator} needs a list of one value or more, as in tissue in ['blood', 'lung']")
+    return Comparison(column, operator, [_literal(item) for item in right.elts])
+
+
+def _is_column(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name) or (
+        isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "attr"
+    )
+
+
+def _column(node: ast.expr) -> str:
+    match node:
+        case ast.Name(id=name):
+            return name
+        case ast.Call(func=ast.Name(id="attr"), args=[ast.Constant(value=str(name))], keywords=[]):
+            return name
+    raise ValueError(f"{_source(node)} is no column; attr('name') names one that is no Python name")
+
+
+def _literal(node: ast.expr) -> bool | int | float | str | None:
+    match node:
+        case ast.Constant(value=None | bool() | int() | float() | str() as value):
+            return value
+        case ast.UnaryOp(op=ast.USub() | ast.UAdd() as op, operand=operand):
+            value = _literal(operand)
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                return -value if isinstance(op, ast.USub) else value
+        case ast.Call(func=ast.Name(id="val"), args=[value_node], keywords=[]):
+            return _literal(value_node)
+        case ast.BinOp(op=ast.BitAnd() | ast.BitOr()):
+            raise ValueError(_PRECEDENCE)
+    raise ValueError(f"{_source(node)} is no value; expected a number, True, False, None or text in quotes")
+
+
+def _source(node: ast.expr) -> str:
+    text = ast.unparse(node)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+# --- from conditions to what TileDB-SOMA reads
+
+
+def _text(condition: Condition, schema: pa.Schema) -> str:
+    if isinstance(condition, Group):
+        return f" {condition.word} ".join(f"({_text(part, schema)})" for part in condition.parts)
+    column, operator, value = condition.column, condition.operator, condition.value
+    if column not in schema.names:
+        raise ValueError(f"{column} is no obs column of the Census{suggestion(column, schema.names)}")
+    kind = _Kind.of(schema, column)
+    name = column if column.isidentifier() and not iskeyword(column) else f"attr({column!r})"
+    if isinstance(value, list):
+        return _membership(name, operator, [kind.literal("==", item)[1] for item in value], kind)
+    operator, value = kind.literal(operator, value)
+    return f"{name} {operator} {value!r}"
+
+
+def _membership(name: str, operator: str, values: list[Any], kind: _Kind) -> str:
+    if None in values:
+        raise ValueError(f"None in a list; ask for missing values with {name} == None")
+    if kind.lists:
+        return f"{name} {operator} {values!r}"
+    comparison, word = ("==", " or ") if operator == "in" else ("!=", " and ")
+    return word.join(f"{name} {comparison} {value!r}" for value in values)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What a column holds, and so which literals it can be compared with."""
+
+    column: str
+    holds: str
+    ordered: bool
+    lists: bool = True  # TileDB-SOMA has no `in` for some types
+    low: float = -math.inf
+    high: float = math.inf
+
+    @classmethod
+    def of(cls, schema: pa.Schema, column: str) -> _Kind:
+        # Imported only now: the syntax of a filter is checked with the configuration, before anything heavy.
+        import numpy as np
+        from pyarrow import types
+
+        dtype = schema.field(column).type
+        ordered = True
+        if types.is_dictionary(dtype):
+            dtype, ordered = dtype.value_type, dtype.ordered
+        if types.is_string(dtype) or types.is_large_string(dtype):
+            return cls(column, "text", ordered)
+        if types.is_boolean(dtype):
+            return cls(column, "true or false", ordered=False, lists=False)
+        if types.is_integer(dtype):
+            limits = np.iinfo(dtype.to_pandas_dtype())
+            lists = not (types.is_int16(dtype) or types.is_uint8(dtype))
+            return cls(column, "whole numbers", ordered, lists, int(limits.min), int(limits.max))
+        if types.is_floating(dtype):
+            largest = float(np.finfo(dtype.to_pandas_dtype()).max)
+            return cls(column, "numbers", ordered, low=-largest, high=largest)
+        return cls(column, str(dtype), ordered)
+
+    def literal(self, operator: str, value: Any) -> tuple[str, Any]:
+        """Operator and literal of a comparison; ValueError where the column cannot be compared so."""
+        if value is None:
+            if operator not in ("==", "!="):
+                raise ValueError(f"{self.column} {operator} None; missing values are asked for with == None or != None")
+            return operator, None
+        if not self.ordered and operator not in ("==", "!=", "in", "not in"):
+            raise ValueError(
+                f"the values of {self.column} have no order for {operator}; use ==, !="
+                + ("" if self.holds == "true or false" else f" or {self.column} in ['a', 'b']")
+            )
+        match self.holds:
+            case "text":
+                if not isinstance(value, str):
+                    raise self._unfit(value, f"put it in quotes, '{value}'")
+            case "true or false":
+                if value not in (0, 1):
+                    raise self._unfit(value, "compare with True or False")
+                return operator, bool(value)
+            case "numbers" | "whole numbers":
+                return self._number(operator, value)
+        return operator, value
+
+    def _number(self, operator: str, value: Any) -> tuple[str, Any]:
+        if isinstance(value, bool | str):
+            raise self._unfit(value, "compare with a number, without quotes")
+        whole = self.holds == "whole numbers"
+        if whole and isinstance(value, float) and math.isfinite(value):
+            if not value.is_integer():
+                if operator not in _WHOLE:
+                    raise self._unfit(value, "compare with a whole number")
+                operator, rounded = _WHOLE[operator]
+                value = rounded(value)
+            value = int(value)
+        if not self.low <= value <= self.high:
+            raise self._unfit(value, f"they lie between {self.low:g} and {self.high:g}")
+        return operator, value if whole else float(value)
+
+    def _unfit(self, value: Any, way_out: str) -> ValueError:
+        return ValueError(f"{self.column} holds {self.holds} and is compared with {shown(value)}; {way_out}")

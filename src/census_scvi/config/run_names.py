@@ -1,0 +1,133 @@
+"""Names of everything in a run directory, in one place, and which names are free for what a setting names."""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+from pathlib import Path
+
+MANIFEST = "manifest.json"
+LOCK = ".lock"
+STAGING = ".partial"
+GENES = "hv_genes.pkl"
+TENSORBOARD = "tb_logs"
+LATENT = "latent.npy"
+LATENT_JOINIDS = "latent-idx.npy"
+LATENT_HASHES = "latent-hash.npy"
+MINIFIED = "final_scvi_optimized"
+QA = "qa.json"
+PUBLISHED = "published"
+EVALUATION = "evaluation"
+METRICS = "metrics.json"
+REPORT = "report.html"
+SEARCH = "search"
+# What a stage keeps in its staging folder, next to what it will commit.
+FINGERPRINT = "fingerprint.json"
+PROGRESS = "progress.json"
+CHECKPOINT = "checkpoint.ckpt"
+VARIANCE = "variance.npy"
+LIBRARY_SIZE = "library_size.npy"
+PART = "part-{:05d}.h5ad"
+
+OWNED = frozenset(
+    {
+        MANIFEST, LOCK, STAGING, GENES, TENSORBOARD, LATENT, LATENT_JOINIDS, LATENT_HASHES, MINIFIED, QA, PUBLISHED,
+        EVALUATION, METRICS, REPORT, SEARCH, FINGERPRINT, PROGRESS, CHECKPOINT, VARIANCE, LIBRARY_SIZE,
+    }
+)  # fmt: skip
+_PART = re.compile(re.escape(PART).replace(r"\{:05d\}", r"\d{5,}"))
+# With an ending of 55 bytes still within what file systems hold.
+_MOST_BYTES = 200
+
+
+def same_name(name: str) -> str:
+    """What names of one file have in common on file systems that ignore case and forms of Unicode."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFKC", name).casefold())
+
+
+def is_owned(name: str) -> bool:
+    """Whether the run directory has its own file or folder of that name."""
+    folded = same_name(name)
+    return folded in OWNED or _PART.fullmatch(folded) is not None or _is_temporary(folded)
+
+
+def _is_temporary(folded: str) -> bool:
+    """Names under which files are written before they take their place."""
+    return folded.endswith((".partial", ".old"))
+
+
+def unfit_name(name: str) -> str | None:
+    """Why a setting may not give a file in the run directory this name; None where it may."""
+    if not name.strip() or {"/", "\\"} & set(name):
+        return "expected the name of a file, without / and \\"
+    if name in (".", ".."):
+        return "expected the name of a file; this is a folder itself"
+    if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name):
+        return "the name of a file cannot hold control characters"
+    if name != name.strip() or name.endswith("."):
+        return "the name of a file cannot begin or end with a space, or end with a dot"
+    if len(name.encode()) > _MOST_BYTES:
+        return f"the name of a file can have {_MOST_BYTES} bytes, this one has {len(name.encode()):,}"
+    if is_owned(name):
+        return "the run directory has a file or folder of that name itself, or uses such names for unfinished files"
+    return None
+
+
+def check_places(
+    directory: str,
+    names: tuple[str, str],
+    *,
+    census: str | None,
+    experiment: str | None,
+    evaluation: str | None,
+    mapped: str | None,
+    published: str | None,
+) -> None:
+    """ValueError where a setting would write over what the run directory holds, or over the Census.
+
+    Parameters
+    ----------
+    directory
+        The run directory.
+    names
+        Names of the prepared cells and of the model in it.
+    census, experiment, evaluation, mapped, published
+        `census.uri`, `publish.experiment_uri`, `evaluate.folder`, `query.output` and `publish.model_uri`.
+    """
+    run = Path(os.path.realpath(directory))
+    if census is not None and run == _real(census):
+        raise ValueError(f"output.directory {directory} is the Census; name another folder")
+    if published is not None and (model := _real(published)) is not None:
+        if model in (run, *run.parents):
+            raise ValueError(f"publish.model_uri {published} holds the run directory {directory}; name another folder")
+        for setting, read in (("census.uri", census), ("publish.experiment_uri", experiment)):
+            stored = None if read is None else _real(read)
+            if stored is not None and (model in (stored, *stored.parents) or stored in model.parents):
+                raise ValueError(f"publish.model_uri {published} would overwrite {setting} {read}; name another folder")
+    taken = {same_name(name) for name in names}
+    places: list[tuple[str, str | None, str | None]] = [("query.output", file, None) for file in _files_of(mapped)]
+    places += [("evaluate.folder", evaluation, EVALUATION), ("publish.model_uri", published, PUBLISHED)]
+    for setting, written, own in places:
+        place = None if written is None else _real(written)
+        if place is None or run not in place.parents or (own and place == run / own):
+            continue
+        first = place.relative_to(run).parts[0]
+        if is_owned(first) or same_name(first) in taken:
+            raise ValueError(f"{setting} writes {written}, and {first} is a name of the run's own; choose another")
+
+
+def _files_of(mapped: str | None) -> list[str]:
+    """What `query.output` has written: the .h5ad, the report and the picture."""
+    if mapped is None or not Path(mapped).name:
+        return []
+    return [mapped, *(str(Path(mapped).with_suffix(end)) for end in (".json", ".png"))]
+
+
+def _real(place: str) -> Path | None:
+    """The real path of a local place; None for a URL."""
+    # Imported here, since its package imports the config, which imports this module.
+    from census_scvi.files.uri import local_path
+
+    path = local_path(place)
+    return None if path is None else Path(os.path.realpath(path))

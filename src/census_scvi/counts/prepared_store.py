@@ -1,0 +1,114 @@
+"""The prepared cells on disk, shuffled, written part by part; a killed run continues at the first missing part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from anndata.io import read_elem
+
+from census_scvi.config.run_names import PART
+from census_scvi.counts.file_order import Pool, Run, pools
+from census_scvi.counts.reader import PreparedCells
+from census_scvi.counts.writer import H5adWriter
+from census_scvi.files.atomic import sync
+
+# Some 200,000 cells and a minute of work are what a kill costs.
+PART_POOLS = 12
+# Cells copied at a time while parts are joined.
+_SLICE = 2**14
+
+
+class PreparedStore:
+    """A standard .h5ad of all cells, put together from parts that are .h5ad files themselves.
+
+    Parameters
+    ----------
+    target
+        The finished file; until then its parts lie in the same folder.
+    runs
+        Runs of cells that are read together: first, and after the last.
+    seed
+        Decides the order of the cells (see `file_order`).
+    writer
+        Opens a writer for a path.
+    """
+
+    def __init__(self, target: Path, runs: list[Run], seed: int, writer: Callable[[Path], H5adWriter]) -> None:
+        self._target, self._writer = target, writer
+        every = list(pools(runs, seed))
+        groups = [every[first : first + PART_POOLS] for first in range(0, len(every), PART_POOLS)]
+        self._parts = {target.with_name(PART.format(number)): group for number, group in enumerate(groups)}
+
+    def missing(self) -> list[Pool]:
+        """What is not on disk yet, in the order in which `fill` takes it."""
+        return [pool for group in self._missing().values() for pool in group]
+
+    def fill(self, counts: Iterator[sp.csr_matrix], obs: Iterator[pd.DataFrame]) -> Iterator[int]:
+        """Write the missing parts; yields the number of cells of each pool that is written.
+
+        Parameters
+        ----------
+        counts
+            Counts of each run of each missing pool, in order.
+        obs
+            obs of the cells of each missing pool, in order.
+        """
+        for path, group in self._missing().items():
+            with self._whole(path) as writer:
+                for pool in group:
+                    order = pool.order()
+                    shuffled = sp.vstack([next(counts) for _ in pool.runs])[order]
+                    writer.append(next(obs).iloc[order], counts=shuffled)
+                    yield len(order)
+
+    def join(self) -> None:
+        """Make the file of its parts, which must all be there."""
+        if self._target.exists():
+            return
+        if len(self._parts) == 1:
+            next(iter(self._parts)).rename(self._target)
+            return
+        with self._whole(self._target) as writer:
+            for path in self._parts:
+                for obs, counts in _slices(path):
+                    writer.append(obs, counts=counts)
+
+    def _missing(self) -> dict[Path, list[Pool]]:
+        if self._target.exists():
+            return {}
+        return {path: group for path, group in self._parts.items() if not path.exists()}
+
+    @contextmanager
+    def _whole(self, path: Path) -> Iterator[H5adWriter]:
+        """Write a file under another name until it is whole."""
+        partial = path.with_name(path.name + ".partial")
+        with self._writer(partial) as writer:
+            yield writer
+        sync(partial)
+        partial.replace(path)
+
+
+def _slices(path: Path) -> Iterator[tuple[pd.DataFrame, sp.csr_matrix]]:
+    with h5py.File(path, "r") as file:
+        obs = read_elem(file["obs"])
+    cells = PreparedCells(path)
+    for start in range(0, cells.n_cells, _SLICE):
+        stop = min(start + _SLICE, cells.n_cells)
+        yield obs.iloc[start:stop], cells.read([(start, stop)]).csr(cells.n_genes)
+    cells.close()
+
+
+def count_nonzeros(path: Path) -> tuple[int, int]:
+    """Non-zeros of a prepared file, and cells without any."""
+    with h5py.File(path, "r") as file:
+        row_ends = file["X/indptr"]
+        empty = 0
+        for start in range(0, len(row_ends) - 1, 2**20):
+            empty += int((np.diff(row_ends[start : start + 2**20 + 1]) == 0).sum())
+        return int(row_ends[-1]), empty

@@ -1,0 +1,78 @@
+"""One run a directory at a time, and the second is told who holds it."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import platform
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TextIO
+
+from census_scvi.errors import UserError
+from census_scvi.files.json_file import read_json
+
+# NFS without its lock service, and file systems that know no locks.
+_WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
+
+
+@contextmanager
+def directory_lock(path: Path, stage: str) -> Iterator[None]:
+    """Hold an exclusive lock on a file while the block runs; the kernel drops it when the process dies.
+
+    Raises
+    ------
+    UserError
+        Another process holds it: stage, process id, host and since when. Or the file system has no locks, or what lies
+        there is no plain file.
+    """
+    with _opened(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{path.parent} is in use by {_holder(path)}; wait for it or stop it") from None
+        except OSError as error:
+            if error.errno not in _WITHOUT_LOCKS:
+                raise
+            raise UserError(
+                f"the file system of {path.parent} locks no files ({error.strerror}), and two runs at once would damage"
+                " each other's results; use a folder on another file system, or have its lock service started"
+            ) from None
+        file.seek(0)
+        file.truncate()
+        started = datetime.now(UTC).isoformat(timespec="seconds")
+        json.dump({"stage": stage, "pid": os.getpid(), "host": platform.node(), "since": started}, file)
+        file.flush()
+        yield
+
+
+def _opened(path: Path) -> TextIO:
+    """The file, made where it is missing; a link is not followed, or it would empty whatever it leads to."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EMLINK, errno.EISDIR, errno.ENXIO):
+            raise
+        raise _no_file(path) from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _no_file(path)
+    return os.fdopen(descriptor, "r+", encoding="utf-8")
+
+
+def _no_file(path: Path) -> UserError:
+    what = "a link" if path.is_symlink() else "a folder" if path.is_dir() else "no plain file"
+    return UserError(f"{path} is {what}, where a file that holds a lock is expected; remove it")
+
+
+def _holder(path: Path) -> str:
+    try:
+        holder = read_json(path)
+        return f"{holder['stage']} (process {holder['pid']} on {holder['host']}, since {holder['since']})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another run"

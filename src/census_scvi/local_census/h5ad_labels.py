@@ -1,0 +1,93 @@
+"""From the obs table of a file to the label columns of the Census."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from census_scvi.census.schema import LABEL_COLUMNS, SETTABLE_COLUMNS, default_label
+from census_scvi.config.messages import suggestion
+from census_scvi.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def census_labels(
+    table: pd.DataFrame,
+    *,
+    path: Path,
+    organism: str,
+    columns: Mapping[str, str],
+    values: Mapping[str, str | bool],
+) -> pd.DataFrame:
+    """The Census' label columns for the cells of a file, made from its obs `table` (same rows)."""
+    given = {census: table_column(table, name, f"{path}: obs") for census, name in columns.items()}
+    own = [name for name in SETTABLE_COLUMNS if name in table and name not in columns and name not in values]
+    # A term id belongs to the file's own label; it does not follow a label that comes from elsewhere.
+    own = [name for name in own if (label := name.removesuffix("_ontology_term_id")) == name or label in own]
+    if own:
+        logger.info("%s: taken under their own name: %s", path, ", ".join(own))
+    given |= {name: table[name] for name in own}
+    # Without a general tissue of its own a cell gets its tissue, and the term id of that.
+    general = {"tissue_general", "tissue_general_ontology_term_id"}.isdisjoint({*given, *values})
+    labels = pd.DataFrame(index=pd.RangeIndex(len(table)))
+    for name in LABEL_COLUMNS:
+        default = default_label(name, organism)
+        if name in values:
+            labels[name] = _constant(str(values[name]), len(table))
+        elif name in given:
+            labels[name] = _label(given[name], default, f"{path}: {name}")
+        elif general and name.startswith("tissue_general"):
+            labels[name] = labels[name.replace("tissue_general", "tissue")]
+        else:
+            labels[name] = _constant(default, len(table))
+    primary = given.get("is_primary_data", pd.Series(values.get("is_primary_data", True), index=range(len(table))))
+    labels["is_primary_data"] = _booleans(primary, f"{path}: is_primary_data")
+    if "observation_joinid" in given:
+        labels["observation_joinid"] = given["observation_joinid"].map(label_text).to_numpy()
+    return labels
+
+
+def table_column(table: pd.DataFrame, name: str, where: str) -> pd.Series:
+    """A column of a file's table, with a plain index; UserError naming the nearest and all there are."""
+    if name not in table:
+        known = [str(column) for column in table.columns]
+        raise UserError(
+            f"{where} has no column {name!r}{suggestion(name, known)} (it has {', '.join(known) or 'none'})"
+        )
+    return table[name].reset_index(drop=True)
+
+
+def _constant(value: str, length: int) -> pd.Series:
+    return pd.Series(pd.Categorical.from_codes(np.zeros(length, dtype=np.int8), categories=pd.Index([value])))
+
+
+def _label(values: pd.Series, default: str, where: str) -> pd.Series:
+    """Text labels; missing and empty ones become the default."""
+    codes, found = pd.factorize(values)
+    missing = int((codes < 0).sum())
+    if missing:
+        logger.warning("%s: %s cells without a value are %r", where, f"{missing:,}", default)
+    # Values that differ only in type, 1 and "1", are one label; code -1 (missing) picks the last, the default.
+    text = np.array([label_text(value) or default for value in found] + [default], dtype=object)
+    label, names = pd.factorize(text)
+    return pd.Series(pd.Categorical.from_codes(label[codes], categories=pd.Index(names)))
+
+
+def label_text(value: object) -> str:
+    """A label as text. One missing value makes a column of whole numbers one of floats: 1.0 is the label 1."""
+    if isinstance(value, float | np.floating) and float(value).is_integer():
+        return str(int(value))
+    return str(value)
+
+
+def _booleans(values: pd.Series, where: str) -> np.ndarray:
+    meaning: dict[Any, bool] = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
+    found = values.astype(str).str.lower().map(meaning)
+    if found.isna().any():
+        wrong = sorted({str(value) for value in values[found.isna().to_numpy()]})[:3]
+        raise UserError(f"{where} holds {', '.join(wrong)}; expected true or false for every cell")
+    return found.to_numpy(dtype=bool)

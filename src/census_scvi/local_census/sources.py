@@ -1,0 +1,343 @@
+"""Where the cells of a local Census come from: a `Source` is one dataset, its labels, its genes and its counts."""
+
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+import h5py
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+from census_scvi.census.gene_ids import GeneMap, GeneReport, Genes, resolve_genes, strip_version
+from census_scvi.census.gene_rows import (
+    NAMED_TWICE,
+    clean_names,
+    find_gene_rows,
+    holds_kinds,
+    name_columns,
+    named_twice,
+)
+from census_scvi.census.schema import ORGANISMS
+from census_scvi.counts.h5ad import CountMatrix, check_counts, open_file, read_frame, require_place, unreadable
+from census_scvi.counts.raw_counts import check_place, find_raw_counts, matrices_in, matrix_key, var_key
+from census_scvi.errors import UserError
+from census_scvi.local_census.h5ad_labels import census_labels, label_text, table_column
+
+logger = logging.getLogger(__name__)
+
+
+class Source(Protocol):
+    """One dataset of a Census to be built.
+
+    Attributes
+    ----------
+    dataset_id, title
+        Name of the dataset (unique in a Census) and what a person reads.
+    organism
+        Experiment of the Census, such as `homo_sapiens`.
+    path
+        File the cells come from, "" for none.
+    genes
+        What became of the genes of the file.
+    var
+        feature_id (unique), feature_name, feature_length (int64), feature_type; one row a gene.
+    obs
+        One row a cell: the Census' label columns (categorical or str, no missing values), is_primary_data (bool),
+        and observation_joinid where the file has one.
+    kept_counts
+        float64 (cells,): share of each cell's counts that the genes of `var` hold, filled by `blocks`; 1 for a cell
+        without counts.
+    """
+
+    dataset_id: str
+    title: str
+    organism: str
+    path: str
+    genes: GeneReport
+    var: pd.DataFrame
+    obs: pd.DataFrame
+    kept_counts: np.ndarray
+
+    def blocks(self, rows: int) -> Iterator[tuple[int, sp.csr_matrix]]:
+        """Yield (first row, raw counts of at most `rows` cells x genes of `var`) in the order of `obs`.
+
+        The CSR holds no duplicates; it may hold explicit zeros. Any number of passes is allowed.
+        """
+        ...
+
+
+class H5adSource:
+    """The cells of an .h5ad, or those of them that `rows` names, read in blocks of rows.
+
+    Use `open_h5ad` to make one.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        dataset_id: str,
+        title: str,
+        organism: str,
+        counts: str,
+        genes: Genes,
+        obs: pd.DataFrame,
+        rows: np.ndarray,
+        counted: np.ndarray,
+    ) -> None:
+        self.path, self.dataset_id, self.title, self.organism = str(path), dataset_id, title, organism
+        self.genes, self.var, self.obs = genes.report, genes.var, obs
+        self.kept_counts = np.ones(len(rows))
+        self._counts, self._rows = counts, rows
+        self._column_to_gene, self._counted = genes.column_to_gene, counted.astype(np.float64)
+
+    def blocks(self, rows: int) -> Iterator[tuple[int, sp.csr_matrix]]:
+        """Yield (first row, raw counts of at most `rows` cells x genes); UserError for what is no raw count."""
+        return regroup(self._selected(rows), rows)
+
+    def _selected(self, rows: int) -> Iterator[sp.csr_matrix]:
+        """The dataset's own cells of each block of the file, columns already turned into genes."""
+        with open_file(Path(self.path)) as file:
+            matrix = CountMatrix(file, matrix_key(file, self._counts))
+            try:
+                for start, block in matrix.blocks(rows, first=int(self._rows[0]), last=int(self._rows[-1]) + 1):
+                    first, last = np.searchsorted(self._rows, [start, start + block.shape[0]])
+                    if first == last:
+                        continue
+                    check_counts(block, where=f"{self.path}: {self._counts}", first_row=start)
+                    own = block[self._rows[first:last] - start]
+                    self.kept_counts[first:last] = self._share_kept(own)
+                    yield self._to_genes(own)
+            except (OSError, KeyError) as error:
+                raise unreadable(self.path, error) from error
+
+    def _share_kept(self, block: sp.csr_matrix) -> np.ndarray:
+        """Of each cell's counts of genes, those of genes that stay."""
+        total = block @ self._counted
+        kept = block @ (self._column_to_gene >= 0).astype(np.float64)
+        return np.where(total > 0, kept / np.where(total > 0, total, 1.0), 1.0)
+
+    def _to_genes(self, block: sp.csr_matrix) -> sp.csr_matrix:
+        """Columns of the file -> genes: dropped ones leave, those of the same gene are summed."""
+        gene = self._column_to_gene[block.indices]
+        row = np.repeat(np.arange(block.shape[0]), np.diff(block.indptr))
+        keep = gene >= 0
+        # float64, so that a sum is exact before it is checked against what X/raw can hold.
+        entries = (block.data[keep].astype(np.float64), (row[keep], gene[keep]))
+        return sp.csr_matrix(entries, shape=(block.shape[0], len(self.var)))
+
+
+def regroup(blocks: Iterable[sp.csr_matrix], rows: int) -> Iterator[tuple[int, sp.csr_matrix]]:
+    """Yield (first row, block) of exactly `rows` rows, the last one fewer, from blocks of any size in their order."""
+    start = n_waiting = 0
+    waiting: list[sp.csr_matrix] = []
+    for block in blocks:
+        waiting.append(block)
+        n_waiting += block.shape[0]
+        if n_waiting < rows:
+            continue
+        joined = sp.vstack(waiting, format="csr") if len(waiting) > 1 else block
+        whole = n_waiting - n_waiting % rows
+        for first in range(0, whole, rows):
+            yield start + first, joined[first : first + rows]
+        start, n_waiting, waiting = start + whole, n_waiting - whole, [joined[whole:]]
+    if n_waiting:
+        yield start, sp.vstack(waiting, format="csr")
+
+
+def open_h5ad(
+    path: Path,
+    *,
+    dataset_id: str | None = None,
+    dataset_column: str | None = None,
+    title: str | None = None,
+    organism: str,
+    counts: str | None = None,
+    gene_id: str | None = None,
+    obs_columns: Mapping[str, str] | None = None,
+    values: Mapping[str, str | bool] | None = None,
+    gene_map: GeneMap | None = None,
+    keep_without_id: bool = False,
+    min_recognised: float = 0.5,
+) -> list[H5adSource]:
+    """Open an .h5ad with raw counts as one dataset, or as one a value of the obs column `dataset_column`.
+
+    `obs_columns` maps Census columns to columns of the file, `values` gives Census columns one value for all cells.
+    A column of the file that has a Census name is taken as it is, unless either says otherwise; all others get
+    "unknown" or "na", and is_primary_data True. `counts` is X, raw or layers/<name>, None judges all of them
+    (`census_scvi.counts.raw_counts`); `gene_id` is index or a column of var, None takes the one in which most genes are
+    recognised. Raises UserError for a missing, damaged or unsuitable file, naming it.
+    """
+    try:
+        with open_file(path) as file:
+            table = read_frame(file, "obs")
+            place = _find_counts(file, path, counts, len(table))
+            var = read_frame(file, var_key(file, place))
+    except (OSError, KeyError, ValueError) as error:
+        raise unreadable(str(path), error) from error
+    logger.info("%s: raw counts are taken from %s", path, place)
+    genes, counted = _find_genes(
+        path,
+        table,
+        var,
+        organism,
+        gene_id,
+        gene_map,
+        keep_without_id=keep_without_id,
+        min_recognised=min_recognised,
+    )
+    labels = census_labels(table, path=path, organism=organism, columns=obs_columns or {}, values=values or {})
+    sources = []
+    for name, rows in _datasets(table, path, dataset_id, dataset_column):
+        sources.append(
+            H5adSource(
+                path,
+                dataset_id=name,
+                title=title if title and dataset_column is None else f"{title}: {name}" if title else name,
+                organism=organism,
+                counts=place,
+                genes=genes,
+                obs=labels.iloc[rows].reset_index(drop=True),
+                rows=rows,
+                counted=counted,
+            )
+        )
+    return sources
+
+
+def _find_counts(file: h5py.File, path: Path, asked: str | None, n_cells: int) -> str:
+    """The place that is asked for, or the one that holds the raw counts; UserError where none does."""
+    matrices, setting = matrices_in(file), "counts: "
+    if not matrices:
+        raise UserError(f"{path}: has no X, raw or layers; nothing to build from")
+    names = {key: read_frame(file, key).index for key in {var_key(file, place) for place in matrices}}
+    n_genes = max((len(index) for index in names.values()), default=0)
+    if not n_cells or not n_genes:
+        raise UserError(f"{path}: holds {n_cells} cells and {n_genes} genes; nothing to build from")
+    if asked is None and len(matrices) > 1:
+        return find_raw_counts(
+            matrices, lambda place: names[var_key(file, place)], n_cells, name=str(path), setting=setting
+        )
+    place = asked or next(iter(matrices))
+    require_place(place, list(matrices), str(path))
+    n_genes = len(names[var_key(file, place)])
+    check_place(place, matrices, n_cells, n_genes, name=str(path), setting=setting, asked=asked is not None)
+    return place
+
+
+def _find_genes(
+    path: Path,
+    obs: pd.DataFrame,
+    var: pd.DataFrame,
+    organism: str,
+    gene_id: str | None,
+    gene_map: GeneMap | None,
+    *,
+    keep_without_id: bool,
+    min_recognised: float,
+) -> tuple[Genes, np.ndarray]:
+    """Which gene each column of the file is, and, bool (columns,), which count genes of any organism.
+
+    UserError, naming the file, where too few are recognised.
+    """
+    rows = find_gene_rows(var, organism)
+    if rows.left_out:
+        logger.warning("%s: %s", path, rows)
+    columns = np.flatnonzero(rows.is_gene)
+    if not len(columns):
+        raise UserError(f"{path}: {rows}; nothing is left to build from")
+    recognised = {
+        where: int(_recognised(names[rows.is_gene], organism, gene_map).sum()) for where, names in name_columns(var)
+    }
+    asked, names = _gene_names(path, var, gene_id, recognised, len(columns))
+    proposal = _proposal(asked, recognised, obs, organism, gene_map)
+    names = strip_version(clean_names(names)[rows.is_gene])
+    if gene_map is not None and (twice := named_twice(names, names.map(gene_map.id_of_symbol))).any():
+        logger.warning("%s: %s rows are excluded: %s", path, f"{twice.sum():,}", NAMED_TWICE)
+        names, columns = names[~twice], columns[~twice]
+    try:
+        genes = resolve_genes(
+            names,
+            _attributes(var, asked).iloc[columns],
+            organism=organism,
+            gene_map=gene_map,
+            keep_without_id=keep_without_id,
+            min_recognised=min_recognised,
+        )
+    except UserError as error:
+        raise UserError(f"{path}: {error}{proposal and f'; {proposal}'}") from None
+    if proposal:
+        logger.warning("%s: %s", path, proposal)
+    column_to_gene = np.full(len(var), -1, dtype=np.int64)
+    column_to_gene[columns] = genes.column_to_gene
+    report = replace(genes.report, not_genes=len(var) - len(columns))
+    return replace(genes, column_to_gene=column_to_gene, report=report), rows.is_expression
+
+
+def _gene_names(
+    path: Path, var: pd.DataFrame, gene_id: str | None, recognised: Mapping[str, int], n_genes: int
+) -> tuple[str, pd.Series]:
+    """Where the genes are named, as asked for or where most are `recognised`, and the names there, (rows of var,)."""
+    asked = _best_place(recognised) if gene_id is None else "var_names" if gene_id == "index" else f"var[{gene_id!r}]"
+    if gene_id is None and asked != "var_names":
+        numbers = f"{recognised[asked]:,} of {n_genes:,} genes, var_names {recognised['var_names']:,}"
+        logger.info("%s: genes are taken from %s, which names %s", path, asked, numbers)
+    places = dict(name_columns(var))
+    if asked not in places:
+        places[asked] = table_column(var, str(gene_id), f"{path}: var").astype(str)
+    return asked, places[asked]
+
+
+def _best_place(recognised: Mapping[str, int]) -> str:
+    return max(recognised, key=recognised.__getitem__)
+
+
+def _recognised(names: pd.Series, organism: str, gene_map: GeneMap | None) -> pd.Series:
+    """Which names are Ensembl ids of the organism, or symbols of the map."""
+    ids = strip_version(clean_names(names))
+    found = ids.str.fullmatch(re.escape(ORGANISMS[organism].gene_id_prefix) + r"\d{11}")
+    return found if gene_map is None else found | ids.isin(gene_map.id_of_symbol)
+
+
+def _proposal(
+    asked: str,
+    recognised: Mapping[str, int],
+    obs: pd.DataFrame,
+    organism: str,
+    gene_map: GeneMap | None,
+) -> str:
+    """Where more genes would be recognised than in the place that was asked for, or ""."""
+    here, best = recognised.get(asked, 0), _best_place(recognised)
+    if recognised[best] > here:
+        column = "index" if best == "var_names" else best.removeprefix("var['").removesuffix("']")
+        return f"{best} names {recognised[best]:,} genes, {asked} {here:,}: take it with gene_id: {column}"
+    in_obs = int(_recognised(pd.Series(obs.index.astype(str), dtype=object), organism, gene_map).sum())
+    if in_obs > 2 * here:
+        return f"obs_names holds {in_obs:,} genes: rows and columns are exchanged; give the cells as rows (adata.T)"
+    return ""
+
+
+def _attributes(var: pd.DataFrame, names_from: str) -> pd.DataFrame:
+    """What the file says of its genes: the Census' columns, and the index as symbols where a column holds the ids."""
+    if "feature_type" in var and holds_kinds(var["feature_type"]):  # "Gene Expression", where the Census has biotypes
+        var = var.drop(columns="feature_type")
+    if names_from == "var_names" or "feature_name" in var or var.index.astype(str).str.isdigit().any():
+        return var
+    return var.assign(feature_name=clean_names(pd.Series(var.index.astype(str), dtype=object)).to_numpy())
+
+
+def _datasets(
+    table: pd.DataFrame, path: Path, dataset_id: str | None, column: str | None
+) -> list[tuple[str, np.ndarray]]:
+    """(dataset_id, rows of the file) of each dataset."""
+    if column is None:
+        return [(dataset_id or path.stem, np.arange(len(table)))]
+    values = table_column(table, column, f"{path}: obs")
+    if values.isna().any():
+        raise UserError(f"{path}: {int(values.isna().sum()):,} cells have no {column}; every cell needs a dataset")
+    codes, names = pd.factorize(values.map(label_text))
+    return [(str(name), np.flatnonzero(codes == code)) for code, name in enumerate(names)]

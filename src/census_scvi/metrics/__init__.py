@@ -1,0 +1,1 @@
+"""Pure functions, arrays in, numbers out: integration and biology of an embedding."""

@@ -1,0 +1,101 @@
+"""Metrics of how well an embedding keeps a label."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import scib_metrics
+from scib_metrics.utils import silhouette_samples
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
+from census_scvi.errors import UserError
+from census_scvi.metrics.score import (
+    BIOLOGY,
+    CHANCE,
+    FEWEST_CELLS,
+    SHUFFLE,
+    SOUND,
+    Codes,
+    Names,
+    Points,
+    Score,
+    classified,
+    mean_of,
+    neighbour_graph,
+    scaled_lisi,
+    scored,
+    usable,
+)  # fmt: skip
+from census_scvi.metrics.space import Space
+
+
+def biology(space: Space, column: str, labels: Names, donors: Names | None, batches: Names, mode: str) -> list[Score]:
+    """How well an embedding keeps a label.
+
+    Parameters
+    ----------
+    space
+        The embedding.
+    column
+        Name of the label.
+    labels, batches
+        (measured cells,): the label, missing (None) where it says nothing, and the batch.
+    donors
+        (measured cells,): held out and drawn as a whole; None: there are none.
+    mode
+        `sound` or `legacy`.
+
+    Raises
+    ------
+    UserError
+        Fewer than two labels of ten cells or more.
+    """
+    known = usable(labels, mode)
+    names, codes = np.unique(labels[known].astype(str), return_inverse=True)
+    if len(names) < 2:
+        raise UserError(
+            f"{column} has too few usable values, {len(names)} (known, and of {FEWEST_CELLS} measured cells or more);"
+            " two are needed"
+        )
+    points = space.points[known]
+    groups = None if donors is None else donors[known]
+    shuffled = np.random.default_rng([space.seed, SHUFFLE]).permutation(codes)
+    left_out = f"{(~known).sum():,} cells without a usable label left out" if not known.all() else ""
+    score = partial(scored, about=BIOLOGY, column=column, mode=mode, groups=groups, seed=space.seed, note=left_out)
+    clusterings = [clusters[known] for clusters in space.clusterings]
+    found = []
+    best = int(np.argmax([normalized_mutual_info_score(codes, clusters) for clusters in clusterings]))
+    for metric, agreement in (("leiden_nmi", normalized_mutual_info_score), ("leiden_ari", adjusted_rand_score)):
+        chance = max(agreement(shuffled, clusters) for clusters in clusterings)
+        rows_agree = partial(_agreement, agreement, codes, clusterings[best])
+        found.append(score(metric, rows_agree, len(codes), {CHANCE: chance}))
+    widths = (silhouette_samples(points, codes) + 1) / 2
+    chance = float(((silhouette_samples(points, shuffled) + 1) / 2).mean())
+    found.append(score("silhouette_label", mean_of(widths), len(codes), {CHANCE: chance}))
+    found += classified(score, points, codes, groups, mode, mixed=False, seed=space.seed)
+    if mode == SOUND:
+        graph = neighbour_graph(points)
+        real, random = (
+            partial(scaled_lisi, scib_metrics.lisi_knn(graph, values), len(names), keep=True)
+            for values in (codes, shuffled)
+        )
+        found.append(score("clisi", real, len(codes), {CHANCE: random(np.arange(len(codes)))}))
+        if len(np.unique(batches[known].astype(str))) > 1:
+            found.append(_isolated(points, column, names[codes], names[shuffled], batches[known], left_out))
+    return found
+
+
+def _agreement(measure: Callable[[Codes, Codes], float], labels: Codes, clusters: Codes, rows: Any) -> float:
+    return float(measure(labels[rows], clusters[rows]))
+
+
+def _isolated(points: Points, column: str, labels: Names, shuffled: Names, batches: Names, note: str) -> Score:
+    """Silhouette of the labels that are in the fewest batches."""
+    value, chance = (
+        float(scib_metrics.isolated_labels(points, values.astype(str), batches.astype(str)))
+        for values in (labels, shuffled)
+    )
+    return Score("isolated_labels", BIOLOGY, column, value, None, None, {CHANCE: chance}, len(labels), note)

@@ -1,0 +1,63 @@
+"""Where an embedding fails: the same measures for each cell type, and for each batch."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from scib_metrics.utils import silhouette_samples
+
+from census_scvi.metrics.entropy import neighbour_entropy
+from census_scvi.metrics.space import Space
+
+_NEAREST = 15
+Names = npt.NDArray[np.object_]
+
+
+def break_down(space: Space, labels: Names, batches: Names, of: Names) -> pd.DataFrame:
+    """Means over the measured cells of each type, or batch.
+
+    Parameters
+    ----------
+    space
+        The embedding.
+    labels, batches
+        (cells,): label, missing where None, and batch of all cells of the slice.
+    of
+        (cells,): what the rows are; missing where None.
+
+    Returns
+    -------
+    A row each, the commonest first, indexed by the name: `cells`; `same_type`, share of the 15 nearest neighbours that
+    have the cell's label; `silhouette`, 0 to 1, of the label; `mixing`, entropy of the batches among 200 neighbours, of
+    that of all cells of its type.
+    """
+    rows = space.measured
+    known = np.array([label is not None for label in labels])
+    names, types = np.unique(np.where(known, labels, "").astype(str), return_inverse=True)
+    codes = np.unique(batches.astype(str), return_inverse=True)[1]
+    told, mine = known[rows], types[rows]
+    near = types[space.neighbours[:, 1 : _NEAREST + 1]]
+    widths = np.full(len(rows), np.nan)
+    if len(np.unique(mine[told])) > 1:
+        compact = np.unique(mine[told], return_inverse=True)[1]
+        widths[told] = (silhouette_samples(space.points[told], compact) + 1) / 2
+    most = np.array([_entropy(codes[types == number]) for number in range(len(names))])[mine]
+    mixing = np.divide(neighbour_entropy(space.neighbours, codes), most, out=np.full(len(rows), np.nan), where=most > 0)
+    frame = pd.DataFrame(
+        {
+            "name": of[rows],
+            "same_type": np.where(told, (near == mine[:, None]).mean(axis=1), np.nan),
+            "silhouette": widths,
+            "mixing": np.where(told, mixing, np.nan),
+        }
+    ).dropna(subset="name")
+    means = frame.groupby(frame["name"].astype(str))[["same_type", "silhouette", "mixing"]].mean()
+    means.insert(0, "cells", pd.Series(of).dropna().astype(str).value_counts())
+    return means.sort_values("cells", ascending=False)
+
+
+def _entropy(codes: npt.NDArray[np.integer]) -> float:
+    shares = np.bincount(codes) / len(codes)
+    shares = shares[shares > 0]
+    return float(-(shares * np.log(shares)).sum())

@@ -1,0 +1,138 @@
+"""A row of the tables, and what the metrics of biology and of batches share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scib_metrics.nearest_neighbors import NeighborsResults
+
+from census_scvi.metrics import classify
+from census_scvi.metrics.interval import interval
+from census_scvi.neighbors.index import NeighbourIndex
+
+SOUND, LEGACY = "sound", "legacy"
+BIOLOGY, BATCH = "biology", "batch"
+CHANCE, MIXED, WITHIN = "chance", "perfectly mixed", "mixed within types"
+# Random stream of the draws that give chance levels, in addition to the seed.
+SHUFFLE = 9
+FEWEST_CELLS = 10
+# Neighbours of LISI, as scib-metrics' own benchmark takes them.
+_LISI_NEIGHBOURS = 90
+# Most classes for classifiers, the commonest ones: the SVM trains on every pair of them.
+MOST_CLASSES = 100
+
+Points = npt.NDArray[np.float32]
+Names = npt.NDArray[np.object_]
+Codes = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One row of the table.
+
+    Attributes
+    ----------
+    metric
+        Its name in the published tables.
+    about
+        `biology` or `batch`.
+    column
+        The label, or the batch, that it is of.
+    value
+        The higher, the better: biology kept, batches mixed.
+    low, high
+        95 % interval, by a bootstrap over donors (cells, where there are fewer than five); None in legacy mode.
+    levels
+        Levels to compare it with: `chance`, or `perfectly mixed` and `mixed within types`.
+    cells
+        How many it was measured on.
+    note
+        For the reader: what was held out, which cells were excluded.
+    """
+
+    metric: str
+    about: str
+    column: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+    levels: dict[str, float] = field(default_factory=dict)
+    cells: int = 0
+    note: str = ""
+
+
+def scored(
+    metric: str, statistic: Callable[[Any], float], n_cells: int, levels: dict[str, float], *, about: str, column: str,
+    mode: str, groups: Names | None, seed: int, note: str = "",
+) -> Score:  # fmt: skip
+    """The score of a statistic of rows, int64; with its interval, but in legacy mode."""
+    value = statistic(np.arange(n_cells))
+    if mode == LEGACY:
+        return Score(metric, about, column, value, cells=n_cells, note=note)
+    low, high = interval(statistic, groups, n_cells, seed=seed)
+    return Score(metric, about, column, value, low, high, levels, n_cells, note)
+
+
+def mean_of(values: npt.NDArray[np.floating]) -> Callable[[Any], float]:
+    """The mean over rows as a statistic."""
+    return lambda rows: float(values[rows].mean())
+
+
+def usable(labels: Names, mode: str) -> npt.NDArray[np.bool_]:
+    """Cells whose label is there and, in sound mode, has ten cells or more."""
+    there = np.array([label is not None for label in labels])
+    names, numbers = np.unique(labels[there].astype(str), return_counts=True)
+    fewest = 1 if mode == LEGACY else FEWEST_CELLS
+    there[there] = np.isin(labels[there].astype(str), names[numbers >= fewest])
+    return there
+
+
+def neighbour_graph(points: Points) -> NeighborsResults:
+    """The 90 nearest neighbours of each cell, as scib-metrics takes them."""
+    n_neighbours = min(_LISI_NEIGHBOURS, len(points) - 1)
+    distances, positions = NeighbourIndex(points, exact_cells=len(points)).query(points, n_neighbours)
+    return NeighborsResults(indices=positions, distances=distances)
+
+
+def scaled_lisi(lisi: npt.NDArray[np.floating], n_values: int, rows: Any, *, keep: bool) -> float:
+    """Median over cells, 0 to 1; the higher, the better labels are kept apart (`keep`), or mixed."""
+    median = float(np.nanmedian(lisi[rows]))
+    return (n_values - median) / (n_values - 1) if keep else (median - 1) / (n_values - 1)
+
+
+def classified(
+    score: Callable[..., Score],
+    points: Points,
+    codes: Codes,
+    groups: Names | None,
+    mode: str,
+    *,
+    mixed: bool,
+    seed: int,
+) -> list[Score]:  # fmt: skip
+    """Accuracy of three classifiers, or one minus it where the label should not be told."""
+    numbers = np.bincount(codes)
+    kept = np.isin(codes, np.argsort(-numbers, kind="stable")[:MOST_CLASSES])
+    notes = [f"classifiers: the {MOST_CLASSES} commonest of {len(numbers):,} values"] if not kept.all() else []
+    points, codes = points[kept], np.unique(codes[kept], return_inverse=True)[1]
+    groups = None if groups is None else groups[kept]
+    if mode == LEGACY:
+        found = classify.published_split(points, codes)
+    else:
+        found = classify.held_out(points, codes, groups, "donors", seed=seed)
+    if found is None:
+        return []
+    if mode != LEGACY:
+        notes.append(f"classifiers: {found.held_out} held out")
+    level = {MIXED: 1 - found.majority} if mixed else {CHANCE: found.majority}
+    scores = []
+    for name, right in found.right.items():
+        statistic = mean_of((~right if mixed else right).astype(float))
+        drawn = None if groups is None else groups[found.rows]
+        options = {"groups": drawn, "note": "; ".join(notes)}
+        scores.append(score(f"classifier_{name}", statistic, len(right), level, **options))
+    return scores

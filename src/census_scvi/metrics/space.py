@@ -1,0 +1,49 @@
+"""An embedding of the cells of a slice, with the neighbours and clusters that several metrics look at."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from census_scvi.metrics.entropy import NEIGHBOURS
+from census_scvi.neighbors.clusters import LeidenGraph
+from census_scvi.neighbors.index import NeighbourIndex
+
+_RESOLUTIONS = tuple(np.linspace(0.2, 2, 10).round(1).tolist())
+
+Points = npt.NDArray[np.float32]
+Codes = npt.NDArray[np.int64]
+
+
+class Space:
+    """An embedding of the cells of a slice.
+
+    Parameters
+    ----------
+    points
+        float32 (cells, dimensions).
+    measured
+        int64 (measured cells,): rows of those whose metrics are taken; neighbours of the entropy are sought among all.
+    seed
+        Of whatever is random.
+    """
+
+    def __init__(self, points: Points, measured: npt.NDArray[np.int64], seed: int) -> None:
+        self.measured, self.seed = measured, seed
+        self.points = np.ascontiguousarray(points[measured], np.float32)
+        self._all = points
+
+    @cached_property
+    def neighbours(self) -> npt.NDArray[np.int64]:
+        """int64 (measured cells, 200): rows of the neighbours among all cells, the cell itself among them."""
+        index = NeighbourIndex(self._all, exact_cells=len(self._all), seed=self.seed)
+        blocks = np.array_split(self.points, max(len(self.points) // 1000, 1))
+        return np.concatenate([index.query(block, NEIGHBOURS)[1] for block in blocks])
+
+    @cached_property
+    def clusterings(self) -> list[Codes]:
+        """Leiden clusters of the measured cells at ten resolutions."""
+        graph = LeidenGraph(self.points, self.seed)
+        return [np.asarray(graph.clusters(resolution).codes, np.int64) for resolution in _RESOLUTIONS]

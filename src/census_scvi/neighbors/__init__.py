@@ -1,0 +1,1 @@
+"""Nearest neighbors, UMAP maps and clusters of an embedding."""

@@ -1,0 +1,70 @@
+"""Nearest neighbours in an embedding: exact among few cells, through an approximate index among many."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+from pynndescent import NNDescent
+from sklearn.neighbors import NearestNeighbors
+
+from census_scvi.config.arguments import require_whole
+from census_scvi.errors import UserError
+
+# Up to here the exact search of a thousand cells takes a second, and building the index takes longer.
+EXACT_CELLS = 50_000
+# Of the graph that is searched, and how far around a path the search looks.
+_GRAPH_NEIGHBOURS, _EPSILON = 30, 0.3
+
+Points = npt.NDArray[np.floating]
+Distances = npt.NDArray[np.float32]
+Positions = npt.NDArray[np.int64]
+
+
+class NeighbourIndex:
+    """Finds the nearest of some reference cells, by Euclidean distance.
+
+    Parameters
+    ----------
+    points
+        (cells, dimensions): the reference.
+    exact_cells
+        Up to how many cells the search is exact.
+    seed
+        Of the approximate index.
+
+    Raises
+    ------
+    UserError
+        No cells.
+    """
+
+    def __init__(self, points: Points, *, exact_cells: int = EXACT_CELLS, seed: int = 0) -> None:
+        points = np.ascontiguousarray(points, np.float32)
+        if not len(points):
+            raise UserError("there are no cells to look for neighbors among")
+        self._n_cells = len(points)
+        self.exact = len(points) <= exact_cells
+        if self.exact:
+            self._search = NearestNeighbors(algorithm="brute").fit(points)
+        else:
+            self._index = NNDescent(points, n_neighbors=_GRAPH_NEIGHBOURS, random_state=seed)
+            self._index.prepare()
+
+    def __len__(self) -> int:
+        return self._n_cells
+
+    def query(self, points: Points, n_neighbours: int) -> tuple[Distances, Positions]:
+        """Distances, float32, and positions in the reference, int64, both (cells, neighbours), nearest first.
+
+        Of a reference of fewer cells than `n_neighbours`, all are neighbors. UserError for fewer than one neighbor.
+        """
+        require_whole("n_neighbours", n_neighbours, 1)
+        n_neighbours = min(n_neighbours, self._n_cells)
+        points = np.ascontiguousarray(points, np.float32)
+        if not len(points):
+            return np.empty((0, n_neighbours), np.float32), np.empty((0, n_neighbours), np.int64)
+        if self.exact:
+            distances, positions = self._search.kneighbors(points, n_neighbours)
+        else:
+            positions, distances = self._index.query(points, n_neighbours, epsilon=_EPSILON)
+        return distances.astype(np.float32), positions.astype(np.int64)

@@ -1,0 +1,1 @@
+"""Pictures of maps of cells and of the quality of an annotation."""

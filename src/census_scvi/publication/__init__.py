@@ -1,0 +1,1 @@
+"""Publishing: measuring the gates, model card, hub folder, obsm, provenance, verification."""

@@ -1,0 +1,128 @@
+"""The model card: computed from the built module and the record of how it was made, not written."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from importlib.metadata import version
+from importlib.resources import files
+from typing import Any
+
+import jinja2
+import scvi
+import yaml
+from markupsafe import Markup
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from census_scvi.publication import markdown
+
+PICTURE = "training-curve.png"
+
+
+def model_card(record: Mapping[str, Any], trained_batches: list[str], n_sample: int) -> str:
+    """The card in Markdown, with the header that model hubs read.
+
+    Parameters
+    ----------
+    record
+        The provenance.
+    trained_batches
+        Batches of the model.
+    n_sample
+        Cells in the hub's `adata.h5ad`.
+    """
+    config, stages = record["config"], record["stages"]
+    hardware = stages["train"]["hardware"]
+    contact = record["contact"]
+    here = record["model"]["uri"] == "."
+    template = files("census_scvi.publication").joinpath("card.md.jinja").read_text(encoding="utf-8")
+    # Titles, labels and reasons are somebody's text: each value is escaped as it is put in.
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, autoescape=False, keep_trailing_newline=True, finalize=markdown.text
+    )
+    environment.filters |= {
+        "code": markdown.code, "literal": markdown.literal, "paragraphs": markdown.paragraphs, "number": "{:,}".format,
+        "rounded": _rounded,
+    }  # fmt: skip
+    return environment.from_string(template).render(
+        picture=PICTURE,
+        record=record,
+        header=Markup(_header(record)),
+        trained_batches=trained_batches,
+        batch_key=", ".join(config["anndata"]["batch_key"]),
+        organism=config["census"]["organism"].replace("_", " ").capitalize(),
+        layers=record["model"]["n_layers"][0],
+        widths=", ".join(map(str, record["model"]["n_hidden"])),
+        likelihood={"nb": "negative binomial", "zinb": "zero-inflated negative binomial"}.get(
+            record["model"]["gene_likelihood"], record["model"]["gene_likelihood"]
+        ),
+        author=", ".join(value for value in (contact["name"], contact["affiliation"]) if value),
+        contact=" ".join(value for value in contact.values() if value),
+        data=record["data"],
+        evaluation=record.get("evaluation"),
+        others=_others(record.get("evaluation")),
+        place="the folder with this card" if here else record["model"]["uri"],
+        model_uri=record["model"]["uri"],
+        prepare=stages["prepare"],
+        train=stages["train"],
+        hardware=", ".join(hardware.get("gpus", [])) or f"{hardware['cores']} cores",
+        queries={
+            "embedded": config["census"]["obs_query"] or "all",
+            "model": " and ".join(
+                f"({query})" for query in (config["census"]["obs_query"], config["census"]["obs_query_model"]) if query
+            )
+            or "all",
+        },
+        hyperparameters={
+            **{f"train.{name}": config["train"][name] for name in ("max_epochs", "batch_size", "train_size")},
+            **{f"training_plan.{name}": value for name, value in config["training_plan"].items()},
+        },
+        n_sample=n_sample,
+    )
+
+
+def _rounded(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _others(evaluation: Mapping[str, Any] | None) -> list[str]:
+    """Names of the embeddings and baselines that were measured for comparison."""
+    scores = evaluation["scores"] if evaluation else []
+    return list(dict.fromkeys(name for score in scores for name in score["others"]))
+
+
+def _header(record: Mapping[str, Any]) -> str:
+    values = {
+        "library_name": "scvi-tools",
+        **({"license": record["license"].lower()} if record["license"] else {}),
+        "tags": [
+            "biology",
+            "genomics",
+            "single-cell",
+            "model_cls_name:SCVI",
+            f"scvi_version:{scvi.__version__}",
+            f"anndata_version:{version('anndata')}",
+            "modality:rna",
+        ],
+    }
+    return yaml.safe_dump(values, sort_keys=False)
+
+
+def learning_curve(curves: Mapping[str, list[float]]) -> bytes:
+    """PNG of the ELBO of training and validation cells by epoch."""
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for name, label, color, line in (
+        ("elbo_train", "training cells", "#0072B2", "-"),
+        ("elbo_validation", "validation cells", "#D55E00", "--"),
+    ):
+        if name in curves:
+            axes.plot(range(1, len(curves[name]) + 1), curves[name], label=label, color=color, linestyle=line)
+    axes.set(xlabel="epoch", ylabel="negative ELBO a cell")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    return buffer.getvalue()

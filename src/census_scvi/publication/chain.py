@@ -1,0 +1,258 @@
+"""The chain from a published embedding back to the counts, link by link."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+
+from census_scvi.census.cells import Cells, select_cells
+from census_scvi.census.embedding import EmbeddingHash, publication_of, published_uri, read_cells, read_embedding
+from census_scvi.census.genes import locate_genes
+from census_scvi.census.open import Census, open_census
+from census_scvi.config import CensusSection, GatesSection
+from census_scvi.counts.row_hash import row_hashes
+from census_scvi.errors import UserError
+from census_scvi.files.paths import expand_argument
+from census_scvi.files.place import resolved
+from census_scvi.files.uri import local_path
+from census_scvi.model.encode import reference_latent
+from census_scvi.model.facts import built_facts
+from census_scvi.model.published import damaged_files, fetch, read_provenance
+from census_scvi.model.safe import load_safe
+from census_scvi.publication.gates import architecture, broken_verdicts, re_embedding
+from census_scvi.publication.sample import draw_rows, read_sample
+from census_scvi.publication.sealed import COUNT_HASH, LATENT, read_sealed
+from census_scvi.publication.summary import provenance_of
+
+# Gates that every record has, whichever version wrote it.
+_ALWAYS = (
+    "cells", "finite", "variance", "duplicate_dimensions", "effective_rank", "genes", "counts", "architecture",
+    "re_embedding", "order", "active_units",
+)  # fmt: skip
+_MAX_DIFFERENCE = GatesSection().max_difference
+
+
+@dataclass(frozen=True)
+class Link:
+    """One link of the chain: whether it is valid, and what was found."""
+
+    name: str
+    valid: bool
+    finding: str
+
+
+def verify(published: str, census: str | None = None, *, n_cells: int = 500, seed: int | None = None) -> list[Link]:
+    """Check every link.
+
+    Parameters
+    ----------
+    published
+        Folder or URL that was published with the embedding.
+    census
+        URI of the Census that holds the embedding; None checks the folder alone.
+    n_cells
+        Cells to read again.
+    seed
+        Seed of that sample; None draws another one each time.
+
+    Returns
+    -------
+    The links in their order; those that depend on a broken one may be missing. Without a Census they show that the
+    folder is consistent; a folder whose files were all forged together, model and cells included, is not detected.
+
+    Raises
+    ------
+    UserError
+        There is no published folder, or no Census, or `n_cells` or `seed` is negative.
+    """
+    if n_cells < 1 or (seed is not None and seed < 0):
+        raise UserError(f"--sample is {n_cells} and --seed {seed}; expected 1 or more cells, and a seed of 0 or more")
+    published = expand_argument(published, "PUBLISHED")
+    census = None if census is None else expand_argument(census, "--census")
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
+        folder = fetch(published, Path(scratch))  # not from the cache: the place itself is checked
+        try:
+            record = read_provenance(folder)
+        except UserError as error:
+            return [Link("provenance", False, str(error))]
+        by = f" by {record['published_by']}" if record["published_by"] else ""
+        words = f"published {record['published_on']}{by}, publication {record['publication']}"
+        links = [Link("provenance", True, words)]
+        offline = _Folder(folder, record)
+        for look in (offline.files, offline.model, offline.sealed_counts, offline.sealed_embedding, offline.gates):
+            links.append(_looked_at(look))
+        if census is None:
+            return links
+        section = CensusSection(uri=census, organism=record["census"]["organism"])
+        try:
+            opened = stack.enter_context(open_census(section))
+        except UserError:
+            raise
+        except Exception as error:
+            return [*links, _damaged("census", error)]
+        online = _InCensus(offline, opened, n_cells, seed)
+        links.append(_looked_at(online.census))
+        if links[-1].valid:  # soma_joinids of another Census mean other cells
+            looks = (online.publication, online.embedding, online.sealed_cells, online.fresh_sample)
+            links += [_looked_at(look) for look in looks]
+        return links
+
+
+def _looked_at(look: Callable[[], tuple[bool, str]]) -> Link:
+    """A link; one that cannot be checked is broken."""
+    try:
+        return Link(look.__name__, *look())
+    except UserError as error:
+        return Link(look.__name__, False, str(error))
+    except Exception as error:
+        return _damaged(look.__name__, error)
+
+
+def _damaged(name: str, error: Exception) -> Link:
+    """A broken link; libraries fail in many ways on damaged or forged files."""
+    reason = str(error).strip().partition("\n")[0]
+    return Link(name, False, f"cannot be checked ({type(error).__name__}: {reason})")
+
+
+class _Folder:
+    """The links of the published folder alone: each method returns whether it is valid, and the finding."""
+
+    def __init__(self, folder: Path, record: dict[str, Any]) -> None:
+        self.path, self.record = folder, record
+
+    def files(self) -> tuple[bool, str]:
+        """The files are those that were written."""
+        wrong = damaged_files(self.path, self.record)
+        return not wrong, "; ".join(wrong) or f"{len(self.record['files'])} files as they were written"
+
+    def model(self) -> tuple[bool, str]:
+        """The model is built as its provenance says."""
+        model, description = load_safe(self.path)
+        stated = {name: value for name, value in self.record["model"].items() if name not in ("sha256", "uri")}
+        gate = architecture(stated, built_facts(model, description.genes))
+        return gate.passed, gate.detail
+
+    def sealed_counts(self) -> tuple[bool, str]:
+        """The counts of the sealed cells are those that were sealed."""
+        cells = self.sealed()
+        wrong = int((row_hashes(cells.X) != cells.obs[COUNT_HASH].to_numpy()).sum())
+        return not wrong, f"{wrong:,} of {cells.n_obs:,} sealed cells have other counts than when they were sealed"
+
+    def sealed_embedding(self) -> tuple[bool, str]:
+        """scvi-tools embeds the sealed cells as they are published."""
+        cells = self.sealed()
+        return self.re_embedded(cells, cells.obsm[LATENT])
+
+    def gates(self) -> tuple[bool, str]:
+        """The gates were passed, or waived with a reason."""
+        found = self.record["gates"]["gates"]
+        wrong = broken_verdicts(self.record["gates"], _ALWAYS, _MAX_DIFFERENCE)
+        waived = [f"{gate['name']} ({gate['waived']})" for gate in found if "waived" in gate]
+        words = f"{len(found)} gates" + (f", waived: {', '.join(waived)}" if waived else "")
+        return not wrong, "; ".join(wrong) or words
+
+    def sealed(self) -> ad.AnnData:
+        """The sealed sample."""
+        return read_sealed(self.path, self.record["model"]["genes"], self.record["embedding"]["n_features"])
+
+    def re_embedded(self, cells: ad.AnnData, published: Any) -> tuple[bool, str]:
+        """Whether scvi-tools and the published model give cells (obs: soma_joinid, batch) what is published."""
+        model, description = load_safe(self.path)
+        if description.arguments["encode_covariates"]:  # scvi-tools has random weights for other batches
+            trained = cells.obs["batch"].isin(description.batches).to_numpy()
+            cells, published = cells[trained], published[trained]
+        batches = cells.obs["batch"].to_numpy(dtype=object)
+        mean, _ = reference_latent(model, description.genes, cells.X, batches)
+        # A record that was forged would allow any difference.
+        bound = min(float(self.record["config"]["gates"]["max_difference"]), _MAX_DIFFERENCE)
+        gate = re_embedding(cells.obs["soma_joinid"].to_numpy(), np.asarray(published), mean, bound)
+        words = f"{len(mean):,} cells, largest difference to scvi-tools' own {gate.value:.1e}"
+        return gate.passed, words if gate.passed else gate.detail
+
+
+class _InCensus:
+    """The links that need the Census."""
+
+    def __init__(self, folder: _Folder, census: Census, n_cells: int, seed: int | None) -> None:
+        self._folder, self._census, self._record = folder, census, folder.record
+        self._n_cells = n_cells
+        self._seed = int(np.random.default_rng().integers(2**31)) if seed is None else seed
+        self._name = str(self._record["embedding"]["name"])
+
+    def census(self) -> tuple[bool, str]:
+        """The Census is the one that was embedded."""
+        stated, found = self._record["census"], self._census.identity
+        names = ("schema", "created_on", "organism", "cells")
+        differing = [f"{name} is {found[name]}, not {stated[name]}" for name in names if stated[name] != found[name]]
+        return not differing, "; ".join(differing) or f"{found['cells']:,} cells, created on {found['created_on']}"
+
+    def publication(self) -> tuple[bool, str]:
+        """The Experiment names this publication, with this provenance."""
+        publication = self._record["publication"]
+        live = publication_of(self._embedding_uri())
+        if live != publication:
+            return False, f"the Census holds publication {live}, this folder is of {publication}"
+        stated = provenance_of(self._experiment_uri(), publication)
+        stated.pop("seal", None)
+        same = json.dumps(stated, sort_keys=True) == json.dumps(self._record, sort_keys=True)
+        return same, "as in scvi_summary" if same else "scvi_summary has another provenance of this publication"
+
+    def embedding(self) -> tuple[bool, str]:
+        """Every value is the one that was published."""
+        digest, found = EmbeddingHash(), [np.empty(0, np.int64)]
+        for joinids, values in read_embedding(self._embedding_uri()):
+            digest.update(joinids, values)
+            found.append(joinids)
+        cells, stated = np.concatenate(found), self._record["embedding"]
+        wrong = []
+        if digest.hexdigest() != stated["sha256"]:
+            wrong.append("their hash is not that of the published ones")
+        if len(cells) != stated["n_cells"]:
+            wrong.append(f"the record says {stated['n_cells']:,}")
+        if not np.array_equal(cells, self._cells().joinids):
+            wrong.append("they are not the cells of the query in the record")
+        return not wrong, "; ".join([f"{len(cells):,} cells", *wrong])
+
+    def sealed_cells(self) -> tuple[bool, str]:
+        """The sealed cells have in the Census the embedding that they were sealed with."""
+        cells = self._folder.sealed()
+        published = read_cells(self._embedding_uri(), cells.obs["soma_joinid"].to_numpy())
+        wrong = int((published != np.asarray(cells.obsm[LATENT])).any(axis=1).sum())
+        return not wrong, f"{wrong:,} of {cells.n_obs:,} sealed cells have another embedding in the Census"
+
+    def fresh_sample(self) -> tuple[bool, str]:
+        """Cells read again from the Census are embedded as published."""
+        cells, genes = self._cells(), self._record["model"]["genes"]
+        rows = draw_rows(len(cells), self._n_cells, self._seed)
+        sample = read_sample(self._census, cells, rows, genes, locate_genes(self._census, genes, 0.0))
+        obs = sample.obs[["soma_joinid", "batch"]].set_axis(sample.joinids.astype(str))
+        published = read_cells(self._embedding_uri(), sample.joinids)
+        valid, words = self._folder.re_embedded(ad.AnnData(sample.counts, obs=obs), published)
+        return valid, f"{words} (--seed {self._seed})"
+
+    def _cells(self) -> Cells:
+        config = self._record["config"]
+        return select_cells(self._census, config["census"]["obs_query"], config["anndata"]["batch_key"])
+
+    def _experiment_uri(self) -> str:
+        """Of this Census, or, where it has no such embedding, the one that was published to."""
+        here = str(self._census.experiment.uri)
+        there = resolved(self._record["embedding"]["experiment_uri"], self._folder.path)
+        path = None if there is None else local_path(there)
+        gone = there is None or (path is not None and not path.exists())
+        return here if gone or published_uri(here, self._name) else str(there)
+
+    def _embedding_uri(self) -> str:
+        experiment = self._experiment_uri()
+        uri = published_uri(experiment, self._name)
+        if uri is None:
+            raise UserError(f"{experiment} has no obsm[{self._name!r}]")
+        return uri

@@ -1,0 +1,228 @@
+"""How a publication was made: its provenance, and what of it the Census API and `scvi_summary` show."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from census_scvi.census.embedding import EmbeddingHash
+from census_scvi.census.open import MEASUREMENT
+from census_scvi.config import Config
+from census_scvi.files.json_file import read_json
+from census_scvi.files.place import recorded, without_paths
+from census_scvi.files.uri import local_path, without_credentials
+from census_scvi.workspace import Artifacts, provenance
+from census_scvi.workspace.identity import Identity
+
+log = logging.getLogger(__name__)
+
+THIS_FOLDER = "."
+_BLOCK_CELLS = 2**16
+_NOT_OURS = ("config", "fingerprint")  # of a stage's record: the whole config is there once
+
+
+def publication_record(
+    config: Config,
+    publication: str,
+    *,
+    experiment_uri: str,
+    census: dict[str, Any],
+    joinids: npt.NDArray[np.int64],
+    latent: npt.NDArray[np.float32],
+    n_batches: int,
+    model: dict[str, Any],
+    weights: Identity,
+    stages: dict[str, dict[str, Any]],
+    gates: dict[str, Any],
+    data: dict[str, Any],
+    evaluation: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """The provenance of a publication, without credentials, paths of this machine, and names that nobody gave.
+
+    Parameters
+    ----------
+    config
+        The config of the run.
+    publication
+        Its id.
+    experiment_uri
+        Where it is published.
+    census
+        Identity of the Census.
+    joinids, latent
+        The embedding: int64 (cells,), float32 (cells, n_latent); may be memory maps.
+    n_batches
+        Batches among its cells.
+    model
+        Facts of the built module.
+    weights
+        Identity of the model's weights.
+    stages
+        Records of the stages before.
+    gates
+        Record of the gates.
+    data
+        As `describe_data` says.
+    evaluation
+        As `evaluation_of` says.
+    """
+    digest = EmbeddingHash()
+    for start in range(0, len(joinids), _BLOCK_CELLS):
+        digest.update(joinids[start : start + _BLOCK_CELLS], latent[start : start + _BLOCK_CELLS])
+    settings = config.publish
+    folder = (config.directory / Artifacts.of(config).published).absolute()
+    elsewhere = settings.model_uri if settings.model_uri and local_path(settings.model_uri) is None else None
+    record = {
+        "publication": publication,
+        "published_on": datetime.now(UTC).isoformat(timespec="seconds"),
+        "published_by": settings.contact.name or settings.contact.email or settings.contact.affiliation,
+        "title": settings.title or _title(data, census["organism"], len(joinids)),
+        "description": settings.description,
+        "license": settings.license,
+        "doi": settings.doi,
+        "contact": settings.contact.model_dump(),
+        "embedding": {
+            "name": settings.name,
+            "experiment_uri": recorded(experiment_uri, folder),
+            "n_cells": len(joinids),
+            "n_features": int(latent.shape[1]),
+            "sha256": digest.hexdigest(),
+        },
+        "census": census | {"uri": recorded(census["uri"], folder)},
+        "data": data,
+        "cells_sha256": hashlib.sha256(np.ascontiguousarray(joinids, "<i8").tobytes()).hexdigest(),
+        "batches": n_batches,
+        "genes_sha256": hashlib.sha256("\n".join(model["genes"]).encode()).hexdigest(),
+        "model": {**model, "sha256": _whole(weights), "uri": elsewhere or THIS_FOLDER},
+        "config": without_paths(config.model_dump(mode="json"), folder),
+        "stages": {
+            stage: without_paths({name: value for name, value in values.items() if name not in _NOT_OURS}, folder)
+            for stage, values in stages.items()
+        },
+        "gates": gates,
+        **({"evaluation": evaluation} if evaluation else {}),
+        "code": provenance.code_state(),
+        "packages": provenance.package_versions(),
+        "hardware": provenance.hardware(),
+        "seed": config.seed,
+    }
+    return dict(without_credentials(record))
+
+
+def _title(data: dict[str, Any], organism: str, n_cells: int) -> str:
+    if data["cellxgene"]:
+        return "scVI embedding of CELLxGENE Census"
+    titles = [dataset.get("dataset_title") or dataset.get("dataset_id", "") for dataset in data["datasets"]]
+    of = titles[0] if data["n_datasets"] == 1 else f"{data['n_datasets']:,} data sets"
+    return f"scVI embedding of {n_cells:,} cells of {organism.replace('_', ' ').capitalize()}: {of}"
+
+
+def evaluation_of(folder: Path, latent: Identity) -> dict[str, Any] | None:
+    """What scvi-evaluate.py measured of an embedding; None where it measured none, or another one.
+
+    Parameters
+    ----------
+    folder
+        Where metrics.json lies.
+    latent
+        Identity of the embedding's `latent.npy`.
+
+    Returns
+    -------
+    `cells` that were measured, `obs_filter`, `mode`, and `scores`: a list of metric, column, value, its interval, and
+    the values of the other embeddings and baselines.
+    """
+    path = folder / "metrics.json"
+    try:
+        found = read_json(path)
+        names = [name for name, identity in found.get("latents", {}).items() if identity == latent]
+        if names:
+            return _measured(found, names[0])
+        log.info("%s is of another embedding, or of an earlier version; it is not published", path)
+    except FileNotFoundError:
+        pass
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        log.warning("%s cannot be read (%s); it is not published", path, error)
+    return None
+
+
+def _measured(found: dict[str, Any], name: str) -> dict[str, Any]:
+    others = {
+        other: {(score["metric"], score["column"]): score["value"] for score in scores}
+        for other, scores in found["scores"].items()
+        if other not in found["latents"]
+    }
+    return {
+        "mode": str(found["mode"]),
+        "cells": int(found["cells"]["measured"]),
+        "obs_filter": found["settings"]["obs_filter"],
+        "scores": [
+            {
+                **{key: score[key] for key in ("metric", "about", "column", "value", "low", "high")},
+                "others": {other: values.get((score["metric"], score["column"])) for other, values in others.items()},
+            }
+            for score in found["scores"][name]
+        ],
+    }
+
+
+def _whole(identity: Identity) -> str:
+    """One digest for a file: its only block's, or one of the digests of its blocks."""
+    blocks = identity["sha256"]
+    return str(blocks[0]) if len(blocks) == 1 else hashlib.sha256("".join(blocks).encode()).hexdigest()
+
+
+def embedding_info(record: dict[str, Any]) -> dict[str, Any]:
+    """The metadata that the Census API expects of an embedding."""
+    census, embedding = record["census"], record["embedding"]
+    return {
+        "id": record["publication"],
+        "embedding_name": embedding["name"],
+        "title": record["title"],
+        "description": record["description"],
+        "primary_contact": record["contact"],
+        "additional_contacts": [],
+        "DOI": record["doi"],
+        "additional_information": f"license: {record['license']}" if record["license"] else "",
+        "model_link": _link(record),
+        "data_type": "obs_embedding",
+        "census_version": census["version"] or census["created_on"] or "",
+        "experiment_name": census["organism"],
+        "measurement_name": MEASUREMENT,
+        "n_embeddings": embedding["n_cells"],
+        "n_features": embedding["n_features"],
+        "submission_date": record["published_on"][:10],
+    }
+
+
+def summary_row(record: dict[str, Any]) -> dict[str, Any]:
+    """The columns of `scvi_summary`."""
+    census, embedding = record["census"], record["embedding"]
+    return {
+        "publication": record["publication"],
+        "embedding_name": embedding["name"],
+        "embedding_sha256": embedding["sha256"],
+        "n_cells": embedding["n_cells"],
+        "n_features": embedding["n_features"],
+        "published_on": record["published_on"],
+        "published_by": record["published_by"],
+        "model_sha256": record["model"]["sha256"],
+        "model_uri": _link(record),
+        "census_uri": census["uri"] or "",
+        "census_version": census["version"],
+        "census_schema": census["schema"],
+        "census_created_on": census["created_on"],
+        "census_cells": census["cells"],
+    }
+
+
+def _link(record: dict[str, Any]) -> str:
+    """Where readers of the Census find the model; empty where it is on a disk."""
+    uri = str(record["model"]["uri"])
+    return "" if uri == THIS_FOLDER else uri

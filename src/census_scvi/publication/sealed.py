@@ -1,0 +1,80 @@
+"""The sealed sample of a publication: counts, their hashes and the embedding of some cells, and how they are read.
+
+Whoever reads it does not know who wrote it, so nothing is taken on trust: where HDF5 would go for values, how large
+they are, and whether the parts fit each other.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import anndata as ad
+import h5py
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import scipy.sparse as sp
+
+from census_scvi.counts.row_hash import row_hashes
+from census_scvi.counts.untrusted import check_file
+from census_scvi.errors import UserError
+from census_scvi.model.published import SEALED
+
+COUNT_HASH, LATENT = "count_hash", "X_scvi"
+COLUMNS = ("soma_joinid", "observation_joinid", "dataset_id", "cell_type", "batch")
+
+
+def write_sealed(
+    folder: Path, genes: list[str], counts: sp.csr_matrix, obs: pd.DataFrame, latent: npt.NDArray[np.float32]
+) -> None:
+    """Write cells with the hash of their counts.
+
+    Parameters
+    ----------
+    folder
+        An existing folder.
+    genes
+        feature_ids.
+    counts, obs
+        CSR float32 (cells, genes); `COLUMNS` that there are.
+    latent
+        float32 (cells, n_latent): their embedding, as it is published.
+    """
+    var = pd.DataFrame(index=pd.Index(genes, name="feature_id"))
+    sealed = ad.AnnData(counts, obs=obs.assign(**{COUNT_HASH: row_hashes(counts)}), var=var, obsm={LATENT: latent})
+    sealed.write_h5ad(folder / SEALED, compression="gzip")
+
+
+def read_sealed(folder: Path, genes: list[str], n_latent: int) -> ad.AnnData:
+    """The sample, checked against the model's genes and dimensions; UserError where they do not agree."""
+    path = folder / SEALED
+    try:
+        with h5py.File(path) as file:
+            check_file(file)
+        cells = ad.read_h5ad(path)
+        _check(cells, genes, n_latent)
+    except UserError:
+        raise
+    except Exception as error:  # anndata has no exception of its own for a file that is damaged, or forged
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UserError(f"{SEALED} cannot be read ({reason}); fetch the published folder again") from None
+    return cells
+
+
+def _check(cells: ad.AnnData, genes: list[str], n_latent: int) -> None:
+    """ValueError where the parts cannot be used; scipy does not check the indices of a sparse matrix by itself."""
+    counts = sp.csr_matrix(cells.X)
+    counts.check_format(full_check=True)
+    if list(cells.var_names) != genes:
+        raise ValueError("its genes are not the model's")
+    if not cells.n_obs or counts.dtype != np.float32 or not np.isfinite(counts.data).all() or (counts.data < 0).any():
+        raise ValueError("it holds no cells, or values that are no counts")
+    cells.X = counts
+    latent, joinids = np.asarray(cells.obsm[LATENT]), cells.obs["soma_joinid"].to_numpy()
+    if latent.shape != (cells.n_obs, n_latent) or latent.dtype != np.float32:
+        raise ValueError(f"the embedding of its cells is {latent.dtype} {latent.shape}")
+    if joinids.dtype != np.int64 or len(set(joinids.tolist())) < cells.n_obs or joinids.min() < 0:
+        raise ValueError("soma_joinid holds duplicates, negative values or other types than int64")
+    if cells.obs[COUNT_HASH].dtype != np.uint64:
+        raise ValueError(f"{COUNT_HASH} is {cells.obs[COUNT_HASH].dtype}, expected uint64")
+    cells.obs["batch"] = cells.obs["batch"].astype(str).astype(object)

@@ -1,0 +1,83 @@
+"""Where an embedding is published: that it may be written, and that it means the same cells."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import tiledbsoma
+
+from census_scvi.census.embedding import publication_of, published_uri
+from census_scvi.census.open import MEASUREMENT, Census
+from census_scvi.census.storage import soma_context
+from census_scvi.config import PublishSection
+from census_scvi.errors import UserError
+from census_scvi.files.lock import directory_lock
+from census_scvi.files.uri import local_path, tiledb_place
+from census_scvi.publication.obsm import check_target
+from census_scvi.publication.sample import Sample
+
+_IDENTIFYING = ("dataset_id", "observation_joinid", "donor_id", "assay")
+
+
+def experiment_uri(settings: PublishSection, census: Census) -> str:
+    """The Experiment to publish into; UserError where none is named and the Census is not on a local disk."""
+    if settings.experiment_uri:
+        return tiledb_place(settings.experiment_uri, "publish.experiment_uri")
+    uri = census.identity["uri"]
+    if local_path(uri) is None:
+        raise UserError(
+            f"publish.experiment_uri is not set, and the Census {uri} is not on a local disk;"
+            " set it to an Experiment that you may write to"
+        )
+    return str(census.experiment.uri)
+
+
+def target_lock(experiment_uri: str) -> AbstractContextManager[None]:
+    """One publisher at a time where the target is on a disk."""
+    path = local_path(experiment_uri)
+    if path is None or not path.is_dir():
+        return nullcontext()
+    return directory_lock(path / ".scvi-publish.lock", "scvi-publish.py")
+
+
+def require_free(settings: PublishSection, census: Census, experiment_uri: str, publication: str) -> None:
+    """The Experiment holds the cells that the embedding is of, and the name is free or may be replaced."""
+    published_uri(experiment_uri, settings.name)  # says so where it is no Experiment
+    with tiledbsoma.Experiment.open(experiment_uri, context=soma_context(experiment_uri)) as experiment:
+        n_cells = int(experiment.obs.count)
+    if n_cells != census.identity["cells"]:
+        raise UserError(
+            f"{experiment_uri} has {n_cells:,} cells, the Census of this run {census.identity['cells']:,}:"
+            " soma_joinids hold within one Census only; set publish.experiment_uri to an Experiment of that Census"
+        )
+    check_target(experiment_uri, settings.name, publication, replace=settings.replace)
+
+
+def require_same_cells(experiment_uri: str, sample: Sample) -> None:
+    """UserError where the Experiment means other cells by the same soma_joinids."""
+    with tiledbsoma.Experiment.open(experiment_uri, context=soma_context(experiment_uri)) as experiment:
+        names = [name for name in _IDENTIFYING if name in experiment.obs.schema.names and name in sample.obs]
+        obs = experiment.obs.read(coords=(sample.joinids.tolist(),), column_names=["soma_joinid", *names]).concat()
+    theirs = obs.to_pandas().set_index("soma_joinid").reindex(sample.joinids)[names].astype(str).to_numpy()
+    differing = (theirs != sample.obs[names].astype(str).to_numpy()).any(axis=1)
+    if differing.any():
+        raise UserError(
+            f"{experiment_uri} is of another build of the Census: {int(differing.sum()):,} of {len(differing):,} cells"
+            f" with the same soma_joinid are others there ({', '.join(names)}), the first"
+            f" {sample.joinids[differing][0]}; set publish.experiment_uri to the Experiment that was embedded"
+        )
+
+
+def n_rows(census: Census) -> int:
+    """Rows of an embedding of a Census: one for each soma_joinid there can be."""
+    return int(census.experiment.ms[MEASUREMENT].X["raw"].shape[0])
+
+
+def require_published(settings: PublishSection, experiment_uri: str, publication: str) -> None:
+    """UserError where what a finished run published is there no longer."""
+    uri = published_uri(experiment_uri, settings.name)
+    if uri is None or publication_of(uri) != publication:
+        raise UserError(
+            f"this run published {publication} as obsm[{settings.name!r}] of {experiment_uri}, which holds"
+            f" {'nothing of that name' if uri is None else 'another publication'} now; --force publishes it again"
+        )

@@ -1,0 +1,1 @@
+"""The evaluation report: slices of the Census, figures, HTML."""

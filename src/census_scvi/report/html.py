@@ -1,0 +1,183 @@
+"""report.html: one file, no network, that shows what an embedding is worth and where it fails."""
+
+from __future__ import annotations
+
+import json
+import math
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import yaml
+
+from census_scvi.config import Config
+from census_scvi.errors import UserError
+from census_scvi.files.atomic import write_text
+from census_scvi.files.uri import without_credentials
+from census_scvi.metrics.score import BATCH, BIOLOGY, CHANCE, MIXED, WITHIN, Score
+from census_scvi.neighbors.umap_map import UmapMap
+from census_scvi.report import figures
+from census_scvi.report.groups import same_groups
+from census_scvi.report.result import Evaluation
+from census_scvi.report.slice import PCA, Slice
+from census_scvi.workspace import Artifacts, Workspace
+
+_COLOURED_BY = ("cell_type", "dataset_id", "assay", "donor_id")
+_CURVES = ("elbo_train", "elbo_validation")
+# Of a breakdown with more rows, those with the most cells are shown; metrics.json has all.
+MOST_ROWS = 60
+
+
+def write_report(
+    path: Path, config: Config, cells: Slice, measured: npt.NDArray[np.int64], found: Evaluation, record: dict[str, Any]
+) -> None:
+    """Draw the maps and write the page.
+
+    Parameters
+    ----------
+    path
+        report.html.
+    config
+        The config.
+    cells, measured
+        The slice, and int64 rows of the cells that were measured.
+    found
+        What was measured.
+    record
+        metrics.json.
+    """
+    template = files("census_scvi.report").joinpath("report.html.jinja").read_text(encoding="utf-8")
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=True, trim_blocks=True)
+    environment.filters |= {"shown": _shown, "place": _place}
+    spaces = [*cells.spaces]
+    maps, unmapped = _maps(config, cells, measured)
+    page = environment.from_string(template).render(
+        record=record,
+        spaces=spaces,
+        best=[name for name in spaces if name != PCA],
+        maps=maps,
+        unmapped=unmapped,
+        tables=_tables(found, spaces),
+        breakdowns=_breakdowns(found, spaces),
+        training=_training(config),
+        gates=_gates(config),
+        most_rows=MOST_ROWS,
+        config_text=yaml.safe_dump(_settings(config), sort_keys=False),
+    )
+    write_text(path, page)
+
+
+def _maps(config: Config, cells: Slice, measured: npt.NDArray[np.int64]) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """For each column that cells are coloured by: its legend, and a picture of each embedding; and one-valued columns.
+
+    Columns that divide the cells alike share their pictures.
+    """
+    positions = {name: UmapMap(points[measured], seed=config.seed).positions for name, points in cells.spaces.items()}
+    settings = config.evaluate
+    columns = dict.fromkeys([*settings.labels, *_COLOURED_BY, *settings.batches])
+    labels = {name: cells.obs[name].iloc[measured] for name in columns if name in cells.obs}
+    unmapped = {name: _only_value(values) for name, values in labels.items() if values.nunique(dropna=False) < 2}
+    same_as = same_groups({name: values for name, values in labels.items() if name not in unmapped})
+    shown = []
+    for column, values in labels.items():
+        if column in unmapped or column in same_as:
+            continue
+        legend = figures.legend_of(values)
+        pictures = {
+            name: figures.draw_map(places, values, legend, seed=config.seed) for name, places in positions.items()
+        }
+        same = [name for name, first in same_as.items() if first == column]
+        shown.append({"column": column, "same": same, "legend": legend, "pictures": pictures})
+    return shown, unmapped
+
+
+def _only_value(values: pd.Series) -> str:
+    return "missing" if values.isna().all() else str(values.iloc[0])
+
+
+def _tables(found: Evaluation, spaces: list[str]) -> list[dict[str, Any]]:
+    """A table a column: a row a metric, a score an embedding."""
+    tables: dict[tuple[str, str], dict[str, dict[str, Score]]] = {}
+    for name in spaces:
+        for score in found.scores.get(name, []):
+            tables.setdefault((score.about, score.column), {}).setdefault(score.metric, {})[name] = score
+    return [
+        {
+            "about": about,
+            "column": column,
+            "same": [name for name, first in found.same_as.items() if first == column],
+            "rows": rows,
+            "levels": [level for level in (CHANCE, MIXED, WITHIN) if _has_level(rows, level)],
+            "notes": sorted({score.note for row in rows.values() for score in row.values() if score.note}),
+        }
+        for wanted in (BIOLOGY, BATCH)
+        for (about, column), rows in tables.items()
+        if about == wanted
+    ]
+
+
+def _has_level(rows: dict[str, dict[str, Score]], level: str) -> bool:
+    return any(level in score.levels for row in rows.values() for score in row.values())
+
+
+def _breakdowns(found: Evaluation, spaces: list[str]) -> list[dict[str, Any]]:
+    """A table a column: a row a value, with the measures of each embedding."""
+    columns = list(dict.fromkeys(column for tables in found.breakdowns.values() for column in tables))
+    shown = []
+    for column in columns:
+        tables = {name: found.breakdowns[name][column] for name in spaces if name in found.breakdowns}
+        first = next(iter(tables.values()))
+        rows = [
+            {"name": name, "cells": int(first.loc[name, "cells"]), "by": {k: t.loc[name] for k, t in tables.items()}}
+            for name in first.index[:MOST_ROWS]
+        ]
+        shown.append({"column": column, "rows": rows, "n_values": len(first)})
+    return shown
+
+
+def _training(config: Config) -> dict[str, Any] | None:
+    """What the run directory says of how the model was trained."""
+    workspace = Workspace(config.directory)
+    prepare, train = workspace.whole_record("prepare"), workspace.whole_record("train")
+    if not prepare or not train:
+        return None
+    curves = {name: train["learning_curves"][name] for name in _CURVES if train["learning_curves"].get(name)}
+    return {
+        "prepare": prepare,
+        "train": train,
+        "curves": figures.draw_curves(curves, list(curves)) if curves else None,
+        "final": {name: values[-1] for name, values in curves.items()},
+        "hardware": ", ".join(train["hardware"].get("gpus", [])) or f"{train['hardware']['cores']} cores",
+    }
+
+
+def _gates(config: Config) -> list[dict[str, Any]]:
+    path = config.directory / Artifacts.of(config).qa
+    if not path.exists():
+        return []
+    try:
+        return list(json.loads(path.read_text(encoding="utf-8"))["gates"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); remove it, or run scvi-publish.py again") from None
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """The sections that an evaluation reads, without credentials."""
+    values = without_credentials(config.model_dump(mode="json"))
+    return {name: values[name] for name in ("census", "anndata", "hvg", "evaluate", "output", "seed")}
+
+
+def _shown(value: Any) -> str:
+    """A number with three digits, or a dash."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{value:.3f}"
+
+
+def _place(value: Any, width: float) -> float:
+    """Where a value lies on a bar from 0 to `width`."""
+    return round(min(max(float(value), 0.0), 1.0) * width, 1)

@@ -1,0 +1,205 @@
+"""What is evaluated: cells of a Census with their labels, batches and embeddings, and a PCA of their counts."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+import anndata as ad
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import scanpy as sc
+import scipy.sparse as sp
+
+from census_scvi.census import ontology
+from census_scvi.census.cells import batch_label, matching_joinids
+from census_scvi.census.genes import locate_genes, read_genes, read_var
+from census_scvi.census.open import Census
+from census_scvi.census.stream import consecutive, stream_blocks, stream_obs, tile_runs
+from census_scvi.config import Config
+from census_scvi.config.messages import suggestion
+from census_scvi.errors import UserError
+from census_scvi.files.uri import without_credentials
+from census_scvi.pictures.umap import log_pca
+from census_scvi.query.reference import open_embedding
+from census_scvi.terminal.progress import progress_bar
+from census_scvi.workspace import Artifacts, Workspace
+
+log = logging.getLogger(__name__)
+
+PCA, BATCH = "PCA", "batch"
+# Labels that say nothing. The published script lists the middle three, and does not apply the list.
+VAGUE = ("unknown", "native cell", "animal cell", "eukaryotic cell", "cell", "na", "nan", "None", "")
+_TERMS = "cell_type_ontology_term_id"
+# Columns that colour the maps, in addition to labels and batches.
+_SHOWN = ("cell_type", "dataset_id", "assay", "donor_id")
+_OBS_BLOCK, _COUNT_BLOCK = 2**16, 4096
+_GENE_CELLS = 20_000
+
+Names = npt.NDArray[np.object_]
+
+
+@dataclass
+class Slice:
+    """Cells to evaluate embeddings on.
+
+    Attributes
+    ----------
+    obs
+        Labels, batches and what else is known, a row a cell; indexed by soma_joinid, ascending.
+    spaces
+        float32 (cells, dimensions) by name; PCA first, where there is one.
+    n_matching
+        Cells of the Census that match the filter; of more than `evaluate.max_cells`, that many are drawn.
+    problems
+        What could not be read, for the reader of the report.
+    """
+
+    obs: pd.DataFrame
+    spaces: dict[str, npt.NDArray[np.float32]]
+    n_matching: int
+    problems: list[str] = field(default_factory=list)
+
+    def names(self, column: str, *, vague: bool) -> Names:
+        """A column as object (cells,); None where it is missing or, unless `vague`, where it says nothing."""
+        values = self.obs[column].astype(object).where(self.obs[column].notna(), None).to_numpy(dtype=object)
+        if vague:
+            return values
+        return np.array([None if value is None or str(value) in VAGUE else value for value in values], dtype=object)
+
+
+def read_slice(config: Config, census: Census) -> Slice:
+    """Read what `evaluate` names.
+
+    Raises
+    ------
+    UserError
+        No cell matches, or no embedding is there.
+    """
+    settings = config.evaluate
+    joinids = matching_joinids(census, settings.obs_filter, "evaluate.obs_filter")
+    n_matching = len(joinids)
+    if n_matching > settings.max_cells:
+        drawn = np.random.default_rng([config.seed, 6]).choice(n_matching, settings.max_cells, replace=False)
+        joinids = joinids[np.sort(drawn)]
+        log.info("%s of %s cells drawn at random", f"{len(joinids):,}", f"{n_matching:,}")
+    problems: list[str] = []
+    spaces, joinids = _embeddings(config, census, joinids, problems)
+    obs = _obs(config, census, joinids, problems)
+    if settings.baseline:
+        log.info("PCA of the counts of %s cells", f"{len(joinids):,}")
+        spaces = {PCA: _pca(config, census, joinids), **spaces}
+    return Slice(obs, spaces, n_matching, problems)
+
+
+def _embeddings(
+    config: Config, census: Census, joinids: npt.NDArray[np.int64], problems: list[str]
+) -> tuple[dict[str, npt.NDArray[np.float32]], npt.NDArray[np.int64]]:
+    """Each embedding, of the cells that are in all of them; an embedding that cannot be read is skipped."""
+    read = {}
+    named = embeddings_of(config)
+    for name, place in named.items():
+        try:
+            embedding = open_embedding(place, census)
+        except UserError as error:
+            if len(named) == 1:
+                raise
+            problems.append(f"{name}: {error}")
+            continue
+        log.info("%s is the embedding %s", name, without_credentials(embedding.name))
+        blocks = list(embedding.read(joinids))
+        found = np.concatenate([np.empty(0, np.int64), *(block[0] for block in blocks)])
+        values = np.concatenate([np.empty((0, embedding.n_latent), np.float32), *(block[1] for block in blocks)])
+        finite = np.isfinite(values).all(axis=1)
+        if not finite.all():
+            problems.append(
+                f"{name} has no finite position for {(~finite).sum():,} cells; they are excluded everywhere"
+            )
+        if len(found) < len(joinids):
+            problems.append(f"{name} lacks {len(joinids) - len(found):,} of the cells; they are excluded everywhere")
+        read[name] = (found[finite], values[finite])
+    common = joinids
+    for found, _ in read.values():
+        common = np.intersect1d(common, found, assume_unique=True)
+    if not read or not len(common):
+        raise UserError(
+            f"none of the {len(joinids):,} cells has a position in {' and '.join(named)}; name an embedding of this"
+            f" Census in evaluate.embeddings, or another evaluate.obs_filter. {'; '.join(problems)}"
+        )
+    return {name: values[np.searchsorted(found, common)] for name, (found, values) in read.items()}, common
+
+
+def embeddings_of(config: Config) -> dict[str, str]:
+    """Name in the report, and place, of each embedding; UserError where none is named and there is no run."""
+    if config.evaluate.embeddings:
+        return dict(config.evaluate.embeddings)
+    way_out = (
+        "name the run in output.directory, or what to evaluate in evaluate.embeddings, for instance"
+        f" {{published: {config.publish.name}}} for obsm['{config.publish.name}'] of the Census"
+    )
+    Workspace(config.directory).require_run(way_out)
+    return {"scVI": str(config.directory)}
+
+
+def _obs(config: Config, census: Census, joinids: npt.NDArray[np.int64], problems: list[str]) -> pd.DataFrame:
+    settings, key = config.evaluate, config.anndata.batch_key
+    known = [name for name in census.experiment.obs.schema.names if name != "soma_joinid"]
+    wanted = [*settings.labels, *settings.batches, *_SHOWN, *key, _TERMS]
+    if settings.donors:
+        wanted.append(settings.donors)
+    columns = [name for name in dict.fromkeys(wanted) if name in known]
+    groups = (np.arange(*rows) for rows in consecutive(0, len(joinids), _OBS_BLOCK))
+    obs = pd.concat([frame for _, frame in stream_obs(census, joinids, groups, columns)])
+    obs = obs.set_index("soma_joinid")
+    if all(name in obs for name in key):
+        combinations = obs[key].astype(object).itertuples(index=False, name=None)
+        obs[BATCH] = [batch_label(values) for values in combinations]
+    for column in ontology.COLUMNS:
+        if column in settings.labels and column not in obs and _TERMS in obs:
+            try:
+                obs[column] = ontology.classes_of(obs[_TERMS], column)
+            except UserError as error:
+                problems.append(str(error))
+    for setting, names in {"labels": settings.labels, "batches": settings.batches}.items():
+        for name in names:
+            if name not in obs and name not in ontology.COLUMNS:
+                near = suggestion(name, known)
+                problems.append(f"evaluate.{setting} names {name!r}, which is no obs column of the Census{near}")
+    return obs
+
+
+def _pca(config: Config, census: Census, joinids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    """PCA of log-normalised counts in the genes of the run, or where there is no run in variable genes."""
+    genes = _genes(config, census, joinids)
+    return log_pca(ad.AnnData(_counts(census, joinids, genes)))
+
+
+def _genes(config: Config, census: Census, joinids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """soma_joinids of the genes."""
+    genes = Artifacts.of(config).genes
+    path = config.directory / genes
+    if path.exists():
+        Workspace(config.directory).check("prepare", [genes])
+        found = locate_genes(census, read_genes(path), 0.0)
+        return found[found >= 0]
+    every = read_var(census)["soma_joinid"].to_numpy()
+    some = joinids
+    if len(joinids) > _GENE_CELLS:
+        some = np.sort(np.random.default_rng([config.seed, 7]).choice(joinids, _GENE_CELLS, replace=False))
+    cells = ad.AnnData(_counts(census, some, every))
+    sc.pp.filter_genes(cells, min_cells=1)
+    kept = sc.pp.highly_variable_genes(
+        cells, flavor="seurat_v3", n_top_genes=min(config.hvg.top_n_hvg, cells.n_vars), inplace=False
+    )["highly_variable"].to_numpy()
+    return every[cells.var_names.astype(int)[kept]]
+
+
+def _counts(census: Census, joinids: npt.NDArray[np.int64], genes: npt.NDArray[np.int64]) -> sp.csr_matrix:
+    """CSR float32 (cells, genes): raw counts."""
+    blocks = []
+    with progress_bar(len(joinids), "counts") as bar:
+        for block in stream_blocks(census, joinids, genes, blocks=tile_runs(joinids, _COUNT_BLOCK)):
+            blocks.append(block.counts)
+            bar.update(block.counts.shape[0])
+    return sp.vstack(blocks, format="csr")

@@ -1,0 +1,127 @@
+"""`make demo`: a small simulated Census, every stage on it, verification, and the artifacts."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from census_scvi.cli import guarded, main
+from census_scvi.config import Config, load_config
+from census_scvi.errors import UserError
+from census_scvi.files.uri import local_path
+from census_scvi.stages import verify
+from census_scvi.workspace import Artifacts, Workspace
+
+CONFIG = "configs/demo.yaml"
+STAGES = ("prepare", "train", "create-latent-update", "publish")
+
+
+def run_demo(argv: Sequence[str] | None = None) -> int:
+    """Build the demo Census where it is missing, run the stages, verify, show the artifacts; returns the exit code."""
+    overrides = list(sys.argv[1:] if argv is None else argv)
+    return guarded(lambda: _run(overrides))
+
+
+def _run(overrides: list[str]) -> None:
+    started = time.monotonic()
+    config = load_config(CONFIG, overrides)
+    _say(f"1. a small Census of simulated cells in {config.census.uri}")
+    _build_census(config)
+    for number, stage in enumerate(STAGES, start=2):
+        _say(f"{number}. scvi-{stage}.py --config {CONFIG}")
+        _require_done(main(stage, ["--config", CONFIG, *overrides]), f"in {stage}; the line above says why")
+    published = str(config.directory / Artifacts.of(config).published)
+    verification = [published, "--census", str(config.census.uri)]
+    _say(f"6. scvi-verify.py {' '.join(verification)}")
+    _require_done(verify.main(verification), "since what it published is not valid; the lines above say where")
+    _say(f"7. scvi-evaluate.py --config {CONFIG}")
+    evaluated = main("evaluate", ["--config", CONFIG, "--force", *overrides])
+    _require_done(evaluated, "in evaluate; the line above says why")
+    _say("8. the picture")
+    picture = config.directory.parent / "demo-umap.png"
+    _draw(config, picture)
+    _say(f"done in {time.monotonic() - started:.0f} s")
+    print(artifact_table(config, [picture]))
+    print(_next_steps(config))
+
+
+def _require_done(exit_code: int, where: str) -> None:
+    if exit_code > 128:  # a signal to stop, which the stage has said
+        raise SystemExit(exit_code)
+    if exit_code:
+        raise UserError(f"the demo stopped {where}")
+
+
+def _say(text: str) -> None:
+    print(f"\n== {text}", file=sys.stderr, flush=True)
+
+
+def _build_census(config: Config) -> None:
+    from census_scvi.local_census.demo.cells import write_demo_census
+
+    uri = config.census.uri or ""
+    path = local_path(uri)
+    if path is not None and path.exists():
+        print(f"{uri} is there already", file=sys.stderr)
+    else:
+        write_demo_census(uri, seed=config.seed)
+
+
+def _draw(config: Config, picture: Path) -> None:
+    import anndata as ad
+
+    from census_scvi.pictures.umap import draw_before_and_after
+
+    names = Artifacts.of(config)
+    cells = ad.read_h5ad(config.directory / names.prepared)
+    latent = np.load(config.directory / names.latent, mmap_mode="r")
+    joinids = np.load(config.directory / names.latent_joinids)
+    rows = np.searchsorted(joinids, cells.obs["soma_joinid"].to_numpy())
+    draw_before_and_after(cells, np.asarray(latent[rows]), picture, seed=config.seed)
+
+
+def artifact_table(config: Config, more: Sequence[Path] = ()) -> str:
+    """Every artifact of a run: path, size, what it holds."""
+    workspace = Workspace(config.directory)
+    names = Artifacts.of(config)
+    prepared, trained, embedded, _ = ((workspace.whole_record(stage) or {})["counts"] for stage in STAGES)
+    shape = f"{prepared['cells']:,} cells x {prepared['genes']:,} genes"
+    contents = {
+        names.genes: f"{prepared['genes']:,} highly variable genes (feature_id)",
+        names.prepared: f"raw counts, {shape}, {prepared['batches']} batches",
+        names.model: f"scVI, {trained['parameters']:,} parameters, {trained['epochs']} epochs",
+        names.tensorboard: "TensorBoard: losses, KL weight, learning rate",
+        names.latent: f"latent means, {embedded['cells']:,} cells x {embedded['n_latent']}",
+        names.latent_joinids: "soma_joinid of each row of the latent",
+        names.latent_hashes: "hash of each cell's counts: copies have equal ones",
+        names.minified: "minified model: obs, latent means and variances",
+        names.qa: "the gates: value, threshold, passed or not",
+        names.published: "model, sealed sample of cells, provenance",
+        "evaluation": "metrics.json, and report.html to open in a browser",
+        "manifest.json": "how it was made: config, Census, versions, hashes, times",
+    }
+    rows = [(config.directory / name, text) for name, text in contents.items()]
+    rows += [(path, "cells before and after integration") for path in more]
+    width = max(len(str(path)) for path, _ in rows)
+    lines = [f"  {path!s:<{width}}  {_size(path):>9}  {text}" for path, text in rows if path.exists()]
+    return "\n".join(["", f"  {'artifact':<{width}}  {'size':>9}  holds", *lines])
+
+
+def _size(path: Path) -> str:
+    from census_scvi.stages.plan import human_bytes
+
+    files = path.rglob("*") if path.is_dir() else [path]
+    return human_bytes(sum(file.stat().st_size for file in files if file.is_file()))
+
+
+def _next_steps(config: Config) -> str:
+    folder = config.directory / Artifacts.of(config).minified
+    return f"\n  next: python -c 'import scvi; print(scvi.model.SCVI.load(\"{folder}\"))'  (in .venv/bin)\n"
+
+
+if __name__ == "__main__":
+    sys.exit(run_demo())

@@ -1,0 +1,220 @@
+"""The command scvi-evaluate.py: measures embeddings of a slice, and writes metrics.json and report.html."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from census_scvi.census.cells import read_obs
+from census_scvi.census.open import open_census
+from census_scvi.config import Config
+from census_scvi.config.run_names import METRICS, REPORT
+from census_scvi.errors import UserError
+from census_scvi.files.atomic import write_json
+from census_scvi.files.json_values import json_values
+from census_scvi.files.uri import local_path, without_credentials
+from census_scvi.files.writable import require_writable_folder
+from census_scvi.metrics.biology import biology
+from census_scvi.metrics.breakdown import break_down
+from census_scvi.metrics.mixing import mixing
+from census_scvi.metrics.score import LEGACY, Score
+from census_scvi.metrics.space import Space
+from census_scvi.report.groups import same_groups
+from census_scvi.report.html import write_report
+from census_scvi.report.result import Evaluation
+from census_scvi.report.slice import PCA, Slice, embeddings_of, read_slice
+from census_scvi.stages.plan import Plan
+from census_scvi.terminal.progress import progress_bar
+from census_scvi.workspace import Workspace
+
+log = logging.getLogger(__name__)
+
+_PACKAGES = ("census-scvi", "scib-metrics", "scikit-learn", "scanpy", "igraph", "numpy")
+# For --dry-run, from runs on two cores: imports and report; a cell of the slice read and embedded by PCA; a measured
+# cell in one column of one embedding.
+_FIXED_SECONDS, _CELL_SECONDS, _MEASURED_SECONDS = 30.0, 6e-4, 2e-3
+_BASE_MEMORY, _BYTES_A_CELL = 1.2e9, 12_000.0
+
+Names = npt.NDArray[np.object_]
+
+
+def run(config: Config, *, force: bool = False) -> None:
+    """Measure, and write metrics.json and report.html."""
+    folder = _folder(config)
+    if (folder / REPORT).is_file() and not force:
+        raise UserError(f"{folder / REPORT} exists; name another evaluate.folder, or replace it with --force")
+    embeddings_of(config)
+    with open_census(config.census) as census:
+        cells = read_slice(config, census)
+        identity = census.identity
+    measured = _measured_rows(config, cells)
+    found = evaluate(config, cells, measured)
+    if not any(found.scores.values()):
+        raise UserError(
+            f"nothing can be measured on {len(cells.obs):,} cells: {'; '.join(found.problems) or 'no column is named'}."
+            " Change evaluate.obs_filter, evaluate.labels or evaluate.batches"
+        )
+    record = {
+        "mode": config.evaluate.mode,
+        "census": identity,
+        "settings": config.evaluate.model_dump(mode="json"),
+        "seed": config.seed,
+        "cells": {"matching": cells.n_matching, "evaluated": len(cells.obs), "measured": len(measured)},
+        "packages": {name: version(name) for name in _PACKAGES},
+        "problems": found.problems,
+        "latents": _latents(config),
+        "same_as": found.same_as,
+        "scores": {name: [asdict(score) for score in scores] for name, scores in found.scores.items()},
+        "breakdown": {
+            name: {column: table.reset_index().to_dict("records") for column, table in tables.items()}
+            for name, tables in found.breakdowns.items()
+        },
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    record = without_credentials(json_values(record))
+    write_json(folder / METRICS, record)
+    log.info("drawing the report")
+    write_report(folder / REPORT, config, cells, measured, found, record)
+    for problem in found.problems:
+        log.warning("%s", problem)
+    log.info("wrote %s and %s", folder / METRICS, folder / REPORT)
+
+
+def evaluate(config: Config, cells: Slice, measured: npt.NDArray[np.int64]) -> Evaluation:
+    """Scores and breakdowns of every embedding of a slice.
+
+    Parameters
+    ----------
+    config
+        Its section `evaluate` names the columns.
+    cells
+        The slice.
+    measured
+        int64: rows of the cells that are measured.
+    """
+    settings = config.evaluate
+    legacy = settings.mode == LEGACY
+    found = Evaluation(problems=list(cells.problems))
+    labels = {name: cells.names(name, vague=legacy) for name in settings.labels if name in cells.obs}
+    batches = {name: cells.names(name, vague=True) for name in settings.batches if name in cells.obs}
+    donors = _donors(cells, settings.donors, found.problems)
+    whole = next(iter(batches.values()), np.full(len(cells.obs), "", dtype=object))
+    # The published script took silhouette_batch within the last label, whichever it named.
+    inner = (list(labels)[-1] if legacy else next(iter(labels))) if labels else ""
+    within = labels.get(inner, np.full(len(cells.obs), None, dtype=object))
+    if not legacy:  # whose rows are all of the published tables
+        found.same_as = same_groups(labels) | same_groups(batches)
+        labels, batches = (
+            {name: values for name, values in columns.items() if name not in found.same_as}
+            for columns in (labels, batches)
+        )
+    with progress_bar(len(cells.spaces) * (len(labels) + len(batches)), "metrics", unit="columns") as bar:
+        for name, points in cells.spaces.items():
+            space = Space(points, measured, config.seed)
+            measure = _Measure(found.scores.setdefault(name, []), found.problems)
+            of_measured = None if donors is None or legacy else donors[measured]
+            for column, values in labels.items():
+                log.info("%s: %s", name, column)
+                measure(biology, space, column, values[measured], of_measured, whole[measured], settings.mode)
+                bar.update()
+            for column, values in batches.items():
+                log.info("%s: %s", name, column)
+                values = np.where([value is None for value in values], "missing", values).astype(object)
+                measure(
+                    mixing, space, column, values[measured], values, inner, within[measured], of_measured,
+                    settings.mode,
+                )  # fmt: skip
+                bar.update()
+            if labels and batches:
+                first = next(iter(batches))
+                found.breakdowns[name] = {inner: break_down(space, within, whole, within)}
+                if not same_groups({inner: within, first: whole}):
+                    found.breakdowns[name][first] = break_down(space, within, whole, whole)
+    return found
+
+
+@dataclass
+class _Measure:
+    """Keeps the scores of a column, or why there are none."""
+
+    scores: list[Score]
+    problems: list[str]
+
+    def __call__(self, measure: Callable[..., list[Score]], *arguments: Any) -> None:
+        try:
+            self.scores += measure(*arguments)
+        except UserError as error:
+            if str(error) not in self.problems:
+                self.problems.append(str(error))
+
+
+def _donors(cells: Slice, column: str | None, problems: list[str]) -> Names | None:
+    """Donors, named with their dataset: the names of two studies' donors may be the same."""
+    if column is None:
+        return None
+    if column not in cells.obs:
+        problems.append(f"evaluate.donors names {column!r}, which is no obs column of the Census; cells are held out")
+        return None
+    dataset = cells.obs["dataset_id"].astype(str) if "dataset_id" in cells.obs else ""
+    return (dataset + "|" + cells.obs[column].astype(str)).to_numpy(dtype=object)
+
+
+def _measured_rows(config: Config, cells: Slice) -> npt.NDArray[np.int64]:
+    n_cells, most = len(cells.obs), config.evaluate.measured_cells
+    if n_cells <= most:
+        return np.arange(n_cells)
+    return np.sort(np.random.default_rng([config.seed, 8]).choice(n_cells, most, replace=False))
+
+
+def _latents(config: Config) -> dict[str, Any]:
+    """Which embedding it was, of those that lie in a run directory: the identity of latent.npy."""
+    found = {}
+    for name, place in embeddings_of(config).items():
+        path = local_path(place)
+        if path is not None and (record := Workspace(path).record("create-latent-update")):
+            found[name] = record["outputs"].get("latent.npy")
+    return found
+
+
+def _folder(config: Config) -> Path:
+    """Where to write; UserError where that cannot be."""
+    folder = config.evaluation_folder
+    setting = "evaluate.folder" if config.evaluate.folder else "output.directory"
+    require_writable_folder(folder, [METRICS, REPORT], setting)
+    return folder
+
+
+def plan(config: Config) -> Plan:
+    """Size from the Census; the time is that of two cores."""
+    settings = config.evaluate
+    places, folder = embeddings_of(config).values(), _folder(config)
+    with open_census(config.census) as census:
+        n_matching = sum(
+            len(table) for table in read_obs(census, settings.obs_filter, ["soma_joinid"], "evaluate.obs_filter")
+        )
+        uri = census.identity["uri"]
+    n_cells = min(n_matching, settings.max_cells)
+    n_measured = min(n_cells, settings.measured_cells)
+    n_spaces = max(len(settings.embeddings), 1) + settings.baseline
+    columns = len(settings.labels) + len(settings.batches)
+    return Plan(
+        "evaluate",
+        reads=[
+            f"{uri}: {n_cells:,} of {n_matching:,} cells of {settings.obs_filter or 'all'}",
+            *places,
+        ],
+        writes=[str(folder / METRICS), str(folder / REPORT)],
+        cells=n_cells,
+        genes=config.hvg.top_n_hvg if settings.baseline else 0,
+        memory=_BASE_MEMORY + _BYTES_A_CELL * n_cells,
+        disk=2e6,
+        seconds=_FIXED_SECONDS + _CELL_SECONDS * n_cells + _MEASURED_SECONDS * n_measured * columns * n_spaces,
+        notes=[f"{n_measured:,} cells are measured, and a {PCA} of their counts" if settings.baseline else ""],
+    )

@@ -1,0 +1,1 @@
+"""Training: fit, callbacks, checkpoints; fast/ is the exact fast step."""

@@ -1,0 +1,128 @@
+"""Save everything that a training holds in memory, so that a killed one resumes as if it had not been interrupted."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import lightning
+import torch
+from lightning.pytorch.plugins import TorchCheckpointIO
+from torchmetrics import Metric
+
+from census_scvi.errors import UserError
+from census_scvi.files.atomic import sync
+
+Trainer: TypeAlias = lightning.Trainer
+Plan: TypeAlias = lightning.LightningModule
+
+# Several processes agree on the moment of a checkpoint, by a message that every this many minibatches can afford.
+_AGREED_EVERY = 16
+
+
+class StagedIO(TorchCheckpointIO):
+    """Writes a checkpoint to its place: Lightning's own way takes a copy in memory and one in the temporary folder."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write a local file; whoever asks for it replaces the old one when it is whole."""
+        with Path(path).open("wb") as file:
+            torch.save(checkpoint, file)
+
+
+class Checkpoint(lightning.Callback):
+    """Writes a checkpoint after each epoch and from time to time within one; the file is replaced in one step.
+
+    Lightning saves weights, optimiser and progress, and the loader how far it was. What is added here is each process'
+    random state and metrics: their sums over the epoch so far, and the last ones logged. It must be the last callback,
+    to save the state that the others have at the same moment.
+
+    Parameters
+    ----------
+    path
+        The file.
+    minutes
+        Between checkpoints within an epoch.
+    """
+
+    def __init__(self, path: Path, minutes: float) -> None:
+        self._path = path
+        self._seconds = 60 * minutes
+        self._saved_at = time.monotonic()
+        self._within_epoch = False
+        self._restored: dict[str, Any] = {}
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Plan, batch: Any, batch_idx: int) -> None:
+        """Restore the random state as the last thing before the first step of a resumed run."""
+        trainer.callback_metrics.update(self._restored.pop("logged", {}))
+        if random := self._restored.pop("random", None):
+            torch.set_rng_state(random["cpu"].cpu())
+            if "cuda" in random:
+                torch.cuda.set_rng_state(random["cuda"].cpu(), pl_module.device)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Plan, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Complete the metrics after the first step of a resumed run; write a checkpoint where one is due."""
+        for name, sums in self._restored.pop("sums", {}).items():
+            metric = _epoch_metrics(trainer)[name]
+            for state, value in sums.items():
+                setattr(metric, state, getattr(metric, state) + value.to(pl_module.device))
+        last = batch_idx + 1 == trainer.num_training_batches  # the epoch's end saves it
+        accumulating = (batch_idx + 1) % trainer.accumulate_grad_batches  # gradients are not saved
+        if not last and not accumulating and self._due(trainer, batch_idx):
+            self._within_epoch = True
+            self._write(trainer)
+            self._within_epoch = False
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Plan) -> None:
+        """Write a checkpoint."""
+        self._write(trainer)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Plan, checkpoint: dict[str, Any]) -> None:
+        """Add the state of each process."""
+        random = {"cpu": torch.get_rng_state()}
+        if pl_module.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(pl_module.device)
+        metrics = _epoch_metrics(trainer) if self._within_epoch else {}
+        mine = {
+            "random": random,
+            "sums": {name: dict(metric.metric_state) for name, metric in metrics.items()},
+            "logged": dict(trainer.callback_metrics),
+        }
+        states: list[Any] = [mine]
+        if trainer.world_size > 1:
+            states = [None] * trainer.world_size
+            torch.distributed.all_gather_object(states, mine)
+        checkpoint["processes"] = states
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: Plan, checkpoint: dict[str, Any]) -> None:
+        """Keep this process' state until the first step."""
+        states = checkpoint["processes"]
+        if len(states) != trainer.world_size:
+            raise UserError(
+                f"{self._path} is of a training in {len(states)} process(es), and now there are {trainer.world_size};"
+                " set train.devices as it was, or start again with --force"
+            )
+        self._restored = dict(states[trainer.global_rank])
+
+    def _due(self, trainer: Trainer, batch_idx: int) -> bool:
+        due = time.monotonic() - self._saved_at >= self._seconds
+        if trainer.world_size == 1:
+            return due
+        return (batch_idx + 1) % _AGREED_EVERY == 0 and trainer.strategy.broadcast(due)
+
+    def _write(self, trainer: Trainer) -> None:
+        """Runs in every process, since their states are gathered."""
+        partial = self._path.with_suffix(".partial")
+        trainer.save_checkpoint(partial, weights_only=False)
+        if trainer.is_global_zero:
+            sync(partial)
+            partial.replace(self._path)
+        self._saved_at = time.monotonic()
+
+
+def _epoch_metrics(trainer: Trainer) -> dict[str, Metric]:
+    """What Lightning sums over an epoch: its own means of logged numbers, and scvi-tools' metrics."""
+    results = trainer.fit_loop.epoch_loop._results  # Lightning has no public way to them
+    return {
+        name: result if result.is_tensor else result.value for name, result in results.items() if result.meta.on_epoch
+    }

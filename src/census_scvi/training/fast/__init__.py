@@ -1,0 +1,1 @@
+"""The training step of scvi-tools' VAE in less work."""

@@ -1,0 +1,167 @@
+"""The reconstruction loss of scVI for counts that are mostly 0: the same number, without the work that cancels.
+
+A cell with counts x_g and library size l = sum of x_g, whose decoder gives the logits a_g, has the expected counts
+mu_g = l p_g with p = softmax(a), and with the inverse dispersion theta_g the log-likelihood of scvi-tools'
+`log_nb_positive` (eps = 1e-8, t_g = theta_g + mu_g + eps)
+
+    log p(x) = sum over all genes of    theta_g (log(theta_g + eps) - log t_g)
+             + sum over x_g > 0   of    x_g (log(mu_g + eps) - log t_g)
+                                        + lgamma(x_g + theta_g) - lgamma(theta_g) - lgamma(x_g + 1).
+
+The second sum of scvi-tools runs over all genes too; where x_g = 0 each of its terms is exactly 0, for lgamma(theta) -
+lgamma(theta) = 0 and lgamma(1) = 0. So the gamma functions, the dearest part, are left to the counts that are there.
+The derivatives split in the same way. With the loss = -log p(x):
+
+    d loss / d mu_g    = theta_g / t_g                                            all genes
+                       + x_g / t_g - x_g / (mu_g + eps)                           where x_g > 0
+    d loss / d theta_g = log t_g - log(theta_g + eps) - theta_g / (theta_g + eps) + theta_g / t_g
+                       + x_g / t_g - digamma(x_g + theta_g) + digamma(theta_g)    where x_g > 0
+
+and through mu = l softmax(a), with s_g = d loss / d mu_g,
+
+    d loss / d a_g     = l p_g (s_g - sum over h of p_h s_h).
+
+With zero inflation (zinb) a second head of the decoder gives the logits b_g of dropout. With A_g = theta_g
+(log(theta_g + eps) - log t_g) - b_g, scvi-tools' `log_zinb_positive` is, put in the same way,
+
+    log p(x) = sum over all genes of    softplus(A_g) - softplus(-b_g)
+             + sum over x_g > 0   of    x_g (...) + lgamma(...) ... as above, - softplus(-A_g)
+
+and its derivatives are those above, the parts for all genes weighted with w_g = sigmoid(A_g), but 1 where x_g > 0, and
+
+    d loss / d b_g     = w_g - sigmoid(-b_g).
+
+All of it needs one row of logits at a time, so that loss and derivatives are made in one go, the latter in the memory
+of the logits; a cell without counts (l = 0) has mu = 0 and no derivative by it, as in scvi-tools. What is left for
+autograd are the matrix products around it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+
+from census_scvi.counts.minibatch import SparseCounts
+from census_scvi.training.fast import torch_kernel
+from census_scvi.training.fast.compiled import require_equal, works
+from census_scvi.training.fast.decoded import Decoded, LossAndSlopes
+from census_scvi.training.fast.products import input_gradient, layer_output, product_dtype, weight_gradient
+
+
+class Dispersion(NamedTuple):
+    """Inverse dispersion of genes: `theta` and `row_of_cell` of `Decoded`."""
+
+    theta: torch.Tensor
+    row_of_cell: torch.Tensor
+
+
+class Head(NamedTuple):
+    """A linear layer from the decoder's last hidden layer to genes: `weight` (genes, n_hidden), `bias` (genes,)."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+
+def reconstruction_loss(
+    hidden: torch.Tensor, scale: Head, dispersion: Dispersion, counts: SparseCounts, dropout: Head | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Negative log-likelihood of counts under the decoder's negative binomial.
+
+    Parameters
+    ----------
+    hidden
+        float (cells, n_hidden): the decoder's last hidden layer.
+    scale
+        `px_scale_decoder`'s layer, which gives the logits.
+    dispersion
+        theta of the genes.
+    counts
+        Counts of the cells.
+    dropout
+        `px_dropout_decoder`: with it the distribution is zero-inflated.
+
+    Returns
+    -------
+    The mean over cells, which carries gradients to all but the counts, and the loss of each cell (cells,), which does
+    not.
+    """
+    heads = (*scale, *(dropout or (None, None)))
+    return _ReconstructionLoss.apply(hidden, *heads, *dispersion, counts)
+
+
+class _ReconstructionLoss(torch.autograd.Function):
+    """The decoder's last products and the loss in one, so that the logits' memory serves their derivatives too."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        weight, bias, dropout_weight, dropout_bias, theta, row_of_cell, counts = rest
+        dtype = product_dtype(hidden)
+        hidden = hidden.to(dtype)
+        weights = [each.to(dtype) for each in (weight, dropout_weight) if each is not None]
+        biases = [each.to(dtype) for each in (bias, dropout_bias) if each is not None]
+        with torch.autocast(hidden.device.type, enabled=False):
+            products = [layer_output(hidden, *head).to(theta.dtype) for head in zip(weights, biases, strict=True)]
+            decoded = Decoded(products[0], theta, row_of_cell, counts, products[1] if len(products) > 1 else None)
+            made = loss_and_slopes(decoded, slopes=any(ctx.needs_input_grad))
+        of_products = [_narrow(each, dtype) for each in (made.logits, made.dropout) if each is not None]
+        ctx.save_for_backward(hidden, made.theta, *weights, *of_products)
+        ctx.mark_non_differentiable(made.loss)
+        return made.loss.mean(), made.loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, of_mean: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden, theta, *rest = ctx.saved_tensors
+        weights, of_products = rest[: len(rest) // 2], rest[len(rest) // 2 :]
+        scale = of_mean / len(hidden)
+        # The scale goes to the smaller factor: float16 holds the slopes of single cells, not those divided by cells.
+        scaled = hidden * scale.to(hidden.dtype)
+        of_hidden = sum(input_gradient(slopes, weight) for weight, slopes in zip(weights, of_products, strict=True))
+        of_heads: list[torch.Tensor | None] = []
+        for slopes in of_products:
+            of_heads += [weight_gradient(slopes, scaled).to(theta.dtype), slopes.sum(0, dtype=theta.dtype) * scale]
+        of_heads += [None] * (4 - len(of_heads))
+        return of_hidden * scale, *of_heads, theta * scale, None, None
+
+
+def _narrow(slopes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """In the dtype of the products; float16 ends at 65,504, which the slope of a larger count may exceed."""
+    most = torch.finfo(dtype).max
+    return slopes if slopes.dtype == dtype else slopes.clamp_(-most, most).to(dtype)
+
+
+def loss_and_slopes(decoded: Decoded, *, slopes: bool = True) -> LossAndSlopes:
+    """Loss of each cell and, where wanted, the derivatives of their sum, by the kernel for the device and dtype."""
+    kernel = _kernel(decoded.logits.device.type) if decoded.logits.dtype == torch.float32 else None
+    return (kernel or torch_kernel).loss_and_slopes(decoded, slopes=slopes)
+
+
+@cache
+def _kernel(device: str) -> ModuleType | None:
+    """The kernel for a kind of device, if there is one and it gives here what torch gives."""
+    name = {"cpu": "cpu_kernel", "cuda": "gpu_kernel"}.get(device)
+    if name is None:
+        return None
+    module = f"census_scvi.training.fast.{name}"
+    usable = works(lambda: _compare(import_module(module), device), f"the training step's kernel for {device}")
+    return import_module(module) if usable else None
+
+
+def _compare(kernel: ModuleType, device: str) -> None:
+    """ArithmeticError where the kernel differs from torch on a few cells."""
+    genes = torch.arange(50, device=device)
+    logits = (genes * torch.tensor([[0.7], [0.1], [0.3]], device=device)).sin()
+    n_detected = torch.tensor([5, 0, 45], device=device)
+    few = SparseCounts(n_detected, genes.to(torch.uint16), (1 + genes**2).to(torch.uint16), 50)
+    for rows, dropout in ((1, None), (3, None), (1, logits.flip(0))):
+        theta = (1 + genes * torch.ones(rows, 1, device=device)) / 10
+        decoded = Decoded(logits, theta, torch.arange(3, device=device) % rows, few, dropout)
+        overwritten = replace(decoded, logits=logits.clone(), dropout=None if dropout is None else dropout.clone())
+        expected, made = torch_kernel.loss_and_slopes(decoded), kernel.loss_and_slopes(overwritten)
+        for found, wanted in zip(made, expected, strict=True):
+            require_equal(found, wanted, 1e-4)

@@ -1,0 +1,82 @@
+"""scvi-tools' training plan with this project's step in place of the module's own."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from scvi.module.base import LossOutput
+from scvi.train import TrainingPlan
+from scvi.train._trainingplans import _compute_kl_weight
+
+from census_scvi.counts.minibatch import Minibatch
+from census_scvi.training.fast import products
+from census_scvi.training.fast.measure import faster_libraries, shape_of
+from census_scvi.training.fast.products import Libraries
+from census_scvi.training.fast.step import step
+
+log = logging.getLogger(__name__)
+
+
+class FastTrainingPlan(TrainingPlan):
+    """Metrics, schedules and optimiser of scvi-tools; the loss by `step`, Adam in one pass over the parameters.
+
+    Attributes
+    ----------
+    libraries
+        What multiplies float32 matrices on a CPU: measured when a training begins, and kept in its checkpoints, since
+        the libraries round differently; None where it is not known yet, or torch alone multiplies.
+    """
+
+    libraries: Libraries | None = None
+
+    def on_train_start(self) -> None:
+        """Choose the libraries: one choice for all processes, and for all of a training that is resumed."""
+        if self.device.type != "cpu" or self.trainer.precision != "32-true":
+            return
+        if self.libraries is None:
+            measured = faster_libraries(*shape_of(self.module), self.trainer.datamodule.cells.density)
+            self.libraries = self.trainer.strategy.broadcast(measured)
+            chosen = ", ".join(
+                f"{kind.replace('_', ' ')} {library}" for kind, library in asdict(self.libraries).items()
+            )
+            log.info("the faster library for float32 matrix products here: %s", chosen)
+        products.use(self.libraries)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save the choice."""
+        checkpoint["libraries"] = asdict(self.libraries) if self.libraries else None
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the choice; before there was one, oneDNN multiplied."""
+        saved = checkpoint.get("libraries", asdict(Libraries("onednn", "onednn", "onednn")))
+        self.libraries = Libraries(**saved) if saved else None
+
+    def forward(self, minibatch: Minibatch, loss_kwargs: dict[str, Any]) -> tuple[None, None, LossOutput]:
+        """What scvi-tools' steps of training and validation call."""
+        return None, None, step(self.module, minibatch, loss_kwargs["kl_weight"])
+
+    @property
+    def kl_weight(self) -> float:
+        """The weight as a number: scvi-tools' tensor would be copied to the GPU in each step."""
+        return float(
+            _compute_kl_weight(
+                self.current_epoch,
+                self.global_step,
+                self.n_epochs_kl_warmup,
+                self.n_steps_kl_warmup,
+                self.max_kl_weight,
+                self.min_kl_weight,
+            )
+        )
+
+    def _optimizer_creator_fn(self, optimizer_cls: type[torch.optim.Adam]) -> Callable[..., torch.optim.Optimizer]:
+        trainer = self._trainer
+        # Lightning clips gradients of a reduced precision only where it unscales them, not a fused optimiser.
+        clipped = trainer is not None and bool(trainer.gradient_clip_val) and trainer.precision != "32-true"
+        return lambda parameters: optimizer_cls(
+            parameters, lr=self.lr, eps=self.eps, weight_decay=self.weight_decay, fused=not clipped
+        )

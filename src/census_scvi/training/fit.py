@@ -1,0 +1,307 @@
+"""Train an scVI model: scvi-tools' own training plan, on any loader, resumable."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import traceback
+import warnings
+import zipfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning
+import scvi
+import torch
+from lightning.pytorch.callbacks import LearningRateMonitor
+from scvi.train import Trainer, TrainingPlan
+
+from census_scvi.config import TrainSection
+from census_scvi.counts.data_module import PreparedDataModule
+from census_scvi.errors import UserError
+from census_scvi.model.build import quiet
+from census_scvi.training.callbacks import (
+    LearningCurves,
+    Stoppable,
+    TrainMode,
+    early_stopping_callbacks,
+)
+from census_scvi.training.checkpoint import Checkpoint, StagedIO
+from census_scvi.training.fast.measure import measure_precision
+from census_scvi.training.fast.plan import FastTrainingPlan
+from census_scvi.training.fast.step import reason_against, unused_frozen
+from census_scvi.training.finite_loss import FiniteLoss
+from census_scvi.training.progress import EventLog, Progress
+from census_scvi.training.rehearsal import diverged, one_line, require_trainable
+from census_scvi.workspace.provenance import processor
+
+log = logging.getLogger(__name__)
+
+
+def choose_devices(settings: TrainSection) -> dict[str, Any]:
+    """`accelerator`, `devices` and `strategy` for Lightning's Trainer.
+
+    Raises
+    ------
+    UserError
+        No number of devices, more than there are, or of a kind that is not there.
+    """
+    if not settings.multi_gpu and settings.devices != "auto":
+        log.info("train.devices is %s and counts only with train.multi_gpu: true; one device is used", settings.devices)
+    return _devices(settings)
+
+
+def _devices(settings: TrainSection) -> dict[str, Any]:
+    gpus = torch.cuda.device_count()
+    if settings.accelerator == "mps" and not torch.backends.mps.is_available():
+        raise UserError(
+            "train.accelerator is mps, the GPU of an Apple computer, and torch finds none here; set it to auto"
+        )
+    _check_number_of_devices(settings.devices)
+    if settings.accelerator in ("gpu", "cuda") and not gpus:
+        raise UserError(
+            f"train.accelerator is {settings.accelerator} and torch finds no GPU here; set it to auto or cpu,"
+            " or see what ./scvi-init.sh says of the GPU"
+        )
+    if not settings.multi_gpu:
+        return {"accelerator": settings.accelerator, "devices": 1, "strategy": "auto"}
+    asked = settings.devices if isinstance(settings.devices, list) else None
+    number = settings.devices if isinstance(settings.devices, int) and settings.devices > 0 else max(gpus, 1)
+    number = len(asked) if asked else number
+    if settings.accelerator != "cpu" and (number > gpus or max(asked or [0]) >= max(gpus, 1)):
+        raise UserError(
+            f"train.multi_gpu asks for devices {settings.devices} and torch finds {gpus} GPU(s);"
+            " lower train.devices, or set train.accelerator to cpu to train in several CPU processes"
+        )
+    if settings.accelerator == "cpu":
+        asked = None  # Lightning takes a number of processes there
+    return {"accelerator": settings.accelerator, "devices": asked or number, "strategy": "ddp"}
+
+
+def _check_number_of_devices(devices: int | list[int] | str) -> None:
+    indices = devices if isinstance(devices, list) else [0]
+    none = devices == [] or (isinstance(devices, int) and (devices == 0 or devices < -1))
+    if none or min(indices) < 0 or len(set(indices)) < len(indices):
+        raise UserError(
+            f"train.devices is {devices}, expected a number of devices (-1: all), a list of different device indices"
+            " such as [0, 1], or auto"
+        )
+
+
+def choose_precision(settings: TrainSection) -> str:
+    """`precision` for Lightning's Trainer.
+
+    Raises
+    ------
+    UserError
+        The device cannot compute in `train.precision`.
+    """
+    gpu = _on_gpu(settings)
+    if settings.precision == "fp16" and not gpu:
+        raise UserError("train.precision is fp16, which needs a GPU; set float32 or bf16")
+    if settings.precision == "bf16" and gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+        name = torch.cuda.get_device_name()
+        raise UserError(f"train.precision is bf16, and this GPU ({name}) cannot compute in it; set float32 or fp16")
+    return {"float32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[settings.precision]
+
+
+def slow_precision(settings: TrainSection, n_genes: int, n_hidden: int) -> str:
+    """Why `train.precision` does not suit this processor, measured on products of the model's shapes; "" where it does.
+
+    A processor without instructions for bf16 computes in it all the same, many times slower than in float32.
+    """
+    if settings.precision == "float32" or _on_gpu(settings):
+        return ""
+    measured = measure_precision(n_genes, n_hidden, torch.bfloat16)
+    if measured is None or measured.reduced <= measured.float32:
+        return ""
+    return (
+        f"train.precision is bf16, and this processor ({processor()}) is slower in it: {1e3 * measured.reduced:,.0f} ms"
+        f" for matrix products of this model that take {1e3 * measured.float32:,.0f} ms in float32; set float32"
+    )
+
+
+def _on_gpu(settings: TrainSection) -> bool:
+    return settings.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+
+
+def make_plan(
+    settings: TrainSection, module: scvi.module.VAE, data: PreparedDataModule, arguments: dict[str, Any]
+) -> TrainingPlan:
+    """The training plan of `train.engine`, or of scvi-tools where the fast one cannot train the module.
+
+    `data` then gives the minibatches that it takes: sparse ones to the fast one.
+    """
+    reason = reason_against(module)
+    if arguments.get("compile"):
+        reason = "training_plan.compile is on"
+    elif settings.accelerator != "cpu" and torch.backends.mps.is_available():
+        reason = "it has not been tried on this kind of GPU, mps"
+    if settings.engine == "fast" and reason:
+        log.info("train.engine fast does not train this model (%s): scvi-tools' own steps are used", reason)
+    data.sparse = settings.engine == "fast" and not reason
+    plan = (FastTrainingPlan if data.sparse else TrainingPlan)(module, **_plan_arguments(arguments))
+    plan.n_obs_training, plan.n_obs_validation = data.n_train, data.n_val
+    return plan
+
+
+def _plan_arguments(settings: dict[str, Any]) -> dict[str, Any]:
+    """`training_plan` as TrainingPlan takes it, which writes into what it is given."""
+    arguments = copy.deepcopy(settings)
+    if arguments.get("n_steps_kl_warmup"):
+        arguments.setdefault("n_epochs_kl_warmup", None)  # its default of 400 epochs would win over the steps
+    return arguments
+
+
+def check_arguments(settings: TrainSection, plan_arguments: dict[str, Any], data: PreparedDataModule) -> None:
+    """UserError where the libraries do not train with `train.trainer` and `training_plan`."""
+    processes = n_processes(settings)
+    minibatches = [-(-n_cells // (settings.batch_size * processes)) for n_cells in (data.n_train, data.n_val)]
+    require_trainable(
+        settings.trainer or {},
+        _plan_arguments(plan_arguments),
+        _trainer_arguments(settings, data) | {"devices": 1, "strategy": "auto"},
+        minibatches=(minibatches[0], minibatches[1]),
+        early_stopping=settings.early_stopping,
+    )
+
+
+def n_processes(settings: TrainSection) -> int:
+    """How many processes train together on this machine."""
+    devices = _devices(settings)["devices"]
+    return len(devices) if isinstance(devices, list) else int(devices)
+
+
+def engine_of(plan: TrainingPlan) -> str:
+    """The `train.engine` that a plan is of."""
+    return "fast" if isinstance(plan, FastTrainingPlan) else "scvi-tools"
+
+
+def libraries_of(plan: TrainingPlan) -> dict[str, str] | None:
+    """The libraries that multiplied float32 matrices, for the record; None where torch alone chose."""
+    libraries = plan.libraries if isinstance(plan, FastTrainingPlan) else None
+    return asdict(libraries) if libraries else None
+
+
+def fit(
+    model: scvi.model.SCVI,
+    data: PreparedDataModule,
+    settings: TrainSection,
+    plan_arguments: dict[str, Any],
+    *,
+    seed: int,
+    checkpoint: Path,
+    tensorboard: Path,
+) -> LearningCurves:
+    """Train a model in place; resumes from `checkpoint` where that file exists.
+
+    Parameters
+    ----------
+    model
+        The model; trained or not.
+    data
+        Training and validation minibatches.
+    settings
+        The `train` section.
+    plan_arguments
+        Arguments of scvi-tools' TrainingPlan.
+    seed
+        Seed of dropout and of the latent samples (plus the rank, with several processes).
+    checkpoint
+        Written after each epoch, and every `settings.checkpoint_minutes` within one.
+    tensorboard
+        Folder of the TensorBoard logs.
+
+    Returns
+    -------
+    The learning curves, those of the epochs before a resume included.
+
+    Raises
+    ------
+    UserError
+        Unsuitable devices or checkpoint, or a loss that is not finite.
+    """
+    plan = make_plan(settings, model.module, data, plan_arguments)
+    curves, finite = LearningCurves(engine_of(plan)), FiniteLoss()
+    arguments = dict(settings.trainer or {})
+    callbacks = [
+        Stoppable(),
+        TrainMode(),
+        finite,
+        curves,
+        Progress(data.n_train),
+        LearningRateMonitor(logging_interval="epoch"),
+    ]
+    callbacks += early_stopping_callbacks(arguments, wanted=settings.early_stopping)
+    callbacks.append(Checkpoint(checkpoint, settings.checkpoint_minutes))
+    with (
+        warnings.catch_warnings(),
+        quiet("lightning.pytorch", logging.WARNING),
+        quiet("lightning.fabric", logging.WARNING),
+        unused_frozen(model.module),
+    ):
+        _ignore_known_warnings()
+        trainer = Trainer(
+            callbacks=callbacks,
+            plugins=StagedIO(),
+            logger=EventLog(tensorboard.parent, name=tensorboard.name, version="", sub_dir=None),
+            default_root_dir=str(tensorboard.parent),
+            **_trainer_arguments(settings, data) | arguments,
+        )
+        lightning.seed_everything(seed + trainer.global_rank, verbose=False)
+        try:
+            trainer.fit(plan, data, ckpt_path=_resumable(checkpoint), weights_only=True)
+        except Exception as error:
+            if diverged(error):
+                raise finite.report(trainer, "the loss is nan") from error
+            if settings.trainer and not isinstance(error, UserError) and _of_lightning(error):
+                raise UserError(
+                    f"Lightning stopped the training ({one_line(error)}); it was given"
+                    f" train.trainer: {settings.trainer}; correct that or leave it out"
+                ) from error
+            raise
+    curves.libraries = libraries_of(plan)
+    model.module.eval()
+    model.is_trained_ = True
+    return curves
+
+
+def _of_lightning(error: Exception) -> bool:
+    """Whether Lightning raised an error itself: neither this project nor what it called, a disk for instance."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{os.sep}lightning{os.sep}" in frames[-1].filename
+
+
+def _trainer_arguments(settings: TrainSection, data: PreparedDataModule) -> dict[str, Any]:
+    """What the pipeline gives the Trainer; `train.trainer` may override the last four."""
+    return {
+        **_devices(settings),
+        "max_epochs": settings.max_epochs,
+        "precision": choose_precision(settings),
+        "check_val_every_n_epoch": 1,
+        "limit_val_batches": None if data.n_val else 0,
+        "enable_progress_bar": False,  # ours counts cells over all epochs
+        "enable_model_summary": False,
+    }
+
+
+def _resumable(checkpoint: Path) -> Path | None:
+    if not checkpoint.exists():
+        return None
+    if not zipfile.is_zipfile(checkpoint):  # its directory comes last: a truncated one is none
+        raise UserError(f"{checkpoint} is damaged; start again with --force")
+    return checkpoint
+
+
+def _ignore_known_warnings() -> None:
+    for message in (
+        "The '.*_dataloader' does not have many workers",  # ours reads ahead in threads
+        "The number of training batches",
+        "early_stopping was automatically disabled",  # ours is not
+        "Checkpoint directory .* exists",
+        "Found .* in eval mode",  # TrainMode sees to it
+        ".isinstance.treespec, LeafSpec.. is deprecated",
+    ):
+        warnings.filterwarnings("ignore", message=message)

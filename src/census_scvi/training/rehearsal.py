@@ -1,0 +1,167 @@
+"""Try `train.trainer` and `training_plan` on a model of two genes: what the libraries refuse is known at once."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
+
+import lightning
+import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch.callbacks import LearningRateMonitor, Timer
+from lightning.pytorch.loggers.logger import DummyLogger
+from scvi.train import Trainer, TrainingPlan
+
+from census_scvi.errors import UserError
+from census_scvi.model.build import build_model, quiet
+from census_scvi.training.callbacks import LearningCurves, TrainMode, early_stopping_callbacks
+
+Arguments: TypeAlias = dict[str, Any]
+_Setting: TypeAlias = tuple[str, str]  # section and key
+
+_TRAINER, _PLAN = "train.trainer", "training_plan"
+_LONGEST = 300
+_MINIBATCHES = 2
+# What a rehearsal must not do: wait for other machines, write profiles, show itself.
+_NOT_RUN = ("num_nodes", "profiler", "enable_progress_bar", "enable_model_summary")
+# What has no meaning for an epoch of two minibatches, unless it is 0.
+_OF_REAL_LENGTH = (
+    "max_time", "max_steps", "min_steps", "min_epochs", "val_check_interval", "overfit_batches",
+    "limit_train_batches", "limit_val_batches",
+)  # fmt: skip
+
+
+def require_trainable(
+    trainer: Arguments, plan: Arguments, fixed: Arguments, *, minibatches: tuple[int, int], early_stopping: bool
+) -> None:
+    """UserError where Lightning, torch or scvi-tools do not train with the settings: names the setting and says why.
+
+    Parameters
+    ----------
+    trainer
+        The setting `train.trainer`.
+    plan
+        Arguments of scvi-tools' TrainingPlan, as the setting `training_plan` gives them.
+    fixed
+        What the pipeline itself gives the Trainer, for one device.
+    minibatches
+        How many there are for training and validation.
+    early_stopping
+        The setting `train.early_stopping`.
+    """
+
+    def refusal(trainer: Arguments, plan: Arguments) -> Exception | None:
+        try:
+            _rehearse(trainer, plan, fixed, minibatches, early_stopping=early_stopping)
+        except Exception as error:  # of any kind: they are the libraries'
+            return None if diverged(error) else error  # which would depend on the cells
+        return None
+
+    with quiet("lightning.pytorch"), quiet("lightning.fabric"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if (error := refusal(trainer, plan)) is None:
+            return
+        if unrelated := refusal({}, {}):  # a defect, whatever the settings are
+            raise unrelated
+        named = _blamed([(_TRAINER, key) for key in trainer] + [(_PLAN, key) for key in plan], trainer, plan, refusal)
+    values = {_TRAINER: trainer, _PLAN: plan}
+    found = " and ".join(f"{section}.{key} is {values[section][key]!r}" for section, key in named)
+    raise UserError(f"{found}: training cannot start like this ({one_line(error)}); correct it or leave it out")
+
+
+def _blamed(
+    settings: list[_Setting],
+    trainer: Arguments,
+    plan: Arguments,
+    refusal: Callable[[Arguments, Arguments], Exception | None],
+) -> list[_Setting]:
+    """The setting that is refused alone, or those without any of which the others are not; else all."""
+
+    def some(chosen: list[_Setting]) -> tuple[Arguments, Arguments]:
+        return (
+            {key: value for key, value in trainer.items() if (_TRAINER, key) in chosen},
+            {key: value for key, value in plan.items() if (_PLAN, key) in chosen},
+        )
+
+    alone = next(([setting] for setting in settings if refusal(*some([setting]))), [])
+    together = [one for one in settings if not refusal(*some([other for other in settings if other != one]))]
+    return alone or together or settings
+
+
+def diverged(error: Exception) -> bool:
+    """Whether the numbers of a step were not finite: torch's distributions meet that before the loss does."""
+    return isinstance(error, ValueError) and "satisfy the constraint" in str(error)
+
+
+def one_line(error: BaseException) -> str:
+    """Text of an exception for a message."""
+    text = " ".join(str(error).split()).rstrip(".")
+    return text[:_LONGEST] if " " in text else f"{type(error).__name__} {text[:_LONGEST]}"
+
+
+class _Ready(Exception):
+    """All is built and checked; the first minibatch would come."""
+
+
+class _StopAtFirstMinibatch(lightning.Callback):
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        raise _Ready
+
+
+class _Minibatches:
+    """The same four cells again and again."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def __len__(self) -> int:
+        return self._number
+
+    def __iter__(self) -> Iterator[Arguments]:
+        zeros = torch.zeros(4, 1, dtype=torch.int64)
+        for _ in range(self._number):
+            yield {"X": torch.arange(8.0).reshape(4, 2), "batch": zeros, "labels": zeros}
+
+
+def _rehearse(
+    trainer: Arguments, plan: Arguments, fixed: Arguments, minibatches: tuple[int, int], *, early_stopping: bool
+) -> None:
+    """Build everything; come to the first of as many minibatches as there are; train one epoch of two."""
+    built = _trainer(trainer, fixed, [], early_stopping=early_stopping)
+    for timer in (callback for callback in built.callbacks if isinstance(callback, Timer)):
+        if (timer.time_remaining() or 0) <= 0:
+            raise ValueError("no time to train in")
+    run = {key: value for key, value in trainer.items() if key not in _NOT_RUN}
+    try:
+        ready = _trainer(run, fixed, [_StopAtFirstMinibatch()], early_stopping=early_stopping)
+        _fit(ready, plan, minibatches)
+    except _Ready:
+        pass
+    short = {key: value for key, value in run.items() if key not in _OF_REAL_LENGTH or value == 0}
+    curves = LearningCurves("")
+    one_epoch = _trainer(short, {**fixed, "max_epochs": 1}, [curves], early_stopping=early_stopping)
+    _fit(one_epoch, plan, (_MINIBATCHES, min(_MINIBATCHES, minibatches[1])))
+    if "elbo_train" not in curves.curves:
+        raise RuntimeError("no step would be trained, no elbo_train measured")
+
+
+def _trainer(
+    arguments: Arguments, fixed: Arguments, callbacks: list[lightning.Callback], *, early_stopping: bool
+) -> Trainer:
+    arguments = dict(arguments)
+    callbacks = [TrainMode(), *callbacks, LearningRateMonitor(logging_interval="epoch")]
+    callbacks += early_stopping_callbacks(arguments, wanted=early_stopping)
+    return Trainer(callbacks=callbacks, logger=DummyLogger(), plugins=LightningEnvironment(), **fixed | arguments)
+
+
+def _fit(trainer: Trainer, plan: Arguments, minibatches: tuple[int, int]) -> None:
+    model = build_model(["a", "b"], ["x"], {"n_hidden": 2, "n_latent": 2})
+    if plan.get("compile"):
+        TrainingPlan(model.module, **copy.deepcopy(plan))  # which writes into compile_kwargs
+    plan = {key: value for key, value in plan.items() if not key.startswith("compile")}  # which would take minutes
+    training = TrainingPlan(model.module, **plan)
+    training.n_obs_training = training.n_obs_validation = 4
+    validation = _Minibatches(minibatches[1]) if minibatches[1] else None
+    trainer.fit(training, _Minibatches(minibatches[0]), validation, weights_only=True)
