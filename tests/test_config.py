@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from census_scvi.cli import main
-from census_scvi.config import Config, digest, flatten, load_config, run_names
-from census_scvi.config import messages as config_errors
+from census_scvi.config import Config, digest, flatten, load_config, messages, run_names
 from census_scvi.errors import UserError
 from census_scvi.files.paths import expand
 
@@ -338,7 +337,7 @@ def test_a_key_that_is_no_setting(text: str, message: str, tmp_path: Path) -> No
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("key", [*config_errors.setting_names(Config), "nothing", "census", "a.b", "n_hidden"])
+@pytest.mark.parametrize("key", [*messages.setting_names(Config), "nothing", "census", "a.b", "n_hidden"])
 def test_no_hint_repeats_what_was_written(key: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         load_config(config_file(tmp_path, json.dumps({key + ".x": 1})))

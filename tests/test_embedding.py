@@ -21,10 +21,9 @@ from cellxgene_census import _release_directory
 from cellxgene_census.experimental import get_embedding, get_embedding_metadata
 from faulty_disk import CELLS, KILLED, run_driver, small_experiment
 
-from census_scvi.census import embedding
 from census_scvi.census.embedding import EmbeddingHash, published_uri, read_embedding
 from census_scvi.errors import UserError
-from census_scvi.publication import group, summary
+from census_scvi.publication import group, obsm, summary
 from census_scvi.publication.obsm import EmbeddingDraft
 from census_scvi.publication.summary import append_summary, provenance_of, read_summary
 
@@ -223,7 +222,7 @@ class Killed(BaseException):
 
 # Steps of a first publication and of a replacement: what is called, and which of its calls.
 ANY = [(tiledbsoma.SparseNDArray, "create", 1), (tiledbsoma.SparseNDArray, "write", 2), (json, "dumps", 1)]
-FIRST = [*ANY, (embedding, "name_member", 2)]
+FIRST = [*ANY, (obsm, "name_member", 2)]
 REPLACEMENT = [*ANY, (group, "_record", 1), (group, "sync", 1), (Path, "rename", 1), (group, "sync", 2)]
 
 
@@ -292,24 +291,24 @@ def test_a_name_that_another_publisher_takes_at_the_same_time_is_refused(
     with pytest.raises(UserError, match=r"was published by another \(.*scvi-b+\) while this publication was written"):
         draft.publish(INFO)
     assert np.array_equal(published(experiment), second)
-    real, late = embedding.name_member, draft_of(experiment, "c" * 32, replace=True)
+    real, late = obsm.name_member, draft_of(experiment, "c" * 32, replace=True)
     later = draft_of(experiment, "d" * 32, replace=True)
 
     def after_mine(*arguments: Any) -> str:
         record = real(*arguments)
-        monkeypatch.setattr(embedding, "name_member", real)
+        monkeypatch.setattr(obsm, "name_member", real)
         fill(later, first)
         later.replaces = published_uri(experiment, "scvi")
         later.publish({**INFO, "id": "d" * 32})
         return record
 
     fill(late, second)
-    monkeypatch.setattr(embedding, "name_member", after_mine)
+    monkeypatch.setattr(obsm, "name_member", after_mine)
     with pytest.raises(UserError, match="by another"):
         late.publish(INFO)
     assert np.array_equal(published(experiment), first)
     with tiledbsoma.open(str(published_uri(experiment, "scvi"))) as array:
-        assert array.metadata[embedding.PUBLICATION] == "d" * 32
+        assert array.metadata[obsm.PUBLICATION] == "d" * 32
 
 
 def row_of(publication: str, published_on: str) -> dict[str, Any]:

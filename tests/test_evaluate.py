@@ -22,7 +22,7 @@ from census_scvi.cli import main
 from census_scvi.config import load_config
 from census_scvi.errors import UserError
 from census_scvi.publication.record import evaluation_of
-from census_scvi.report import html as report
+from census_scvi.report import html
 from census_scvi.report.groups import same_groups
 from census_scvi.report.slice import read_slice
 from census_scvi.stages.evaluate import evaluate
@@ -252,7 +252,7 @@ def test_damaged_gates_are_said(finished_run: Run, tmp_path: Path) -> None:
     for text in ("{", "[]", '{"gates": 3}'):
         (tmp_path / "qa.json").write_text(text)
         with pytest.raises(UserError, match=r"qa.json is damaged"):
-            report._gates(config)
+            html._gates(config)
 
 
 def test_no_credentials_are_written(finished_run: Run, tmp_path: Path) -> None:

@@ -248,12 +248,12 @@ def test_what_is_no_stage_stops_alike(
 ) -> None:
     (tmp_path / "build.yaml").write_text("{uri: new, datasets: [{file: a.h5ad, organism: homo_sapiens}]}")
     call, place = {
-        "verify": (lambda: verify.main([str(tmp_path)]), "stages.chain.fetch"),
+        "verify": (lambda: verify.main([str(tmp_path)]), "publication.chain.fetch"),
         "build_census": (
             lambda: build_census.main([str(tmp_path / "build.yaml")]),
             "stages.build_census.build_from_config",
         ),
-        "map_query": (lambda: undisturbed("map-query", "query.file=a.h5ad"), "map_query.run"),
+        "map_query": (lambda: undisturbed("map-query", "query.file=a.h5ad"), "stages.map_query.run"),
         "demo": (lambda: demo.run_demo([]), "stages.prepare.run"),
     }[command]
     monkeypatch.setattr(demo, "_build_census", lambda config: None)

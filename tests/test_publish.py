@@ -40,7 +40,7 @@ from census_scvi.files.lock import directory_lock
 from census_scvi.model.encode import Encoder, batch_labels, reference_latent
 from census_scvi.model.published import fetch
 from census_scvi.model.safe import load_safe
-from census_scvi.publication import folder as published
+from census_scvi.publication import folder as publication_folder
 from census_scvi.publication.chain import Link, verify
 from census_scvi.publication.folder import copy_to
 from census_scvi.publication.summary import read_summary
@@ -356,8 +356,8 @@ def test_the_copy_elsewhere_is_the_old_or_the_new_after_a_kill_and_a_full_disk(
         copy_to(new, str(target), replace=False)
     assert (target / "provenance.json").read_text() == "old"
     if not exchanged:
-        monkeypatch.setattr(published, "exchange", lambda *_: False)
-    real, calls = published.exchange if exchanged else Path.rename, [0]
+        monkeypatch.setattr(publication_folder, "exchange", lambda *_: False)
+    real, calls = publication_folder.exchange if exchanged else Path.rename, [0]
 
     def dying(*arguments: Any) -> Any:
         calls[0] += 1
@@ -369,7 +369,7 @@ def test_the_copy_elsewhere_is_the_old_or_the_new_after_a_kill_and_a_full_disk(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as planted, suppress(Killed):
-        planted.setattr(*((published, "exchange") if exchanged else (Path, "rename")), dying)
+        planted.setattr(*((publication_folder, "exchange") if exchanged else (Path, "rename")), dying)
         copy_to(new, str(target), replace=True)
     with monkeypatch.context() as planted, pytest.raises(OSError, match="No space left"):
         planted.setattr(shutil, "copytree", full)

@@ -34,8 +34,7 @@ from census_scvi.model.build import build_model, init_arguments
 from census_scvi.model.safe import load_safe
 from census_scvi.stages import train
 from census_scvi.terminal import progress
-from census_scvi.training import finite_loss
-from census_scvi.training import fit as training
+from census_scvi.training import finite_loss, fit
 from census_scvi.training import progress as training_progress
 from census_scvi.training.fast import negative_binomial, products
 from census_scvi.training.fast import plan as fast_plan
@@ -219,7 +218,7 @@ def test_model_settings_take_effect(prepared: Run, tmp_path: Path) -> None:
 def capture_fit(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What reaches scvi-tools: the Trainer's arguments, the plan, the number of steps an epoch."""
     seen: dict[str, Any] = {}
-    real = training.Trainer
+    real = fit.Trainer
 
     class Spy(real):  # type: ignore[misc, valid-type]
         def __init__(self, **arguments: Any) -> None:
@@ -230,7 +229,7 @@ def capture_fit(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             super().fit(plan, data, **arguments)
             seen.update(trainer=self, plan=plan, data=data, steps=self.num_training_batches)
 
-    monkeypatch.setattr(training, "Trainer", Spy)
+    monkeypatch.setattr(fit, "Trainer", Spy)
     return seen
 
 
@@ -348,7 +347,7 @@ def test_devices_without_multi_gpu_are_said_not_to_count(
 ) -> None:
     logging.getLogger("census_scvi").propagate = True
     with caplog.at_level(logging.INFO):
-        chosen = training.choose_devices(load_config(prepared.config, ["train.devices=[0,1]"]).train)
+        chosen = fit.choose_devices(load_config(prepared.config, ["train.devices=[0,1]"]).train)
     assert chosen["devices"] == 1
     assert "train.devices is [0, 1] and counts only with train.multi_gpu: true" in caplog.text
 
@@ -643,7 +642,7 @@ def test_a_precision_that_is_slower_here_than_float32_is_refused_before_training
 ) -> None:
     run = copy_of(prepared, tmp_path, train={"checkpoint_minutes": 0, "precision": "bf16"})
     for reduced, code in ((12.835, 2), (0.1, 0)):
-        monkeypatch.setattr(training, "measure_precision", lambda *_, reduced=reduced: Precision(0.724, reduced))
+        monkeypatch.setattr(fit, "measure_precision", lambda *_, reduced=reduced: Precision(0.724, reduced))
         for more in (["--dry-run"], []):
             assert run("train", *more) == code
             error = capsys.readouterr().err
@@ -653,11 +652,11 @@ def test_a_precision_that_is_slower_here_than_float32_is_refused_before_training
                     f"error: train.precision is bf16, and this processor ({processor()}) is slower in it: 12,835 ms for"
                     " matrix products of this model that take 724 ms in float32; set float32"
                 )
-    monkeypatch.setattr(training, "measure_precision", lambda *_: Precision(0.724, 12.835))
+    monkeypatch.setattr(fit, "measure_precision", lambda *_: Precision(0.724, 12.835))
     assert run("train", "train.precision=float32", "--force") == 0  # nothing is measured for it
     resumed = copy_of(prepared, tmp_path / "resumed", train={"checkpoint_minutes": 0, "precision": "bf16"})
     with monkeypatch.context() as before:
-        before.setattr(training, "measure_precision", lambda *_: None)
+        before.setattr(fit, "measure_precision", lambda *_: None)
         stop_in(resumed, 1, 0, monkeypatch)
     capsys.readouterr()
     assert resumed("train") == 0  # on another machine: said, for it cannot be changed any more
@@ -745,7 +744,7 @@ def test_a_second_training_runs_in_training_mode(finished_run: Run, tmp_path: Pa
         data = PreparedDataModule(
             finished_run.path("anndata_model.h5ad"), batch_size=256, train_size=0.9, seed=0, workers=0
         )
-        training.fit(
+        fit.fit(
             model,
             data,
             config.train,

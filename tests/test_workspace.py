@@ -26,7 +26,7 @@ from census_scvi.files.atomic import write_json
 from census_scvi.files.place import recorded
 from census_scvi.files.uri import absolute, file_system, local_path, tiledb_place, without_credentials
 from census_scvi.query.reference import Origin, RunEmbedding
-from census_scvi.report import html as report
+from census_scvi.report import html
 from census_scvi.workspace import Artifacts, Workspace
 from census_scvi.workspace.identity import BLOCK_BYTES, damage, file_identity
 from census_scvi.workspace.provenance import peak_memory_bytes
@@ -247,7 +247,7 @@ def test_no_gap_in_a_manifest_is_a_traceback(
                 lambda: workspace.begin("prepare", config, KEYS, {}, force=False),
                 lambda: Origin.of(str(run.directory)),
                 lambda: RunEmbedding(run.directory, census),
-                lambda: report._training(config),
+                lambda: html._training(config),
                 lambda: [workspace.whole_record(stage) for stage in STAGES],
             ):
                 try:

@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from census_scvi.config import names as config_names
 from census_scvi.config import run_names
 from census_scvi.config.file import apply_overrides, read_yaml, typed
 from census_scvi.config.messages import describe_errors
+from census_scvi.config.names import check_trainer, check_training_plan
 from census_scvi.config.obs_filter import parse_filter
 from census_scvi.errors import UserError
 from census_scvi.files.paths import expand, expand_argument
@@ -396,8 +396,8 @@ class Config(Section):
             mapped=self.query.output,
             published=self.publish.model_uri,
         )
-        config_names.check_trainer(train.trainer or {})
-        config_names.check_training_plan(self.training_plan)
+        check_trainer(train.trainer or {})
+        check_training_plan(self.training_plan)
         return self
 
     @property

@@ -22,8 +22,7 @@ from census_scvi.files.atomic import write_json
 from census_scvi.model.facts import built_facts
 from census_scvi.model.published import PROVENANCE
 from census_scvi.model.safe import DESCRIPTION, WEIGHTS, load_safe
-from census_scvi.publication import measure_gates as qa
-from census_scvi.publication import target
+from census_scvi.publication import measure_gates, target
 from census_scvi.publication.folder import copy_to, write_published
 from census_scvi.publication.gates import Gate, stopped_by
 from census_scvi.publication.obsm import EmbeddingDraft
@@ -127,7 +126,7 @@ class _Publishing:
         log.info("reading %s of %s cells again", f"{len(rows):,}", f"{len(cells):,}")
         sample = read_sample(self._census, cells, rows, description.genes, gene_joinids)
         target.require_same_cells(self._experiment_uri, sample)
-        found = qa.measure(config, cells, gene_joinids, model, description, sample)
+        found = measure_gates.measure(config, cells, gene_joinids, model, description, sample)
         self._judge(found, artifacts)
         inputs = self._stage.fingerprint["inputs"]
         record = publication_record(
@@ -141,7 +140,7 @@ class _Publishing:
             model=built_facts(model, description.genes),
             weights=inputs[f"{artifacts.model}/{WEIGHTS}"],
             stages={stage: self._workspace.whole_record(stage) or {} for stage in _EARLIER},
-            gates=qa.record(found, config.gates.reasons),
+            gates=measure_gates.record(found, config.gates.reasons),
             data=describe_data(self._census),
             evaluation=evaluation_of(config.evaluation_folder, inputs[artifacts.latent]),
         )
@@ -159,8 +158,8 @@ class _Publishing:
     def _judge(self, found: list[Gate], artifacts: Artifacts) -> None:
         """Show the gates and write them down; UserError where one stops publishing."""
         waived = self._config.gates.reasons
-        log.info("gates:\n%s", qa.table(found, waived))
-        write_json(self._config.directory / artifacts.qa, qa.record(found, waived))
+        log.info("gates:\n%s", measure_gates.table(found, waived))
+        write_json(self._config.directory / artifacts.qa, measure_gates.record(found, waived))
         if failed := stopped_by(found, waived):
             words = "; ".join(f"{gate.name}: {gate.detail}" for gate in failed)
             raise UserError(
