@@ -1,5 +1,5 @@
 # Every target works in .venv, which scvi-init.sh makes when it is missing or out of date.
-# PYTHON=python3.13 (or a path) makes .venv anew with that Python.
+# PYTHON=python3.13 (or a path) makes .venv again with that Python.
 
 DATA ?= ../shared/data
 BENCH ?= bench
@@ -17,7 +17,7 @@ help: ## this list
 env:
 	@PYTHON="$(PYTHON)" ./scvi-init.sh
 
-demo: env ## the whole pipeline on a small made-up Census
+demo: env ## the whole pipeline on a small simulated Census
 	.venv/bin/python -m census_scvi.stages.demo
 
 notebooks: env ## run the notebooks on what `make demo` made, and keep what they put out
@@ -38,14 +38,14 @@ lint: env ## ruff and mypy
 	.venv/bin/python -m ruff format --check
 	.venv/bin/python -m mypy
 
-bench: env ## speed and memory at scale beside the libraries (docs/performance.md), in BENCH=folder; 10 GB, 40 minutes; ANNBATCH=python
+bench: env ## speed and memory at scale compared with the libraries (docs/performance.md), in BENCH=folder; 10 GB, 40 minutes; ANNBATCH=python
 	.venv/bin/python -c 'import scdataset, tiledbsoma_ml' 2>/dev/null || .venv/bin/python -m pip install -q -e '.[bench]'
 	.venv/bin/python benchmarks/scale.py --folder $(BENCH) $(if $(ANNBATCH),--annbatch $(ANNBATCH))
 	.venv/bin/python benchmarks/stages.py --census $(BENCH)/census --folder $(BENCH)/stages --cells 50000 200000
 	.venv/bin/python benchmarks/coding.py $(BENCH)/prepared/anndata_model.h5ad
 	.venv/bin/python benchmarks/shuffle.py $(BENCH)/prepared/anndata_model.h5ad
 
-bench-train: env ## training steps and trainings beside scvi-tools' (docs/performance.md), in BENCH=folder; 15 minutes on a CPU
+bench-train: env ## training steps and trainings compared with scvi-tools' (docs/performance.md), in BENCH=folder; 15 minutes on a CPU
 	.venv/bin/python benchmarks/train_step.py --folder $(BENCH)
 
 bench-blood: env ## label transfer on real blood cells, DATA=folder of the .h5ad files (docs/blood.md); 20 minutes

@@ -1,4 +1,4 @@
-"""Cell types of one study's file by a model of other studies: `Atlas.predict` beside PCA and logistic regression.
+"""Cell types of one study's file by a model of other studies: `Atlas.predict`, PCA and logistic regression compared.
 
     python benchmarks/own_cells.py --data FOLDER [--seeds 0 1 2] [--epochs 100]
 

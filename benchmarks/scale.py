@@ -1,9 +1,9 @@
-"""Speed and memory at scale, beside what people use today.
+"""Speed and memory at scale, compared with what people use today.
 
     python benchmarks/scale.py --folder FOLDER [--cells 200000] [--genes 60000] [--selected 8000] [--repeats 3]
                                [--annbatch PYTHON]
 
-Makes a Census of made-up cells in FOLDER (once), then runs each side of each comparison in a process of its own, in
+Makes a Census of simulated cells in FOLDER (once), then runs each side of each comparison in a process of its own, in
 turn, and prints medians of CPU-seconds, wall time and peak memory as a table; FOLDER/results.json has every run.
 annbatch needs Python 3.12: PYTHON is one that has `annbatch[torch,zarrs]` installed; without it that side is left out.
 """
@@ -106,7 +106,7 @@ def _run(python: str, side: str, folder: Path, n_genes: int) -> dict[str, Any]:
 
 
 def _table(results: dict[str, list[dict[str, Any]]], folder: Path) -> str:
-    lines = ["| what | who | CPU s | wall s | peak GB | CPU, wall beside ours |", "|---|---|---|---|---|---|"]
+    lines = ["| what | who | CPU s | wall s | peak GB | CPU, wall relative to ours |", "|---|---|---|---|---|---|"]
     for title, sides in CASES.values():
         ours = _medians(results.get(sides[0], []))
         for side in sides:

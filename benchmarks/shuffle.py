@@ -1,4 +1,4 @@
-"""How well minibatches are mixed: the share of each batch label in them, beside a full shuffle.
+"""How well minibatches are mixed: the share of each batch label in them, compared with a full shuffle.
 
     python benchmarks/shuffle.py PREPARED.h5ad [--epochs 3]
 

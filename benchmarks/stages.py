@@ -1,4 +1,4 @@
-"""What each stage takes at growing numbers of cells, beside what its --dry-run predicts.
+"""What each stage takes at growing numbers of cells, compared with what its --dry-run predicts.
 
     python benchmarks/stages.py --census FOLDER --folder FOLDER --cells 50000 200000 [--genes 8000]
 

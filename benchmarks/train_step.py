@@ -1,4 +1,4 @@
-"""A training step and a whole training, beside scvi-tools' own, on whatever device there is.
+"""A training step and a whole training, compared with scvi-tools' own, on whatever device there is.
 
     python benchmarks/train_step.py --folder FOLDER [--hidden 512 128] [--cells 40000] [--genes 8000] [--repeats 3]
                                     [--epochs 3] [--threads 1] [--prepared FILE.h5ad]
@@ -424,7 +424,7 @@ def _ours(side: str, prepared: Path, hidden: int, epochs: int) -> Iterator[tuple
 def _training_table(runs: dict[str, list[dict[str, Any]]], hidden: int) -> str:
     lines = [f"\n{hidden} hidden, whole trainings, medians of {len(next(iter(runs.values())))}"]
     lines += [
-        "| trained by | CPU s a minibatch | wall s a minibatch | peak GB | CPU, wall beside it | elbo_validation |"
+        "| trained by | CPU s a minibatch | wall s a minibatch | peak GB | CPU, wall relative to it | elbo_validation |"
     ]
     lines.append("|---" * 6 + "|")
     medians = {

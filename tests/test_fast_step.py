@@ -219,8 +219,8 @@ def test_one_cell_alone_is_refused_as_by_scvi_tools() -> None:
         ({"gene_likelihood": "poisson"}, "gene_likelihood is poisson"),
         ({"batch_representation": "embedding"}, "batch_representation is embedding"),
         ({"use_size_factor_key": True}, "it has size factors"),
-        ({"n_cats_per_cov": [2]}, "it has covariates beside the batch"),
-        ({"n_continuous_cov": 1}, "it has covariates beside the batch"),
+        ({"n_cats_per_cov": [2]}, "it has covariates other than the batch"),
+        ({"n_continuous_cov": 1}, "it has covariates other than the batch"),
         ({"log_variational": False}, "its counts are not transformed by log1p"),
     ],
 )

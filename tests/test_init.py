@@ -1,4 +1,4 @@
-"""scvi-init.sh with made-up Pythons, the GPU line, and the pins of constraints.txt."""
+"""scvi-init.sh with simulated Pythons, the GPU line, and the pins of constraints.txt."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from census_scvi.training import gpu
 from census_scvi.training.gpu import Facts, describe
 
 ROOT = Path(__file__).parents[1]
-# All that scvi-init.sh and the made-up Pythons may use; the real Pythons stay out of sight.
+# All that scvi-init.sh and the simulated Pythons may use; the real Pythons stay out of sight.
 TOOLS = ["bash", "env", "dirname", "cat", "cksum", "head", "tail", "grep", "mv", "rm", "mkdir", "cp", "sleep", "flock"]
 
 FAKE_PYTHON = """\

@@ -80,11 +80,11 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
-# --- made-up cells
+# --- simulated cells
 
 
 def cells(arguments: argparse.Namespace) -> dict[str, Any]:
-    """A prepared file of any number of cells: 12,000 made-up ones, again and again in other orders."""
+    """A prepared file of any number of cells: 12,000 simulated ones, again and again in other orders."""
     import anndata as ad
     import numpy as np
     import pandas as pd
@@ -146,7 +146,7 @@ def check(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             found.append({"variant": name, "counts": size, "loss": of_loss, "gradients": worst, "random numbers": same})
             rows.append([name, size, of_loss, worst, "same" if same else "OTHER", "ok" if good else "DIFFERS"])
     table(
-        "The step beside scvi-tools', float32: relative differences (gradients: the worst parameter's, by norm)",
+        "The step compared with scvi-tools', float32: relative differences (gradients: the worst parameter's, by norm)",
         ["variant", "counts", "loss", "gradients", "random numbers", ""],
         [row for row in rows if row[-1] != "ok"]
         or [["all", "all", *map(max, zip(*(r[2:4] for r in rows), strict=True)), "same", "ok"]],
@@ -155,7 +155,7 @@ def check(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def kernel(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The kernel of the loss beside torch in float64, its time and other shapes of it, and the rates of the GPU."""
+    """The loss kernel compared with torch in float64, its time and other shapes of it, and the rates of the GPU."""
     from census_scvi.counts.minibatch import SparseCounts
     from census_scvi.training.fast import gpu_kernel, torch_kernel
     from census_scvi.training.fast.decoded import Decoded
@@ -197,7 +197,7 @@ def kernel(arguments: argparse.Namespace) -> dict[str, Any]:
             ok = "ok" if worst[0] < max(1e-5, 4 * worst[1]) else "DIFFERS"
             rows.append([name, *worst, ok, times.get("kernel", 0.0), times.get("torch", 0.0), f"{share:.0%}"])
     header = ["", "kernel's error", "torch's", "", "kernel ms", "torch ms", "share of the copy's bandwidth"]
-    table("Loss and slopes beside float64, largest of |out - exact| / |exact|", header, rows)
+    table("Loss and slopes compared with float64, largest of |out - exact| / |exact|", header, rows)
     found["shapes"] = _shapes(gpu_kernel, lambda: Decoded(logits.clone(), theta[:1].clone(), row_of_cell * 0, counts))
     return found
 

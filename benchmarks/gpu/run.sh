@@ -65,7 +65,7 @@ fi
 measure() { # measure WHAT SECONDS ARGUMENTS...
   part "$1" "$2" python3 "$here/measure.py" "$results" "$1" "${@:3}"
 }
-made() { # made N: a prepared file of N made-up cells
+made() { # made N: a prepared file of N simulated cells
   local file="$work/cells-$1-$n_genes.h5ad"
   [ -f "$file" ] || measure cells 150 --prepared "$file" --cells "$1" --genes "$n_genes"
 }

@@ -190,19 +190,19 @@ def gene_coverage(found: npt.NDArray[np.bool_], counts: Floats, bound: float) ->
     ]
 
 
-def re_embedding(joinids: npt.NDArray[np.int64], published: Floats, anew: Floats, bound: float) -> Gate:
+def re_embedding(joinids: npt.NDArray[np.int64], published: Floats, recomputed: Floats, bound: float) -> Gate:
     """The published embedding is what scvi-tools computes from counts that are read again.
 
     Parameters
     ----------
     joinids
         int64 (cells,): the sampled cells.
-    published, anew
+    published, recomputed
         (cells, n_latent): of the embedding, and by scvi-tools.
     bound
         Largest difference.
     """
-    differences = np.abs(published.astype(np.float64) - anew).max(axis=1)
+    differences = np.abs(published.astype(np.float64) - recomputed).max(axis=1)
     differences[np.isnan(differences)] = np.inf
     worst = int(differences.argmax())
     wrong = int((~(differences <= bound)).sum())

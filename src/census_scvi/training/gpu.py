@@ -28,7 +28,7 @@ def describe(facts: Facts) -> str:
     if facts.usable:
         return f"GPU: {_count(facts.usable)} (torch {facts.torch}, driver {facts.driver or 'unknown'})" + _rest(facts)
     if facts.driver_error:
-        return f"GPU: none usable, because nvidia-smi fails: {facts.driver_error}; mend the NVIDIA driver"
+        return f"GPU: none usable, because nvidia-smi fails: {facts.driver_error}; fix the NVIDIA driver"
     if not facts.cards:
         return (
             "GPU: none, work runs on the CPU (an NVIDIA GPU counts once its driver is installed: nvidia-smi lists it)"

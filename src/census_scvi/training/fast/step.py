@@ -36,7 +36,7 @@ def reason_against(module: VAE) -> str:
         f"batch_representation is {module.batch_representation}": module.batch_representation != "one-hot",
         "it learns library sizes": not module.use_observed_lib_size,
         "it has size factors": module.use_size_factor_key,
-        "it has covariates beside the batch": more,
+        "it has covariates other than the batch": more,
         "its counts are not transformed by log1p": not module.log_variational,
     }
     return next((reason for reason, holds in reasons.items() if holds), "")
