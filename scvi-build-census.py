@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Build a local Census from .h5ad files; see --help."""
+"""Build a local Census, as the Census API reads it, from .h5ad files."""
 
 import sys
 
 try:
-    from census_scvi.stages.build_census import main
+    from census_scvi.cli import main
 except ModuleNotFoundError as error:
     print(f"error: {error}; run ./scvi-init.sh, then . .venv/bin/activate", file=sys.stderr)
     sys.exit(2)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main("build-census"))

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Embed your own cells with a trained model and name them by their neighbours in the Census."""
+"""Embed your own cells with a trained model and annotate them from the Census."""
 
 import sys
 

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Prove that a published embedding is the one that its model gives of its cells."""
+"""Check that a published embedding is what its model computes from its cells."""
 
 import sys
 
 try:
-    from census_scvi.stages.verify import main
+    from census_scvi.cli import main
 except ModuleNotFoundError as error:
     print(f"error: {error}; run ./scvi-init.sh, then . .venv/bin/activate", file=sys.stderr)
     sys.exit(2)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main("verify"))

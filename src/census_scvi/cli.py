@@ -1,4 +1,4 @@
-"""What the scripts share: arguments, logging, exit codes, errors of one line."""
+"""The command line of all commands: arguments, logging, exit codes, errors of one line."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
 from census_scvi.config import Config, load_config
+from census_scvi.config.commands import COMMANDS, Command
+from census_scvi.config.messages import suggestion
 from census_scvi.errors import UserError
 from census_scvi.files.paths import expand_argument
 from census_scvi.terminal.printing import on_one_line, printable
@@ -26,14 +29,6 @@ from census_scvi.terminal.stopping import Stopped, Stopping, say
 
 DONE, DEFECT, USER_ERROR = 0, 1, 2
 
-_DESCRIPTIONS = {
-    "prepare": "Select the cells and genes to train on and write them to anndata_model.h5ad and hv_genes.pkl.",
-    "train": "Train scVI on the prepared cells and write the model to scvi.model/.",
-    "create-latent-update": "Embed every cell of the Census and write latent.npy and final_scvi_optimized/.",
-    "publish": "Pass the gates, then publish the embedding in the Census' obsm, with model and provenance.",
-    "map-query": "Embed your own cells with a trained model and annotate them from the Census.",
-    "evaluate": "Measure embeddings of a slice of the Census, and write metrics.json and report.html.",
-}
 _EPILOG = """\
 settings on the command line override the file:
   %(prog)s --config configs/demo.yaml hvg.top_n_hvg=2000 output.directory=run2
@@ -42,22 +37,58 @@ exit codes: 0 done, 2 something for you to fix (one line says what), 1 a defect 
 130 or 143 stopped by Ctrl-C or SIGTERM: the same command resumes"""
 
 
-def main(stage: str, argv: Sequence[str] | None = None) -> int:
-    """Run a stage as its script does.
+_OVERVIEW = """\
+usage: census-scvi COMMAND [ARGUMENTS]
+
+Train, publish and use atlas-wide embeddings of single-cell RNA counts in CELLxGENE Census.
+
+commands, in the order in which they are used:
+{commands}
+
+census-scvi COMMAND --help shows the arguments of a command, census-scvi --version the version.
+Each command is a script as well: scvi-COMMAND.py."""
+
+
+def main(name: str, argv: Sequence[str] | None = None, *, program: str | None = None) -> int:
+    """Run a command as its script does.
 
     Parameters
     ----------
-    stage
-        prepare, train, create-latent-update, publish, map-query or evaluate.
+    name
+        One of `COMMANDS`.
     argv
         Arguments; those of the process where None.
+    program
+        How help and errors call it; None: the script.
 
     Returns
     -------
     The exit code.
     """
-    arguments = _parser(stage).parse(argv)
-    return guarded(lambda: _run(stage, arguments))
+    command = COMMANDS[name]
+    if command.own_arguments:
+        module = importlib.import_module(command.module)
+        return int(module.main(argv, program=program))
+    arguments = _parser(command, program).parse(argv)
+    return guarded(lambda: _run(command, arguments))
+
+
+def console(argv: Sequence[str] | None = None) -> int:
+    """The program `census-scvi`: runs the command that its first argument names; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments:
+        return _fail("expected a command; census-scvi --help lists them")
+    name, *rest = arguments
+    if name in ("-h", "--help"):
+        width = max(map(len, COMMANDS))
+        print(_OVERVIEW.format(commands="\n".join(f"  {each:<{width}}  {COMMANDS[each].summary}" for each in COMMANDS)))
+        return DONE
+    if name == "--version":
+        print(f"census-scvi {version('census-scvi')}")
+        return DONE
+    if name not in COMMANDS:
+        return _fail(f"{name} is not a command{suggestion(name, list(COMMANDS))}; census-scvi --help lists them")
+    return main(name, rest, program=f"census-scvi {name}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -129,10 +160,10 @@ def configure_logging() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
-def _parser(stage: str) -> Parser:
+def _parser(command: Command, program: str | None) -> Parser:
     parser = Parser(
-        prog=f"scvi-{stage}.py",
-        description=_DESCRIPTIONS[stage],
+        prog=program or command.script,
+        description=command.summary,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -147,13 +178,13 @@ def _parser(stage: str) -> Parser:
     return parser
 
 
-def _run(stage: str, arguments: argparse.Namespace) -> None:
+def _run(command: Command, arguments: argparse.Namespace) -> None:
     path = Path(expand_argument(arguments.config, "--config"))
     if not path.exists():
         raise UserError(f"{path}: no such file; name the YAML file with your settings: --config FILE")
     config: Config = load_config(path, arguments.settings)
     # Imported only now: torch, scvi-tools and TileDB take seconds, and a wrong setting is answered at once.
-    module = importlib.import_module(f"census_scvi.stages.{stage.replace('-', '_')}")
+    module = importlib.import_module(command.module)
     if arguments.dry_run:
         print(printable(module.plan(config).text(config)))
         return

@@ -13,6 +13,7 @@ import scvi
 from fsspec import AbstractFileSystem
 from fsspec.callbacks import TqdmCallback
 
+from census_scvi.config.commands import script_of
 from census_scvi.errors import UserError
 from census_scvi.files.atomic import remove
 from census_scvi.files.json_file import MOST_BYTES, read_json
@@ -22,7 +23,6 @@ from census_scvi.model.published_record import check_record
 from census_scvi.model.safe import DESCRIPTION, WEIGHTS, ModelDescription, load_safe
 from census_scvi.workspace import Workspace
 from census_scvi.workspace.identity import cache_folder, damage
-from census_scvi.workspace.run import SCRIPTS
 
 log = logging.getLogger(__name__)
 
@@ -203,7 +203,7 @@ def _checked_model(path: Path) -> Path:
 def warn_if_running_again(workspace: Workspace, stage: str) -> None:
     """Say that what is read of a stage is its earlier result, where the stage runs again and has not finished."""
     if stage in workspace.manifest().get("redoing", {}):
-        script = SCRIPTS[stage]
+        script = script_of(stage)
         log.warning(
             "%s: %s --force has not finished; its earlier result is used. Run %s again to finish it",
             workspace.directory,

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from census_scvi.cli import Parser, guarded
+from census_scvi.config.commands import COMMANDS
 from census_scvi.files.paths import expand_argument
 
 if TYPE_CHECKING:
     from census_scvi.local_census.config import BuildConfig
     from census_scvi.local_census.write import BuildReport
 
+COMMAND = COMMANDS["build-census"]
 _EXAMPLE = """\
 example of a CONFIG.yaml (all keys: configs/build-blood.yaml):
   uri: my-census                          # folder of the new Census, relative to this file
@@ -28,9 +30,9 @@ then open it:
 """
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, program: str | None = None) -> int:
     """Run the command; returns 0 (done), 2 (the user can fix it, one line on stderr) or 1 (a defect, traceback)."""
-    parser = _parser()
+    parser = _parser(program)
     arguments = parser.parse(argv)
     if (arguments.config is None) == (arguments.demo is None):
         parser.error("expected CONFIG.yaml or --demo URI" + (", not both" if arguments.demo else ""))
@@ -44,10 +46,10 @@ def _run(arguments: argparse.Namespace) -> None:
     print(f"{report.uri}: {sum(report.n_cells.values()):,} cells, {len(report.datasets)} datasets")
 
 
-def _parser() -> Parser:
+def _parser(program: str | None) -> Parser:
     parser = Parser(
-        prog="scvi-build-census.py",
-        description="Build a local Census, as cellxgene_census and this pipeline read it, from .h5ad files.",
+        prog=program or COMMAND.script,
+        description=COMMAND.summary,
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -11,13 +11,14 @@ import numpy as np
 
 from census_scvi.cli import guarded, main
 from census_scvi.config import Config, load_config
+from census_scvi.config.commands import COMMANDS
 from census_scvi.errors import UserError
 from census_scvi.files.uri import local_path
 from census_scvi.stages import verify
 from census_scvi.workspace import Artifacts, Workspace
 
 CONFIG = "configs/demo.yaml"
-STAGES = ("prepare", "train", "create-latent-update", "publish")
+STAGES = [name for name, command in COMMANDS.items() if command.stage]
 
 
 def run_demo(argv: Sequence[str] | None = None) -> int:

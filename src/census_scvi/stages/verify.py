@@ -6,9 +6,11 @@ import argparse
 from collections.abc import Sequence
 
 from census_scvi.cli import Parser, guarded
+from census_scvi.config.commands import COMMANDS
 from census_scvi.errors import UserError
 from census_scvi.terminal.printing import on_one_line
 
+COMMAND = COMMANDS["verify"]
 _EPILOG = """\
 links, offline:   provenance, files, model, sealed_counts, sealed_embedding, gates
 with --census:    census, publication, embedding, sealed_cells, fresh_sample
@@ -19,16 +21,16 @@ exit codes: 0 valid or consistent, 2 a link is broken or cannot be checked (it i
 1 a defect of ours (traceback)"""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, program: str | None = None) -> int:
     """Run the command; returns its exit code."""
-    arguments = _parser().parse(argv)
+    arguments = _parser(program).parse(argv)
     return guarded(lambda: _run(arguments))
 
 
-def _parser() -> Parser:
+def _parser(program: str | None) -> Parser:
     parser = Parser(
-        prog="scvi-verify.py",
-        description="Check that a published embedding is what its model computes from its cells.",
+        prog=program or COMMAND.script,
+        description=COMMAND.summary,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

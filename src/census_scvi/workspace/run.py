@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from census_scvi.config import Config, digest
+from census_scvi.config.commands import script_of
 from census_scvi.config.run_names import FINGERPRINT, LOCK, MANIFEST, STAGING
 from census_scvi.errors import UserError
 from census_scvi.files.atomic import remove, sync, sync_tree, write_json
@@ -33,13 +34,6 @@ from census_scvi.workspace.manifest import incomplete
 log = logging.getLogger(__name__)
 
 _LARGE = 5_000_000_000  # bytes from which hashing takes long enough to be announced
-
-SCRIPTS = {
-    "prepare": "scvi-prepare.py",
-    "train": "scvi-train.py",
-    "create-latent-update": "scvi-create-latent-update.py",
-    "publish": "scvi-publish.py",
-}
 
 
 @dataclass
@@ -72,7 +66,7 @@ class Workspace:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"output.directory {self.directory} cannot be made: {error.strerror}") from None
-        with directory_lock(self.directory / LOCK, SCRIPTS.get(stage, stage)):
+        with directory_lock(self.directory / LOCK, script_of(stage)):
             self._finish_commits()
             yield self
 
@@ -115,7 +109,7 @@ class Workspace:
         if gap is not None:
             raise UserError(
                 f"{self.directory / MANIFEST} is damaged ({stage}: {gap}); restore it, or run"
-                f" {SCRIPTS.get(stage, stage)} in another output.directory"
+                f" {script_of(stage)} in another output.directory"
             )
 
     def require(self, stage: str, names: Sequence[str]) -> dict[str, Identity]:
@@ -128,17 +122,17 @@ class Workspace:
         """
         record = self.record(stage)
         if record is None:
-            raise UserError(f"{self.directory / names[0]} does not exist; run {SCRIPTS[stage]} first")
+            raise UserError(f"{self.directory / names[0]} does not exist; run {script_of(stage)} first")
         if stage in self.manifest().get("redoing", {}):
             raise UserError(
-                f"{SCRIPTS[stage]} --force did not finish in {self.directory}, and {names[0]} there is older than that;"
-                f" run {SCRIPTS[stage]} again (without --force it resumes)"
+                f"{script_of(stage)} --force did not finish in {self.directory}, and {names[0]} there is older than"
+                f" that; run {script_of(stage)} again (without --force it resumes)"
             )
         found = {}
         for name in names:
             if name not in record["outputs"]:
                 raise UserError(
-                    f"{self.directory / name} was not written by {SCRIPTS[stage]}; run it for these settings"
+                    f"{self.directory / name} was not written by {script_of(stage)}; run it for these settings"
                 )
             self._require_sound(stage, name, record["outputs"][name])
             found[name] = record["outputs"][name]
@@ -242,7 +236,7 @@ class Workspace:
             log.info("checking %s (%.0f GB)", self.directory / name, identity["size"] / 1e9)
         if found := damage(self.directory / name, identity, remember=remember):
             raise UserError(
-                f"{self.directory / name} {found} by {SCRIPTS[stage]}; restore it, or run {SCRIPTS[stage]} --force"
+                f"{self.directory / name} {found} by {script_of(stage)}; restore it, or run {script_of(stage)} --force"
             )
 
     def _finish_commits(self) -> None:

@@ -1,0 +1,83 @@
+"""The commands: one list, from which scripts, the program census-scvi, help and documents are made or checked."""
+
+from __future__ import annotations
+
+import ast
+import re
+import tomllib
+from importlib.metadata import entry_points, version
+from pathlib import Path
+
+import pytest
+from pipeline import ROOT
+
+from census_scvi.cli import console
+from census_scvi.config.commands import COMMANDS
+
+
+def test_each_command_has_its_script_and_module() -> None:
+    assert {path.name for path in ROOT.glob("scvi-*.py")} == {command.script for command in COMMANDS.values()}
+    for command in COMMANDS.values():
+        script = ast.parse((ROOT / command.script).read_text())
+        assert ast.get_docstring(script) == command.summary
+        assert f'main("{command.name}")' in ast.unparse(script).replace("'", '"')
+        module = ROOT.joinpath("src", *command.module.split(".")).with_suffix(".py")
+        functions = {node.name for node in ast.parse(module.read_text()).body if isinstance(node, ast.FunctionDef)}
+        assert functions >= ({"main"} if command.own_arguments else {"run", "plan"}), module
+        assert (ROOT / command.script).stat().st_mode & 0o111, "it is executable"
+
+
+def test_documents_and_type_checks_have_each_command() -> None:
+    scripts = {command.script for command in COMMANDS.values()}
+    readme = (ROOT / "README.md").read_text()
+    assert set(re.findall(r"\bscvi-[a-z-]+\.py", readme)) == scripts
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert {name for name in settings["tool"]["mypy"]["files"] if name.endswith(".py")} == scripts
+    stages = re.findall(r"^\| ([a-z-]+) \|", readme.partition("## The stages")[2].partition("\n## ")[0], re.M)
+    assert [name for name in stages if name != "stage"] == [name for name in COMMANDS if COMMANDS[name].stage]
+
+
+def test_the_program_is_installed() -> None:
+    (program,) = entry_points(group="console_scripts", name="census-scvi")
+    assert program.load() is console
+
+
+def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    for option in ("-h", "--help"):
+        assert console([option]) == 0
+        shown = capsys.readouterr().out
+        assert all(f"  {name} " in shown and command.summary in shown for name, command in COMMANDS.items())
+        assert max(map(len, shown.splitlines())) <= 120
+    assert console(["--version"]) == 0
+    assert capsys.readouterr().out == f"census-scvi {version('census-scvi')}\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_runs_by_its_name(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        console([name, "--help"])
+    assert left.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: census-scvi {name} ")
+    with pytest.raises(SystemExit) as left:
+        console([name, "--nonsense"])
+    assert left.value.code == 2
+    assert f"(census-scvi {name} --help shows the arguments)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ([], "expected a command; census-scvi --help lists them"),
+        (["trian"], "trian is not a command; did you mean train?"),
+        (["--config", "x.yaml"], "--config is not a command"),
+        (["train", "--config", "nowhere.yaml"], "nowhere.yaml: no such file"),
+    ],
+)
+def test_a_wrong_command_is_one_line(
+    argv: list[str], said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert console(argv) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert said in line
