@@ -29,6 +29,7 @@ from census_scvi.census.stream import Block, consecutive, stream_blocks, stream_
 from census_scvi.config import CensusSection
 from census_scvi.config.arguments import require_number, require_whole
 from census_scvi.config.messages import suggestion
+from census_scvi.config.random_streams import draw
 from census_scvi.errors import UserError
 from census_scvi.files.paths import expand_argument
 from census_scvi.files.uri import without_credentials
@@ -722,9 +723,7 @@ def _census_section(census: str, organism: str) -> CensusSection:
 
 def _some(values: npt.NDArray[np.int64], most: int, seed: int) -> npt.NDArray[np.int64]:
     """At most `most` of the values, ascending, drawn at random."""
-    if len(values) <= most:
-        return values
-    return np.sort(np.random.default_rng(seed).choice(values, most, replace=False))
+    return values[draw(len(values), most, np.random.default_rng(seed))]
 
 
 def _holds_counts(source: ad.AnnData | str | Path) -> bool:

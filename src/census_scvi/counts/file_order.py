@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from census_scvi.config.random_streams import Stream, generator
+
 Run = tuple[int, int]
 # Runs, of some 2,000 cells, that are held in memory and shuffled.
 POOL_RUNS = 8
@@ -45,7 +47,6 @@ class Pool:
 
 def pools(runs: list[Run], seed: int) -> Iterator[Pool]:
     """The pools of a file, each run in exactly one; a function of the runs and the seed."""
-    # The numbers behind the seed keep these random numbers apart from those of the split and of the epochs.
-    order = np.random.default_rng([seed, 3]).permutation(len(runs))
+    order = generator(seed, Stream.RUNS_OF_FILE).permutation(len(runs))
     for number, first in enumerate(range(0, len(runs), POOL_RUNS)):
-        yield Pool(sorted(runs[i] for i in order[first : first + POOL_RUNS]), (seed, 4, number))
+        yield Pool(sorted(runs[i] for i in order[first : first + POOL_RUNS]), (seed, Stream.CELLS_OF_POOL, number))

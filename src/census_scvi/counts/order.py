@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from census_scvi.config.random_streams import Stream, generator
+
 # Rows read as one piece; prepare has shuffled them (see `file_order`). Single rows would cost a hundred times more.
 BLOCK_ROWS = 256
 # Rows read and shuffled together: blocks drawn from the whole file, so that a window is a sample of it.
@@ -24,7 +26,7 @@ def validation_mask(n_cells: int, train_size: float, seed: int) -> npt.NDArray[n
     """
     n_validation = n_cells - math.ceil(train_size * n_cells)
     rows = BLOCK_ROWS if n_cells >= MANY_CELLS else 1
-    blocks = np.random.default_rng([seed, 0]).permutation(-(-n_cells // rows))
+    blocks = generator(seed, Stream.VALIDATION_CELLS).permutation(-(-n_cells // rows))
     sizes = np.minimum(rows, n_cells - blocks * rows)
     whole = int(np.searchsorted(np.cumsum(sizes), n_validation, side="right"))
     held_out = np.zeros(len(blocks), dtype=bool)
@@ -87,8 +89,7 @@ class CellOrder:
             skip = max(skip - len(window.chosen), 0)
 
     def _windows(self, epoch: int) -> Iterator[Window]:
-        # The first number keeps this stream of random numbers apart from that of the validation split.
-        generator = None if self.seed is None else np.random.default_rng([self.seed, 1, epoch, self.rank])
+        numbers = None if self.seed is None else generator(self.seed, Stream.CELLS_OF_EPOCH, epoch, self.rank)
         blocks = list[tuple[int, int]]()
         chosen = list[npt.NDArray[np.int64]]()
         n_rows = 0
@@ -97,10 +98,10 @@ class CellOrder:
             chosen.append(cells + n_rows)
             n_rows += stop - start
             if n_rows >= WINDOW_ROWS:
-                yield _window(blocks, chosen, generator)
+                yield _window(blocks, chosen, numbers)
                 blocks, chosen, n_rows = [], [], 0
         if blocks:
-            yield _window(blocks, chosen, generator)
+            yield _window(blocks, chosen, numbers)
 
     def _blocks(self, epoch: int) -> Iterator[tuple[int, int, npt.NDArray[np.int64]]]:
         """First row, row after the last and wanted cells of the blocks of this rank's share, in this epoch's order."""
@@ -108,7 +109,7 @@ class CellOrder:
         sizes = np.add.reduceat(self.wanted, starts, dtype=np.int64)
         blocks = np.arange(len(starts))
         if self.seed is not None:  # the same permutation on every rank: the shares are cut from one common order
-            blocks = np.random.default_rng([self.seed, 2, epoch]).permutation(blocks)
+            blocks = generator(self.seed, Stream.BLOCKS_OF_EPOCH, epoch).permutation(blocks)
         ends = np.cumsum(sizes[blocks])
         low, high = self.share()
         for block, end in zip(blocks, ends, strict=True):
@@ -121,10 +122,10 @@ class CellOrder:
 
 
 def _window(
-    blocks: list[tuple[int, int]], chosen: list[npt.NDArray[np.int64]], generator: np.random.Generator | None
+    blocks: list[tuple[int, int]], chosen: list[npt.NDArray[np.int64]], numbers: np.random.Generator | None
 ) -> Window:
     cells = np.concatenate(chosen)
-    return Window(blocks, cells if generator is None else generator.permutation(cells))
+    return Window(blocks, cells if numbers is None else numbers.permutation(cells))
 
 
 def minibatch_sizes(n_cells: int, batch_size: int, world_size: int = 1, rank: int = 0) -> list[int]:

@@ -11,12 +11,12 @@ import scib_metrics
 from scib_metrics.utils import silhouette_samples
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
+from census_scvi.config.random_streams import Stream, generator
 from census_scvi.errors import UserError
 from census_scvi.metrics.score import (
     BIOLOGY,
     CHANCE,
     FEWEST_CELLS,
-    SHUFFLE,
     SOUND,
     Codes,
     Names,
@@ -62,7 +62,7 @@ def biology(space: Space, column: str, labels: Names, donors: Names | None, batc
         )
     points = space.points[known]
     groups = None if donors is None else donors[known]
-    shuffled = np.random.default_rng([space.seed, SHUFFLE]).permutation(codes)
+    shuffled = generator(space.seed, Stream.SHUFFLED_LABELS).permutation(codes)
     left_out = f"{(~known).sum():,} cells without a usable label left out" if not known.all() else ""
     score = partial(scored, about=BIOLOGY, column=column, mode=mode, groups=groups, seed=space.seed, note=left_out)
     clusterings = [clusters[known] for clusters in space.clusterings]

@@ -12,12 +12,12 @@ import scib_metrics
 from scib_metrics.nearest_neighbors import NeighborsResults
 from scib_metrics.utils import silhouette_samples
 
+from census_scvi.config.random_streams import Stream, generator
 from census_scvi.errors import UserError
 from census_scvi.metrics.entropy import neighbour_entropy
 from census_scvi.metrics.score import (
     BATCH,
     MIXED,
-    SHUFFLE,
     SOUND,
     WITHIN,
     Codes,
@@ -67,9 +67,9 @@ def mixing(
     codes = all_codes[space.measured]
     if len(np.unique(codes)) < 2:
         raise UserError(f"{column} has one value, {str(every[codes[0]])!r}; there is nothing to mix")
-    generator = np.random.default_rng([space.seed, SHUFFLE])
+    numbers = generator(space.seed, Stream.SHUFFLED_LABELS)
     score = partial(scored, about=BATCH, column=column, mode=mode, groups=donors, seed=space.seed)
-    mixed = generator.permutation(all_codes)
+    mixed = numbers.permutation(all_codes)
     known = usable(labels, mode)
     types = np.unique(labels[known].astype(str), return_inverse=True)[1] if known.any() else np.empty(0, np.int64)
     found = []
@@ -85,7 +85,7 @@ def mixing(
         )
     if known.any():
         groups = None if donors is None else donors[known]
-        found += _silhouette_batch(score, space.points[known], types, codes[known], label, groups, generator)
+        found += _silhouette_batch(score, space.points[known], types, codes[known], label, groups, numbers)
     kept = usable(batches, mode)
     if len(np.unique(codes[kept])) > 1:
         groups = None if donors is None else donors[kept]
@@ -114,7 +114,7 @@ def _graph_mixing(graph: NeighborsResults, codes: Codes) -> dict[str, Callable[[
 
 def _silhouette_batch(
     score: Callable[..., Score], points: Points, types: Codes, codes: Codes, label: str, groups: Names | None,
-    generator: np.random.Generator,
+    numbers: np.random.Generator,
 ) -> list[Score]:  # fmt: skip
     """Mean over types of how little the silhouettes of batches differ from 0 within each."""
     widths = _batch_widths(points, types, codes)
@@ -123,7 +123,7 @@ def _silhouette_batch(
     shuffled = codes.copy()
     for value in np.unique(types):
         rows = np.flatnonzero(types == value)
-        shuffled[rows] = codes[generator.permutation(rows)]
+        shuffled[rows] = codes[numbers.permutation(rows)]
     level = _mean_over_types(_batch_widths(points, types, shuffled), types, np.arange(len(types)))
     statistic = partial(_mean_over_types, widths, types)
     note = f"silhouette_batch within {label}"

@@ -17,8 +17,6 @@ from census_scvi.neighbors.index import NeighbourIndex
 SOUND, LEGACY = "sound", "legacy"
 BIOLOGY, BATCH = "biology", "batch"
 CHANCE, MIXED, WITHIN = "chance", "perfectly mixed", "mixed within types"
-# Random stream of the draws that give chance levels, in addition to the seed.
-SHUFFLE = 9
 FEWEST_CELLS = 10
 # Neighbours of LISI, as scib-metrics' own benchmark takes them.
 _LISI_NEIGHBOURS = 90

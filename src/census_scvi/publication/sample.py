@@ -15,6 +15,7 @@ import scvi
 
 from census_scvi.census.cells import Cells
 from census_scvi.census.open import Census
+from census_scvi.config.random_streams import Stream, draw, generator
 from census_scvi.model.encode import reference_latent
 
 
@@ -48,9 +49,7 @@ class Sample:
 
 def draw_rows(n_cells: int, size: int, seed: int) -> npt.NDArray[np.int64]:
     """Random places among cells, ascending."""
-    if size >= n_cells:
-        return np.arange(n_cells)
-    return np.sort(np.random.default_rng([seed, 4]).choice(n_cells, size, replace=False))
+    return draw(n_cells, size, generator(seed, Stream.GATE_CELLS))
 
 
 def read_sample(

@@ -19,6 +19,7 @@ from census_scvi.census.open import Census
 from census_scvi.census.stream import consecutive, stream_blocks, stream_obs, tile_runs
 from census_scvi.config import Config
 from census_scvi.config.messages import suggestion
+from census_scvi.config.random_streams import Stream, draw, generator
 from census_scvi.errors import UserError
 from census_scvi.files.uri import without_credentials
 from census_scvi.pictures.umap import log_pca
@@ -81,8 +82,7 @@ def read_slice(config: Config, census: Census) -> Slice:
     joinids = matching_joinids(census, settings.obs_filter, "evaluate.obs_filter")
     n_matching = len(joinids)
     if n_matching > settings.max_cells:
-        drawn = np.random.default_rng([config.seed, 6]).choice(n_matching, settings.max_cells, replace=False)
-        joinids = joinids[np.sort(drawn)]
+        joinids = joinids[draw(n_matching, settings.max_cells, generator(config.seed, Stream.EVALUATED_CELLS))]
         log.info("%s of %s cells drawn at random", f"{len(joinids):,}", f"{n_matching:,}")
     problems: list[str] = []
     spaces, joinids = _embeddings(config, census, joinids, problems)
@@ -184,9 +184,7 @@ def _genes(config: Config, census: Census, joinids: npt.NDArray[np.int64]) -> np
         found = locate_genes(census, read_genes(path), 0.0)
         return found[found >= 0]
     every = read_var(census)["soma_joinid"].to_numpy()
-    some = joinids
-    if len(joinids) > _GENE_CELLS:
-        some = np.sort(np.random.default_rng([config.seed, 7]).choice(joinids, _GENE_CELLS, replace=False))
+    some = joinids[draw(len(joinids), _GENE_CELLS, generator(config.seed, Stream.CELLS_FOR_GENES))]
     cells = ad.AnnData(_counts(census, some, every))
     sc.pp.filter_genes(cells, min_cells=1)
     kept = sc.pp.highly_variable_genes(

@@ -18,6 +18,7 @@ from census_scvi.census.genes import locate_genes, read_genes
 from census_scvi.census.open import Census, open_census
 from census_scvi.census.stream import Block, consecutive, stream_blocks, stream_obs, tile_runs
 from census_scvi.config import Config
+from census_scvi.config.random_streams import Stream, draw, generator
 from census_scvi.config.run_names import PROGRESS
 from census_scvi.counts.row_hash import row_hashes
 from census_scvi.errors import UserError
@@ -181,10 +182,8 @@ class _Embedding:
         settings, total = self._config.latent, len(self._cells)
         if settings.minified == "none":
             return None
-        if settings.minified == "all" or settings.sample_size >= total:
-            return np.arange(total)
-        generator = np.random.default_rng([self._config.seed, 3])
-        return np.sort(generator.choice(total, settings.sample_size, replace=False))
+        size = total if settings.minified == "all" else settings.sample_size
+        return draw(total, size, generator(self._config.seed, Stream.MINIFIED_CELLS))
 
     def _minified_blocks(
         self, chosen: npt.NDArray[np.int64]

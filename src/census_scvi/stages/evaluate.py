@@ -15,6 +15,7 @@ import numpy.typing as npt
 from census_scvi.census.cells import read_obs
 from census_scvi.census.open import open_census
 from census_scvi.config import Config
+from census_scvi.config.random_streams import Stream, draw, generator
 from census_scvi.config.run_names import METRICS, REPORT
 from census_scvi.errors import UserError
 from census_scvi.files.atomic import write_json
@@ -167,10 +168,8 @@ def _donors(cells: Slice, column: str | None, problems: list[str]) -> Names | No
 
 
 def _measured_rows(config: Config, cells: Slice) -> npt.NDArray[np.int64]:
-    n_cells, most = len(cells.obs), config.evaluate.measured_cells
-    if n_cells <= most:
-        return np.arange(n_cells)
-    return np.sort(np.random.default_rng([config.seed, 8]).choice(n_cells, most, replace=False))
+    numbers = generator(config.seed, Stream.MEASURED_CELLS)
+    return draw(len(cells.obs), config.evaluate.measured_cells, numbers)
 
 
 def _latents(config: Config) -> dict[str, Any]:
