@@ -300,7 +300,7 @@ def _step_table(result: dict[str, Any]) -> str:
     lines = [
         f"\n{result['hidden']} hidden, {result['device']}, {result['share of non-zeros']:.1%} of the counts are not 0"
     ]
-    lines += [f"| step | {unit} a minibatch | cells a second | times faster |", "|---|---|---|---|"]
+    lines += [f"| step | {unit} a minibatch | cells per second | times faster |", "|---|---|---|---|"]
     for name, milliseconds in result["ms"].items():
         speed = 1e3 * BATCH_SIZE / milliseconds
         lines.append(f"| {name} | {milliseconds:.1f} | {speed:,.0f} | {shipped / milliseconds:.2f} |")

@@ -1,4 +1,4 @@
-"""What the project's benchmarks do not measure on a GPU: the same results, where the time goes, cells a second.
+"""GPU measurements that the other benchmarks lack: equality of results, where the time goes, cells per second.
 
     python measure.py RESULTS cells   --prepared FILE.h5ad [--cells 100000] [--genes 8000]   makes the file
     python measure.py RESULTS check                         the step compared with scvi-tools' on the GPU, every variant
@@ -321,7 +321,7 @@ def _n_genes(prepared: Path) -> int:
 
 
 def probe_class() -> type:
-    """The callback that stands in for `TrainMode`: cells a second within epochs, and what is asked for at a step."""
+    """Replaces the callback `TrainMode`: measures cells per second within epochs, and calls a function at a step."""
     import lightning
 
     class Probe(lightning.Callback):
@@ -353,7 +353,7 @@ def probe_class() -> type:
 
 
 def rates(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Cells a second within epochs: `SCVI.train` from memory, this project from the file in many settings."""
+    """Cells per second within epochs: `SCVI.train` from memory, this project from the file in many settings."""
     Probe = probe_class()
     warm(_n_genes(arguments.prepared))
     kinds: dict[str, dict[str, Any]] = {
@@ -393,7 +393,7 @@ def rates(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             )
             rows.append([name, f"{probe.rate():,.0f}", f"{probe.rate() / _first(found, hidden):.1f}", seconds, memory])
         table(
-            f"{hidden} hidden: cells a second within an epoch (the last column but one: all of the training, its start"
+            f"{hidden} hidden: cells per second within an epoch (the last column but one: all of the training, start"
             " and validation included)",
             ["trained by", "cells/s", "times SCVI.train", "seconds", "GPU GB"],
             rows,
@@ -539,7 +539,7 @@ def _parts(trace: Path, n: int) -> dict[str, Any]:
 
 
 def latent(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Cells a second of the encoder on counts in memory, and its largest difference to scvi-tools' own way."""
+    """Cells per second of the encoder on counts in memory, and its largest difference from scvi-tools' latent."""
     import numpy as np
 
     from census_scvi.counts.reader import PreparedCells

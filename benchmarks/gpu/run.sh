@@ -2,7 +2,7 @@
 # Tests and measurements on a GPU machine without network; run in the repository's root.
 #
 #   run.sh WHEELS RESULTS            correctness, steps, short trainings, where the time goes: 9 minutes on an H100
-#   run.sh WHEELS RESULTS long       cells a second of training in many settings, and of embedding
+#   run.sh WHEELS RESULTS long       cells per second of training in many settings, and of embedding
 #   run.sh WHEELS RESULTS elbo       the same ELBO in float32, bf16 and fp16; PREPARED=FILE.h5ad for cells of your own
 #   run.sh WHEELS RESULTS install    only installs; prints what to export
 #

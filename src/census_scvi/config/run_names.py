@@ -7,6 +7,8 @@ import re
 import unicodedata
 from pathlib import Path
 
+from census_scvi.files.uri import local_path
+
 MANIFEST = "manifest.json"
 LOCK = ".lock"
 STAGING = ".partial"
@@ -126,8 +128,5 @@ def _files_of(mapped: str | None) -> list[str]:
 
 def _real(place: str) -> Path | None:
     """The real path of a local place; None for a URL."""
-    # Imported here, since its package imports the config, which imports this module.
-    from census_scvi.files.uri import local_path
-
     path = local_path(place)
     return None if path is None else Path(os.path.realpath(path))

@@ -37,7 +37,7 @@ Kind = type[tiledbsoma.Collection] | type[tiledbsoma.DataFrame] | type[tiledbsom
 
 
 def make_member(group_uri: str, member: str, kind: Kind, create: Callable[[str], Any]) -> str:
-    """A collection or array in the folder of a group, not yet named by it; an existing whole one is taken.
+    """Create a collection or array in the folder of a group, not yet a member of it; a complete one is kept.
 
     Parameters
     ----------

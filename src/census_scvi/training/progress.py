@@ -40,7 +40,7 @@ class EventLog(TensorBoardLogger):
 
 
 class Progress(lightning.Callback):
-    """Cells a second, time left and memory: on a bar over all cells of all epochs, in a log, and in TensorBoard.
+    """Cells per second, time left and memory: on a bar over all cells of all epochs, in a log, and in TensorBoard.
 
     In a log there is a line an epoch, and one every ten minutes of a longer one.
     """
@@ -118,7 +118,7 @@ class Progress(lightning.Callback):
 
 
 class _Pace:
-    """Cells a second since a moment."""
+    """Cells per second since a moment."""
 
     def __init__(self, done: int) -> None:
         self._done, self._at = done, time.monotonic()
