@@ -6,9 +6,9 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from census_scvi.config import run_names
@@ -16,6 +16,7 @@ from census_scvi.config.file import apply_overrides, read_yaml, typed
 from census_scvi.config.messages import describe_errors
 from census_scvi.config.names import check_trainer, check_training_plan
 from census_scvi.config.obs_filter import parse_filter
+from census_scvi.config.section import Changes, Section, stages_changed
 from census_scvi.errors import UserError
 from census_scvi.files.paths import expand, expand_argument
 
@@ -91,44 +92,34 @@ StoppingGate = Literal[
     "re_embedding", "order", "active_units", "overfitting",
 ]  # fmt: skip
 Devices = int | list[int] | Literal["auto"]
-
-
-class Section(BaseModel):
-    """A section of the file: no unknown keys, no silent conversions."""
-
-    model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _empty_section(cls, values: Any) -> Any:
-        return {} if values is None else values  # `census:` with nothing below it is YAML for null
+_READ_THE_CENSUS = ("prepare", "create-latent-update", "evaluate", "publish", "map-query")
 
 
 class CensusSection(Section):
     """Which Census, which cells."""
 
-    organism: Name = "homo_sapiens"
+    changes: ClassVar[tuple[str, ...]] = _READ_THE_CENSUS
+    organism: Annotated[Name, Changes(*_READ_THE_CENSUS, "train")] = "homo_sapiens"
     """Name of the Experiment in the Census."""
     uri: PathName | None = None
     """Any SOMA Census: a local folder or s3://...; wins over `version`."""
     version: Name = "stable"
     """Release of the CELLxGENE Census, e.g. 2025-11-08, stable or latest."""
-    tiledb: Annotated[dict[str, str], BeforeValidator(lambda values: _tiledb(values))] = Field(
+    tiledb: Annotated[dict[str, str], BeforeValidator(lambda values: _tiledb(values)), Changes()] = Field(
         default_factory=dict, exclude=True, repr=False
     )
     """TileDB settings for reading it, e.g. {vfs.s3.region: eu-west-1}; they win over the AWS environment."""
-    obs_query: ObsFilter | None = None
+    obs_query: Annotated[ObsFilter | None, Changes("prepare", "create-latent-update", "publish")] = None
     """SOMA value filter of the cells to embed, and with `obs_query_model` to train on; null: all."""
-    obs_query_model: ObsFilter | None = None
+    obs_query_model: Annotated[ObsFilter | None, Changes("prepare", "create-latent-update", "publish")] = None
     """SOMA value filter of the cells fit for gene selection and training; null: all."""
 
 
 class HvgSection(Section):
     """Selection of highly variable genes (seurat_v3)."""
 
-    top_n_hvg: Annotated[int, Field(ge=1)] = 8000
+    changes: ClassVar[tuple[str, ...]] = ("prepare",)
+    top_n_hvg: Annotated[int, Field(ge=1), Changes("prepare", "evaluate")] = 8000
     """Genes to select."""
     hvg_batch: Columns = Field(default_factory=list)
     """obs columns within whose combinations the genes are ranked; empty: one ranking."""
@@ -141,7 +132,10 @@ class HvgSection(Section):
 class AnndataSection(Section):
     """The prepared cells."""
 
-    batch_key: Columns = Field(default_factory=lambda: ["dataset_id", "assay", "suspension_type", "donor_id"])
+    changes: ClassVar[tuple[str, ...]] = ("prepare", "train")
+    batch_key: Annotated[Columns, Changes("prepare", "train", "create-latent-update", "evaluate", "publish")] = Field(
+        default_factory=lambda: ["dataset_id", "assay", "suspension_type", "donor_id"]
+    )
     """obs columns whose combination is the batch."""
     model_filename: FileName = "anndata_model.h5ad"
     """File of the prepared cells in the run directory."""
@@ -154,16 +148,18 @@ class AnndataSection(Section):
 class GenesSection(Section):
     """Which genes may be selected, and how many of the model's a Census must have."""
 
+    changes: ClassVar[tuple[str, ...]] = ("prepare", "create-latent-update", "publish")
     min_cells: Annotated[int, Field(ge=0)] = 0
     """Genes detected in fewer of the training cells are excluded before highly variable ones are selected."""
-    min_share: Share = 0.98
+    min_share: Annotated[Share, Changes("create-latent-update", "publish", "map-query")] = 0.98
     """Least share of the model's genes that a Census must have for its cells to be embedded."""
 
 
 class ModelSection(Section):
     """The scVI model."""
 
-    filename: FileName = "scvi.model"
+    changes: ClassVar[tuple[str, ...]] = ("train", "publish")
+    filename: Annotated[FileName, Changes("train", "create-latent-update", "publish")] = "scvi.model"
     """Folder of the trained model in the run directory."""
     n_hidden: Annotated[int, Field(ge=1)] = 128
     """Hidden units per layer."""
@@ -182,6 +178,7 @@ class ModelSection(Section):
 class TrainSection(Section):
     """Training."""
 
+    changes: ClassVar[tuple[str, ...]] = ("train",)
     max_epochs: Annotated[int, Field(ge=1)] = 100
     """Passes over the training cells."""
     batch_size: Annotated[int, Field(ge=2)] = 1024
@@ -192,17 +189,17 @@ class TrainSection(Section):
     """Stop when elbo_validation no longer falls (patience and others: `train.trainer`)."""
     multi_gpu: bool = False
     """Train on several `devices` (Lightning DDP)."""
-    num_workers: Annotated[int, Field(ge=0)] = 1
+    num_workers: Annotated[int, Field(ge=0), Changes()] = 1
     """Read-ahead workers of the loader; 0: read between training steps."""
     devices: Devices = "auto"
     """With `multi_gpu`: how many devices, or which; otherwise one device is used."""
-    accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto"
+    accelerator: Annotated[Literal["auto", "cpu", "gpu", "cuda", "mps"], Changes()] = "auto"
     """Kind of device."""
-    engine: Literal["fast", "scvi-tools"] = "fast"
+    engine: Annotated[Literal["fast", "scvi-tools"], Changes()] = "fast"
     """Implementation of the training step: `fast` computes the same loss and gradients in a fraction of the time."""
     precision: Literal["float32", "bf16", "fp16"] = "float32"
     """Of the matrix products: bf16 and fp16 are faster where the hardware has them, and give other numbers."""
-    checkpoint_minutes: Annotated[float, Field(ge=0.0)] = 10.0
+    checkpoint_minutes: Annotated[float, Field(ge=0.0), Changes()] = 10.0
     """Minutes between checkpoints within an epoch, to resume a killed training from; each epoch ends with one."""
     trainer: dict[str, Any] | None = None
     """More arguments of Lightning's Trainer, e.g. gradient_clip_val."""
@@ -211,6 +208,7 @@ class TrainSection(Section):
 class LatentSection(Section):
     """Embedding of all cells."""
 
+    changes: ClassVar[tuple[str, ...]] = ("create-latent-update",)
     block_size: Annotated[int, Field(ge=1)] = 4096
     """Cells read, embedded and written at a time."""
     minified: Literal["all", "sample", "none"] = "all"
@@ -222,6 +220,7 @@ class LatentSection(Section):
 class GatesSection(Section):
     """What an embedding must show before it is published."""
 
+    changes: ClassVar[tuple[str, ...]] = ("publish",)
     sample_size: Annotated[int, Field(ge=2)] = 2000
     """Random cells that are read again and embedded by scvi-tools; the sealed sample."""
     max_difference: Annotated[float, Field(gt=0.0)] = 1e-5
@@ -252,6 +251,7 @@ class GatesSection(Section):
 class ContactSection(Section):
     """Whom to ask."""
 
+    changes: ClassVar[tuple[str, ...]] = ("publish",)
     name: str = ""
     """Name."""
     email: str = ""
@@ -263,6 +263,7 @@ class ContactSection(Section):
 class PublishSection(Section):
     """Where and under which name the embedding is published."""
 
+    changes: ClassVar[tuple[str, ...]] = ("publish",)
     experiment_uri: PathName | None = None
     """The SOMA Experiment; null: the organism's in the Census of this run, where that is a local one."""
     name: MemberName = "scvi"
@@ -286,9 +287,10 @@ class PublishSection(Section):
 class QuerySection(Section):
     """A user's own cells, for scvi-map-query.py."""
 
+    changes: ClassVar[tuple[str, ...]] = ("map-query",)
     file: LocalPath | None = None
     """The .h5ad with the cells: raw counts, genes by Ensembl id or symbol."""
-    output: LocalPath | None = None
+    output: Annotated[LocalPath | None, Changes()] = None
     """The .h5ad to write: the same with embedding, map and predicted labels; null: `<file>-mapped.h5ad`."""
     model: PathName | None = None
     """Published folder or its URL; null: the run directory."""
@@ -317,6 +319,7 @@ class QuerySection(Section):
 class EvaluateSection(Section):
     """What scvi-evaluate.py measures."""
 
+    changes: ClassVar[tuple[str, ...]] = ("evaluate",)
     embeddings: dict[Name, PathName] = Field(default_factory=dict)
     """Name in the report, and a name in the Census' obsm, a run directory or an Experiment; {}: the run's."""
     obs_filter: ObsFilter | None = "is_primary_data == True"
@@ -335,13 +338,14 @@ class EvaluateSection(Section):
     """Cells of the slice that are measured and drawn on the maps; entropy takes neighbours among all of it."""
     baseline: bool = True
     """Whether a PCA of log-normalised counts is evaluated, too."""
-    folder: LocalPath | None = None
+    folder: Annotated[LocalPath | None, Changes()] = None
     """Where metrics.json and report.html are written; null: `evaluation` in the run directory."""
 
 
 class OutputSection(Section):
     """Where the run is written."""
 
+    changes: ClassVar[tuple[str, ...]] = ()
     directory: LocalPath = "run"
     """The run directory; relative paths count from the current folder."""
 
@@ -355,7 +359,7 @@ class Config(Section):
     genes: GenesSection = GenesSection()
     model: ModelSection = ModelSection()
     train: TrainSection = TrainSection()
-    training_plan: dict[str, Any] = Field(default_factory=dict)
+    training_plan: Annotated[dict[str, Any], Changes("train")] = Field(default_factory=dict)
     """Arguments of scvi-tools' TrainingPlan and of the model's loss: lr, n_epochs_kl_warmup, max_kl_weight, ..."""
     latent: LatentSection = LatentSection()
     gates: GatesSection = GatesSection()
@@ -363,7 +367,7 @@ class Config(Section):
     query: QuerySection = QuerySection()
     evaluate: EvaluateSection = EvaluateSection()
     output: OutputSection = OutputSection()
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32), Changes(*_READ_THE_CENSUS, "train")] = 0
     """Seed of everything random: split, order of cells, weights, dropout, sampling."""
 
     @model_validator(mode="before")
@@ -409,6 +413,10 @@ class Config(Section):
     def evaluation_folder(self) -> Path:
         """Where scvi-evaluate.py writes."""
         return Path(self.evaluate.folder) if self.evaluate.folder else self.directory / run_names.EVALUATION
+
+    def of_stage(self, stage: str) -> dict[str, Any]:
+        """Values of all settings that change the result of a stage, flat, as `select` gives them."""
+        return self.select(tuple(key for key, stages in stages_changed(type(self)) if stage in stages))
 
     def select(self, keys: tuple[str, ...]) -> dict[str, Any]:
         """Values of dotted keys or whole sections, flat: `{"hvg.top_n_hvg": 8000, ...}`."""

@@ -1,0 +1,53 @@
+"""The base class of every section of settings, and the marks that a setting bears."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+
+@dataclass(frozen=True, init=False)
+class Changes:
+    """Mark of a setting: the stages whose result it changes, where they are not those of its section.
+
+    `Annotated[int, Changes("train")]`; `Changes()` marks a setting that changes how a stage works, not its result.
+    """
+
+    stages: tuple[str, ...]
+
+    def __init__(self, *stages: str) -> None:
+        object.__setattr__(self, "stages", stages)
+
+
+class Section(BaseModel):
+    """A section of the file: no unknown keys, no silent conversions.
+
+    Attributes
+    ----------
+    changes
+        Stages whose result the settings of the section change, unless a setting is marked with `Changes`. There is no
+        default: whoever adds a section says it.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+    changes: ClassVar[tuple[str, ...]]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_section(cls, values: Any) -> Any:
+        return {} if values is None else values  # `census:` with nothing below it is YAML for null
+
+
+def stages_changed(section: type[Section], prefix: str = "") -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Every dotted setting below a section, and the stages whose result it changes."""
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from stages_changed(field.annotation, f"{prefix}{name}.")
+        else:
+            mark = next((each for each in field.metadata if isinstance(each, Changes)), None)
+            yield prefix + name, section.changes if mark is None else mark.stages

@@ -1,0 +1,86 @@
+"""The marks on settings: whose result each of them changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import pytest
+
+from census_scvi.config import Config, load_config
+from census_scvi.config.commands import COMMANDS
+from census_scvi.config.section import Changes, Section, stages_changed
+
+ROOT = Path(__file__).parents[1]
+
+# Run directories hold fingerprints of exactly these settings: another list, and a finished run would not be done.
+SETTINGS_OF_STAGES = {
+    "prepare": ("census", "hvg", "genes.min_cells", "anndata", "seed"),
+    "train": (
+        "census.organism", "anndata", "model", "training_plan", "seed",
+        "train.max_epochs", "train.batch_size", "train.train_size", "train.early_stopping", "train.multi_gpu",
+        "train.devices", "train.precision", "train.trainer",
+    ),
+    "create-latent-update": ("census", "anndata.batch_key", "genes", "model.filename", "latent", "seed"),
+    "publish": ("census", "anndata.batch_key", "genes", "model", "gates", "publish", "seed"),
+    "evaluate": (
+        "census.organism", "census.uri", "census.version", "hvg.top_n_hvg", "anndata.batch_key", "seed",
+        "evaluate.embeddings", "evaluate.obs_filter", "evaluate.labels", "evaluate.batches", "evaluate.donors",
+        "evaluate.mode", "evaluate.max_cells", "evaluate.measured_cells", "evaluate.baseline",
+    ),
+    "map-query": (
+        "census.organism", "census.uri", "census.version", "genes.min_share", "seed",
+        "query.file", "query.model", "query.embedding", "query.counts", "query.min_share", "query.labels",
+        "query.obs_filter", "query.reference_cells", "query.method", "query.n_neighbours", "query.baseline_cells",
+        "query.umap_cells",
+    ),
+}  # fmt: skip
+MAPPINGS = [
+    "train.trainer={gradient_clip_val: 1.0}",
+    "gates.waived={order: copies}",
+    "census.tiledb={vfs.s3.region: x}",
+]
+
+
+@pytest.mark.parametrize("overrides", [[], MAPPINGS], ids=["mappings left out", "mappings filled"])
+@pytest.mark.parametrize("stage", SETTINGS_OF_STAGES)
+def test_a_stage_depends_on_exactly_these_settings(stage: str, overrides: list[str]) -> None:
+    config = load_config(ROOT / "scvi-config.yaml", overrides)
+    assert config.of_stage(stage) == config.select(SETTINGS_OF_STAGES[stage])
+    assert Config().of_stage(stage) == Config().select(SETTINGS_OF_STAGES[stage])
+
+
+def test_marks_name_commands() -> None:
+    marked = {stage for _, stages in stages_changed(Config) for stage in stages}
+    assert marked == set(SETTINGS_OF_STAGES) <= set(COMMANDS)
+
+
+def test_a_setting_without_a_mark_changes_what_its_section_changes() -> None:
+    class Inner(Section):
+        changes: ClassVar[tuple[str, ...]] = ("train", "publish")
+        new: int = 1
+        how: Annotated[int | None, Changes()] = 2
+        other: Annotated[str, Changes("prepare")] = "x"
+
+    class Extended(Config):
+        inner: Inner = Inner()
+
+    def added(stage: str) -> dict[str, Any]:
+        extended = Extended().of_stage(stage)
+        assert {**extended, **Config().of_stage(stage)} == extended
+        return {key: value for key, value in extended.items() if key.startswith("inner.")}
+
+    assert added("train") == added("publish") == {"inner.new": 1}
+    assert added("prepare") == {"inner.other": "x"}
+    assert added("evaluate") == {}
+
+
+def test_a_new_section_must_say_what_it_changes() -> None:
+    class Silent(Section):
+        new: int = 1
+
+    class Extended(Config):
+        silent: Silent = Silent()
+
+    with pytest.raises(AttributeError, match="changes"):
+        Extended().of_stage("train")
