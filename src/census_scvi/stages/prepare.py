@@ -102,7 +102,8 @@ def _genes(stage: StageRun, census: Census, config: Config, path: Path) -> Selec
     if stage.resumed:
         genes = read_genes(path)
         log.info("resuming with %d genes that were selected before", len(genes))
-        return Selection(genes, **json.loads(record.read_text(encoding="utf-8")))
+        # Without the record, the run is of a version that had no genes.min_cells and excluded none.
+        return Selection(genes, **(json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}))
     selection = select_genes(census, training_filter(config), config.hvg, config.seed, config.genes.min_cells)
     log.info("%d highly variable genes", len(selection.feature_ids))
     if selection.below_min_cells:

@@ -200,10 +200,7 @@ class Workspace:
             return run
         redoing = self.manifest().get("redoing", {}).get(stage)
         if record is not None and redoing != digest(fingerprint):
-            # A setting that is newer than the run did then what it does by default.
-            before = record["fingerprint"]
-            before = {**before, "config": Config().select(tuple(fingerprint["config"])) | before["config"]}
-            self._refuse_changes(stage, "a finished", before, fingerprint)
+            self._refuse_changes(stage, "a finished", record["fingerprint"], fingerprint)
             for name, identity in record["outputs"].items():
                 self._require_sound(stage, name, identity)
             self._note_redoing(stage, None)
@@ -225,7 +222,7 @@ class Workspace:
         write_json(self.directory / MANIFEST, manifest | ({"redoing": redoing} if redoing else {}))
 
     def _refuse_changes(self, stage: str, state: str, before: dict[str, Any], now: dict[str, Any]) -> None:
-        if changes := _changes(before, now):
+        if changes := _changes(_in_settings_of(now, before), now):
             raise UserError(
                 f"{self.directory} holds {state} {stage} for other settings: {changes};"
                 " set it back, use another output.directory, or --force to run it again"
@@ -263,6 +260,11 @@ class Workspace:
             manifest.get(unfinished, {}).pop(stage, None)
         write_json(self.directory / MANIFEST, manifest)
         remove(staging)
+
+
+def _in_settings_of(now: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    """A fingerprint that an earlier version wrote: a setting that is newer did then what it does by default."""
+    return {**before, "config": Config().select(tuple(now["config"])) | before["config"]}
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
@@ -314,7 +316,8 @@ class StageRun:
     @property
     def resumes(self) -> bool:
         """Whether `staging` holds earlier work for the same fingerprint."""
-        return self.staged_fingerprint == self.fingerprint
+        staged = self.staged_fingerprint
+        return staged is not None and _in_settings_of(self.fingerprint, staged) == self.fingerprint
 
     def open(self) -> None:
         """Make an empty `staging`."""
