@@ -19,6 +19,7 @@ from pipeline import Run
 from safetensors.torch import load_file, save_file
 
 import census_scvi
+from census_scvi.atlas import Atlas
 from census_scvi.census.embedding import published_uri
 from census_scvi.counts.row_hash import row_hashes
 from census_scvi.errors import UserError
@@ -305,6 +306,35 @@ def test_a_model_that_its_weights_do_not_fill_is_not_built(change: dict[str, Any
     with pytest.raises(UserError, match=words):
         census_scvi.load_model(str(folder))
     assert {"model", "sealed_embedding"} == set(broken(verify(str(folder))))
+
+
+REFUSALS = {
+    "SCANVI": "is a SCANVI model, which this release cannot build yet; expected SCVI: update census-scvi",
+    "TOTALVI": "is a TOTALVI model, which this release cannot build yet; expected SCVI: update census-scvi",
+    "MRVI": "is a model of kind 'MRVI', and this release knows SCVI, SCANVI, TOTALVI; update census-scvi",
+}
+
+
+def has_kind(kind: str) -> Callable[[dict[str, Any]], None]:
+    """As another release would write it, with arguments and entries that this one does not know."""
+
+    def change(values: dict[str, Any]) -> None:
+        values["model"] = kind
+        values["arguments"]["linear_classifier"] = True
+        values["labels"] = ["B cell", "T cell"]
+
+    return change
+
+
+@pytest.mark.parametrize("kind", REFUSALS)
+def test_a_published_folder_with_another_kind_is_refused(kind: str, folder: Path) -> None:
+    edit_model(folder, has_kind(kind))
+    forge(folder)
+    for read in (census_scvi.load_model, Atlas.open):
+        with pytest.raises(UserError) as caught:
+            read(str(folder))
+        assert str(caught.value) == f"{folder} {REFUSALS[kind]}"
+    assert broken(verify(str(folder)))["model"] == f"{folder} {REFUSALS[kind]}"
 
 
 def not_a_number(folder: Path) -> None:

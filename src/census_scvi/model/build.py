@@ -1,4 +1,4 @@
-"""An scVI model from settings, genes and batches, without the cells."""
+"""A model from settings, genes and batches, without the cells."""
 
 from __future__ import annotations
 
@@ -15,24 +15,23 @@ import scvi
 from pydantic import ValidationError
 
 from census_scvi.config import ModelSection
+from census_scvi.model.families import SCVI, family_of
 
 # scvi-tools warns of batches with fewer cells than this.
 _CELLS_A_BATCH = 3
 
 
-def init_arguments(settings: ModelSection) -> dict[str, Any]:
-    """Arguments of `scvi.model.SCVI` for the `model` section."""
-    return settings.model_dump(include=_INIT_ARGUMENTS)
+def init_arguments(settings: ModelSection, kind: str = SCVI) -> dict[str, Any]:
+    """Init arguments of a kind of model (see `families`) for the `model` section."""
+    return settings.model_dump(include=set(family_of(kind).arguments))
 
 
-_INIT_ARGUMENTS = {"n_hidden", "n_latent", "n_layers", "dropout_rate", "gene_likelihood", "encode_covariates"}
-
-
-def check_arguments(arguments: dict[str, Any]) -> None:
+def check_arguments(arguments: dict[str, Any], kind: str = SCVI) -> None:
     """ValueError where these are not what `init_arguments` gives, names, types and ranges: one line."""
-    if unknown := sorted(arguments.keys() - _INIT_ARGUMENTS):
+    known = family_of(kind).arguments
+    if unknown := sorted(arguments.keys() - known):
         raise ValueError(f"{unknown[0][:40]!r} is no argument of a model that this version knows")
-    if missing := sorted(_INIT_ARGUMENTS - arguments.keys()):
+    if missing := sorted(known - arguments.keys()):
         raise ValueError(f"its arguments lack {', '.join(missing)}")
     try:
         ModelSection.model_validate(arguments)
@@ -62,7 +61,7 @@ def skeleton(genes: list[str], batches: list[str]) -> ad.AnnData:
 
 
 def build_model(
-    genes: list[str], batches: list[str], arguments: dict[str, Any], *, n_cells: int | None = None
+    genes: list[str], batches: list[str], arguments: dict[str, Any], *, n_cells: int | None = None, kind: str = SCVI
 ) -> scvi.model.SCVI:
     """An untrained model whose registry is the one that the cells themselves would give.
 
@@ -73,14 +72,17 @@ def build_model(
     batches
         Batch labels, in the order of the codes.
     arguments
-        Arguments of `scvi.model.SCVI`.
+        Init arguments of the model's class.
     n_cells
         Cells that the registry shall name.
+    kind
+        Kind of model, as in `families`.
     """
+    model_class = family_of(kind).model_class
     adata = skeleton(genes, batches)
     with quiet("scvi"):
-        scvi.model.SCVI.setup_anndata(adata, batch_key="batch")
-        model = scvi.model.SCVI(adata, **arguments)
+        model_class.setup_anndata(adata, batch_key="batch")
+        model: scvi.model.SCVI = model_class(adata, **arguments)
     if n_cells is not None:
         counts = model.adata_manager.registry["field_registries"]["X"]
         counts["summary_stats"]["n_cells"] = counts["state_registry"]["n_obs"] = n_cells

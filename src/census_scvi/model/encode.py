@@ -150,7 +150,7 @@ def reference_latent(
     query = ad.AnnData(counts.copy(), obs=obs, var=pd.DataFrame(index=pd.Index(genes, name="feature_id")))
     with quiet("scvi"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*has fewer than 3 cells")  # nothing is trained on them
-        mapped = scvi.model.SCVI.load_query_data(query, model, accelerator=accelerator)
+        mapped = type(model).load_query_data(query, model, accelerator=accelerator)
         mapped.is_trained = True
         mean, variance = mapped.get_latent_representation(return_dist=True)
     return mean, variance
@@ -180,7 +180,7 @@ def extend_batches(model: scvi.model.SCVI, genes: list[str], batches: list[str])
     labels = labels_with(trained, batches)
     n_additional = len(labels) - len(trained)
     with quiet("scvi"):
-        extended = scvi.model.SCVI.load_query_data(skeleton(genes, labels), model, accelerator="cpu")
+        extended = type(model).load_query_data(skeleton(genes, labels), model, accelerator="cpu")
     weights = extended.module.state_dict()
     for name, reference in model.module.state_dict().items():
         if weights[name].shape != reference.shape:  # the last columns are the one-hot batch

@@ -19,6 +19,7 @@ from census_scvi.files.atomic import remove
 from census_scvi.files.json_file import MOST_BYTES, read_json
 from census_scvi.files.paths import expand_argument
 from census_scvi.files.uri import file_system, leaves_folder, local_path
+from census_scvi.model.families import SCVI, family_of
 from census_scvi.model.published_record import check_record
 from census_scvi.model.safe import DESCRIPTION, WEIGHTS, ModelDescription, load_safe
 from census_scvi.workspace import Workspace
@@ -218,4 +219,9 @@ def _unpickle(folder: Path, *, trust: bool) -> scvi.model.SCVI:
             f"{folder} holds a model of scvi-tools' own form alone: a pickle, and loading it runs whatever code its"
             " author put into it; where you trust the author, load_model(..., trust=True)"
         )
-    return scvi.model.SCVI.load(str(folder), adata=None if (folder / "adata.h5ad").exists() else False)
+    registry = scvi.model.SCVI.load_registry(str(folder))
+    family = family_of(str(registry.get("model_name", SCVI)), str(folder))
+    model: scvi.model.SCVI = family.model_class.load(
+        str(folder), adata=None if (folder / "adata.h5ad").exists() else False
+    )
+    return model

@@ -10,7 +10,7 @@ import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import scvi
 import torch
@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from census_scvi.errors import UserError
 from census_scvi.files.json_file import read_json
 from census_scvi.model.build import build_model, check_arguments, least_parameters
+from census_scvi.model.families import SCVI, family_of
 from census_scvi.model.published_record import first_problem
 
 WEIGHTS = "weights.safetensors"
@@ -41,7 +42,7 @@ class ModelDescription:
     batches
         Trained batches, in the order of the codes.
     arguments
-        Arguments of `scvi.model.SCVI`.
+        Init arguments of the model's class.
     organism
         Census organism it was trained on.
     batch_key
@@ -50,6 +51,8 @@ class ModelDescription:
         Cells it was prepared from (training and validation).
     symbols
         Symbols (feature_name) of the genes, in their order; empty where they are not known.
+    model
+        Kind of model, as in `families`.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, extra="forbid")
@@ -61,7 +64,7 @@ class ModelDescription:
     batch_key: list[str]
     n_cells: Annotated[int, Field(ge=0)]
     symbols: list[str] = field(default_factory=list)
-    model: Literal["SCVI"] = "SCVI"
+    model: str = SCVI
     format: int = _FORMAT
     scvi_tools: str = field(default_factory=lambda: scvi.__version__)
 
@@ -96,6 +99,8 @@ def read_description(folder: Path) -> ModelDescription:
             raise UserError(
                 f"{path} has format {str(values['format'])[:40]}, this version reads {_FORMAT}; update census-scvi"
             )
+        if isinstance(values, dict) and isinstance(kind := values.get("model", SCVI), str):
+            family_of(kind, str(folder))  # first: other kinds have other arguments
         description = _DESCRIPTION.validate_json(path.read_bytes())
         _check(description)
     except FileNotFoundError:
@@ -114,7 +119,7 @@ def _check(description: ModelDescription) -> None:
             raise ValueError(f"{name} are empty or not unique")
     if description.symbols and len(description.symbols) != len(description.genes):
         raise ValueError(f"it has {len(description.symbols):,} symbols of {len(description.genes):,} genes")
-    check_arguments(description.arguments)
+    check_arguments(description.arguments, description.model)
 
 
 def load_safe(folder: Path) -> tuple[scvi.model.SCVI, ModelDescription]:
@@ -130,7 +135,13 @@ def load_safe(folder: Path) -> tuple[scvi.model.SCVI, ModelDescription]:
     try:
         _check_size(path, description)
         weights = load_file(path)
-        model = build_model(description.genes, description.batches, description.arguments, n_cells=description.n_cells)
+        model = build_model(
+            description.genes,
+            description.batches,
+            description.arguments,
+            n_cells=description.n_cells,
+            kind=description.model,
+        )
         model.module.load_state_dict(weights)
         _check_finite(weights)
     except (OSError, SafetensorError, RuntimeError, ValueError, TypeError) as error:

@@ -15,23 +15,26 @@ from markupsafe import Markup
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from census_scvi.model.families import Family, family_of
+from census_scvi.model.safe import ModelDescription
 from census_scvi.publication import markdown
 
 PICTURE = "training-curve.png"
 
 
-def model_card(record: Mapping[str, Any], trained_batches: list[str], n_sample: int) -> str:
+def model_card(record: Mapping[str, Any], description: ModelDescription, n_sample: int) -> str:
     """The card in Markdown, with the header that model hubs read.
 
     Parameters
     ----------
     record
         The provenance.
-    trained_batches
-        Batches of the model.
+    description
+        The model.
     n_sample
         Cells in the hub's `adata.h5ad`.
     """
+    family = family_of(description.model)
     config, stages = record["config"], record["stages"]
     hardware = stages["train"]["hardware"]
     contact = record["contact"]
@@ -48,8 +51,9 @@ def model_card(record: Mapping[str, Any], trained_batches: list[str], n_sample: 
     return environment.from_string(template).render(
         picture=PICTURE,
         record=record,
-        header=Markup(_header(record)),
-        trained_batches=trained_batches,
+        header=Markup(_header(record, family)),
+        family=family,
+        trained_batches=description.batches,
         batch_key=", ".join(config["anndata"]["batch_key"]),
         organism=config["census"]["organism"].replace("_", " ").capitalize(),
         layers=record["model"]["n_layers"][0],
@@ -92,7 +96,7 @@ def _others(evaluation: Mapping[str, Any] | None) -> list[str]:
     return list(dict.fromkeys(name for score in scores for name in score["others"]))
 
 
-def _header(record: Mapping[str, Any]) -> str:
+def _header(record: Mapping[str, Any], family: Family) -> str:
     values = {
         "library_name": "scvi-tools",
         **({"license": record["license"].lower()} if record["license"] else {}),
@@ -100,10 +104,10 @@ def _header(record: Mapping[str, Any]) -> str:
             "biology",
             "genomics",
             "single-cell",
-            "model_cls_name:SCVI",
+            f"model_cls_name:{family.kind}",
             f"scvi_version:{scvi.__version__}",
             f"anndata_version:{version('anndata')}",
-            "modality:rna",
+            *(f"modality:{modality}" for modality in family.modalities),
         ],
     }
     return yaml.safe_dump(values, sort_keys=False)

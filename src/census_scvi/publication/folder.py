@@ -66,7 +66,7 @@ def write_published(
     posterior = Encoder(model)(counts, np.maximum(codes, 0))
     hub = write_hub(partial, load_safe(partial)[0], description.genes, obs, posterior)
     (partial / PICTURE).write_bytes(learning_curve(record["stages"]["train"]["learning_curves"]))
-    card = model_card(record, description.batches, int((codes >= 0).sum()))
+    card = model_card(record, description, int((codes >= 0).sum()))
     (partial / CARD).write_text(card, encoding="utf-8")
     files = identities(partial, [WEIGHTS, DESCRIPTION, SEALED, *hub, PICTURE, CARD])
     record = {**record, "format": FORMAT, "files": files}

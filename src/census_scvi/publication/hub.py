@@ -42,5 +42,7 @@ def write_hub(folder: Path, model: scvi.model.SCVI, genes: list[str], obs: pd.Da
         (cells, codes[trained].astype(np.int32), posterior)
     ]
     save_minified(model, genes, iter(blocks), folder, {})
-    HubMetadata(scvi.__version__, version("anndata"), "SCVI").save(str(folder / _METADATA), overwrite=True)
+    HubMetadata(scvi.__version__, version("anndata"), type(model).__name__).save(
+        str(folder / _METADATA), overwrite=True
+    )
     return ["model.pt", "adata.h5ad", _METADATA]
