@@ -11,10 +11,10 @@ SEEDS ?= $(shell date +%s)
 # One worker a core, but each holds torch and scvi-tools in memory.
 WORKERS := $(shell n=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 
-help: ## this list
+help: ## list the targets; `census-scvi --help` lists the commands of the pipeline
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 
-env:
+env: ## create or update .venv (scvi-init.sh); the other targets do it, too
 	@PYTHON="$(PYTHON)" ./scvi-init.sh
 
 demo: env ## the whole pipeline on a small simulated Census

@@ -29,11 +29,10 @@ def test_each_command_has_its_script_and_module() -> None:
 
 def test_documents_and_type_checks_have_each_command() -> None:
     scripts = {command.script for command in COMMANDS.values()}
-    readme = (ROOT / "README.md").read_text()
-    assert set(re.findall(r"\bscvi-[a-z-]+\.py", readme)) == scripts
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert {name for name in settings["tool"]["mypy"]["files"] if name.endswith(".py")} == scripts
-    stages = re.findall(r"^\| ([a-z-]+) \|", readme.partition("## The stages")[2].partition("\n## ")[0], re.M)
+    document = (ROOT / "docs/run-directory.md").read_text()
+    stages = re.findall(r"^\| ([a-z-]+) \|", document.partition("## The stages")[2].partition("\n## ")[0], re.M)
     assert [name for name in stages if name != "stage"] == [name for name in COMMANDS if COMMANDS[name].stage]
 
 

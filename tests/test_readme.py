@@ -1,4 +1,4 @@
-"""The README is true: its commands run as printed, its table of settings is the config's own."""
+"""README and docs are true: their commands run as printed, and the table of settings is that of the config."""
 
 import json
 import os
@@ -18,13 +18,15 @@ import yaml
 from pipeline import ROOT, SMALL, forked, run_code, run_script
 from pydantic import BaseModel
 
+from census_scvi.cli import console
 from census_scvi.config import Config
+from census_scvi.config.commands import COMMANDS
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-# A command that needs no shell: a script, and arguments without a character that means something to bash alone.
-PLAIN = re.compile(r"python [\w./-]+\.py( [^$`|&;<>*?~\\(){}!]*)?")
-# Run by CI itself, and this test is part of one of them.
-NOT_HERE = ("make demo", "make test", "make lint", "make fuzz", "./scvi-init.sh", "tensorboard ")
+# A command that needs no shell: our program or a script, and arguments without a character special to bash.
+PLAIN = re.compile(r"(census-scvi|python [\w./-]+\.py)( [^$`|&;<>*?~\\(){}!]*)?")
+# Run by CI itself (this test is part of `make test`), or not ours.
+NOT_HERE = ("make ", "./scvi-init.sh", "tensorboard ", "sudo apt ")
 
 
 def settings(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any, str]]:
@@ -37,13 +39,13 @@ def settings(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def table() -> list[str]:
-    """The rows of the README's table."""
+    """The rows of the table of settings."""
     return [f"| `{name}` | `{json.dumps(default)}` | {meaning} |" for name, default, meaning in settings(Config)]
 
 
 def test_the_table_of_settings_is_the_config_s_own() -> None:
-    readme = (ROOT / "README.md").read_text()
-    rows = readme.partition("| setting | default | meaning |\n|---|---|---|\n")[2].partition("\n\n")[0]
+    document = (ROOT / "docs/settings.md").read_text()
+    rows = document.partition("| setting | default | meaning |\n|---|---|---|\n")[2]
     assert rows.splitlines() == table()
 
 
@@ -52,20 +54,29 @@ def blocks(document: Path) -> list[tuple[str, str]]:
     return re.findall(r"^```(\w+)\n(.*?)^```", document.read_text(), flags=re.DOTALL | re.MULTILINE)
 
 
+def commands_of_table(document: Path) -> list[str]:
+    """The commands in the last column of a table: `census-scvi ...` and `make ...`."""
+    rows = [line for line in document.read_text().splitlines() if line.startswith("| ")]
+    return [command for row in rows for command in re.findall(r"`((?:census-scvi|make) [^`]+)`", row.split("|")[-2])]
+
+
 @pytest.fixture(scope="module")
 def sandbox(demo_census: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the project as a user has it, whose Census and settings are small and local."""
+    """A copy of the project after a small `make demo`; the other configs are small and have a local Census, too."""
     folder = tmp_path_factory.mktemp("sandbox") / "census-scvi"
     ignored = shutil.ignore_patterns(".git", ".venv", "demo", "run*", "__pycache__", "tests", "*.egg-info", ".*_cache")
     shutil.copytree(ROOT, folder, ignore=ignored)
-    shutil.copytree(demo_census, folder / "census")  # to publish into
-    small = {**SMALL, "census": {**SMALL["census"], "uri": str(folder / "census")}}
-    (folder / "scvi-config.yaml").write_text(yaml.safe_dump(small))
+    for census in ("census", "demo/census"):  # to publish into
+        shutil.copytree(demo_census, folder / census)
+    small = {**SMALL, "census": {**SMALL["census"], "uri": "census"}}
+    demo = {**SMALL, "census": {**SMALL["census"], "uri": "demo/census"}, "output": {"directory": "demo/run"}}
     few = yaml.safe_load((folder / "configs/small.yaml").read_text())  # its settings, for fewer genes and epochs
     few["census"]["obs_query_model"] = SMALL["census"]["obs_query_model"]
     few["train"]["max_epochs"], few["hvg"]["top_n_hvg"] = 3, 200
-    (folder / "configs/small.yaml").write_text(yaml.safe_dump(few))
-    (folder / "configs/mus_musculus.yaml").write_text(yaml.safe_dump({**small, "output": {"directory": "run-mouse"}}))
+    mouse = {**small, "output": {"directory": "run-mouse"}}
+    configs = {"scvi-config": small, "configs/demo": demo, "configs/small": few, "configs/mus_musculus": mouse}
+    for name, values in configs.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
     with cellxgene_census.open_soma(uri=demo_census) as root:
         cells = cellxgene_census.get_anndata(root, "Homo sapiens")
     cells.var_names = cells.var["feature_id"]
@@ -73,7 +84,15 @@ def sandbox(demo_census: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     mine.obs = mine.obs.rename(columns={"cell_type": "annotation", "donor_id": "patient"})
     mine.obs["run"] = cells.obs["dataset_id"].astype(str).to_numpy()
     mine.write_h5ad(folder / "my-cells.h5ad")
+    for stage in ("prepare", "train", "create-latent-update", "publish"):
+        done = forked(run_program, stage, "--config", "configs/demo.yaml", cwd=folder)
+        assert done.returncode == 0, done.stderr
     return folder
+
+
+def run_program(*arguments: str) -> None:
+    """As the installed program `census-scvi` runs."""
+    sys.exit(console(arguments))
 
 
 STARTED: set[str] = set()
@@ -82,27 +101,24 @@ STARTED: set[str] = set()
 def run_commands(
     commands: list[str], folder: Path, environment: dict[str, str]
 ) -> Iterator[subprocess.CompletedProcess[str]]:
-    """The commands of a block in bash; scripts that have all been started so before, in forks with their libraries."""
-    plain = [shlex.split(command, comments=True)[1:] for command in commands if PLAIN.fullmatch(command)]
-    scripts = {words[0] for words in plain}
-    if len(plain) == len(commands) and scripts <= STARTED:
-        for words in plain:
-            yield forked(run_script, *words, cwd=folder, PATH=environment["PATH"])
+    """The commands of a block in bash; programs that have all been started so before, in forks with their libraries."""
+    plain = [shlex.split(command, comments=True) for command in commands if PLAIN.fullmatch(command)]
+    programs = {words[words[0] == "python"] for words in plain}
+    if len(plain) == len(commands) and programs <= STARTED:
+        for program, *words in plain:
+            work = run_script if program == "python" else run_program
+            yield forked(work, *words, cwd=folder, PATH=environment["PATH"])
     else:
         line = ["bash", "-euc", "\n".join(commands)]
         yield subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-        STARTED.update(scripts)
+        STARTED.update(programs)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_command_runs_as_printed(document: Path, sandbox: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    used = "".join(content for language, content in blocks(document) if language in ("sh", "python"))
-    if "run/published" in used and document.name != "README.md" and not (sandbox / "run" / "published").exists():
-        for stage in ("prepare", "train", "create-latent-update", "publish"):  # what the README makes
-            command = [sys.executable, f"scvi-{stage}.py"]
-            subprocess.run(command, cwd=sandbox, env=environment, capture_output=True, check=True)
+    ran: set[str] = set()
     for language, content in blocks(document):
         if language == "yaml" and (name := re.match(r"# ([\w-]+\.yaml)\n", content)):
             (sandbox / name[1]).write_text(content)
@@ -111,9 +127,26 @@ def test_every_command_runs_as_printed(document: Path, sandbox: Path) -> None:
             assert done.returncode == 0, f"{content}\n{done.stderr}"
         elif language == "sh":
             commands = [line for line in content.splitlines() if line and not line.startswith(NOT_HERE)]
-            commands = [line for line in commands if not line.startswith((". .venv", "#"))]
+            ran.update(commands)
             for done in run_commands(commands, sandbox, environment):
                 assert done.returncode == 0, f"{content}\n{done.stdout}\n{done.stderr}"
+    for command in commands_of_table(document):
+        if command not in ran and not command.startswith(NOT_HERE):
+            (done,) = run_commands([command], sandbox, environment)
+            assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+
+
+def test_readme_names_each_command_and_target() -> None:
+    """README's table, `census-scvi --help` and `make help` list the same commands."""
+    named = [tuple(command.split()[:2]) for command in commands_of_table(ROOT / "README.md")]
+    assert {name for program, name in named if program == "census-scvi"} == set(COMMANDS)
+    listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    targets = re.findall(r"^make ([a-z-]+) ", listed, re.M)
+    assert {name for program, name in named if program == "make"} == set(targets)
+    phony = re.search(r"^\.PHONY: (.*)", (ROOT / "Makefile").read_text(), re.M)
+    assert phony is not None
+    assert set(phony[1].split()) == set(targets)
+    assert len((ROOT / "README.md").read_text().splitlines()) < 200
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
