@@ -125,7 +125,7 @@ def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
         ("train.trainer={gradient_clip_val: a}", "gradient_clip_val is 'a', expected a number or null"),
         ("training_plan.reduce_lr_on_plateau=5", "training_plan.reduce_lr_on_plateau is 5, expected true or false"),
         ("model.n_hidden.x=5", "command line: model.n_hidden is {'x': 5}, expected a whole number"),
-        ("gates.waived={order: ''}", "command line: gates.waived is '', expected text that is not empty"),
+        ("gates.waived={order: ''}", "command line: gates.waived.order is '', expected text that is not empty"),
         ("seed=-1", "seed is -1: should be greater than or equal to 0"),
         ("n_hidden", "command line: 'n_hidden' is not a setting; expected section.key=value"),
         ("model.n_hidden=[", "the value is not valid YAML"),
@@ -491,7 +491,7 @@ def test_home_folders_and_variables_in_every_place(
     }.items():
         with pytest.raises(UserError) as caught:
             value(f"'{text}'")
-        assert f"{setting.removesuffix('.mine')} is '{text}': {words}" in str(caught.value)
+        assert f"{setting} is '{text}': {words}" in str(caught.value)
 
 
 def test_home_folders_in_arguments(
@@ -598,3 +598,96 @@ def test_exit_codes_and_help(stage: str, tmp_path: Path, capsys: pytest.CaptureF
 @given(st.dictionaries(st.text(), st.integers() | st.lists(st.text())))
 def test_digest_does_not_depend_on_the_order_of_keys(values: dict) -> None:
     assert digest(values) == digest(dict(reversed(values.items())))
+
+
+def written(folder: Path, **files: str) -> Path:
+    """Files NAME.yaml in a folder; the path of the first."""
+    for name, text in files.items():
+        (folder / f"{name}.yaml").parent.mkdir(exist_ok=True, parents=True)
+        (folder / f"{name}.yaml").write_text(text)
+    return folder / f"{next(iter(files))}.yaml"
+
+
+def test_a_file_holds_what_differs_from_those_it_extends(tmp_path: Path) -> None:
+    path = written(
+        tmp_path,
+        **{
+            "mouse": "extends: shared/middle.yaml\ncensus: {organism: mus_musculus}\nhvg: {hvg_batch: [assay]}\n"
+            "model:\ntrain: {trainer: null}\ntraining_plan: {lr: 3e-3}",
+            "shared/middle": "extends: ../base.yaml\nseed: 2\nmodel: {n_hidden: 7}",
+            "base": "seed: 1\nmodel: {n_hidden: 5, n_latent: 3}\ntraining_plan: {lr: 1, weight_decay: 1e-6}\n"
+            "hvg: {hvg_batch: [donor_id, tissue], top_n_hvg: 9}\ntrain: {trainer: {gradient_clip_val: 1}}",
+        },
+    )
+    config = load_config(path, ["model.n_latent=4", "training_plan.eps=1e-8"])
+    assert (config.seed, config.model.n_hidden, config.model.n_latent) == (2, 7, 4)
+    assert (config.census.organism, config.hvg.hvg_batch, config.hvg.top_n_hvg) == ("mus_musculus", ["assay"], 9)
+    assert config.training_plan == {"lr": 3e-3, "weight_decay": 1e-6, "eps": 1e-8}
+    assert config.train.trainer is None
+
+
+@pytest.mark.parametrize(
+    ("child", "base", "overrides", "message"),
+    [
+        ("{}", "model: {n_hiden: 5}", [], "base.yaml: model.n_hiden is not a setting"),
+        ("model: {n_hiden: 6}", "model: {n_hiden: 5}", [], "child.yaml: model.n_hiden is not a setting"),
+        ("model: {n_hidden: big}", "model: {n_hidden: 5}", [], "child.yaml: model.n_hidden is 'big'"),
+        ("model: {n_latent: 5}", "model: {n_hidden: big}", [], "base.yaml: model.n_hidden is 'big'"),
+        ("{}", "model: {n_hidden: 5}", ["model.n_hidden=x"], "command line: model.n_hidden is 'x'"),
+        ("{}", "census.uri: x", [], "base.yaml: census.uri is not a setting; in a file"),
+        ("seed: 1", "seed: 1\nmodel: 3", [], "base.yaml: model is 3, expected a section of keys"),
+        ("training_plan: {lr: 1}", "training_plan: {rate: 1}", [], "base.yaml: training_plan.rate is not an argument"),
+        ("training_plan: {rate: 1}", "training_plan: {lr: 1}", [], "child.yaml: training_plan.rate is not an argument"),
+        ("train: {train_size: 1.0}", "train: {early_stopping: true}", [], "base.yaml: train.early_stopping needs"),
+        ("seed: 1", "seed: 2", ["publish.name=a/b"], "command line: publish.name is 'a/b'"),
+        ("seed: 1", "a: {b: 1", [], "base.yaml line 1: not valid YAML"),
+    ],
+)
+def test_an_error_names_the_file_in_which_the_wrong_key_stands(
+    child: str, base: str, overrides: list[str], message: str, tmp_path: Path
+) -> None:
+    path = written(tmp_path, child=f"extends: base.yaml\n{'' if child == '{}' else child}", base=base)
+    with pytest.raises(UserError) as caught:
+        load_config(path, overrides)
+    assert message in str(caught.value)
+    assert str(caught.value).startswith("command line" if overrides else str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"a": "extends: a.yaml"}, "a.yaml: extends a.yaml, which extends it in turn; remove one of the two lines"),
+        (
+            {"a": "extends: b.yaml", "b": "extends: c.yaml", "c": "extends: ./b.yaml"},
+            "c.yaml: extends b.yaml, which extends it in turn",
+        ),
+        ({"a": "extends: b.yaml"}, "a.yaml: extends b.yaml: no such file; the path is relative to"),
+        ({"a": "extends: [b.yaml]"}, "a.yaml: extends is not a path; expected one YAML file, as in extends: base.yaml"),
+        ({"a": "extends:"}, "a.yaml: extends is not a path"),
+        ({"a": "extends: $NOWHERE/b.yaml"}, "a.yaml: extends is '$NOWHERE/b.yaml': the environment variable NOWHERE"),
+        ({"a": "extends: .."}, "is a folder; expected a YAML file"),
+    ],
+)
+def test_a_file_that_cannot_be_extended(
+    files: dict[str, str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NOWHERE", raising=False)
+    monkeypatch.chdir(tmp_path)
+    path = written(tmp_path, **files)
+    with pytest.raises(UserError) as caught:
+        load_config(path.name)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_command_line_extends_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"command line: extends can only be set in a file"):
+        load_config(config_file(tmp_path), ["extends=other.yaml"])
+
+
+def test_the_mouse_config_differs_from_the_human_one_in_organism_and_directory() -> None:
+    human, mouse = (
+        flatten(load_config(ROOT / name).model_dump()) for name in ("scvi-config.yaml", "configs/mus_musculus.yaml")
+    )
+    assert {key for key in human if human[key] != mouse[key]} == {"census.organism", "output.directory"}

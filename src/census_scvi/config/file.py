@@ -3,18 +3,120 @@
 from __future__ import annotations
 
 import codecs
-import types
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 
+from census_scvi.config.section import members
 from census_scvi.config.yaml_file import Plain, YamlError, parse_yaml
 from census_scvi.errors import UserError
+from census_scvi.files.paths import expand
 
+EXTENDS = "extends"
+COMMAND_LINE = "command line"
 _MOST_BYTES = 10_000_000
 _YES_NO = {"yes": True, "on": True, "no": False, "off": False}
+
+
+@dataclass(frozen=True)
+class Written:
+    """Values as they were written, and where.
+
+    Attributes
+    ----------
+    values
+        All of them, merged; scalars as they were written (see `typed`).
+    layers
+        Where values were set and the values that were set there, those that win first.
+    """
+
+    values: dict[str, Any]
+    layers: list[tuple[str, dict[str, Any]]]
+
+    def origin(self, key: str) -> str:
+        """The file, or `command line`, that set a dotted key; the file that was named, where none did."""
+        path = key.split(".") if key else []
+        named = next(place for place, _ in self.layers if place != COMMAND_LINE)
+        return next((place for place, values in self.layers if path and _holds(values, path)), named)
+
+
+def read_settings(path: Path, overrides: Sequence[str] = ()) -> Written:
+    """The settings of a file, of those that it extends, and of the command line, which wins.
+
+    A file says `extends: FILE`, relative to itself, and then holds what differs: its sections and mappings are merged
+    with those of the other file key by key, its lists and values replace them.
+
+    Raises
+    ------
+    UserError
+        As `read_yaml`; a file extends itself through others, or an override is no `section.key=value`.
+    """
+    files = _chain(path)
+    layers = [(str(file), values) for file, values in files]
+    merged: dict[str, Any] = {}
+    for _, values in reversed(files):
+        merged = _merge(merged, values)
+    if overrides:
+        set_there: dict[str, Any] = {}
+        apply_overrides(set_there, overrides)
+        apply_overrides(merged, overrides)
+        layers.insert(0, (COMMAND_LINE, set_there))
+    return Written(merged, layers)
+
+
+def _chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """A file and those that it extends, each with what it sets."""
+    chain: list[tuple[Path, dict[str, Any]]] = []
+    seen: list[Path] = []
+    following: Path | None = path
+    while following is not None:
+        seen.append(following.resolve())
+        values = read_yaml(following)
+        chain.append((following, values))
+        if EXTENDS not in values:
+            break
+        file, following = following, _extended(following, values.pop(EXTENDS))
+        if following.resolve() in seen:
+            raise UserError(f"{file}: extends {following}, which extends it in turn; remove one of the two lines")
+        if not following.exists():
+            raise UserError(f"{file}: extends {following}: no such file; the path is relative to {file}")
+    return chain
+
+
+def _extended(path: Path, value: Any) -> Path:
+    text = value.text if isinstance(value, Plain) else value
+    if not isinstance(text, str) or not text:
+        raise UserError(f"{path}: {EXTENDS} is not a path; expected one YAML file, as in {EXTENDS}: base.yaml")
+    try:
+        return path.parent / expand(text)
+    except ValueError as error:
+        raise UserError(f"{path}: {EXTENDS} is {text!r}: {error}") from None
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Mappings merge key by key; everything else replaces, but a key with nothing after it, which says nothing."""
+    merged = dict(below)
+    for key, value in above.items():
+        known = merged.get(key)
+        if isinstance(known, dict) and isinstance(value, dict):
+            merged[key] = _merge(known, value)
+        elif not (isinstance(known, dict) and value == Plain("")):
+            merged[key] = value
+    return merged
+
+
+def _holds(values: Any, path: list[str]) -> bool:
+    """Whether a dotted key is set in nested mappings, or a mapping that holds it is set to something else."""
+    for place, name in enumerate(path):
+        if not isinstance(values, dict) or ".".join(path[place:]) in values:
+            return True
+        if name not in values:
+            return False
+        values = values[name]
+    return True
 
 
 def read_yaml(path: Path, expected: str = "sections such as census, hvg and model") -> dict[str, Any]:
@@ -58,25 +160,26 @@ def _text(path: Path, expected: str) -> str:
         ) from None
 
 
-def apply_overrides(values: dict[str, Any], overrides: tuple[str, ...] | list[str]) -> set[str]:
-    """Set `section.key=value` in place; returns the dotted keys that were set."""
-    keys = set()
+def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Set `section.key=value` in place."""
     for override in overrides:
         key, separator, text = override.partition("=")
         path = [name.strip() for name in key.split(".")]
         if not separator or not all(path):
-            raise UserError(f"command line: {override!r} is not a setting; expected section.key=value, without spaces")
+            raise UserError(
+                f"{COMMAND_LINE}: {override!r} is not a setting; expected section.key=value, without spaces"
+            )
+        if path == [EXTENDS]:
+            raise UserError(f"{COMMAND_LINE}: {EXTENDS} can only be set in a file")
         try:
             value = parse_yaml(text)
         except YamlError as error:
             raise UserError(
-                f"command line: {override!r}: the value is not valid YAML ({error}); put it in quotes"
+                f"{COMMAND_LINE}: {override!r}: the value is not valid YAML ({error}); put it in quotes"
             ) from None
         if isinstance(value, Plain) and text.strip().startswith(value.text):
             value = Plain(text.strip())  # with what YAML takes for a comment: there are none on a command line
         _set(values, path, value)
-        keys.add(".".join(path))
-    return keys
 
 
 def _set(values: dict[str, Any], path: list[str], value: Any) -> None:
@@ -98,9 +201,9 @@ def typed(values: Any, annotation: Any = Any) -> Any:
         Type that the values are for: a model, or the annotation of a field.
     """
     if isinstance(values, Plain):
-        return _scalar(values, list(_members(annotation)))
+        return _scalar(values, list(members(annotation)))
     if isinstance(values, list):
-        item = next((get_args(member)[0] for member in _members(annotation) if get_origin(member) is list), Any)
+        item = next((get_args(member)[0] for member in members(annotation) if get_origin(member) is list), Any)
         return [typed(value, item) for value in values]
     if isinstance(values, dict):
         return {key: typed(value, _annotation_of(key, annotation)) for key, value in values.items()}
@@ -108,7 +211,7 @@ def typed(values: Any, annotation: Any = Any) -> Any:
 
 
 def _annotation_of(key: str, annotation: Any) -> Any:
-    for member in _members(annotation):
+    for member in members(annotation):
         if isinstance(member, type) and issubclass(member, BaseModel):
             field = member.model_fields.get(key)
             return field.annotation if field else Any
@@ -127,14 +230,3 @@ def _scalar(scalar: Plain, members: list[Any]) -> Any:
     if bool in members and isinstance(value, str):  # as YAML 1.1 has it; there is nothing else that they could mean
         return _YES_NO.get(value.lower(), value)
     return value
-
-
-def _members(annotation: Any) -> Iterator[Any]:
-    """The types of a union, without what annotates them."""
-    if get_origin(annotation) is Annotated:
-        yield from _members(get_args(annotation)[0])
-    elif get_origin(annotation) in (Union, types.UnionType):
-        for member in get_args(annotation):
-            yield from _members(member)
-    else:
-        yield annotation

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Set
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from census_scvi.config.section import Expected, members
 
 _LONGEST = 80
+_ITEM = "[]"
 _EXPECTED = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
     "float_type": "a number",
     "string_type": "text",
+    "path_type": "a path",
+    "is_instance_of": "a path",
     "string_too_short": "text that is not empty",
     "bool_type": "true or false",
     "list_type": "a list such as [a, b]",
@@ -24,9 +30,7 @@ _EXPECTED = {
 }
 
 
-def describe_errors(
-    error: ValidationError, model: type[BaseModel], source: str, overridden: Set[str] = frozenset()
-) -> str:
+def describe_errors(error: ValidationError, model: type[BaseModel], origin: Callable[[str], str]) -> str:
     """One line for all that is wrong, the first problem first.
 
     Parameters
@@ -35,17 +39,15 @@ def describe_errors(
         What pydantic found.
     model
         The model that was validated; its keys are what a misspelt name is compared with.
-    source
-        File the values came from.
-    overridden
-        Dotted keys that came from the command line instead.
+    origin
+        Where a dotted key was set: a file, or the command line.
     """
     lines: dict[str, str] = {}
     for detail in error.errors():
-        names = [part for part in detail["loc"] if isinstance(part, str)]
-        key = ".".join(_known_path(model, names))
-        where = "command line" if any(_is_within(name, key) for name in overridden) else source
-        lines.setdefault(key, f"{where}: {_describe(dict(detail), key, model)}")
+        key, field = _place(model, detail["loc"])
+        line = _describe(dict(detail), key, field, model)
+        named = line.partition(" ")[0]  # of what several settings make wrong, the first that is named
+        lines.setdefault(key, f"{origin(named if named.startswith(key) else key)}: {line}")
     return "; ".join(lines.values())
 
 
@@ -71,21 +73,21 @@ def shown(value: Any) -> str:
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
-def _describe(detail: dict[str, Any], key: str, model: type[BaseModel]) -> str:
+def _describe(detail: dict[str, Any], key: str, field: FieldInfo | None, model: type[BaseModel]) -> str:
     kind = detail["type"]
     if kind == "extra_forbidden":
         return (
             f"{as_written(key)} is not a setting{_dotted(detail, model) or _nearest(key, list(setting_names(model)))}"
         )
     if kind == "value_error":
-        return str(detail["ctx"]["error"])
+        text = str(detail["ctx"]["error"])
+        return f"{key} {text}" if text.startswith("is ") else text if text.startswith(key) else f"{key}: {text}"
     if kind == "missing":
         return f"{key} is missing"
     found = shown(detail["input"])
-    if key == "train.devices":
-        return f"{key} is {found}, expected a number of devices, a list of device indices such as [0, 1], or auto"
-    if kind in _EXPECTED:
-        return f"{key} is {found}, expected {_EXPECTED[kind]}"
+    expected = next((mark.words for mark in (field.metadata if field else []) if isinstance(mark, Expected)), None)
+    if expected := expected or _EXPECTED.get(kind):
+        return f"{key} is {found}, expected {expected}"
     return f"{key} is {found}: {detail['msg'].removeprefix('Input ')}"
 
 
@@ -101,6 +103,10 @@ def _dotted(detail: dict[str, Any], model: type[BaseModel]) -> str:
 
 
 def _nearest(key: str, known: list[str]) -> str:
+    """`; did you mean X?`; items of lists are known without their number."""
+    number = re.search(r"\[\d+\]", key)
+    if number:
+        return _nearest(key.replace(number[0], _ITEM), known).replace(_ITEM, number[0])
     known = [name for name in known if name != key]
     section, _, leaf = key.rpartition(".")
     by_leaf = {name.rpartition(".")[2]: name for name in known}
@@ -116,22 +122,44 @@ def _nearest(key: str, known: list[str]) -> str:
 
 
 def setting_names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Every dotted setting name of a model, sections included."""
+    """Every dotted setting name of a model, sections included; `[]` stands for the number of an item."""
     for name, field in model.model_fields.items():
         yield prefix + name
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from setting_names(field.annotation, f"{prefix}{name}.")
+        for kind in members(field.annotation):
+            inner, item = (get_args(kind)[0], _ITEM) if get_origin(kind) is list else (kind, "")
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                yield from setting_names(inner, f"{prefix}{name}{item}.")
 
 
-def _known_path(model: type[BaseModel], names: list[str]) -> list[str]:
-    """The names that are settings (pydantic appends the branch of a union it tried), plus the first unknown one."""
-    path: list[str] = []
-    current: type[BaseModel] | None = model
-    for name in names:
-        if current is None:
+def _place(model: type[BaseModel], location: tuple[str | int, ...]) -> tuple[str, FieldInfo | None]:
+    """The dotted key of a problem, items of lists counted from 1, and the setting that it lies in.
+
+    pydantic's location goes on behind the setting with the branch of a union that it tried, which no user has written.
+    """
+    key, field, current = "", None, Any
+    kinds: list[Any] = [model]
+    for part in location:
+        fields = {name: each for kind in kinds if _is_model(kind) for name, each in kind.model_fields.items()}
+        items = [get_args(kind)[0] for kind in kinds if get_origin(kind) is list]
+        values = [get_args(kind)[1] for kind in kinds if get_origin(kind) is dict]
+        if isinstance(part, int):
+            if not items:
+                break
+            key, current = f"{key}[{part + 1}]", items[0]
+        elif part in fields:
+            field = fields[part]
+            key, current = f"{key}.{part}", field.annotation
+        elif any(_is_model(kind) and kind.__name__ == part for kind in kinds):
+            continue
+        elif values and part != "[key]":
+            key, current = f"{key}.{part}", values[0]
+        else:
+            if fields:  # the first name that is no setting
+                key = f"{key}.{part}"
             break
-        path.append(name)
-        field = current.model_fields.get(name)
-        annotation = field.annotation if field else None
-        current = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
-    return path
+        kinds = list(members(current))
+    return key.removeprefix("."), field
+
+
+def _is_model(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)

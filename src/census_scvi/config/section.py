@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
@@ -20,6 +21,13 @@ class Changes:
 
     def __init__(self, *stages: str) -> None:
         object.__setattr__(self, "stages", stages)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Mark of a setting: what messages say is expected, where its type does not say it well."""
+
+    words: str
 
 
 class Section(BaseModel):
@@ -51,3 +59,14 @@ def stages_changed(section: type[Section], prefix: str = "") -> Iterator[tuple[s
         else:
             mark = next((each for each in field.metadata if isinstance(each, Changes)), None)
             yield prefix + name, section.changes if mark is None else mark.stages
+
+
+def members(annotation: Any) -> Iterator[Any]:
+    """The types of a union, without what annotates them."""
+    if get_origin(annotation) is Annotated:
+        yield from members(get_args(annotation)[0])
+    elif get_origin(annotation) in (Union, types.UnionType):
+        for member in get_args(annotation):
+            yield from members(member)
+    else:
+        yield annotation

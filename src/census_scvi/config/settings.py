@@ -4,62 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from census_scvi.config import run_names
-from census_scvi.config.file import apply_overrides, read_yaml, typed
+from census_scvi.config.file import read_settings, typed
 from census_scvi.config.messages import describe_errors
 from census_scvi.config.names import check_trainer, check_training_plan
-from census_scvi.config.obs_filter import parse_filter
-from census_scvi.config.section import Changes, Section, stages_changed
+from census_scvi.config.section import Changes, Expected, Section, stages_changed
+from census_scvi.config.types import Columns, FileName, LocalPath, MemberName, Name, ObsFilter, PathName, Share
 from census_scvi.errors import UserError
-from census_scvi.files.paths import expand, expand_argument
-
-
-def _file_name(name: str) -> str:
-    if problem := run_names.unfit_name(name):
-        raise PydanticCustomError("file_name", "{problem}", {"problem": problem})
-    return name
-
-
-def _expanded(path: str) -> str:
-    try:
-        return expand(path)
-    except ValueError as error:
-        raise PydanticCustomError("path", "{problem}", {"problem": str(error)}) from None
-
-
-def _member_name(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
-        raise PydanticCustomError(
-            "member_name", "expected letters, digits, _ . and -, beginning with a letter or a digit"
-        )
-    return name
-
-
-def _path(path: str) -> str:
-    if "://" in path:
-        raise PydanticCustomError("local_path", "expected a path on this machine, not a URL")
-    return path
-
-
-def _obs_filter(text: str) -> str:
-    try:
-        parse_filter(text)
-    except ValueError as error:
-        raise PydanticCustomError("obs_filter", "{problem}", {"problem": str(error)}) from None
-    return text
-
-
-def _distinct(names: list[str]) -> list[str]:
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise PydanticCustomError("twice", "names {name} twice; name it once", {"name": repr(twice[0])})
-    return names
+from census_scvi.files.paths import expand_argument
 
 
 def _tiledb(values: Any, prefix: str = "") -> Any:
@@ -79,14 +36,6 @@ def _tiledb(values: Any, prefix: str = "") -> Any:
     return found
 
 
-Name = Annotated[str, Field(min_length=1)]
-ObsFilter = Annotated[str, AfterValidator(_obs_filter)]
-Columns = Annotated[list[Name], AfterValidator(_distinct)]
-PathName = Annotated[Name, AfterValidator(_expanded)]
-LocalPath = Annotated[PathName, AfterValidator(_path)]
-FileName = Annotated[str, AfterValidator(_file_name)]
-MemberName = Annotated[str, AfterValidator(_member_name)]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
 StoppingGate = Literal[
     "cells", "finite", "variance", "duplicate_dimensions", "effective_rank", "genes", "counts", "architecture",
     "re_embedding", "order", "active_units", "overfitting",
@@ -191,7 +140,9 @@ class TrainSection(Section):
     """Train on several `devices` (Lightning DDP)."""
     num_workers: Annotated[int, Field(ge=0), Changes()] = 1
     """Read-ahead workers of the loader; 0: read between training steps."""
-    devices: Devices = "auto"
+    devices: Annotated[Devices, Expected("a number of devices, a list of device indices such as [0, 1], or auto")] = (
+        "auto"
+    )
     """With `multi_gpu`: how many devices, or which; otherwise one device is used."""
     accelerator: Annotated[Literal["auto", "cpu", "gpu", "cuda", "mps"], Changes()] = "auto"
     """Kind of device."""
@@ -455,10 +406,8 @@ def load_config(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -
     UserError
         Missing or malformed file, unknown key, wrong type or contradiction: file, key and nearest right name.
     """
-    path = Path(expand_argument(path, "--config"))
-    values = read_yaml(path)
-    overridden = apply_overrides(values, overrides)
+    written = read_settings(Path(expand_argument(path, "--config")), overrides)
     try:
-        return Config.model_validate(typed(values, Config))
+        return Config.model_validate(typed(written.values, Config))
     except ValidationError as error:
-        raise UserError(describe_errors(error, Config, str(path), overridden)) from None
+        raise UserError(describe_errors(error, Config, written.origin)) from None

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from census_scvi.census.schema import ORGANISMS, SETTABLE_COLUMNS
 from census_scvi.config.file import read_yaml, typed
-from census_scvi.config.messages import as_written, shown, suggestion
+from census_scvi.config.messages import describe_errors, shown, suggestion
+from census_scvi.config.section import Expected, Section
+from census_scvi.config.types import expanded
 from census_scvi.config.yaml_file import Plain
 from census_scvi.errors import UserError
-from census_scvi.files.paths import expand, expand_argument
+from census_scvi.files.paths import expand_argument
 from census_scvi.files.uri import local_path
 
 
@@ -42,31 +44,27 @@ def _as_text(value: object) -> object:
     return value
 
 
-def _expanded(value: object) -> object:
-    return expand(value) if isinstance(value, str) else value
+def _path(value: object) -> object:
+    return Path(expanded(value)) if isinstance(value, str) else value
 
 
 def _local(value: object) -> object:
     if not isinstance(value, str):
         return value
-    if (path := local_path(value)) is None:
+    if (path := local_path(expanded(value))) is None:
         raise ValueError(f"is {value!r}, expected a local folder; build it there and copy it")
     return path
 
 
-PathName = Annotated[Path, BeforeValidator(_expanded)]
+FilePath = Annotated[Path, BeforeValidator(_path)]
 _PRIMARY = "is_primary_data"
 OrganismName = Annotated[str, BeforeValidator(_organism)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class GenesConfig(_Section):
+class GenesConfig(Section):
     """How genes get their Ensembl ids."""
 
-    map: dict[OrganismName, PathName] = Field(default_factory=dict)
+    map: dict[OrganismName, FilePath] = Field(default_factory=dict)
     """TSV of ensembl_id, symbol and optionally length and type, by organism; finds ids by symbol and names genes."""
 
     min_recognised: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
@@ -76,19 +74,21 @@ class GenesConfig(_Section):
     """Genes without an Ensembl id: leave them out, or keep them under their symbol."""
 
 
-class DatasetColumn(_Section):
+class DatasetColumn(Section):
     """The obs column of a file whose values are the datasets in it."""
 
     column: str
 
 
-class DatasetConfig(_Section):
+class DatasetConfig(Section):
     """One .h5ad file."""
 
-    file: PathName
+    file: FilePath
     """The .h5ad file with raw counts."""
 
-    dataset_id: str | DatasetColumn | None = None
+    dataset_id: Annotated[
+        str | DatasetColumn | None, Expected("a name in quotes or {column: name of an obs column}")
+    ] = None
     """Name of the dataset, or {column: name of an obs column} for several in one file; default: the file's name."""
 
     title: str | None = None
@@ -106,7 +106,7 @@ class DatasetConfig(_Section):
     obs: Annotated[dict[str, str], BeforeValidator(_census_columns)] = Field(default_factory=dict)
     """Census column: column of the file. A column with a Census name is taken without being listed."""
 
-    values: Annotated[dict[str, bool | str], BeforeValidator(_census_columns), BeforeValidator(_as_text)] = Field(
+    values: Annotated[dict[str, str | bool], BeforeValidator(_census_columns), BeforeValidator(_as_text)] = Field(
         default_factory=dict
     )
     """Census column: the value of every cell of this file."""
@@ -125,19 +125,21 @@ class DatasetConfig(_Section):
         return self
 
 
-class BuildConfig(_Section):
+class BuildConfig(Section):
     """A Census to be built."""
 
-    uri: Annotated[Path, BeforeValidator(_local), BeforeValidator(_expanded)]
+    uri: Annotated[Path, BeforeValidator(_local)]
     """Folder of the new Census."""
 
-    data: PathName = Path()
+    data: FilePath = Path()
     """Folder in which the files of `datasets` and `genes.map` lie."""
 
     genes: GenesConfig = GenesConfig()
     """How genes get their Ensembl ids."""
 
-    datasets: list[DatasetConfig] = Field(min_length=1)
+    datasets: Annotated[
+        list[DatasetConfig], Field(min_length=1), Expected("a list of one dataset or more, each with - in front")
+    ]
     """The files, in the order of the Census."""
 
 
@@ -153,10 +155,7 @@ def load_build_config(path: str | Path, *, data: str | Path | None = None) -> Bu
     try:
         config = BuildConfig.model_validate(typed(read_yaml(path, "the keys uri and datasets"), BuildConfig))
     except ValidationError as error:
-        problems: dict[tuple[str, ...], str] = {}
-        for detail in error.errors():
-            problems.setdefault(_names(detail["loc"]), _explain(dict(detail)))
-        raise UserError(f"{path}: " + "; ".join(list(problems.values())[:3])) from None
+        raise UserError(describe_errors(error, BuildConfig, lambda _: str(path))) from None
     here = path.absolute().parent
     folder = _join(here, config.data) if data is None else _join(Path.cwd(), Path(data))
     maps = {organism: _join(folder, file) for organism, file in config.genes.map.items()}
@@ -172,42 +171,3 @@ def load_build_config(path: str | Path, *, data: str | Path | None = None) -> Bu
 
 def _join(folder: Path, path: Path) -> Path:
     return Path(os.path.normpath(folder / path))
-
-
-_EXPECTED = {
-    "list_type": "a list (one item a file, each with - in front)",
-    "dict_type": "keys with values",
-    "model_type": "keys with values",
-    "path_type": "a path",
-    "string_type": "text (put it in quotes)",
-    "bool_type": "true, false or text (put it in quotes)",
-    "too_short": "one dataset or more",
-}
-_SECTIONS: dict[str, type[BaseModel]] = {"genes": GenesConfig, "datasets": DatasetConfig, "dataset_id": DatasetColumn}
-
-
-def _explain(detail: dict[str, Any]) -> str:
-    """One problem that pydantic found: the key, what was found, the nearest right name."""
-    names = _names(detail["loc"])
-    key = ".".join(names).replace(".[", "[")
-    match detail["type"]:
-        case "extra_forbidden":
-            section = next((_SECTIONS[n] for n in reversed(names[:-1]) if n in _SECTIONS), BuildConfig)
-            known = list(section.model_fields)
-            hint = suggestion(str(names[-1]), known) or f"; there are {', '.join(known)}"
-            return f"{as_written(key)} is not a setting{hint}"
-        case "missing":
-            return f"{key} is missing"
-        case "value_error":
-            text = str(detail["ctx"]["error"])
-            return f"{key} {text}" if text.startswith("is ") else f"{key}: {text}"
-    if names[-1] == "dataset_id":
-        return f"{key} is {shown(detail['input'])}, expected a name in quotes or {{column: name of an obs column}}"
-    expected = _EXPECTED.get(detail["type"], detail["msg"].removeprefix("Input should be "))
-    return f"{key} is {shown(detail['input'])}, expected {expected}"
-
-
-def _names(location: tuple[str | int, ...]) -> tuple[str, ...]:
-    """The keys of a place in the YAML, without the branch of a union that pydantic appends; items counted from 1."""
-    names = [f"[{part + 1}]" if isinstance(part, int) else part for part in location]
-    return tuple(name for name in names if name not in ("str", "bool", "DatasetColumn", "[key]"))

@@ -1,0 +1,65 @@
+"""Types of settings: names, columns, filters, places."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
+from pydantic_core import PydanticCustomError
+
+from census_scvi.config import run_names
+from census_scvi.config.obs_filter import parse_filter
+from census_scvi.files.paths import expand
+
+
+def _file_name(name: str) -> str:
+    if problem := run_names.unfit_name(name):
+        raise PydanticCustomError("file_name", "{problem}", {"problem": problem})
+    return name
+
+
+def expanded(path: str) -> str:
+    """A path with home folders and environment variables filled in."""
+    try:
+        return expand(path)
+    except ValueError as error:
+        raise PydanticCustomError("path", "{problem}", {"problem": str(error)}) from None
+
+
+def _member_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+        raise PydanticCustomError(
+            "member_name", "expected letters, digits, _ . and -, beginning with a letter or a digit"
+        )
+    return name
+
+
+def _path(path: str) -> str:
+    if "://" in path:
+        raise PydanticCustomError("local_path", "expected a path on this machine, not a URL")
+    return path
+
+
+def _obs_filter(text: str) -> str:
+    try:
+        parse_filter(text)
+    except ValueError as error:
+        raise PydanticCustomError("obs_filter", "{problem}", {"problem": str(error)}) from None
+    return text
+
+
+def _distinct(names: list[str]) -> list[str]:
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise PydanticCustomError("twice", "names {name} twice; name it once", {"name": repr(twice[0])})
+    return names
+
+
+Name = Annotated[str, Field(min_length=1)]
+ObsFilter = Annotated[str, AfterValidator(_obs_filter)]
+Columns = Annotated[list[Name], AfterValidator(_distinct)]
+PathName = Annotated[Name, AfterValidator(expanded)]
+LocalPath = Annotated[PathName, AfterValidator(_path)]
+FileName = Annotated[str, AfterValidator(_file_name)]
+MemberName = Annotated[str, AfterValidator(_member_name)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
