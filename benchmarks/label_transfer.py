@@ -41,7 +41,7 @@ STAGES = ("prepare", "train", "create-latent-update")
 THREADS = torch.get_num_threads()
 REFERENCE = ("pbmc3k", "zheng_facs")
 QUERY = ("kang_GSE96583",)
-NEIGHBOURS = 15
+NEIGHBORS = 15
 COMPONENTS = 50
 ROWS = {
     "scvi": "scVI latent",
@@ -71,7 +71,7 @@ class Transfer:
     def score(self, space: npt.NDArray[np.float32], labels: npt.NDArray[np.object_] | None = None) -> dict[str, float]:
         """Accuracy, overall and averaged over cell types, of nearest-neighbour transfer in a space (cells, dims)."""
         known = self.labels[self.reference] if labels is None else labels
-        classifier = KNeighborsClassifier(NEIGHBOURS).fit(space[self.reference], known.astype(str))
+        classifier = KNeighborsClassifier(NEIGHBORS).fit(space[self.reference], known.astype(str))
         return self.compare(classifier.predict(space[self.query]))
 
     def compare(self, predicted: npt.NDArray[np.str_]) -> dict[str, float]:

@@ -25,7 +25,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 from census_scvi.annotation.held_out import HeldOut
-from census_scvi.annotation.label_transfer import FOREST, NEIGHBOURS, REGRESSION, LabelTransfer, Prediction
+from census_scvi.annotation.label_transfer import FOREST, NEIGHBORS, REGRESSION, LabelTransfer, Prediction
 from census_scvi.annotation.naming import STUDY_COLUMNS
 from census_scvi.atlas import Atlas
 from census_scvi.cli import main as run_stage
@@ -51,12 +51,12 @@ class Case:
     query: npt.NDArray[np.float32]
     truth: npt.NDArray[np.object_]
 
-    def transfer(self, without: str | None = None, method: str = NEIGHBOURS) -> LabelTransfer:
+    def transfer(self, without: str | None = None, method: str = NEIGHBORS) -> LabelTransfer:
         """What `Atlas.predict` predicts with; `without` takes a type out of the reference."""
         kept = self.labels != without
         return LabelTransfer(self.points[kept], self.labels[kept], self.groups[kept], method=method)
 
-    def predict(self, method: str = NEIGHBOURS) -> Prediction:
+    def predict(self, method: str = NEIGHBORS) -> Prediction:
         """Labels of the query, as `Atlas.predict` gives them."""
         return self.transfer(method=method).predict(self.query)
 

@@ -115,7 +115,7 @@ def test_own_cells_get_the_embedding_of_the_census(atlas: Atlas, own_cells: ad.A
     assert not mapped.obs["scvi_empty"].any()
     assert mapped.uns["scvi_alignment"]["n_shared"] == 200
     assert "scvi_empty" not in own_cells.obs
-    found = atlas.neighbors(mapped, n_neighbours=5, obs_columns=["cell_type"])
+    found = atlas.neighbors(mapped, n_neighbors=5, obs_columns=["cell_type"])
     assert found.joinids.shape == found.distances.shape == (300, 5)
     assert (found.distances[:, 0] < 1e-4).all()  # each finds itself, or its copy
     assert (np.diff(found.distances, axis=1) >= 0).all()
@@ -395,11 +395,9 @@ def test_own_cells_few_or_against_few(atlas: Atlas, own_cells: ad.AnnData) -> No
         assert named.obs["cell_type_predicted"].notna().all()
     near = atlas.neighbors(own_cells[:5].copy(), obs_filter="soma_joinid < 3")
     assert near.joinids.shape == (5, 3)  # all that there are
-    with pytest.raises(UserError, match=r"the reference has 3 labelled cells and n_neighbours=15 needs 16 or more"):
+    with pytest.raises(UserError, match=r"the reference has 3 labelled cells and n_neighbors=15 needs 16 or more"):
         atlas.predict(own_cells[:5].copy(), obs_filter="soma_joinid < 3")
-    assert (
-        atlas.predict(own_cells[:5].copy(), obs_filter="soma_joinid < 3", n_neighbours=1, baseline_cells=2).n_obs == 5
-    )
+    assert atlas.predict(own_cells[:5].copy(), obs_filter="soma_joinid < 3", n_neighbors=1, baseline_cells=2).n_obs == 5
     assert "cell_type_predicted" not in atlas.predict(own_cells[:2].copy(), []).obs
 
 
@@ -417,11 +415,11 @@ CELLS = ad.AnnData(obsm={"scvi": np.zeros((5, 4), np.float32)}, obs=pd.DataFrame
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda a, own: a.predict(own, n_neighbours=0), "n_neighbours is 0; expected a whole number of 1 or more"),
-        (lambda a, own: a.predict(own, n_neighbours=1.5), "n_neighbours is 1.5; expected a whole number"),
+        (lambda a, own: a.predict(own, n_neighbors=0), "n_neighbors is 0; expected a whole number of 1 or more"),
+        (lambda a, own: a.predict(own, n_neighbors=1.5), "n_neighbors is 1.5; expected a whole number"),
         (lambda a, own: a.predict(own, baseline_cells=-1), "baseline_cells is -1; expected a whole number of 0 or"),
         (lambda a, own: a.predict(own, max_cells=0), "max_cells is 0; expected a whole number of 1 or more"),
-        (lambda a, own: a.neighbors(own, n_neighbours=0), "n_neighbours is 0; expected a whole number of 1 or more"),
+        (lambda a, own: a.neighbors(own, n_neighbors=0), "n_neighbors is 0; expected a whole number of 1 or more"),
         (lambda a, _: a.embeddings(max_cells=0), "max_cells is 0; expected a whole number of 1 or more"),
         (lambda a, _: a.embeddings(seed=-1), "seed is -1; expected a whole number of 0 or more"),
         (lambda a, _: a.umap(CELLS[:0]), "there are no cells: the AnnData is empty"),

@@ -3,6 +3,7 @@
 `data/ab837ae/make.py` made them, and says what they are.
 """
 
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -14,7 +15,12 @@ from safetensors.numpy import load_file
 
 from census_scvi import Atlas
 from census_scvi.cli import main
+from census_scvi.config import Config, load_config, renamed
+from census_scvi.config.messages import setting_names
+from census_scvi.errors import UserError
+from census_scvi.files.atomic import write_json
 from census_scvi.files.json_file import read_json
+from census_scvi.model.published import seal_of
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="the Census is found at /proc/self/cwd")
 
@@ -70,33 +76,35 @@ def test_a_finished_stage_is_not_done_for_other_settings(
     assert message in capsys.readouterr().err
 
 
-def test_a_training_that_was_killed_in_an_epoch_continues_in_it(capsys: pytest.CaptureFixture[str]) -> None:
-    assert stage("train", "training-killed") == 0
+def test_a_training_that_was_killed_in_an_epoch_continues_in_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree("training-killed", tmp_path / "run")
+    assert stage("train", str(run)) == 0
     assert "resuming from the last checkpoint" in capsys.readouterr().err
-    record, undisturbed = (
-        read_json(Path(run) / "manifest.json")["stages"]["train"] for run in ("training-killed", "finished")
-    )
+    record, undisturbed = (read_json(Path(folder) / "manifest.json")["stages"]["train"] for folder in (run, "finished"))
     assert record["resumed"] and not undisturbed["resumed"]
     assert record["counts"] == undisturbed["counts"]
     # The epoch in which it was killed has the loss that it would have had: its first steps were not taken twice.
     for name, curve in undisturbed["learning_curves"].items():
         assert record["learning_curves"][name] == pytest.approx(curve, rel=1e-4), name
-    weights, expected = (
-        load_file(Path(run) / "scvi.model" / "weights.safetensors") for run in ("training-killed", "finished")
-    )
+    weights, expected = (load_file(Path(folder) / "scvi.model" / "weights.safetensors") for folder in (run, "finished"))
     assert weights.keys() == expected.keys()
     for name, values in expected.items():
         np.testing.assert_allclose(weights[name], values, rtol=1e-3, atol=1e-3, err_msg=name)
 
 
-def test_a_prepare_that_was_killed_between_parts_keeps_those_it_had(capsys: pytest.CaptureFixture[str]) -> None:
-    assert stage("prepare", "prepare-killed") == 0
+def test_a_prepare_that_was_killed_between_parts_keeps_those_it_had(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree("prepare-killed", tmp_path / "run")
+    assert stage("prepare", str(run)) == 0
     lines = capsys.readouterr().err
     assert "resuming with 100 genes" in lines and "96 of 276 cells were written before" in lines
-    cells, undisturbed = (ad.read_h5ad(Path(run) / "anndata_model.h5ad") for run in ("prepare-killed", "finished"))
+    cells, undisturbed = (ad.read_h5ad(Path(folder) / "anndata_model.h5ad") for folder in (run, "finished"))
     assert (cells.X != undisturbed.X).nnz == 0
     assert cells.obs.equals(undisturbed.obs) and cells.var.equals(undisturbed.var)
-    assert (Path("prepare-killed") / "hv_genes.pkl").read_bytes() == (Path("finished") / "hv_genes.pkl").read_bytes()
+    assert (run / "hv_genes.pkl").read_bytes() == (Path("finished") / "hv_genes.pkl").read_bytes()
 
 
 @pytest.mark.parametrize("census", [[], ["--census", "/proc/self/cwd/census", "--sample", "100", "--seed", "0"]])
@@ -115,3 +123,101 @@ def test_an_atlas_opens_a_run_and_a_published_folder(model: str) -> None:
     assert np.array_equal(cells.obsm["scvi"], latent)
     expected = latent[np.searchsorted(joinids, trained_on.obs["soma_joinid"])]
     np.testing.assert_allclose(embedded.obsm["X_scvi"], expected, atol=1e-5)
+
+
+# --- names of today for what earlier versions wrote
+
+
+def written(folder: Path, text: str, *overrides: str) -> Config:
+    path = folder / "settings.yaml"
+    path.write_text(text)
+    return load_config(path, overrides)
+
+
+NOTICE = "{}: {} is now {}; the old {} works until release 0.3"
+OLD_NAME = ("query.n_neighbours", "query.n_neighbors", "name")
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "notices"),
+    [
+        (
+            "query: {n_neighbours: 7, method: neighbours}",
+            [],
+            [
+                ("{file}", *OLD_NAME),
+                ("{file}", "query.method: neighbours", "query.method: neighbors", "value"),
+            ],
+        ),
+        (
+            "query: {n_neighbors: 3, method: logistic_regression}",
+            ["query.n_neighbours=7", "query.method=neighbours"],
+            [
+                ("command line", *OLD_NAME),
+                ("command line", "query.method=neighbours", "query.method=neighbors", "value"),
+            ],
+        ),
+        ("query: {n_neighbours: 3}", ["query.n_neighbors=7"], [("{file}", *OLD_NAME)]),
+        ("query: {n_neighbors: 7}", [], []),
+    ],
+)
+def test_the_earlier_name_of_a_setting_is_understood_and_noticed(
+    text: str,
+    overrides: list[str],
+    notices: list[tuple[str, ...]],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    query = written(tmp_path, text, *overrides).query
+    assert (query.n_neighbors, query.method) == (7, "neighbors")
+    file = str(tmp_path / "settings.yaml")
+    assert caplog.messages == [NOTICE.format(*words).replace("{file}", file) for words in notices]
+
+
+def test_what_is_wrong_with_it_is_said_by_its_name_of_today(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"command line: query\.n_neighbors is 0: "):
+        written(tmp_path, "query: {}", "query.n_neighbours=0")
+    with pytest.raises(UserError, match=r"query\.n_neighbours is the earlier name of query\.n_neighbors, and both are"):
+        written(tmp_path, "query: {n_neighbours: 3, n_neighbors: 4}")
+
+
+def test_today_s_names_are_settings() -> None:
+    names = set(setting_names(Config))
+    assert set(renamed.SETTINGS.values()) <= names and not set(renamed.SETTINGS) & names
+    assert set(renamed.VALUES) <= names
+
+
+@pytest.fixture
+def more_renamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table in which settings that change results had other names."""
+    more = {"hvg.least_genes": "hvg.min_genes", "thresholds": "gates"}
+    monkeypatch.setattr(renamed, "SETTINGS", renamed.SETTINGS | more)
+    monkeypatch.setattr(renamed, "VALUES", renamed.VALUES | {"anndata.compression": {"deflate": "gzip"}})
+
+
+def test_what_a_run_recorded_has_its_names_of_today(
+    more_renamed: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = {"finished": "manifest.json", "prepare-killed": ".partial/prepare/fingerprint.json"}
+    for run, record in runs.items():
+        copied = shutil.copytree(run, tmp_path / run) / record
+        text = copied.read_text()
+        for now, before in (("hvg.min_genes", "hvg.least_genes"), ("gates.", "thresholds."), ("gzip", "deflate")):
+            text = text.replace(f'"{now}', f'"{before}')
+        copied.write_text(text)
+    for name, run in (("prepare", "finished"), ("publish", "finished"), ("prepare", "prepare-killed")):
+        assert stage(name, str(tmp_path / run)) == 0
+    lines = capsys.readouterr().err
+    assert "prepare is done" in lines and "publish is done" in lines
+    assert "96 of 276 cells were written before" in lines
+    assert stage("prepare", str(tmp_path / "finished"), "hvg.min_genes=31") == 2
+    assert "hvg.min_genes was 30 and is 31" in capsys.readouterr().err
+
+
+def test_what_a_publication_recorded_has_its_names_of_today(more_renamed: None, tmp_path: Path) -> None:
+    folder = shutil.copytree("finished/published", tmp_path / "published")
+    record = read_json(folder / "provenance.json")
+    record["config"]["thresholds"] = record["config"].pop("gates")
+    del record["seal"]
+    write_json(folder / "provenance.json", {**record, "seal": seal_of(record)})
+    assert main("verify", [str(folder)]) == 0

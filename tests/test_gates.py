@@ -259,9 +259,9 @@ def test_a_share_is_the_one_counted_by_hand() -> None:
     points, labels = two_groups(1.0, 60)
     distances = np.linalg.norm(points[:, None] - points[None], axis=2)
     np.fill_diagonal(distances, np.inf)
-    neighbours = np.argsort(distances, axis=1)[:, :7]
-    expected = (labels[neighbours] == labels[:, None]).mean()
-    assert label_share(points, labels, n_neighbours=7).value == pytest.approx(expected)
+    neighbors = np.argsort(distances, axis=1)[:, :7]
+    expected = (labels[neighbors] == labels[:, None]).mean()
+    assert label_share(points, labels, n_neighbors=7).value == pytest.approx(expected)
 
 
 def test_within_a_group_only_its_cells_are_neighbours() -> None:

@@ -8,7 +8,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from census_scvi.annotation.label_transfer import LabelTransfer
 from census_scvi.errors import UserError
-from census_scvi.neighbors.index import NeighbourIndex
+from census_scvi.neighbors.index import NeighborIndex
 
 CENTRES = {"B cell": (0, 0, 0), "T cell": (9, 0, 0), "monocyte": (0, 9, 0), "NK cell": (9, 9, 0)}
 
@@ -149,18 +149,18 @@ def test_rare_types_have_a_threshold_too(n_labels: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("n_cells", "copies", "n_neighbours"), [(0, 1, 15), (1, 1, 15), (5, 1, 15), (15, 1, 15), (3, 40, 15), (1, 1, 1)]
+    ("n_cells", "copies", "n_neighbors"), [(0, 1, 15), (1, 1, 15), (5, 1, 15), (15, 1, 15), (3, 40, 15), (1, 1, 1)]
 )
-def test_too_few_cells_are_no_reference(n_cells: int, copies: int, n_neighbours: int) -> None:
+def test_too_few_cells_are_no_reference(n_cells: int, copies: int, n_neighbors: int) -> None:
     points, labels = (np.repeat(values[:n_cells], copies, axis=0) for values in blobs(20, 0))
     different = f", {n_cells} of them different," if copies > 1 else ""
     message = (
-        f"the reference has {n_cells * copies} labelled cells?{different} and n_neighbours={n_neighbours} needs"
-        f" {n_neighbours + 1} or more"
+        f"the reference has {n_cells * copies} labelled cells?{different} and n_neighbors={n_neighbors} needs"
+        f" {n_neighbors + 1} or more"
     )
     with pytest.raises(UserError, match=message):
-        LabelTransfer(points, labels, n_neighbours=n_neighbours)
-    assert LabelTransfer(*blobs(n_neighbours + 1, 0), n_neighbours=n_neighbours).predict(points).unknown.shape == (
+        LabelTransfer(points, labels, n_neighbors=n_neighbors)
+    assert LabelTransfer(*blobs(n_neighbors + 1, 0), n_neighbors=n_neighbors).predict(points).unknown.shape == (
         len(points),
     )
 
@@ -198,7 +198,7 @@ def test_what_is_no_reference() -> None:
     points, labels = blobs(20, 0)
     for wrong in (0, -3, 2.5, True):
         with pytest.raises(UserError, match="expected a whole number of 1 or more"):
-            LabelTransfer(points, labels, n_neighbours=wrong)
+            LabelTransfer(points, labels, n_neighbors=wrong)
     points[2] = np.nan
     with pytest.raises(UserError, match="cells without a finite position"):
         LabelTransfer(points, labels)
@@ -210,7 +210,7 @@ def test_what_is_no_reference() -> None:
 def test_the_approximate_index_finds_the_neighbours() -> None:
     points = np.random.default_rng(0).normal(size=(5000, 20)).astype(np.float32)
     queries = np.random.default_rng(1).normal(size=(300, 20)).astype(np.float32)
-    exact, approximate = NeighbourIndex(points), NeighbourIndex(points, exact_cells=10)
+    exact, approximate = NeighborIndex(points), NeighborIndex(points, exact_cells=10)
     assert exact.exact
     assert not approximate.exact
     _, true = exact.query(queries, 15)
@@ -218,5 +218,5 @@ def test_the_approximate_index_finds_the_neighbours() -> None:
     shared = [len(set(one) & set(other)) for one, other in zip(true, found, strict=True)]
     assert np.mean(shared) / 15 > 0.99
     np.testing.assert_allclose(distances[:, 0], np.linalg.norm(points[found[:, 0]] - queries, axis=1), rtol=1e-4)
-    again = NeighbourIndex(points, exact_cells=10).query(queries, 15)[1]
+    again = NeighborIndex(points, exact_cells=10).query(queries, 15)[1]
     assert np.array_equal(found, again)

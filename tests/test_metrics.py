@@ -19,7 +19,7 @@ from sklearn.svm import SVC
 from census_scvi.errors import UserError
 from census_scvi.metrics import classify
 from census_scvi.metrics.biology import biology
-from census_scvi.metrics.entropy import neighbour_entropy
+from census_scvi.metrics.entropy import neighbor_entropy
 from census_scvi.metrics.interval import interval
 from census_scvi.metrics.mixing import mixing
 from census_scvi.metrics.score import CHANCE, LEGACY, MIXED, SOUND, WITHIN, Score
@@ -58,9 +58,9 @@ def measured(points: np.ndarray, types: np.ndarray, studies: np.ndarray, mode: s
     arrays.arrays(np.int64, st.tuples(st.integers(1, 5), st.integers(1, 30)), elements=st.integers(0, 19)),
     st.lists(st.integers(0, 6), min_size=20, max_size=20),
 )
-def test_entropy_is_scipy_s(neighbours: np.ndarray, batches: list[int]) -> None:
-    found = neighbour_entropy(neighbours, np.array(batches))
-    expected = [scipy_entropy(np.bincount(np.array(batches)[row])) for row in neighbours]
+def test_entropy_is_scipy_s(neighbors: np.ndarray, batches: list[int]) -> None:
+    found = neighbor_entropy(neighbors, np.array(batches))
+    expected = [scipy_entropy(np.bincount(np.array(batches)[row])) for row in neighbors]
     np.testing.assert_allclose(found, expected, atol=1e-12)
 
 

@@ -49,10 +49,10 @@ def test_baselines_are_what_scanpy_and_scikit_learn_give() -> None:
     sc.pp.log1p(both)
     logged, other = both.X.toarray()[:300], both.X.toarray()[300:]
     pca = PCA(47, random_state=0).fit(logged)
-    neighbours = KNeighborsClassifier(15, weights="distance").fit(pca.transform(logged), labels.astype(str))
+    neighbors = KNeighborsClassifier(15, weights="distance").fit(pca.transform(logged), labels.astype(str))
     regression = LogisticRegression(C=0.1, max_iter=300).fit(logged, labels.astype(str))
     found = Baselines(counts, labels, genes).predict(query)
-    assert (found["pca"][0] == neighbours.predict(pca.transform(other))).mean() > 0.97
+    assert (found["pca"][0] == neighbors.predict(pca.transform(other))).mean() > 0.97
     assert (found["logistic_regression"][0] == regression.predict(other)).all()
     np.testing.assert_allclose(
         found["logistic_regression"][1], regression.predict_proba(other).max(axis=1), atol=1e-3, rtol=0
@@ -209,7 +209,7 @@ def test_an_unknown_cell_keeps_its_most_probable_label(method: str) -> None:
 @pytest.mark.parametrize("n_cells", [1, 3, 15])
 def test_few_reference_cells_are_refused(n_cells: int) -> None:
     reference, _, _, _ = atlas_cells("good")
-    with pytest.raises(UserError, match=f"{n_cells} labelled cells? and n_neighbours=15 needs 16 or more"):
+    with pytest.raises(UserError, match=f"{n_cells} labelled cells? and n_neighbors=15 needs 16 or more"):
         Naming(reference[:n_cells].copy(), "scvi", "cell_type")
 
 

@@ -20,7 +20,7 @@ import scipy.sparse as sp
 import scvi
 from matplotlib.figure import Figure
 
-from census_scvi.annotation.label_transfer import NEIGHBOURS, check_method
+from census_scvi.annotation.label_transfer import NEIGHBORS, check_method
 from census_scvi.annotation.naming import EMPTY, PREDICTION, STUDY_COLUMNS, Naming
 from census_scvi.census.cells import Cells, matching_joinids, require_columns, select_cells
 from census_scvi.census.genes import locate_genes, read_var
@@ -37,7 +37,7 @@ from census_scvi.model.published import load_described
 from census_scvi.model.safe import ModelDescription
 from census_scvi.model.typical import typical_counts
 from census_scvi.neighbors.clusters import composition, leiden
-from census_scvi.neighbors.index import NeighbourIndex
+from census_scvi.neighbors.index import NeighborIndex
 from census_scvi.neighbors.umap_map import UmapMap
 from census_scvi.pictures.annotation_quality import draw_quality
 from census_scvi.pictures.umap import draw_map
@@ -58,15 +58,15 @@ _OBS_BLOCK, _COUNT_BLOCK = 2**16, 4096
 
 
 @dataclass(frozen=True)
-class Neighbours:
+class Neighbors:
     """The atlas' cells that lie next to some other cells.
 
     Attributes
     ----------
     joinids
-        int64 (cells, neighbours): soma_joinids, nearest first.
+        int64 (cells, neighbors): soma_joinids, nearest first.
     distances
-        float32 (cells, neighbours).
+        float32 (cells, neighbors).
     obs
         The neighbours' obs, a row each, indexed by soma_joinid.
     """
@@ -516,8 +516,8 @@ class Atlas:
         labels: str | Sequence[str] = "cell_type",
         *,
         obs_filter: str | None = None,
-        method: str = NEIGHBOURS,
-        n_neighbours: int = 15,
+        method: str = NEIGHBORS,
+        n_neighbors: int = 15,
         baseline_cells: int = BASELINE_CELLS,
         max_cells: int = REFERENCE_CELLS,
         seed: int = 0,
@@ -534,8 +534,8 @@ class Atlas:
         obs_filter
             Cells of the Census as reference; None takes all. Cells whose label says nothing ("unknown") are excluded.
         method
-            Classifier on the embedding: `neighbours`, `random_forest` or `logistic_regression`.
-        n_neighbours
+            Classifier on the embedding: `neighbors`, `random_forest` or `logistic_regression`.
+        n_neighbors
             Neighbors per cell.
         baseline_cells
             Cells of the reference whose counts are read for the baselines and for the accuracy on held-out studies;
@@ -559,11 +559,11 @@ class Atlas:
         Raises
         ------
         UserError
-            As `embed`; or the embedding is not this model's; or fewer cells have a label than `n_neighbours` needs; or
+            As `embed`; or the embedding is not this model's; or fewer cells have a label than `n_neighbors` needs; or
             no such method.
         """
         columns = [labels] if isinstance(labels, str) else list(dict.fromkeys(labels))
-        for name, value, least in (("n_neighbours", n_neighbours, 1), ("baseline_cells", baseline_cells, 0)):
+        for name, value, least in (("n_neighbors", n_neighbors, 1), ("baseline_cells", baseline_cells, 0)):
             require_whole(name, value, least)
         require_columns(self._require_census(), columns, "labels")
         check_method(method)
@@ -573,7 +573,7 @@ class Atlas:
         mapped = self._embedded(source, options)
         reference = self.reference(obs_filter, columns, max_cells, seed)
         namings = [
-            Naming(reference, LATENT, column, method=method, n_neighbours=n_neighbours, seed=seed) for column in columns
+            Naming(reference, LATENT, column, method=method, n_neighbors=n_neighbors, seed=seed) for column in columns
         ]
         for naming in namings:
             naming.name(mapped, OWN_LATENT)
@@ -603,11 +603,11 @@ class Atlas:
         *,
         obs_filter: str | None = None,
         obs_columns: list[str] | None = None,
-        n_neighbours: int = 15,
+        n_neighbors: int = 15,
         max_cells: int = REFERENCE_CELLS,
         seed: int = 0,
         **options: Any,
-    ) -> Neighbours:
+    ) -> Neighbors:
         """The atlas' cells that are most like your own.
 
         Parameters
@@ -618,7 +618,7 @@ class Atlas:
             Cells of the Census to look among; None takes all.
         obs_columns
             obs columns of the neighbours to read; None reads all.
-        n_neighbours
+        n_neighbors
             Neighbors per cell; all cells of the atlas where it has fewer.
         max_cells
             Cells of the atlas to search; of more, that many are drawn at random.
@@ -627,14 +627,14 @@ class Atlas:
         options
             Passed to `embed`.
         """
-        require_whole("n_neighbours", n_neighbours, 1)
+        require_whole("n_neighbors", n_neighbors, 1)
         mapped = self._embedded(source, options)
         reference = self.reference(obs_filter, obs_columns, max_cells, seed)
-        index = NeighbourIndex(reference.obsm[LATENT], seed=seed)
-        distances, positions = index.query(mapped.obsm[OWN_LATENT], n_neighbours)
+        index = NeighborIndex(reference.obsm[LATENT], seed=seed)
+        distances, positions = index.query(mapped.obsm[OWN_LATENT], n_neighbors)
         joinids = reference.obs["soma_joinid"].to_numpy()[positions]
         obs = reference.obs.set_index("soma_joinid").loc[np.unique(joinids)]
-        return Neighbours(joinids, distances, obs)
+        return Neighbors(joinids, distances, obs)
 
     def _embedded(self, source: ad.AnnData | str | Path, options: dict[str, Any]) -> ad.AnnData:
         """The cells in the latent space: as this model's `embed` gave them before, or embedded now."""

@@ -12,7 +12,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
-PCA_NEIGHBOURS, REGRESSION = "pca", "logistic_regression"
+PCA_NEIGHBORS, REGRESSION = "pca", "logistic_regression"
 _COMPONENTS, _COUNTS_A_CELL = 50, 1e4
 _PENALTY, _ITERATIONS = 0.1, 300
 
@@ -31,7 +31,7 @@ class Baselines:
         (cells,): label of each; two at least.
     genes
         bool (genes,): those to look at. Genes that the query's study has not measured tell studies apart, nothing else.
-    n_neighbours
+    n_neighbors
         Neighbours a cell.
     seed
         Of the PCA.
@@ -43,15 +43,15 @@ class Baselines:
         labels: Labels,
         genes: npt.NDArray[np.bool_],
         *,
-        n_neighbours: int = 15,
+        n_neighbors: int = 15,
         seed: int = 0,
     ) -> None:
         self._genes = genes
         logged = self._log(counts)
         names = labels.astype(str)
         self._pca = PCA(min(_COMPONENTS, min(logged.shape) - 1), svd_solver="arpack", random_state=seed).fit(logged)
-        neighbours = KNeighborsClassifier(min(n_neighbours, len(names)), weights="distance", algorithm="brute")
-        self._neighbours = neighbours.fit(self._pca.transform(logged), names)
+        neighbors = KNeighborsClassifier(min(n_neighbors, len(names)), weights="distance", algorithm="brute")
+        self._neighbors = neighbors.fit(self._pca.transform(logged), names)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # what it names hardly changes any more
             self._regression = LogisticRegression(C=_PENALTY, max_iter=_ITERATIONS).fit(logged, names)
@@ -60,7 +60,7 @@ class Baselines:
         """Likeliest label and its probability, (cells,) each, of raw counts (cells, genes), by each of the two."""
         logged = self._log(counts)
         shares = {
-            PCA_NEIGHBOURS: self._neighbours.predict_proba(self._pca.transform(logged)),
+            PCA_NEIGHBORS: self._neighbors.predict_proba(self._pca.transform(logged)),
             REGRESSION: self._regression.predict_proba(logged),
         }
         classes = self._regression.classes_.astype(object)

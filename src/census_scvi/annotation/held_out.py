@@ -14,7 +14,7 @@ from sklearn.metrics import recall_score
 from sklearn.model_selection import GroupKFold, KFold
 
 from census_scvi.annotation.baselines import Baselines, Labels, Named
-from census_scvi.annotation.label_transfer import NEIGHBOURS, LabelTransfer
+from census_scvi.annotation.label_transfer import NEIGHBORS, LabelTransfer
 from census_scvi.errors import UserError
 
 MODEL = "scvi"
@@ -80,8 +80,8 @@ def hold_out(
     studies: Labels | None,
     genes: npt.NDArray[np.bool_],
     *,
-    method: str = NEIGHBOURS,
-    n_neighbours: int = 15,
+    method: str = NEIGHBORS,
+    n_neighbors: int = 15,
     seed: int = 0,
 ) -> dict[str, HeldOut]:
     """Predict the labels of each third of the studies from the others: in the latent space, and without the model.
@@ -97,7 +97,7 @@ def hold_out(
         (cells,) each; studies None: thirds of the cells, at random.
     genes
         bool (genes,): those that `Baselines` look at.
-    method, n_neighbours
+    method, n_neighbors
         As `LabelTransfer` takes them.
     seed
         Of everything random.
@@ -110,11 +110,11 @@ def hold_out(
     found: dict[str, list[Named]] = {}
     for train, test in _folds(labels, studies, seed):
         try:
-            transfer = LabelTransfer(latent[train], labels[train], n_neighbours=n_neighbours, method=method, seed=seed)
+            transfer = LabelTransfer(latent[train], labels[train], n_neighbors=n_neighbors, method=method, seed=seed)
         except UserError:
             continue  # too few different cells to learn from
         named = transfer.predict(latent[test], warn=False)
-        baselines = Baselines(counts[train], labels[train], genes, n_neighbours=n_neighbours, seed=seed)
+        baselines = Baselines(counts[train], labels[train], genes, n_neighbors=n_neighbors, seed=seed)
         truth.append(labels[test])
         for name, result in {MODEL: (named.labels, named.probability), **baselines.predict(counts[test])}.items():
             found.setdefault(name, []).append(result)

@@ -17,12 +17,12 @@ from census_scvi.annotation.unknown import UnknownThreshold, set_threshold
 from census_scvi.config.arguments import require_whole
 from census_scvi.config.messages import suggestion
 from census_scvi.errors import UserError
-from census_scvi.neighbors.index import EXACT_CELLS, NeighbourIndex, Points
+from census_scvi.neighbors.index import EXACT_CELLS, NeighborIndex, Points
 
 log = logging.getLogger(__name__)
 
 UNKNOWN = "unknown"
-NEIGHBOURS, FOREST, REGRESSION = METHODS = ("neighbours", "random_forest", "logistic_regression")
+NEIGHBORS, FOREST, REGRESSION = METHODS = ("neighbors", "random_forest", "logistic_regression")
 _BLOCK_CELLS = 2**14
 
 
@@ -71,12 +71,12 @@ class LabelTransfer:
     groups
         (cells,): study or donor of each reference cell. A query comes from another study than its neighbors; with
         groups the threshold of `unknown` is set in that situation. None: all one group.
-    n_neighbours
+    n_neighbors
         Neighbors per cell, 1 or more.
     exact_cells
         Up to how many reference cells the search is exact.
     method
-        `neighbours`, `random_forest` or `logistic_regression` (on standardised dimensions).
+        `neighbors`, `random_forest` or `logistic_regression` (on standardised dimensions).
     seed
         Of the probes, of an approximate index and of the forest.
 
@@ -99,13 +99,13 @@ class LabelTransfer:
         labels: npt.ArrayLike,
         groups: npt.ArrayLike | None = None,
         *,
-        n_neighbours: int = 15,
+        n_neighbors: int = 15,
         exact_cells: int = EXACT_CELLS,
-        method: str = NEIGHBOURS,
+        method: str = NEIGHBORS,
         seed: int = 0,
     ) -> None:
         check_method(method)
-        require_whole("n_neighbours", n_neighbours, 1)
+        require_whole("n_neighbors", n_neighbors, 1)
         names = np.asarray(labels, dtype=object)
         if any(not isinstance(name, str) or not name for name in names):
             raise UserError("the reference has cells without a label; leave them out")
@@ -114,20 +114,20 @@ class LabelTransfer:
             raise UserError("the reference has cells without a finite position; leave them out")
         unique, codes = np.unique(names.astype(str), return_inverse=True)
         kept = _without_copies(points, codes)
-        if len(kept) <= n_neighbours:
-            raise UserError(_too_few(len(kept), len(names), n_neighbours))
+        if len(kept) <= n_neighbors:
+            raise UserError(_too_few(len(kept), len(names), n_neighbors))
         self._points, self._codes = points[kept], codes[kept]
         self.classes = [str(name) for name in unique]
         studies = np.zeros(len(names), np.int64)
         if groups is not None:
             studies = np.unique(np.asarray(groups).astype(str), return_inverse=True)[1]
-        self._n_neighbours = n_neighbours
-        self._index = NeighbourIndex(self._points, exact_cells=exact_cells, seed=seed)
+        self._n_neighbors = n_neighbors
+        self._index = NeighborIndex(self._points, exact_cells=exact_cells, seed=seed)
         self.bound: UnknownThreshold = set_threshold(
-            self._points, self._codes, studies[kept], n_neighbours=n_neighbours, seed=seed
+            self._points, self._codes, studies[kept], n_neighbors=n_neighbors, seed=seed
         )
         self._classifier = None
-        if method != NEIGHBOURS and len(self.classes) > 1:
+        if method != NEIGHBORS and len(self.classes) > 1:
             self._classifier = _classifier(method, seed).fit(self._points, self._codes)
 
     def predict(self, points: Points, *, empty: npt.NDArray[np.bool_] | None = None, warn: bool = True) -> Prediction:
@@ -152,7 +152,7 @@ class LabelTransfer:
         distance, nearest = np.empty(len(points)), np.empty(len(points), np.int64)
         for start in range(0, len(points), _BLOCK_CELLS):
             rows = slice(start, start + _BLOCK_CELLS)
-            distances, positions = self._index.query(points[rows], self._n_neighbours)
+            distances, positions = self._index.query(points[rows], self._n_neighbors)
             classifier = self._classifier
             votes = classifier.predict_proba(points[rows]) if classifier else self._vote(distances, positions)
             best[rows], probability[rows] = votes.argmax(axis=1), votes.max(axis=1)
@@ -187,11 +187,11 @@ def check_method(method: str) -> None:
         raise UserError(f"method is {method!r}{suggestion(method, list(METHODS))}; choose {', '.join(METHODS)}")
 
 
-def _too_few(different: int, cells: int, n_neighbours: int) -> str:
+def _too_few(different: int, cells: int, n_neighbors: int) -> str:
     copies = f", {different:,} of them different," if different < cells else ""
     return (
-        f"the reference has {cells:,} labelled cell{'s' * (cells != 1)}{copies} and n_neighbours={n_neighbours} needs"
-        f" {n_neighbours + 1} or more; take more reference cells (obs_filter), or fewer neighbors"
+        f"the reference has {cells:,} labelled cell{'s' * (cells != 1)}{copies} and n_neighbors={n_neighbors} needs"
+        f" {n_neighbors + 1} or more; take more reference cells (obs_filter), or fewer neighbors"
     )
 
 

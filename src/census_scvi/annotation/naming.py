@@ -12,15 +12,15 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from census_scvi.annotation.baselines import PCA_NEIGHBOURS, REGRESSION, Baselines, Labels
+from census_scvi.annotation.baselines import PCA_NEIGHBORS, REGRESSION, Baselines, Labels
 from census_scvi.annotation.held_out import MODEL, HeldOut, hold_out
-from census_scvi.annotation.label_transfer import NEIGHBOURS, UNKNOWN, LabelTransfer
+from census_scvi.annotation.label_transfer import NEIGHBORS, UNKNOWN, LabelTransfer
 from census_scvi.errors import UserError
 
 log = logging.getLogger(__name__)
 
 PREDICTION, EMPTY = "scvi_prediction", "scvi_empty"
-TITLES = {MODEL: "model", PCA_NEIGHBOURS: "PCA", REGRESSION: "logistic regression"}
+TITLES = {MODEL: "model", PCA_NEIGHBORS: "PCA", REGRESSION: "logistic regression"}
 _VAGUE = ("unknown", "na", "nan", "None", "")
 _STUDY, _DONOR = "dataset_id", "donor_id"
 STUDY_COLUMNS = [_STUDY, _DONOR]
@@ -39,7 +39,7 @@ class Naming:
         Name of its embedding in obsm.
     labels
         obs column of the reference.
-    method, n_neighbours, seed
+    method, n_neighbors, seed
         As `LabelTransfer` takes them.
 
     Raises
@@ -54,8 +54,8 @@ class Naming:
         latent: str,
         labels: str,
         *,
-        method: str = NEIGHBOURS,
-        n_neighbours: int = 15,
+        method: str = NEIGHBORS,
+        n_neighbors: int = 15,
         seed: int = 0,
     ) -> None:
         values = reference.obs[labels]
@@ -64,7 +64,7 @@ class Naming:
             raise UserError(f"none of the {reference.n_obs:,} reference cells has a {labels}; change obs_filter")
         self._known, self._points, self._column = known, reference.obsm[latent], labels
         self._labels = reference.obs[labels].astype(str).to_numpy(dtype=object)
-        self._method, self._n_neighbours, self._seed = method, n_neighbours, seed
+        self._method, self._n_neighbors, self._seed = method, n_neighbors, seed
         # A query comes from another study than its neighbors; where the reference is one study, from another donor.
         self._differ = next((name for name in STUDY_COLUMNS if reference.obs[name][known].nunique() > 1), None)
         self._studies = None if self._differ is None else reference.obs[self._differ].astype(str).to_numpy(dtype=object)
@@ -72,7 +72,7 @@ class Naming:
             self._points[known],
             self._labels[known],
             None if self._studies is None else self._studies[known],
-            n_neighbours=n_neighbours,
+            n_neighbors=n_neighbors,
             method=method,
             seed=seed,
         )
@@ -91,7 +91,7 @@ class Naming:
             "classes": transfer.classes,
             "reference_cells": int(self._known.sum()),
             "method": self._method,
-            "n_neighbours": self._n_neighbours,
+            "n_neighbors": self._n_neighbors,
             "known_kept": transfer.bound.known_kept,
             "left_out_found": transfer.bound.left_out_found,
             "shift": found.shift,
@@ -132,7 +132,7 @@ class Naming:
         if np.count_nonzero(counts[:, genes].sum(axis=0)) < 2:
             log.info("%s: no baselines, the reference has counts of fewer than two genes", self._column)
             return
-        baselines = Baselines(counts, labels, genes, n_neighbours=self._n_neighbours, seed=self._seed)
+        baselines = Baselines(counts, labels, genes, n_neighbors=self._n_neighbors, seed=self._seed)
         named: dict[str, list[Labels]] = {}
         for block in blocks:
             for name, (found, _) in baselines.predict(block).items():
@@ -151,7 +151,7 @@ class Naming:
             None if self._studies is None else self._studies[rows],
             genes,
             method=self._method,
-            n_neighbours=self._n_neighbours,
+            n_neighbors=self._n_neighbors,
             seed=self._seed,
         )
         cells.uns[PREDICTION][column] |= {

@@ -138,7 +138,7 @@ class _Probes:
 
 
 def set_threshold(
-    points: npt.NDArray[np.float32], codes: Codes, groups: Codes, *, n_neighbours: int, seed: int
+    points: npt.NDArray[np.float32], codes: Codes, groups: Codes, *, n_neighbors: int, seed: int
 ) -> UnknownThreshold:
     """The distance that best separates cells of missing types from cells of known ones.
 
@@ -147,16 +147,16 @@ def set_threshold(
     Parameters
     ----------
     points
-        float32 (cells, dimensions): the reference, more cells than `n_neighbours`.
+        float32 (cells, dimensions): the reference, more cells than `n_neighbors`.
     codes, groups
         (cells,): code of the label, and of the study.
-    n_neighbours
+    n_neighbors
         Neighbors per cell.
     seed
         Of the draw of the probes.
     """
     rows = _draw(codes, np.random.default_rng(seed))
-    probes = _compare(points, codes, groups, rows, n_neighbours)
+    probes = _compare(points, codes, groups, rows, n_neighbors)
     scales = _scales(probes, int(codes.max()) + 1)
     sizes = np.bincount(groups)
     ratios = {
@@ -179,7 +179,7 @@ def _draw(codes: Codes, generator: np.random.Generator) -> npt.NDArray[np.int64]
 
 
 def _compare(
-    points: npt.NDArray[np.float32], codes: Codes, groups: Codes, rows: npt.NDArray[np.int64], n_neighbours: int
+    points: npt.NDArray[np.float32], codes: Codes, groups: Codes, rows: npt.NDArray[np.int64], n_neighbors: int
 ) -> _Probes:
     """Distances of the probes to the other cells."""
     pairs = codes.astype(np.int64) * (int(groups.max()) + 1) + groups
@@ -187,7 +187,7 @@ def _compare(
     probes_of = np.bincount(pair_of[rows], minlength=len(cells))
     studies_of_label = np.bincount(np.unique(pairs) // (int(groups.max()) + 1))
     elsewhere = len(points) - np.bincount(groups)[groups[rows]]
-    across = (studies_of_label[codes[rows]] > 1) & (elsewhere >= n_neighbours)
+    across = (studies_of_label[codes[rows]] > 1) & (elsewhere >= n_neighbors)
     known, missing = [], []
     squares = np.square(points).sum(axis=1)
     size = max(_BLOCK_DISTANCES // len(points), 1)
@@ -196,12 +196,12 @@ def _compare(
         squared = squares[block][:, None] + squares - 2 * points[block] @ points.T  # to within rounding
         squared[np.arange(len(block)), block] = np.inf  # not itself
         away = np.where(groups[block][:, None] == groups, np.inf, squared)
-        known.append(_nearest(points, block, np.where(across[start : start + size, None], away, squared), n_neighbours))
+        known.append(_nearest(points, block, np.where(across[start : start + size, None], away, squared), n_neighbors))
         same = codes[block][:, None] == codes
-        other, at = _nearest(points, block, np.where(same, np.inf, away), n_neighbours)
+        other, at = _nearest(points, block, np.where(same, np.inf, away), n_neighbors)
         if (few := np.isnan(other)).any():  # other studies have too few cells of other labels: those of its own count
             near = np.where(same[few], np.inf, squared[few])
-            other[few], at[few] = _nearest(points, block[few], near, n_neighbours)
+            other[few], at[few] = _nearest(points, block[few], near, n_neighbors)
         missing.append((other, at))
     (known_distance, known_at), (missing_distance, missing_at) = (
         tuple(np.concatenate(part) for part in zip(*blocks, strict=True)) for blocks in (known, missing)
@@ -219,10 +219,10 @@ def _compare(
 
 
 def _nearest(
-    points: npt.NDArray[np.float32], rows: npt.NDArray[np.int64], squared: npt.NDArray[np.float32], n_neighbours: int
+    points: npt.NDArray[np.float32], rows: npt.NDArray[np.int64], squared: npt.NDArray[np.float32], n_neighbors: int
 ) -> tuple[Distances, npt.NDArray[np.int64]]:
     """Mean distance to the nearest cells, NaN where fewer are admitted (not infinite), and the nearest of them."""
-    at = np.argpartition(squared, n_neighbours - 1, axis=1)[:, :n_neighbours]
+    at = np.argpartition(squared, n_neighbors - 1, axis=1)[:, :n_neighbors]
     exact = np.linalg.norm(points[at].astype(np.float64) - points[rows][:, None], axis=2)
     exact[~np.isfinite(np.take_along_axis(squared, at, axis=1))] = np.nan
     first = np.where(np.isnan(exact), np.inf, exact).argmin(axis=1)

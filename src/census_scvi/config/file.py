@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 
+from census_scvi.config.renamed import translate_file, translate_overrides
 from census_scvi.config.section import members
 from census_scvi.config.yaml_file import Plain, YamlError, parse_yaml
 from census_scvi.errors import UserError
@@ -54,7 +55,7 @@ def read_settings(path: Path, overrides: Sequence[str] = ()) -> Written:
     UserError
         As `read_yaml`; a file extends itself through others, or an override is no `section.key=value`.
     """
-    files = _chain(path)
+    files, overrides = _chain(path), translate_overrides(overrides)
     layers = [(str(file), values) for file, values in files]
     merged: dict[str, Any] = {}
     for _, values in reversed(files):
@@ -75,6 +76,7 @@ def _chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
     while following is not None:
         seen.append(following.resolve())
         values = read_yaml(following)
+        translate_file(values, str(following))
         chain.append((following, values))
         if EXTENDS not in values:
             break

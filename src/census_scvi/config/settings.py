@@ -257,9 +257,9 @@ class QuerySection(Section):
     """SOMA value filter of the cells to learn from; null: all."""
     reference_cells: Annotated[int, Field(ge=100)] = 200_000
     """Reference cells to learn from; of more, this number is drawn at random."""
-    method: Literal["neighbours", "random_forest", "logistic_regression"] = "neighbours"
+    method: Literal["neighbors", "random_forest", "logistic_regression"] = "neighbors"
     """Classifier that predicts labels from the embedding."""
-    n_neighbours: Annotated[int, Field(ge=1)] = 15
+    n_neighbors: Annotated[int, Field(ge=1)] = 15
     """Nearest reference cells that vote on a cell's label."""
     baseline_cells: Annotated[int, Field(ge=0)] = 10_000
     """Reference cells whose counts train the baseline annotation, without the model; 0: no baseline."""

@@ -24,7 +24,7 @@ from census_scvi.metrics.score import (
     Score,
     classified,
     mean_of,
-    neighbour_graph,
+    neighbor_graph,
     scaled_lisi,
     scored,
     usable,
@@ -77,7 +77,7 @@ def biology(space: Space, column: str, labels: Names, donors: Names | None, batc
     found.append(score("silhouette_label", mean_of(widths), len(codes), {CHANCE: chance}))
     found += classified(score, points, codes, groups, mode, mixed=False, seed=space.seed)
     if mode == SOUND:
-        graph = neighbour_graph(points)
+        graph = neighbor_graph(points)
         real, random = (
             partial(scaled_lisi, scib_metrics.lisi_knn(graph, values), len(names), keep=True)
             for values in (codes, shuffled)

@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pandas as pd
 from scib_metrics.utils import silhouette_samples
 
-from census_scvi.metrics.entropy import neighbour_entropy
+from census_scvi.metrics.entropy import neighbor_entropy
 from census_scvi.metrics.space import Space
 
 _NEAREST = 15
@@ -37,13 +37,13 @@ def break_down(space: Space, labels: Names, batches: Names, of: Names) -> pd.Dat
     names, types = np.unique(np.where(known, labels, "").astype(str), return_inverse=True)
     codes = np.unique(batches.astype(str), return_inverse=True)[1]
     told, mine = known[rows], types[rows]
-    near = types[space.neighbours[:, 1 : _NEAREST + 1]]
+    near = types[space.neighbors[:, 1 : _NEAREST + 1]]
     widths = np.full(len(rows), np.nan)
     if len(np.unique(mine[told])) > 1:
         compact = np.unique(mine[told], return_inverse=True)[1]
         widths[told] = (silhouette_samples(space.points[told], compact) + 1) / 2
     most = np.array([_entropy(codes[types == number]) for number in range(len(names))])[mine]
-    mixing = np.divide(neighbour_entropy(space.neighbours, codes), most, out=np.full(len(rows), np.nan), where=most > 0)
+    mixing = np.divide(neighbor_entropy(space.neighbors, codes), most, out=np.full(len(rows), np.nan), where=most > 0)
     frame = pd.DataFrame(
         {
             "name": of[rows],

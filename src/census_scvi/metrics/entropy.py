@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-NEIGHBOURS = 200
+N_NEIGHBORS = 200
 
 
-def neighbour_entropy(neighbours: npt.NDArray[np.int64], batches: npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:
+def neighbor_entropy(neighbors: npt.NDArray[np.int64], batches: npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:
     """Entropy of the batches among the neighbours of each cell, in nats, float64 (cells,).
 
     0: all of one batch; ln(batches): all batches alike often. Mixed perfectly, it is somewhat below the
@@ -16,15 +16,15 @@ def neighbour_entropy(neighbours: npt.NDArray[np.int64], batches: npt.NDArray[np
 
     Parameters
     ----------
-    neighbours
-        int64 (cells, neighbours): rows of each cell's neighbours, itself among them.
+    neighbors
+        int64 (cells, neighbors): rows of each cell's neighbours, itself among them.
     batches
         Integer (all cells,): batch of each cell.
 
     Source: the entropy of the Census' embedding benchmark, which counts the cell itself among 200 neighbours.
     """
-    n_neighbours = neighbours.shape[1]
-    codes = np.sort(batches[neighbours], axis=1)
+    n_neighbors = neighbors.shape[1]
+    codes = np.sort(batches[neighbors], axis=1)
     # Runs of equal codes in the sorted rows: -sum p ln p = ln k - sum over runs of (length ln length) / k.
     ends = np.ones(codes.shape, bool)
     ends[:, :-1] = codes[:, 1:] != codes[:, :-1]
@@ -32,4 +32,4 @@ def neighbour_entropy(neighbours: npt.NDArray[np.int64], batches: npt.NDArray[np
     first = np.concatenate([[True], rows[1:] != rows[:-1]])
     lengths = np.where(first, places + 1, np.diff(places, prepend=-1)).astype(np.float64)
     summed = np.bincount(rows, weights=lengths * np.log(lengths), minlength=len(codes))
-    return np.log(n_neighbours) - summed / n_neighbours
+    return np.log(n_neighbors) - summed / n_neighbors

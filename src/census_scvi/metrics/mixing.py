@@ -14,7 +14,7 @@ from scib_metrics.utils import silhouette_samples
 
 from census_scvi.config.random_streams import Stream, generator
 from census_scvi.errors import UserError
-from census_scvi.metrics.entropy import neighbour_entropy
+from census_scvi.metrics.entropy import neighbor_entropy
 from census_scvi.metrics.score import (
     BATCH,
     MIXED,
@@ -26,7 +26,7 @@ from census_scvi.metrics.score import (
     Score,
     classified,
     mean_of,
-    neighbour_graph,
+    neighbor_graph,
     scaled_lisi,
     scored,
     usable,
@@ -34,7 +34,7 @@ from census_scvi.metrics.score import (
 from census_scvi.metrics.space import Space
 
 # As scib-metrics' own benchmark takes them.
-_KBET_NEIGHBOURS, _KBET_ALPHA = 50, 0.05
+_KBET_NEIGHBORS, _KBET_ALPHA = 50, 0.05
 
 
 def mixing(
@@ -73,9 +73,9 @@ def mixing(
     known = usable(labels, mode)
     types = np.unique(labels[known].astype(str), return_inverse=True)[1] if known.any() else np.empty(0, np.int64)
     found = []
-    per_cell = neighbour_entropy(space.neighbours, all_codes)
-    level = float(neighbour_entropy(space.neighbours, mixed).mean())
-    within = _entropy_within(codes[known], types, space.neighbours.shape[1])
+    per_cell = neighbor_entropy(space.neighbors, all_codes)
+    level = float(neighbor_entropy(space.neighbors, mixed).mean())
+    within = _entropy_within(codes[known], types, space.neighbors.shape[1])
     levels = {MIXED: level, WITHIN: within} if known.any() else {MIXED: level}
     found.append(score("entropy", mean_of(per_cell), len(codes), levels))
     if mode == SOUND:
@@ -93,7 +93,7 @@ def mixing(
         renewed = partial(score, groups=groups)
         found += classified(renewed, space.points[kept], compact, groups, mode, mixed=True, seed=space.seed)
     if mode == SOUND:
-        graph = neighbour_graph(space.points)
+        graph = neighbor_graph(space.points)
         real, perfect = (_graph_mixing(graph, values) for values in (codes, mixed[space.measured]))
         for metric, statistic in real.items():
             found.append(score(metric, statistic, len(codes), {MIXED: perfect[metric](np.arange(len(codes)))}))
@@ -104,7 +104,7 @@ def _graph_mixing(graph: NeighborsResults, codes: Codes) -> dict[str, Callable[[
     """iLISI, and kBET: share of the cells whose neighbours are of batches as all cells are (at 5 %)."""
     compact = np.unique(codes, return_inverse=True)[1]
     lisi = scib_metrics.lisi_knn(graph, compact)
-    nearer = graph.subset_neighbors(min(_KBET_NEIGHBOURS, graph.n_neighbors))
+    nearer = graph.subset_neighbors(min(_KBET_NEIGHBORS, graph.n_neighbors))
     p_values = np.asarray(scib_metrics.kbet(nearer, compact)[2])
     return {
         "ilisi": partial(scaled_lisi, lisi, compact.max() + 1, keep=False),
@@ -151,13 +151,13 @@ def _mean_over_types(widths: npt.NDArray[np.float64], types: Codes, rows: Any) -
     return float((sums[numbers > 0] / numbers[numbers > 0]).mean())
 
 
-def _entropy_within(codes: Codes, types: Codes, n_neighbours: int) -> float:
+def _entropy_within(codes: Codes, types: Codes, n_neighbors: int) -> float:
     """Entropy if the batches of each type were mixed, and the types apart: as mixed as biology allows."""
     total = 0.0
     for value in np.unique(types):
         shares = np.bincount(codes[types == value]) / (types == value).sum()
         shares = shares[shares > 0]
         # A sample of n has less entropy than what it is drawn from, by (values - 1) / 2n (Miller and Madow).
-        expected = -(shares * np.log(shares)).sum() - (len(shares) - 1) / (2 * n_neighbours)
+        expected = -(shares * np.log(shares)).sum() - (len(shares) - 1) / (2 * n_neighbors)
         total += max(expected, 0.0) * (types == value).sum()
     return total / max(len(types), 1)

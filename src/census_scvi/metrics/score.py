@@ -12,14 +12,14 @@ from scib_metrics.nearest_neighbors import NeighborsResults
 
 from census_scvi.metrics import classify
 from census_scvi.metrics.interval import interval
-from census_scvi.neighbors.index import NeighbourIndex
+from census_scvi.neighbors.index import NeighborIndex
 
 SOUND, LEGACY = "sound", "legacy"
 BIOLOGY, BATCH = "biology", "batch"
 CHANCE, MIXED, WITHIN = "chance", "perfectly mixed", "mixed within types"
 FEWEST_CELLS = 10
 # Neighbours of LISI, as scib-metrics' own benchmark takes them.
-_LISI_NEIGHBOURS = 90
+_LISI_NEIGHBORS = 90
 # Most classes for classifiers, the commonest ones: the SVM trains on every pair of them.
 MOST_CLASSES = 100
 
@@ -89,10 +89,10 @@ def usable(labels: Names, mode: str) -> npt.NDArray[np.bool_]:
     return there
 
 
-def neighbour_graph(points: Points) -> NeighborsResults:
+def neighbor_graph(points: Points) -> NeighborsResults:
     """The 90 nearest neighbours of each cell, as scib-metrics takes them."""
-    n_neighbours = min(_LISI_NEIGHBOURS, len(points) - 1)
-    distances, positions = NeighbourIndex(points, exact_cells=len(points)).query(points, n_neighbours)
+    n_neighbors = min(_LISI_NEIGHBORS, len(points) - 1)
+    distances, positions = NeighborIndex(points, exact_cells=len(points)).query(points, n_neighbors)
     return NeighborsResults(indices=positions, distances=distances)
 
 

@@ -7,9 +7,9 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from census_scvi.metrics.entropy import NEIGHBOURS
+from census_scvi.metrics.entropy import N_NEIGHBORS
 from census_scvi.neighbors.clusters import LeidenGraph
-from census_scvi.neighbors.index import NeighbourIndex
+from census_scvi.neighbors.index import NeighborIndex
 
 _RESOLUTIONS = tuple(np.linspace(0.2, 2, 10).round(1).tolist())
 
@@ -36,11 +36,11 @@ class Space:
         self._all = points
 
     @cached_property
-    def neighbours(self) -> npt.NDArray[np.int64]:
+    def neighbors(self) -> npt.NDArray[np.int64]:
         """int64 (measured cells, 200): rows of the neighbours among all cells, the cell itself among them."""
-        index = NeighbourIndex(self._all, exact_cells=len(self._all), seed=self.seed)
+        index = NeighborIndex(self._all, exact_cells=len(self._all), seed=self.seed)
         blocks = np.array_split(self.points, max(len(self.points) // 1000, 1))
-        return np.concatenate([index.query(block, NEIGHBOURS)[1] for block in blocks])
+        return np.concatenate([index.query(block, N_NEIGHBORS)[1] for block in blocks])
 
     @cached_property
     def clusterings(self) -> list[Codes]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from census_scvi.config.renamed import translate_recorded_config
 
 Text = Annotated[str, Field(min_length=1)]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -74,6 +76,10 @@ class _Config(_Part):
     gates: _UsedGates
 
 
+def _translated(config: Any) -> Any:
+    return translate_recorded_config(config) if isinstance(config, dict) else config
+
+
 class _File(_Part):
     size: Count
     sha256: Annotated[list[Digest], Field(min_length=1)]
@@ -87,7 +93,7 @@ class _Record(_Part):
     embedding: _Embedding
     census: _Census
     model: _Model
-    config: _Config
+    config: Annotated[_Config, BeforeValidator(_translated)]
     gates: _Gates
     cells_sha256: Digest
     files: Annotated[dict[Text, _File], Field(max_length=1000)]

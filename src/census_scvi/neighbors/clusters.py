@@ -12,9 +12,9 @@ import pandas as pd
 import scipy.sparse as sp
 from umap.umap_ import fuzzy_simplicial_set
 
-from census_scvi.neighbors.index import NeighbourIndex, Points
+from census_scvi.neighbors.index import NeighborIndex, Points
 
-_NEIGHBOURS = 15
+_NEIGHBORS = 15
 
 
 def leiden(points: Points, resolution: float, seed: int) -> pd.Categorical:
@@ -93,11 +93,11 @@ def composition(obs: pd.DataFrame, groups: str, columns: Sequence[str]) -> pd.Da
 
 
 def _graph(points: Points, seed: int) -> sp.csr_matrix:
-    n_neighbours = min(_NEIGHBOURS, len(points))
-    distances, positions = NeighbourIndex(points, seed=seed).query(points, n_neighbours)
+    n_neighbors = min(_NEIGHBORS, len(points))
+    distances, positions = NeighborIndex(points, seed=seed).query(points, n_neighbors)
     graph, _, _ = fuzzy_simplicial_set(
         sp.coo_matrix((len(points), 1)),
-        n_neighbours,
+        n_neighbors,
         np.random.RandomState(seed),
         "euclidean",
         knn_indices=positions,

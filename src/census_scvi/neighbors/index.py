@@ -13,14 +13,14 @@ from census_scvi.errors import UserError
 # Up to here the exact search of a thousand cells takes a second, and building the index takes longer.
 EXACT_CELLS = 50_000
 # Of the graph that is searched, and how far around a path the search looks.
-_GRAPH_NEIGHBOURS, _EPSILON = 30, 0.3
+_GRAPH_NEIGHBORS, _EPSILON = 30, 0.3
 
 Points = npt.NDArray[np.floating]
 Distances = npt.NDArray[np.float32]
 Positions = npt.NDArray[np.int64]
 
 
-class NeighbourIndex:
+class NeighborIndex:
     """Finds the nearest of some reference cells, by Euclidean distance.
 
     Parameters
@@ -47,24 +47,24 @@ class NeighbourIndex:
         if self.exact:
             self._search = NearestNeighbors(algorithm="brute").fit(points)
         else:
-            self._index = NNDescent(points, n_neighbors=_GRAPH_NEIGHBOURS, random_state=seed)
+            self._index = NNDescent(points, n_neighbors=_GRAPH_NEIGHBORS, random_state=seed)
             self._index.prepare()
 
     def __len__(self) -> int:
         return self._n_cells
 
-    def query(self, points: Points, n_neighbours: int) -> tuple[Distances, Positions]:
-        """Distances, float32, and positions in the reference, int64, both (cells, neighbours), nearest first.
+    def query(self, points: Points, n_neighbors: int) -> tuple[Distances, Positions]:
+        """Distances, float32, and positions in the reference, int64, both (cells, neighbors), nearest first.
 
-        Of a reference of fewer cells than `n_neighbours`, all are neighbors. UserError for fewer than one neighbor.
+        Of a reference of fewer cells than `n_neighbors`, all are neighbors. UserError for fewer than one neighbor.
         """
-        require_whole("n_neighbours", n_neighbours, 1)
-        n_neighbours = min(n_neighbours, self._n_cells)
+        require_whole("n_neighbors", n_neighbors, 1)
+        n_neighbors = min(n_neighbors, self._n_cells)
         points = np.ascontiguousarray(points, np.float32)
         if not len(points):
-            return np.empty((0, n_neighbours), np.float32), np.empty((0, n_neighbours), np.int64)
+            return np.empty((0, n_neighbors), np.float32), np.empty((0, n_neighbors), np.int64)
         if self.exact:
-            distances, positions = self._search.kneighbors(points, n_neighbours)
+            distances, positions = self._search.kneighbors(points, n_neighbors)
         else:
-            positions, distances = self._index.query(points, n_neighbours, epsilon=_EPSILON)
+            positions, distances = self._index.query(points, n_neighbors, epsilon=_EPSILON)
         return distances.astype(np.float32), positions.astype(np.int64)

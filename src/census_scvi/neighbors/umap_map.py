@@ -9,11 +9,11 @@ import numpy.typing as npt
 import umap
 
 from census_scvi.neighbors.compile_cache import keep_compiled
-from census_scvi.neighbors.index import NeighbourIndex, Points
+from census_scvi.neighbors.index import NeighborIndex, Points
 
 keep_compiled("umap")
 
-_NEIGHBOURS = 15
+_NEIGHBORS = 15
 # Of fewer cells UMAP makes no map.
 _FEWEST = 4
 _BLOCK_CELLS = 2**14
@@ -41,7 +41,7 @@ class UmapMap:
             self.positions = _principal(self._points)
             return
         # Not through scanpy: its neighbours of more than 8,192 cells fail with the newest pynndescent.
-        reducer = umap.UMAP(n_neighbors=min(_NEIGHBOURS, len(points) - 1), min_dist=0.5, random_state=seed)
+        reducer = umap.UMAP(n_neighbors=min(_NEIGHBORS, len(points) - 1), min_dist=0.5, random_state=seed)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="n_jobs value")  # a seed means one thread, as we want
             self.positions = np.asarray(reducer.fit_transform(self._points), np.float32)
@@ -52,11 +52,11 @@ class UmapMap:
         In the median, not the mean: neighbours on two islands would put it into the sea. UMAP's own `transform` seeks
         neighbours approximately, and among cells that lie far from all it finds them on the wrong island.
         """
-        index = NeighbourIndex(self._points, seed=self._seed)
+        index = NeighborIndex(self._points, seed=self._seed)
         if not len(points):
             return np.empty((0, 2), np.float32)
         blocks = [points[start : start + _BLOCK_CELLS] for start in range(0, len(points), _BLOCK_CELLS)]
-        found = [np.median(self.positions[index.query(block, _NEIGHBOURS)[1]], axis=1) for block in blocks]
+        found = [np.median(self.positions[index.query(block, _NEIGHBORS)[1]], axis=1) for block in blocks]
         return np.concatenate(found).astype(np.float32)
 
 

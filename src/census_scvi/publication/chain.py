@@ -18,6 +18,7 @@ from census_scvi.census.embedding import EmbeddingHash, publication_of, publishe
 from census_scvi.census.genes import locate_genes
 from census_scvi.census.open import Census, open_census
 from census_scvi.config import CensusSection, GatesSection
+from census_scvi.config.renamed import translate_recorded_config
 from census_scvi.counts.row_hash import row_hashes
 from census_scvi.errors import UserError
 from census_scvi.files.paths import expand_argument
@@ -172,7 +173,7 @@ class _Folder:
         batches = cells.obs["batch"].to_numpy(dtype=object)
         mean, _ = reference_latent(model, description.genes, cells.X, batches)
         # A record that was forged would allow any difference.
-        bound = min(float(self.record["config"]["gates"]["max_difference"]), _MAX_DIFFERENCE)
+        bound = min(float(translate_recorded_config(self.record["config"])["gates"]["max_difference"]), _MAX_DIFFERENCE)
         gate = re_embedding(cells.obs["soma_joinid"].to_numpy(), np.asarray(published), mean, bound)
         words = f"{len(mean):,} cells, largest difference to scvi-tools' own {gate.value:.1e}"
         return gate.passed, words if gate.passed else gate.detail
@@ -239,7 +240,7 @@ class _InCensus:
         return valid, f"{words} (--seed {self._seed})"
 
     def _cells(self) -> Cells:
-        config = self._record["config"]
+        config = translate_recorded_config(self._record["config"])
         return select_cells(self._census, config["census"]["obs_query"], config["anndata"]["batch_key"])
 
     def _experiment_uri(self) -> str:

@@ -40,7 +40,7 @@ def label_share(
     labels: npt.NDArray[Any],
     *,
     within: npt.NDArray[Any] | None = None,
-    n_neighbours: int = 15,
+    n_neighbors: int = 15,
     seed: int = 0,
 ) -> Share:
     """Share of a cell's nearest neighbours that have its own label.
@@ -53,7 +53,7 @@ def label_share(
         (cells,): the label, of any kind.
     within
         (cells,): neighbours are sought, and chance is counted, among cells of the same value only; None: all cells.
-    n_neighbours
+    n_neighbors
         Neighbours a cell; fewer where its group is small. Cells alone in their group are left out.
     seed
         Of the bootstrap.
@@ -68,9 +68,9 @@ def label_share(
         cells = np.flatnonzero(groups == group)
         if len(cells) < 2:
             continue
-        found = NearestNeighbors(n_neighbors=min(n_neighbours, len(cells) - 1)).fit(points[cells])
-        neighbours = cells[found.kneighbors(return_distance=False)]  # of the cells themselves, which are left out
-        shares.append((labels[neighbours] == labels[cells][:, None]).mean(axis=1))
+        found = NearestNeighbors(n_neighbors=min(n_neighbors, len(cells) - 1)).fit(points[cells])
+        neighbors = cells[found.kneighbors(return_distance=False)]  # of the cells themselves, which are left out
+        shares.append((labels[neighbors] == labels[cells][:, None]).mean(axis=1))
         _, codes, times = np.unique(labels[cells], return_inverse=True, return_counts=True)
         chances.append((times[codes] - 1) / (len(cells) - 1))
     if not shares:

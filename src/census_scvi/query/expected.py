@@ -11,10 +11,10 @@ import scvi
 import torch
 
 from census_scvi.model.encode import Encoder
-from census_scvi.neighbors.index import NeighbourIndex
+from census_scvi.neighbors.index import NeighborIndex
 
 # Cells of the query that are used, trained batches that are decoded, reference neighbors per cell.
-_CELLS, _BATCHES, _NEIGHBOURS = 256, 8, 15
+_CELLS, _BATCHES, _NEIGHBORS = 256, 8, 15
 
 
 class ExpectedCounts:
@@ -51,17 +51,17 @@ class ExpectedCounts:
         """
         latent = self._latent(counts[:: -(-counts.shape[0] // _CELLS)])
         reference = self._reference() if self._reference is not None else None
-        frequency = self._decoded(latent) if reference is None else self._of_neighbours(latent, reference, there)
+        frequency = self._decoded(latent) if reference is None else self._of_neighbors(latent, reference, there)
         return float(frequency[there].sum() / frequency.sum()) if frequency.any() else float("nan")
 
     def _latent(self, counts: sp.csr_matrix) -> npt.NDArray[np.float32]:
         return self._encode(counts, np.full(counts.shape[0], self._n_trained)).mean
 
-    def _of_neighbours(
+    def _of_neighbors(
         self, latent: npt.NDArray[np.float32], reference: sp.csr_matrix, there: npt.NDArray[np.bool_]
     ) -> npt.NDArray[np.float64]:
         without = sp.csr_matrix(reference.multiply(there[None, :]), dtype=np.float32)
-        _, nearest = NeighbourIndex(self._latent(without)).query(latent, _NEIGHBOURS)
+        _, nearest = NeighborIndex(self._latent(without)).query(latent, _NEIGHBORS)
         return np.asarray(reference[nearest.ravel()].sum(axis=0), np.float64).ravel()
 
     @torch.inference_mode()

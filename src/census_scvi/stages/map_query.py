@@ -95,7 +95,7 @@ def _predict(atlas: Atlas, source: Path, config: Config) -> ad.AnnData:
             settings.labels,
             obs_filter=settings.obs_filter,
             method=settings.method,
-            n_neighbours=settings.n_neighbours,
+            n_neighbors=settings.n_neighbors,
             baseline_cells=settings.baseline_cells,
             max_cells=settings.reference_cells,
             seed=config.seed,

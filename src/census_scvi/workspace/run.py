@@ -21,6 +21,7 @@ from typing import Any
 
 from census_scvi.config import Config, digest
 from census_scvi.config.commands import script_of
+from census_scvi.config.renamed import translate_record
 from census_scvi.config.run_names import FINGERPRINT, LOCK, MANIFEST, STAGING
 from census_scvi.errors import UserError
 from census_scvi.files.atomic import remove, sync, sync_tree, write_json
@@ -263,8 +264,9 @@ class Workspace:
 
 
 def _in_settings_of(now: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
-    """A fingerprint that an earlier version wrote: a setting that is newer did then what it does by default."""
-    return {**before, "config": Config().select(tuple(now["config"])) | before["config"]}
+    """A fingerprint that an earlier version wrote, by the names of today: a newer setting did what is its default."""
+    config = Config().select(tuple(now["config"])) | translate_record(before["config"])
+    return {**before, "config": config}
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
