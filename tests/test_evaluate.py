@@ -292,7 +292,6 @@ def test_without_a_run_the_pca_takes_variable_genes(finished_run: Run, demo_cens
 
 
 def test_classes_of_the_cell_ontology(finished_run: Run, tmp_path: Path) -> None:
-    pytest.importorskip("cellxgene_ontology_guide", reason="needs the Cell Ontology: pip install -e .[ontology]")
     terms = pd.Series(["CL:0000236", "CL:0000624", "CL:0000057", "unknown", "CL:9999999", "CL:0000236"])
     found = ontology.classes_of(terms, "cell_class").tolist()
     blood = "hematopoietic cell"

@@ -18,6 +18,9 @@ def __getattr__(name: str) -> Any:
 
         return load_model
     if name == "Atlas":
+        from census_scvi.config.extras import require_extra
+
+        require_extra("atlas", "Atlas")
         from census_scvi.atlas import Atlas
 
         return Atlas

@@ -21,6 +21,7 @@ from typing import NoReturn
 
 from census_scvi.config import Config, load_config
 from census_scvi.config.commands import COMMANDS, Command
+from census_scvi.config.extras import require_extra
 from census_scvi.config.messages import suggestion
 from census_scvi.errors import UserError
 from census_scvi.files.paths import expand_argument
@@ -70,7 +71,7 @@ def main(name: str, argv: Sequence[str] | None = None, *, program: str | None = 
         module = importlib.import_module(command.module)
         return int(module.main(argv, program=program))
     arguments = _parser(command, program).parse(argv)
-    return guarded(lambda: _run(command, arguments))
+    return guarded(lambda: _run(command, arguments, program or command.script))
 
 
 def console(argv: Sequence[str] | None = None) -> int:
@@ -178,11 +179,13 @@ def _parser(command: Command, program: str | None) -> Parser:
     return parser
 
 
-def _run(command: Command, arguments: argparse.Namespace) -> None:
+def _run(command: Command, arguments: argparse.Namespace, program: str) -> None:
     path = Path(expand_argument(arguments.config, "--config"))
     if not path.exists():
         raise UserError(f"{path}: no such file; name the YAML file with your settings: --config FILE")
     config: Config = load_config(path, arguments.settings)
+    if command.extra:
+        require_extra(command.extra, program)
     # Imported only now: torch, scvi-tools and TileDB take seconds, and a wrong setting is answered at once.
     module = importlib.import_module(command.module)
     if arguments.dry_run:

@@ -6,8 +6,6 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from census_scvi.errors import UserError
-
 CELL_CLASS, CELL_SUBCLASS = COLUMNS = ("cell_class", "cell_subclass")
 
 
@@ -20,20 +18,12 @@ def classes_of(terms: pd.Series, column: str) -> npt.NDArray[np.object_]:
         Term ids, such as CL:0000236.
     column
         `cell_class` or `cell_subclass`: the first term of that curated list that is an ancestor, or the term itself.
-
-    Raises
-    ------
-    UserError
-        cellxgene-ontology-guide is not installed.
     """
-    try:
-        from cellxgene_ontology_guide.curated_ontology_term_lists import get_curated_ontology_term_list
-        from cellxgene_ontology_guide.entities import CuratedOntologyTermList
-        from cellxgene_ontology_guide.ontology_parser import OntologyParser
-    except ModuleNotFoundError:
-        raise UserError(
-            f"{column} needs the Cell Ontology: pip install 'census-scvi[ontology]', or name another label"
-        ) from None
+    # Imported only where a label needs it.
+    from cellxgene_ontology_guide.curated_ontology_term_lists import get_curated_ontology_term_list
+    from cellxgene_ontology_guide.entities import CuratedOntologyTermList
+    from cellxgene_ontology_guide.ontology_parser import OntologyParser
+
     ontology, curated = OntologyParser(), get_curated_ontology_term_list(CuratedOntologyTermList(column))
     found: dict[str, str | None] = {}
     for term in terms.astype(str).unique():

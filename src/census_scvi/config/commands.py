@@ -19,12 +19,15 @@ class Command:
         Whether it is a stage of the pipeline, with a record in the run directory's manifest.
     own_arguments
         Whether it has arguments of its own, in place of `--config FILE` and `section.key=value`.
+    extra
+        The extra of the installation that has its packages; None: every installation has them.
     """
 
     name: str
     summary: str
     stage: bool = False
     own_arguments: bool = False
+    extra: str | None = None
 
     @property
     def script(self) -> str:
@@ -55,18 +58,25 @@ COMMANDS = {
             "Embed every cell of the Census and write latent.npy and final_scvi_optimized/.",
             stage=True,
         ),
-        Command("evaluate", "Measure embeddings of a slice of the Census, and write metrics.json and report.html."),
+        Command(
+            "evaluate",
+            "Measure embeddings of a slice of the Census, and write metrics.json and report.html.",
+            extra="evaluate",
+        ),
         Command(
             "publish",
             "Pass the gates, then publish the embedding in the Census' obsm, with model and provenance.",
             stage=True,
+            extra="publish",
         ),
         Command(
             "verify",
             "Check that a published embedding is what its model computes from its cells.",
             own_arguments=True,
         ),
-        Command("map-query", "Embed your own cells with a trained model and annotate them from the Census."),
+        Command(
+            "map-query", "Embed your own cells with a trained model and annotate them from the Census.", extra="atlas"
+        ),
     )
 }
 

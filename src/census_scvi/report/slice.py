@@ -157,10 +157,7 @@ def _obs(config: Config, census: Census, joinids: npt.NDArray[np.int64], problem
         obs[BATCH] = [batch_label(values) for values in combinations]
     for column in ontology.COLUMNS:
         if column in settings.labels and column not in obs and _TERMS in obs:
-            try:
-                obs[column] = ontology.classes_of(obs[_TERMS], column)
-            except UserError as error:
-                problems.append(str(error))
+            obs[column] = ontology.classes_of(obs[_TERMS], column)
     for setting, names in {"labels": settings.labels, "batches": settings.batches}.items():
         for name in names:
             if name not in obs and name not in ontology.COLUMNS:
