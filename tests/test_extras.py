@@ -100,6 +100,7 @@ def test_what_is_declared_is_imported() -> None:
         assert unused == ({"huggingface-hub"} if extra == "publish" else set())  # scvi.hub imports it
     (everything,) = map(Requirement, PROJECT["optional-dependencies"]["all"])
     assert everything.extras == {extra for extra in USERS if extra}
+    assert "census-scvi[all]" in PROJECT["optional-dependencies"]["dev"]  # what scvi-init.sh installs
     assert everything.extras | {"all", "bench", "dev"} == set(PROJECT["optional-dependencies"])
 
 
@@ -217,3 +218,20 @@ def test_atlas_names_the_extra_that_it_needs(core: Installation, tmp_path: Path)
     assert done.stderr.splitlines()[-1] == (
         "census_scvi.errors.UserError: Atlas needs igraph, which is not installed; pip install 'census-scvi[atlas]'"
     )
+
+
+def test_the_version_is_that_of_the_installation(metadata: Path, tmp_path: Path) -> None:
+    """The command, the package and records (from which the model card takes it) follow the one in pyproject.toml."""
+    text = (metadata / "METADATA").read_text()
+    assert f"\nVersion: {PROJECT['version']}\n" in text
+    other = tmp_path / "census_scvi-98.7.dist-info"
+    other.mkdir()
+    (other / "METADATA").write_text(text.replace(f"\nVersion: {PROJECT['version']}\n", "\nVersion: 98.7\n"))
+    code = """
+import census_scvi
+from census_scvi.cli import console
+from census_scvi.workspace.provenance import package_versions
+console(["--version"])
+print(census_scvi.__version__, package_versions()["census-scvi"])
+"""
+    assert Installation(tmp_path / "packages", other).run(code).stdout == "census-scvi 98.7\n98.7 98.7\n"
