@@ -22,10 +22,18 @@ from matplotlib.figure import Figure
 
 from census_scvi.annotation.label_transfer import NEIGHBORS, check_method
 from census_scvi.annotation.naming import EMPTY, PREDICTION, STUDY_COLUMNS, Naming
-from census_scvi.census.cells import Cells, matching_joinids, require_columns, select_cells
+from census_scvi.census.cells import Cells, matching_joinids, require_columns
 from census_scvi.census.genes import locate_genes, read_var
 from census_scvi.census.open import Census, open_census
-from census_scvi.census.stream import Block, consecutive, stream_blocks, stream_obs, tile_runs
+from census_scvi.census.slices import (
+    Embedding,
+    choose_cells,
+    choose_cells_and_batches,
+    read_counts_of,
+    read_obs_of,
+    read_positions,
+)
+from census_scvi.census.stream import Block
 from census_scvi.config import CensusSection
 from census_scvi.config.arguments import require_number, require_whole
 from census_scvi.config.messages import suggestion
@@ -43,8 +51,8 @@ from census_scvi.pictures.annotation_quality import draw_quality
 from census_scvi.pictures.umap import draw_map
 from census_scvi.query.expression import Decoder, warn_where_groups_are_batches
 from census_scvi.query.mapping import MIN_SHARE, Mapper
-from census_scvi.query.reference import Embedding, Origin, open_embedding, prove_embedding
-from census_scvi.terminal.progress import progress_bar, show_messages
+from census_scvi.query.reference import Origin, open_embedding, prove_embedding
+from census_scvi.terminal.progress import show_messages
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +62,6 @@ _MODEL = "scvi_model"
 REFERENCE_CELLS, SLICE_CELLS = 200_000, 1_000_000
 # Cells whose counts are read to compare with; more of them change little.
 BASELINE_CELLS = 10_000
-_OBS_BLOCK, _COUNT_BLOCK = 2**16, 4096
 
 
 @dataclass(frozen=True)
@@ -230,20 +237,15 @@ class Atlas:
         require_whole("seed", seed, 0)
         census, embedding = self._require_census(), self._require_embedding()
         require_columns(census, obs_columns or [], "obs_columns")
-        joinids = matching_joinids(census, obs_filter)
-        n_matching = len(joinids)
-        if n_matching > max_cells:
-            joinids = _some(joinids, max_cells, seed)
-            log.info("%s of %s cells drawn at random", f"{max_cells:,}", f"{n_matching:,}")
-        blocks = list(_shown(embedding.read(joinids), len(joinids), "embeddings"))
-        embedded = np.concatenate([np.empty(0, np.int64), *(found for found, _ in blocks)])
+        joinids, _ = choose_cells(census, obs_filter, max_cells=max_cells, numbers=np.random.default_rng(seed))
+        embedded, positions = read_positions(embedding, joinids)
         if not len(embedded):
             raise UserError(f"none of the {len(joinids):,} cells has an embedding in {embedding.name}")
         if len(embedded) < len(joinids):
             log.warning("%s cells have no embedding and are left out", f"{len(joinids) - len(embedded):,}")
         return ad.AnnData(
             obs=self._obs(embedded, obs_columns),
-            obsm={LATENT: np.concatenate([values for _, values in blocks])},
+            obsm={LATENT: positions},
             uns={"census": {key: value for key, value in census.identity.items() if value is not None}},
         )
 
@@ -448,26 +450,23 @@ class Atlas:
     def _cells_of(self, obs_filter: str | None, max_cells: int, seed: int, argument: str) -> Cells:
         """Cells of the Census with their batches, at most `max_cells`; errors name the `argument` of the filter."""
         _, description = self._require_model()
-        cells = select_cells(self._require_census(), obs_filter, description.batch_key, argument)
-        if len(cells) <= max_cells:
-            return cells
-        log.info("%s of %s cells drawn at random", f"{max_cells:,}", f"{len(cells):,}")
-        rows = _some(np.arange(len(cells)), max_cells, seed)
-        return Cells(cells.joinids[rows], cells.batch_codes[rows], cells.batches)
+        return choose_cells_and_batches(
+            self._require_census(),
+            obs_filter,
+            description.batch_key,
+            max_cells=max_cells,
+            numbers=np.random.default_rng(seed),
+            setting=argument,
+        )
 
     def _counts(self, joinids: npt.NDArray[np.int64]) -> Iterator[Block]:
-        """Raw counts of cells in the model's genes, with a progress bar."""
+        """Raw counts of cells in the model's genes."""
         census, (_, description) = self._require_census(), self._require_model()
-        genes = locate_genes(census, description.genes, MIN_SHARE)
-        with progress_bar(len(joinids), "counts") as bar:
-            for block in stream_blocks(census, joinids, genes, blocks=tile_runs(joinids, _COUNT_BLOCK)):
-                yield block
-                bar.update(block.counts.shape[0])
+        return read_counts_of(census, joinids, locate_genes(census, description.genes, MIN_SHARE))
 
     def _obs(self, joinids: npt.NDArray[np.int64], obs_columns: list[str] | None = None) -> pd.DataFrame:
         """Obs of cells, ascending, indexed by soma_joinid."""
-        groups = (np.arange(*rows) for rows in consecutive(0, len(joinids), _OBS_BLOCK))
-        obs = pd.concat([frame for _, frame in stream_obs(self._require_census(), joinids, groups, obs_columns)])
+        obs = read_obs_of(self._require_census(), joinids, obs_columns)
         obs.index = obs["soma_joinid"].astype(str)
         obs.index.name = None
         for name in obs.select_dtypes("category"):
@@ -578,7 +577,7 @@ class Atlas:
         for naming in namings:
             naming.name(mapped, OWN_LATENT)
         if baseline_cells and _holds_counts(source):
-            rows = _some(np.arange(reference.n_obs), baseline_cells, seed)
+            rows = draw(reference.n_obs, baseline_cells, np.random.default_rng(seed))
             blocks = self._counts(reference.obs["soma_joinid"].to_numpy()[rows])
             counts = sp.vstack([block.counts for block in blocks], format="csr")
             missing = mapped.uns["scvi_alignment"]["missing"]
@@ -721,11 +720,6 @@ def _census_section(census: str, organism: str) -> CensusSection:
     return CensusSection(organism=organism, version=census)
 
 
-def _some(values: npt.NDArray[np.int64], most: int, seed: int) -> npt.NDArray[np.int64]:
-    """At most `most` of the values, ascending, drawn at random."""
-    return values[draw(len(values), most, np.random.default_rng(seed))]
-
-
 def _holds_counts(source: ad.AnnData | str | Path) -> bool:
     return not isinstance(source, ad.AnnData) or source.X is not None or bool(source.layers) or source.raw is not None
 
@@ -736,11 +730,3 @@ def _latent_of(cells: ad.AnnData) -> npt.NDArray[np.float32]:
         if name in cells.obsm:
             return np.asarray(cells.obsm[name], np.float32)
     raise UserError(f"the cells have no obsm[{LATENT!r}] or obsm[{OWN_LATENT!r}]; embed them first: atlas.embed(cells)")
-
-
-def _shown(blocks: Any, total: int, what: str) -> Any:
-    """Blocks of cells, with a progress bar."""
-    with progress_bar(total, what) as bar:
-        for joinids, values in blocks:
-            yield joinids, values
-            bar.update(len(joinids))

@@ -6,16 +6,16 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import scvi
 import tiledbsoma
 
 from census_scvi.census.embedding import published_uri, read_some
 from census_scvi.census.genes import locate_genes
 from census_scvi.census.open import Census
+from census_scvi.census.slices import Embedding, Joinids, Values
 from census_scvi.census.storage import soma_context
 from census_scvi.census.stream import stream_blocks
 from census_scvi.config import CensusSection
@@ -36,28 +36,6 @@ _READ_CELLS = 2**15
 # Cells with which the embedding is compared with the model's, and how far they may differ.
 _PROVEN_CELLS, _TOLERANCE = 64, 1e-3
 _SAME_CENSUS = ("schema", "created_on", "organism", "cells")
-
-Joinids = npt.NDArray[np.int64]
-Values = npt.NDArray[np.float32]
-
-
-class Embedding(Protocol):
-    """Positions of a Census' cells.
-
-    Attributes
-    ----------
-    name
-        Where it lies, for messages.
-    n_latent
-        Its dimensions.
-    """
-
-    name: str
-    n_latent: int
-
-    def read(self, joinids: Joinids) -> Iterator[tuple[Joinids, Values]]:
-        """Those of the cells, ascending, that have a position, in blocks, and float32 (cells, n_latent)."""
-        ...
 
 
 class _NotThereError(UserError):

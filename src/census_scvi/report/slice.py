@@ -13,10 +13,10 @@ import scanpy as sc
 import scipy.sparse as sp
 
 from census_scvi.census import ontology
-from census_scvi.census.cells import batch_label, matching_joinids
+from census_scvi.census.cells import batch_label
 from census_scvi.census.genes import locate_genes, read_genes, read_var
 from census_scvi.census.open import Census
-from census_scvi.census.stream import consecutive, stream_blocks, stream_obs, tile_runs
+from census_scvi.census.slices import choose_cells, read_counts_of, read_obs_of, read_positions
 from census_scvi.config import Config
 from census_scvi.config.messages import suggestion
 from census_scvi.config.random_streams import Stream, draw, generator
@@ -24,7 +24,6 @@ from census_scvi.errors import UserError
 from census_scvi.files.uri import without_credentials
 from census_scvi.pictures.umap import log_pca
 from census_scvi.query.reference import open_embedding
-from census_scvi.terminal.progress import progress_bar
 from census_scvi.workspace import Artifacts, Workspace
 
 log = logging.getLogger(__name__)
@@ -35,7 +34,6 @@ VAGUE = ("unknown", "native cell", "animal cell", "eukaryotic cell", "cell", "na
 _TERMS = "cell_type_ontology_term_id"
 # Columns that colour the maps, in addition to labels and batches.
 _SHOWN = ("cell_type", "dataset_id", "assay", "donor_id")
-_OBS_BLOCK, _COUNT_BLOCK = 2**16, 4096
 _GENE_CELLS = 20_000
 
 Names = npt.NDArray[np.object_]
@@ -79,11 +77,13 @@ def read_slice(config: Config, census: Census) -> Slice:
         No cell matches, or no embedding is there.
     """
     settings = config.evaluate
-    joinids = matching_joinids(census, settings.obs_filter, "evaluate.obs_filter")
-    n_matching = len(joinids)
-    if n_matching > settings.max_cells:
-        joinids = joinids[draw(n_matching, settings.max_cells, generator(config.seed, Stream.EVALUATED_CELLS))]
-        log.info("%s of %s cells drawn at random", f"{len(joinids):,}", f"{n_matching:,}")
+    joinids, n_matching = choose_cells(
+        census,
+        settings.obs_filter,
+        max_cells=settings.max_cells,
+        numbers=generator(config.seed, Stream.EVALUATED_CELLS),
+        setting="evaluate.obs_filter",
+    )
     problems: list[str] = []
     spaces, joinids = _embeddings(config, census, joinids, problems)
     obs = _obs(config, census, joinids, problems)
@@ -108,9 +108,7 @@ def _embeddings(
             problems.append(f"{name}: {error}")
             continue
         log.info("%s is the embedding %s", name, without_credentials(embedding.name))
-        blocks = list(embedding.read(joinids))
-        found = np.concatenate([np.empty(0, np.int64), *(block[0] for block in blocks)])
-        values = np.concatenate([np.empty((0, embedding.n_latent), np.float32), *(block[1] for block in blocks)])
+        found, values = read_positions(embedding, joinids)
         finite = np.isfinite(values).all(axis=1)
         if not finite.all():
             problems.append(
@@ -149,9 +147,7 @@ def _obs(config: Config, census: Census, joinids: npt.NDArray[np.int64], problem
     if settings.donors:
         wanted.append(settings.donors)
     columns = [name for name in dict.fromkeys(wanted) if name in known]
-    groups = (np.arange(*rows) for rows in consecutive(0, len(joinids), _OBS_BLOCK))
-    obs = pd.concat([frame for _, frame in stream_obs(census, joinids, groups, columns)])
-    obs = obs.set_index("soma_joinid")
+    obs = read_obs_of(census, joinids, columns).set_index("soma_joinid")
     if all(name in obs for name in key):
         combinations = obs[key].astype(object).itertuples(index=False, name=None)
         obs[BATCH] = [batch_label(values) for values in combinations]
@@ -192,9 +188,4 @@ def _genes(config: Config, census: Census, joinids: npt.NDArray[np.int64]) -> np
 
 def _counts(census: Census, joinids: npt.NDArray[np.int64], genes: npt.NDArray[np.int64]) -> sp.csr_matrix:
     """CSR float32 (cells, genes): raw counts."""
-    blocks = []
-    with progress_bar(len(joinids), "counts") as bar:
-        for block in stream_blocks(census, joinids, genes, blocks=tile_runs(joinids, _COUNT_BLOCK)):
-            blocks.append(block.counts)
-            bar.update(block.counts.shape[0])
-    return sp.vstack(blocks, format="csr")
+    return sp.vstack([block.counts for block in read_counts_of(census, joinids, genes)], format="csr")
