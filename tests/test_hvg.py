@@ -9,12 +9,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import scanpy as sc
+from cellxgene_census.experimental.pp import highly_variable_genes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pipeline import Run
 
 from census_scvi.census.cells import Cells, select_cells
-from census_scvi.census.genes import read_genes, select_genes
+from census_scvi.census.genes import read_genes, read_var, select_genes
 from census_scvi.census.hvg import select
 from census_scvi.census.hvg.seurat_v3 import mean_and_variance, normalised_variance, top_genes
 from census_scvi.census.hvg.tally import GeneTally
@@ -208,6 +209,25 @@ def test_the_engine_is_the_config_s(demo_census: str, tmp_path: Path, monkeypatc
     monkeypatch.setattr("census_scvi.census.genes.select_in_one_pass", fails)
     assert Run(tmp_path / "census", demo_census, hvg={"engine": "census"})("prepare") == 0
     assert Run(tmp_path / "one", demo_census, hvg={"engine": "one-pass"})("prepare") == 1
+
+
+def test_the_census_library_s_jitter_is_seeded_and_numpy_left_alone(
+    demo_census: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = HvgSection(top_n_hvg=200, hvg_batch=["donor_id", "cell_type"], engine="census")
+    with open_census(CensusSection(uri=demo_census)) as census:
+        with census.experiment.axis_query("RNA") as query:
+            with pytest.raises(ValueError, match=r"condition number|singular"):  # it does need jitter
+                highly_variable_genes(query, batch_key=settings.hvg_batch, max_loess_jitter=0)
+            unseeded = np.random.default_rng
+            with monkeypatch.context() as patch:  # what the library gives where its generator starts from the seed
+                patch.setattr(np.random, "default_rng", lambda: unseeded(7))
+                theirs = highly_variable_genes(query, n_top_genes=200, batch_key=settings.hvg_batch)
+        with monkeypatch.context() as patch:  # what other threads would draw from
+            patch.setattr(np.random, "default_rng", lambda seed: unseeded(seed))
+            chosen = select_genes(census, None, settings, seed=7).feature_ids
+        var = read_var(census)
+    assert chosen == var["feature_id"][theirs["highly_variable"].to_numpy()].tolist()
 
 
 def test_cells_without_a_batch_key_are_one_batch(demo_census: str) -> None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import pickle
 import pickletools
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
@@ -101,9 +101,6 @@ def _select_in_one_pass(
 def _select_by_census(
     census: Census, value_filter: str | None, settings: HvgSection, seed: int, min_cells: int
 ) -> _Masks:
-    # Compiles its kernels when it is imported, which takes seconds: only where it is used.
-    from cellxgene_census.experimental.pp import highly_variable_genes
-
     candidates = np.ones(int(census.experiment.ms["RNA"].var.count), dtype=bool)
     if min_cells:
         candidates = count_detections(census, select_cells(census, value_filter, [])) >= min_cells
@@ -112,23 +109,36 @@ def _select_by_census(
     value_filter = soma_filter(census, value_filter, "census.obs_query")
     cells = tiledbsoma.AxisQuery(value_filter=value_filter) if value_filter else None
     genes = tiledbsoma.AxisQuery(coords=(np.flatnonzero(candidates),)) if min_cells else None
-    with census.experiment.axis_query("RNA", obs_query=cells, var_query=genes) as query, _seeded_jitter(seed):
-        scores = highly_variable_genes(query, n_top_genes=settings.top_n_hvg, batch_key=settings.hvg_batch or None)
+    with census.experiment.axis_query("RNA", obs_query=cells, var_query=genes) as query:
+        scores = _seeded_highly_variable_genes(seed)(
+            query, n_top_genes=settings.top_n_hvg, batch_key=settings.hvg_batch or None
+        )
     chosen = np.zeros(len(candidates), dtype=bool)
     chosen[scores.index[scores["highly_variable"]]] = True
     return chosen, candidates
 
 
-@contextmanager
-def _seeded_jitter(seed: int) -> Iterator[None]:
-    """Make the selection repeatable.
+def _seeded_highly_variable_genes(seed: int) -> Callable[..., pd.DataFrame]:
+    """The function of the Census library, made repeatable.
 
-    Where a loess fit fails (batches of few cells) the library retries with jitter from an unseeded generator, and two
-    runs may disagree on some genes.
+    Where a loess fit fails (batches of few cells) it retries with jitter from `np.random.default_rng()`, which nothing
+    can seed, and two runs may disagree on some genes. This is the function of another copy of its module, in which that
+    generator is seeded; numpy itself, and with it every other thread, is left alone.
     """
-    unseeded = np.random.default_rng
-    with mock.patch("numpy.random.default_rng", lambda given=None: unseeded(seed if given is None else given)):
-        yield
+    # Compiles its kernels when it is imported, which takes seconds: only where it is used.
+    from cellxgene_census.experimental import pp
+
+    specification = importlib.util.find_spec(pp.highly_variable_genes.__module__)
+    assert specification is not None, "it was imported from there"
+    assert specification.loader is not None, "it was imported from there"
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    seeded = ModuleType("numpy")
+    seeded.random = SimpleNamespace(default_rng=lambda: np.random.default_rng(seed))  # type: ignore[attr-defined]
+    seeded.__getattr__ = lambda name: getattr(np, name)  # type: ignore[method-assign]
+    vars(module)["np"] = seeded
+    select: Callable[..., pd.DataFrame] = module.highly_variable_genes
+    return select
 
 
 def write_genes(path: Path, feature_ids: list[str]) -> None:
