@@ -183,12 +183,19 @@ def _ours(directory: str, device: str) -> Iterator[Any]:
     import torch
 
     from census_scvi.counts.loader import MinibatchLoader
+    from census_scvi.counts.minibatch import DenseMinibatches
     from census_scvi.counts.order import CellOrder
     from census_scvi.counts.reader import PreparedCells
 
     cells = PreparedCells(Path(directory) / "anndata_model.h5ad")
     order = CellOrder(np.ones(cells.n_cells, bool), seed=0)
-    return iter(MinibatchLoader(cells, order, MINIBATCH, 2, epoch=lambda: 0, device=lambda: torch.device(device)))
+    dense = DenseMinibatches(cells.n_genes)
+    loader = MinibatchLoader(
+        cells, order, MINIBATCH, 2, epoch=lambda: 0, device=lambda: torch.device(device), dense=dense
+    )
+    for minibatch in loader:
+        yield minibatch
+        dense.give_back(minibatch)
 
 
 def loader_scvi_in_memory(folder: Folder) -> Any:

@@ -1,6 +1,7 @@
 """The counts on disk: coded past the HDF5 library and the same to every reader; shuffled once; minibatches of them."""
 
 import hashlib
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
@@ -22,7 +23,7 @@ from census_scvi.counts import file_order, prepared_store
 from census_scvi.counts.data_module import PreparedDataModule
 from census_scvi.counts.file_order import pools
 from census_scvi.counts.loader import MinibatchLoader
-from census_scvi.counts.minibatch import DenseMinibatches, SparseCounts, densify, sparse_minibatch
+from census_scvi.counts.minibatch import DenseMinibatches, Minibatch, SparseCounts, densify, sparse_minibatch
 from census_scvi.counts.prepared_store import PreparedStore
 from census_scvi.counts.reader import PreparedCells
 from census_scvi.counts.row_hash import row_hashes
@@ -279,17 +280,60 @@ def as_array(counts: torch.Tensor | SparseCounts) -> np.ndarray:
     return dense.numpy().copy()
 
 
-def test_memory_of_a_minibatch_is_used_again_only_when_nobody_holds_it(tmp_path: Path) -> None:
-    write(tmp_path / "x.h5ad", 3000)
-    data = PreparedDataModule(tmp_path / "x.h5ad", batch_size=100, train_size=1.0, seed=0, workers=0)
-    held, copies, places = [], [], set()
-    for number, minibatch in enumerate(data.train_dataloader()):
-        places.add(minibatch["X"].data_ptr())
-        if number % 7 == 0:
-            held.append(minibatch["X"][5:].T)  # a view, and no other reference
-            copies.append(held[-1].clone())
-    assert all(torch.equal(one, other) for one, other in zip(held, copies, strict=True))
-    assert len(places) <= len(held) + 2
+@pytest.fixture(scope="module")
+def some_cells(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, sp.csr_matrix]:
+    path = tmp_path_factory.mktemp("cells") / "x.h5ad"
+    return path, write(path, 300)
+
+
+@given(
+    steps=st.lists(
+        st.tuples(st.sampled_from(["next", "give back", "give back a copy"]), st.integers(0, 99)), max_size=80
+    ),
+    batch_size=st.sampled_from([16, 64, 290]),
+    workers=st.integers(0, 1),
+)
+def test_a_minibatch_is_its_consumer_s_until_it_is_given_back(
+    some_cells: tuple[Path, sp.csr_matrix], steps: list[tuple[str, int]], batch_size: int, workers: int
+) -> None:
+    """Whatever is kept and given back, in any order: what is kept is what was read."""
+    path, counts = some_cells
+    data = PreparedDataModule(path, batch_size=batch_size, train_size=0.9, seed=0, workers=workers)
+    minibatches = itertools.chain.from_iterable(
+        loader for _ in range(80) for loader in (data.train_dataloader(), data.val_dataloader())
+    )
+    kept: list[tuple[Minibatch, torch.Tensor]] = []
+    for step, place in [*steps, ("next", 0)]:
+        if step == "next":
+            minibatch = next(minibatches)
+            kept.append((minibatch, minibatch["X"][1:].T))  # a view, too
+        elif kept:
+            minibatch, _ = kept.pop(place % len(kept))
+            data.give_back(dict(minibatch))
+            assert step == "give back" or data.give_back(minibatch) is None  # as Lightning's transfer copies the dict
+        for minibatch, view in kept:
+            expected = counts[minibatch["row"].numpy()].toarray()
+            assert np.array_equal(minibatch["X"].numpy(), expected)
+            assert np.array_equal(view.numpy(), expected[1:].T)
+    data.cells.close()
+
+
+def test_memory_that_is_given_back_is_used_again(some_cells: tuple[Path, sp.csr_matrix]) -> None:
+    data = PreparedDataModule(some_cells[0], batch_size=100, train_size=0.9, seed=0, workers=1)
+    places = []
+    for _ in range(3):
+        places.append(set())
+        for loader in (data.train_dataloader(), data.val_dataloader()):
+            for minibatch in loader:
+                places[-1].add(minibatch["X"].data_ptr())
+                data.give_back(minibatch)
+                assert "X" not in minibatch
+    assert len(places[0]) <= 3  # of 100 cells, and the last of training and validation
+    assert places[1] == places[2] == places[0]
+    data.sparse = True
+    sparse = next(iter(data.train_dataloader()))
+    data.give_back(sparse)
+    assert isinstance(sparse["X"], SparseCounts)  # those of validation cells may be kept
 
 
 def test_a_prepared_file_without_compression_is_larger_and_the_same(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import lightning
 import torch
 
 from census_scvi.counts.loader import KeptMinibatches, MinibatchLoader
-from census_scvi.counts.minibatch import Minibatch, densify
+from census_scvi.counts.minibatch import DenseMinibatches, Minibatch, densify
 from census_scvi.counts.order import CellOrder, validation_mask
 from census_scvi.counts.reader import PreparedCells
 from census_scvi.errors import UserError
@@ -49,6 +49,7 @@ class PreparedDataModule(lightning.LightningDataModule):
         self._batch_size = batch_size
         self._seed = seed
         self._workers = workers
+        self._dense = DenseMinibatches(self.cells.n_genes)
         self._validation = validation_mask(self.cells.n_cells, train_size, seed)
         self.n_val = int(self._validation.sum())
         self.n_train = self.cells.n_cells - self.n_val
@@ -73,9 +74,20 @@ class PreparedDataModule(lightning.LightningDataModule):
         """Make a sparse minibatch dense, on the device, unless sparse ones are wanted."""
         return batch if self.sparse or isinstance(batch["X"], torch.Tensor) else densify(batch)
 
+    def give_back(self, minibatch: Minibatch) -> None:
+        """Take back a minibatch that is no longer used: its memory serves a later one (see `DenseMinibatches`)."""
+        self._dense.give_back(minibatch)
+
     def _loader(self, order: CellOrder, epoch: Callable[[], int]) -> MinibatchLoader:
         return MinibatchLoader(
-            self.cells, order, self._batch_size, self._workers, epoch, self._device, lambda: self.sparse
+            self.cells,
+            order,
+            self._batch_size,
+            self._workers,
+            epoch,
+            device=self._device,
+            sparse=lambda: self.sparse,
+            dense=self._dense,
         )
 
     def _device(self) -> torch.device:

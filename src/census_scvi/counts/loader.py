@@ -38,6 +38,8 @@ class MinibatchLoader:
         Asked at the start of each pass where the minibatches go: to a GPU they go sparse, in pinned memory.
     sparse
         Asked likewise whether they are to be sparse on the CPU too.
+    dense
+        Makes the dense ones, and takes them back; None: each has memory of its own.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class MinibatchLoader:
         epoch: Callable[[], int],
         device: Callable[[], torch.device] = lambda: torch.device("cpu"),
         sparse: Callable[[], bool] = lambda: False,
+        dense: DenseMinibatches | None = None,
     ) -> None:
         self._cells = cells
         self._order = order
@@ -58,7 +61,7 @@ class MinibatchLoader:
         self._sparse = sparse
         n_wanted = int(order.wanted.sum())
         self._sizes = minibatch_sizes(n_wanted, batch_size, order.world_size, order.rank)
-        self._dense = DenseMinibatches(cells.n_genes)
+        self._dense = dense or DenseMinibatches(cells.n_genes)
         self._met = 0  # minibatches of the current pass
         self._skip = 0  # minibatches that the next pass leaves out
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import numba
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from census_scvi.counts.reader import Rows
@@ -105,37 +103,40 @@ def densify(minibatch: Minibatch) -> Minibatch:
 
 
 class DenseMinibatches:
-    """Makes dense minibatches; memory that nobody holds any more is used again.
+    """Makes dense minibatches, in memory of those that were given back.
 
-    Fresh memory has to be mapped page by page, which takes as long as writing the counts into it.
+    A minibatch is the consumer's for as long as it wants. `give_back` hands its memory over to later minibatches; one
+    that is never given back costs fresh memory, which has to be mapped page by page and takes as long as writing the
+    counts into it.
     """
 
     def __init__(self, n_genes: int) -> None:
         self._n_genes = n_genes
-        self._arrays: list[npt.NDArray[np.float32]] = []
+        self._free: list[torch.Tensor] = []
 
     def make(self, parts: list[Rows]) -> Minibatch:
         """The cells as `{"X": float32 (cells, genes), "batch", "labels", "row"}`."""
-        dense = self._array(sum(map(len, parts)))
-        done = 0
+        counts = self._memory(sum(map(len, parts)))
+        dense, done = counts.numpy(), 0
         for part in parts:
             part.fill(dense[done : done + len(part)])
             done += len(part)
-        return {"X": torch.from_numpy(dense), **_cells(parts)}
+        return {"X": counts, **_cells(parts)}
 
-    def _array(self, n_cells: int) -> npt.NDArray[np.float32]:
-        # A tensor made from an array, and every view of it, hold the array: who else does is known by the count.
-        self._arrays = [array for array in self._arrays if len(array) >= n_cells]
-        for place in range(len(self._arrays)):
-            if sys.getrefcount(self._arrays[place]) == _UNUSED:
-                return self._arrays[place][:n_cells]
-        self._arrays.append(np.empty((n_cells, self._n_genes), np.float32))
-        return self._arrays[-1][:]
+    def give_back(self, minibatch: Minibatch) -> None:
+        """Take X out of a minibatch that is no longer used, nor any view of its X; sparse ones stay as they are."""
+        counts = minibatch["X"]
+        if isinstance(counts, torch.Tensor) and counts.device.type == "cpu" and counts.dtype == torch.float32:
+            del minibatch["X"]
+            if all(counts.data_ptr() != free.data_ptr() for free in self._free):  # the same memory in another dict
+                self._free.append(counts.detach())
 
-
-# References to an array that only a list holds, the one of the call itself included.
-_HELD_BY_A_LIST = [np.empty(0)]
-_UNUSED = sys.getrefcount(_HELD_BY_A_LIST[0])
+    def _memory(self, n_cells: int) -> torch.Tensor:
+        """Memory that was given back by a minibatch of as many cells, or new one."""
+        for place, free in enumerate(self._free):
+            if len(free) == n_cells:
+                return self._free.pop(place)
+        return torch.empty(n_cells, self._n_genes)
 
 
 def _cells(parts: list[Rows]) -> Minibatch:

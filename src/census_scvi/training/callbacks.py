@@ -10,6 +10,9 @@ from typing import Any, TypeAlias
 import lightning
 from scvi.train._callbacks import LoudEarlyStopping
 
+from census_scvi.counts.data_module import PreparedDataModule
+from census_scvi.counts.minibatch import Minibatch
+
 Trainer: TypeAlias = lightning.Trainer
 Plan: TypeAlias = lightning.LightningModule
 
@@ -45,6 +48,36 @@ class Stoppable(lightning.Callback):
         """End the other processes."""
         if trainer.strategy.launcher is not None:
             trainer.strategy.launcher.kill(signal.SIGTERM)
+
+
+class GiveBack(lightning.Callback):
+    """Each minibatch goes back to the data module after its step, so that its memory is used again.
+
+    The last of the callbacks that look at a minibatch: afterwards it has no X.
+    """
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Plan, outputs: Any, batch: Minibatch, batch_idx: int
+    ) -> None:
+        """Give back a minibatch of training cells."""
+        self._data(trainer).give_back(batch)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: Plan,
+        outputs: Any,
+        batch: Minibatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Give back a minibatch of validation cells."""
+        self._data(trainer).give_back(batch)
+
+    @staticmethod
+    def _data(trainer: Trainer) -> PreparedDataModule:
+        data: PreparedDataModule = trainer.datamodule
+        return data
 
 
 class LearningCurves(lightning.Callback):

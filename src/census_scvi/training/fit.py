@@ -23,6 +23,7 @@ from census_scvi.counts.data_module import PreparedDataModule
 from census_scvi.errors import UserError
 from census_scvi.model.build import quiet
 from census_scvi.training.callbacks import (
+    GiveBack,
     LearningCurves,
     Stoppable,
     TrainMode,
@@ -235,7 +236,7 @@ def fit(
         LearningRateMonitor(logging_interval="epoch"),
     ]
     callbacks += early_stopping_callbacks(arguments, wanted=settings.early_stopping)
-    callbacks.append(Checkpoint(checkpoint, settings.checkpoint_minutes))
+    callbacks += [Checkpoint(checkpoint, settings.checkpoint_minutes), GiveBack()]
     with (
         warnings.catch_warnings(),
         quiet("lightning.pytorch", logging.WARNING),
