@@ -1,22 +1,30 @@
 """Arguments of Lightning's Trainer and of scvi-tools' TrainingPlan and loss: which there are, and which values train.
 
-The names are read from the installed libraries' source text: importing torch, Lightning and scvi-tools takes six
-seconds, and a misspelt setting should be answered at once.
+Importing torch, Lightning and scvi-tools takes six seconds, and a misspelt setting should be answered at once: the
+names come from a table by version, library_arguments.json, which `census_scvi.training.installed_arguments` writes.
+With a version that is not in it they are checked when training starts.
 """
 
 from __future__ import annotations
 
-import ast
-import importlib.util
+import json
 import math
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
+from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from census_scvi.config.messages import shown, suggestion
+
+# Name of an argument, and its types: `int | None`; `other` for a type that only the library understands.
+Arguments = dict[str, str]
+# Of one version of each library: name of the package, of what takes the arguments, and these.
+Listing = dict[str, dict[str, Arguments]]
+LIBRARIES = ("lightning", "scvi-tools")
+TABLE = "library_arguments.json"
 
 # Arguments that another setting or the pipeline itself decides, with the setting to use instead.
 _TRAINER_RESERVED = {
@@ -109,21 +117,37 @@ _SIMPLE_TYPES = {
 }  # fmt: skip
 
 
-def check_trainer(arguments: dict[str, Any]) -> None:
+def listed(versions: dict[str, str] | None = None) -> Listing | None:
+    """What the table has of these versions, by default the installed ones; None where it lacks one."""
+    table = _table()
+    try:
+        return {name: table[name][versions[name] if versions else version(name)] for name in LIBRARIES}
+    except (KeyError, PackageNotFoundError):
+        return None
+
+
+@cache
+def _table() -> dict[str, dict[str, dict[str, Arguments]]]:
+    table: dict[str, Any] = json.loads(files(__package__).joinpath(TABLE).read_text(encoding="utf-8"))
+    return table
+
+
+def check_trainer(arguments: dict[str, Any], listing: Listing | None) -> None:
     """ValueError for a key of `train.trainer` that is no argument of the Trainer, or that another setting decides.
 
-    And for a value of the wrong type or range.
+    And for a value of the wrong type or range. Where `listing` is None, names and types are not checked.
     """
-    known = _arguments("lightning/pytorch/trainer/trainer.py", "Trainer.__init__")
-    known |= _arguments("scvi/train/_trainer.py", "Trainer.__init__")
+    known = listing["lightning"]["Trainer"] | listing["scvi-tools"]["Trainer"] if listing else None
     _check("train.trainer", arguments, known, _TRAINER_RESERVED, "Lightning's Trainer")
     _check_values("train.trainer", arguments, known, _TRAINER_VALUES)
 
 
-def check_training_plan(arguments: dict[str, Any]) -> None:
-    """ValueError for a key of `training_plan` that TrainingPlan and the loss do not take, or a wrong type or range."""
-    known = _arguments("scvi/train/_trainingplans.py", "TrainingPlan.__init__")
-    known |= _arguments("scvi/module/_vae.py", "VAE.loss")
+def check_training_plan(arguments: dict[str, Any], listing: Listing | None) -> None:
+    """ValueError for a key of `training_plan` that TrainingPlan and the loss do not take, or a wrong type or range.
+
+    Where `listing` is None, names and types are not checked.
+    """
+    known = listing["scvi-tools"]["TrainingPlan"] | listing["scvi-tools"]["VAE.loss"] if listing else None
     _check("training_plan", arguments, known, _PLAN_RESERVED, "scvi-tools' TrainingPlan")
     _check_values("training_plan", arguments, known, _PLAN_VALUES)
     least, most = arguments.get("min_kl_weight", 0.0), arguments.get("max_kl_weight", 1.0)
@@ -134,12 +158,14 @@ def check_training_plan(arguments: dict[str, Any]) -> None:
 
 
 def _check(
-    section: str, arguments: dict[str, Any], known: dict[str, str], reserved: dict[str, str | None], owner: str
+    section: str, arguments: dict[str, Any], known: Arguments | None, reserved: dict[str, str | None], owner: str
 ) -> None:
     for name, value in arguments.items():
         if name in reserved:
             instead = f"; set {reserved[name]}" if reserved[name] else ": the pipeline sets it itself"
             raise ValueError(f"{section}.{name} cannot be set here{instead}")
+        if known is None:
+            continue
         if name not in known:
             near = suggestion(name, [k for k in known if k not in reserved])
             raise ValueError(f"{section}.{name} is not an argument of {owner}{near}")
@@ -149,14 +175,14 @@ def _check(
 def _check_values(
     section: str,
     arguments: dict[str, Any],
-    known: dict[str, str],
+    known: Arguments | None,
     values: dict[str, tuple[str, Callable[[Any], bool]]],
 ) -> None:
     for name, value in arguments.items():
         expected, holds = values.get(name, ("", lambda _: True))
-        if value is None and ("None" in known[name] or name in _MAY_BE_NULL):
+        if value is None and (known is None or "None" in known[name] or name in _MAY_BE_NULL):
             continue
-        if (value is None and expected) or not holds(value):
+        if (value is None and expected) or not _holds(holds, value):
             near = suggestion(str(value), list(MEASURED)) if "elbo_validation" in expected else ""
             raise ValueError(f"{section}.{name} is {shown(value)}, expected {expected}{near}")
 
@@ -178,31 +204,8 @@ def _is(value: Any, kind: type) -> bool:
     return True
 
 
-@cache
-def _arguments(file: str, qualname: str) -> dict[str, str]:
-    """Argument name -> annotation text of a method, from the source file of an installed package."""
-    package, _, rest = file.partition("/")
-    spec = importlib.util.find_spec(package)  # finds, does not import
-    if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError(f"{package} is not installed; run ./scvi-init.sh")
-    tree = ast.parse(Path(spec.submodule_search_locations[0], rest).read_text(encoding="utf-8"))
-    owner, method = qualname.split(".")
-    cls = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == owner)
-    function = next(node for node in cls.body if isinstance(node, ast.FunctionDef) and node.name == method)
-    arguments = [*function.args.args[1:], *function.args.kwonlyargs]
-    required = len(function.args.args) - 1 - len(function.args.defaults)
-    defaults = [*[None] * required, *function.args.defaults, *function.args.kw_defaults]
-    annotations = {argument.arg: _annotation(argument.annotation) for argument in arguments}
-    for argument, default in zip(arguments, defaults, strict=True):
-        if isinstance(default, ast.Constant) and default.value is None and "None" not in annotations[argument.arg]:
-            annotations[argument.arg] += " | None"
-    return annotations
-
-
-def _annotation(node: ast.expr | None) -> str:
-    text = ast.unparse(node) if node else ""
-    if text.startswith("Optional[") and text.endswith("]"):
-        return _annotation(ast.parse(text[len("Optional[") : -1], mode="eval").body) + " | None"
-    if text.startswith("Union[") and text.endswith("]") and "[" not in text[6:-1]:
-        return " | ".join(part.strip() for part in text[6:-1].split(","))
-    return text
+def _holds(holds: Callable[[Any], bool], value: Any) -> bool:
+    try:
+        return holds(value)
+    except TypeError:  # text for a number, where types were not checked
+        return False

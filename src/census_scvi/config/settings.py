@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from census_scvi.config import run_names
 from census_scvi.config.file import read_settings, typed
 from census_scvi.config.messages import describe_errors
-from census_scvi.config.names import check_trainer, check_training_plan
+from census_scvi.config.names import check_trainer, check_training_plan, listed
 from census_scvi.config.section import Changes, Expected, Section, stages_changed
 from census_scvi.config.types import Columns, FileName, LocalPath, MemberName, Name, ObsFilter, PathName, Share
 from census_scvi.errors import UserError
@@ -351,8 +351,8 @@ class Config(Section):
             mapped=self.query.output,
             published=self.publish.model_uri,
         )
-        check_trainer(train.trainer or {})
-        check_training_plan(self.training_plan)
+        check_trainer(train.trainer or {}, listed())
+        check_training_plan(self.training_plan, listed())
         return self
 
     @property

@@ -34,6 +34,7 @@ from census_scvi.training.fast.measure import measure_precision
 from census_scvi.training.fast.plan import FastTrainingPlan
 from census_scvi.training.fast.step import reason_against, unused_frozen
 from census_scvi.training.finite_loss import FiniteLoss
+from census_scvi.training.installed_arguments import require_known_arguments
 from census_scvi.training.progress import EventLog, Progress
 from census_scvi.training.rehearsal import diverged, one_line, require_trainable
 from census_scvi.workspace.provenance import processor
@@ -158,6 +159,7 @@ def _plan_arguments(settings: dict[str, Any]) -> dict[str, Any]:
 
 def check_arguments(settings: TrainSection, plan_arguments: dict[str, Any], data: PreparedDataModule) -> None:
     """UserError where the libraries do not train with `train.trainer` and `training_plan`."""
+    require_known_arguments(settings.trainer or {}, plan_arguments)
     processes = n_processes(settings)
     minibatches = [-(-n_cells // (settings.batch_size * processes)) for n_cells in (data.n_train, data.n_val)]
     require_trainable(
