@@ -24,9 +24,9 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
+from census_scvi.annotation.annotator import STUDY_COLUMNS
 from census_scvi.annotation.held_out import HeldOut
 from census_scvi.annotation.label_transfer import FOREST, NEIGHBORS, REGRESSION, LabelTransfer, Prediction
-from census_scvi.annotation.naming import STUDY_COLUMNS
 from census_scvi.atlas import Atlas
 from census_scvi.cli import main as run_stage
 from census_scvi.local_census.config import load_build_config

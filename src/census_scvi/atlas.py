@@ -20,8 +20,8 @@ import scipy.sparse as sp
 import scvi
 from matplotlib.figure import Figure
 
+from census_scvi.annotation.annotator import EMPTY, PREDICTION, STUDY_COLUMNS, Annotator
 from census_scvi.annotation.label_transfer import NEIGHBORS, check_method
-from census_scvi.annotation.naming import EMPTY, PREDICTION, STUDY_COLUMNS, Naming
 from census_scvi.census.cells import Cells, matching_joinids, require_columns
 from census_scvi.census.genes import locate_genes, read_var
 from census_scvi.census.open import Census, open_census
@@ -56,7 +56,7 @@ from census_scvi.terminal.progress import show_messages
 
 log = logging.getLogger(__name__)
 
-LATENT, OWN_LATENT = "scvi", "X_scvi"
+EMBEDDING, OWN_EMBEDDING = "scvi", "X_scvi"
 _MODEL = "scvi_model"
 # Default size of a reference (some 100 MB of positions), and of a slice.
 REFERENCE_CELLS, SLICE_CELLS = 200_000, 1_000_000
@@ -245,7 +245,7 @@ class Atlas:
             log.warning("%s cells have no embedding and are left out", f"{len(joinids) - len(embedded):,}")
         return ad.AnnData(
             obs=self._obs(embedded, obs_columns),
-            obsm={LATENT: positions},
+            obsm={EMBEDDING: positions},
             uns={"census": {key: value for key, value in census.identity.items() if value is not None}},
         )
 
@@ -505,7 +505,7 @@ class Atlas:
         log.info("%s", mapped.report)
         return ad.AnnData(
             obs=mapped.obs.assign(**{EMPTY: mapped.empty}),
-            obsm={OWN_LATENT: mapped.latent},
+            obsm={OWN_EMBEDDING: mapped.latent},
             uns={"scvi_alignment": mapped.report.as_dict(), _MODEL: self._model_identity},
         )
 
@@ -571,19 +571,20 @@ class Atlas:
         self._require_embedding()  # damage and another Census are errors before the cells are embedded
         mapped = self._embedded(source, options)
         reference = self.reference(obs_filter, columns, max_cells, seed)
-        namings = [
-            Naming(reference, LATENT, column, method=method, n_neighbors=n_neighbors, seed=seed) for column in columns
+        annotators = [
+            Annotator(reference, EMBEDDING, column, method=method, n_neighbors=n_neighbors, seed=seed)
+            for column in columns
         ]
-        for naming in namings:
-            naming.name(mapped, OWN_LATENT)
+        for annotator in annotators:
+            annotator.annotate(mapped, OWN_EMBEDDING)
         if baseline_cells and _holds_counts(source):
             rows = draw(reference.n_obs, baseline_cells, np.random.default_rng(seed))
             blocks = self._counts(reference.obs["soma_joinid"].to_numpy()[rows])
             counts = sp.vstack([block.counts for block in blocks], format="csr")
             missing = mapped.uns["scvi_alignment"]["missing"]
             genes = ~np.isin(self._require_model()[1].genes, missing)
-            for naming in namings:
-                naming.compare(mapped, self._mapper.counts(source, **options), counts, rows, genes)
+            for annotator in annotators:
+                annotator.compare(mapped, self._mapper.counts(source, **options), counts, rows, genes)
         elif baseline_cells:
             log.info("the cells hold no counts, so that there are no baselines; give predict the file")
         return mapped
@@ -629,15 +630,15 @@ class Atlas:
         require_whole("n_neighbors", n_neighbors, 1)
         mapped = self._embedded(source, options)
         reference = self.reference(obs_filter, obs_columns, max_cells, seed)
-        index = NeighborIndex(reference.obsm[LATENT], seed=seed)
-        distances, positions = index.query(mapped.obsm[OWN_LATENT], n_neighbors)
+        index = NeighborIndex(reference.obsm[EMBEDDING], seed=seed)
+        distances, positions = index.query(mapped.obsm[OWN_EMBEDDING], n_neighbors)
         joinids = reference.obs["soma_joinid"].to_numpy()[positions]
         obs = reference.obs.set_index("soma_joinid").loc[np.unique(joinids)]
         return Neighbors(joinids, distances, obs)
 
     def _embedded(self, source: ad.AnnData | str | Path, options: dict[str, Any]) -> ad.AnnData:
         """The cells in the latent space: as this model's `embed` gave them before, or embedded now."""
-        if isinstance(source, ad.AnnData) and OWN_LATENT in source.obsm and EMPTY in source.obs:
+        if isinstance(source, ad.AnnData) and OWN_EMBEDDING in source.obsm and EMPTY in source.obs:
             if str(source.uns.get(_MODEL)) == self._model_identity:
                 return source.copy()
             if source.X is None:
@@ -726,7 +727,9 @@ def _holds_counts(source: ad.AnnData | str | Path) -> bool:
 
 def _latent_of(cells: ad.AnnData) -> npt.NDArray[np.float32]:
     """The embedding of the Census' cells, or of own ones."""
-    for name in (LATENT, OWN_LATENT):
+    for name in (EMBEDDING, OWN_EMBEDDING):
         if name in cells.obsm:
             return np.asarray(cells.obsm[name], np.float32)
-    raise UserError(f"the cells have no obsm[{LATENT!r}] or obsm[{OWN_LATENT!r}]; embed them first: atlas.embed(cells)")
+    raise UserError(
+        f"the cells have no obsm[{EMBEDDING!r}] or obsm[{OWN_EMBEDDING!r}]; embed them first: atlas.embed(cells)"
+    )

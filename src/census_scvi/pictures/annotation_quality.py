@@ -6,7 +6,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from census_scvi.annotation.naming import TITLES
+from census_scvi.annotation.annotator import TITLES
 from census_scvi.errors import UserError
 from census_scvi.pictures.canvas import Picture
 

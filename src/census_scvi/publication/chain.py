@@ -30,7 +30,7 @@ from census_scvi.model.published import damaged_files, fetch, read_provenance
 from census_scvi.model.safe import load_safe
 from census_scvi.publication.gates import architecture, broken_verdicts, re_embedding
 from census_scvi.publication.sample import draw_rows, read_sample
-from census_scvi.publication.sealed import COUNT_HASH, LATENT, read_sealed
+from census_scvi.publication.sealed import COUNT_HASH, SEALED_EMBEDDING, read_sealed
 from census_scvi.publication.summary import provenance_of
 
 # Gates that every record has, whichever version wrote it.
@@ -150,7 +150,7 @@ class _Folder:
     def sealed_embedding(self) -> tuple[bool, str]:
         """scvi-tools embeds the sealed cells as they are published."""
         cells = self.sealed()
-        return self.re_embedded(cells, cells.obsm[LATENT])
+        return self.re_embedded(cells, cells.obsm[SEALED_EMBEDDING])
 
     def gates(self) -> tuple[bool, str]:
         """The gates were passed, or waived with a reason."""
@@ -226,7 +226,7 @@ class _InCensus:
         """The sealed cells have in the Census the embedding that they were sealed with."""
         cells = self._folder.sealed()
         published = read_cells(self._embedding_uri(), cells.obs["soma_joinid"].to_numpy())
-        wrong = int((published != np.asarray(cells.obsm[LATENT])).any(axis=1).sum())
+        wrong = int((published != np.asarray(cells.obsm[SEALED_EMBEDDING])).any(axis=1).sum())
         return not wrong, f"{wrong:,} of {cells.n_obs:,} sealed cells have another embedding in the Census"
 
     def fresh_sample(self) -> tuple[bool, str]:

@@ -20,7 +20,7 @@ from census_scvi.counts.untrusted import check_file
 from census_scvi.errors import UserError
 from census_scvi.model.published import SEALED
 
-COUNT_HASH, LATENT = "count_hash", "X_scvi"
+COUNT_HASH, SEALED_EMBEDDING = "count_hash", "X_scvi"
 COLUMNS = ("soma_joinid", "observation_joinid", "dataset_id", "cell_type", "batch")
 
 
@@ -41,7 +41,9 @@ def write_sealed(
         float32 (cells, n_latent): their embedding, as it is published.
     """
     var = pd.DataFrame(index=pd.Index(genes, name="feature_id"))
-    sealed = ad.AnnData(counts, obs=obs.assign(**{COUNT_HASH: row_hashes(counts)}), var=var, obsm={LATENT: latent})
+    sealed = ad.AnnData(
+        counts, obs=obs.assign(**{COUNT_HASH: row_hashes(counts)}), var=var, obsm={SEALED_EMBEDDING: latent}
+    )
     sealed.write_h5ad(folder / SEALED, compression="gzip")
 
 
@@ -70,7 +72,7 @@ def _check(cells: ad.AnnData, genes: list[str], n_latent: int) -> None:
     if not cells.n_obs or counts.dtype != np.float32 or not np.isfinite(counts.data).all() or (counts.data < 0).any():
         raise ValueError("it holds no cells, or values that are no counts")
     cells.X = counts
-    latent, joinids = np.asarray(cells.obsm[LATENT]), cells.obs["soma_joinid"].to_numpy()
+    latent, joinids = np.asarray(cells.obsm[SEALED_EMBEDDING]), cells.obs["soma_joinid"].to_numpy()
     if latent.shape != (cells.n_obs, n_latent) or latent.dtype != np.float32:
         raise ValueError(f"the embedding of its cells is {latent.dtype} {latent.shape}")
     if joinids.dtype != np.int64 or len(set(joinids.tolist())) < cells.n_obs or joinids.min() < 0:

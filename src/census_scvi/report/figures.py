@@ -45,7 +45,7 @@ def legend_of(labels: pd.Series) -> Legend:
     return Legend(entries, max(len(counts) - MOST_NAMED, 0))
 
 
-def draw_map(positions: npt.NDArray[np.float32], labels: pd.Series, legend: Legend, *, seed: int = 0) -> str:
+def map_image(positions: npt.NDArray[np.float32], labels: pd.Series, legend: Legend, *, seed: int = 0) -> str:
     """Cells on a map, (cells, 2), coloured by label, each label's number in the middle of its cells."""
     figure = Figure(figsize=(5, 4.4))
     axes = figure.add_axes((0.01, 0.01, 0.98, 0.98))

@@ -88,7 +88,7 @@ def _maps(config: Config, cells: Slice, measured: npt.NDArray[np.int64]) -> tupl
             continue
         legend = figures.legend_of(values)
         pictures = {
-            name: figures.draw_map(places, values, legend, seed=config.seed) for name, places in positions.items()
+            name: figures.map_image(places, values, legend, seed=config.seed) for name, places in positions.items()
         }
         same = [name for name, first in same_as.items() if first == column]
         shown.append({"column": column, "same": same, "legend": legend, "pictures": pictures})

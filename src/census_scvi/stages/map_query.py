@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd
 from anndata.io import write_elem
 
-from census_scvi.annotation.naming import EMPTY, PREDICTION
-from census_scvi.atlas import LATENT, OWN_LATENT, Atlas
+from census_scvi.annotation.annotator import EMPTY, PREDICTION
+from census_scvi.atlas import EMBEDDING, OWN_EMBEDDING, Atlas
 from census_scvi.config import Config
 from census_scvi.config.obs_filter import in_section
 from census_scvi.config.run_names import MANIFEST
@@ -175,8 +175,8 @@ def _place(atlas: Atlas, mapped: ad.AnnData, config: Config, picture: Path) -> N
     labels = settings.labels[0] if settings.labels else "cell_type"
     reference = atlas.reference(settings.obs_filter, [labels], settings.umap_cells, config.seed)
     log.info("placing %s cells on a map of %s", f"{mapped.n_obs:,}", f"{reference.n_obs:,}")
-    umap = UmapMap(reference.obsm[LATENT], seed=config.seed)
-    mapped.obsm[MAP] = umap.place(mapped.obsm[OWN_LATENT])
+    umap = UmapMap(reference.obsm[EMBEDDING], seed=config.seed)
+    mapped.obsm[MAP] = umap.place(mapped.obsm[OWN_EMBEDDING])
     named = mapped.obs[f"{labels}_predicted"] if settings.labels else pd.Series("your cells", mapped.obs_names)
     figure = draw_on_reference(umap.positions, reference.obs[labels], mapped.obsm[MAP], named, labels.replace("_", " "))
     figure.savefig(picture, dpi=110, format="png")

@@ -14,7 +14,7 @@ from census_scvi.counts.data_module import PreparedDataModule
 from census_scvi.counts.minibatch import Minibatch
 
 Trainer: TypeAlias = lightning.Trainer
-Plan: TypeAlias = lightning.LightningModule
+Module: TypeAlias = lightning.LightningModule
 
 
 class TrainMode(lightning.Callback):
@@ -24,7 +24,7 @@ class TrainMode(lightning.Callback):
     model in eval mode: its next training would run without dropout and with frozen BatchNorm.
     """
 
-    def on_train_start(self, trainer: Trainer, pl_module: Plan) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Module) -> None:
         """Switch the module to training mode."""
         pl_module.train()
 
@@ -39,12 +39,12 @@ class Stoppable(lightning.Callback):
     def __init__(self) -> None:
         self._handler = signal.getsignal(signal.SIGTERM)
 
-    def on_train_start(self, trainer: Trainer, pl_module: Plan) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Module) -> None:
         """Take Lightning's handler away."""
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._handler)
 
-    def on_exception(self, trainer: Trainer, pl_module: Plan, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: Module, exception: BaseException) -> None:
         """End the other processes."""
         if trainer.strategy.launcher is not None:
             trainer.strategy.launcher.kill(signal.SIGTERM)
@@ -57,7 +57,7 @@ class GiveBack(lightning.Callback):
     """
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: Plan, outputs: Any, batch: Minibatch, batch_idx: int
+        self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Minibatch, batch_idx: int
     ) -> None:
         """Give back a minibatch of training cells."""
         self._data(trainer).give_back(batch)
@@ -65,7 +65,7 @@ class GiveBack(lightning.Callback):
     def on_validation_batch_end(
         self,
         trainer: Trainer,
-        pl_module: Plan,
+        pl_module: Module,
         outputs: Any,
         batch: Minibatch,
         batch_idx: int,
@@ -100,11 +100,11 @@ class LearningCurves(lightning.Callback):
         self.processes = 1
         self.libraries: dict[str, str] | None = None
 
-    def on_train_start(self, trainer: Trainer, pl_module: Plan) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Module) -> None:
         """Note how many processes train."""
         self.processes = trainer.world_size
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: Plan) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Module) -> None:
         """Append this epoch's metrics."""
         for name, value in trainer.callback_metrics.items():
             series = self.curves.setdefault(name, [])

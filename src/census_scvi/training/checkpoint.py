@@ -15,7 +15,7 @@ from census_scvi.errors import UserError
 from census_scvi.files.atomic import sync
 
 Trainer: TypeAlias = lightning.Trainer
-Plan: TypeAlias = lightning.LightningModule
+Module: TypeAlias = lightning.LightningModule
 
 # Several processes agree on the moment of a checkpoint, by a message that every this many minibatches can afford.
 _AGREED_EVERY = 16
@@ -52,7 +52,7 @@ class Checkpoint(lightning.Callback):
         self._within_epoch = False
         self._restored: dict[str, Any] = {}
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: Plan, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Module, batch: Any, batch_idx: int) -> None:
         """Restore the random state as the last thing before the first step of a resumed run."""
         trainer.callback_metrics.update(self._restored.pop("logged", {}))
         if random := self._restored.pop("random", None):
@@ -60,7 +60,7 @@ class Checkpoint(lightning.Callback):
             if "cuda" in random:
                 torch.cuda.set_rng_state(random["cuda"].cpu(), pl_module.device)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Plan, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Complete the metrics after the first step of a resumed run; write a checkpoint where one is due."""
         for name, sums in self._restored.pop("sums", {}).items():
             metric = _epoch_metrics(trainer)[name]
@@ -73,11 +73,11 @@ class Checkpoint(lightning.Callback):
             self._write(trainer)
             self._within_epoch = False
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: Plan) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Module) -> None:
         """Write a checkpoint."""
         self._write(trainer)
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: Plan, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Module, checkpoint: dict[str, Any]) -> None:
         """Add the state of each process."""
         random = {"cpu": torch.get_rng_state()}
         if pl_module.device.type == "cuda":
@@ -94,7 +94,7 @@ class Checkpoint(lightning.Callback):
             torch.distributed.all_gather_object(states, mine)
         checkpoint["processes"] = states
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: Plan, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: Module, checkpoint: dict[str, Any]) -> None:
         """Keep this process' state until the first step."""
         states = checkpoint["processes"]
         if len(states) != trainer.world_size:

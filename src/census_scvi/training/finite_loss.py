@@ -14,7 +14,7 @@ from census_scvi.counts.minibatch import Minibatch
 from census_scvi.errors import UserError
 
 Trainer: TypeAlias = lightning.Trainer
-Plan: TypeAlias = lightning.LightningModule
+Module: TypeAlias = lightning.LightningModule
 
 # How far a GPU may be ahead of the look at its losses: it must not wait, but the minibatches are kept as long.
 _STEPS_BEHIND = 4
@@ -44,11 +44,11 @@ class FiniteLoss(lightning.Callback):
         self._gradients: torch.Tensor | None = None
         self._waiting: deque[_Step] = deque()
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: Plan, batch: Minibatch, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Module, batch: Minibatch, batch_idx: int) -> None:
         """Remember the minibatch for the report."""
         self._minibatch, self._index, self._gradients = batch, batch_idx, None
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Plan, optimizer: torch.optim.Optimizer) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Module, optimizer: torch.optim.Optimizer) -> None:
         """Add the gradients up."""
         if getattr(trainer.precision_plugin, "scaler", None):
             return  # which looks at them itself, and leaves out a step that overflowed
@@ -56,7 +56,7 @@ class FiniteLoss(lightning.Callback):
         self._gradients = torch.stack(gradients).sum()
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: Plan, outputs: Any, batch: Minibatch, batch_idx: int
+        self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Minibatch, batch_idx: int
     ) -> None:
         """Look at the loss of each step."""
         loss = (outputs["loss"] if isinstance(outputs, dict) else outputs).detach()
@@ -70,11 +70,11 @@ class FiniteLoss(lightning.Callback):
         self._waiting.append(step)
         self._look(trainer, leave=_STEPS_BEHIND if arrived else 0)
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: Plan) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Module) -> None:
         """Look at the last steps."""
         self._look(trainer)
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: Plan, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Module, checkpoint: dict[str, Any]) -> None:
         """Save nothing that is spoilt."""
         self._look(trainer)
 

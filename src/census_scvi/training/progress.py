@@ -20,7 +20,7 @@ from census_scvi.workspace.provenance import peak_memory_bytes
 log = logging.getLogger(__name__)
 
 Trainer: TypeAlias = lightning.Trainer
-Plan: TypeAlias = lightning.LightningModule
+Module: TypeAlias = lightning.LightningModule
 
 _SECONDS_BETWEEN_LINES = 600
 _LONGEST = 10**12  # seconds of which timedelta can speak
@@ -52,7 +52,7 @@ class Progress(lightning.Callback):
         self._shown: dict[str, str] = {}
         self._logged, self._said = _Pace(0), _Pace(0)
 
-    def on_train_start(self, trainer: Trainer, pl_module: Plan) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Module) -> None:
         """Show the bar, at the place where a resumed run continues."""
         self._total = self._n_train * (trainer.max_epochs or 1)
         self._done = self._n_train * (trainer.fit_loop.total_batch_idx + 1) // trainer.num_training_batches
@@ -60,7 +60,7 @@ class Progress(lightning.Callback):
         self._bar = progress_bar(self._total, "train", done=self._done, shown=trainer.is_global_zero)
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: Plan, outputs: Any, batch: Minibatch, batch_idx: int
+        self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Minibatch, batch_idx: int
     ) -> None:
         """Advance by the cells of all ranks' minibatches."""
         cells = len(batch["row"]) * trainer.world_size
@@ -72,7 +72,7 @@ class Progress(lightning.Callback):
         if self._said.seconds() > _SECONDS_BETWEEN_LINES:
             self._say(trainer, [f"{self._done / self._total:.1%}"])
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: Plan) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Module) -> None:
         """Show the losses of the epoch."""
         metrics = trainer.callback_metrics
         elbo = ("elbo_train", "elbo_validation")
@@ -83,12 +83,12 @@ class Progress(lightning.Callback):
         else:
             self._say(trainer, [f"{key} {value}" for key, value in self._shown.items()])
 
-    def teardown(self, trainer: Trainer, pl_module: Plan, stage: str) -> None:
+    def teardown(self, trainer: Trainer, pl_module: Module, stage: str) -> None:
         """Close the bar."""
         if self._bar is not None:
             self._bar.close()
 
-    def _log(self, trainer: Trainer, pl_module: Plan) -> None:
+    def _log(self, trainer: Trainer, pl_module: Module) -> None:
         """Speed and memory to TensorBoard alone: these are no metrics of the model."""
         memory = _gpu_memory(pl_module.device)
         if memory:

@@ -28,7 +28,7 @@ STUDY_COLUMNS = [_STUDY, _DONOR]
 _BETTER = 0.02
 
 
-class Naming:
+class Annotator:
     """Annotates cells with the labels of a reference.
 
     Parameters
@@ -77,7 +77,7 @@ class Naming:
             seed=seed,
         )
 
-    def name(self, cells: ad.AnnData, latent: str) -> None:
+    def annotate(self, cells: ad.AnnData, latent: str) -> None:
         """Write labels, probability, uncertainty and unknown into the obs of cells, by their embedding in obsm."""
         transfer, column = self._transfer, self._column
         empty = cells.obs[EMPTY].to_numpy(dtype=bool)
@@ -113,7 +113,7 @@ class Naming:
         Parameters
         ----------
         cells
-            The cells, annotated by `name`.
+            The cells, annotated by `annotate`.
         blocks
             Their raw counts, CSR (some cells, genes), one after the other.
         counts, rows

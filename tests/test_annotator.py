@@ -19,10 +19,10 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
+from census_scvi.annotation.annotator import EMPTY, PREDICTION, Annotator
 from census_scvi.annotation.baselines import Baselines
 from census_scvi.annotation.held_out import HeldOut, hold_out
 from census_scvi.annotation.label_transfer import METHODS
-from census_scvi.annotation.naming import EMPTY, PREDICTION, Naming
 from census_scvi.errors import UserError
 from census_scvi.pictures.annotation_quality import draw_quality
 
@@ -139,10 +139,10 @@ def test_a_user_sees_whether_the_model_helps(
 ) -> None:
     monkeypatch.setattr(logging.getLogger("census_scvi"), "propagate", True)
     reference, counts, mine, query = atlas_cells(latent_of)
-    naming = Naming(reference, "scvi", "cell_type")
+    annotator = Annotator(reference, "scvi", "cell_type")
     with caplog.at_level(logging.INFO):
-        naming.name(mine, "X_scvi")
-        naming.compare(mine, [query[:60], query[60:]], counts, np.arange(400), ALL)
+        annotator.annotate(mine, "X_scvi")
+        annotator.compare(mine, [query[:60], query[60:]], counts, np.arange(400), ALL)
     prediction = mine.uns[PREDICTION]["cell_type"]
     assert prediction["held_out_by"] == "dataset_id"
     assert prediction["baseline_cells"] == 400
@@ -167,9 +167,9 @@ def test_a_user_sees_whether_the_model_helps(
 def test_one_label_has_nothing_beside_it() -> None:
     reference, counts, mine, query = atlas_cells("good")
     reference.obs["cell_type"] = "B cell"
-    naming = Naming(reference, "scvi", "cell_type", method="logistic_regression")
-    naming.name(mine, "X_scvi")
-    naming.compare(mine, [query], counts, np.arange(400), ALL)
+    annotator = Annotator(reference, "scvi", "cell_type", method="logistic_regression")
+    annotator.annotate(mine, "X_scvi")
+    annotator.compare(mine, [query], counts, np.arange(400), ALL)
     assert "held_out" not in mine.uns[PREDICTION]["cell_type"]
     with pytest.raises(UserError, match="there are no held-out cells to judge"):
         draw_quality(mine.uns[PREDICTION]["cell_type"], "cell type")
@@ -181,14 +181,14 @@ def test_cells_without_a_label_teach_nothing(missing: object) -> None:
     labels = reference.obs["cell_type"].astype(object)
     labels[(labels == "monocyte").to_numpy()] = missing
     reference.obs["cell_type"] = labels
-    naming = Naming(reference, "scvi", "cell_type")
-    naming.name(mine, "X_scvi")
+    annotator = Annotator(reference, "scvi", "cell_type")
+    annotator.annotate(mine, "X_scvi")
     found = mine.uns[PREDICTION]["cell_type"]
     assert found["classes"] == ["B cell", "T cell"]
     assert found["reference_cells"] == labels.isin(found["classes"]).sum()
     reference.obs["cell_type"] = pd.Series(missing, index=reference.obs_names, dtype=object)
     with pytest.raises(UserError, match="none of the 400 reference cells has a cell_type; change obs_filter"):
-        Naming(reference, "scvi", "cell_type")
+        Annotator(reference, "scvi", "cell_type")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -198,7 +198,7 @@ def test_an_unknown_cell_keeps_its_most_probable_label(method: str) -> None:
     middles = np.stack([latent[reference.obs["cell_type"] == name].mean(axis=0) for name in TYPES])
     mine.obsm["X_scvi"][:50] += 20 * null_space(middles)[:, 0]  # far from all types, and still nearest to their own
     mine.obs[EMPTY] = np.arange(100) >= 90
-    Naming(reference, "scvi", "cell_type", method=method).name(mine, "X_scvi")
+    Annotator(reference, "scvi", "cell_type", method=method).annotate(mine, "X_scvi")
     found = {name: mine.obs[f"cell_type_{name}"].astype(str).to_numpy() for name in ("predicted", "best")}
     assert (found["predicted"][:50] == "unknown").mean() > 0.9
     assert (found["best"][:50] == truth[:50]).mean() > 0.6  # of three types: a forest is less sure out there
@@ -210,7 +210,7 @@ def test_an_unknown_cell_keeps_its_most_probable_label(method: str) -> None:
 def test_few_reference_cells_are_refused(n_cells: int) -> None:
     reference, _, _, _ = atlas_cells("good")
     with pytest.raises(UserError, match=f"{n_cells} labelled cells? and n_neighbors=15 needs 16 or more"):
-        Naming(reference[:n_cells].copy(), "scvi", "cell_type")
+        Annotator(reference[:n_cells].copy(), "scvi", "cell_type")
 
 
 @pytest.mark.parametrize("studies", ["none", "one label each"])
@@ -225,22 +225,22 @@ def test_what_cannot_be_held_out_is_said(studies: str, caplog: pytest.LogCapture
         labels, expected = ["a", "b", "a", "b"], "no label is in two values of dataset_id"
     reference.obs["cell_type"] = reference.obs["cell_type"].astype(object)
     reference.obs.loc[reference.obs_names[:4], "cell_type"] = labels
-    naming = Naming(reference, "scvi", "cell_type")
-    naming.name(mine, "X_scvi")
+    annotator = Annotator(reference, "scvi", "cell_type")
+    annotator.annotate(mine, "X_scvi")
     with caplog.at_level(logging.INFO):
-        naming.compare(mine, [query], counts[:4], rows, ALL)
+        annotator.compare(mine, [query], counts[:4], rows, ALL)
     assert f"no accuracy on held-out cells, because {expected}" in caplog.text
 
 
 def test_counts_that_tell_nothing_are_not_compared_with(caplog: pytest.LogCaptureFixture) -> None:
     """Cells without counts, and counts of a single gene: there is nothing to compare the model with."""
     reference, counts, mine, query = atlas_cells("good")
-    naming = Naming(reference, "scvi", "cell_type")
-    naming.name(mine, "X_scvi")
+    annotator = Annotator(reference, "scvi", "cell_type")
+    annotator.annotate(mine, "X_scvi")
     for genes in (np.zeros(N_GENES, bool), np.arange(N_GENES) == 3):
-        naming.compare(mine, [query], counts, np.arange(400), genes)
-    naming.compare(mine, [query], counts * 0, np.arange(400), ALL)
+        annotator.compare(mine, [query], counts, np.arange(400), genes)
+    annotator.compare(mine, [query], counts * 0, np.arange(400), ALL)
     assert "held_out" not in mine.uns[PREDICTION]["cell_type"]
     some = sp.vstack([counts[:100] * 0, counts[100:]]).tocsr()
-    naming.compare(mine, [query], some, np.arange(400), ALL)
+    annotator.compare(mine, [query], some, np.arange(400), ALL)
     assert mine.uns[PREDICTION]["cell_type"]["baseline_cells"] == 300
