@@ -1,6 +1,5 @@
-"""README and docs are true: their commands run as printed, and the table of settings is that of the config."""
+"""README and docs are true: their commands run as printed."""
 
-import json
 import os
 import re
 import shlex
@@ -9,17 +8,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import anndata as ad
 import cellxgene_census
 import pytest
 import yaml
 from pipeline import ROOT, SMALL, forked, run_code, run_script
-from pydantic import BaseModel
 
 from census_scvi.cli import console
-from census_scvi.config import Config
 from census_scvi.config.commands import COMMANDS
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -27,26 +23,6 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PLAIN = re.compile(r"(census-scvi|python [\w./-]+\.py)( [^$`|&;<>*?~\\(){}!]*)?")
 # Run by CI itself (this test is part of `make test`), or not ours.
 NOT_HERE = ("make ", "./scvi-init.sh", "tensorboard ", "sudo apt ")
-
-
-def settings(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any, str]]:
-    """Dotted name, default and meaning of every setting."""
-    for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from settings(field.annotation, f"{prefix}{name}.")
-        else:
-            yield prefix + name, field.get_default(call_default_factory=True), str(field.description)
-
-
-def table() -> list[str]:
-    """The rows of the table of settings."""
-    return [f"| `{name}` | `{json.dumps(default)}` | {meaning} |" for name, default, meaning in settings(Config)]
-
-
-def test_the_table_of_settings_is_the_config_s_own() -> None:
-    document = (ROOT / "docs/settings.md").read_text()
-    rows = document.partition("| setting | default | meaning |\n|---|---|---|\n")[2]
-    assert rows.splitlines() == table()
 
 
 def blocks(document: Path) -> list[tuple[str, str]]:
@@ -154,7 +130,3 @@ def test_links_and_pictures_exist(document: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
         if "://" not in target:
             assert (document.parent / target).exists(), target
-
-
-if __name__ == "__main__":
-    print("\n".join(table()))

@@ -23,6 +23,7 @@ from census_scvi.config import Config, load_config
 from census_scvi.config.commands import COMMANDS, Command
 from census_scvi.config.extras import require_extra
 from census_scvi.config.messages import suggestion
+from census_scvi.config.settings_table import help_of_stage
 from census_scvi.errors import UserError
 from census_scvi.files.paths import expand_argument
 from census_scvi.terminal.printing import on_one_line, printable
@@ -165,7 +166,7 @@ def _parser(command: Command, program: str | None) -> Parser:
     parser = Parser(
         prog=program or command.script,
         description=command.summary,
-        epilog=_EPILOG,
+        epilog=f"{help_of_stage(Config, command.name).replace('%', '%%')}\n\n{_EPILOG}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("settings", nargs="*", metavar="section.key=value", help="settings that override the file")

@@ -10,7 +10,7 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from census_scvi.config.section import Expected, members
+from census_scvi.config.section import Expected, mark_of, members
 
 _LONGEST = 80
 _ITEM = "[]"
@@ -85,8 +85,8 @@ def _describe(detail: dict[str, Any], key: str, field: FieldInfo | None, model: 
     if kind == "missing":
         return f"{key} is missing"
     found = shown(detail["input"])
-    expected = next((mark.words for mark in (field.metadata if field else []) if isinstance(mark, Expected)), None)
-    if expected := expected or _EXPECTED.get(kind):
+    mark = mark_of(field, Expected) if field else None
+    if expected := mark.words if mark else _EXPECTED.get(kind):
         return f"{key} is {found}, expected {expected}"
     return f"{key} is {found}: {detail['msg'].removeprefix('Input ')}"
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic.fields import FieldInfo
+
+Mark = TypeVar("Mark")
 
 
 @dataclass(frozen=True, init=False)
@@ -28,6 +31,21 @@ class Expected:
     """Mark of a setting: what messages say is expected, where its type does not say it well."""
 
     words: str
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Mark of a type of settings: what the documents call it, e.g. `path or URL`."""
+
+    words: str
+
+
+@dataclass(frozen=True)
+class Usual:
+    """Mark of a setting that most users look at; help and documents list it first."""
+
+
+USUAL = Usual()
 
 
 class Section(BaseModel):
@@ -51,14 +69,25 @@ class Section(BaseModel):
         return {} if values is None else values  # `census:` with nothing below it is YAML for null
 
 
-def stages_changed(section: type[Section], prefix: str = "") -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Every dotted setting below a section, and the stages whose result it changes."""
+def settings_of(section: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo, type[Section]]]:
+    """Every setting below a section: its dotted name, the field, and the section that it is in."""
     for name, field in section.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            yield from stages_changed(field.annotation, f"{prefix}{name}.")
+            yield from settings_of(field.annotation, f"{prefix}{name}.")
         else:
-            mark = next((each for each in field.metadata if isinstance(each, Changes)), None)
-            yield prefix + name, section.changes if mark is None else mark.stages
+            yield prefix + name, field, section
+
+
+def stages_changed(section: type[Section]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Every dotted setting below a section, and the stages whose result it changes."""
+    for name, field, inner in settings_of(section):
+        mark = mark_of(field, Changes)
+        yield name, inner.changes if mark is None else mark.stages
+
+
+def mark_of(field: FieldInfo, kind: type[Mark]) -> Mark | None:
+    """The mark of a kind that a setting bears, if it does."""
+    return next((mark for mark in field.metadata if isinstance(mark, kind)), None)
 
 
 def members(annotation: Any) -> Iterator[Any]:

@@ -13,7 +13,7 @@ from census_scvi.config import run_names
 from census_scvi.config.file import read_settings, typed
 from census_scvi.config.messages import describe_errors
 from census_scvi.config.names import check_trainer, check_training_plan, listed
-from census_scvi.config.section import Changes, Expected, Section, stages_changed
+from census_scvi.config.section import USUAL, Changes, Expected, Section, stages_changed
 from census_scvi.config.types import Columns, FileName, LocalPath, MemberName, Name, ObsFilter, PathName, Share
 from census_scvi.errors import UserError
 from census_scvi.files.paths import expand_argument
@@ -45,63 +45,67 @@ _READ_THE_CENSUS = ("prepare", "create-latent-update", "evaluate", "publish", "m
 
 
 class CensusSection(Section):
-    """Which Census, which cells."""
+    """Which Census to read, and which of its cells."""
 
     changes: ClassVar[tuple[str, ...]] = _READ_THE_CENSUS
-    organism: Annotated[Name, Changes(*_READ_THE_CENSUS, "train")] = "homo_sapiens"
-    """Name of the Experiment in the Census."""
-    uri: PathName | None = None
-    """Any SOMA Census: a local folder or s3://...; wins over `version`."""
-    version: Name = "stable"
-    """Release of the CELLxGENE Census, e.g. 2025-11-08, stable or latest."""
+    organism: Annotated[Name, Changes(*_READ_THE_CENSUS, "train"), USUAL] = "homo_sapiens"
+    """Organism: name of the Experiment in the Census."""
+    uri: Annotated[PathName | None, USUAL] = None
+    """Census to read: a local folder or s3://...; takes precedence over `version`."""
+    version: Annotated[Name, USUAL] = "stable"
+    """Release of CELLxGENE Census to read, e.g. 2025-11-08, stable or latest."""
     tiledb: Annotated[dict[str, str], BeforeValidator(lambda values: _tiledb(values)), Changes()] = Field(
         default_factory=dict, exclude=True, repr=False
     )
-    """TileDB settings for reading it, e.g. {vfs.s3.region: eu-west-1}; they win over the AWS environment."""
-    obs_query: Annotated[ObsFilter | None, Changes("prepare", "create-latent-update", "publish")] = None
-    """SOMA value filter of the cells to embed, and with `obs_query_model` to train on; null: all."""
-    obs_query_model: Annotated[ObsFilter | None, Changes("prepare", "create-latent-update", "publish")] = None
-    """SOMA value filter of the cells fit for gene selection and training; null: all."""
+    """TileDB settings for reading the Census, e.g. {vfs.s3.region: eu-west-1}; they take precedence over AWS
+    environment variables.
+    """
+    obs_query: Annotated[ObsFilter | None, Changes("prepare", "create-latent-update", "publish"), USUAL] = None
+    """SOMA value filter: the cells to embed; null: all cells."""
+    obs_query_model: Annotated[ObsFilter | None, Changes("prepare", "create-latent-update", "publish"), USUAL] = None
+    """SOMA value filter: the cells, within `obs_query`, for gene selection and training; null: all of them."""
 
 
 class HvgSection(Section):
     """Selection of highly variable genes (seurat_v3)."""
 
     changes: ClassVar[tuple[str, ...]] = ("prepare",)
-    top_n_hvg: Annotated[int, Field(ge=1), Changes("prepare", "evaluate")] = 8000
-    """Genes to select."""
-    hvg_batch: Columns = Field(default_factory=list)
-    """obs columns within whose combinations the genes are ranked; empty: one ranking."""
+    top_n_hvg: Annotated[int, Field(ge=1), Changes("prepare", "evaluate"), USUAL] = 8000
+    """Number of highly variable genes."""
+    hvg_batch: Annotated[Columns, USUAL] = Field(default_factory=list)
+    """obs columns whose combinations are the batches for gene selection; empty: one batch."""
     min_genes: Annotated[int, Field(ge=0)] = 0
-    """Cells with fewer detected genes (obs nnz) are excluded from gene selection and training, never from embedding."""
+    """Minimum number of genes detected in a cell (obs nnz) for gene selection and training. All cells are embedded."""
     engine: Literal["one-pass", "census"] = "one-pass"
-    """Implementation: one-pass equals scanpy's and reads the counts once; census is the published pipeline's."""
+    """Implementation: `one-pass` gives scanpy's result and reads the counts once, `census` is the code of the
+    published pipeline.
+    """
 
 
 class AnndataSection(Section):
-    """The prepared cells."""
+    """The file of cells that the model is trained on."""
 
     changes: ClassVar[tuple[str, ...]] = ("prepare", "train")
-    batch_key: Annotated[Columns, Changes("prepare", "train", "create-latent-update", "evaluate", "publish")] = Field(
-        default_factory=lambda: ["dataset_id", "assay", "suspension_type", "donor_id"]
+    batch_key: Annotated[Columns, Changes("prepare", "train", "create-latent-update", "evaluate", "publish"), USUAL] = (
+        Field(default_factory=lambda: ["dataset_id", "assay", "suspension_type", "donor_id"])
     )
     """obs columns whose combination is the batch."""
     model_filename: FileName = "anndata_model.h5ad"
-    """File of the prepared cells in the run directory."""
+    """Name of the file of training cells in the run directory."""
     obs_columns: Columns | None = None
     """obs columns to keep in that file, in addition to soma_joinid and batch; null: all."""
     compression: Literal["gzip", "none"] = "gzip"
-    """Of the counts in that file: none takes four times the space and a third less CPU time to read."""
+    """Compression of the counts. `none` needs four times the disk space and a third less CPU time to read."""
 
 
 class GenesSection(Section):
-    """Which genes may be selected, and how many of the model's a Census must have."""
+    """Which genes are used."""
 
     changes: ClassVar[tuple[str, ...]] = ("prepare", "create-latent-update", "publish")
     min_cells: Annotated[int, Field(ge=0)] = 0
-    """Genes detected in fewer of the training cells are excluded before highly variable ones are selected."""
+    """Minimum number of training cells in which a gene is detected, to be considered for selection."""
     min_share: Annotated[Share, Changes("create-latent-update", "publish", "map-query")] = 0.98
-    """Least share of the model's genes that a Census must have for its cells to be embedded."""
+    """Minimum fraction of the model's genes that a Census must have for its cells to be embedded."""
 
 
 class ModelSection(Section):
@@ -109,49 +113,53 @@ class ModelSection(Section):
 
     changes: ClassVar[tuple[str, ...]] = ("train", "publish")
     filename: Annotated[FileName, Changes("train", "create-latent-update", "publish")] = "scvi.model"
-    """Folder of the trained model in the run directory."""
-    n_hidden: Annotated[int, Field(ge=1)] = 128
+    """Name of the folder of the trained model in the run directory."""
+    n_hidden: Annotated[int, Field(ge=1), USUAL] = 128
     """Hidden units per layer."""
-    n_latent: Annotated[int, Field(ge=1)] = 10
+    n_latent: Annotated[int, Field(ge=1), USUAL] = 10
     """Dimensions of the latent space."""
-    n_layers: Annotated[int, Field(ge=1)] = 1
+    n_layers: Annotated[int, Field(ge=1), USUAL] = 1
     """Hidden layers of encoder and decoder."""
     dropout_rate: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
-    """Dropout of the encoder."""
+    """Dropout rate of the encoder."""
     gene_likelihood: Literal["nb", "zinb", "poisson"] = "nb"
     """Distribution of the counts."""
     encode_covariates: bool = False
-    """Whether the encoder sees the batch; false: a cell of any batch can be embedded."""
+    """Whether the encoder gets the batch. With `false`, cells of any batch can be embedded."""
 
 
 class TrainSection(Section):
     """Training."""
 
     changes: ClassVar[tuple[str, ...]] = ("train",)
-    max_epochs: Annotated[int, Field(ge=1)] = 100
-    """Passes over the training cells."""
-    batch_size: Annotated[int, Field(ge=2)] = 1024
-    """Cells per minibatch (and device)."""
+    max_epochs: Annotated[int, Field(ge=1), USUAL] = 100
+    """Maximum number of epochs."""
+    batch_size: Annotated[int, Field(ge=2), USUAL] = 1024
+    """Cells per minibatch and device."""
     train_size: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
-    """Share of cells trained on; the rest validates."""
-    early_stopping: bool = False
-    """Stop when elbo_validation no longer falls (patience and others: `train.trainer`)."""
-    multi_gpu: bool = False
+    """Fraction of the cells to train on; the others are for validation."""
+    early_stopping: Annotated[bool, USUAL] = False
+    """Stop when elbo_validation no longer improves (patience and others: `train.trainer`)."""
+    multi_gpu: Annotated[bool, USUAL] = False
     """Train on several `devices` (Lightning DDP)."""
     num_workers: Annotated[int, Field(ge=0), Changes()] = 1
-    """Read-ahead workers of the loader; 0: read between training steps."""
-    devices: Annotated[Devices, Expected("a number of devices, a list of device indices such as [0, 1], or auto")] = (
-        "auto"
-    )
-    """With `multi_gpu`: how many devices, or which; otherwise one device is used."""
+    """Workers that read minibatches ahead; 0: read between training steps."""
+    devices: Annotated[
+        Devices, Expected("a number of devices, a list of device indices such as [0, 1], or auto"), USUAL
+    ] = "auto"
+    """With `multi_gpu`: number or indices of the devices; otherwise one device is used."""
     accelerator: Annotated[Literal["auto", "cpu", "gpu", "cuda", "mps"], Changes()] = "auto"
-    """Kind of device."""
+    """Type of device."""
     engine: Annotated[Literal["fast", "scvi-tools"], Changes()] = "fast"
-    """Implementation of the training step: `fast` computes the same loss and gradients in a fraction of the time."""
+    """Implementation of the training step: `fast` computes the same loss and gradients as `scvi-tools` in a fraction
+    of the time.
+    """
     precision: Literal["float32", "bf16", "fp16"] = "float32"
-    """Of the matrix products: bf16 and fp16 are faster where the hardware has them, and give other numbers."""
+    """Precision of matrix products. `bf16` and `fp16` are faster on hardware that supports them, and change the
+    numbers.
+    """
     checkpoint_minutes: Annotated[float, Field(ge=0.0), Changes()] = 10.0
-    """Minutes between checkpoints within an epoch, to resume a killed training from; each epoch ends with one."""
+    """Minutes between checkpoints within an epoch, from which a killed training resumes; each epoch ends with one."""
     trainer: dict[str, Any] | None = None
     """More arguments of Lightning's Trainer, e.g. gradient_clip_val."""
 
@@ -161,35 +169,37 @@ class LatentSection(Section):
 
     changes: ClassVar[tuple[str, ...]] = ("create-latent-update",)
     block_size: Annotated[int, Field(ge=1)] = 4096
-    """Cells read, embedded and written at a time."""
-    minified: Literal["all", "sample", "none"] = "all"
+    """Cells that are read, embedded and written at a time."""
+    minified: Annotated[Literal["all", "sample", "none"], USUAL] = "all"
     """Cells in final_scvi_optimized: all, a random sample, or no such folder."""
     sample_size: Annotated[int, Field(ge=1)] = 10000
-    """Cells of the sample."""
+    """Cells in that sample."""
 
 
 class GatesSection(Section):
-    """What an embedding must show before it is published."""
+    """Checks that an embedding must pass before it is published."""
 
     changes: ClassVar[tuple[str, ...]] = ("publish",)
     sample_size: Annotated[int, Field(ge=2)] = 2000
-    """Random cells that are read again and embedded by scvi-tools; the sealed sample."""
+    """Random cells that are read again and embedded with scvi-tools; they are published with the model."""
     max_difference: Annotated[float, Field(gt=0.0)] = 1e-5
-    """Largest difference of an embedding from the same cell's, computed by scvi-tools or for a copy of it."""
+    """Maximum difference between a cell's embedding and scvi-tools', or that of an identical cell."""
     min_variance: Annotated[float, Field(gt=0.0)] = 1e-6
-    """Least variance of a latent dimension over the cells."""
+    """Minimum variance of a latent dimension across cells."""
     min_active_units: Share = 0.1
-    """Least share of the dimensions whose posterior is narrower than the prior."""
+    """Minimum fraction of the dimensions whose posterior is narrower than the prior."""
     max_correlation: Share = 0.99
-    """Largest correlation of two dimensions."""
+    """Maximum correlation of two dimensions."""
     min_effective_rank: Annotated[float, Field(ge=1.0)] = 2.0
-    """Least number of dimensions that the cells fill (exp of the entropy of the covariance's eigenvalues)."""
+    """Minimum effective rank of the latent space (exp of the entropy of the covariance's eigenvalues)."""
     max_elbo_fall: Annotated[float, Field(gt=0.0)] = 0.02
-    """Largest fall of the validation ELBO over the last fifth of the epochs, as a share of it, after training."""
+    """Maximum decrease of elbo_validation (a loss) over the last fifth of the epochs, as a fraction of it; more: not
+    converged.
+    """
     max_elbo_gap: Annotated[float, Field(gt=0.0)] = 0.2
-    """Largest share by which the ELBO of the validation cells exceeds that of the training cells."""
+    """Maximum fraction by which elbo_validation exceeds elbo_train (losses); more: overfitting."""
     label: Name = "cell_type"
-    """obs column of the cell types, for the warnings."""
+    """obs column of the cell types, for warnings about their separation and the mixing of batches."""
     waived: dict[StoppingGate, Name] = Field(default_factory=dict)
     """Gates that may fail, each with the reason, which is published: `{order: copies were deduplicated}`."""
 
@@ -200,15 +210,15 @@ class GatesSection(Section):
 
 
 class ContactSection(Section):
-    """Whom to ask."""
+    """Whom to contact."""
 
     changes: ClassVar[tuple[str, ...]] = ("publish",)
     name: str = ""
-    """Name."""
+    """Name of the contact."""
     email: str = ""
-    """Mail address."""
+    """Email address of the contact."""
     affiliation: str = ""
-    """Institution."""
+    """Institution of the contact."""
 
 
 class PublishSection(Section):
@@ -216,93 +226,104 @@ class PublishSection(Section):
 
     changes: ClassVar[tuple[str, ...]] = ("publish",)
     experiment_uri: PathName | None = None
-    """The SOMA Experiment; null: the organism's in the Census of this run, where that is a local one."""
-    name: MemberName = "scvi"
+    """SOMA Experiment to write to; null: that of the organism in the Census of the run, where that is a local one."""
+    name: Annotated[MemberName, USUAL] = "scvi"
     """Name of the embedding in obsm."""
     replace: bool = False
-    """Whether an embedding of that name may be replaced."""
+    """Whether to replace an embedding of that name."""
     model_uri: PathName | None = None
-    """Folder or URL (any that fsspec writes to) for the model; null: `published` in the run directory."""
-    title: Name | None = None
-    """Title; null: made of what the data are, for instance `scVI embedding of CELLxGENE Census`."""
+    """Folder or URL (any that fsspec can write to) for the model; null: `published` in the run directory."""
+    title: Annotated[Name | None, USUAL] = None
+    """Title; null: generated, for instance `scVI embedding of CELLxGENE Census`."""
     description: str = ""
-    """What it is, for the reader of a catalogue."""
+    """Description for readers of a catalogue."""
     license: str = ""
-    """Licence of embedding and model, e.g. CC-BY-4.0."""
+    """License of embedding and model, e.g. CC-BY-4.0."""
     doi: str = ""
-    """DOI of a paper or data set that describes it."""
+    """DOI of a paper or data set that describes the embedding."""
     contact: ContactSection = ContactSection()
     """Who publishes it, and whom to ask."""
 
 
 class QuerySection(Section):
-    """A user's own cells, for scvi-map-query.py."""
+    """Your own cells (map-query)."""
 
     changes: ClassVar[tuple[str, ...]] = ("map-query",)
-    file: LocalPath | None = None
-    """The .h5ad with the cells: raw counts, genes by Ensembl id or symbol."""
-    output: Annotated[LocalPath | None, Changes()] = None
-    """The .h5ad to write: the same with embedding, map and predicted labels; null: `<file>-mapped.h5ad`."""
-    model: PathName | None = None
-    """Published folder or its URL; null: the run directory."""
+    file: Annotated[LocalPath | None, USUAL] = None
+    """Your cells: an .h5ad file with raw counts, genes by Ensembl id or symbol."""
+    output: Annotated[LocalPath | None, Changes(), USUAL] = None
+    """The .h5ad to write: your cells with embedding, UMAP and predicted labels; null: `<file>-mapped.h5ad`."""
+    model: Annotated[PathName | None, USUAL] = None
+    """Published model: a folder or URL; null: the model in the run directory."""
     embedding: PathName | None = None
-    """Of the Census' cells: a name in its obsm, a run directory or an Experiment; null: `scvi`, or the run's."""
+    """Embedding of the reference cells: a name in the obsm of the Census, a run directory or an Experiment; null:
+    `scvi`, or the run's.
+    """
     counts: Name | None = None
-    """Where the raw counts are: X, raw or layers/<name>; null: found, and refused where several may be."""
+    """Where the raw counts are: X, raw or layers/<name>; null: detected, and an error where several places may hold
+    them.
+    """
     min_share: Share = 0.8
-    """Least share of the model's genes that the file must have; fewer do where the others hardly hold counts."""
-    labels: Columns = Field(default_factory=lambda: ["cell_type"])
+    """Minimum fraction of the model's genes that your file must have; fewer are accepted where the others have few
+    counts.
+    """
+    labels: Annotated[Columns, USUAL] = Field(default_factory=lambda: ["cell_type"])
     """obs columns of the Census to predict; empty: none."""
     obs_filter: ObsFilter | None = None
-    """SOMA value filter of the cells to learn from; null: all."""
+    """SOMA value filter of the reference cells; null: all."""
     reference_cells: Annotated[int, Field(ge=100)] = 200_000
-    """Reference cells to learn from; of more, this number is drawn at random."""
+    """Maximum number of reference cells; of more, this number is drawn at random."""
     method: Literal["neighbors", "random_forest", "logistic_regression"] = "neighbors"
     """Classifier that predicts labels from the embedding."""
     n_neighbors: Annotated[int, Field(ge=1)] = 15
-    """Nearest reference cells that vote on a cell's label."""
+    """Nearest reference cells that vote on the label of a cell (`neighbors`)."""
     baseline_cells: Annotated[int, Field(ge=0)] = 10_000
-    """Reference cells whose counts train the baseline annotation, without the model; 0: no baseline."""
+    """Reference cells for a baseline annotation from counts alone, to compare with; 0: no baseline."""
     umap_cells: Annotated[int, Field(ge=0)] = 20_000
-    """Reference cells on the map; 0: no map."""
+    """Reference cells in the UMAP; 0: no UMAP."""
 
 
 class EvaluateSection(Section):
-    """What scvi-evaluate.py measures."""
+    """Metrics of embeddings (evaluate)."""
 
     changes: ClassVar[tuple[str, ...]] = ("evaluate",)
-    embeddings: dict[Name, PathName] = Field(default_factory=dict)
-    """Name in the report, and a name in the Census' obsm, a run directory or an Experiment; {}: the run's."""
+    embeddings: Annotated[dict[Name, PathName], USUAL] = Field(default_factory=dict)
+    """Embeddings to evaluate. Name in the report: a name in the obsm of the Census, a run directory or an Experiment;
+    {}: the run's.
+    """
     obs_filter: ObsFilter | None = "is_primary_data == True"
-    """SOMA value filter of the cells; null: all."""
-    labels: Columns = Field(default_factory=lambda: ["cell_type"])
-    """obs columns that should be kept; cell_class and cell_subclass are made with the Cell Ontology."""
-    batches: Columns = Field(default_factory=lambda: ["dataset_id", "assay", "batch"])
-    """obs columns that should be mixed; batch: those of `anndata.batch_key` together."""
+    """SOMA value filter of the cells to evaluate on; null: all."""
+    labels: Annotated[Columns, USUAL] = Field(default_factory=lambda: ["cell_type"])
+    """obs columns that the embedding should preserve; cell_class and cell_subclass are derived with the Cell Ontology.
+    """
+    batches: Annotated[Columns, USUAL] = Field(default_factory=lambda: ["dataset_id", "assay", "batch"])
+    """obs columns that should be mixed; batch: those of `anndata.batch_key` combined."""
     donors: Name | None = "donor_id"
-    """obs column whose groups are held out and resampled (for intervals) as a whole; null: single cells are."""
+    """obs column whose groups are held out and resampled (for confidence intervals) as a whole; null: single cells
+    are.
+    """
     mode: Literal["sound", "legacy"] = "sound"
-    """The metrics, or the published script's with their flaws."""
+    """`sound`, or `legacy`: the metrics as the published script computes them."""
     max_cells: Annotated[int, Field(ge=100)] = 100_000
-    """Cells of the slice; of more, this number is drawn at random."""
+    """Maximum number of cells; of more, this number is drawn at random."""
     measured_cells: Annotated[int, Field(ge=100)] = 10_000
-    """Cells of the slice that are measured and drawn on the maps; entropy takes neighbours among all of it."""
+    """Cells for the metrics and maps; entropy uses neighbors among all `max_cells`."""
     baseline: bool = True
-    """Whether a PCA of log-normalised counts is evaluated, too."""
+    """Whether to evaluate a PCA of log-normalized counts, too."""
     folder: Annotated[LocalPath | None, Changes()] = None
-    """Where metrics.json and report.html are written; null: `evaluation` in the run directory."""
+    """Folder for metrics.json and report.html; null: `evaluation` in the run directory."""
 
 
 class OutputSection(Section):
-    """Where the run is written."""
+    """Where the results are written."""
 
     changes: ClassVar[tuple[str, ...]] = ()
-    directory: LocalPath = "run"
-    """The run directory; relative paths count from the current folder."""
+    directory: Annotated[LocalPath, USUAL] = "run"
+    """Run directory; a relative path starts at the current folder."""
 
 
 class Config(Section):
-    """The whole file; see `README.md` for the table of settings."""
+    """The whole file; docs/settings.md lists the settings."""
 
     census: CensusSection = CensusSection()
     hvg: HvgSection = HvgSection()
@@ -310,7 +331,7 @@ class Config(Section):
     genes: GenesSection = GenesSection()
     model: ModelSection = ModelSection()
     train: TrainSection = TrainSection()
-    training_plan: Annotated[dict[str, Any], Changes("train")] = Field(default_factory=dict)
+    training_plan: Annotated[dict[str, Any], Changes("train"), USUAL] = Field(default_factory=dict)
     """Arguments of scvi-tools' TrainingPlan and of the model's loss: lr, n_epochs_kl_warmup, max_kl_weight, ..."""
     latent: LatentSection = LatentSection()
     gates: GatesSection = GatesSection()
@@ -318,8 +339,8 @@ class Config(Section):
     query: QuerySection = QuerySection()
     evaluate: EvaluateSection = EvaluateSection()
     output: OutputSection = OutputSection()
-    seed: Annotated[int, Field(ge=0, lt=2**32), Changes(*_READ_THE_CENSUS, "train")] = 0
-    """Seed of everything random: split, order of cells, weights, dropout, sampling."""
+    seed: Annotated[int, Field(ge=0, lt=2**32), Changes(*_READ_THE_CENSUS, "train"), USUAL] = 0
+    """Seed of all random numbers: validation split, order of cells, weights, dropout, samples."""
 
     @model_validator(mode="before")
     @classmethod

@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from census_scvi.config import run_names
 from census_scvi.config.obs_filter import parse_filter
+from census_scvi.config.section import Kind
 from census_scvi.files.paths import expand
 
 
@@ -56,10 +57,10 @@ def _distinct(names: list[str]) -> list[str]:
 
 
 Name = Annotated[str, Field(min_length=1)]
-ObsFilter = Annotated[str, AfterValidator(_obs_filter)]
-Columns = Annotated[list[Name], AfterValidator(_distinct)]
-PathName = Annotated[Name, AfterValidator(expanded)]
-LocalPath = Annotated[PathName, AfterValidator(_path)]
-FileName = Annotated[str, AfterValidator(_file_name)]
-MemberName = Annotated[str, AfterValidator(_member_name)]
+ObsFilter = Annotated[str, AfterValidator(_obs_filter), Kind("value filter")]
+Columns = Annotated[list[Name], AfterValidator(_distinct), Kind("list of obs columns")]
+PathName = Annotated[Name, AfterValidator(expanded), Kind("path or URL")]
+LocalPath = Annotated[PathName, AfterValidator(_path), Kind("path")]
+FileName = Annotated[str, AfterValidator(_file_name), Kind("file name")]
+MemberName = Annotated[str, AfterValidator(_member_name), Kind("name")]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
