@@ -258,7 +258,7 @@ class _Look:
 
     def is_made_into(self, normalised: _Look) -> bool:
         """Whether the other's values are these counts, scaled cell by cell, and perhaps their logarithm."""
-        values, counts = _tidy(normalised.rows), self.counts
+        values, counts = normalised.counts, self.counts
         if not self.genes.equals(normalised.genes):
             shared = _shared_columns(self.genes, normalised.genes)
             if shared is None:
@@ -365,7 +365,7 @@ def _undecided(name: str, setting: str, groups: list[list[_Look]], looks: list[_
 
 def _is_log_normalised(look: _Look) -> bool:
     """Whether every cell has the same total once log1p is undone."""
-    values = _tidy(look.rows)
+    values = look.counts.copy()
     if not values.nnz or values.data.min() < 0 or values.data.max() > 20:
         return False
     values.data = np.expm1(values.data)
@@ -393,7 +393,8 @@ def _tidy(rows: sp.csr_matrix) -> sp.csr_matrix:
 
 
 def _same(one: sp.csr_matrix, other: sp.csr_matrix) -> bool:
-    return one.nnz == other.nnz and (one != other).nnz == 0
+    pairs = ((one.indptr, other.indptr), (one.indices, other.indices), (one.data, other.data))
+    return all(np.array_equal(these, those) for these, those in pairs)
 
 
 def _shared_columns(one: pd.Index, other: pd.Index) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]] | None:
@@ -407,7 +408,7 @@ def _shared_columns(one: pd.Index, other: pd.Index) -> tuple[npt.NDArray[np.intp
 
 def _totals(rows: sp.csr_matrix) -> npt.NDArray[np.float64]:
     """Sums of the cells that have counts."""
-    totals = np.asarray(rows.sum(axis=1)).ravel()
+    totals = np.asarray(rows.sum(axis=1), np.float64).ravel()
     return totals[totals > 0] if (totals > 0).any() else np.zeros(1)
 
 

@@ -102,7 +102,7 @@ class H5adWriter:
             Arrays (cells, dimensions), the same names in every call.
         """
         if counts is None:
-            counts = sp.csr_matrix((len(obs), self._n_genes), dtype=np.float32)
+            counts = sp.csr_matrix((len(obs), self._n_genes)).astype(np.float32)
         self._require_room(8 * counts.nnz + int(obs.memory_usage(deep=True).sum()) + _bytes_of(obsm))
         if not self._n_cells:
             self._begin(obs)

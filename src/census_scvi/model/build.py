@@ -55,7 +55,7 @@ def skeleton(genes: list[str], batches: list[str]) -> ad.AnnData:
     AnnData with var names `genes`, the categorical obs column `batch` with categories `batches` and float32 CSR zeros.
     """
     labels = pd.Categorical(np.repeat(batches, _CELLS_A_BATCH), categories=batches)
-    counts = sp.csr_matrix((len(labels), len(genes)), dtype=np.float32)
+    counts = sp.csr_matrix((len(labels), len(genes))).astype(np.float32)
     obs = pd.DataFrame({"batch": labels}, index=[str(i) for i in range(len(labels))])
     return ad.AnnData(counts, obs=obs, var=pd.DataFrame(index=pd.Index(genes, name="feature_id")))
 

@@ -133,7 +133,8 @@ class _ArrayInMemory:
         return [(start, self._rows(start, stop)) for start, stop in spans]
 
     def blocks(self, rows: int) -> Iterator[tuple[int, sp.csr_matrix]]:
-        if sp.issparse(self._values) and self._values.format != "csr":
+        sparse = sp.issparse(self._values)
+        if sparse and self._values.format != "csr":
             # By columns a block of rows would be sought in all of it.
             self._values = self._values.tocsr()
         for start in range(0, self.shape[0], rows):
@@ -152,7 +153,8 @@ class _ArrayInMemory:
 
 def _computable(values: Any, where: str) -> Any:
     """A sparse matrix of a type that scipy computes with; anything else as it is."""
-    if not sp.issparse(values) or values.format not in ("csr", "csc"):
+    sparse = sp.issparse(values)
+    if not sparse or values.format not in ("csr", "csc"):
         return values
     data = plain_numbers(values.data, where)
     return values if data is values.data else type(values)((data, values.indices, values.indptr), shape=values.shape)
