@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
 from census_scvi.config.section import Changes, Kind, Section, Usual, mark_of, settings_of
@@ -101,11 +100,10 @@ def _kinds(annotation: Any, marks: Iterable[Any] = ()) -> Iterator[str]:
 
 
 def _limits(marks: Iterable[Any]) -> str:
-    least = next((f"{_number(mark.ge)} or more" for mark in marks if isinstance(mark, Ge)), None)
-    above = next((f"above {_number(mark.gt)}" for mark in marks if isinstance(mark, Gt)), None)
-    most = next((f"at most {_number(mark.le)}" for mark in marks if isinstance(mark, Le)), None)
-    below = next((f"below {_number(mark.lt)}" for mark in marks if isinstance(mark, Lt)), None)
-    limits = [limit for limit in (least, above, most, below) if limit]
+    words = {"ge": "{} or more", "gt": "above {}", "le": "at most {}", "lt": "below {}"}
+    limits = [
+        words[name].format(_number(getattr(mark, name))) for name in words for mark in marks if hasattr(mark, name)
+    ]
     return f", {_joined(limits, 'and')}" if limits else ""
 
 
