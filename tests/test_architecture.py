@@ -69,3 +69,11 @@ def test_no_module_imports_itself_through_others() -> None:
 def test_every_room_says_what_it_is_for() -> None:
     for path in PACKAGE.rglob("__init__.py"):
         assert ast.get_docstring(ast.parse(path.read_text())), path
+
+
+def test_one_module_searches_nearest_neighbors() -> None:
+    search = re.compile(r"import .*\b(NearestNeighbors|KNeighborsClassifier|NNDescent)\b")
+    modules = {
+        path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py") if search.search(path.read_text())
+    }
+    assert modules == {"neighbors/index.py"}

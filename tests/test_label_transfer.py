@@ -1,14 +1,22 @@
 """Labels by neighbours: what the reference knows is named, what it does not know is unknown."""
 
 import logging
+import warnings
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
 from sklearn.neighbors import KNeighborsClassifier
 
 from census_scvi.annotation.label_transfer import LabelTransfer
 from census_scvi.errors import UserError
 from census_scvi.neighbors.index import NeighborIndex
+from census_scvi.neighbors.log_pca import log_normalized
 
 CENTRES = {"B cell": (0, 0, 0), "T cell": (9, 0, 0), "monocyte": (0, 9, 0), "NK cell": (9, 9, 0)}
 
@@ -220,3 +228,42 @@ def test_the_approximate_index_finds_the_neighbours() -> None:
     np.testing.assert_allclose(distances[:, 0], np.linalg.norm(points[found[:, 0]] - queries, axis=1), rtol=1e-4)
     again = NeighborIndex(points, exact_cells=10).query(queries, 15)[1]
     assert np.array_equal(found, again)
+
+
+@settings(max_examples=50)
+@given(
+    arrays.arrays(np.float32, st.tuples(st.integers(2, 30), st.integers(1, 3)), elements=st.integers(-3, 3)),
+    st.integers(1, 8),
+)
+def test_the_others_of_a_cell_are_its_nearest_and_never_itself(points: np.ndarray, n_neighbors: int) -> None:
+    """Copies among them: as many cells at the same place as there are."""
+    found = NeighborIndex(points).others(n_neighbors)
+    assert found.shape == (len(points), min(n_neighbors, len(points) - 1))
+    assert not (found == np.arange(len(points))[:, None]).any()
+    away = np.linalg.norm(points[:, None].astype(np.float64) - points, axis=2)
+    np.fill_diagonal(away, np.inf)
+    nearest = np.sort(away, axis=1)[:, : found.shape[1]]
+    np.testing.assert_allclose(np.sort(np.take_along_axis(away, found, axis=1), axis=1), nearest, atol=1e-6)
+
+
+def test_the_approximate_index_leaves_the_cell_itself_out() -> None:
+    points = np.random.default_rng(0).normal(size=(600, 5)).astype(np.float32)
+    exact, approximate = (NeighborIndex(points, exact_cells=cells).others(15) for cells in (1000, 10))
+    assert not (approximate == np.arange(600)[:, None]).any()
+    assert np.mean([len(np.intersect1d(*pair)) for pair in zip(exact, approximate, strict=True)]) > 14.5
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(np.float64, 1e-12), (np.float32, 1e-6), (np.int64, 1e-6)])
+@pytest.mark.parametrize("form", [sp.csr_matrix, np.asarray])
+def test_counts_are_log_normalized_within_each_cell(dtype: type, rounding: float, form: Callable[[Any], Any]) -> None:
+    counts = np.random.default_rng(0).poisson(0.5, (40, 30)).astype(dtype)
+    counts[3] = 0
+    given = form(counts)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = log_normalized(given)
+    totals = counts.sum(axis=1, keepdims=True)
+    expected = np.log1p(counts * (1e4 / np.where(totals, totals, 1)))
+    assert found.dtype == (np.float64 if dtype is np.float64 else np.float32)
+    np.testing.assert_allclose(found.toarray() if sp.issparse(found) else found, expected, rtol=rounding)
+    assert np.array_equal(given.toarray() if sp.issparse(given) else given, counts)

@@ -7,13 +7,14 @@ import warnings
 import numpy as np
 import numpy.typing as npt
 import scipy.sparse as sp
-from sklearn.decomposition import PCA
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
-from sklearn.neighbors import KNeighborsClassifier
+
+from census_scvi.annotation.label_shares import label_shares
+from census_scvi.neighbors.index import NeighborIndex
+from census_scvi.neighbors.log_pca import fit_pca, log_normalized
 
 PCA_NEIGHBORS, REGRESSION = "pca", "logistic_regression"
-_COMPONENTS, _COUNTS_A_CELL = 50, 1e4
 _PENALTY, _ITERATIONS = 0.1, 300
 
 Labels = npt.NDArray[np.object_]
@@ -49,9 +50,9 @@ class Baselines:
         self._genes = genes
         logged = self._log(counts)
         names = labels.astype(str)
-        self._pca = PCA(min(_COMPONENTS, min(logged.shape) - 1), svd_solver="arpack", random_state=seed).fit(logged)
-        neighbors = KNeighborsClassifier(min(n_neighbors, len(names)), weights="distance", algorithm="brute")
-        self._neighbors = neighbors.fit(self._pca.transform(logged), names)
+        self._codes, self._n_neighbors = np.unique(names, return_inverse=True)[1], n_neighbors
+        self._pca, positions = fit_pca(logged, seed=seed)
+        self._index = NeighborIndex(positions, exact_cells=len(positions))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # what it names hardly changes any more
             self._regression = LogisticRegression(C=_PENALTY, max_iter=_ITERATIONS).fit(logged, names)
@@ -60,7 +61,7 @@ class Baselines:
         """Likeliest label and its probability, (cells,) each, of raw counts (cells, genes), by each of the two."""
         logged = self._log(counts)
         shares = {
-            PCA_NEIGHBORS: self._neighbors.predict_proba(self._pca.transform(logged)),
+            PCA_NEIGHBORS: self._of_neighbors(logged),
             REGRESSION: self._regression.predict_proba(logged),
         }
         classes = self._regression.classes_.astype(object)
@@ -70,8 +71,11 @@ class Baselines:
         }
 
     def _log(self, counts: sp.csr_matrix) -> sp.csr_matrix:
-        """log1p of counts, 10,000 a cell."""
-        chosen = sp.csr_matrix(counts[:, self._genes], dtype=np.float64)
-        totals = np.asarray(chosen.sum(axis=1)).ravel()
-        scale = sp.diags(_COUNTS_A_CELL / np.maximum(totals, 1))
-        return (scale @ chosen).log1p().tocsr()
+        return log_normalized(sp.csr_matrix(counts[:, self._genes], dtype=np.float64))
+
+    def _of_neighbors(self, logged: sp.csr_matrix) -> npt.NDArray[np.float64]:
+        """Shares of the labels, neighbors weighed by 1 / distance; those at the same place, if any, count alone."""
+        distances, positions = self._index.query(self._pca.transform(logged), self._n_neighbors)
+        same = distances == 0
+        weights = np.where(same.any(axis=1, keepdims=True), same, 1 / np.where(same, 1, distances.astype(np.float64)))
+        return label_shares(weights, self._codes[positions], len(self._regression.classes_))

@@ -13,6 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from census_scvi.annotation.label_shares import label_shares
 from census_scvi.annotation.unknown import UnknownThreshold, set_threshold
 from census_scvi.config.arguments import require_whole
 from census_scvi.config.messages import suggestion
@@ -175,10 +176,7 @@ class LabelTransfer:
     def _vote(self, distances: npt.NDArray[Any], positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """Shares of the labels, nearer neighbors weighing more."""
         weights = np.exp(-np.square(distances / np.maximum(distances.mean(axis=1, keepdims=True), 1e-12)))
-        votes = np.zeros((len(distances), len(self.classes)), np.float32)
-        rows = np.repeat(np.arange(len(distances)), distances.shape[1])
-        np.add.at(votes, (rows, self._codes[positions].ravel()), weights.ravel())
-        return votes / votes.sum(axis=1, keepdims=True)
+        return label_shares(weights, self._codes[positions], len(self.classes))
 
 
 def check_method(method: str) -> None:

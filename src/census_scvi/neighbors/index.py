@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-from pynndescent import NNDescent
 from sklearn.neighbors import NearestNeighbors
 
 from census_scvi.config.arguments import require_whole
@@ -42,11 +41,13 @@ class NeighborIndex:
         points = np.ascontiguousarray(points, np.float32)
         if not len(points):
             raise UserError("there are no cells to look for neighbors among")
-        self._n_cells = len(points)
+        self._points, self._n_cells = points, len(points)
         self.exact = len(points) <= exact_cells
         if self.exact:
             self._search = NearestNeighbors(algorithm="brute").fit(points)
         else:
+            from pynndescent import NNDescent  # takes seconds to import, and few cells need none
+
             self._index = NNDescent(points, n_neighbors=_GRAPH_NEIGHBORS, random_state=seed)
             self._index.prepare()
 
@@ -68,3 +69,13 @@ class NeighborIndex:
         else:
             positions, distances = self._index.query(points, n_neighbors, epsilon=_EPSILON)
         return distances.astype(np.float32), positions.astype(np.int64)
+
+    def others(self, n_neighbors: int) -> Positions:
+        """Positions of the nearest neighbors of each reference cell, without itself: int64 (cells, neighbors).
+
+        Of a reference of no more cells than `n_neighbors`, all others are neighbors.
+        """
+        _, positions = self.query(self._points, n_neighbors + 1)
+        itself = positions == np.arange(self._n_cells)[:, None]
+        itself[~itself.any(axis=1), 0] = True  # more copies of it than neighbors: one of them stands for it
+        return positions[~itself].reshape(self._n_cells, -1)

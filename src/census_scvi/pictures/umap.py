@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import anndata as ad
 import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-import scanpy as sc
-import scipy.sparse as sp
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from census_scvi.neighbors.log_pca import log_pca
 from census_scvi.neighbors.umap_map import UmapMap
 from census_scvi.pictures.canvas import Picture
 
@@ -45,7 +43,7 @@ def draw_before_and_after(
         obs column that tells the batches apart.
     """
     embeddings = {
-        "before: PCA of log-normalised counts": UmapMap(log_pca(cells), seed=seed).positions,
+        "before: PCA of log-normalised counts": UmapMap(log_pca(cells.X), seed=seed).positions,
         "after: scVI latent": UmapMap(latent, seed=seed).positions,
     }
     figure = Picture(figsize=(15, 11), layout="constrained")
@@ -110,46 +108,6 @@ def draw_on_reference(
 
 def _categorical(labels: pd.Series, names: pd.Index) -> pd.Series:
     return pd.Series(pd.Categorical(labels.astype(str), categories=names))
-
-
-def log_pca(
-    cells: ad.AnnData, n_components: int = 50, *, counts_per_cell: float | None = 1e4, seed: int = 0
-) -> npt.NDArray[np.float32]:
-    """PCA of log-normalised counts: what a user does without a model.
-
-    Parameters
-    ----------
-    cells
-        X: raw counts (cells, genes).
-    n_components
-        Dimensions. Of few cells or genes there are fewer; of cells that do not differ there is one, which is 0.
-    counts_per_cell
-        What the counts of a cell are scaled to; None: to the median of the cells.
-    seed
-        Of the PCA.
-
-    Returns
-    -------
-    float32 (cells, components).
-    """
-    plain = ad.AnnData(cells.X.copy())
-    with np.errstate(divide="ignore", invalid="ignore"):  # cells without counts
-        sc.pp.normalize_total(plain, target_sum=counts_per_cell)
-    sc.pp.log1p(plain)
-    n_components = min(n_components, min(plain.shape) - 1)
-    if n_components < 1:
-        values = np.asarray(plain.to_df(), np.float32)
-        return (values - values.mean(axis=0))[:, :1]
-    if not _vary(plain.X):
-        return np.zeros((plain.n_obs, 1), np.float32)
-    sc.pp.pca(plain, n_comps=n_components, random_state=seed)
-    return np.asarray(plain.obsm["X_pca"], dtype=np.float32)
-
-
-def _vary(values: Any) -> bool:
-    """Whether a column of a matrix has two values."""
-    least, most = (sp.csr_matrix(extreme(axis=0)).toarray() for extreme in (values.min, values.max))
-    return bool((least != most).any())
 
 
 def _size(n_cells: int) -> float:

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import anndata as ad
 import numpy as np
 import numpy.typing as npt
 import scvi
@@ -18,7 +17,7 @@ from census_scvi.counts.order import BLOCK_ROWS
 from census_scvi.counts.reader import PreparedCells
 from census_scvi.model.facts import built_facts, expected_facts
 from census_scvi.model.safe import ModelDescription
-from census_scvi.pictures.umap import log_pca
+from census_scvi.neighbors.log_pca import log_pca
 from census_scvi.publication import gates
 from census_scvi.publication.gates import Gate, LatentMoments
 from census_scvi.publication.neighbor_overlap import label_share
@@ -142,7 +141,7 @@ def _warnings(config: Config, sample: Sample, published: npt.NDArray[np.float32]
 
 def _pca(sample: Sample, seed: int) -> npt.NDArray[np.float32]:
     """Principal components of log-normalised counts, (cells, components)."""
-    return log_pca(ad.AnnData(sample.counts), _COMPONENTS, counts_per_cell=None, seed=seed)
+    return log_pca(sample.counts, _COMPONENTS, counts_per_cell=None, seed=seed)
 
 
 def table(found: Iterable[Gate], waived: dict[str, str]) -> str:

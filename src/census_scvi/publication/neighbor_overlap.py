@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.neighbors import NearestNeighbors
+
+from census_scvi.neighbors.index import NeighborIndex
 
 _RESAMPLES = 500
 
@@ -68,8 +69,7 @@ def label_share(
         cells = np.flatnonzero(groups == group)
         if len(cells) < 2:
             continue
-        found = NearestNeighbors(n_neighbors=min(n_neighbors, len(cells) - 1)).fit(points[cells])
-        neighbors = cells[found.kneighbors(return_distance=False)]  # of the cells themselves, which are left out
+        neighbors = cells[NeighborIndex(points[cells], exact_cells=len(cells)).others(n_neighbors)]
         shares.append((labels[neighbors] == labels[cells][:, None]).mean(axis=1))
         _, codes, times = np.unique(labels[cells], return_inverse=True, return_counts=True)
         chances.append((times[codes] - 1) / (len(cells) - 1))

@@ -22,7 +22,7 @@ from census_scvi.config.messages import suggestion
 from census_scvi.config.random_streams import Stream, draw, generator
 from census_scvi.errors import UserError
 from census_scvi.files.uri import without_credentials
-from census_scvi.pictures.umap import log_pca
+from census_scvi.neighbors.log_pca import log_pca
 from census_scvi.query.reference import open_embedding
 from census_scvi.workspace import Artifacts, Workspace
 
@@ -165,7 +165,7 @@ def _obs(config: Config, census: Census, joinids: npt.NDArray[np.int64], problem
 def _pca(config: Config, census: Census, joinids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
     """PCA of log-normalised counts in the genes of the run, or where there is no run in variable genes."""
     genes = _genes(config, census, joinids)
-    return log_pca(ad.AnnData(_counts(census, joinids, genes)))
+    return log_pca(_counts(census, joinids, genes))
 
 
 def _genes(config: Config, census: Census, joinids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
