@@ -410,6 +410,23 @@ def test_expression_of_single_cells(atlas: Atlas) -> None:
     assert np.isfinite(atlas.normalized_expression(f"soma_joinid == {one}", genes, None, n_samples=2).X).all()
 
 
+@pytest.mark.parametrize("method", ["predict", "neighbors"])
+def test_options_are_checked_for_embedded_cells_too(atlas: Atlas, own_cells: ad.AnnData, method: str) -> None:
+    embedded = atlas.embed(own_cells)
+    with_counts = own_cells.copy()
+    with_counts.obs, with_counts.uns = embedded.obs, embedded.uns
+    with_counts.obsm.update(embedded.obsm)
+    for cells in (own_cells, embedded, with_counts):
+        call = getattr(atlas, method)
+        with pytest.raises(TypeError, match="unexpected keyword argument 'min_shares'"):
+            call(cells, min_shares=0.5)
+        with pytest.raises(UserError, match=r"min_share is 1\.5; expected a number of 0 or more and at most 1"):
+            call(cells, min_share=1.5)
+        if cells is not embedded:
+            with pytest.raises(UserError, match=r"has no layers/count"):
+                call(cells, counts="layers/count")
+
+
 CELLS = ad.AnnData(obsm={"scvi": np.zeros((5, 4), np.float32)}, obs=pd.DataFrame(index=list("abcde")))
 
 

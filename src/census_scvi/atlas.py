@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import anndata as ad
 import numpy as np
@@ -49,6 +49,7 @@ from census_scvi.neighbors.index import NeighborIndex
 from census_scvi.neighbors.umap_map import UmapMap
 from census_scvi.pictures.annotation_quality import draw_quality
 from census_scvi.pictures.umap import draw_map
+from census_scvi.query.cells import QueryCells
 from census_scvi.query.expression import Decoder, warn_where_groups_are_batches
 from census_scvi.query.mapping import MIN_SHARE, Mapper
 from census_scvi.query.reference import Origin, open_embedding, prove_embedding
@@ -501,6 +502,7 @@ class Atlas:
         UserError
             No raw counts, too few of the model's genes, another organism: what was found, and what to do.
         """
+        require_number("min_share", min_share, most=1)
         mapped = self._mapper(source, counts=counts, min_share=min_share)
         log.info("%s", mapped.report)
         return ad.AnnData(
@@ -520,7 +522,8 @@ class Atlas:
         baseline_cells: int = BASELINE_CELLS,
         max_cells: int = REFERENCE_CELLS,
         seed: int = 0,
-        **options: Any,
+        counts: str | None = None,
+        min_share: float = MIN_SHARE,
     ) -> ad.AnnData:
         """Transfer labels of the atlas to your own cells, next to baselines that do without the model.
 
@@ -543,8 +546,8 @@ class Atlas:
             Cells of the reference; of more, that many are drawn at random.
         seed
             Of these draws, and of all else that is random.
-        options
-            Passed to `embed`.
+        counts, min_share
+            As `embed` takes them.
 
         Returns
         -------
@@ -567,9 +570,9 @@ class Atlas:
         require_columns(self._require_census(), columns, "labels")
         check_method(method)
         if not columns:
-            return self._embedded(source, options)
+            return self._embedded(source, counts, min_share)
         self._require_embedding()  # damage and another Census are errors before the cells are embedded
-        mapped = self._embedded(source, options)
+        mapped = self._embedded(source, counts, min_share)
         reference = self.reference(obs_filter, columns, max_cells, seed)
         annotators = [
             Annotator(reference, EMBEDDING, column, method=method, n_neighbors=n_neighbors, seed=seed)
@@ -580,11 +583,12 @@ class Atlas:
         if baseline_cells and _holds_counts(source):
             rows = draw(reference.n_obs, baseline_cells, np.random.default_rng(seed))
             blocks = self._counts(reference.obs["soma_joinid"].to_numpy()[rows])
-            counts = sp.vstack([block.counts for block in blocks], format="csr")
+            of_reference = sp.vstack([block.counts for block in blocks], format="csr")
             missing = mapped.uns["scvi_alignment"]["missing"]
             genes = ~np.isin(self._require_model()[1].genes, missing)
             for annotator in annotators:
-                annotator.compare(mapped, self._mapper.counts(source, **options), counts, rows, genes)
+                own = self._mapper.counts(source, counts=counts, min_share=min_share)
+                annotator.compare(mapped, own, of_reference, rows, genes)
         elif baseline_cells:
             log.info("the cells hold no counts, so that there are no baselines; give predict the file")
         return mapped
@@ -606,7 +610,8 @@ class Atlas:
         n_neighbors: int = 15,
         max_cells: int = REFERENCE_CELLS,
         seed: int = 0,
-        **options: Any,
+        counts: str | None = None,
+        min_share: float = MIN_SHARE,
     ) -> Neighbors:
         """The atlas' cells that are most like your own.
 
@@ -624,11 +629,11 @@ class Atlas:
             Cells of the atlas to search; of more, that many are drawn at random.
         seed
             Of that draw.
-        options
-            Passed to `embed`.
+        counts, min_share
+            As `embed` takes them.
         """
         require_whole("n_neighbors", n_neighbors, 1)
-        mapped = self._embedded(source, options)
+        mapped = self._embedded(source, counts, min_share)
         reference = self.reference(obs_filter, obs_columns, max_cells, seed)
         index = NeighborIndex(reference.obsm[EMBEDDING], seed=seed)
         distances, positions = index.query(mapped.obsm[OWN_EMBEDDING], n_neighbors)
@@ -636,14 +641,18 @@ class Atlas:
         obs = reference.obs.set_index("soma_joinid").loc[np.unique(joinids)]
         return Neighbors(joinids, distances, obs)
 
-    def _embedded(self, source: ad.AnnData | str | Path, options: dict[str, Any]) -> ad.AnnData:
+    def _embedded(self, source: ad.AnnData | str | Path, counts: str | None, min_share: float) -> ad.AnnData:
         """The cells in the latent space: as this model's `embed` gave them before, or embedded now."""
         if isinstance(source, ad.AnnData) and OWN_EMBEDDING in source.obsm and EMPTY in source.obs:
             if str(source.uns.get(_MODEL)) == self._model_identity:
+                require_number("min_share", min_share, most=1)
+                if counts is not None and _holds_counts(source):
+                    with QueryCells(source) as cells:
+                        cells.find_counts(counts)
                 return source.copy()
             if source.X is None:
                 raise UserError("these cells were embedded by another model, and hold no counts; embed your own file")
-        return self.embed(source, **options)
+        return self.embed(source, counts=counts, min_share=min_share)
 
     @cached_property
     def _model_identity(self) -> str:
