@@ -18,16 +18,17 @@ from census_scvi.errors import UserError
 from census_scvi.files.atomic import remove
 from census_scvi.files.json_file import MOST_BYTES, read_json
 from census_scvi.files.paths import expand_argument
-from census_scvi.files.uri import file_system, leaves_folder, local_path
+from census_scvi.files.uri import file_system, leaves_folder
 from census_scvi.model.families import SCVI, family_of
 from census_scvi.model.published_record import check_record
 from census_scvi.model.safe import DESCRIPTION, WEIGHTS, ModelDescription, load_safe
+from census_scvi.model.source import PROVENANCE, Kind, Source
 from census_scvi.workspace import Workspace
 from census_scvi.workspace.identity import cache_folder, damage
 
 log = logging.getLogger(__name__)
 
-PROVENANCE, SEALED = "provenance.json", "sealed_sample.h5ad"
+SEALED = "sealed_sample.h5ad"
 FORMAT = 1
 
 
@@ -90,8 +91,9 @@ def fetch(uri: str, cache: Path | None = None) -> Path:
     UserError
         No published folder is there, or it cannot be read.
     """
-    if (path := local_path(uri)) is not None:
-        if not path.exists():
+    source = Source.at(uri)
+    if (path := source.path) is not None:
+        if source.kind is Kind.MISSING:
             raise UserError(f"{uri} does not exist; name a run directory, or a folder that scvi-publish.py wrote")
         if not (path / PROVENANCE).exists():
             raise UserError(f"{uri} holds no {PROVENANCE}; name the folder `published` that scvi-publish.py wrote")
@@ -99,11 +101,11 @@ def fetch(uri: str, cache: Path | None = None) -> Path:
     folder = (cache or cache_folder()) / hashlib.sha256(uri.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        system, source = file_system(uri)
-        _get(system, f"{source}/{PROVENANCE}", folder / PROVENANCE, MOST_BYTES)
+        system, there = file_system(uri)
+        _get(system, f"{there}/{PROVENANCE}", folder / PROVENANCE, MOST_BYTES)
         for name, identity in read_provenance(folder)["files"].items():
             if damage(folder / name, identity):
-                _get(system, f"{source}/{name}", folder / name, identity["size"])
+                _get(system, f"{there}/{name}", folder / name, identity["size"])
     except FileNotFoundError as error:
         raise UserError(f"{uri} is no published folder: {error} does not exist") from None
     except (ImportError, ValueError, OSError) as error:
@@ -165,40 +167,35 @@ def load_model(uri: str, *, trust: bool = False, cache: Path | None = None) -> s
     """
     uri = expand_argument(uri, "uri")
     cache = None if cache is None else Path(expand_argument(cache, "cache"))
-    path = local_path(uri)
-    ours = path is None or any((path / name).exists() for name in (PROVENANCE, DESCRIPTION))
-    if path is not None and not ours and (path / "model.pt").exists():
-        return _unpickle(path, trust=trust)
+    source = Source.at(uri)
+    if source.kind is Kind.PICKLE and source.path is not None:
+        return _unpickle(source.path, trust=trust)
     return load_described(uri, cache=cache)[0]
 
 
 def load_described(uri: str, *, cache: Path | None = None) -> tuple[scvi.model.SCVI, ModelDescription]:
     """A model and what it is, from its safe form; where it may lie, and errors, as `load_model` says."""
-    path = local_path(uri)
-    if path is not None:
-        path = _checked_model(path)
-    if path is not None and not (path / PROVENANCE).exists() and (path / DESCRIPTION).exists():
-        return load_safe(path)
+    if (model := _checked_model(Source.at(uri))) is not None:
+        return load_safe(model)
     folder = fetch(uri, cache)
     if wrong := damaged_files(folder, read_provenance(folder)):
         raise UserError(f"{uri} is not what was published: {'; '.join(wrong)}")
     return load_safe(folder)
 
 
-def _checked_model(path: Path) -> Path:
-    """The folder of the model in a run directory, or of such a folder itself; what is read of it is what was written.
-
-    Any other path stays as it is.
-    """
-    for run, name in ((path, None), (path.parent, path.name)):
-        record = Workspace(run).whole_record("train")
-        if record is None or name not in (None, record["artifacts"][0]):
-            continue
-        model = str(record["artifacts"][0])
-        Workspace(run).check("train", [f"{model}/{DESCRIPTION}", f"{model}/{WEIGHTS}"])
-        warn_if_running_again(Workspace(run), "train")
-        return run / model
-    return path
+def _checked_model(source: Source) -> Path | None:
+    """The folder of a model in its safe form, which is what the run that wrote it says; None for another source."""
+    path = source.path
+    if path is None:
+        return None
+    run, name = (path, None) if source.run else (path.parent, path.name)
+    record = Workspace(run).whole_record("train")
+    if record is None or name not in (None, record["artifacts"][0]):
+        return path if source.kind is Kind.MODEL else None
+    model = str(record["artifacts"][0])
+    Workspace(run).check("train", [f"{model}/{DESCRIPTION}", f"{model}/{WEIGHTS}"])
+    warn_if_running_again(Workspace(run), "train")
+    return run / model
 
 
 def warn_if_running_again(workspace: Workspace, stage: str) -> None:

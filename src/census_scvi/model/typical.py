@@ -11,8 +11,8 @@ import scipy.sparse as sp
 from census_scvi.counts.h5ad import CountMatrix, open_file, read_frame
 from census_scvi.counts.raw_counts import sample_spans
 from census_scvi.errors import UserError
-from census_scvi.files.uri import local_path
-from census_scvi.model.published import PROVENANCE, SEALED, fetch
+from census_scvi.model.published import SEALED, fetch
+from census_scvi.model.source import Source
 from census_scvi.workspace import Workspace
 
 
@@ -38,12 +38,11 @@ def typical_counts(uri: str, genes: list[str]) -> sp.csr_matrix | None:
 
 
 def _file(uri: str) -> Path | None:
-    path = local_path(uri)
-    if path is not None and (prepare := Workspace(path).record("prepare")):
-        return next((path / name for name in prepare["artifacts"] if str(name).endswith(".h5ad")), None)
-    if path is not None and not (path / PROVENANCE).exists():
-        return None
-    return fetch(uri) / SEALED
+    source = Source.at(uri)
+    if (run := source.run) is not None:
+        prepared = (Workspace(run).record("prepare") or {}).get("artifacts", [])
+        return next((run / name for name in prepared if str(name).endswith(".h5ad")), None)
+    return fetch(uri) / SEALED if source.is_published else None
 
 
 def _read(path: Path, genes: list[str]) -> sp.csr_matrix | None:

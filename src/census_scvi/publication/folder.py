@@ -22,8 +22,9 @@ from census_scvi.errors import UserError
 from census_scvi.files.atomic import exchange, remove, sync, sync_tree, write_json
 from census_scvi.files.uri import file_system, local_path
 from census_scvi.model.encode import Encoder
-from census_scvi.model.published import FORMAT, PROVENANCE, SEALED, seal_of
+from census_scvi.model.published import FORMAT, SEALED, seal_of
 from census_scvi.model.safe import DESCRIPTION, WEIGHTS, ModelDescription, load_safe, save_safe
+from census_scvi.model.source import PROVENANCE
 from census_scvi.publication.card import PICTURE, learning_curve, model_card
 from census_scvi.publication.hub import write_hub
 from census_scvi.publication.sealed import COLUMNS, write_sealed

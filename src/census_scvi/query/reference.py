@@ -19,13 +19,13 @@ from census_scvi.census.slices import Embedding, Joinids, Values
 from census_scvi.census.storage import soma_context
 from census_scvi.census.stream import stream_blocks
 from census_scvi.config import CensusSection
-from census_scvi.config.run_names import MANIFEST
 from census_scvi.errors import UserError
 from census_scvi.files.place import resolved
 from census_scvi.files.uri import local_path, tiledb_place
 from census_scvi.model.encode import Encoder
-from census_scvi.model.published import PROVENANCE, fetch, read_provenance, warn_if_running_again
+from census_scvi.model.published import fetch, read_provenance, warn_if_running_again
 from census_scvi.model.safe import ModelDescription
+from census_scvi.model.source import Kind, Source
 from census_scvi.query.mapping import MIN_SHARE
 from census_scvi.workspace import Artifacts, Workspace
 
@@ -105,11 +105,15 @@ class Origin:
     @classmethod
     def of(cls, model: str | None) -> Origin:
         """Of a published folder, its URL, or a run directory; of anything else nothing is known."""
-        path = None if model is None else local_path(model)
-        if path is not None and (prepare := Workspace(path).whole_record("prepare")):
-            return cls(prepare["census"], directory=path)
-        if model is None or (path is not None and not (path / PROVENANCE).exists()):
+        if model is None:
             return cls()
+        source = Source.at(model)
+        if (run := source.run) is not None:
+            prepare = Workspace(run).whole_record("prepare")
+            return cls(prepare["census"], directory=run) if prepare else cls()
+        if not source.is_published:
+            return cls()
+        path = source.path
         record = read_provenance(fetch(model))
         census, embedding = record["census"], record["embedding"]
         run_census, run_experiment = (None, None) if path is None else _run_around(path, record)
@@ -177,11 +181,12 @@ def open_embedding(place: str, census: Census) -> Embedding:
     UserError
         None is there, or it is of another Census.
     """
-    if (path := local_path(place)) is not None and (path / MANIFEST).exists():
-        return RunEmbedding(path, census)
+    source = Source.at(place)
+    if source.run is not None:
+        return RunEmbedding(source.run, census)
     if "/" not in place:
         return PublishedEmbedding(census.experiment.uri, place)
-    if path is not None and not path.exists():
+    if source.kind is Kind.MISSING:
         raise UserError(f"{place} does not exist; name a run directory, an Experiment, or an embedding in obsm")
     return PublishedEmbedding(tiledb_place(place, "embedding"))
 

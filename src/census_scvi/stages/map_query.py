@@ -25,8 +25,8 @@ from census_scvi.errors import UserError
 from census_scvi.files.atomic import replacing
 from census_scvi.files.json_values import json_values
 from census_scvi.files.writable import require_writable
-from census_scvi.model.published import PROVENANCE
 from census_scvi.model.safe import DESCRIPTION
+from census_scvi.model.source import PROVENANCE
 from census_scvi.neighbors.index import EXACT_CELLS
 from census_scvi.neighbors.umap_map import UmapMap
 from census_scvi.pictures.umap import draw_on_reference

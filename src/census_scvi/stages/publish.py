@@ -20,8 +20,8 @@ from census_scvi.config.run_names import PROGRESS
 from census_scvi.errors import UserError
 from census_scvi.files.atomic import write_json
 from census_scvi.model.facts import built_facts
-from census_scvi.model.published import PROVENANCE
 from census_scvi.model.safe import DESCRIPTION, WEIGHTS, load_safe
+from census_scvi.model.source import PROVENANCE
 from census_scvi.publication import measure_gates, target
 from census_scvi.publication.folder import copy_to, write_published
 from census_scvi.publication.gates import Gate, stopped_by
