@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -22,18 +22,10 @@ from matplotlib.figure import Figure
 
 from census_scvi.annotation.annotator import EMPTY, PREDICTION, STUDY_COLUMNS, Annotator
 from census_scvi.annotation.label_transfer import NEIGHBORS, check_method
-from census_scvi.census.cells import Cells, matching_joinids, require_columns
-from census_scvi.census.genes import locate_genes, read_var
-from census_scvi.census.open import Census, open_census
-from census_scvi.census.slices import (
-    Embedding,
-    choose_cells,
-    choose_cells_and_batches,
-    read_counts_of,
-    read_obs_of,
-    read_positions,
-)
-from census_scvi.census.stream import Block
+from census_scvi.census.cells import require_columns
+from census_scvi.census.genes import read_var
+from census_scvi.census.open import Census
+from census_scvi.census.slices import Embedding
 from census_scvi.config import CensusSection
 from census_scvi.config.arguments import require_number, require_whole
 from census_scvi.config.messages import suggestion
@@ -49,15 +41,16 @@ from census_scvi.neighbors.index import NeighborIndex
 from census_scvi.neighbors.umap_map import UmapMap
 from census_scvi.pictures.annotation_quality import draw_quality
 from census_scvi.pictures.umap import draw_map
+from census_scvi.query.atlas_cells import EMBEDDING, AtlasCells
+from census_scvi.query.atlas_expression import differential_expression, normalized_expression
 from census_scvi.query.cells import QueryCells
-from census_scvi.query.expression import Decoder, warn_where_groups_are_batches
 from census_scvi.query.mapping import MIN_SHARE, Mapper
-from census_scvi.query.reference import Origin, open_embedding, prove_embedding
+from census_scvi.query.reference import Origin, open_embedding
 from census_scvi.terminal.progress import show_messages
 
 log = logging.getLogger(__name__)
 
-EMBEDDING, OWN_EMBEDDING = "scvi", "X_scvi"
+OWN_EMBEDDING = "X_scvi"
 _MODEL = "scvi_model"
 # Default size of a reference (some 100 MB of positions), and of a slice.
 REFERENCE_CELLS, SLICE_CELLS = 200_000, 1_000_000
@@ -108,10 +101,8 @@ class Atlas:
     ) -> None:
         self.model: scvi.model.SCVI | None = model[0] if model else None
         self.description: ModelDescription | None = model[1] if model else None
-        self._census_section, self._find_embedding, self._census_given = census, find_embedding, census_given
-        self._typical = typical
-        self._stack = ExitStack()
-        self._proven = False
+        self._cells = AtlasCells(model, census, find_embedding)
+        self._census_given, self._typical = census_given, typical
 
     @classmethod
     def open(
@@ -169,15 +160,15 @@ class Atlas:
         if census is not None:
             with ExitStack() as stack:
                 stack.callback(atlas.close)
-                atlas._require_census()
+                _ = atlas._cells.census
                 if embedding is not None:
-                    atlas._require_embedding()
+                    _ = atlas._cells.embedding
                 stack.pop_all()
         return atlas
 
     def close(self) -> None:
         """Close the Census."""
-        self._stack.close()
+        self._cells.close()
 
     def __enter__(self) -> Self:
         return self
@@ -188,11 +179,11 @@ class Atlas:
         self.close()
 
     def __repr__(self) -> str:
-        description, census = self.description, self._census_section
+        description, census = self.description, self._cells.section
         model = (
             f"scVI of {description.organism}, {len(description.genes):,} genes, {len(description.batches):,} batches,"
-            f" {self._n_latent} dimensions"
-            if description
+            f" {self.model.module.n_latent} dimensions"
+            if description and self.model
             else "none: Atlas.open(model=...) to embed cells"
         )
         where = (
@@ -201,10 +192,6 @@ class Atlas:
             else "none: Atlas.open(census=...) for its cells and labels"
         )
         return f"Atlas\n  model   {model}\n  census  {where}"
-
-    @property
-    def _n_latent(self) -> int:
-        return int(self._require_model()[0].module.n_latent)
 
     # --- the atlas' own cells
 
@@ -236,19 +223,7 @@ class Atlas:
         """
         require_whole("max_cells", max_cells, 1)
         require_whole("seed", seed, 0)
-        census, embedding = self._require_census(), self._require_embedding()
-        require_columns(census, obs_columns or [], "obs_columns")
-        joinids, _ = choose_cells(census, obs_filter, max_cells=max_cells, numbers=np.random.default_rng(seed))
-        embedded, positions = read_positions(embedding, joinids)
-        if not len(embedded):
-            raise UserError(f"none of the {len(joinids):,} cells has an embedding in {embedding.name}")
-        if len(embedded) < len(joinids):
-            log.warning("%s cells have no embedding and are left out", f"{len(joinids) - len(embedded):,}")
-        return ad.AnnData(
-            obs=self._obs(embedded, obs_columns),
-            obsm={EMBEDDING: positions},
-            uns={"census": {key: value for key, value in census.identity.items() if value is not None}},
-        )
+        return self._cells.embedded(obs_filter, obs_columns, max_cells, seed)
 
     def umap(
         self, cells: ad.AnnData | str | None = None, color: str = "cell_type", *, max_cells: int = 50_000, seed: int = 0
@@ -358,30 +333,15 @@ class Atlas:
         require_number("library_size", library_size, above=0)
         for name, value, least in (("n_samples", n_samples, 1), ("max_cells", max_cells, 1), ("seed", seed, 0)):
             require_whole(name, value, least)
-        decoder = self._decoder()
-        feature_ids = decoder.check_genes(genes)
-        targets = [transform_batch] if isinstance(transform_batch, str) else transform_batch
-        cells = self._cells_of(obs_filter, max_cells, seed, "obs_filter")
-        labels = np.array(cells.batches, dtype=object)[cells.batch_codes]
-        if targets is None:
-            way_out = "Name trained batches in transform_batch (atlas.description.batches has them)"
-            decoder.refuse_untrained(labels, f"{way_out}, or leave these cells out with obs_filter")
-        else:
-            decoder.check_batches(targets)
-        found = np.empty((len(cells), len(genes)), np.float32)
-        for block in self._counts(cells.joinids):
-            rows = slice(block.start, block.start + block.counts.shape[0])
-            found[rows] = decoder.normalised(
-                block.counts,
-                labels[rows],
-                feature_ids,
-                targets,
-                library_size=library_size,
-                n_samples=n_samples,
-                seed=seed + block.start,
-            )
-        return ad.AnnData(
-            found, obs=self._obs(cells.joinids), var=pd.DataFrame({"feature_id": feature_ids}, index=genes)
+        return normalized_expression(
+            self._cells,
+            obs_filter,
+            genes,
+            transform_batch,
+            library_size=library_size,
+            n_samples=n_samples,
+            max_cells=max_cells,
+            seed=seed,
         )
 
     def differential_expression(
@@ -426,53 +386,16 @@ class Atlas:
         require_number("delta", delta)
         require_whole("max_cells", max_cells, 1)
         require_whole("seed", seed, 0)
-        decoder = self._decoder()
-        groups = [
-            self._cells_of(group, max_cells, seed, setting)
-            for setting, group in (("group_a", group_a), ("group_b", group_b))
-        ]
-        if shared := len(np.intersect1d(groups[0].joinids, groups[1].joinids)):
-            raise UserError(f"{shared:,} cells are in both groups; change group_a or group_b")
-        joinids = np.concatenate([group.joinids for group in groups])
-        labels = np.concatenate([np.array(group.batches, dtype=object)[group.batch_codes] for group in groups])
-        decoder.refuse_untrained(labels, "Leave them out of group_a and group_b")
-        in_first = np.arange(len(joinids)) < len(groups[0])
-        warn_where_groups_are_batches(labels, in_first, batch_correction=batch_correction)
-        blocks = (block.counts for group in groups for block in self._counts(group.joinids))
-        counts = sp.vstack(list(blocks), format="csr")
-        return decoder.differential(
-            counts, labels, in_first, batch_correction=batch_correction, fdr=fdr, delta=delta, seed=seed
-        )
-
-    def _decoder(self) -> Decoder:
-        self._require_census()
-        return Decoder(*self._require_model())
-
-    def _cells_of(self, obs_filter: str | None, max_cells: int, seed: int, argument: str) -> Cells:
-        """Cells of the Census with their batches, at most `max_cells`; errors name the `argument` of the filter."""
-        _, description = self._require_model()
-        return choose_cells_and_batches(
-            self._require_census(),
-            obs_filter,
-            description.batch_key,
+        return differential_expression(
+            self._cells,
+            group_a,
+            group_b,
+            batch_correction=batch_correction,
+            fdr=fdr,
+            delta=delta,
             max_cells=max_cells,
-            numbers=np.random.default_rng(seed),
-            setting=argument,
+            seed=seed,
         )
-
-    def _counts(self, joinids: npt.NDArray[np.int64]) -> Iterator[Block]:
-        """Raw counts of cells in the model's genes."""
-        census, (_, description) = self._require_census(), self._require_model()
-        return read_counts_of(census, joinids, locate_genes(census, description.genes, MIN_SHARE))
-
-    def _obs(self, joinids: npt.NDArray[np.int64], obs_columns: list[str] | None = None) -> pd.DataFrame:
-        """Obs of cells, ascending, indexed by soma_joinid."""
-        obs = read_obs_of(self._require_census(), joinids, obs_columns)
-        obs.index = obs["soma_joinid"].astype(str)
-        obs.index.name = None
-        for name in obs.select_dtypes("category"):
-            obs[name] = obs[name].cat.remove_unused_categories()
-        return obs
 
     # --- a user's own cells
 
@@ -567,11 +490,11 @@ class Atlas:
         columns = [labels] if isinstance(labels, str) else list(dict.fromkeys(labels))
         for name, value, least in (("n_neighbors", n_neighbors, 1), ("baseline_cells", baseline_cells, 0)):
             require_whole(name, value, least)
-        require_columns(self._require_census(), columns, "labels")
+        require_columns(self._cells.census, columns, "labels")
         check_method(method)
         if not columns:
             return self._embedded(source, counts, min_share)
-        self._require_embedding()  # damage and another Census are errors before the cells are embedded
+        _ = self._cells.embedding  # damage and another Census are errors before the cells are embedded
         mapped = self._embedded(source, counts, min_share)
         reference = self.reference(obs_filter, columns, max_cells, seed)
         annotators = [
@@ -582,10 +505,10 @@ class Atlas:
             annotator.annotate(mapped, OWN_EMBEDDING)
         if baseline_cells and _holds_counts(source):
             rows = draw(reference.n_obs, baseline_cells, np.random.default_rng(seed))
-            blocks = self._counts(reference.obs["soma_joinid"].to_numpy()[rows])
+            blocks = self._cells.counts(reference.obs["soma_joinid"].to_numpy()[rows])
             of_reference = sp.vstack([block.counts for block in blocks], format="csr")
             missing = mapped.uns["scvi_alignment"]["missing"]
-            genes = ~np.isin(self._require_model()[1].genes, missing)
+            genes = ~np.isin(self._cells.model[1].genes, missing)
             for annotator in annotators:
                 own = self._mapper.counts(source, counts=counts, min_share=min_share)
                 annotator.compare(mapped, own, of_reference, rows, genes)
@@ -658,7 +581,7 @@ class Atlas:
     def _model_identity(self) -> str:
         """SHA-256 of the model's weights."""
         digest = hashlib.sha256()
-        for name, tensor in sorted(self._require_model()[0].module.state_dict().items()):
+        for name, tensor in sorted(self._cells.model[0].module.state_dict().items()):
             digest.update(name.encode() + tensor.cpu().numpy().tobytes())
         return digest.hexdigest()
 
@@ -676,51 +599,18 @@ class Atlas:
         UserError
             The embedding is another model's: distances in it would mean nothing.
         """
-        self._prove_embedding()
+        self._cells.require_embedding_of_model()
         columns = None if obs_columns is None else list(dict.fromkeys([*obs_columns, *STUDY_COLUMNS]))
         return self.embeddings(obs_filter, obs_columns=columns, max_cells=max_cells, seed=seed)
 
-    def _prove_embedding(self) -> None:
-        """UserError where the embedding is not this model's."""
-        if self._proven:
-            return
-        census = self._require_census()
-        prove_embedding(self._require_embedding(), matching_joinids(census, None), census, *self._require_model())
-        self._proven = True
-
     @cached_property
     def _mapper(self) -> Mapper:
-        model, description = self._require_model()
+        model, description = self._cells.model
         symbols = {}
         if self._census_given:  # it knows the symbols of all genes, the model those of its own
-            var = read_var(self._require_census())
+            var = read_var(self._cells.census)
             symbols = dict(zip(var["feature_id"].astype(str), var["feature_name"].astype(str), strict=True))
         return Mapper(model, description, symbols, self._typical)
-
-    @cached_property
-    def _census(self) -> Census:
-        assert self._census_section is not None, "asked for where there is one"
-        return self._stack.enter_context(open_census(self._census_section))
-
-    @cached_property
-    def _embedding(self) -> Embedding:
-        found = self._find_embedding(self._census)
-        log.info("embedding of the Census' cells: %s", without_credentials(found.name))
-        return found
-
-    def _require_model(self) -> tuple[scvi.model.SCVI, ModelDescription]:
-        if self.model is None or self.description is None:
-            raise UserError("this needs a model: Atlas.open(model=...)")
-        return self.model, self.description
-
-    def _require_census(self) -> Census:
-        if self._census_section is None:
-            raise UserError("this needs the Census: Atlas.open(..., census=...)")
-        return self._census
-
-    def _require_embedding(self) -> Embedding:
-        self._require_census()
-        return self._embedding
 
 
 def _census_section(census: str, organism: str) -> CensusSection:

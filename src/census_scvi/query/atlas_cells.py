@@ -1,0 +1,144 @@
+"""The cells of a Census as a model sees them: chosen by a filter, with obs, embedding and counts in its genes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import cached_property
+
+import anndata as ad
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import scvi
+
+from census_scvi.census.cells import Cells, matching_joinids, require_columns
+from census_scvi.census.genes import locate_genes
+from census_scvi.census.open import Census, open_census
+from census_scvi.census.slices import (
+    Embedding,
+    choose_cells,
+    choose_cells_and_batches,
+    read_counts_of,
+    read_obs_of,
+    read_positions,
+)
+from census_scvi.census.stream import Block
+from census_scvi.config import CensusSection
+from census_scvi.errors import UserError
+from census_scvi.files.uri import without_credentials
+from census_scvi.model.safe import ModelDescription
+from census_scvi.query.mapping import MIN_SHARE
+from census_scvi.query.reference import prove_embedding
+
+log = logging.getLogger(__name__)
+
+EMBEDDING = "scvi"
+
+Model = tuple[scvi.model.SCVI, ModelDescription]
+
+
+class AtlasCells:
+    """Reads cells of a Census; what is missing is opened when it is needed, and said where there is none.
+
+    Parameters
+    ----------
+    model
+        The trained model and its description; None without one.
+    section
+        The Census to open; None without one.
+    find_embedding
+        Finds the embedding of the Census' cells.
+    """
+
+    def __init__(
+        self, model: Model | None, section: CensusSection | None, find_embedding: Callable[[Census], Embedding]
+    ) -> None:
+        self._model, self.section, self._find_embedding = model, section, find_embedding
+        self._stack = ExitStack()
+        self._proven = False
+
+    def close(self) -> None:
+        """Close the Census."""
+        self._stack.close()
+
+    @property
+    def model(self) -> Model:
+        """Model and description; UserError without one."""
+        if self._model is None:
+            raise UserError("this needs a model: Atlas.open(model=...)")
+        return self._model
+
+    @property
+    def census(self) -> Census:
+        """The open Census; UserError without one."""
+        if self.section is None:
+            raise UserError("this needs the Census: Atlas.open(..., census=...)")
+        return self._census
+
+    @property
+    def embedding(self) -> Embedding:
+        """The embedding of the Census' cells; UserError without one."""
+        _ = self.census
+        return self._embedding
+
+    @cached_property
+    def _census(self) -> Census:
+        assert self.section is not None, "asked for where there is one"
+        return self._stack.enter_context(open_census(self.section))
+
+    @cached_property
+    def _embedding(self) -> Embedding:
+        found = self._find_embedding(self._census)
+        log.info("embedding of the Census' cells: %s", without_credentials(found.name))
+        return found
+
+    def embedded(self, obs_filter: str | None, columns: list[str] | None, max_cells: int, seed: int) -> ad.AnnData:
+        """Cells with obs and embedding, as `Atlas.embeddings` returns them."""
+        census, embedding = self.census, self.embedding
+        require_columns(census, columns or [], "obs_columns")
+        joinids, _ = choose_cells(census, obs_filter, max_cells=max_cells, numbers=np.random.default_rng(seed))
+        found, positions = read_positions(embedding, joinids)
+        if not len(found):
+            raise UserError(f"none of the {len(joinids):,} cells has an embedding in {embedding.name}")
+        if len(found) < len(joinids):
+            log.warning("%s cells have no embedding and are left out", f"{len(joinids) - len(found):,}")
+        return ad.AnnData(
+            obs=self.obs(found, columns),
+            obsm={EMBEDDING: positions},
+            uns={"census": {key: value for key, value in census.identity.items() if value is not None}},
+        )
+
+    def with_batches(self, obs_filter: str | None, max_cells: int, seed: int, argument: str) -> Cells:
+        """Cells with their batches, at most `max_cells`; errors name the `argument` of the filter."""
+        return choose_cells_and_batches(
+            self.census,
+            obs_filter,
+            self.model[1].batch_key,
+            max_cells=max_cells,
+            numbers=np.random.default_rng(seed),
+            setting=argument,
+        )
+
+    def counts(self, joinids: npt.NDArray[np.int64]) -> Iterator[Block]:
+        """Raw counts of cells, ascending, in the model's genes."""
+        census, (_, description) = self.census, self.model
+        return read_counts_of(census, joinids, locate_genes(census, description.genes, MIN_SHARE))
+
+    def obs(self, joinids: npt.NDArray[np.int64], columns: list[str] | None = None) -> pd.DataFrame:
+        """Obs of cells, ascending, indexed by soma_joinid."""
+        obs = read_obs_of(self.census, joinids, columns)
+        obs.index = obs["soma_joinid"].astype(str)
+        obs.index.name = None
+        for name in obs.select_dtypes("category"):
+            obs[name] = obs[name].cat.remove_unused_categories()
+        return obs
+
+    def require_embedding_of_model(self) -> None:
+        """UserError where the embedding is not this model's; looked at once."""
+        if self._proven:
+            return
+        census = self.census
+        prove_embedding(self.embedding, matching_joinids(census, None), census, *self.model)
+        self._proven = True
