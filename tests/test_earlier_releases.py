@@ -107,6 +107,18 @@ def test_a_prepare_that_was_killed_between_parts_keeps_those_it_had(
     assert (run / "hv_genes.pkl").read_bytes() == (Path("finished") / "hv_genes.pkl").read_bytes()
 
 
+def test_an_embedding_that_was_killed_between_blocks_keeps_those_it_had(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree("embedding-killed", tmp_path / "run")
+    assert stage("create-latent-update", str(run)) == 0
+    assert "192 of 300 cells were embedded before" in capsys.readouterr().err
+    for name, rounding in (("latent", 1e-5), ("latent-idx", 0), ("latent-hash", 0)):
+        found, undisturbed = (np.load(Path(folder) / f"{name}.npy") for folder in (run, "finished"))
+        np.testing.assert_allclose(found, undisturbed, rtol=0, atol=rounding)
+        assert np.array_equal(found[:192], undisturbed[:192])
+
+
 @pytest.mark.parametrize("census", [[], ["--census", "/proc/self/cwd/census", "--sample", "100", "--seed", "0"]])
 def test_a_published_folder_verifies(census: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main("verify", ["finished/published", *census]) == 0

@@ -10,6 +10,7 @@ The code of that commit makes all of it, on simulated cells; nothing is written 
   a row of tiles of its own, as if it were one of 2,048 cells, and a few hundred of them fill several parts of prepare
 - finished/: all stages, publish included
 - training-killed/: training was killed in the middle of an epoch, after a checkpoint in that epoch
+- embedding-killed/: create-latent-update was killed when three of its blocks of 64 cells were written
 - prepare-killed/: prepare was killed while it wrote its second part; the first is there
 
 What identifies a Census includes its absolute path. It is `/proc/self/cwd/census` here, which is the Census next to
@@ -18,6 +19,7 @@ the runs wherever they are unpacked, as long as the stages run in that folder.
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -110,6 +112,7 @@ STAGE = "from census_scvi.cli import main; sys.exit(main(sys.argv[1], ['--config
 # After two steps of the seventh epoch, of 7 steps each; the first part has 12 pools.
 IN_AN_EPOCH = KILL.format(module="census_scvi.model.finite_loss", name="FiniteLoss.on_train_batch_end", after=6 * 7 + 3)
 IN_THE_SECOND_PART = KILL.format(module="census_scvi.counts.writer", name="H5adWriter.append", after=12 + 3)
+IN_THE_FOURTH_BLOCK = KILL.format(module="census_scvi.stages.latent_store", name="LatentStore.append", after=4)
 # Locks and the names of log files say on which machine it was.
 LEFT_OUT = (".lock", ".scvi-publish.lock", "tb_logs")
 
@@ -127,13 +130,25 @@ def main(checkout: Path, archive: Path) -> None:
 
         python(BUILD)
         python(CONFIG, json.dumps(SETTINGS))
-        for stage in ("prepare", "train", "create-latent-update", "publish"):
+        for stage in ("prepare", "train"):
             python(STAGE, stage, "output.directory=finished")
+        shutil.copytree(folder / "finished", folder / "embedding-killed")
+        for stage in ("create-latent-update", "publish"):
+            python(STAGE, stage, "output.directory=finished")
+        embed = IN_THE_FOURTH_BLOCK + STAGE
+        python(embed, "create-latent-update", "output.directory=embedding-killed", killed=True)
         python(STAGE, "prepare", "output.directory=training-killed")
         python(IN_AN_EPOCH + STAGE, "train", "output.directory=training-killed", killed=True)
         python(IN_THE_SECOND_PART + STAGE, "prepare", "output.directory=prepare-killed", killed=True)
         with tarfile.open(archive, "w:xz", preset=9) as tar:
-            for member in ("config.yaml", "census", "finished", "training-killed", "prepare-killed"):
+            for member in (
+                "config.yaml",
+                "census",
+                "finished",
+                "embedding-killed",
+                "training-killed",
+                "prepare-killed",
+            ):
                 tar.add(folder / member, member, filter=_anonymous)
 
 
