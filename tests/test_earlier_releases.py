@@ -186,6 +186,12 @@ def test_the_earlier_name_of_a_setting_is_understood_and_noticed(
     assert caplog.messages == [NOTICE.format(*words).replace("{file}", file) for words in notices]
 
 
+def test_the_earlier_name_in_a_file_that_is_extended(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("query: {n_neighbours: 7, method: neighbours, umap_cells: 5}")
+    query = written(tmp_path, "{extends: base.yaml, query: {n_neighbors: 3}}").query
+    assert (query.n_neighbors, query.method, query.umap_cells) == (3, "neighbors", 5)
+
+
 def test_what_is_wrong_with_it_is_said_by_its_name_of_today(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"command line: query\.n_neighbors is 0: "):
         written(tmp_path, "query: {}", "query.n_neighbours=0")
