@@ -24,9 +24,11 @@ from pipeline import Run
 from census_scvi.census import schema
 from census_scvi.census.gene_ids import GeneMap, resolve_genes
 from census_scvi.census.open import open_census
+from census_scvi.cli import main
 from census_scvi.config import CensusSection
 from census_scvi.counts import h5ad
 from census_scvi.errors import UserError
+from census_scvi.files import partial_folder
 from census_scvi.local_census import experiment
 from census_scvi.local_census import write as census
 from census_scvi.local_census.config import load_build_config
@@ -34,7 +36,7 @@ from census_scvi.local_census.experiment import observation_joinids
 from census_scvi.local_census.h5ad_labels import census_labels
 from census_scvi.local_census.sources import open_h5ad, regroup
 from census_scvi.local_census.write import build_census
-from census_scvi.stages.build_census import build_from_config, main
+from census_scvi.stages.build_census import build_from_config
 
 GENES = [f"ENSG{number:011d}" for number in range(1, 41)]
 
@@ -671,13 +673,35 @@ def test_arguments_of_the_script(tmp_path: Path, capsys: pytest.CaptureFixture[s
     path = tmp_path / "build.yaml"
     path.write_text("urri: x")
     for arguments in ([str(path), "--force"], ["--force", str(path), "--data", "x"], ["--data", "x", str(path)]):
-        assert main(arguments) == 2
+        assert main("build-census", arguments) == 2
         assert "urri is not a setting; did you mean uri?" in capsys.readouterr().err
     for arguments in ([], [str(path), "--demo", "x"], [str(path), "other.yaml"]):
-        with pytest.raises(SystemExit) as stopped:
-            main(arguments)
-        assert stopped.value.code == 2
+        assert main("build-census", arguments) == 2
         assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_settings_of_the_command_line_and_dry_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "files").mkdir()
+    write_h5ad(tmp_path / "files" / "in.h5ad")
+    config = str(write_config(tmp_path / "files", {"file": "in.h5ad"}))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    arguments = ["--config", config, "uri=mine", "genes.min_recognised=0.25"]
+    assert main("build-census", [*arguments, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert f"{tmp_path}/elsewhere/mine" in said
+    assert "min_recognised: 0.25" in said
+    assert "with   50 cells x 40 genes" in said
+    assert not list(Path().iterdir())
+    assert main("build-census", arguments) == 0
+    assert Path("mine/__group").is_dir()
+    assert main("build-census", [*arguments, "genes.min_recognized=1"]) == 2
+    assert (
+        "command line: genes.min_recognized is not a setting; did you mean genes.min_recognised?"
+        in (capsys.readouterr().err.splitlines()[-1])
+    )
 
 
 def test_paths_are_relative_to_the_yaml_and_to_data(tmp_path: Path) -> None:
@@ -739,7 +763,7 @@ def test_a_folder_of_any_name(name: str, tmp_path: Path) -> None:
 def test_a_name_that_tiledb_cannot_open_is_refused_by_name(
     name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["--demo", f"{tmp_path}/{name}"]) == 2
+    assert main("build-census", ["--demo", f"{tmp_path}/{name}"]) == 2
     with (
         pytest.raises(UserError, match=r"census\.uri .*TileDB"),
         open_census(CensusSection.model_construct(uri=f"{tmp_path}/{name}")),
@@ -785,7 +809,7 @@ def test_killed_while_it_replaces_a_census(swap: bool, tmp_path: Path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", watched(Path.rename))
         patch.setattr(census, "exchange", watched(census.exchange if swap else lambda *_: False))
-        patch.setattr(census, "remove", watched(census.remove))
+        patch.setattr(partial_folder, "remove", watched(partial_folder.remove))
         build_yaml(folder / "build.yaml", force=True)
     missing = [snapshot for snapshot in snapshots if not (snapshot / "census").exists()]
     assert len(snapshots) >= 6
@@ -829,7 +853,7 @@ def test_a_folder_of_the_user_with_the_name_that_a_build_needs_is_left_alone(tmp
         (tmp_path / name).mkdir()
         (tmp_path / name / "thesis.txt").write_text("years of work")
     config = write_config(tmp_path, {"file": "in.h5ad"})
-    with pytest.raises(UserError, match=r"census\.partial exists and is not left of a build"):
+    with pytest.raises(UserError, match=r"census\.partial exists and is not left of an earlier run"):
         build_yaml(config)
     shutil.rmtree(tmp_path / "census.partial")
     build_yaml(config)
@@ -893,7 +917,7 @@ def test_a_second_build_of_the_same_census_is_refused(
     write_info: Callable[..., None] = census.write_info
 
     def meanwhile(*arguments: Any) -> None:
-        with pytest.raises(UserError, match="is in use by build-census"):
+        with pytest.raises(UserError, match=r"is in use by scvi-build-census\.py"):
             build_yaml(config)
         write_info(*arguments)
 
@@ -980,26 +1004,29 @@ def arguments(two_files: tuple[Path, dict[str, ad.AnnData]]) -> Iterator[list[st
 
 
 def test_command(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(arguments) == 0
+    assert main("build-census", arguments) == 0
     assert "s1 (homo_sapiens): 20 cells" in capsys.readouterr().out
-    assert main(arguments) == 2
+    assert main("build-census", arguments) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
     assert "--force" in error
-    assert main([*arguments, "--force"]) == 0
+    assert main("build-census", [*arguments, "--force"]) == 0
 
 
 def test_command_for_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--demo", str(tmp_path / "demo"), "--scale", "0.05", "--genes", "120", "--seed", "1"]) == 0
+    assert (
+        main("build-census", ["--demo", str(tmp_path / "demo"), "--scale", "0.05", "--genes", "120", "--seed", "1"])
+        == 0
+    )
     assert "400 cells, 6 datasets" in capsys.readouterr().out
-    assert main(["--demo", str(tmp_path / "demo2"), "--scale", "0.0001"]) == 2
+    assert main("build-census", ["--demo", str(tmp_path / "demo2"), "--scale", "0.0001"]) == 2
 
 
 def test_a_defect_shows_its_traceback(
     arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(census, "write_info", lambda *_: 1 / 0)
-    assert main(arguments) == 1
+    assert main("build-census", arguments) == 1
     assert "ZeroDivisionError" in capsys.readouterr().err
 
 

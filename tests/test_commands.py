@@ -12,28 +12,28 @@ import pytest
 from pipeline import ROOT
 
 from census_scvi.cli import console
-from census_scvi.config.commands import COMMANDS
+from census_scvi.config.stages import PIPELINE, STAGES
 
 
 def test_each_command_has_its_script_and_module() -> None:
-    assert {path.name for path in ROOT.glob("scvi-*.py")} == {command.script for command in COMMANDS.values()}
-    for command in COMMANDS.values():
+    assert {path.name for path in ROOT.glob("scvi-*.py")} == {command.script for command in STAGES.values()}
+    for command in STAGES.values():
         script = ast.parse((ROOT / command.script).read_text())
         assert ast.get_docstring(script) == command.summary
         assert f'main("{command.name}")' in ast.unparse(script).replace("'", '"')
         module = ROOT.joinpath("src", *command.module.split(".")).with_suffix(".py")
         functions = {node.name for node in ast.parse(module.read_text()).body if isinstance(node, ast.FunctionDef)}
-        assert functions >= ({"main"} if command.own_arguments else {"run", "plan"}), module
+        assert functions >= ({"run", "add_arguments"} if command.own_arguments else {"run", "plan"}), module
         assert (ROOT / command.script).stat().st_mode & 0o111, "it is executable"
 
 
 def test_documents_and_type_checks_have_each_command() -> None:
-    scripts = {command.script for command in COMMANDS.values()}
+    scripts = {command.script for command in STAGES.values()}
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert {name for name in settings["tool"]["mypy"]["files"] if name.endswith(".py")} == scripts
     document = (ROOT / "docs/run-directory.md").read_text()
     stages = re.findall(r"^\| ([a-z-]+) \|", document.partition("## The stages")[2].partition("\n## ")[0], re.M)
-    assert [name for name in stages if name != "stage"] == [name for name in COMMANDS if COMMANDS[name].stage]
+    assert [name for name in stages if name != "stage"] == list(PIPELINE)
 
 
 def test_the_program_is_installed() -> None:
@@ -45,13 +45,13 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     for option in ("-h", "--help"):
         assert console([option]) == 0
         shown = capsys.readouterr().out
-        assert all(f"  {name} " in shown and command.summary in shown for name, command in COMMANDS.items())
+        assert all(f"  {name} " in shown and command.summary in shown for name, command in STAGES.items())
         assert max(map(len, shown.splitlines())) <= 120
     assert console(["--version"]) == 0
     assert capsys.readouterr().out == f"census-scvi {version('census-scvi')}\n"
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", STAGES)
 def test_each_command_runs_by_its_name(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         console([name, "--help"])

@@ -66,7 +66,7 @@ def test_a_finished_stage_is_done(name: str, capsys: pytest.CaptureFixture[str])
         ("train", "train.max_epochs=21", "train.max_epochs was 20 and is 21"),
         ("create-latent-update", "latent.block_size=65", "latent.block_size was 64 and is 65"),
         ("publish", "gates.waived={}", 'gates.waived.active_units was "a small model" and is null'),
-        ("prepare", "census.uri=census", "the input census is another one than before"),
+        ("prepare", "census.uri=census", "the input census has changed"),
     ],
 )
 def test_a_finished_stage_is_not_done_for_other_settings(

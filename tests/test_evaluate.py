@@ -94,7 +94,17 @@ def test_run_again_gives_the_same(
     for space, scores in first["scores"].items():
         for score, other in zip(scores, again["scores"][space], strict=True):
             assert score["value"] == pytest.approx(other["value"], abs=1e-6), score["metric"]
-    assert evaluation(finished_run, evaluated) == 2
+    assert evaluation(finished_run, evaluated) == 0
+    assert f"evaluate is done for these settings in {evaluated}" in capsys.readouterr().err
+    assert evaluation(finished_run, evaluated, "evaluate.measured_cells=299") == 2
+    assert (
+        "holds a finished evaluate for other settings: evaluate.measured_cells was 500 and is 299; set it back, use"
+        " another evaluate.folder, or --force to run it again" in capsys.readouterr().err
+    )
+    earlier = tmp_path / "earlier"  # a version that kept no record
+    shutil.copytree(evaluated, earlier)
+    (earlier / "manifest.json").unlink()
+    assert evaluation(finished_run, earlier) == 2
     assert "report.html exists; name another evaluate.folder, or replace it with --force" in capsys.readouterr().err
 
 
@@ -217,7 +227,7 @@ def test_few_cells(
     else:
         assert (code, n_cells) == (2, 1)
         assert f"nothing can be measured on {n_cells} cells: " in capsys.readouterr().err.splitlines()[-1]
-        assert list(tmp_path.iterdir()) == []
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 def test_what_says_the_same_is_there_once(finished_run: Run, tmp_path: Path) -> None:

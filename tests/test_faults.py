@@ -19,8 +19,9 @@ import pytest
 import torch
 from pipeline import ROOT, STAGES, Run
 
+from census_scvi.cli import main
 from census_scvi.model.safe import load_safe
-from census_scvi.stages import build_census, demo, verify
+from census_scvi.stages import demo
 
 # Each plants a signal, kill -9 by default, at the nth call of a function of the stage.
 KILL = """
@@ -95,7 +96,7 @@ STOPPED = {
     "SIGHUP": (129, "terminated, since its terminal was closed; run the same command again to resume"),
 }
 STOPS = [
-    ("prepare", "census_scvi.stages.prepare.open_census", "SIGHUP"),
+    ("prepare", "census_scvi.census.open.open_census", "SIGHUP"),
     ("prepare", "census_scvi.counts.writer.H5adWriter.append", "SIGTERM"),
     ("train", "census_scvi.stages.train.build_model", "SIGTERM"),
     ("train", "census_scvi.training.finite_loss.FiniteLoss.on_train_batch_end", "SIGHUP"),
@@ -104,8 +105,8 @@ STOPS = [
     ("train", "census_scvi.stages.train.save_safe", "SIGTERM"),
     ("create-latent-update", "census_scvi.model.latent_store.LatentStore.append", "SIGTERM"),
     ("create-latent-update", "census_scvi.model.minified.H5adWriter.append", "SIGINT"),
-    ("publish", "census_scvi.stages.publish.open_census", "SIGTERM"),
-    ("evaluate", "census_scvi.stages.evaluate.open_census", "SIGTERM"),
+    ("publish", "census_scvi.census.open.open_census", "SIGTERM"),
+    ("evaluate", "census_scvi.census.open.open_census", "SIGTERM"),
 ]
 
 
@@ -248,13 +249,13 @@ def test_what_is_no_stage_stops_alike(
 ) -> None:
     (tmp_path / "build.yaml").write_text("{uri: new, datasets: [{file: a.h5ad, organism: homo_sapiens}]}")
     call, place = {
-        "verify": (lambda: verify.main([str(tmp_path)]), "publication.chain.fetch"),
+        "verify": (lambda: main("verify", [str(tmp_path)]), "publication.chain.fetch"),
         "build_census": (
-            lambda: build_census.main([str(tmp_path / "build.yaml")]),
+            lambda: main("build-census", [str(tmp_path / "build.yaml")]),
             "stages.build_census.build_from_config",
         ),
-        "map_query": (lambda: undisturbed("map-query", "query.file=a.h5ad"), "stages.map_query.run"),
-        "demo": (lambda: demo.run_demo([]), "stages.prepare.run"),
+        "map_query": (lambda: undisturbed("map-query", "query.file=a.h5ad"), "stages.protocol.run_stage"),
+        "demo": (lambda: demo.run_demo([]), "stages.protocol.run_stage"),
     }[command]
     monkeypatch.setattr(demo, "_build_census", lambda config: None)
     monkeypatch.chdir(ROOT)

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 import census_scvi
 from census_scvi.atlas import Atlas
 from census_scvi.census.embedding import published_uri
+from census_scvi.cli import main
 from census_scvi.counts.row_hash import row_hashes
 from census_scvi.errors import UserError
 from census_scvi.model.encode import reference_latent
@@ -29,7 +30,6 @@ from census_scvi.model.safe import load_safe
 from census_scvi.publication import chain
 from census_scvi.publication.chain import Link, verify
 from census_scvi.query.reference import Origin
-from census_scvi.stages import verify as command
 from census_scvi.workspace.identity import identities
 
 Change = Callable[[Path], None]
@@ -148,11 +148,11 @@ def test_a_consistent_forgery_is_called_consistent_and_found_in_the_census(
     sealed.obsm["X_scvi"], _ = reference_latent(model, description.genes, sealed.X, sealed.obs["batch"])
     sealed.write_h5ad(folder / "sealed_sample.h5ad")
     forge(folder)
-    assert command.main([str(folder)]) == 0
+    assert main("verify", [str(folder)]) == 0
     shown = capsys.readouterr().out
     assert f"{folder} is consistent: " in shown
     assert "is valid" not in shown
-    assert command.main([str(folder), "--census", str(publication / "census")]) == 2
+    assert main("verify", [str(folder), "--census", str(publication / "census")]) == 2
     captured = capsys.readouterr()
     assert "is not valid: publication, sealed_cells, fresh_sample broke" in captured.err
     assert "consistent" not in captured.out
@@ -476,12 +476,12 @@ def test_damage_of_the_census_is_a_broken_link(
         whole = path.read_bytes()
         for damaged in (whole[: len(whole) // 2], b"", whole[:20] + bytes(len(whole) - 20)):
             path.write_bytes(damaged)
-            assert command.main([str(folder), "--census", str(census), "--sample", "5"]) == 2, path
+            assert main("verify", [str(folder), "--census", str(census), "--sample", "5"]) == 2, path
             error = capsys.readouterr().err
             assert "Traceback" not in error
             assert "error: " in error.splitlines()[-1]
         path.write_bytes(whole)
-    assert command.main([str(folder), "--census", str(census), "--sample", "5"]) == 0
+    assert main("verify", [str(folder), "--census", str(census), "--sample", "5"]) == 0
 
 
 # --- what is printed
@@ -490,10 +490,10 @@ def test_damage_of_the_census_is_a_broken_link(
 def test_nothing_of_a_folder_acts_on_the_terminal(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     evil = "x\x1b]0;owned\x07\x9b2J\u202etxt\r\nfiles  valid  forged"
     forge(folder, lambda record: {**record, "published_by": evil, "published_on": evil})
-    assert command.main([str(folder)]) == 0
+    assert main("verify", [str(folder)]) == 0
     edit_model(folder, lambda values: values["arguments"].update({evil: 1}))
     forge(folder)
-    assert command.main([str(folder)]) == 2
+    assert main("verify", [str(folder)]) == 2
     captured = capsys.readouterr()
     shown = captured.out + captured.err
     assert "\\x1b]0;owned\\x07\\x9b2J\\u202etxt" in shown

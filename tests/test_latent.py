@@ -367,7 +367,7 @@ def test_genes_of_another_id_system_are_refused(
 def test_a_config_of_another_model_is_refused(
     finished_run: Run, setting: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert finished_run("create-latent-update", setting) == 2
+    assert finished_run("create-latent-update", setting, "--force") == 2
     assert message in capsys.readouterr().err
 
 

@@ -75,9 +75,26 @@ def test_run_again(finished_run: Run, query: Path, capsys: pytest.CaptureFixture
     assert map_query(finished_run, *settings) == 0
     first = ad.read_h5ad(query.parent / "out.h5ad")
     assert not (query.parent / "out.png").exists()
+    written = {path: path.stat().st_mtime_ns for path in query.parent.iterdir()}
+    assert map_query(finished_run, *settings) == 0
+    assert "map-query is done for these settings" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in query.parent.iterdir()} == written
+    assert map_query(finished_run, *settings, "query.min_share=0.7") == 2
+    assert (
+        "out.h5ad exists and was made with other settings: query.min_share was 0.8 and is 0.7; name another"
+        " query.output, or replace it with --force" in capsys.readouterr().err
+    )
+    (query.parent / "out.h5ad").write_bytes(b"cut")
+    assert map_query(finished_run, *settings) == 2
+    assert "out.h5ad has 3 bytes where" in capsys.readouterr().err
+    (query.parent / "out.json").unlink()
     assert map_query(finished_run, *settings) == 2
     assert "out.h5ad exists; name another query.output, or replace it with --force" in capsys.readouterr().err
     assert map_query(finished_run, *settings, "--force") == 0
+    record = json.loads((query.parent / "out.json").read_text())["run"]
+    assert record["stage"] == "map-query"
+    assert record["fingerprint"]["config"]["query.min_share"] == 0.8
+    assert set(record["outputs"]) == {"out.h5ad", "out-cell_type.png"}
     pd.testing.assert_frame_equal(ad.read_h5ad(query.parent / "out.h5ad").obs, first.obs)
     # the output of one run is the input of another
     again = (f"query.file={query.parent}/out.h5ad", f"query.output={query.parent}/again.h5ad", "query.umap_cells=0")

@@ -10,7 +10,7 @@ from pipeline import Run
 
 import census_scvi
 from census_scvi.census.embedding import published_uri
-from census_scvi.stages import verify
+from census_scvi.cli import main
 
 NASTY = "a b%20%#c?d&e+é'\"[x]{y};z:1=\\n"
 
@@ -34,7 +34,7 @@ def test_all_stages_in_a_folder_of_any_name(
             columns = [*json.loads(options.dims).values(), *json.loads(options.attrs).values()]
             assert all("CHECKSUM_SHA256" in str(column["filters"]) for column in columns)
     for published in (str(model), f"file://{model}", model.as_uri(), str(run.path("published"))):
-        assert verify.main([published, "--census", str(census), "--sample", "50"]) == 0, capsys.readouterr()
+        assert main("verify", [published, "--census", str(census), "--sample", "50"]) == 0, capsys.readouterr()
         assert census_scvi.load_model(published).is_trained
     with census_scvi.Atlas.open(str(model), census=census.as_uri()) as atlas:
         latent = atlas.embeddings("is_primary_data == True", max_cells=50).obsm["scvi"]

@@ -34,6 +34,7 @@ from test_faults import KILL
 
 import census_scvi
 from census_scvi.census.embedding import published_uri
+from census_scvi.cli import main
 from census_scvi.config import load_config
 from census_scvi.errors import UserError
 from census_scvi.files.lock import directory_lock
@@ -45,7 +46,6 @@ from census_scvi.publication.chain import Link, verify
 from census_scvi.publication.folder import copy_to
 from census_scvi.publication.summary import read_summary
 from census_scvi.stages import publish
-from census_scvi.stages import verify as command
 from census_scvi.workspace.identity import identities
 
 ORGANISM = "homo_sapiens"
@@ -148,10 +148,16 @@ def test_all_links_are_sound(run: Run, capsys: pytest.CaptureFixture[str]) -> No
         "provenance", "files", "model", "sealed_counts", "sealed_embedding", "gates", "census", "publication",
         "embedding", "sealed_cells", "fresh_sample",
     ]  # fmt: skip
-    assert command.main([folder, "--census", census_of(run), "--sample", "50"]) == 0
+    assert main("verify", [folder, "--census", census_of(run), "--sample", "50"]) == 0
     out = capsys.readouterr().out
     assert f"{folder} is valid" in out
     assert "BROKEN" not in out
+    assert run("verify", "--sample", "20") == 0, "the config says where the folder and the Census are"
+    assert f"{folder} is valid" in capsys.readouterr().out
+    assert run("verify", "--dry-run", "publish.model_uri=elsewhere") == 0
+    assert "would check elsewhere and 500 cells of" in capsys.readouterr().out
+    assert run("verify", folder) == 2
+    assert f"expected the published folder {folder}, or a config that says where it is" in capsys.readouterr().err
 
 
 def test_the_sealed_sample_is_random_cells_with_their_counts(run: Run) -> None:
@@ -523,7 +529,7 @@ def test_one_bit_of_the_embedding_is_caught(run: Run, capsys: pytest.CaptureFixt
     uri = Path(str(published_uri(experiment_of(run), "scvi")).removeprefix("file://"))
     (values,) = uri.glob("__fragments/*/a0.tdb")
     flip_bit(values)
-    assert command.main([str(run.path("published")), "--census", census_of(run)]) == 2
+    assert main("verify", [str(run.path("published")), "--census", census_of(run)]) == 2
     captured = capsys.readouterr()
     assert "embedding         BROKEN" in captured.out
     assert "is not valid: embedding" in captured.err
@@ -562,7 +568,7 @@ def test_a_record_that_names_files_outside_its_folder_is_refused(run: Run) -> No
 
 
 def test_a_folder_that_was_not_published_is_said(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.main([str(run.directory)]) == 2
+    assert main("verify", [str(run.directory)]) == 2
     assert "holds no provenance.json; name the folder `published`" in capsys.readouterr().err
 
 

@@ -16,7 +16,7 @@ import yaml
 from pipeline import ROOT, SMALL, forked, run_code, run_script
 
 from census_scvi.cli import console
-from census_scvi.config.commands import COMMANDS
+from census_scvi.config.stages import STAGES
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # A command that needs no shell: our program or a script, and arguments without a character special to bash.
@@ -115,7 +115,7 @@ def test_every_command_runs_as_printed(document: Path, sandbox: Path) -> None:
 def test_readme_names_each_command_and_target() -> None:
     """README's table, `census-scvi --help` and `make help` list the same commands."""
     named = [tuple(command.split()[:2]) for command in commands_of_table(ROOT / "README.md")]
-    assert {name for program, name in named if program == "census-scvi"} == set(COMMANDS)
+    assert {name for program, name in named if program == "census-scvi"} == set(STAGES)
     listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     targets = re.findall(r"^make ([a-z-]+) ", listed, re.M)
     assert {name for program, name in named if program == "make"} == set(targets)

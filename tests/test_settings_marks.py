@@ -8,8 +8,8 @@ from typing import Annotated, Any, ClassVar
 import pytest
 
 from census_scvi.config import Config, load_config
-from census_scvi.config.commands import COMMANDS
 from census_scvi.config.section import Changes, Section, stages_changed
+from census_scvi.config.stages import STAGES
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,7 +52,7 @@ def test_a_stage_depends_on_exactly_these_settings(stage: str, overrides: list[s
 
 def test_marks_name_commands() -> None:
     marked = {stage for _, stages in stages_changed(Config) for stage in stages}
-    assert marked == set(SETTINGS_OF_STAGES) <= set(COMMANDS)
+    assert marked == set(SETTINGS_OF_STAGES) <= set(STAGES)
 
 
 def test_a_setting_without_a_mark_changes_what_its_section_changes() -> None:

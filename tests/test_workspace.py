@@ -42,14 +42,15 @@ def run_stage(folder: Path, content: str, seed: int = 0, *, force: bool = False)
     """A stage with a file and a folder as outputs; False where it was done before."""
     config = config_of(folder, seed)
     with Workspace(folder).locked("prepare", new=True) as workspace:
-        stage = workspace.begin("prepare", config, KEYS, {}, force=force)
+        stage = workspace.begin("prepare", config.select(KEYS), {}, force=force)
         if stage.done:
             return False
+        stage.start()
         stage.path("file.txt").write_text(content)
         stage.path("model").mkdir(exist_ok=True)
         stage.path("model/weights").write_text(content)
         stage.path("model/more").write_text(content)
-        stage.commit(["file.txt", "model"], {"cells": 1})
+        stage.commit(["file.txt", "model"], {"cells": 1}, config=config.model_dump(mode="json"), seed=seed)
     return True
 
 
@@ -124,7 +125,8 @@ def test_done_is_skipped_and_another_setting_is_refused_by_name(tmp_path: Path) 
 def test_an_unfinished_stage_goes_on_only_for_the_same_settings(tmp_path: Path) -> None:
     def begin(seed: int, *, force: bool = False) -> bool:
         with Workspace(tmp_path).locked("train") as workspace:
-            stage = workspace.begin("train", config_of(tmp_path, seed), KEYS, {}, force=force, progress="work")
+            stage = workspace.begin("train", config_of(tmp_path, seed).select(KEYS), {}, force=force, progress="work")
+            stage.start()
             there = stage.path("work").exists()
             stage.path("work").touch()
             return there
@@ -140,7 +142,8 @@ def test_an_unfinished_stage_goes_on_only_for_the_same_settings(tmp_path: Path) 
 def test_a_stage_that_starts_over_does_not_mind_unfinished_work(tmp_path: Path) -> None:
     for seed in (0, 1):  # the first stops without a commit, as after a mistake in the settings
         with Workspace(tmp_path).locked("prepare") as workspace:
-            stage = workspace.begin("prepare", config_of(tmp_path, seed), KEYS, {}, force=False)
+            stage = workspace.begin("prepare", config_of(tmp_path, seed).select(KEYS), {}, force=False)
+            stage.start()
             assert not stage.path("work").exists()
             stage.path("work").touch()
 
@@ -150,13 +153,14 @@ def test_an_input_that_changed_under_a_finished_stage_is_named(tmp_path: Path) -
     for identity, outcome in (("a", "starts"), ("a", "done"), ("b", "refused")):
         with Workspace(tmp_path).locked("train") as workspace:
             if outcome == "refused":
-                with pytest.raises(UserError, match=r"the input cells\.h5ad is another one than before"):
-                    workspace.begin("train", config, KEYS, {"cells.h5ad": identity}, force=False)
+                with pytest.raises(UserError, match=r"the input cells\.h5ad has changed"):
+                    workspace.begin("train", config.select(KEYS), {"cells.h5ad": identity}, force=False)
                 continue
-            stage = workspace.begin("train", config, KEYS, {"cells.h5ad": identity}, force=False)
+            stage = workspace.begin("train", config.select(KEYS), {"cells.h5ad": identity}, force=False)
             assert stage.done == (outcome == "done")
             if not stage.done:
-                stage.commit([], {})
+                stage.start()
+                stage.commit([], {}, config={}, seed=0)
 
 
 def test_an_altered_output_is_refused_by_the_stage_itself(tmp_path: Path) -> None:
@@ -244,7 +248,7 @@ def test_no_gap_in_a_manifest_is_a_traceback(
             path.write_text(json.dumps(damaged))
             for read in (
                 lambda: workspace.require("train", ["scvi.model/model.json"]),
-                lambda: workspace.begin("prepare", config, KEYS, {}, force=False),
+                lambda: workspace.begin("prepare", config.select(KEYS), {}, force=False),
                 lambda: Origin.of(str(run.directory)),
                 lambda: RunEmbedding(run.directory, census),
                 lambda: html._training(config),
@@ -283,12 +287,13 @@ def test_a_manifest_that_is_none(text: str, words: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["[" * 100_000, "[]", '{"config": 5, "inputs": {}}', '{"config": {}}', "{"])
 def test_a_damaged_fingerprint_of_unfinished_work_is_said(text: str, tmp_path: Path) -> None:
     with Workspace(tmp_path).locked("train") as workspace:
-        stage = workspace.begin("train", config_of(tmp_path), KEYS, {}, force=False, progress="work")
+        stage = workspace.begin("train", config_of(tmp_path).select(KEYS), {}, force=False, progress="work")
+        stage.start()
         stage.path("work").touch()
         stage.path("fingerprint.json").write_text(text)
         with pytest.raises(UserError, match=r"fingerprint\.json is damaged .*; --force does train again"):
-            workspace.begin("train", config_of(tmp_path), KEYS, {}, force=False, progress="work")
-        assert not workspace.begin("train", config_of(tmp_path), KEYS, {}, force=True, progress="work").resumed
+            workspace.begin("train", config_of(tmp_path).select(KEYS), {}, force=False, progress="work")
+        assert not workspace.begin("train", config_of(tmp_path).select(KEYS), {}, force=True, progress="work").resumed
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])

@@ -17,19 +17,20 @@ import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from census_scvi.config import Config, load_config
-from census_scvi.config.commands import COMMANDS, Command
 from census_scvi.config.extras import require_extra
 from census_scvi.config.messages import suggestion
 from census_scvi.config.settings_table import help_of_stage
+from census_scvi.config.stages import STAGES, Stage
 from census_scvi.errors import UserError
 from census_scvi.files.paths import expand_argument
 from census_scvi.terminal.printing import on_one_line, printable
 from census_scvi.terminal.stopping import Stopped, Stopping, say
 
 DONE, DEFECT, USER_ERROR = 0, 1, 2
+DEFAULT_CONFIG = "scvi-config.yaml"
 
 _EPILOG = """\
 settings on the command line override the file:
@@ -57,7 +58,7 @@ def main(name: str, argv: Sequence[str] | None = None, *, program: str | None = 
     Parameters
     ----------
     name
-        One of `COMMANDS`.
+        One of `STAGES`.
     argv
         Arguments; those of the process where None.
     program
@@ -67,12 +68,10 @@ def main(name: str, argv: Sequence[str] | None = None, *, program: str | None = 
     -------
     The exit code.
     """
-    command = COMMANDS[name]
-    if command.own_arguments:
-        module = importlib.import_module(command.module)
-        return int(module.main(argv, program=program))
-    arguments = _parser(command, program).parse(argv)
-    return guarded(lambda: _run(command, arguments, program or command.script))
+    stage = STAGES[name]
+    own = importlib.import_module(stage.module) if stage.own_arguments else None
+    arguments = _parser(stage, program, own).parse(argv)
+    return guarded(lambda: _run(stage, arguments, own, program or stage.script))
 
 
 def console(argv: Sequence[str] | None = None) -> int:
@@ -82,14 +81,14 @@ def console(argv: Sequence[str] | None = None) -> int:
         return _fail("expected a command; census-scvi --help lists them")
     name, *rest = arguments
     if name in ("-h", "--help"):
-        width = max(map(len, COMMANDS))
-        print(_OVERVIEW.format(commands="\n".join(f"  {each:<{width}}  {COMMANDS[each].summary}" for each in COMMANDS)))
+        width = max(map(len, STAGES))
+        print(_OVERVIEW.format(commands="\n".join(f"  {each:<{width}}  {STAGES[each].summary}" for each in STAGES)))
         return DONE
     if name == "--version":
         print(f"census-scvi {version('census-scvi')}")
         return DONE
-    if name not in COMMANDS:
-        return _fail(f"{name} is not a command{suggestion(name, list(COMMANDS))}; census-scvi --help lists them")
+    if name not in STAGES:
+        return _fail(f"{name} is not a command{suggestion(name, list(STAGES))}; census-scvi --help lists them")
     return main(name, rest, program=f"census-scvi {name}")
 
 
@@ -162,15 +161,23 @@ def configure_logging() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
-def _parser(command: Command, program: str | None) -> Parser:
+def _parser(stage: Stage, program: str | None, own: Any) -> Parser:
+    settings = help_of_stage(Config, stage.name).replace("%", "%%")
     parser = Parser(
-        prog=program or command.script,
-        description=command.summary,
-        epilog=f"{help_of_stage(Config, command.name).replace('%', '%%')}\n\n{_EPILOG}",
+        prog=program or stage.script,
+        description=stage.summary,
+        epilog=f"{settings}\n\n{getattr(own, 'EPILOG', '')}{_EPILOG}".lstrip(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    if own is not None:
+        own.add_arguments(parser)
     parser.add_argument("settings", nargs="*", metavar="section.key=value", help="settings that override the file")
-    parser.add_argument("--config", default="scvi-config.yaml", metavar="FILE", help="YAML file (default: %(default)s)")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        default=None if own else DEFAULT_CONFIG,
+        help=f"YAML file (default: {DEFAULT_CONFIG})",
+    )
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -180,20 +187,35 @@ def _parser(command: Command, program: str | None) -> Parser:
     return parser
 
 
-def _run(command: Command, arguments: argparse.Namespace, program: str) -> None:
-    path = Path(expand_argument(arguments.config, "--config"))
+def is_setting(argument: str) -> bool:
+    """Whether an argument is `section.key=value`, and not the path of a file."""
+    return _SETTING.match(argument) is not None
+
+
+_SETTING = re.compile(r"\w+(\.[\w-]+)*=")
+
+
+def read_config(arguments: argparse.Namespace) -> Config:
+    """The config that the arguments name."""
+    path = Path(expand_argument(arguments.config or DEFAULT_CONFIG, "--config"))
     if not path.exists():
         raise UserError(f"{path}: no such file; name the YAML file with your settings: --config FILE")
-    config: Config = load_config(path, arguments.settings)
-    if command.extra:
-        require_extra(command.extra, program)
-    # Imported only now: torch, scvi-tools and TileDB take seconds, and a wrong setting is answered at once.
-    module = importlib.import_module(command.module)
+    return load_config(path, arguments.settings)
+
+
+def _run(stage: Stage, arguments: argparse.Namespace, own: Any, program: str) -> None:
+    if own is not None:
+        own.run(arguments)
+        return
+    config = read_config(arguments)
+    if stage.extra:
+        require_extra(stage.extra, program)
+    protocol = importlib.import_module("census_scvi.stages.protocol")  # a wrong setting is answered before it
     if arguments.dry_run:
-        print(printable(module.plan(config).text(config)))
+        print(printable(protocol.plan_stage(stage.name, config).text(config)))
         return
     try:
-        module.run(config, force=arguments.force)
+        protocol.run_stage(stage.name, config, force=arguments.force)
     except Exception as error:
         error.add_note(f"{_IN_FOLDER}{config.directory}")
         raise

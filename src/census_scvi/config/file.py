@@ -19,6 +19,7 @@ from census_scvi.files.paths import expand
 EXTENDS = "extends"
 COMMAND_LINE = "command line"
 _MOST_BYTES = 10_000_000
+_SECTIONS = "sections such as census, hvg and model"
 _YES_NO = {"yes": True, "on": True, "no": False, "off": False}
 
 
@@ -44,7 +45,7 @@ class Written:
         return next((place for place, values in self.layers if path and _holds(values, path)), named)
 
 
-def read_settings(path: Path, overrides: Sequence[str] = ()) -> Written:
+def read_settings(path: Path, overrides: Sequence[str] = (), expected: str = _SECTIONS) -> Written:
     """The settings of a file, of those that it extends, and of the command line, which wins.
 
     A file says `extends: FILE`, relative to itself, and then holds what differs: its sections and mappings are merged
@@ -55,7 +56,7 @@ def read_settings(path: Path, overrides: Sequence[str] = ()) -> Written:
     UserError
         As `read_yaml`; a file extends itself through others, or an override is no `section.key=value`.
     """
-    files, overrides = _chain(path), translate_overrides(overrides)
+    files, overrides = _chain(path, expected), translate_overrides(overrides)
     layers = [(str(file), values) for file, values in files]
     merged: dict[str, Any] = {}
     for _, values in reversed(files):
@@ -68,14 +69,14 @@ def read_settings(path: Path, overrides: Sequence[str] = ()) -> Written:
     return Written(merged, layers)
 
 
-def _chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
+def _chain(path: Path, expected: str) -> list[tuple[Path, dict[str, Any]]]:
     """A file and those that it extends, each with what it sets."""
     chain: list[tuple[Path, dict[str, Any]]] = []
     seen: list[Path] = []
     following: Path | None = path
     while following is not None:
         seen.append(following.resolve())
-        values = read_yaml(following)
+        values = read_yaml(following, expected)
         translate_file(values, str(following))
         chain.append((following, values))
         if EXTENDS not in values:
@@ -121,7 +122,7 @@ def _holds(values: Any, path: list[str]) -> bool:
     return True
 
 
-def read_yaml(path: Path, expected: str = "sections such as census, hvg and model") -> dict[str, Any]:
+def read_yaml(path: Path, expected: str = _SECTIONS) -> dict[str, Any]:
     """The mapping in a YAML file, with scalars as they were written (see `typed`).
 
     Raises

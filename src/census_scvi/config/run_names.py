@@ -18,6 +18,10 @@ LATENT = "latent.npy"
 LATENT_JOINIDS = "latent-idx.npy"
 LATENT_HASHES = "latent-hash.npy"
 MINIFIED = "final_scvi_optimized"
+# In the folder of a model.
+WEIGHTS, DESCRIPTION = "weights.safetensors", "model.json"
+# In a published folder.
+PROVENANCE = "provenance.json"
 QA = "qa.json"
 PUBLISHED = "published"
 EVALUATION = "evaluation"

@@ -11,7 +11,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from census_scvi.config.messages import suggestion
-from census_scvi.counts.other_formats import explain_hdf5, explain_path
+from census_scvi.counts.other_formats import check_path, explain_hdf5, explain_path
 from census_scvi.counts.untrusted import check_file
 from census_scvi.errors import UserError
 
@@ -56,16 +56,6 @@ def open_file(path: Path) -> h5py.File:
         file.close()
         raise
     return file
-
-
-def check_path(path: Path) -> None:
-    """UserError unless there is a regular file at the path."""
-    if not path.exists():
-        raise UserError(f"{path}: no such file")
-    if path.is_dir():
-        raise UserError(f"{path}: {explain_path(path)}")
-    if not path.is_file():  # reading a pipe or a device could wait for ever
-        raise UserError(f"{path}: is no regular file; expected an .h5ad")
 
 
 _EXPECTED = "expected an .h5ad as anndata writes it"

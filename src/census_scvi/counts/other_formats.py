@@ -6,6 +6,8 @@ from pathlib import Path
 
 import h5py
 
+from census_scvi.errors import UserError
+
 _READERS = {
     ".csv": "scanpy.read_csv({path!r})",
     ".tsv": "scanpy.read_text({path!r})",
@@ -16,6 +18,16 @@ _READERS = {
 }
 _TRANSPOSE = " (add .T where the rows are genes)"
 _IN_R = {".rds", ".rda", ".rdata", ".qs", ".h5seurat"}
+
+
+def check_path(path: Path) -> None:
+    """UserError unless there is a regular file at the path."""
+    if not path.exists():
+        raise UserError(f"{path}: no such file")
+    if path.is_dir():
+        raise UserError(f"{path}: {explain_path(path)}")
+    if not path.is_file():  # reading a pipe or a device could wait for ever
+        raise UserError(f"{path}: is no regular file; expected an .h5ad")
 
 
 def explain_path(path: Path) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from census_scvi.census.schema import ORGANISMS, SETTABLE_COLUMNS
-from census_scvi.config.file import read_yaml, typed
+from census_scvi.config.file import COMMAND_LINE, read_settings, typed
 from census_scvi.config.messages import describe_errors, shown, suggestion
 from census_scvi.config.section import Expected, Section
 from census_scvi.config.types import expanded
@@ -143,25 +144,30 @@ class BuildConfig(Section):
     """The files, in the order of the Census."""
 
 
-def load_build_config(path: str | Path, *, data: str | Path | None = None) -> BuildConfig:
+def load_build_config(
+    path: str | Path, *, data: str | Path | None = None, overrides: Sequence[str] = ()
+) -> BuildConfig:
     """Read and check the YAML of a build.
 
     `uri` and `data` are relative to the YAML file, `file` and `genes.map` to `data`; the result has absolute paths.
-    The argument `data` replaces the key, relative to the working directory. Raises UserError, in one line, for
-    whatever is wrong with the YAML; whether the files exist is not looked at.
+    The argument `data` replaces the key, and `overrides` (`key=value`) others, relative to the working directory.
+    Raises UserError, in one line, for whatever is wrong with the YAML; whether the files exist is not looked at.
     """
     path = Path(expand_argument(path, "CONFIG.yaml"))
     data = None if data is None else expand_argument(data, "--data")
+    written = read_settings(path, overrides, expected="the keys uri and datasets")
     try:
-        config = BuildConfig.model_validate(typed(read_yaml(path, "the keys uri and datasets"), BuildConfig))
+        config = BuildConfig.model_validate(typed(written.values, BuildConfig))
     except ValidationError as error:
-        raise UserError(describe_errors(error, BuildConfig, lambda _: str(path))) from None
-    here = path.absolute().parent
-    folder = _join(here, config.data) if data is None else _join(Path.cwd(), Path(data))
+        raise UserError(describe_errors(error, BuildConfig, written.origin)) from None
+    here = {
+        key: Path.cwd() if written.origin(key) == COMMAND_LINE else path.absolute().parent for key in ("uri", "data")
+    }
+    folder = _join(here["data"], config.data) if data is None else _join(Path.cwd(), Path(data))
     maps = {organism: _join(folder, file) for organism, file in config.genes.map.items()}
     return config.model_copy(
         update={
-            "uri": _join(here, config.uri),
+            "uri": _join(here["uri"], config.uri),
             "data": folder,
             "genes": config.genes.model_copy(update={"map": maps}),
             "datasets": [d.model_copy(update={"file": _join(folder, d.file)}) for d in config.datasets],

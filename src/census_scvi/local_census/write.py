@@ -4,8 +4,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,8 +16,8 @@ import tiledbsoma as soma
 from census_scvi.census import schema
 from census_scvi.census.gene_ids import GeneReport
 from census_scvi.errors import UserError
-from census_scvi.files.atomic import exchange, remove, sync
-from census_scvi.files.lock import directory_lock
+from census_scvi.files.atomic import exchange, sync
+from census_scvi.files.partial_folder import OLD, partial_folder
 from census_scvi.files.uri import local_path, plain_name, tiledb_place
 from census_scvi.local_census.experiment import Repeated, write_experiment
 from census_scvi.local_census.info import write_info
@@ -29,9 +28,6 @@ logger = logging.getLogger(__name__)
 
 # Cells whose counts are held at a time: 2,048 cells with 3,000 genes each are a table of 0.12 GB.
 BLOCK_ROWS = 2048
-# In the folder of the build: the Census that stood in the new one's place.
-_OLD = "old"
-
 
 # Share of a cell's counts below which it has lost most of them.
 _MOST = 0.5
@@ -101,7 +97,7 @@ def build_census(
     began = time.monotonic()
     target = check_target(uri, force=force)
     _check_sources(sources)
-    with _partial_folder(target) as partial:
+    with partial_folder(target, "scvi-build-census.py") as partial:
         check_target(uri, force=force)  # a killed build's may be back
         new = partial / "new"
         new.mkdir()
@@ -180,31 +176,6 @@ def _check_sources(sources: Sequence[Source]) -> None:
             raise UserError(f"organism {source.organism!r} is not one of {', '.join(schema.ORGANISMS)}")
 
 
-@contextmanager
-def _partial_folder(target: Path) -> Iterator[Path]:
-    """An empty folder next to the target, held by a lock; removed at the end of the build."""
-    partial = target.with_name(target.name + ".partial")
-    lock = partial / "build.lock"
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        foreign = any(partial.iterdir()) and not lock.exists()
-    except OSError as error:
-        raise UserError(f"{target}: cannot be written there ({error})") from error
-    if foreign:
-        raise UserError(f"{partial} exists and is not left of a build; a build needs that name: move it away")
-    with directory_lock(lock, "build-census"):
-        if not target.exists() and (partial / _OLD).exists():
-            logger.warning("a build was killed as it replaced %s: what was there before is put back", target)
-            (partial / _OLD).rename(target)
-        for leftover in partial.iterdir():
-            if leftover != lock:
-                remove(leftover)
-        try:
-            yield partial
-        finally:
-            remove(partial)
-
-
 def _write_census(
     partial: Path, sources: Sequence[Source], block_rows: int
 ) -> tuple[dict[str, tuple[int, int]], list[Repeated]]:
@@ -261,7 +232,7 @@ def _put_in_place(new: Path, target: Path, sources: Sequence[Source]) -> None:
     """Give the new Census its place; what stood there is put back unless the new one can be read there."""
     # A Census is a thousand small files: one call for all is a hundred times faster than one each.
     os.sync()
-    old = new.with_name(_OLD)
+    old = new.with_name(OLD)
     _swap(new, target, old)
     try:
         sync(target.parent)

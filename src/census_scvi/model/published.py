@@ -13,7 +13,7 @@ import scvi
 from fsspec import AbstractFileSystem
 from fsspec.callbacks import TqdmCallback
 
-from census_scvi.config.commands import script_of
+from census_scvi.config.stages import script_of
 from census_scvi.errors import UserError
 from census_scvi.files.atomic import remove
 from census_scvi.files.json_file import MOST_BYTES, read_json

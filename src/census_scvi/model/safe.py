@@ -18,14 +18,13 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from census_scvi.config.run_names import DESCRIPTION, WEIGHTS
 from census_scvi.errors import UserError
 from census_scvi.files.json_file import read_json
 from census_scvi.model.build import build_model, check_arguments, least_parameters
 from census_scvi.model.families import SCVI, family_of
 from census_scvi.model.published_record import first_problem
 
-WEIGHTS = "weights.safetensors"
-DESCRIPTION = "model.json"
 _FORMAT = 1
 _BYTES = 4  # of a weight, float32
 _AGAIN = "train it again with scvi-train.py --force, or fetch the published folder again"

@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from pathlib import Path
 
-from census_scvi.config.run_names import MANIFEST
+from census_scvi.config.run_names import DESCRIPTION, MANIFEST, PROVENANCE
 from census_scvi.files.uri import local_path
-from census_scvi.model.safe import DESCRIPTION
 
-PROVENANCE = "provenance.json"
 _PICKLE = "model.pt"
 
 

@@ -24,6 +24,7 @@ from census_scvi.errors import UserError
 from census_scvi.files.uri import without_credentials
 from census_scvi.neighbors.log_pca import log_pca
 from census_scvi.query.reference import open_embedding
+from census_scvi.report.named import embeddings_of
 from census_scvi.workspace import Artifacts, Workspace
 
 log = logging.getLogger(__name__)
@@ -126,18 +127,6 @@ def _embeddings(
             f" Census in evaluate.embeddings, or another evaluate.obs_filter. {'; '.join(problems)}"
         )
     return {name: values[np.searchsorted(found, common)] for name, (found, values) in read.items()}, common
-
-
-def embeddings_of(config: Config) -> dict[str, str]:
-    """Name in the report, and place, of each embedding; UserError where none is named and there is no run."""
-    if config.evaluate.embeddings:
-        return dict(config.evaluate.embeddings)
-    way_out = (
-        "name the run in output.directory, or what to evaluate in evaluate.embeddings, for instance"
-        f" {{published: {config.publish.name}}} for obsm['{config.publish.name}'] of the Census"
-    )
-    Workspace(config.directory).require_run(way_out)
-    return {"scVI": str(config.directory)}
 
 
 def _obs(config: Config, census: Census, joinids: npt.NDArray[np.int64], problems: list[str]) -> pd.DataFrame:

@@ -1,20 +1,22 @@
-"""Command: build a local Census from .h5ad files, or a small artificial one to try the pipeline on."""
+"""Stage build-census: a local Census from .h5ad files, or a small one of simulated cells to try the pipeline on."""
+
+from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from census_scvi.cli import Parser, guarded
-from census_scvi.config.commands import COMMANDS
+from census_scvi.cli import Parser, is_setting
+from census_scvi.errors import UserError
 from census_scvi.files.paths import expand_argument
+from census_scvi.stages.plan import Plan
+from census_scvi.terminal.printing import printable
 
 if TYPE_CHECKING:
     from census_scvi.local_census.config import BuildConfig
+    from census_scvi.local_census.sources import H5adSource
     from census_scvi.local_census.write import BuildReport
 
-COMMAND = COMMANDS["build-census"]
-_EXAMPLE = """\
+EPILOG = """\
 example of a CONFIG.yaml (all keys: configs/build-blood.yaml):
   uri: my-census                          # folder of the new Census, relative to this file
   genes:
@@ -27,70 +29,81 @@ example of a CONFIG.yaml (all keys: configs/build-blood.yaml):
 
 then open it:
   cellxgene_census.open_soma(uri="my-census")
+
 """
+# For --dry-run, from builds on two cores: the imports, and the counts of a block; time for each cell and non-zero; size
+# of a non-zero, which a Census keeps twice, raw and normalized.
+_BASE_MEMORY, _BYTES_A_CELL, _BYTES_A_NONZERO_READ = 0.5e9, 2000.0, 120.0
+_FIXED_SECONDS, _SECONDS_A_CELL, _SECONDS_A_NONZERO, _BYTES_A_NONZERO = 3.0, 1e-5, 3e-7, 4.0
 
 
-def main(argv: Sequence[str] | None = None, *, program: str | None = None) -> int:
-    """Run the command; returns 0 (done), 2 (the user can fix it, one line on stderr) or 1 (a defect, traceback)."""
-    parser = _parser(program)
-    arguments = parser.parse(argv)
-    if (arguments.config is None) == (arguments.demo is None):
-        parser.error("expected CONFIG.yaml or --demo URI" + (", not both" if arguments.demo else ""))
-    return guarded(lambda: _run(arguments))
+def add_arguments(parser: Parser) -> None:
+    """The arguments of this stage alone."""
+    parser.add_argument("source", nargs="?", metavar="CONFIG.yaml", help="which files, which columns; as --config")
+    parser.add_argument("--demo", metavar="URI", help="write a Census of simulated cells there (human and mouse)")
+    parser.add_argument("--data", metavar="DIR", help="folder of the .h5ad files and gene maps (replaces `data`)")
+    demo = parser.add_argument_group("with --demo")
+    demo.add_argument("--seed", type=int, default=0, help="the same seed gives the same cells (default 0)")
+    demo.add_argument("--scale", type=float, default=1.0, help="times 6,000 human and 2,000 mouse cells (default 1)")
+    demo.add_argument("--genes", type=int, default=3000, help="genes of each organism (default 3000)")
 
 
-def _run(arguments: argparse.Namespace) -> None:
-    report = _build_demo(arguments) if arguments.demo else _build_from_config(arguments)
+def run(arguments: argparse.Namespace) -> None:
+    """Build the Census, and print what went into it."""
+    if arguments.source and is_setting(arguments.source):
+        arguments.settings.insert(0, arguments.source)
+        arguments.source = None
+    named = [place for place in (arguments.source, arguments.config, arguments.demo) if place]
+    if len(named) != 1:
+        raise UserError("expected CONFIG.yaml or --demo URI" + (", not both" if named else ""))
+    if arguments.demo:
+        _run_demo(arguments)
+        return
+    # The YAML first: a wrong key is answered before the heavy imports.
+    from census_scvi.local_census.config import load_build_config
+
+    config = load_build_config(arguments.source or arguments.config, data=arguments.data, overrides=arguments.settings)
+    if arguments.dry_run:
+        print(printable(plan(config, force=arguments.force).text(config)))
+        return
+    _show(build_from_config(config, force=arguments.force))
+
+
+def _show(report: BuildReport) -> None:
     for dataset in report.datasets:
         print(dataset)
     print(f"{report.uri}: {sum(report.n_cells.values()):,} cells, {len(report.datasets)} datasets")
 
 
-def _parser(program: str | None) -> Parser:
-    parser = Parser(
-        prog=program or COMMAND.script,
-        description=COMMAND.summary,
-        epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("config", nargs="?", metavar="CONFIG.yaml", type=Path, help="which files, which columns")
-    parser.add_argument("--demo", metavar="URI", help="write an artificial Census there instead (human and mouse)")
-    parser.add_argument("--data", metavar="DIR", help="folder of the .h5ad files and gene maps (replaces `data`)")
-    parser.add_argument("--force", action="store_true", help="replace a Census that is already there")
-    demo = parser.add_argument_group("with --demo")
-    demo.add_argument("--seed", type=int, default=0, help="the same seed gives the same cells (default 0)")
-    demo.add_argument("--scale", type=float, default=1.0, help="times 6,000 human and 2,000 mouse cells (default 1)")
-    demo.add_argument("--genes", type=int, default=3000, help="genes of each organism (default 3000)")
-    return parser
-
-
-def _build_demo(arguments: argparse.Namespace) -> "BuildReport":
+def _run_demo(arguments: argparse.Namespace) -> None:
     from census_scvi.local_census.demo.cells import write_demo_census
+    from census_scvi.local_census.write import check_target
 
+    if arguments.settings:
+        raise UserError(f"--demo takes no settings, found {arguments.settings[0]}; see --seed, --scale and --genes")
     uri = expand_argument(arguments.demo, "--demo")
-    return write_demo_census(
-        uri,
-        seed=arguments.seed,
-        scale=arguments.scale,
-        n_genes=arguments.genes,
-        force=arguments.force,
+    if arguments.dry_run:
+        print(printable(f"would write a Census of simulated cells to {check_target(uri, force=arguments.force)}"))
+        return
+    _show(
+        write_demo_census(
+            uri, seed=arguments.seed, scale=arguments.scale, n_genes=arguments.genes, force=arguments.force
+        )
     )
 
 
-def _build_from_config(arguments: argparse.Namespace) -> "BuildReport":
-    # The YAML first: a wrong key is answered before the heavy imports.
-    from census_scvi.local_census.config import load_build_config
-
-    return build_from_config(load_build_config(arguments.config, data=arguments.data), force=arguments.force)
-
-
-def build_from_config(config: "BuildConfig", *, force: bool = False) -> "BuildReport":
+def build_from_config(config: BuildConfig, *, force: bool = False) -> BuildReport:
     """Build the Census that a config describes; UserError for files that are missing or unsuitable."""
-    from census_scvi.census.gene_ids import GeneMap
-    from census_scvi.local_census.sources import H5adSource, open_h5ad
     from census_scvi.local_census.write import build_census, check_target
 
     check_target(config.uri, force=force)
+    return build_census(config.uri, _sources(config), force=force)
+
+
+def _sources(config: BuildConfig) -> list[H5adSource]:
+    from census_scvi.census.gene_ids import GeneMap
+    from census_scvi.local_census.sources import open_h5ad
+
     maps = {organism: GeneMap(path) for organism, path in config.genes.map.items()}
     sources: list[H5adSource] = []
     for dataset in config.datasets:
@@ -109,4 +122,28 @@ def build_from_config(config: "BuildConfig", *, force: bool = False) -> "BuildRe
             keep_without_id=config.genes.without_id == "keep",
             min_recognised=config.genes.min_recognised,
         )
-    return build_census(config.uri, sources, force=force)
+    return sources
+
+
+def plan(config: BuildConfig, *, force: bool = False) -> Plan:
+    """Cells and genes from the files, the rest from the first block of counts of each."""
+    from census_scvi.local_census.write import BLOCK_ROWS, check_target
+
+    target = check_target(config.uri, force=force)
+    sources = _sources(config)
+    nonzeros, block = 0.0, 0.0
+    for source in sources:
+        _, counts = next(source.blocks(BLOCK_ROWS))
+        nonzeros += counts.nnz / counts.shape[0] * len(source.obs)
+        block = max(block, counts.nnz)
+    n_cells = sum(len(source.obs) for source in sources)
+    return Plan(
+        "build-census",
+        reads=[f"{source.path}: {source.dataset_id}, {len(source.obs):,} cells, {source.genes}" for source in sources],
+        writes=[f"{target}/"],
+        cells=n_cells,
+        genes=len({gene for source in sources for gene in source.var["feature_id"]}),
+        memory=_BASE_MEMORY + _BYTES_A_CELL * n_cells + _BYTES_A_NONZERO_READ * block,
+        disk=_BYTES_A_NONZERO * nonzeros,
+        seconds=_FIXED_SECONDS + _SECONDS_A_CELL * n_cells + _SECONDS_A_NONZERO * nonzeros,
+    )

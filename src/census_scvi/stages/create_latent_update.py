@@ -19,21 +19,21 @@ from census_scvi.census.open import Census, open_census
 from census_scvi.census.stream import Block, consecutive, stream_blocks, stream_obs, tile_runs
 from census_scvi.config import Config
 from census_scvi.config.random_streams import Stream, draw, generator
-from census_scvi.config.run_names import PROGRESS
+from census_scvi.config.stages import STAGES
 from census_scvi.counts.row_hash import row_hashes
 from census_scvi.errors import UserError
 from census_scvi.model.encode import Encoder, Latent, extend_batches, labels_with, reference_latent
 from census_scvi.model.latent_store import LatentStore
 from census_scvi.model.minified import save_minified
-from census_scvi.model.safe import DESCRIPTION, WEIGHTS, ModelDescription, load_safe, read_description
+from census_scvi.model.safe import ModelDescription, load_safe, read_description
+from census_scvi.stages.inputs import inputs_of
 from census_scvi.stages.plan import Plan
+from census_scvi.stages.protocol import Task
 from census_scvi.terminal.progress import progress_bar
-from census_scvi.workspace import Artifacts, StageRun, Workspace
+from census_scvi.workspace import Artifacts, StageRun
 
 log = logging.getLogger(__name__)
 
-STAGE = "create-latent-update"
-KEYS = ("census", "anndata.batch_key", "genes", "model.filename", "latent", "seed")
 _PROVEN_CELLS = 256
 _TOLERANCE = 1e-5
 # For --dry-run, checked by benchmarks/stages.py: the imports; bytes for each non-zero of a block; what is done once,
@@ -42,32 +42,20 @@ _BASE_MEMORY, _BYTES_A_NONZERO, _FIXED_SECONDS, _MINIFIED_SECONDS = 1.05e9, 125.
 _SAMPLE_BLOCKS = 4
 
 
-def run(config: Config, *, force: bool = False) -> None:
+def run(task: Task) -> None:
     """Embed all cells of `obs_query`: `latent.npy`, `latent-idx.npy`, `final_scvi_optimized/`."""
-    artifacts = Artifacts.of(config)
-    with Workspace(config.directory).locked(STAGE) as workspace:
-        inputs: dict[str, Any] = _inputs(workspace, artifacts)
-        description = _fitting_description(config, artifacts)
-        with open_census(config.census) as census:
-            inputs["census"] = census.identity
-            gene_joinids = locate_genes(census, description.genes, config.genes.min_share, "genes.min_share")
-            soma_filter(census, config.census.obs_query, "census.obs_query")
-            stage = workspace.begin(STAGE, config, KEYS, inputs, force=force, progress=PROGRESS)
-            if stage.done:
-                log.info("%s is done for these settings in %s; --force does it again", STAGE, config.directory)
-                return
-            cells = select_cells(census, config.census.obs_query, config.anndata.batch_key)
-            log.info("%s cells in %d batches", f"{len(cells):,}", len(cells.batches))
-            job = _Embedding(config, stage, census, cells, gene_joinids, artifacts)
-            job.embed()
-            written = job.finish()
-            stage.commit(written, job.counts(), census=census.identity, trained_batches=description.batches)
-        log.info("wrote %s: %s cells x %d", config.directory / artifacts.latent, f"{len(cells):,}", job.n_latent)
-
-
-def _inputs(workspace: Workspace, artifacts: Artifacts) -> dict[str, Any]:
-    genes = workspace.require("prepare", [artifacts.genes])
-    return genes | workspace.require("train", [f"{artifacts.model}/{WEIGHTS}", f"{artifacts.model}/{DESCRIPTION}"])
+    config, artifacts, census = task.config, task.artifacts, task.census
+    description = _fitting_description(config, artifacts)
+    gene_joinids = locate_genes(census, description.genes, config.genes.min_share, "genes.min_share")
+    soma_filter(census, config.census.obs_query, "census.obs_query")
+    task.run.start()
+    cells = select_cells(census, config.census.obs_query, config.anndata.batch_key)
+    log.info("%s cells in %d batches", f"{len(cells):,}", len(cells.batches))
+    job = _Embedding(config, task.run, census, cells, gene_joinids, artifacts)
+    job.embed()
+    written = job.finish()
+    task.commit(written, job.counts(), census=census.identity, trained_batches=description.batches)
+    log.info("wrote %s: %s cells x %d", task.directory / artifacts.latent, f"{len(cells):,}", job.n_latent)
 
 
 def _fitting_description(config: Config, artifacts: Artifacts) -> ModelDescription:
@@ -228,7 +216,7 @@ def _on_device(model: scvi.model.SCVI, config: Config) -> scvi.model.SCVI:
 def plan(config: Config) -> Plan:
     """Cells from the Census, time from a block that is read and encoded."""
     artifacts = Artifacts.of(config)
-    _inputs(Workspace(config.directory), artifacts)
+    inputs_of(STAGES["create-latent-update"], config)
     description = _fitting_description(config, artifacts)
     with open_census(config.census) as census:
         gene_joinids = locate_genes(census, description.genes, config.genes.min_share, "genes.min_share")
@@ -250,7 +238,7 @@ def plan(config: Config) -> Plan:
     n_latent = int(model.module.n_latent)
     nonzeros = block.counts.nnz / block.counts.shape[0]
     return Plan(
-        STAGE,
+        "create-latent-update",
         reads=[
             f"{census.identity['uri']} ({config.census.organism}), cells {config.census.obs_query or 'all'}",
             str(config.directory / artifacts.genes),

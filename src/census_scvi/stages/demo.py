@@ -11,14 +11,12 @@ import numpy as np
 
 from census_scvi.cli import guarded, main
 from census_scvi.config import Config, load_config
-from census_scvi.config.commands import COMMANDS
+from census_scvi.config.stages import PIPELINE
 from census_scvi.errors import UserError
 from census_scvi.files.uri import local_path
-from census_scvi.stages import verify
 from census_scvi.workspace import Artifacts, Workspace
 
 CONFIG = "configs/demo.yaml"
-STAGES = [name for name, command in COMMANDS.items() if command.stage]
 
 
 def run_demo(argv: Sequence[str] | None = None) -> int:
@@ -32,13 +30,13 @@ def _run(overrides: list[str]) -> None:
     config = load_config(CONFIG, overrides)
     _say(f"1. a small Census of simulated cells in {config.census.uri}")
     _build_census(config)
-    for number, stage in enumerate(STAGES, start=2):
+    for number, stage in enumerate(PIPELINE, start=2):
         _say(f"{number}. scvi-{stage}.py --config {CONFIG}")
         _require_done(main(stage, ["--config", CONFIG, *overrides]), f"in {stage}; the line above says why")
     published = str(config.directory / Artifacts.of(config).published)
     verification = [published, "--census", str(config.census.uri)]
     _say(f"6. scvi-verify.py {' '.join(verification)}")
-    _require_done(verify.main(verification), "since what it published is not valid; the lines above say where")
+    _require_done(main("verify", verification), "since what it published is not valid; the lines above say where")
     _say(f"7. scvi-evaluate.py --config {CONFIG}")
     evaluated = main("evaluate", ["--config", CONFIG, "--force", *overrides])
     _require_done(evaluated, "in evaluate; the line above says why")
@@ -89,7 +87,7 @@ def artifact_table(config: Config, more: Sequence[Path] = ()) -> str:
     """Every artifact of a run: path, size, what it holds."""
     workspace = Workspace(config.directory)
     names = Artifacts.of(config)
-    prepared, trained, embedded, _ = ((workspace.whole_record(stage) or {})["counts"] for stage in STAGES)
+    prepared, trained, embedded, _ = ((workspace.whole_record(stage) or {})["counts"] for stage in PIPELINE)
     shape = f"{prepared['cells']:,} cells x {prepared['genes']:,} genes"
     contents = {
         names.genes: f"{prepared['genes']:,} highly variable genes (feature_id)",

@@ -29,9 +29,11 @@ from census_scvi.metrics.score import LEGACY, Score
 from census_scvi.metrics.space import Space
 from census_scvi.report.groups import same_groups
 from census_scvi.report.html import write_report
+from census_scvi.report.named import embeddings_of, evaluation_setting
 from census_scvi.report.result import Evaluation
-from census_scvi.report.slice import PCA, Slice, embeddings_of, read_slice
+from census_scvi.report.slice import PCA, Slice, read_slice
 from census_scvi.stages.plan import Plan
+from census_scvi.stages.protocol import Task
 from census_scvi.terminal.progress import progress_bar
 from census_scvi.workspace import Workspace
 
@@ -46,15 +48,14 @@ _BASE_MEMORY, _BYTES_A_CELL = 1.2e9, 12_000.0
 Names = npt.NDArray[np.object_]
 
 
-def run(config: Config, *, force: bool = False) -> None:
+def run(task: Task) -> None:
     """Measure, and write metrics.json and report.html."""
+    config, stage = task.config, task.run
     folder = _folder(config)
-    if (folder / REPORT).is_file() and not force:
+    if (folder / REPORT).is_file() and not stage.forced:  # of an earlier version, which kept no record
         raise UserError(f"{folder / REPORT} exists; name another evaluate.folder, or replace it with --force")
-    embeddings_of(config)
-    with open_census(config.census) as census:
-        cells = read_slice(config, census)
-        identity = census.identity
+    stage.start()
+    cells = read_slice(config, task.census)
     measured = _measured_rows(config, cells)
     found = evaluate(config, cells, measured)
     if not any(found.scores.values()):
@@ -64,7 +65,7 @@ def run(config: Config, *, force: bool = False) -> None:
         )
     record = {
         "mode": config.evaluate.mode,
-        "census": identity,
+        "census": task.census.identity,
         "settings": config.evaluate.model_dump(mode="json"),
         "seed": config.seed,
         "cells": {"matching": cells.n_matching, "evaluated": len(cells.obs), "measured": len(measured)},
@@ -78,11 +79,11 @@ def run(config: Config, *, force: bool = False) -> None:
             for name, tables in found.breakdowns.items()
         },
     }
-    folder.mkdir(parents=True, exist_ok=True)
     record = without_credentials(json_values(record))
-    write_json(folder / METRICS, record)
+    write_json(stage.path(METRICS), record)
     log.info("drawing the report")
-    write_report(folder / REPORT, config, cells, measured, found, record)
+    write_report(stage.path(REPORT), config, cells, measured, found, record)
+    task.commit([METRICS, REPORT], dict(record["cells"]), census=task.census.identity)
     for problem in found.problems:
         log.warning("%s", problem)
     log.info("wrote %s and %s", folder / METRICS, folder / REPORT)
@@ -185,8 +186,7 @@ def _latents(config: Config) -> dict[str, Any]:
 def _folder(config: Config) -> Path:
     """Where to write; UserError where that cannot be."""
     folder = config.evaluation_folder
-    setting = "evaluate.folder" if config.evaluate.folder else "output.directory"
-    require_writable_folder(folder, [METRICS, REPORT], setting)
+    require_writable_folder(folder, [METRICS, REPORT], evaluation_setting(config))
     return folder
 
 

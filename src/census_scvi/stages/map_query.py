@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Mapping
@@ -19,27 +18,21 @@ from census_scvi.annotation.annotator import EMPTY, PREDICTION
 from census_scvi.atlas import EMBEDDING, OWN_EMBEDDING, Atlas
 from census_scvi.config import Config
 from census_scvi.config.obs_filter import in_section
-from census_scvi.config.run_names import MANIFEST
-from census_scvi.counts.h5ad import check_path, portable_frame
-from census_scvi.errors import UserError
-from census_scvi.files.atomic import replacing
+from census_scvi.counts.h5ad import portable_frame
+from census_scvi.files.atomic import write_json
 from census_scvi.files.json_values import json_values
-from census_scvi.files.writable import require_writable
-from census_scvi.model.safe import DESCRIPTION
-from census_scvi.model.source import PROVENANCE
 from census_scvi.neighbors.index import EXACT_CELLS
 from census_scvi.neighbors.umap_map import UmapMap
 from census_scvi.pictures.umap import draw_on_reference
 from census_scvi.query.alignment import TooFewGenes
 from census_scvi.query.cells import QueryCells
+from census_scvi.query.places import files_beside, quality_picture, query_results, query_source
 from census_scvi.stages.plan import Plan
-from census_scvi.workspace import Workspace
+from census_scvi.stages.protocol import Task
 
 log = logging.getLogger(__name__)
 
 MAP = "X_umap"
-# Of the report and the pictures next to the .h5ad; and what makes a folder one that holds a model.
-_SUFFIXES, _OF_A_MODEL = (".json", ".png"), (MANIFEST, PROVENANCE, DESCRIPTION)
 _COUNTS = "query.counts="  # what says where the raw counts are, for messages
 # For --dry-run, from runs on two cores: memory of the imports, and of a cell of query or reference; time that does not
 # depend on cells; cells/s that are embedded and annotated; the index of a large reference; the map.
@@ -47,20 +40,11 @@ _BASE_MEMORY, _BYTES_A_CELL = 1.0e9, 1500.0
 _FIXED_SECONDS, _CELLS_A_SECOND, _INDEX_SECONDS, _MAP_SECONDS = 12.0, 1500.0, 40.0, 50.0
 
 
-def run(config: Config, *, force: bool = False) -> None:
+def run(task: Task) -> None:
     """Embed the cells, predict their labels, and write the .h5ad, pictures and a report next to it."""
-    source, target = _paths(config)
-    if target.exists() and not force:
-        raise UserError(f"{target} exists; name another query.output, or replace it with --force")
-    files = [*_beside(config, target), target]
-    with replacing(files) as partials:
-        _run(config, source, target, dict(zip(files, partials, strict=True)))
-    log.info("wrote %s", ", ".join(str(path) for path in reversed(files) if path.exists()))
-
-
-def _run(config: Config, source: Path, target: Path, partial: dict[Path, Path]) -> None:
-    """Write everything; `partial` says where, for each file."""
-    settings = config.query
+    config, settings, run = task.config, task.config.query, task.run
+    source, target = query_source(config), query_results(config).target
+    run.start()
     with (
         in_section("query"),
         Atlas.open(
@@ -76,12 +60,14 @@ def _run(config: Config, source: Path, target: Path, partial: dict[Path, Path]) 
             log.info("%s", _summary(mapped, labels))
             if mapped.uns[PREDICTION][labels].get("held_out"):
                 figure = atlas.quality(mapped, labels)
-                figure.savefig(partial[_quality_picture(target, labels)], dpi=110, format="png")
+                figure.savefig(run.path(quality_picture(target, labels).name), dpi=110, format="png")
         if settings.umap_cells:
-            _place(atlas, mapped, config, partial[target.with_suffix(".png")])
-    report = json.dumps(json_values(_report(mapped, settings.labels)), indent=1)
-    partial[target.with_suffix(".json")].write_text(report + "\n", encoding="utf-8")
-    _write(source, partial[target], mapped)
+            _place(atlas, mapped, config, run.path(target.with_suffix(".png").name))
+    write_json(run.path(target.with_suffix(".json").name), json_values(_report(mapped, settings.labels)))
+    _write(source, run.path(target.name), mapped)
+    written = [path for path in (target, *files_beside(config, target)) if run.path(path.name).exists()]
+    task.commit([path.name for path in written], {"cells": mapped.n_obs})
+    log.info("wrote %s", ", ".join(map(str, written)))
 
 
 def _predict(atlas: Atlas, source: Path, config: Config) -> ad.AnnData:
@@ -104,32 +90,6 @@ def _predict(atlas: Atlas, source: Path, config: Config) -> ad.AnnData:
         )
     except TooFewGenes as error:
         raise error.named(setting) from None
-
-
-def _paths(config: Config) -> tuple[Path, Path]:
-    if config.query.file is None:
-        raise UserError("query.file is not set; name the .h5ad with your cells: query.file=my-cells.h5ad")
-    source = Path(config.query.file)
-    check_path(source)
-    target = Path(config.query.output) if config.query.output else source.with_name(f"{source.stem}-mapped.h5ad")
-    if target.suffix in _SUFFIXES:
-        raise UserError(f"query.output ends in {target.suffix}, like the report or a picture; expected NAME.h5ad")
-    for path in (target, *_beside(config, target)):
-        require_writable(path, "query.output")
-        if path.exists() and path.samefile(source):
-            raise UserError(f"query.output is query.file, {source}; name another file")
-    if config.query.model is None and not any((config.directory / name).exists() for name in _OF_A_MODEL):
-        Workspace(config.directory).require_run("name it in output.directory, or a published model in query.model")
-    return source, target
-
-
-def _beside(config: Config, target: Path) -> list[Path]:
-    """The files that are written next to the .h5ad: pictures and the report."""
-    settings = config.query
-    pictures = [_quality_picture(target, labels) for labels in settings.labels] if settings.baseline_cells else []
-    if settings.umap_cells:
-        pictures.append(target.with_suffix(".png"))
-    return [*dict.fromkeys(pictures), target.with_suffix(".json")]
 
 
 def _census(config: Config) -> str | None:
@@ -163,10 +123,6 @@ def _summary(mapped: ad.AnnData, labels: str) -> str:
         f"{words} (tested by excluding one label of the reference: {quality['left_out_found']:.0%} of its cells were"
         f" unknown, and {1 - quality['known_kept']:.0%} of the cells of known labels)"
     )
-
-
-def _quality_picture(target: Path, labels: str) -> Path:
-    return target.with_name(f"{target.stem}-{labels.replace('/', '_')}.png")
 
 
 def _place(atlas: Atlas, mapped: ad.AnnData, config: Config, picture: Path) -> None:
@@ -227,7 +183,7 @@ def _storable(values: Any) -> Any:
 
 def plan(config: Config) -> Plan:
     """Size from the file; the time is that of two cores."""
-    source, target = _paths(config)
+    source, target = query_source(config), query_results(config).target
     settings = config.query
     with QueryCells(source) as cells:
         n_cells, place = len(cells), cells.find_counts(settings.counts, setting=_COUNTS)
@@ -240,7 +196,7 @@ def plan(config: Config) -> Plan:
             f"{_census(config) or 'the Census of the model'}: embedding and labels of up to"
             f" {settings.reference_cells:,} cells",
         ],
-        writes=[str(path) for path in (target, *_beside(config, target))],
+        writes=[str(path) for path in (target, *files_beside(config, target))],
         cells=n_cells,
         genes=n_genes,
         memory=_BASE_MEMORY + _BYTES_A_CELL * (n_cells + settings.reference_cells),

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import yaml
+from pydantic import BaseModel
 
-from census_scvi.config import Config
 from census_scvi.files.uri import without_credentials
 
 
@@ -24,7 +24,7 @@ class Plan:
     seconds: float
     notes: list[str] = field(default_factory=list)
 
-    def text(self, config: Config) -> str:
+    def text(self, config: BaseModel) -> str:
         """The resolved config without credentials and the plan, for people."""
         settings = without_credentials(config.model_dump(mode="json"))
         lines = [

@@ -25,13 +25,12 @@ from census_scvi.counts.prepared_store import PART_POOLS, PreparedStore, count_n
 from census_scvi.counts.writer import H5adWriter
 from census_scvi.files.atomic import write_json
 from census_scvi.stages.plan import Plan, human_bytes
+from census_scvi.stages.protocol import Task
 from census_scvi.terminal.progress import progress_bar
-from census_scvi.workspace import Artifacts, StageRun, Workspace
+from census_scvi.workspace import Artifacts, StageRun
 
 log = logging.getLogger(__name__)
 
-STAGE = "prepare"
-KEYS = ("census", "hvg", "genes.min_cells", "anndata", "seed")
 # For --dry-run, checked by benchmarks/stages.py. Resident before the first cell: the imports of this stage, and
 # TileDB's buffers.
 _BASE_MEMORY = 0.4e9
@@ -44,25 +43,18 @@ _BYTES_A_NONZERO = {"gzip": 1.9, "none": 8.0}
 _PASSES, _FIXED_SECONDS = 2.3, 1.5
 
 
-def run(config: Config, *, force: bool = False) -> None:
+def run(task: Task) -> None:
     """Select cells and genes and write `hv_genes.pkl` and `anndata_model.h5ad`; a killed run resumes."""
-    with Workspace(config.directory).locked(STAGE, new=True) as workspace, open_census(config.census) as census:
-        artifacts = Artifacts.of(config)
-        _check_columns(census, config)
-        inputs = {"census": census.identity}
-        stage = workspace.begin(STAGE, config, KEYS, inputs, force=force, progress=artifacts.genes)
-        if stage.done:
-            log.info("%s is done for these settings in %s; --force does it again", STAGE, config.directory)
-            return
-        cells = select_cells(census, training_filter(config), config.anndata.batch_key)
-        _report_cells(cells)
-        genes = _genes(stage, census, config, stage.path(artifacts.genes))
-        counts = _write(census, cells, genes.feature_ids, config, stage.path(artifacts.prepared))
-        counts["genes_below_min_cells"] = genes.below_min_cells
-        stage.commit([artifacts.prepared, artifacts.genes], counts, census=census.identity)
-        log.info(
-            "wrote %s: %s cells x %d genes", config.directory / artifacts.prepared, f"{len(cells):,}", counts["genes"]
-        )
+    config, artifacts, census, stage = task.config, task.artifacts, task.census, task.run
+    _check_columns(census, config)
+    stage.start()
+    cells = select_cells(census, training_filter(config), config.anndata.batch_key)
+    _report_cells(cells)
+    genes = _genes(stage, census, config, stage.path(artifacts.genes))
+    counts = _write(census, cells, genes.feature_ids, config, stage.path(artifacts.prepared))
+    counts["genes_below_min_cells"] = genes.below_min_cells
+    task.commit([artifacts.prepared, artifacts.genes], counts, census=census.identity)
+    log.info("wrote %s: %s cells x %d genes", task.directory / artifacts.prepared, f"{len(cells):,}", counts["genes"])
 
 
 def _check_columns(census: Census, config: Config) -> None:
@@ -181,7 +173,7 @@ def plan(config: Config) -> Plan:
     kept = n_cells * (nonzeros * _BYTES_A_NONZERO[config.anndata.compression] + _stored_bytes(obs) / n_sampled)
     artifacts = Artifacts.of(config)
     return Plan(
-        STAGE,
+        "prepare",
         reads=[f"{census.identity['uri']} ({config.census.organism}), cells {training_filter(config) or 'all'}"],
         writes=[str(config.directory / name) for name in (artifacts.prepared, artifacts.genes)],
         cells=n_cells,

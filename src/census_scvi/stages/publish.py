@@ -14,14 +14,14 @@ import tiledbsoma
 from census_scvi.census.cells import require_columns, select_cells
 from census_scvi.census.datasets import describe_data
 from census_scvi.census.genes import locate_genes
-from census_scvi.census.open import Census, open_census
+from census_scvi.census.open import open_census
 from census_scvi.config import Config
-from census_scvi.config.run_names import PROGRESS
+from census_scvi.config.run_names import PROGRESS, PROVENANCE
+from census_scvi.config.stages import STAGES
 from census_scvi.errors import UserError
 from census_scvi.files.atomic import write_json
 from census_scvi.model.facts import built_facts
-from census_scvi.model.safe import DESCRIPTION, WEIGHTS, load_safe
-from census_scvi.model.source import PROVENANCE
+from census_scvi.model.safe import load_safe
 from census_scvi.publication import measure_gates, target
 from census_scvi.publication.folder import copy_to, write_published
 from census_scvi.publication.gates import Gate, stopped_by
@@ -29,61 +29,43 @@ from census_scvi.publication.obsm import EmbeddingDraft
 from census_scvi.publication.record import embedding_info, evaluation_of, publication_record, summary_row
 from census_scvi.publication.sample import draw_rows, read_sample
 from census_scvi.publication.summary import append_summary
+from census_scvi.stages.inputs import inputs_of
 from census_scvi.stages.plan import Plan
+from census_scvi.stages.protocol import Task
 from census_scvi.terminal.progress import progress_bar
-from census_scvi.workspace import Artifacts, StageRun, Workspace
+from census_scvi.workspace import Artifacts
 
 log = logging.getLogger(__name__)
 
-STAGE = "publish"
-KEYS = ("census", "anndata.batch_key", "genes", "model", "gates", "publish", "seed")
 _BLOCK_CELLS = 2**16
-_EARLIER = ("prepare", "train", "create-latent-update")
 # For --dry-run, from one publication of 200,000 cells and one of 6,000: the imports; a gene of a sampled cell, which is
 # embedded and compared with a PCA; what is done once; reading a sampled cell; cells written.
 _BASE_MEMORY, _BYTES_A_GENE, _FIXED_SECONDS, _SAMPLE_SECONDS = 0.85e9, 80.0, 3.0, 0.005
 _CELLS_A_SECOND = 80_000.0
 
 
-def run(config: Config, *, force: bool = False) -> None:
+def run(task: Task) -> None:
     """Measure the gates, write `qa.json`, and where none stops it publish; a killed run resumes."""
-    artifacts = Artifacts.of(config)
-    with Workspace(config.directory).locked(STAGE) as workspace, open_census(config.census) as census:
-        inputs = _inputs(workspace, artifacts) | {"census": census.identity}
-        stage = workspace.begin(STAGE, config, KEYS, inputs, force=force, progress=PROGRESS)
-        require_columns(census, [config.gates.label], "gates.label")
-        experiment_uri = target.experiment_uri(config.publish, census)
-        if stage.done:
-            target.require_published(
-                config.publish, experiment_uri, str((workspace.whole_record(STAGE) or {}).get("publication"))
-            )
-            log.info("%s is done for these settings in %s; --force does it again", STAGE, config.directory)
-            return
-        with target.target_lock(experiment_uri):
-            progress = _Progress(stage.path(PROGRESS))
-            job = _Publishing(config, workspace, stage, census, experiment_uri, progress)
-            target.require_free(config.publish, census, experiment_uri, progress.publication)
-            job.prepare(artifacts)
-            job.publish()
-            stage.commit([artifacts.published], job.counts(), publication=progress.publication)
-        log.info("published %s as obsm[%r] of %s", artifacts.latent, config.publish.name, experiment_uri)
-
-
-def _inputs(workspace: Workspace, artifacts: Artifacts) -> dict[str, Any]:
-    latent = [artifacts.latent, artifacts.latent_joinids, artifacts.latent_hashes]
-    return (
-        workspace.require("prepare", [artifacts.genes, artifacts.prepared])
-        | workspace.require("train", [f"{artifacts.model}/{WEIGHTS}", f"{artifacts.model}/{DESCRIPTION}"])
-        | workspace.require("create-latent-update", latent)
-    )
+    config, artifacts, census = task.config, task.artifacts, task.census
+    require_columns(census, [config.gates.label], "gates.label")
+    experiment_uri = target.experiment_uri(config.publish, census)
+    with target.target_lock(experiment_uri):
+        progress = _Progress(task.run.path(PROGRESS), resumes=task.run.resumed)
+        target.require_free(config.publish, census, experiment_uri, progress.publication)
+        task.run.start()
+        job = _Publishing(task, experiment_uri, progress)
+        job.prepare()
+        job.publish()
+        task.commit([artifacts.published], job.counts(), publication=progress.publication)
+    log.info("published %s as obsm[%r] of %s", artifacts.latent, config.publish.name, experiment_uri)
 
 
 class _Progress:
     """What a killed run leaves for the next: the publication, and how many cells of it are written."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, resumes: bool) -> None:
         self._path = path
-        values = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        values = json.loads(path.read_text(encoding="utf-8")) if resumes else {}
         self.publication: str = values.get("publication", uuid.uuid4().hex)
         self.cells: int = values.get("cells", 0)
 
@@ -96,29 +78,22 @@ class _Progress:
 class _Publishing:
     """The work of one run: what is published, then putting it in place."""
 
-    def __init__(
-        self,
-        config: Config,
-        workspace: Workspace,
-        stage: StageRun,
-        census: Census,
-        experiment_uri: str,
-        progress: _Progress,
-    ) -> None:
-        self._config, self._workspace, self._stage, self._census = config, workspace, stage, census
+    def __init__(self, task: Task, experiment_uri: str, progress: _Progress) -> None:
+        self._config, self._workspace, self._stage, self._census = task.config, task.place, task.run, task.census
         self._experiment_uri, self._progress = experiment_uri, progress
-        artifacts = Artifacts.of(config)
+        config, artifacts, stage = task.config, task.artifacts, task.run
+        self._artifacts = artifacts
         self._latent = np.load(config.directory / artifacts.latent, mmap_mode="r")
         self._joinids = np.load(config.directory / artifacts.latent_joinids)
         self._folder = stage.path(artifacts.published)
         self.n_latent = int(self._latent.shape[1])
 
-    def prepare(self, artifacts: Artifacts) -> None:
+    def prepare(self) -> None:
         """Measure the gates and make the folder that is published with the embedding."""
         if self._stage.resumed:
             log.info("going on with publication %s, whose gates are measured", self._progress.publication)
             return
-        config = self._config
+        config, artifacts = self._config, self._artifacts
         model, description = load_safe(config.directory / artifacts.model)
         gene_joinids = locate_genes(self._census, description.genes, 0.0)
         cells = select_cells(self._census, config.census.obs_query, config.anndata.batch_key)
@@ -127,7 +102,7 @@ class _Publishing:
         sample = read_sample(self._census, cells, rows, description.genes, gene_joinids)
         target.require_same_cells(self._experiment_uri, sample)
         found = measure_gates.measure(config, cells, gene_joinids, model, description, sample)
-        self._judge(found, artifacts)
+        self._judge(found)
         inputs = self._stage.fingerprint["inputs"]
         record = publication_record(
             config,
@@ -138,8 +113,8 @@ class _Publishing:
             latent=self._latent,
             n_batches=len(cells.batches),
             model=built_facts(model, description.genes),
-            weights=inputs[f"{artifacts.model}/{WEIGHTS}"],
-            stages={stage: self._workspace.whole_record(stage) or {} for stage in _EARLIER},
+            weights=inputs[artifacts.weights],
+            stages={stage: self._workspace.whole_record(stage) or {} for stage in STAGES["publish"].reads},
             gates=measure_gates.record(found, config.gates.reasons),
             data=describe_data(self._census),
             evaluation=evaluation_of(config.evaluation_folder, inputs[artifacts.latent]),
@@ -155,16 +130,16 @@ class _Publishing:
         )
         self._progress.save(0)  # from here on there is something to go on with
 
-    def _judge(self, found: list[Gate], artifacts: Artifacts) -> None:
+    def _judge(self, found: list[Gate]) -> None:
         """Show the gates and write them down; UserError where one stops publishing."""
         waived = self._config.gates.reasons
         log.info("gates:\n%s", measure_gates.table(found, waived))
-        write_json(self._config.directory / artifacts.qa, measure_gates.record(found, waived))
+        write_json(self._config.directory / self._artifacts.qa, measure_gates.record(found, waived))
         if failed := stopped_by(found, waived):
             words = "; ".join(f"{gate.name}: {gate.detail}" for gate in failed)
             raise UserError(
                 f"{len(failed)} gate(s) stop publishing: {words}. Mend the cause, or name the gate with a reason in"
-                f" gates.waived; all gates are in {self._config.directory / artifacts.qa}"
+                f" gates.waived; all gates are in {self._config.directory / self._artifacts.qa}"
             )
 
     def publish(self) -> None:
@@ -209,14 +184,14 @@ class _Publishing:
 def plan(config: Config) -> Plan:
     """Size from the embedding; the time of reading the sample is not known beforehand."""
     artifacts = Artifacts.of(config)
-    _inputs(Workspace(config.directory), artifacts)
+    inputs_of(STAGES["publish"], config)
     latent = np.load(config.directory / artifacts.latent, mmap_mode="r")
     with open_census(config.census) as census:
         experiment_uri = target.experiment_uri(config.publish, census)
     n_cells, n_latent = latent.shape
     genes = len(load_safe(config.directory / artifacts.model)[1].genes)
     return Plan(
-        STAGE,
+        "publish",
         reads=[str(config.directory / name) for name in (artifacts.latent, artifacts.latent_joinids, artifacts.model)],
         writes=[
             f"obsm[{config.publish.name!r}] and scvi_summary in {experiment_uri}",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import lightning
 import pandas as pd
 import scvi
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from scvi.train import TrainingPlan
 
 from census_scvi.config import Config, digest
@@ -25,6 +23,7 @@ from census_scvi.files.atomic import remove
 from census_scvi.model.build import build_model, init_arguments
 from census_scvi.model.safe import ModelDescription, save_for_scvi_tools, save_safe
 from census_scvi.stages.plan import Plan, human_bytes
+from census_scvi.stages.protocol import Task
 from census_scvi.training.callbacks import LearningCurves
 from census_scvi.training.fast import products
 from census_scvi.training.fast.measure import faster_libraries, shape_of
@@ -44,76 +43,52 @@ from census_scvi.workspace import Artifacts, StageRun, Workspace
 
 log = logging.getLogger(__name__)
 
-STAGE = "train"
-KEYS = (
-    "census.organism", "anndata", "model", "training_plan", "seed",
-    "train.max_epochs", "train.batch_size", "train.train_size", "train.early_stopping", "train.multi_gpu",
-    "train.devices", "train.precision", "train.trainer",
-)  # fmt: skip
 # For --dry-run, checked by benchmarks/stages.py: the imports; what is done once; bytes for each entry of a minibatch.
 _BASE_MEMORY, _FIXED_SECONDS = 0.75e9, 3.0
 _BYTES_AN_ENTRY = {"fast": 45.0, "scvi-tools": 140.0}
 _SAMPLE_SECONDS = 5.0
 
 
-def run(config: Config, *, force: bool = False) -> None:
+def run(task: Task) -> None:
     """Train and write `scvi.model/`; a killed run resumes from its last checkpoint."""
-    if _follows():
-        _train_as_follower(config)
-        return
-    artifacts = Artifacts.of(config)
+    config, artifacts, stage = task.config, task.artifacts, task.run
     choose_devices(config.train)
     choose_precision(config.train)
-    with Workspace(config.directory).locked(STAGE) as workspace:
-        inputs = workspace.require("prepare", [artifacts.prepared])
-        data = _data(config)
-        check_arguments(config.train, config.training_plan, data)
-        slow = slow_precision(config.train, data.cells.n_genes, config.model.n_hidden)
-        if slow and (force or not _started(config, workspace)):
-            raise UserError(slow)
-        stage = workspace.begin(STAGE, config, KEYS, inputs, force=force, progress=CHECKPOINT)
-        if stage.done:
-            log.info("%s is done for these settings in %s; --force does it again", STAGE, config.directory)
-            return
-        model = _build(config, data)
-        if stage.resumed:
-            log.info("resuming from the last checkpoint")
-        if slow:
-            log.warning("warning: %s, which takes --force", slow)
-        for problem in _problems(config, data):
-            log.warning("warning: %s", problem)
-        curves = _fit(config, model, data, stage.staging, digest(stage.fingerprint))
-        _save(config, model, data, curves, stage)
-        counts = _counts(model, data, curves)
-        data.cells.close()
-        stage.commit(
-            [artifacts.model],
-            counts,
-            engine=curves.engine,
-            processes=curves.processes,
-            libraries=curves.libraries,
-            final_metrics=_final(curves),
-            learning_curves=curves.curves,
-        )
-        losses = ", ".join(f"{name} {value:.1f}" for name, value in _final(curves).items())
-        log.info("wrote %s after %d epochs: %s", config.directory / artifacts.model, counts["epochs"], losses)
+    data = _data(config)
+    check_arguments(config.train, config.training_plan, data)
+    slow = slow_precision(config.train, data.cells.n_genes, config.model.n_hidden)
+    if slow and not stage.resumed:
+        raise UserError(slow)
+    stage.start()
+    model = _build(config, data)
+    if stage.resumed:
+        log.info("resuming from the last checkpoint")
+    if slow:
+        log.warning("warning: %s, which takes --force", slow)
+    for problem in _problems(config, data):
+        log.warning("warning: %s", problem)
+    curves = _fit(config, model, data, stage.staging, digest(stage.staged_fingerprint))
+    _save(config, model, data, curves, stage)
+    counts = _counts(model, data, curves)
+    data.cells.close()
+    task.commit(
+        [artifacts.model],
+        counts,
+        engine=curves.engine,
+        processes=curves.processes,
+        libraries=curves.libraries,
+        final_metrics=_final(curves),
+        learning_curves=curves.curves,
+    )
+    losses = ", ".join(f"{name} {value:.1f}" for name, value in _final(curves).items())
+    log.info("wrote %s after %d epochs: %s", task.directory / artifacts.model, counts["epochs"], losses)
 
 
-def _started(config: Config, workspace: Workspace) -> bool:
-    """Whether there is a training already, finished or not: its precision was accepted before."""
-    return workspace.record(STAGE) is not None or StageRun(workspace, STAGE, config, {}).path(CHECKPOINT).exists()
-
-
-def _follows() -> bool:
-    """Whether this process is one of several of a training and not the first: that one keeps the run directory."""
-    return bool(rank_zero_only.rank) or int(os.environ.get("NODE_RANK", "0")) > 0
-
-
-def _train_as_follower(config: Config) -> None:
-    workspace = Workspace(config.directory)
+def follow(config: Config) -> None:
+    """Train as one of several processes that is not the first: that one keeps the run directory."""
     data = _data(config)
     model = _build(config, data)
-    stage = StageRun(workspace, STAGE, config, {})
+    stage = StageRun(stage="train", fingerprint={}, workspace=Workspace(config.directory))
     _fit(config, model, data, stage.staging, digest(stage.staged_fingerprint))
 
 
@@ -218,7 +193,7 @@ def plan(config: Config) -> Plan:
     processes = n_processes(config.train)
     validation = 0.4 * data.n_val  # forward only
     return Plan(
-        STAGE,
+        "train",
         reads=[str(config.directory / artifacts.prepared)],
         writes=[f"{config.directory / name}/" for name in (artifacts.model, artifacts.tensorboard)],
         cells=data.cells.n_cells,

@@ -3,57 +3,70 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 
-from census_scvi.cli import Parser, guarded
-from census_scvi.config.commands import COMMANDS
+from census_scvi.cli import Parser, is_setting, read_config
 from census_scvi.errors import UserError
-from census_scvi.terminal.printing import on_one_line
+from census_scvi.terminal.printing import on_one_line, printable
+from census_scvi.workspace import Artifacts
 
-COMMAND = COMMANDS["verify"]
-_EPILOG = """\
+EPILOG = """\
 links, offline:   provenance, files, model, sealed_counts, sealed_embedding, gates
 with --census:    census, publication, embedding, sealed_cells, fresh_sample
 
 without --census: consistent at best; a folder whose files were all forged together is found only with the Census
 
-exit codes: 0 valid or consistent, 2 a link is broken or cannot be checked (it is named),
-1 a defect of ours (traceback)"""
+exit code 2: a link is broken or cannot be checked (it is named)
+
+"""
 
 
-def main(argv: Sequence[str] | None = None, *, program: str | None = None) -> int:
-    """Run the command; returns its exit code."""
-    arguments = _parser(program).parse(argv)
-    return guarded(lambda: _run(arguments))
-
-
-def _parser(program: str | None) -> Parser:
-    parser = Parser(
-        prog=program or COMMAND.script,
-        description=COMMAND.summary,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def add_arguments(parser: Parser) -> None:
+    """The arguments of this stage alone."""
+    parser.add_argument(
+        "published",
+        nargs="?",
+        metavar="PUBLISHED",
+        help="folder or URL that was published with the embedding; without it, what the config published",
     )
-    parser.add_argument("published", metavar="PUBLISHED", help="folder or URL that was published with the embedding")
     parser.add_argument("--census", metavar="URI", help="the Census that was embedded; cells are read from it again")
     parser.add_argument("--sample", type=int, default=500, help="cells to read again (default %(default)s)")
     parser.add_argument("--seed", type=int, help="seed of that sample; default: another sample each time")
-    return parser
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> None:
+    """Check every link, and print what was found."""
+    published, census = _places(arguments)
+    if arguments.dry_run:
+        cells = f"and {arguments.sample:,} cells of {census}" if census else "and no Census"
+        print(printable(f"would check {published} {cells}; writes nothing"))
+        return
     # Imported only now: torch, scvi-tools and TileDB take seconds, and --help is answered at once.
     from census_scvi.publication.chain import verify
 
-    links = verify(arguments.published, arguments.census, n_cells=arguments.sample, seed=arguments.seed)
+    links = verify(published, census, n_cells=arguments.sample, seed=arguments.seed)
     width = max(len(link.name) for link in links)
     for link in links:
         print(
             f"{link.name:<{width}}  {'valid ' if link.valid else 'BROKEN'}  {on_one_line(link.finding)[:_MOST_SHOWN]}"
         )
     if broken := [link.name for link in links if not link.valid]:
-        raise UserError(f"{arguments.published} is not valid: {', '.join(broken)} broke; do not use the embedding")
-    print(on_one_line(arguments.published) + (_VALID if arguments.census else _CONSISTENT))
+        raise UserError(f"{published} is not valid: {', '.join(broken)} broke; do not use the embedding")
+    print(on_one_line(published) + (_VALID if census else _CONSISTENT))
+
+
+def _places(arguments: argparse.Namespace) -> tuple[str, str | None]:
+    """The published folder and the Census: those of the arguments, or those of the config."""
+    if arguments.published and not is_setting(arguments.published):
+        if arguments.config or arguments.settings:
+            raise UserError(
+                f"expected the published folder {arguments.published}, or a config that says where it is, not both"
+            )
+        return arguments.published, arguments.census
+    if arguments.published:
+        arguments.settings.insert(0, arguments.published)
+    config = read_config(arguments)
+    place = config.publish.model_uri or str(config.directory / Artifacts.of(config).published)
+    return place, arguments.census or config.census.uri or config.census.version
 
 
 _VALID = " is valid"

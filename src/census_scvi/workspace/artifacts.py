@@ -22,6 +22,16 @@ class Artifacts:
     qa: str = run_names.QA
     published: str = run_names.PUBLISHED
 
+    @property
+    def weights(self) -> str:
+        """The model's weights, in its safe form."""
+        return f"{self.model}/{run_names.WEIGHTS}"
+
+    @property
+    def description(self) -> str:
+        """What the model is, in its safe form."""
+        return f"{self.model}/{run_names.DESCRIPTION}"
+
     @classmethod
     def of(cls, config: Config) -> Artifacts:
         """The names that a config asks for."""

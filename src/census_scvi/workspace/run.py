@@ -9,28 +9,24 @@ it wrote before, and the same command without --force resumes.
 
 from __future__ import annotations
 
-import json
 import logging
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from census_scvi.config import Config, digest
-from census_scvi.config.commands import script_of
-from census_scvi.config.renamed import translate_record
+from census_scvi.config import digest
 from census_scvi.config.run_names import FINGERPRINT, LOCK, MANIFEST, STAGING
+from census_scvi.config.stages import script_of
 from census_scvi.errors import UserError
 from census_scvi.files.atomic import remove, sync, sync_tree, write_json
 from census_scvi.files.json_file import read_json
 from census_scvi.files.lock import directory_lock
-from census_scvi.files.uri import leaves_folder, without_credentials
-from census_scvi.workspace import provenance
+from census_scvi.files.uri import leaves_folder
 from census_scvi.workspace.identity import Identity, damage, identities
 from census_scvi.workspace.manifest import incomplete
+from census_scvi.workspace.record import RecordedRun, changes, fingerprint_of
 
 log = logging.getLogger(__name__)
 
@@ -39,9 +35,13 @@ _LARGE = 5_000_000_000  # bytes from which hashing takes long enough to be annou
 
 @dataclass
 class Workspace:
-    """A run directory and its manifest."""
+    """A run directory and its manifest; `setting` names it in messages."""
 
     directory: Path
+    setting: str = "output.directory"
+
+    def __str__(self) -> str:
+        return str(self.directory)
 
     @contextmanager
     def locked(self, stage: str, *, new: bool = False) -> Iterator[Workspace]:
@@ -57,7 +57,7 @@ class Workspace:
         """
         if "::" in str(self.directory.absolute()):
             raise UserError(
-                f"output.directory {self.directory.absolute()}: Lightning takes '::' in a path for a chain of file"
+                f"{self.setting} {self.directory.absolute()}: Lightning takes '::' in a path for a chain of file"
                 " systems; choose another folder"
             )
         if not new and not self.directory.exists():
@@ -66,7 +66,7 @@ class Workspace:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"output.directory {self.directory} cannot be made: {error.strerror}") from None
+            raise UserError(f"{self.setting} {self.directory} cannot be made: {error.strerror}") from None
         with directory_lock(self.directory / LOCK, script_of(stage)):
             self._finish_commits()
             yield self
@@ -110,7 +110,7 @@ class Workspace:
         if gap is not None:
             raise UserError(
                 f"{self.directory / MANIFEST} is damaged ({stage}: {gap}); restore it, or run"
-                f" {script_of(stage)} in another output.directory"
+                f" {script_of(stage)} in another {self.setting}"
             )
 
     def require(self, stage: str, names: Sequence[str]) -> dict[str, Identity]:
@@ -160,59 +160,60 @@ class Workspace:
     def begin(
         self,
         stage: str,
-        config: Config,
-        keys: tuple[str, ...],
-        inputs: dict[str, Any],
+        settings: Mapping[str, Any],
+        inputs: Mapping[str, Any],
         *,
         force: bool,
         progress: str | None = None,
+        defaults: Mapping[str, Any] | None = None,
     ) -> StageRun:
-        """Decide whether a stage is done, resumes, starts, or must be refused.
+        """Decide whether a stage is done, resumes, starts, or must be refused; changes no file of it yet.
 
         Parameters
         ----------
         stage
             Name of the stage.
-        config
-            The whole config, recorded in the manifest.
-        keys
-            Dotted settings and sections whose values change what the stage writes.
+        settings
+            The settings that change what the stage writes, by dotted key.
         inputs
             Identity of everything the stage reads.
         force
             Start again even if the stage is done.
         progress
             File in staging whose presence means that there is work to resume; None for a stage that starts over.
+        defaults
+            Defaults of the settings, for those that are newer than a finished run.
 
         Raises
         ------
         UserError
             The directory holds a finished or unfinished stage of another fingerprint: names the setting or the input.
         """
-        fingerprint = without_credentials({"config": config.select(keys), "inputs": inputs})
-        run = StageRun(self, stage, config, fingerprint)
-        record = self.record(stage)
-        if force and record is not None:
-            self._note_redoing(stage, digest(fingerprint))
-        if force or progress is None or not run.path(progress).exists():
-            remove(run.staging)
-        if run.resumes:
+        fingerprint = fingerprint_of(settings, inputs)
+        run = StageRun(stage=stage, fingerprint=fingerprint, forced=force, workspace=self)
+        record, digest_now = self.record(stage), digest(fingerprint)
+        if force:
+            return run
+        unfinished = run.staged_fingerprint if progress and run.path(progress).exists() else None
+        if unfinished is not None and not changes(unfinished, fingerprint, defaults or {}):
             run.resumed = True
-            return run
-        redoing = self.manifest().get("redoing", {}).get(stage)
-        if record is not None and redoing != digest(fingerprint):
-            self._refuse_changes(stage, "a finished", record["fingerprint"], fingerprint)
-            for name, identity in record["outputs"].items():
-                self._require_sound(stage, name, identity)
-            self._note_redoing(stage, None)
+        elif record is not None and self.manifest().get("redoing", {}).get(stage) != digest_now:
+            self._require_unchanged(stage, record, fingerprint, defaults or {})
+            self.note_redoing(stage, None)
             run.done = True
-            return run
-        if (unfinished := run.staged_fingerprint) is not None:
-            self._refuse_changes(stage, "an unfinished", unfinished, run.fingerprint)
-        run.open()
+        elif unfinished is not None:
+            self._refuse_changes(stage, "an unfinished", unfinished, fingerprint, defaults or {})
         return run
 
-    def _note_redoing(self, stage: str, fingerprint: str | None) -> None:
+    def _require_unchanged(
+        self, stage: str, record: dict[str, Any], fingerprint: dict[str, Any], defaults: Mapping[str, Any]
+    ) -> None:
+        """UserError where a finished stage is of other settings or inputs, or its outputs are damaged."""
+        self._refuse_changes(stage, "a finished", record["fingerprint"], fingerprint, defaults)
+        for name, identity in record["outputs"].items():
+            self._require_sound(stage, name, identity)
+
+    def note_redoing(self, stage: str, fingerprint: str | None) -> None:
         """Note that a finished stage runs again, so that what it wrote before is not taken for its result; None: no."""
         manifest = self.manifest()
         redoing = manifest.pop("redoing", {})
@@ -222,11 +223,13 @@ class Workspace:
         redoing |= {stage: fingerprint} if fingerprint else {}
         write_json(self.directory / MANIFEST, manifest | ({"redoing": redoing} if redoing else {}))
 
-    def _refuse_changes(self, stage: str, state: str, before: dict[str, Any], now: dict[str, Any]) -> None:
-        if changes := _changes(_in_settings_of(now, before), now):
+    def _refuse_changes(
+        self, stage: str, state: str, before: dict[str, Any], now: dict[str, Any], defaults: Mapping[str, Any]
+    ) -> None:
+        if words := changes(before, now, defaults):
             raise UserError(
-                f"{self.directory} holds {state} {stage} for other settings: {changes};"
-                " set it back, use another output.directory, or --force to run it again"
+                f"{self.directory} holds {state} {stage} for other settings: {words};"
+                f" set it back, use another {self.setting}, or --force to run it again"
             )
 
     def _require_sound(self, stage: str, name: str, identity: Identity, *, remember: bool = False) -> None:
@@ -263,39 +266,11 @@ class Workspace:
         remove(staging)
 
 
-def _in_settings_of(now: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
-    """A fingerprint that an earlier version wrote, by the names of today: a newer setting did what is its default."""
-    config = Config().select(tuple(now["config"])) | translate_record(before["config"])
-    return {**before, "config": config}
-
-
-def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """Settings and inputs that differ, in words; empty where none does."""
-    words = []
-    old, new = before["config"], now["config"]
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key):
-            words.append(f"{key} was {json.dumps(old.get(key))} and is {json.dumps(new.get(key))}")
-    old, new = before["inputs"], now["inputs"]
-    for name in sorted(old.keys() | new.keys()):
-        if old.get(name) != new.get(name):
-            words.append(f"the input {name} is another one than before")
-    return "; ".join(words)
-
-
-@dataclass
-class StageRun:
-    """One run of a stage: where it writes, whether it resumes earlier work, how it ends."""
+@dataclass(kw_only=True)
+class StageRun(RecordedRun):
+    """One run of a stage in a run directory: where it writes, whether it resumes earlier work, how it ends."""
 
     workspace: Workspace
-    stage: str
-    config: Config
-    fingerprint: dict[str, Any]
-    done: bool = False
-    resumed: bool = False
-    started: datetime = field(default_factory=lambda: datetime.now(UTC))
-    _clock: float = field(default_factory=time.monotonic)
-    _cpu: float = field(default_factory=time.process_time)
 
     @property
     def staging(self) -> Path:
@@ -315,54 +290,46 @@ class StageRun:
             raise UserError(f"{path} is damaged ({error}); --force does {self.stage} again") from None
         return fingerprint
 
-    @property
-    def resumes(self) -> bool:
-        """Whether `staging` holds earlier work for the same fingerprint."""
-        staged = self.staged_fingerprint
-        return staged is not None and _in_settings_of(self.fingerprint, staged) == self.fingerprint
+    def start(self) -> None:
+        """Note that the stage runs again, and make an empty `staging` unless it resumes."""
+        if self.forced and self.workspace.record(self.stage) is not None:
+            self.workspace.note_redoing(self.stage, digest(self.fingerprint))
+        if not self.resumed:
+            remove(self.staging)
+            self.staging.mkdir(parents=True)
+            write_json(self.staging / FINGERPRINT, self.fingerprint)
 
-    def open(self) -> None:
-        """Make an empty `staging`."""
+    def discard(self) -> None:
+        """Remove what is unfinished."""
         remove(self.staging)
-        self.staging.mkdir(parents=True)
-        write_json(self.staging / FINGERPRINT, self.fingerprint)
+        if self.staging.parent.exists() and not any(self.staging.parent.iterdir()):
+            remove(self.staging.parent)
 
     def path(self, name: str) -> Path:
         """Where to write an output before it is committed."""
         return self.staging / name
 
-    def commit(self, artifacts: Sequence[str], counts: dict[str, Any], **details: Any) -> None:
+    def commit(
+        self, artifacts: Sequence[str], counts: dict[str, Any], *, config: dict[str, Any], seed: int, **details: Any
+    ) -> None:
         """Put the outputs in place and record the stage as done.
 
         Parameters
         ----------
         artifacts
-            Names of files and folders in `staging` to publish, relative to the run directory.
+            Names of files and folders in `staging` to put in place, relative to the run directory.
         counts
             What the stage counted: cells, genes, ...
+        config
+            The whole config, without credentials.
+        seed
+            Its seed.
         details
             More JSON-able facts for the record.
         """
         sync_tree(self.staging)
-        record = {
-            "stage": self.stage,
-            "artifacts": list(artifacts),
-            "fingerprint": self.fingerprint,
-            "config": without_credentials(self.config.model_dump(mode="json")),
-            "outputs": identities(self.staging, artifacts),
-            "counts": counts,
-            "resumed": self.resumed,
-            "seed": self.config.seed,
-            "started": self.started.isoformat(timespec="seconds"),
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seconds": round(time.monotonic() - self._clock, 3),
-            "cpu_seconds": round(time.process_time() - self._cpu, 3),
-            "peak_memory_bytes": provenance.peak_memory_bytes(),
-            "packages": provenance.package_versions(),
-            "code": provenance.code_state(),
-            "hardware": provenance.hardware(),
-            **details,
-        }
+        outputs = identities(self.staging, artifacts)
+        record = self.record(artifacts, outputs, counts, config=config, seed=seed, **details)
         manifest = self.workspace.manifest()
         manifest.setdefault("committing", {})[self.stage] = record
         write_json(self.workspace.directory / MANIFEST, manifest)

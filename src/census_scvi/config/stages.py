@@ -1,0 +1,119 @@
+"""Every stage once: scripts, `census-scvi`, help, messages, locking and recording follow from this list."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from census_scvi.config.run_names import CHECKPOINT, GENES, PROGRESS
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage, which `scvi-NAME.py` and `census-scvi NAME` run; which settings change its result, the settings say.
+
+    Attributes
+    ----------
+    name
+        Its name.
+    summary
+        What it does, one sentence.
+    reads
+        What it reads of earlier stages: name of the stage, and attributes of `Artifacts`.
+    reads_census
+        Whether its result depends on the cells of the Census.
+    pipeline
+        Whether it works in the run directory, and has its record in the manifest there.
+    progress
+        File in its staging folder whose presence means that there is work to resume; None: it starts over.
+    several_processes
+        Whether several processes may run it together, of which the first keeps the run directory.
+    own_arguments
+        Whether it has arguments of its own, in addition to `--config FILE` and `section.key=value`.
+    extra
+        The extra of the installation that has its packages; None: every installation has them.
+    """
+
+    name: str
+    summary: str
+    reads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    reads_census: bool = False
+    pipeline: bool = False
+    progress: str | None = None
+    several_processes: bool = False
+    own_arguments: bool = False
+    extra: str | None = None
+
+    @property
+    def script(self) -> str:
+        """File name of its script."""
+        return f"scvi-{self.name}.py"
+
+    @property
+    def module(self) -> str:
+        """The module with its `run` and `plan`."""
+        return f"census_scvi.stages.{self.name.replace('-', '_')}"
+
+
+_MODEL = ("weights", "description")
+_LATENT = ("latent", "latent_joinids", "latent_hashes")
+
+# In the order in which a project needs them.
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage(
+            "build-census", "Build a local Census, as the Census API reads it, from .h5ad files.", own_arguments=True
+        ),
+        Stage(
+            "prepare",
+            "Select the cells and genes to train on and write them to anndata_model.h5ad and hv_genes.pkl.",
+            reads_census=True,
+            pipeline=True,
+            progress=GENES,
+        ),
+        Stage(
+            "train",
+            "Train scVI on the prepared cells and write the model to scvi.model/.",
+            reads={"prepare": ("prepared",)},
+            pipeline=True,
+            progress=CHECKPOINT,
+            several_processes=True,
+        ),
+        Stage(
+            "create-latent-update",
+            "Embed every cell of the Census and write latent.npy and final_scvi_optimized/.",
+            reads={"prepare": ("genes",), "train": _MODEL},
+            reads_census=True,
+            pipeline=True,
+            progress=PROGRESS,
+        ),
+        Stage(
+            "evaluate",
+            "Measure embeddings of a slice of the Census, and write metrics.json and report.html.",
+            reads_census=True,
+            extra="evaluate",
+        ),
+        Stage(
+            "publish",
+            "Pass the gates, then publish the embedding in the Census' obsm, with model and provenance.",
+            reads={"prepare": ("genes", "prepared"), "train": _MODEL, "create-latent-update": _LATENT},
+            reads_census=True,
+            pipeline=True,
+            progress=PROGRESS,
+            extra="publish",
+        ),
+        Stage(
+            "verify", "Check that a published embedding is what its model computes from its cells.", own_arguments=True
+        ),
+        Stage(
+            "map-query", "Embed your own cells with a trained model and annotate them from the Census.", extra="atlas"
+        ),
+    )
+}
+PIPELINE = tuple(name for name, stage in STAGES.items() if stage.pipeline)
+
+
+def script_of(name: str) -> str:
+    """File name of the script that runs a stage; of another name, the name."""
+    return STAGES[name].script if name in STAGES else name

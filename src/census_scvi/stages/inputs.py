@@ -1,0 +1,72 @@
+"""What a stage reads, as identities: with the settings they say whether its result is there already.
+
+Imports nothing heavy, since a finished stage is answered at once.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from census_scvi.config import Config
+from census_scvi.config.run_names import DESCRIPTION, PROVENANCE, WEIGHTS
+from census_scvi.config.stages import Stage
+from census_scvi.errors import UserError
+from census_scvi.files.uri import tiledb_place, without_credentials
+from census_scvi.model.source import Kind, Source
+from census_scvi.query.places import query_source
+from census_scvi.report.named import embeddings_of
+from census_scvi.workspace import Artifacts, Workspace
+from census_scvi.workspace.identity import file_identity
+
+if TYPE_CHECKING:
+    from census_scvi.census.open import Census
+
+Inputs = dict[str, Any]
+
+
+def inputs_of(stage: Stage, config: Config, census: Census | None = None) -> Inputs:
+    """Identity of everything that a stage reads, by name.
+
+    Raises
+    ------
+    UserError
+        An earlier stage has not run, or a file is missing or not what it wrote.
+    """
+    if stage.name == "map-query":
+        return {"query.file": file_identity(query_source(config)), "model": _model(config)}
+    found: Inputs = {}
+    artifacts, workspace = Artifacts.of(config), Workspace(config.directory)
+    for earlier, names in stage.reads.items():
+        found |= workspace.require(earlier, [getattr(artifacts, name) for name in names])
+    if census is not None:
+        found["census"] = census.identity
+        if stage.name == "evaluate":
+            found |= {f"embedding {name}": _embedding(place, census) for name, place in embeddings_of(config).items()}
+    return found
+
+
+def _embedding(place: str, census: Census) -> Any:
+    """Identity of an embedding that a user names; None of one that cannot be read."""
+    from census_scvi.census.embedding import publication_of, published_uri
+
+    try:
+        if run := Source.at(place).run:
+            record = Workspace(run).record("create-latent-update")
+            return None if record is None else record["outputs"][Artifacts.latent]
+        experiment = census.experiment.uri if "/" not in place else tiledb_place(place, "embedding")
+        uri = published_uri(experiment, place if "/" not in place else "scvi")
+        return None if uri is None else {"uri": without_credentials(uri), "publication": publication_of(uri)}
+    except UserError:
+        return None
+
+
+def _model(config: Config) -> Any:
+    """Identity of the model that embeds a user's cells; of a URL, its address."""
+    place = config.query.model or config.output.directory
+    source = Source.at(place)
+    if source.path is None:
+        return without_credentials(place)
+    if source.kind is Kind.RUN and (record := Workspace(source.path).record("train")):
+        return {name: identity for name, identity in record["outputs"].items() if name.endswith(WEIGHTS)}
+    marks = {Kind.PUBLISHED: PROVENANCE, Kind.MODEL: DESCRIPTION}
+    return file_identity(source.path / marks[source.kind]) if source.kind in marks else str(source.path)

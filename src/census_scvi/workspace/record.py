@@ -1,0 +1,108 @@
+"""One run of a stage: what it was asked to do, and the record of what it did."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from census_scvi.config.renamed import translate_record
+from census_scvi.files.uri import without_credentials
+from census_scvi.workspace import provenance
+from census_scvi.workspace.identity import Identity
+
+Fingerprint = dict[str, Any]
+
+
+def fingerprint_of(settings: Mapping[str, Any], inputs: Mapping[str, Any]) -> Fingerprint:
+    """What decides the result of a stage: its settings by dotted key, and the identities of what it reads."""
+    fingerprint: Fingerprint = without_credentials({"config": dict(settings), "inputs": dict(inputs)})
+    return fingerprint
+
+
+def changes(before: Fingerprint, now: Fingerprint, defaults: Mapping[str, Any]) -> str:
+    """Settings and inputs that differ, in words; empty where none does.
+
+    A setting that is newer than the earlier run did then what it does by default; one that is gone no longer counts.
+    """
+    words = []
+    old, new = translate_record(before["config"]), now["config"]
+    old = {key: defaults[key] for key in new if key in defaults} | {
+        key: value for key, value in old.items() if _is_known(key, new.keys() | defaults.keys())
+    }
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            words.append(f"{key} was {json.dumps(old.get(key))} and is {json.dumps(new.get(key))}")
+    read, reads = before["inputs"], now["inputs"]
+    for name in sorted(read.keys() | reads.keys()):
+        if read.get(name) != reads.get(name):
+            words.append(f"the input {name} has changed")
+    return "; ".join(words)
+
+
+def _is_known(key: str, settings: Set[str]) -> bool:
+    """Whether there is such a setting, or one that holds a mapping with this key."""
+    parts = key.split(".")
+    return any(".".join(parts[:n]) in settings for n in range(1, len(parts) + 1))
+
+
+@dataclass(kw_only=True)
+class RecordedRun:
+    """One run of a stage.
+
+    Attributes
+    ----------
+    stage
+        Its name.
+    fingerprint
+        What decides its result.
+    forced
+        Whether it runs again although it may be done.
+    done
+        Whether its result is there already.
+    resumed
+        Whether it continues unfinished work.
+    """
+
+    stage: str
+    fingerprint: Fingerprint
+    forced: bool = False
+    done: bool = False
+    resumed: bool = False
+    started: datetime = field(default_factory=lambda: datetime.now(UTC))
+    _clock: float = field(default_factory=time.monotonic)
+    _cpu: float = field(default_factory=time.process_time)
+
+    def record(
+        self,
+        artifacts: Sequence[str],
+        outputs: dict[str, Identity],
+        counts: dict[str, Any],
+        *,
+        config: dict[str, Any],
+        seed: int,
+        **details: Any,
+    ) -> dict[str, Any]:
+        """What ran, with what, and what it wrote."""
+        return {
+            "stage": self.stage,
+            "artifacts": list(artifacts),
+            "fingerprint": self.fingerprint,
+            "config": config,
+            "outputs": outputs,
+            "counts": counts,
+            "resumed": self.resumed,
+            "seed": seed,
+            "started": self.started.isoformat(timespec="seconds"),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": round(time.monotonic() - self._clock, 3),
+            "cpu_seconds": round(time.process_time() - self._cpu, 3),
+            "peak_memory_bytes": provenance.peak_memory_bytes(),
+            "packages": provenance.package_versions(),
+            "code": provenance.code_state(),
+            "hardware": provenance.hardware(),
+            **details,
+        }
