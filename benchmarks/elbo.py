@@ -23,10 +23,10 @@ import lightning
 import numpy as np
 import scvi
 
-from census_scvi.config import Config, load_config
 from census_scvi.counts import order
 from census_scvi.counts.data_module import PreparedDataModule
 from census_scvi.model.build import build_model, init_arguments
+from census_scvi.settings import Config, load_config
 from census_scvi.training.fit import fit
 
 SETTINGS = [

@@ -25,12 +25,11 @@ import torch
 
 from census_scvi.census.open import open_census
 from census_scvi.cli import main as run_stage
-from census_scvi.config import Config, load_config
-from census_scvi.local_census.config import load_build_config
+from census_scvi.local_census.settings import load_build_config
 from census_scvi.report.slice import BATCH, read_slice
+from census_scvi.settings import Config, load_config
 from census_scvi.stages.build_census import build_from_config
 from census_scvi.stages.evaluate import evaluate
-from census_scvi.workspace import Artifacts
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TISSUES = ("blood", "pancreas")
@@ -74,7 +73,14 @@ def one_seed(folder: Path, tissue: str, seed: int) -> list[dict[str, object]]:
                 raise SystemExit(f"{stage} failed; the line above says why")
         config = load_config(CONFIGS / f"{tissue}.yaml", settings)
         with open_census(config.census) as census:
-            cells = read_slice(config, census)
+            cells = read_slice(
+                census,
+                config.evaluate,
+                config.directory,
+                batch_key=config.anndata.batch_key,
+                n_genes=config.hvg.top_n_hvg,
+                seed=config.seed,
+            )
         joinids = cells.obs.index.to_numpy()
         cells.spaces[THEIRS] = plain_latent(config, joinids, cells.obs[BATCH].to_numpy(dtype=object))
         cells.spaces[SHUFFLED] = cells.spaces[OURS][np.random.default_rng(seed).permutation(len(joinids))]
@@ -92,7 +98,7 @@ def plain_latent(
     """scvi-tools alone, in memory, on the prepared cells; then the latent of every cell of the slice."""
     torch.set_num_threads(1)
     scvi.settings.seed = config.seed
-    prepared = ad.read_h5ad(config.directory / Artifacts.of(config).prepared)
+    prepared = ad.read_h5ad(config.directory / config.artifacts.prepared)
     scvi.model.SCVI.setup_anndata(prepared, batch_key="batch")
     arguments = config.model.model_dump(exclude={"filename"})
     model = scvi.model.SCVI(prepared, **arguments)

@@ -30,11 +30,10 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from census_scvi.census.genes import read_genes
 from census_scvi.cli import main as run_stage
-from census_scvi.config import Config, load_config
-from census_scvi.local_census.config import load_build_config
+from census_scvi.local_census.settings import load_build_config
 from census_scvi.pictures.umap import draw_before_and_after
+from census_scvi.settings import Config, load_config
 from census_scvi.stages.build_census import build_from_config
-from census_scvi.workspace import Artifacts
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 STAGES = ("prepare", "train", "create-latent-update")
@@ -132,7 +131,7 @@ def timed_stage(stage: str, overrides: list[str]) -> tuple[float, float]:
 
 def embedded_cells(config: Config) -> tuple[ad.AnnData, npt.NDArray[np.float32]]:
     """Raw counts of all genes of the embedded cells, as the Census has them, and the latent, row by row the same."""
-    names = Artifacts.of(config)
+    names = config.artifacts
     joinids = np.load(config.directory / names.latent_joinids)
     with cellxgene_census.open_soma(uri=config.census.uri) as census:
         cells = cellxgene_census.get_anndata(census, config.census.organism, obs_coords=joinids)
@@ -148,7 +147,7 @@ def spaces(cells: ad.AnnData, config: Config) -> dict[str, npt.NDArray[np.float3
     Scaling each cell by its counts in all genes is what most tutorials do, by those in the selected genes what the
     model sees; neither is better everywhere, so both are shown.
     """
-    genes = read_genes(config.directory / Artifacts.of(config).genes)
+    genes = read_genes(config.directory / config.artifacts.genes)
     selected = ad.AnnData(cells[:, genes].X.copy())
     everything = ad.AnnData(cells.X.copy(), var=pd.DataFrame(index=cells.var_names))
     for counts in (selected, everything):
@@ -166,7 +165,7 @@ def pca(cells: ad.AnnData) -> npt.NDArray[np.float32]:
 def draw(config: Config, path: Path) -> None:
     """The cells before and after integration, coloured by cell type and by donor (the batches of blood.yaml)."""
     cells, latent = embedded_cells(config)
-    genes = read_genes(config.directory / Artifacts.of(config).genes)
+    genes = read_genes(config.directory / config.artifacts.genes)
     chosen = cells[:, genes].copy()
     chosen.obs["batch"] = chosen.obs["donor_id"]
     draw_before_and_after(chosen, latent, path, seed=config.seed)

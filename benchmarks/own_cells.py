@@ -29,7 +29,7 @@ from census_scvi.annotation.held_out import HeldOut
 from census_scvi.annotation.label_transfer import FOREST, NEIGHBORS, REGRESSION, LabelTransfer, Prediction
 from census_scvi.atlas import Atlas
 from census_scvi.cli import main as run_stage
-from census_scvi.local_census.config import load_build_config
+from census_scvi.local_census.settings import load_build_config
 from census_scvi.query.alignment import AlignedCells
 from census_scvi.query.cells import QueryCells
 from census_scvi.stages.build_census import build_from_config

@@ -75,7 +75,7 @@ def run_stage(stage: str, folder: Folder, directory: str, *more: str) -> None:
 def hvg_ours(folder: Folder) -> Any:
     from census_scvi.census.genes import select_genes
     from census_scvi.census.open import open_census
-    from census_scvi.config import CensusSection, HvgSection
+    from census_scvi.census.settings import CensusSection, HvgSection
 
     CLOCK.start()
     with open_census(CensusSection(uri=folder.census)) as census:

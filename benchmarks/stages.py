@@ -20,7 +20,7 @@ STAGES = {"prepare": "prepare", "train": "train", "create-latent-update": "creat
 PLAN = """
 import json, sys
 from importlib import import_module
-from census_scvi.config import load_config
+from census_scvi.settings import load_config
 plan = import_module(f"census_scvi.stages.{sys.argv[1]}").plan(load_config(sys.argv[2], sys.argv[3:]))
 print(json.dumps({"seconds": plan.seconds, "memory": plan.memory, "disk": plan.disk}))
 """

@@ -389,9 +389,9 @@ def _ours(side: str, prepared: Path, hidden: int, epochs: int) -> Iterator[tuple
     import lightning
     import torch.utils.tensorboard  # noqa: F401 - imports are not timed, and Lightning would import it in the training
 
-    from census_scvi.config import Config
     from census_scvi.counts.data_module import PreparedDataModule
     from census_scvi.model.build import build_model
+    from census_scvi.settings import Config
     from census_scvi.training.fast import negative_binomial
     from census_scvi.training.fit import fit
 

@@ -24,16 +24,16 @@ from pipeline import Run
 from census_scvi.census import schema
 from census_scvi.census.gene_ids import GeneMap, resolve_genes
 from census_scvi.census.open import open_census
+from census_scvi.census.settings import CensusSection
 from census_scvi.cli import main
-from census_scvi.config import CensusSection
 from census_scvi.counts import h5ad
 from census_scvi.errors import UserError
 from census_scvi.files import partial_folder
 from census_scvi.local_census import experiment
 from census_scvi.local_census import write as census
-from census_scvi.local_census.config import load_build_config
 from census_scvi.local_census.experiment import observation_joinids
 from census_scvi.local_census.h5ad_labels import census_labels
+from census_scvi.local_census.settings import load_build_config
 from census_scvi.local_census.sources import open_h5ad, regroup
 from census_scvi.local_census.write import build_census
 from census_scvi.stages.build_census import build_from_config

@@ -19,7 +19,7 @@ from census_scvi.atlas import Atlas
 from census_scvi.census.datasets import describe_data
 from census_scvi.census.embedding import published_uri
 from census_scvi.census.open import open_census
-from census_scvi.config import CensusSection
+from census_scvi.census.settings import CensusSection
 from census_scvi.errors import UserError
 from census_scvi.files.place import recorded, resolved
 from census_scvi.publication import markdown

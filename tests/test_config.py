@@ -11,9 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from census_scvi.cli import main
-from census_scvi.config import Config, digest, flatten, load_config, messages, run_names
+from census_scvi.config import messages, run_names
+from census_scvi.config.flat import digest, flatten
 from census_scvi.errors import UserError
 from census_scvi.files.paths import expand
+from census_scvi.settings import Config, load_config
 
 ROOT = Path(__file__).parents[1]
 

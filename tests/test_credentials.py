@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from census_scvi import cli
-from census_scvi.config import Config
 from census_scvi.errors import UserError
 from census_scvi.files.uri import without_credentials
 from census_scvi.model.published import fetch
+from census_scvi.settings import Config
 from census_scvi.stages.plan import Plan
 
 FORMS = {

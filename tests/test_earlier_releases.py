@@ -15,12 +15,13 @@ from safetensors.numpy import load_file
 
 from census_scvi import Atlas
 from census_scvi.cli import main
-from census_scvi.config import Config, load_config, renamed
+from census_scvi.config import renamed
 from census_scvi.config.messages import setting_names
 from census_scvi.errors import UserError
 from census_scvi.files.atomic import write_json
 from census_scvi.files.json_file import read_json
 from census_scvi.model.published import seal_of
+from census_scvi.settings import Config, load_config
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="the Census is found at /proc/self/cwd")
 

@@ -19,12 +19,12 @@ from pipeline import Run
 from census_scvi.census import ontology
 from census_scvi.census.open import open_census
 from census_scvi.cli import main
-from census_scvi.config import load_config
 from census_scvi.errors import UserError
 from census_scvi.publication.record import evaluation_of
 from census_scvi.report import html
 from census_scvi.report.groups import same_groups
 from census_scvi.report.slice import read_slice
+from census_scvi.settings import load_config
 from census_scvi.stages.evaluate import evaluate
 from census_scvi.workspace.identity import file_identity
 
@@ -137,7 +137,14 @@ def test_legacy_mode_shows_the_published_rows_alone(finished_run: Run, tmp_path:
 def test_shuffled_cells_are_at_chance(finished_run: Run) -> None:
     config = load_config(finished_run.config, ["evaluate.batches=[dataset_id]"])
     with open_census(config.census) as census:
-        cells = read_slice(config, census)
+        cells = read_slice(
+            census,
+            config.evaluate,
+            config.directory,
+            batch_key=config.anndata.batch_key,
+            n_genes=config.hvg.top_n_hvg,
+            seed=config.seed,
+        )
     order = np.random.default_rng(5).permutation(len(cells.obs))
     cells.spaces = {"shuffled": cells.spaces["scVI"][order]}
     for score in evaluate(config, cells, np.arange(len(cells.obs))).scores["shuffled"]:
@@ -262,7 +269,7 @@ def test_damaged_gates_are_said(finished_run: Run, tmp_path: Path) -> None:
     for text in ("{", "[]", '{"gates": 3}'):
         (tmp_path / "qa.json").write_text(text)
         with pytest.raises(UserError, match=r"qa.json is damaged"):
-            html._gates(config)
+            html._gates(config.directory)
 
 
 def test_no_credentials_are_written(finished_run: Run, tmp_path: Path) -> None:

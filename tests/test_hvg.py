@@ -20,7 +20,7 @@ from census_scvi.census.hvg import select
 from census_scvi.census.hvg.seurat_v3 import mean_and_variance, normalised_variance, top_genes
 from census_scvi.census.hvg.tally import GeneTally
 from census_scvi.census.open import open_census
-from census_scvi.config import CensusSection, HvgSection
+from census_scvi.census.settings import CensusSection, HvgSection
 from census_scvi.local_census.sources import open_h5ad
 from census_scvi.local_census.write import build_census
 

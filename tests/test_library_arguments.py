@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 
-from census_scvi.config import TrainSection, load_config, names
-from census_scvi.config.names import LIBRARIES, listed
 from census_scvi.errors import UserError
+from census_scvi.settings import load_config
 from census_scvi.training import fit
+from census_scvi.training import library_arguments as names
 from census_scvi.training.installed_arguments import installed
+from census_scvi.training.library_arguments import LIBRARIES, listed
+from census_scvi.training.settings import TrainSection
 
 ROOT = Path(__file__).parents[1]
 UPDATE = "run python -m census_scvi.training.installed_arguments"

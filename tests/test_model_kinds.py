@@ -18,11 +18,11 @@ from test_hostile_folders import REFUSALS, edit_model, has_kind
 
 import census_scvi
 from census_scvi.atlas import Atlas
-from census_scvi.config import ModelSection
 from census_scvi.errors import UserError
 from census_scvi.model.build import build_model, init_arguments
 from census_scvi.model.families import FAMILIES, SCVI
 from census_scvi.model.safe import load_safe
+from census_scvi.model.settings import ModelSection
 from census_scvi.workspace.identity import identities
 
 

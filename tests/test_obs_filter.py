@@ -15,7 +15,7 @@ from pipeline import Run
 
 from census_scvi.census.cells import matching_joinids, select_cells
 from census_scvi.census.open import open_census
-from census_scvi.config import CensusSection
+from census_scvi.census.settings import CensusSection
 from census_scvi.config.obs_filter import FilterError, parse_filter, usable_filter
 
 Mask = Callable[[pd.DataFrame], "pd.Series[bool]"]

@@ -23,7 +23,7 @@ from pipeline import Run
 from census_scvi.census.cells import batch_label, select_cells
 from census_scvi.census.genes import read_genes
 from census_scvi.census.open import open_census
-from census_scvi.config import CensusSection
+from census_scvi.census.settings import CensusSection
 
 
 def expected(census: str, value_filter: str, genes: list[str]) -> ad.AnnData:

@@ -35,7 +35,6 @@ from test_faults import KILL
 import census_scvi
 from census_scvi.census.embedding import published_uri
 from census_scvi.cli import main
-from census_scvi.config import load_config
 from census_scvi.errors import UserError
 from census_scvi.files.lock import directory_lock
 from census_scvi.model.encode import Encoder, batch_labels, reference_latent
@@ -45,6 +44,7 @@ from census_scvi.publication import folder as publication_folder
 from census_scvi.publication.chain import Link, verify
 from census_scvi.publication.folder import copy_to
 from census_scvi.publication.summary import read_summary
+from census_scvi.settings import load_config
 from census_scvi.stages import publish
 from census_scvi.workspace.identity import identities
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pipeline import Run
 
 from census_scvi.census.open import open_census
-from census_scvi.config import CensusSection
+from census_scvi.census.settings import CensusSection
 from census_scvi.errors import UserError
 from census_scvi.model.encode import reference_latent
 from census_scvi.model.safe import load_safe

@@ -21,10 +21,10 @@ from pipeline import ROOT, STAGES, Run
 
 from census_scvi import Atlas
 from census_scvi.cli import main
-from census_scvi.config import Config, load_config
-from census_scvi.local_census.config import load_build_config
+from census_scvi.local_census.settings import load_build_config
 from census_scvi.local_census.write import BuildReport
 from census_scvi.publication.chain import verify
+from census_scvi.settings import Config, load_config
 from census_scvi.stages.build_census import build_from_config
 from census_scvi.workspace import Artifacts, Workspace
 
@@ -73,7 +73,7 @@ class Finished:
 
     @property
     def names(self) -> Artifacts:
-        return Artifacts.of(self.config)
+        return self.config.artifacts
 
     def path(self, name: str) -> Path:
         return self.config.directory / name

@@ -7,9 +7,9 @@ from typing import Annotated, Any, ClassVar
 
 import pytest
 
-from census_scvi.config import Config, load_config
 from census_scvi.config.section import Changes, Section, stages_changed
 from census_scvi.config.stages import STAGES
+from census_scvi.settings import Config, load_config
 
 ROOT = Path(__file__).parents[1]
 

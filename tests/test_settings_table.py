@@ -12,10 +12,10 @@ import pytest
 from pydantic import Field
 
 from census_scvi.cli import main
-from census_scvi.config import Config
 from census_scvi.config.section import USUAL, Changes, Section, Usual, mark_of, settings_of
-from census_scvi.config.settings_table import kind_of, with_tables
 from census_scvi.config.types import Columns, LocalPath, ObsFilter, Share
+from census_scvi.settings import Config
+from census_scvi.settings.table import kind_of, with_tables
 
 ROOT = Path(__file__).parents[1]
 STAGES = ["prepare", "train", "create-latent-update", "evaluate", "publish", "map-query"]
@@ -24,7 +24,7 @@ STAGES = ["prepare", "train", "create-latent-update", "evaluate", "publish", "ma
 def test_the_tables_are_current() -> None:
     document = (ROOT / "docs/settings.md").read_text()
     current = with_tables(document, Config)
-    assert document == current, "run python -m census_scvi.config.settings_table docs/settings.md"
+    assert document == current, "run python -m census_scvi.settings.table docs/settings.md"
     usual, expert = (re.findall(r"^\| `([\w.]+)`", part, re.MULTILINE) for part in document.split("## Expert"))
     assert sorted([*usual, *expert]) == sorted(name for name, _, _ in settings_of(Config))
     assert 20 <= len(usual) <= 30

@@ -7,6 +7,7 @@ from pipeline import Run
 
 from census_scvi.census.cells import batch_label
 from census_scvi.census.open import open_census
+from census_scvi.census.settings import CensusSection
 from census_scvi.census.slices import (
     choose_cells,
     choose_cells_and_batches,
@@ -14,7 +15,6 @@ from census_scvi.census.slices import (
     read_obs_of,
     read_positions,
 )
-from census_scvi.config import CensusSection
 from census_scvi.query.reference import RunEmbedding
 
 FILTER = "is_primary_data == True and nnz >= 60"

@@ -18,8 +18,8 @@ from pipeline import Run
 from census_scvi.census import storage
 from census_scvi.census.embedding import published_uri
 from census_scvi.census.storage import soma_context, use_settings
-from census_scvi.config import load_config
 from census_scvi.errors import UserError
+from census_scvi.settings import load_config
 
 AWS = (
     "AWS_PROFILE",

@@ -26,12 +26,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from waits import Waits
 
 from census_scvi.cli import main
-from census_scvi.config import TrainSection, load_config
-from census_scvi.config.names import MEASURED
 from census_scvi.counts.data_module import PreparedDataModule
 from census_scvi.errors import UserError
 from census_scvi.model.build import build_model, init_arguments
 from census_scvi.model.safe import load_safe
+from census_scvi.settings import load_config
 from census_scvi.stages import train
 from census_scvi.terminal import progress
 from census_scvi.training import finite_loss, fit
@@ -41,7 +40,9 @@ from census_scvi.training.fast import plan as fast_plan
 from census_scvi.training.fast.measure import Precision
 from census_scvi.training.fast.plan import FastTrainingPlan
 from census_scvi.training.fast.products import Libraries
+from census_scvi.training.library_arguments import MEASURED
 from census_scvi.training.schedule import warnings_before
+from census_scvi.training.settings import TrainSection
 from census_scvi.workspace.provenance import processor
 
 
@@ -666,7 +667,7 @@ def test_a_precision_that_is_slower_here_than_float32_is_refused_before_training
 BF16 = """
 import sys
 import torch
-from census_scvi.config import load_config
+from census_scvi.settings import load_config
 from census_scvi.training.fit import slow_precision
 
 settings = load_config(sys.argv[1], ["train.precision=bf16"]).train

@@ -20,16 +20,17 @@ from hypothesis import strategies as st
 from pipeline import STAGES, Run
 
 from census_scvi.census.open import open_census
-from census_scvi.config import Config, OutputSection, load_config
 from census_scvi.errors import UserError
 from census_scvi.files.atomic import write_json
 from census_scvi.files.place import recorded
 from census_scvi.files.uri import absolute, file_system, local_path, tiledb_place, without_credentials
 from census_scvi.query.reference import Origin, RunEmbedding
 from census_scvi.report import html
-from census_scvi.workspace import Artifacts, Workspace
+from census_scvi.settings import Config, load_config
+from census_scvi.workspace import Workspace
 from census_scvi.workspace.identity import BLOCK_BYTES, damage, file_identity
 from census_scvi.workspace.provenance import peak_memory_bytes
+from census_scvi.workspace.settings import OutputSection
 
 KEYS = ("hvg", "seed")
 
@@ -251,7 +252,7 @@ def test_no_gap_in_a_manifest_is_a_traceback(
                 lambda: workspace.begin("prepare", config.select(KEYS), {}, force=False),
                 lambda: Origin.of(str(run.directory)),
                 lambda: RunEmbedding(run.directory, census),
-                lambda: html._training(config),
+                lambda: html._training(config.directory),
                 lambda: [workspace.whole_record(stage) for stage in STAGES],
             ):
                 try:
@@ -358,7 +359,7 @@ def test_large_files_are_hashed_in_blocks(tmp_path: Path) -> None:
 
 
 def test_names_of_artifacts_follow_the_config(tmp_path: Path) -> None:
-    names = Artifacts.of(config_of(tmp_path))
+    names = config_of(tmp_path).artifacts
     assert (names.prepared, names.model, names.genes) == ("anndata_model.h5ad", "scvi.model", "hv_genes.pkl")
 
 

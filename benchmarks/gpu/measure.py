@@ -290,9 +290,9 @@ def training(
     prepared: Path, hidden: int, probe: Any, *, workers: int = 1, tf32: bool = False, **settings: Any
 ) -> float:
     """Seconds of this project's training, with `probe` among the callbacks."""
-    from census_scvi.config import Config
     from census_scvi.counts.data_module import PreparedDataModule
     from census_scvi.model.build import build_model
+    from census_scvi.settings import Config
     from census_scvi.training import fit as project
 
     chosen = Config().train.model_copy(update={"batch_size": MINIBATCH, "engine": "fast", "max_epochs": 1, **settings})

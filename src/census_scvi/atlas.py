@@ -25,8 +25,8 @@ from census_scvi.annotation.label_transfer import NEIGHBORS, check_method
 from census_scvi.census.cells import require_columns
 from census_scvi.census.genes import read_var
 from census_scvi.census.open import Census
+from census_scvi.census.settings import CensusSection
 from census_scvi.census.slices import Embedding
-from census_scvi.config import CensusSection
 from census_scvi.config.arguments import require_number, require_whole
 from census_scvi.config.messages import suggestion
 from census_scvi.config.random_streams import draw

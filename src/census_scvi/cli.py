@@ -19,13 +19,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
-from census_scvi.config import Config, load_config
 from census_scvi.config.extras import require_extra
 from census_scvi.config.messages import suggestion
-from census_scvi.config.settings_table import help_of_stage
 from census_scvi.config.stages import STAGES, Stage
 from census_scvi.errors import UserError
 from census_scvi.files.paths import expand_argument
+from census_scvi.settings import Config, load_config
+from census_scvi.settings.table import help_of_stage
 from census_scvi.terminal.printing import on_one_line, printable
 from census_scvi.terminal.stopping import Stopped, Stopping, say
 

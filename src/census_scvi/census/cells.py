@@ -13,7 +13,6 @@ import pyarrow as pa
 import tiledbsoma
 
 from census_scvi.census.open import Census, cannot_be_read, is_damage
-from census_scvi.config import Config
 from census_scvi.config.messages import shown, suggestion
 from census_scvi.config.obs_filter import FilterError, usable_filter
 from census_scvi.errors import UserError
@@ -45,14 +44,6 @@ class Cells:
     def batch_sizes(self) -> pd.Series:
         """Cells a batch, indexed by label."""
         return pd.Series(np.bincount(self.batch_codes, minlength=len(self.batches)), index=self.batches)
-
-
-def training_filter(config: Config) -> str | None:
-    """Value filter of the cells to train on: `(obs_query) and (obs_query_model)` and the least number of genes."""
-    parts = [config.census.obs_query, config.census.obs_query_model]
-    if config.hvg.min_genes:
-        parts.append(f"nnz >= {config.hvg.min_genes}")
-    return " and ".join(f"({part})" for part in parts if part) or None
 
 
 def select_cells(

@@ -21,7 +21,7 @@ import tiledbsoma
 from census_scvi.census.cells import require_columns, select_cells, soma_filter
 from census_scvi.census.hvg.select import count_detections, select_in_one_pass
 from census_scvi.census.open import Census, reading
-from census_scvi.config import HvgSection
+from census_scvi.census.settings import HvgSection
 from census_scvi.errors import UserError
 
 log = logging.getLogger(__name__)

@@ -12,8 +12,8 @@ from typing import Any
 import cellxgene_census
 import tiledbsoma
 
+from census_scvi.census.settings import CensusSection
 from census_scvi.census.storage import refused_by_store, soma_context, use_settings
-from census_scvi.config import CensusSection
 from census_scvi.errors import UserError
 from census_scvi.files.uri import local_path, tiledb_place, without_credentials
 

@@ -14,8 +14,8 @@ import scipy.sparse as sp
 import scvi
 from pydantic import ValidationError
 
-from census_scvi.config import ModelSection
 from census_scvi.model.families import SCVI, family_of
+from census_scvi.model.settings import ModelSection
 
 # scvi-tools warns of batches with fewer cells than this.
 _CELLS_A_BATCH = 3

@@ -7,8 +7,8 @@ from typing import Any
 import scvi
 import torch
 
-from census_scvi.config import ModelSection
 from census_scvi.model.build import build_model, init_arguments
+from census_scvi.model.settings import ModelSection
 
 
 def built_facts(model: scvi.model.SCVI, genes: list[str]) -> dict[str, Any]:

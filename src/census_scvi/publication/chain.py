@@ -17,7 +17,7 @@ from census_scvi.census.cells import Cells, select_cells
 from census_scvi.census.embedding import EmbeddingHash, publication_of, published_uri, read_cells, read_embedding
 from census_scvi.census.genes import locate_genes
 from census_scvi.census.open import Census, open_census
-from census_scvi.config import CensusSection, GatesSection
+from census_scvi.census.settings import CensusSection
 from census_scvi.config.renamed import translate_recorded_config
 from census_scvi.counts.row_hash import row_hashes
 from census_scvi.errors import UserError
@@ -31,6 +31,7 @@ from census_scvi.model.safe import load_safe
 from census_scvi.publication.gates import architecture, broken_verdicts, re_embedding
 from census_scvi.publication.sample import draw_rows, read_sample
 from census_scvi.publication.sealed import COUNT_HASH, SEALED_EMBEDDING, read_sealed
+from census_scvi.publication.settings import GatesSection
 from census_scvi.publication.summary import provenance_of
 
 # Gates that every record has, whichever version wrote it.

@@ -12,16 +12,17 @@ import scvi
 
 from census_scvi.census.cells import Cells
 from census_scvi.census.genes import read_genes
-from census_scvi.config import Config
 from census_scvi.counts.order import BLOCK_ROWS
 from census_scvi.counts.reader import PreparedCells
 from census_scvi.model.facts import built_facts, expected_facts
 from census_scvi.model.safe import ModelDescription
+from census_scvi.model.settings import ModelSection
 from census_scvi.neighbors.log_pca import log_pca
 from census_scvi.publication import gates
 from census_scvi.publication.gates import Gate, LatentMoments
 from census_scvi.publication.neighbor_overlap import label_share
 from census_scvi.publication.sample import Sample
+from census_scvi.publication.settings import GatesSection
 from census_scvi.workspace import Artifacts, Workspace
 
 _ROWS = 2**16
@@ -30,19 +31,27 @@ _COMPONENTS = 50
 
 
 def measure(
-    config: Config,
+    directory: Path,
+    artifacts: Artifacts,
+    bounds: GatesSection,
+    settings: ModelSection,
     cells: Cells,
     gene_joinids: npt.NDArray[np.int64],
     model: scvi.model.SCVI,
     description: ModelDescription,
     sample: Sample,
+    *,
+    min_share: float,
+    seed: int,
 ) -> list[Gate]:
     """All gates of an embedding.
 
     Parameters
     ----------
-    config
-        The config of the run.
+    directory, artifacts
+        The run directory, and the names of what is in it.
+    bounds, settings
+        The sections `gates` and `model`.
     cells
         The cells of `obs_query` in the Census.
     gene_joinids
@@ -51,11 +60,14 @@ def measure(
         The trained model in its safe form.
     sample
         Cells read again.
+    min_share
+        `genes.min_share`.
+    seed
+        Seed of the PCA and of intervals.
     """
-    artifacts, bounds = Artifacts.of(config), config.gates
-    latent = np.load(config.directory / artifacts.latent, mmap_mode="r")
-    joinids = np.load(config.directory / artifacts.latent_joinids)
-    hashes = np.load(config.directory / artifacts.latent_hashes)
+    latent = np.load(directory / artifacts.latent, mmap_mode="r")
+    joinids = np.load(directory / artifacts.latent_joinids)
+    hashes = np.load(directory / artifacts.latent_hashes)
     found = [gates.same_cells(cells.joinids, joinids)]
     moments = _moments(latent)
     found += [
@@ -64,12 +76,12 @@ def measure(
         gates.duplicate_dimensions(moments, bounds.max_correlation),
         gates.effective_rank(moments, min(bounds.min_effective_rank, latent.shape[1])),
     ]
-    counts = _gene_counts(config.directory / artifacts.prepared)
-    found += gates.gene_coverage(gene_joinids >= 0, counts, config.genes.min_share)
-    genes = read_genes(config.directory / artifacts.genes)
-    expected = expected_facts(config.model, genes, description.batches)
+    counts = _gene_counts(directory / artifacts.prepared)
+    found += gates.gene_coverage(gene_joinids >= 0, counts, min_share)
+    genes = read_genes(directory / artifacts.genes)
+    expected = expected_facts(settings, genes, description.batches)
     found.append(gates.architecture(expected, built_facts(model, description.genes)))
-    trained = Workspace(config.directory).record("train") or {}
+    trained = Workspace(directory).record("train") or {}
     found += gates.training_gates(trained.get("learning_curves", {}), bounds.max_elbo_fall, bounds.max_elbo_gap)
     if not found[0].passed:  # rows and cells do not belong together: nothing below could be compared
         return found
@@ -83,7 +95,7 @@ def measure(
         gates.order(hashes, latent, joinids, bounds.max_difference),
         gates.active_units(variance, bounds.min_active_units),
     ]
-    return found + _warnings(config, sample, published)
+    return found + _warnings(bounds.label, sample, published, seed)
 
 
 def _comparable(sample: Sample, description: ModelDescription) -> npt.NDArray[np.bool_]:
@@ -112,13 +124,12 @@ def _gene_counts(prepared: Path) -> npt.NDArray[np.float64]:
     return counts
 
 
-def _warnings(config: Config, sample: Sample, published: npt.NDArray[np.float32]) -> list[Gate]:
+def _warnings(label: str, sample: Sample, published: npt.NDArray[np.float32], seed: int) -> list[Gate]:
     """Separation of cell types and mixing of batches, compared with a PCA of the same cells and genes."""
-    label = config.gates.label
     types, batches = (sample.obs[name].astype(str).to_numpy() for name in (label, "batch"))
-    pca = _pca(sample, config.seed)
-    separation = [label_share(space, types, seed=config.seed) for space in (published, pca)]
-    mixing = [label_share(space, batches, within=types, seed=config.seed) for space in (published, pca)]
+    pca = _pca(sample, seed)
+    separation = [label_share(space, types, seed=seed) for space in (published, pca)]
+    mixing = [label_share(space, batches, within=types, seed=seed) for space in (published, pca)]
     return [
         Gate(
             "cell_type_separation",

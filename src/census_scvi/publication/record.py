@@ -13,11 +13,11 @@ import numpy.typing as npt
 
 from census_scvi.census.embedding import EmbeddingHash
 from census_scvi.census.open import MEASUREMENT
-from census_scvi.config import Config
 from census_scvi.files.json_file import read_json
 from census_scvi.files.place import recorded, without_paths
 from census_scvi.files.uri import local_path, without_credentials
-from census_scvi.workspace import Artifacts, provenance
+from census_scvi.publication.settings import PublishSection
+from census_scvi.workspace import provenance
 from census_scvi.workspace.identity import Identity
 
 log = logging.getLogger(__name__)
@@ -28,9 +28,11 @@ _NOT_OURS = ("config", "fingerprint")  # of a stage's record: the whole config i
 
 
 def publication_record(
-    config: Config,
+    settings: PublishSection,
     publication: str,
     *,
+    config: dict[str, Any],
+    folder: Path,
     experiment_uri: str,
     census: dict[str, Any],
     joinids: npt.NDArray[np.int64],
@@ -47,10 +49,14 @@ def publication_record(
 
     Parameters
     ----------
-    config
-        The config of the run.
+    settings
+        The section `publish`.
     publication
         Its id.
+    config
+        All settings of the run.
+    folder
+        The folder that is published with the embedding: paths are recorded relative to it.
     experiment_uri
         Where it is published.
     census
@@ -75,8 +81,7 @@ def publication_record(
     digest = EmbeddingHash()
     for start in range(0, len(joinids), _BLOCK_CELLS):
         digest.update(joinids[start : start + _BLOCK_CELLS], latent[start : start + _BLOCK_CELLS])
-    settings = config.publish
-    folder = (config.directory / Artifacts.of(config).published).absolute()
+    folder = folder.absolute()
     elsewhere = settings.model_uri if settings.model_uri and local_path(settings.model_uri) is None else None
     record = {
         "publication": publication,
@@ -100,7 +105,7 @@ def publication_record(
         "batches": n_batches,
         "genes_sha256": hashlib.sha256("\n".join(model["genes"]).encode()).hexdigest(),
         "model": {**model, "sha256": _whole(weights), "uri": elsewhere or THIS_FOLDER},
-        "config": without_paths(config.model_dump(mode="json"), folder),
+        "config": without_paths(config, folder),
         "stages": {
             stage: without_paths({name: value for name, value in values.items() if name not in _NOT_OURS}, folder)
             for stage, values in stages.items()
@@ -110,7 +115,7 @@ def publication_record(
         "code": provenance.code_state(),
         "packages": provenance.package_versions(),
         "hardware": provenance.hardware(),
-        "seed": config.seed,
+        "seed": config["seed"],
     }
     return dict(without_credentials(record))
 

@@ -9,12 +9,12 @@ import tiledbsoma
 from census_scvi.census.embedding import publication_of, published_uri
 from census_scvi.census.open import MEASUREMENT, Census
 from census_scvi.census.storage import soma_context
-from census_scvi.config import PublishSection
 from census_scvi.errors import UserError
 from census_scvi.files.lock import directory_lock
 from census_scvi.files.uri import local_path, tiledb_place
 from census_scvi.publication.obsm import check_target
 from census_scvi.publication.sample import Sample
+from census_scvi.publication.settings import PublishSection
 
 _IDENTIFYING = ("dataset_id", "observation_joinid", "donor_id", "assay")
 

@@ -16,6 +16,7 @@ import scvi
 from census_scvi.census.cells import Cells, matching_joinids, require_columns
 from census_scvi.census.genes import locate_genes
 from census_scvi.census.open import Census, open_census
+from census_scvi.census.settings import CensusSection
 from census_scvi.census.slices import (
     Embedding,
     choose_cells,
@@ -25,7 +26,6 @@ from census_scvi.census.slices import (
     read_positions,
 )
 from census_scvi.census.stream import Block
-from census_scvi.config import CensusSection
 from census_scvi.errors import UserError
 from census_scvi.files.uri import without_credentials
 from census_scvi.model.safe import ModelDescription

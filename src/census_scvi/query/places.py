@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from census_scvi.config import Config
 from census_scvi.counts.other_formats import check_path
 from census_scvi.errors import UserError
 from census_scvi.files.writable import require_writable
 from census_scvi.model.source import Kind, Source
+from census_scvi.query.settings import QuerySection
 from census_scvi.workspace import Workspace
 from census_scvi.workspace.beside import Beside
 
@@ -16,16 +16,16 @@ from census_scvi.workspace.beside import Beside
 _SUFFIXES = (".json", ".png")
 
 
-def query_source(config: Config) -> Path:
+def query_source(settings: QuerySection) -> Path:
     """The file with the cells; UserError where none is named or there is none."""
-    if config.query.file is None:
+    if settings.file is None:
         raise UserError("query.file is not set; name the .h5ad with your cells: query.file=my-cells.h5ad")
-    source = Path(config.query.file)
+    source = Path(settings.file)
     check_path(source)
     return source
 
 
-def query_results(config: Config) -> Beside:
+def query_results(settings: QuerySection, directory: Path) -> Beside:
     """The .h5ad that is written and the files next to it.
 
     Raises
@@ -33,23 +33,22 @@ def query_results(config: Config) -> Beside:
     UserError
         One cannot be written, or is the file with the cells; or there is no model.
     """
-    source = query_source(config)
-    target = Path(config.query.output) if config.query.output else source.with_name(f"{source.stem}-mapped.h5ad")
+    source = query_source(settings)
+    target = Path(settings.output) if settings.output else source.with_name(f"{source.stem}-mapped.h5ad")
     if target.suffix in _SUFFIXES:
         raise UserError(f"query.output ends in {target.suffix}, like the report or a picture; expected NAME.h5ad")
-    for path in (target, *files_beside(config, target)):
+    for path in (target, *files_beside(settings, target)):
         require_writable(path, "query.output")
         if path.exists() and path.samefile(source):
             raise UserError(f"query.output is query.file, {source}; name another file")
     with_model = (Kind.RUN, Kind.PUBLISHED, Kind.MODEL)
-    if config.query.model is None and Source.at(config.output.directory).kind not in with_model:
-        Workspace(config.directory).require_run("name it in output.directory, or a published model in query.model")
+    if settings.model is None and Source.at(str(directory)).kind not in with_model:
+        Workspace(directory).require_run("name it in output.directory, or a published model in query.model")
     return Beside(target, target.with_suffix(".json"), "query.output")
 
 
-def files_beside(config: Config, target: Path) -> list[Path]:
+def files_beside(settings: QuerySection, target: Path) -> list[Path]:
     """The files that are written next to the .h5ad: pictures and the report."""
-    settings = config.query
     pictures = [quality_picture(target, labels) for labels in settings.labels] if settings.baseline_cells else []
     if settings.umap_cells:
         pictures.append(target.with_suffix(".png"))

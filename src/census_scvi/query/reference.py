@@ -15,10 +15,10 @@ import tiledbsoma
 from census_scvi.census.embedding import published_uri, read_some
 from census_scvi.census.genes import locate_genes
 from census_scvi.census.open import Census
+from census_scvi.census.settings import CensusSection
 from census_scvi.census.slices import Embedding, Joinids, Values
 from census_scvi.census.storage import soma_context
 from census_scvi.census.stream import stream_blocks
-from census_scvi.config import CensusSection
 from census_scvi.errors import UserError
 from census_scvi.files.place import resolved
 from census_scvi.files.uri import local_path, tiledb_place

@@ -14,17 +14,17 @@ import numpy.typing as npt
 import pandas as pd
 import yaml
 
-from census_scvi.config import Config
+from census_scvi.config.run_names import QA
 from census_scvi.errors import UserError
 from census_scvi.files.atomic import write_text
-from census_scvi.files.uri import without_credentials
 from census_scvi.metrics.score import BATCH, BIOLOGY, CHANCE, MIXED, WITHIN, Score
 from census_scvi.neighbors.umap_map import UmapMap
 from census_scvi.report import figures
 from census_scvi.report.groups import same_groups
 from census_scvi.report.result import Evaluation
+from census_scvi.report.settings import EvaluateSection
 from census_scvi.report.slice import PCA, Slice
-from census_scvi.workspace import Artifacts, Workspace
+from census_scvi.workspace import Workspace
 
 _COLOURED_BY = ("cell_type", "dataset_id", "assay", "donor_id")
 _CURVES = ("elbo_train", "elbo_validation")
@@ -33,7 +33,14 @@ MOST_ROWS = 60
 
 
 def write_report(
-    path: Path, config: Config, cells: Slice, measured: npt.NDArray[np.int64], found: Evaluation, record: dict[str, Any]
+    path: Path,
+    settings: EvaluateSection,
+    directory: Path,
+    cells: Slice,
+    measured: npt.NDArray[np.int64],
+    found: Evaluation,
+    record: dict[str, Any],
+    config: dict[str, Any],
 ) -> None:
     """Draw the maps and write the page.
 
@@ -41,20 +48,22 @@ def write_report(
     ----------
     path
         report.html.
-    config
-        The config.
+    settings, directory
+        The section `evaluate`, and the run directory.
     cells, measured
         The slice, and int64 rows of the cells that were measured.
     found
         What was measured.
     record
         metrics.json.
+    config
+        Sections that repeat the evaluation, to be shown.
     """
     template = files("census_scvi.report").joinpath("report.html.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=True, trim_blocks=True)
     environment.filters |= {"shown": _shown, "place": _place}
     spaces = [*cells.spaces]
-    maps, unmapped = _maps(config, cells, measured)
+    maps, unmapped = _maps(settings, cells, measured, record["seed"])
     page = environment.from_string(template).render(
         record=record,
         spaces=spaces,
@@ -63,21 +72,22 @@ def write_report(
         unmapped=unmapped,
         tables=_tables(found, spaces),
         breakdowns=_breakdowns(found, spaces),
-        training=_training(config),
-        gates=_gates(config),
+        training=_training(directory),
+        gates=_gates(directory),
         most_rows=MOST_ROWS,
-        config_text=yaml.safe_dump(_settings(config), sort_keys=False),
+        config_text=yaml.safe_dump(config, sort_keys=False),
     )
     write_text(path, page)
 
 
-def _maps(config: Config, cells: Slice, measured: npt.NDArray[np.int64]) -> tuple[list[dict[str, Any]], dict[str, str]]:
+def _maps(
+    settings: EvaluateSection, cells: Slice, measured: npt.NDArray[np.int64], seed: int
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """For each column that cells are coloured by: its legend, and a picture of each embedding; and one-valued columns.
 
     Columns that divide the cells alike share their pictures.
     """
-    positions = {name: UmapMap(points[measured], seed=config.seed).positions for name, points in cells.spaces.items()}
-    settings = config.evaluate
+    positions = {name: UmapMap(points[measured], seed=seed).positions for name, points in cells.spaces.items()}
     columns = dict.fromkeys([*settings.labels, *_COLOURED_BY, *settings.batches])
     labels = {name: cells.obs[name].iloc[measured] for name in columns if name in cells.obs}
     unmapped = {name: _only_value(values) for name, values in labels.items() if values.nunique(dropna=False) < 2}
@@ -87,9 +97,7 @@ def _maps(config: Config, cells: Slice, measured: npt.NDArray[np.int64]) -> tupl
         if column in unmapped or column in same_as:
             continue
         legend = figures.legend_of(values)
-        pictures = {
-            name: figures.map_image(places, values, legend, seed=config.seed) for name, places in positions.items()
-        }
+        pictures = {name: figures.map_image(places, values, legend, seed=seed) for name, places in positions.items()}
         same = [name for name, first in same_as.items() if first == column]
         shown.append({"column": column, "same": same, "legend": legend, "pictures": pictures})
     return shown, unmapped
@@ -139,9 +147,9 @@ def _breakdowns(found: Evaluation, spaces: list[str]) -> list[dict[str, Any]]:
     return shown
 
 
-def _training(config: Config) -> dict[str, Any] | None:
+def _training(directory: Path) -> dict[str, Any] | None:
     """What the run directory says of how the model was trained."""
-    workspace = Workspace(config.directory)
+    workspace = Workspace(directory)
     prepare, train = workspace.whole_record("prepare"), workspace.whole_record("train")
     if not prepare or not train:
         return None
@@ -155,20 +163,14 @@ def _training(config: Config) -> dict[str, Any] | None:
     }
 
 
-def _gates(config: Config) -> list[dict[str, Any]]:
-    path = config.directory / Artifacts.of(config).qa
+def _gates(directory: Path) -> list[dict[str, Any]]:
+    path = directory / QA
     if not path.exists():
         return []
     try:
         return list(json.loads(path.read_text(encoding="utf-8"))["gates"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}); remove it, or run scvi-publish.py again") from None
-
-
-def _settings(config: Config) -> dict[str, Any]:
-    """The sections that an evaluation reads, without credentials."""
-    values = without_credentials(config.model_dump(mode="json"))
-    return {name: values[name] for name in ("census", "anndata", "hvg", "evaluate", "output", "seed")}
 
 
 def _shown(value: Any) -> str:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from census_scvi.config import Config
+from pathlib import Path
+
+from census_scvi.report.settings import EvaluateSection
 from census_scvi.workspace import Workspace
 
 
-def embeddings_of(config: Config) -> dict[str, str]:
-    """Name in the report, and place, of each embedding; UserError where none is named and there is no run."""
-    if config.evaluate.embeddings:
-        return dict(config.evaluate.embeddings)
+def embeddings_of(settings: EvaluateSection, directory: Path) -> dict[str, str]:
+    """Name in the report, and place, of each embedding: those named, or that of the run directory.
+
+    UserError where none is named and nothing was run.
+    """
+    if settings.embeddings:
+        return dict(settings.embeddings)
     way_out = (
         "name the run in output.directory, or what to evaluate in evaluate.embeddings, for instance"
-        f" {{published: {config.publish.name}}} for obsm['{config.publish.name}'] of the Census"
+        " {published: scvi} for obsm['scvi'] of the Census"
     )
-    Workspace(config.directory).require_run(way_out)
-    return {"scVI": str(config.directory)}
+    Workspace(directory).require_run(way_out)
+    return {"scVI": str(directory)}
 
 
-def evaluation_setting(config: Config) -> str:
+def evaluation_setting(settings: EvaluateSection) -> str:
     """The setting that says where the report goes."""
-    return "evaluate.folder" if config.evaluate.folder else "output.directory"
+    return "evaluate.folder" if settings.folder else "output.directory"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import anndata as ad
 import numpy as np
@@ -17,15 +18,16 @@ from census_scvi.census.cells import batch_label
 from census_scvi.census.genes import locate_genes, read_genes, read_var
 from census_scvi.census.open import Census
 from census_scvi.census.slices import choose_cells, read_counts_of, read_obs_of, read_positions
-from census_scvi.config import Config
 from census_scvi.config.messages import suggestion
 from census_scvi.config.random_streams import Stream, draw, generator
+from census_scvi.config.run_names import GENES
 from census_scvi.errors import UserError
 from census_scvi.files.uri import without_credentials
 from census_scvi.neighbors.log_pca import log_pca
 from census_scvi.query.reference import open_embedding
 from census_scvi.report.named import embeddings_of
-from census_scvi.workspace import Artifacts, Workspace
+from census_scvi.report.settings import EvaluateSection
+from census_scvi.workspace import Workspace
 
 log = logging.getLogger(__name__)
 
@@ -69,37 +71,53 @@ class Slice:
         return np.array([None if value is None or str(value) in VAGUE else value for value in values], dtype=object)
 
 
-def read_slice(config: Config, census: Census) -> Slice:
-    """Read what `evaluate` names.
+def read_slice(
+    census: Census, settings: EvaluateSection, directory: Path, *, batch_key: list[str], n_genes: int, seed: int
+) -> Slice:
+    """Read what the settings name.
+
+    Parameters
+    ----------
+    census
+        Where the cells are.
+    settings
+        The section `evaluate`.
+    directory
+        The run directory: its embedding where none is named, and its genes for the PCA where it has them.
+    batch_key
+        obs columns whose combination is the batch.
+    n_genes
+        Number of variable genes for the PCA, where the run directory has none.
+    seed
+        Seed of what is drawn at random.
 
     Raises
     ------
     UserError
         No cell matches, or no embedding is there.
     """
-    settings = config.evaluate
     joinids, n_matching = choose_cells(
         census,
         settings.obs_filter,
         max_cells=settings.max_cells,
-        numbers=generator(config.seed, Stream.EVALUATED_CELLS),
+        numbers=generator(seed, Stream.EVALUATED_CELLS),
         setting="evaluate.obs_filter",
     )
     problems: list[str] = []
-    spaces, joinids = _embeddings(config, census, joinids, problems)
-    obs = _obs(config, census, joinids, problems)
+    spaces, joinids = _embeddings(census, joinids, embeddings_of(settings, directory), problems)
+    obs = _obs(census, joinids, settings, batch_key, problems)
     if settings.baseline:
         log.info("PCA of the counts of %s cells", f"{len(joinids):,}")
-        spaces = {PCA: _pca(config, census, joinids), **spaces}
+        genes = _genes(census, joinids, directory, n_genes, seed)
+        spaces = {PCA: log_pca(_counts(census, joinids, genes)), **spaces}
     return Slice(obs, spaces, n_matching, problems)
 
 
 def _embeddings(
-    config: Config, census: Census, joinids: npt.NDArray[np.int64], problems: list[str]
+    census: Census, joinids: npt.NDArray[np.int64], named: dict[str, str], problems: list[str]
 ) -> tuple[dict[str, npt.NDArray[np.float32]], npt.NDArray[np.int64]]:
     """Each embedding, of the cells that are in all of them; an embedding that cannot be read is skipped."""
     read = {}
-    named = embeddings_of(config)
     for name, place in named.items():
         try:
             embedding = open_embedding(place, census)
@@ -129,8 +147,9 @@ def _embeddings(
     return {name: values[np.searchsorted(found, common)] for name, (found, values) in read.items()}, common
 
 
-def _obs(config: Config, census: Census, joinids: npt.NDArray[np.int64], problems: list[str]) -> pd.DataFrame:
-    settings, key = config.evaluate, config.anndata.batch_key
+def _obs(
+    census: Census, joinids: npt.NDArray[np.int64], settings: EvaluateSection, key: list[str], problems: list[str]
+) -> pd.DataFrame:
     known = [name for name in census.experiment.obs.schema.names if name != "soma_joinid"]
     wanted = [*settings.labels, *settings.batches, *_SHOWN, *key, _TERMS]
     if settings.donors:
@@ -151,26 +170,21 @@ def _obs(config: Config, census: Census, joinids: npt.NDArray[np.int64], problem
     return obs
 
 
-def _pca(config: Config, census: Census, joinids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-    """PCA of log-normalised counts in the genes of the run, or where there is no run in variable genes."""
-    genes = _genes(config, census, joinids)
-    return log_pca(_counts(census, joinids, genes))
-
-
-def _genes(config: Config, census: Census, joinids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """soma_joinids of the genes."""
-    genes = Artifacts.of(config).genes
-    path = config.directory / genes
+def _genes(
+    census: Census, joinids: npt.NDArray[np.int64], directory: Path, n_genes: int, seed: int
+) -> npt.NDArray[np.int64]:
+    """soma_joinids of the genes of the run, or where there is no run of variable genes."""
+    path = directory / GENES
     if path.exists():
-        Workspace(config.directory).check("prepare", [genes])
+        Workspace(directory).check("prepare", [GENES])
         found = locate_genes(census, read_genes(path), 0.0)
         return found[found >= 0]
     every = read_var(census)["soma_joinid"].to_numpy()
-    some = joinids[draw(len(joinids), _GENE_CELLS, generator(config.seed, Stream.CELLS_FOR_GENES))]
+    some = joinids[draw(len(joinids), _GENE_CELLS, generator(seed, Stream.CELLS_FOR_GENES))]
     cells = ad.AnnData(_counts(census, some, every))
     sc.pp.filter_genes(cells, min_cells=1)
     kept = sc.pp.highly_variable_genes(
-        cells, flavor="seurat_v3", n_top_genes=min(config.hvg.top_n_hvg, cells.n_vars), inplace=False
+        cells, flavor="seurat_v3", n_top_genes=min(n_genes, cells.n_vars), inplace=False
     )["highly_variable"].to_numpy()
     return every[cells.var_names.astype(int)[kept]]
 

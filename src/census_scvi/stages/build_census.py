@@ -12,7 +12,7 @@ from census_scvi.stages.plan import Plan
 from census_scvi.terminal.printing import printable
 
 if TYPE_CHECKING:
-    from census_scvi.local_census.config import BuildConfig
+    from census_scvi.local_census.settings import BuildConfig
     from census_scvi.local_census.sources import H5adSource
     from census_scvi.local_census.write import BuildReport
 
@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
         _run_demo(arguments)
         return
     # The YAML first: a wrong key is answered before the heavy imports.
-    from census_scvi.local_census.config import load_build_config
+    from census_scvi.local_census.settings import load_build_config
 
     config = load_build_config(arguments.source or arguments.config, data=arguments.data, overrides=arguments.settings)
     if arguments.dry_run:

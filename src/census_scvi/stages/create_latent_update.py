@@ -17,7 +17,6 @@ from census_scvi.census.cells import Cells, select_cells, soma_filter
 from census_scvi.census.genes import locate_genes, read_genes
 from census_scvi.census.open import Census, open_census
 from census_scvi.census.stream import Block, consecutive, stream_blocks, stream_obs, tile_runs
-from census_scvi.config import Config
 from census_scvi.config.random_streams import Stream, draw, generator
 from census_scvi.config.stages import STAGES
 from census_scvi.counts.row_hash import row_hashes
@@ -26,6 +25,7 @@ from census_scvi.model.encode import Encoder, Latent, extend_batches, labels_wit
 from census_scvi.model.latent_store import LatentStore
 from census_scvi.model.minified import save_minified
 from census_scvi.model.safe import ModelDescription, load_safe, read_description
+from census_scvi.settings import Config
 from census_scvi.stages.inputs import inputs_of
 from census_scvi.stages.plan import Plan
 from census_scvi.stages.protocol import Task
@@ -215,7 +215,7 @@ def _on_device(model: scvi.model.SCVI, config: Config) -> scvi.model.SCVI:
 
 def plan(config: Config) -> Plan:
     """Cells from the Census, time from a block that is read and encoded."""
-    artifacts = Artifacts.of(config)
+    artifacts = config.artifacts
     inputs_of(STAGES["create-latent-update"], config)
     description = _fitting_description(config, artifacts)
     with open_census(config.census) as census:

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from census_scvi.cli import guarded, main
-from census_scvi.config import Config, load_config
 from census_scvi.config.stages import PIPELINE
 from census_scvi.errors import UserError
 from census_scvi.files.uri import local_path
-from census_scvi.workspace import Artifacts, Workspace
+from census_scvi.settings import Config, load_config
+from census_scvi.workspace import Workspace
 
 CONFIG = "configs/demo.yaml"
 
@@ -33,7 +33,7 @@ def _run(overrides: list[str]) -> None:
     for number, stage in enumerate(PIPELINE, start=2):
         _say(f"{number}. scvi-{stage}.py --config {CONFIG}")
         _require_done(main(stage, ["--config", CONFIG, *overrides]), f"in {stage}; the line above says why")
-    published = str(config.directory / Artifacts.of(config).published)
+    published = str(config.directory / config.artifacts.published)
     verification = [published, "--census", str(config.census.uri)]
     _say(f"6. scvi-verify.py {' '.join(verification)}")
     _require_done(main("verify", verification), "since what it published is not valid; the lines above say where")
@@ -75,7 +75,7 @@ def _draw(config: Config, picture: Path) -> None:
 
     from census_scvi.pictures.umap import draw_before_and_after
 
-    names = Artifacts.of(config)
+    names = config.artifacts
     cells = ad.read_h5ad(config.directory / names.prepared)
     latent = np.load(config.directory / names.latent, mmap_mode="r")
     joinids = np.load(config.directory / names.latent_joinids)
@@ -86,7 +86,7 @@ def _draw(config: Config, picture: Path) -> None:
 def artifact_table(config: Config, more: Sequence[Path] = ()) -> str:
     """Every artifact of a run: path, size, what it holds."""
     workspace = Workspace(config.directory)
-    names = Artifacts.of(config)
+    names = config.artifacts
     prepared, trained, embedded, _ = ((workspace.whole_record(stage) or {})["counts"] for stage in PIPELINE)
     shape = f"{prepared['cells']:,} cells x {prepared['genes']:,} genes"
     contents = {
@@ -118,7 +118,7 @@ def _size(path: Path) -> str:
 
 
 def _next_steps(config: Config) -> str:
-    folder = config.directory / Artifacts.of(config).minified
+    folder = config.directory / config.artifacts.minified
     return f"\n  next: python -c 'import scvi; print(scvi.model.SCVI.load(\"{folder}\"))'  (in .venv/bin)\n"
 
 

@@ -14,7 +14,6 @@ import numpy.typing as npt
 
 from census_scvi.census.cells import read_obs
 from census_scvi.census.open import open_census
-from census_scvi.config import Config
 from census_scvi.config.random_streams import Stream, draw, generator
 from census_scvi.config.run_names import METRICS, REPORT
 from census_scvi.errors import UserError
@@ -32,6 +31,7 @@ from census_scvi.report.html import write_report
 from census_scvi.report.named import embeddings_of, evaluation_setting
 from census_scvi.report.result import Evaluation
 from census_scvi.report.slice import PCA, Slice, read_slice
+from census_scvi.settings import Config
 from census_scvi.stages.plan import Plan
 from census_scvi.stages.protocol import Task
 from census_scvi.terminal.progress import progress_bar
@@ -55,7 +55,14 @@ def run(task: Task) -> None:
     if (folder / REPORT).is_file() and not stage.forced:  # of an earlier version, which kept no record
         raise UserError(f"{folder / REPORT} exists; name another evaluate.folder, or replace it with --force")
     stage.start()
-    cells = read_slice(config, task.census)
+    cells = read_slice(
+        task.census,
+        config.evaluate,
+        config.directory,
+        batch_key=config.anndata.batch_key,
+        n_genes=config.hvg.top_n_hvg,
+        seed=config.seed,
+    )
     measured = _measured_rows(config, cells)
     found = evaluate(config, cells, measured)
     if not any(found.scores.values()):
@@ -82,7 +89,9 @@ def run(task: Task) -> None:
     record = without_credentials(json_values(record))
     write_json(stage.path(METRICS), record)
     log.info("drawing the report")
-    write_report(stage.path(REPORT), config, cells, measured, found, record)
+    write_report(
+        stage.path(REPORT), config.evaluate, config.directory, cells, measured, found, record, _shown_settings(config)
+    )
     task.commit([METRICS, REPORT], dict(record["cells"]), census=task.census.identity)
     for problem in found.problems:
         log.warning("%s", problem)
@@ -173,10 +182,16 @@ def _measured_rows(config: Config, cells: Slice) -> npt.NDArray[np.int64]:
     return draw(len(cells.obs), config.evaluate.measured_cells, numbers)
 
 
+def _shown_settings(config: Config) -> dict[str, Any]:
+    """The sections that an evaluation reads, without credentials."""
+    values = without_credentials(config.model_dump(mode="json"))
+    return {name: values[name] for name in ("census", "anndata", "hvg", "evaluate", "output", "seed")}
+
+
 def _latents(config: Config) -> dict[str, Any]:
     """Which embedding it was, of those that lie in a run directory: the identity of latent.npy."""
     found = {}
-    for name, place in embeddings_of(config).items():
+    for name, place in embeddings_of(config.evaluate, config.directory).items():
         path = local_path(place)
         if path is not None and (record := Workspace(path).record("create-latent-update")):
             found[name] = record["outputs"].get("latent.npy")
@@ -186,14 +201,14 @@ def _latents(config: Config) -> dict[str, Any]:
 def _folder(config: Config) -> Path:
     """Where to write; UserError where that cannot be."""
     folder = config.evaluation_folder
-    require_writable_folder(folder, [METRICS, REPORT], evaluation_setting(config))
+    require_writable_folder(folder, [METRICS, REPORT], evaluation_setting(config.evaluate))
     return folder
 
 
 def plan(config: Config) -> Plan:
     """Size from the Census; the time is that of two cores."""
     settings = config.evaluate
-    places, folder = embeddings_of(config).values(), _folder(config)
+    places, folder = embeddings_of(config.evaluate, config.directory).values(), _folder(config)
     with open_census(config.census) as census:
         n_matching = sum(
             len(table) for table in read_obs(census, settings.obs_filter, ["soma_joinid"], "evaluate.obs_filter")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from census_scvi.config import Config
 from census_scvi.config.run_names import DESCRIPTION, PROVENANCE, WEIGHTS
 from census_scvi.config.stages import Stage
 from census_scvi.errors import UserError
@@ -15,6 +14,7 @@ from census_scvi.files.uri import tiledb_place, without_credentials
 from census_scvi.model.source import Kind, Source
 from census_scvi.query.places import query_source
 from census_scvi.report.named import embeddings_of
+from census_scvi.settings import Config
 from census_scvi.workspace import Artifacts, Workspace
 from census_scvi.workspace.identity import file_identity
 
@@ -33,15 +33,18 @@ def inputs_of(stage: Stage, config: Config, census: Census | None = None) -> Inp
         An earlier stage has not run, or a file is missing or not what it wrote.
     """
     if stage.name == "map-query":
-        return {"query.file": file_identity(query_source(config)), "model": _model(config)}
+        return {"query.file": file_identity(query_source(config.query)), "model": _model(config)}
     found: Inputs = {}
-    artifacts, workspace = Artifacts.of(config), Workspace(config.directory)
+    artifacts, workspace = config.artifacts, Workspace(config.directory)
     for earlier, names in stage.reads.items():
         found |= workspace.require(earlier, [getattr(artifacts, name) for name in names])
     if census is not None:
         found["census"] = census.identity
         if stage.name == "evaluate":
-            found |= {f"embedding {name}": _embedding(place, census) for name, place in embeddings_of(config).items()}
+            found |= {
+                f"embedding {name}": _embedding(place, census)
+                for name, place in embeddings_of(config.evaluate, config.directory).items()
+            }
     return found
 
 

@@ -16,7 +16,6 @@ from anndata.io import write_elem
 
 from census_scvi.annotation.annotator import EMPTY, PREDICTION
 from census_scvi.atlas import EMBEDDING, OWN_EMBEDDING, Atlas
-from census_scvi.config import Config
 from census_scvi.config.obs_filter import in_section
 from census_scvi.counts.h5ad import portable_frame
 from census_scvi.files.atomic import write_json
@@ -27,6 +26,7 @@ from census_scvi.pictures.umap import draw_on_reference
 from census_scvi.query.alignment import TooFewGenes
 from census_scvi.query.cells import QueryCells
 from census_scvi.query.places import files_beside, quality_picture, query_results, query_source
+from census_scvi.settings import Config
 from census_scvi.stages.plan import Plan
 from census_scvi.stages.protocol import Task
 
@@ -43,7 +43,7 @@ _FIXED_SECONDS, _CELLS_A_SECOND, _INDEX_SECONDS, _MAP_SECONDS = 12.0, 1500.0, 40
 def run(task: Task) -> None:
     """Embed the cells, predict their labels, and write the .h5ad, pictures and a report next to it."""
     config, settings, run = task.config, task.config.query, task.run
-    source, target = query_source(config), query_results(config).target
+    source, target = query_source(config.query), query_results(config.query, config.directory).target
     run.start()
     with (
         in_section("query"),
@@ -65,7 +65,7 @@ def run(task: Task) -> None:
             _place(atlas, mapped, config, run.path(target.with_suffix(".png").name))
     write_json(run.path(target.with_suffix(".json").name), json_values(_report(mapped, settings.labels)))
     _write(source, run.path(target.name), mapped)
-    written = [path for path in (target, *files_beside(config, target)) if run.path(path.name).exists()]
+    written = [path for path in (target, *files_beside(config.query, target)) if run.path(path.name).exists()]
     task.commit([path.name for path in written], {"cells": mapped.n_obs})
     log.info("wrote %s", ", ".join(map(str, written)))
 
@@ -183,7 +183,7 @@ def _storable(values: Any) -> Any:
 
 def plan(config: Config) -> Plan:
     """Size from the file; the time is that of two cores."""
-    source, target = query_source(config), query_results(config).target
+    source, target = query_source(config.query), query_results(config.query, config.directory).target
     settings = config.query
     with QueryCells(source) as cells:
         n_cells, place = len(cells), cells.find_counts(settings.counts, setting=_COUNTS)
@@ -196,7 +196,7 @@ def plan(config: Config) -> Plan:
             f"{_census(config) or 'the Census of the model'}: embedding and labels of up to"
             f" {settings.reference_cells:,} cells",
         ],
-        writes=[str(path) for path in (target, *files_beside(config, target))],
+        writes=[str(path) for path in (target, *files_beside(config.query, target))],
         cells=n_cells,
         genes=n_genes,
         memory=_BASE_MEMORY + _BYTES_A_CELL * (n_cells + settings.reference_cells),

@@ -13,21 +13,21 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from census_scvi.census.cells import Cells, require_columns, select_cells, soma_filter, training_filter
+from census_scvi.census.cells import Cells, require_columns, select_cells, soma_filter
 from census_scvi.census.genes import Selection, read_genes, read_var, select_genes, write_genes
 from census_scvi.census.hvg.tally import GeneTally
 from census_scvi.census.open import Census, open_census
 from census_scvi.census.schema import X_TILE
 from census_scvi.census.stream import stream_blocks, stream_obs, tile_runs
-from census_scvi.config import Config
 from census_scvi.counts.file_order import POOL_RUNS
 from census_scvi.counts.prepared_store import PART_POOLS, PreparedStore, count_nonzeros
 from census_scvi.counts.writer import H5adWriter
 from census_scvi.files.atomic import write_json
+from census_scvi.settings import Config
 from census_scvi.stages.plan import Plan, human_bytes
 from census_scvi.stages.protocol import Task
 from census_scvi.terminal.progress import progress_bar
-from census_scvi.workspace import Artifacts, StageRun
+from census_scvi.workspace import StageRun
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def run(task: Task) -> None:
     config, artifacts, census, stage = task.config, task.artifacts, task.census, task.run
     _check_columns(census, config)
     stage.start()
-    cells = select_cells(census, training_filter(config), config.anndata.batch_key)
+    cells = select_cells(census, config.training_filter, config.anndata.batch_key)
     _report_cells(cells)
     genes = _genes(stage, census, config, stage.path(artifacts.genes))
     counts = _write(census, cells, genes.feature_ids, config, stage.path(artifacts.prepared))
@@ -96,7 +96,7 @@ def _genes(stage: StageRun, census: Census, config: Config, path: Path) -> Selec
         log.info("resuming with %d genes that were selected before", len(genes))
         # Without the record, the run is of a version that had no genes.min_cells and excluded none.
         return Selection(genes, **(json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}))
-    selection = select_genes(census, training_filter(config), config.hvg, config.seed, config.genes.min_cells)
+    selection = select_genes(census, config.training_filter, config.hvg, config.seed, config.genes.min_cells)
     log.info("%d highly variable genes", len(selection.feature_ids))
     if selection.below_min_cells:
         log.info(
@@ -151,8 +151,8 @@ def plan(config: Config) -> Plan:
     """Cells and genes from the Census, the rest from some runs of cells that are read and timed."""
     with open_census(config.census) as census:
         _check_columns(census, config)
-        cells = select_cells(census, training_filter(config), config.anndata.batch_key)
-        groups = select_cells(census, training_filter(config), config.hvg.hvg_batch).batches
+        cells = select_cells(census, config.training_filter, config.anndata.batch_key)
+        groups = select_cells(census, config.training_filter, config.hvg.hvg_batch).batches
         var = read_var(census)
         n_genes = min(config.hvg.top_n_hvg, len(var))
         runs = tile_runs(cells.joinids)
@@ -171,10 +171,10 @@ def plan(config: Config) -> Plan:
     # Of the genes detected most often, variable ones are not all.
     nonzeros = (_VARIABLE if n_genes < len(var) else 1.0) * np.sort(detected)[::-1][:n_genes].sum() / n_sampled
     kept = n_cells * (nonzeros * _BYTES_A_NONZERO[config.anndata.compression] + _stored_bytes(obs) / n_sampled)
-    artifacts = Artifacts.of(config)
+    artifacts = config.artifacts
     return Plan(
         "prepare",
-        reads=[f"{census.identity['uri']} ({config.census.organism}), cells {training_filter(config) or 'all'}"],
+        reads=[f"{census.identity['uri']} ({config.census.organism}), cells {config.training_filter or 'all'}"],
         writes=[str(config.directory / name) for name in (artifacts.prepared, artifacts.genes)],
         cells=n_cells,
         genes=n_genes,

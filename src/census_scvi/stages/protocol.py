@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from census_scvi.config import Config
 from census_scvi.config.stages import STAGES, Stage
 from census_scvi.files.uri import without_credentials
 from census_scvi.query.places import query_results
 from census_scvi.report.named import evaluation_setting
+from census_scvi.settings import Config
 from census_scvi.stages.inputs import inputs_of
 from census_scvi.stages.plan import Plan
 from census_scvi.workspace import Artifacts, Workspace
@@ -93,7 +93,7 @@ def run_stage(name: str, config: Config, *, force: bool = False) -> None:
             log.info("%s is done for these settings in %s; --force runs it again", name, place)
             return
         try:
-            _module(stage).run(Task(config, Artifacts.of(config), run, place, census))
+            _module(stage).run(Task(config, config.artifacts, run, place, census))
         finally:
             if stage.progress is None:
                 run.discard()
@@ -108,9 +108,9 @@ def plan_stage(name: str, config: Config) -> Plan:
 def _place(stage: Stage, config: Config) -> tuple[Any, bool]:
     """Where the results lie, and whether the folder may be new."""
     if stage.name == "map-query":
-        return query_results(config), False
+        return query_results(config.query, config.directory), False
     if stage.name == "evaluate":
-        return Workspace(config.evaluation_folder, evaluation_setting(config)), True
+        return Workspace(config.evaluation_folder, evaluation_setting(config.evaluate)), True
     return Workspace(config.directory), not stage.reads
 
 

@@ -15,7 +15,6 @@ from census_scvi.census.cells import require_columns, select_cells
 from census_scvi.census.datasets import describe_data
 from census_scvi.census.genes import locate_genes
 from census_scvi.census.open import open_census
-from census_scvi.config import Config
 from census_scvi.config.run_names import PROGRESS, PROVENANCE
 from census_scvi.config.stages import STAGES
 from census_scvi.errors import UserError
@@ -29,11 +28,11 @@ from census_scvi.publication.obsm import EmbeddingDraft
 from census_scvi.publication.record import embedding_info, evaluation_of, publication_record, summary_row
 from census_scvi.publication.sample import draw_rows, read_sample
 from census_scvi.publication.summary import append_summary
+from census_scvi.settings import Config
 from census_scvi.stages.inputs import inputs_of
 from census_scvi.stages.plan import Plan
 from census_scvi.stages.protocol import Task
 from census_scvi.terminal.progress import progress_bar
-from census_scvi.workspace import Artifacts
 
 log = logging.getLogger(__name__)
 
@@ -101,12 +100,26 @@ class _Publishing:
         log.info("reading %s of %s cells again", f"{len(rows):,}", f"{len(cells):,}")
         sample = read_sample(self._census, cells, rows, description.genes, gene_joinids)
         target.require_same_cells(self._experiment_uri, sample)
-        found = measure_gates.measure(config, cells, gene_joinids, model, description, sample)
+        found = measure_gates.measure(
+            config.directory,
+            artifacts,
+            config.gates,
+            config.model,
+            cells,
+            gene_joinids,
+            model,
+            description,
+            sample,
+            min_share=config.genes.min_share,
+            seed=config.seed,
+        )
         self._judge(found)
         inputs = self._stage.fingerprint["inputs"]
         record = publication_record(
-            config,
+            config.publish,
             self._progress.publication,
+            config=config.model_dump(mode="json"),
+            folder=config.directory / artifacts.published,
             experiment_uri=self._experiment_uri,
             census=self._census.identity,
             joinids=self._joinids,
@@ -183,7 +196,7 @@ class _Publishing:
 
 def plan(config: Config) -> Plan:
     """Size from the embedding; the time of reading the sample is not known beforehand."""
-    artifacts = Artifacts.of(config)
+    artifacts = config.artifacts
     inputs_of(STAGES["publish"], config)
     latent = np.load(config.directory / artifacts.latent, mmap_mode="r")
     with open_census(config.census) as census:

@@ -14,7 +14,7 @@ import scvi
 import torch
 from scvi.train import TrainingPlan
 
-from census_scvi.config import Config, digest
+from census_scvi.config.flat import digest
 from census_scvi.config.run_names import CHECKPOINT
 from census_scvi.counts.data_module import PreparedDataModule
 from census_scvi.counts.minibatch import Minibatch
@@ -22,6 +22,7 @@ from census_scvi.errors import UserError
 from census_scvi.files.atomic import remove
 from census_scvi.model.build import build_model, init_arguments
 from census_scvi.model.safe import ModelDescription, save_for_scvi_tools, save_safe
+from census_scvi.settings import Config
 from census_scvi.stages.plan import Plan, human_bytes
 from census_scvi.stages.protocol import Task
 from census_scvi.training.callbacks import LearningCurves
@@ -39,7 +40,7 @@ from census_scvi.training.fit import (
     slow_precision,
 )
 from census_scvi.training.schedule import warnings_before
-from census_scvi.workspace import Artifacts, StageRun, Workspace
+from census_scvi.workspace import StageRun, Workspace
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ def follow(config: Config) -> None:
 
 def _data(config: Config) -> PreparedDataModule:
     data = PreparedDataModule(
-        config.directory / Artifacts.of(config).prepared,
+        config.directory / config.artifacts.prepared,
         batch_size=config.train.batch_size,
         train_size=config.train.train_size,
         seed=config.seed,
@@ -126,7 +127,7 @@ def _fit(
         seed=config.seed,
         checkpoint=staging / CHECKPOINT,
         # One folder per fingerprint: a resumed run continues its own curves, another run adds its own.
-        tensorboard=config.directory / Artifacts.of(config).tensorboard / run_id[:12],
+        tensorboard=config.directory / config.artifacts.tensorboard / run_id[:12],
     )
 
 
@@ -134,7 +135,7 @@ def _save(
     config: Config, model: scvi.model.SCVI, data: PreparedDataModule, curves: LearningCurves, stage: StageRun
 ) -> None:
     """scvi-tools' own form and the safe form, in one folder."""
-    folder = stage.path(Artifacts.of(config).model)
+    folder = stage.path(config.artifacts.model)
     remove(folder)  # a kill leaves temporary files of safetensors
     model.history_ = {name: _history(name, values) for name, values in curves.curves.items()}
     save_for_scvi_tools(model, folder)
@@ -174,7 +175,7 @@ def _counts(model: scvi.model.SCVI, data: PreparedDataModule, curves: LearningCu
 
 def plan(config: Config) -> Plan:
     """Size from the prepared file, time from a few training steps on its cells."""
-    artifacts = Artifacts.of(config)
+    artifacts = config.artifacts
     devices = choose_devices(config.train)
     choose_precision(config.train)
     workspace = Workspace(config.directory)

@@ -7,7 +7,6 @@ import argparse
 from census_scvi.cli import Parser, is_setting, read_config
 from census_scvi.errors import UserError
 from census_scvi.terminal.printing import on_one_line, printable
-from census_scvi.workspace import Artifacts
 
 EPILOG = """\
 links, offline:   provenance, files, model, sealed_counts, sealed_embedding, gates
@@ -65,7 +64,7 @@ def _places(arguments: argparse.Namespace) -> tuple[str, str | None]:
     if arguments.published:
         arguments.settings.insert(0, arguments.published)
     config = read_config(arguments)
-    place = config.publish.model_uri or str(config.directory / Artifacts.of(config).published)
+    place = config.publish.model_uri or str(config.directory / config.artifacts.published)
     return place, arguments.census or config.census.uri or config.census.version
 
 

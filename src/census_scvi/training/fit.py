@@ -18,7 +18,6 @@ import torch
 from lightning.pytorch.callbacks import LearningRateMonitor
 from scvi.train import Trainer, TrainingPlan
 
-from census_scvi.config import TrainSection
 from census_scvi.counts.data_module import PreparedDataModule
 from census_scvi.errors import UserError
 from census_scvi.model.build import quiet
@@ -37,6 +36,7 @@ from census_scvi.training.finite_loss import FiniteLoss
 from census_scvi.training.installed_arguments import require_known_arguments
 from census_scvi.training.progress import EventLog, Progress
 from census_scvi.training.rehearsal import diverged, one_line, require_trainable
+from census_scvi.training.settings import TrainSection
 from census_scvi.workspace.provenance import processor
 
 log = logging.getLogger(__name__)

@@ -17,10 +17,10 @@ import lightning.pytorch
 import scvi.module
 import scvi.train
 
-from census_scvi.config import names
-from census_scvi.config.names import LIBRARIES, Arguments, Listing, check_trainer, check_training_plan
 from census_scvi.config.section import members
 from census_scvi.errors import UserError
+from census_scvi.training import library_arguments as names
+from census_scvi.training.library_arguments import LIBRARIES, Arguments, Listing, check_trainer, check_training_plan
 
 _SIMPLE = {kind: kind.__name__ for kind in (int, float, bool, str, dict)} | {type(None): "None"}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from census_scvi.config import TrainSection
+from census_scvi.training.settings import TrainSection
 
 # Of the trainings in docs/publishing.md those with a thousand steps and more had converged, shorter ones had not.
 LEAST_STEPS = 1000

@@ -1,10 +1,10 @@
-"""Names of the artifacts of a run, as its config gives them."""
+"""Names of the artifacts of a run."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from census_scvi.config import Config, run_names
+from census_scvi.config import run_names
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,3 @@ class Artifacts:
     def description(self) -> str:
         """What the model is, in its safe form."""
         return f"{self.model}/{run_names.DESCRIPTION}"
-
-    @classmethod
-    def of(cls, config: Config) -> Artifacts:
-        """The names that a config asks for."""
-        return cls(prepared=config.anndata.model_filename, model=config.model.filename)

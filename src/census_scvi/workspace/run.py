@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from census_scvi.config import digest
+from census_scvi.config.flat import digest
 from census_scvi.config.run_names import FINGERPRINT, LOCK, MANIFEST, STAGING
 from census_scvi.config.stages import script_of
 from census_scvi.errors import UserError

@@ -93,7 +93,7 @@ build_census("census", [source for source in sources if source.organism == "homo
 """
 CONFIG = """
 import json, yaml
-from census_scvi.config import Config
+from census_scvi.settings import Config
 yaml.safe_dump(Config.model_validate_json(sys.argv[1]).model_dump(mode="json"), open("config.yaml", "w"))
 """
 KILL = """

@@ -1,6 +1,6 @@
 """What documents and help say of the settings: name, type, default, meaning; the usual ones first.
 
-`python -m census_scvi.config.settings_table docs/settings.md` brings the tables in that file up to date.
+`python -m census_scvi.settings.table docs/settings.md` brings the tables in that file up to date.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def _joined(words: list[str], last: str) -> str:
 
 def main() -> None:
     """Update the file that the first argument names."""
-    from census_scvi.config.settings import Config
+    from census_scvi.settings.config import Config
 
     path = Path(sys.argv[1])
     path.write_text(with_tables(path.read_text(encoding="utf-8"), Config), encoding="utf-8")

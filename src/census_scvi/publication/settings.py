@@ -1,0 +1,84 @@
+"""Settings: the gates, and where an embedding is published."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from census_scvi.config.section import USUAL, Section
+from census_scvi.config.types import MemberName, Name, PathName, Share
+
+StoppingGate = Literal[
+    "cells", "finite", "variance", "duplicate_dimensions", "effective_rank", "genes", "counts", "architecture",
+    "re_embedding", "order", "active_units", "overfitting",
+]  # fmt: skip
+
+
+class GatesSection(Section):
+    """Checks that an embedding must pass before it is published."""
+
+    changes: ClassVar[tuple[str, ...]] = ("publish",)
+    sample_size: Annotated[int, Field(ge=2)] = 2000
+    """Random cells that are read again and embedded with scvi-tools; they are published with the model."""
+    max_difference: Annotated[float, Field(gt=0.0)] = 1e-5
+    """Maximum difference between a cell's embedding and scvi-tools', or that of an identical cell."""
+    min_variance: Annotated[float, Field(gt=0.0)] = 1e-6
+    """Minimum variance of a latent dimension across cells."""
+    min_active_units: Share = 0.1
+    """Minimum fraction of the dimensions whose posterior is narrower than the prior."""
+    max_correlation: Share = 0.99
+    """Maximum correlation of two dimensions."""
+    min_effective_rank: Annotated[float, Field(ge=1.0)] = 2.0
+    """Minimum effective rank of the latent space (exp of the entropy of the covariance's eigenvalues)."""
+    max_elbo_fall: Annotated[float, Field(gt=0.0)] = 0.02
+    """Maximum decrease of elbo_validation (a loss) over the last fifth of the epochs, as a fraction of it; more: not
+    converged.
+    """
+    max_elbo_gap: Annotated[float, Field(gt=0.0)] = 0.2
+    """Maximum fraction by which elbo_validation exceeds elbo_train (losses); more: overfitting."""
+    label: Name = "cell_type"
+    """obs column of the cell types, for warnings about their separation and the mixing of batches."""
+    waived: dict[StoppingGate, Name] = Field(default_factory=dict)
+    """Gates that may fail, each with the reason, which is published: `{order: copies were deduplicated}`."""
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """`waived`, by plain names."""
+        return {str(name): reason for name, reason in self.waived.items()}
+
+
+class ContactSection(Section):
+    """Whom to contact."""
+
+    changes: ClassVar[tuple[str, ...]] = ("publish",)
+    name: str = ""
+    """Name of the contact."""
+    email: str = ""
+    """Email address of the contact."""
+    affiliation: str = ""
+    """Institution of the contact."""
+
+
+class PublishSection(Section):
+    """Where and under which name the embedding is published."""
+
+    changes: ClassVar[tuple[str, ...]] = ("publish",)
+    experiment_uri: PathName | None = None
+    """SOMA Experiment to write to; null: that of the organism in the Census of the run, where that is a local one."""
+    name: Annotated[MemberName, USUAL] = "scvi"
+    """Name of the embedding in obsm."""
+    replace: bool = False
+    """Whether to replace an embedding of that name."""
+    model_uri: PathName | None = None
+    """Folder or URL (any that fsspec can write to) for the model; null: `published` in the run directory."""
+    title: Annotated[Name | None, USUAL] = None
+    """Title; null: generated, for instance `scVI embedding of CELLxGENE Census`."""
+    description: str = ""
+    """Description for readers of a catalogue."""
+    license: str = ""
+    """License of embedding and model, e.g. CC-BY-4.0."""
+    doi: str = ""
+    """DOI of a paper or data set that describes the embedding."""
+    contact: ContactSection = ContactSection()
+    """Who publishes it, and whom to ask."""

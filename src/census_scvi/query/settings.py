@@ -1,0 +1,48 @@
+"""Settings: a user's own cells."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from census_scvi.config.section import USUAL, Changes, Section
+from census_scvi.config.types import Columns, LocalPath, Name, ObsFilter, PathName, Share
+
+
+class QuerySection(Section):
+    """Your own cells (map-query)."""
+
+    changes: ClassVar[tuple[str, ...]] = ("map-query",)
+    file: Annotated[LocalPath | None, USUAL] = None
+    """Your cells: an .h5ad file with raw counts, genes by Ensembl id or symbol."""
+    output: Annotated[LocalPath | None, Changes(), USUAL] = None
+    """The .h5ad to write: your cells with embedding, UMAP and predicted labels; null: `<file>-mapped.h5ad`."""
+    model: Annotated[PathName | None, USUAL] = None
+    """Published model: a folder or URL; null: the model in the run directory."""
+    embedding: PathName | None = None
+    """Embedding of the reference cells: a name in the obsm of the Census, a run directory or an Experiment; null:
+    `scvi`, or the run's.
+    """
+    counts: Name | None = None
+    """Where the raw counts are: X, raw or layers/<name>; null: detected, and an error where several places may hold
+    them.
+    """
+    min_share: Share = 0.8
+    """Minimum fraction of the model's genes that your file must have; fewer are accepted where the others have few
+    counts.
+    """
+    labels: Annotated[Columns, USUAL] = Field(default_factory=lambda: ["cell_type"])
+    """obs columns of the Census to predict; empty: none."""
+    obs_filter: ObsFilter | None = None
+    """SOMA value filter of the reference cells; null: all."""
+    reference_cells: Annotated[int, Field(ge=100)] = 200_000
+    """Maximum number of reference cells; of more, this number is drawn at random."""
+    method: Literal["neighbors", "random_forest", "logistic_regression"] = "neighbors"
+    """Classifier that predicts labels from the embedding."""
+    n_neighbors: Annotated[int, Field(ge=1)] = 15
+    """Nearest reference cells that vote on the label of a cell (`neighbors`)."""
+    baseline_cells: Annotated[int, Field(ge=0)] = 10_000
+    """Reference cells for a baseline annotation from counts alone, to compare with; 0: no baseline."""
+    umap_cells: Annotated[int, Field(ge=0)] = 20_000
+    """Reference cells in the UMAP; 0: no UMAP."""

@@ -1,0 +1,117 @@
+"""Every setting of the YAML file: the sections of all rooms, read and checked before anything heavy is imported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from census_scvi.census.settings import READ_THE_CENSUS, CensusSection, GenesSection, HvgSection
+from census_scvi.config import run_names
+from census_scvi.config.file import read_settings, typed
+from census_scvi.config.flat import flatten
+from census_scvi.config.messages import describe_errors
+from census_scvi.config.section import USUAL, Changes, Section, stages_changed
+from census_scvi.counts.settings import AnndataSection
+from census_scvi.errors import UserError
+from census_scvi.files.paths import expand_argument
+from census_scvi.model.settings import LatentSection, ModelSection
+from census_scvi.publication.settings import GatesSection, PublishSection
+from census_scvi.query.settings import QuerySection
+from census_scvi.report.settings import EvaluateSection
+from census_scvi.training.settings import PlanArguments, TrainSection
+from census_scvi.workspace import Artifacts
+from census_scvi.workspace.settings import OutputSection
+
+
+class Config(Section):
+    """The whole file; docs/settings.md lists the settings."""
+
+    census: CensusSection = CensusSection()
+    hvg: HvgSection = HvgSection()
+    anndata: AnndataSection = AnndataSection()
+    genes: GenesSection = GenesSection()
+    model: ModelSection = ModelSection()
+    train: TrainSection = TrainSection()
+    training_plan: Annotated[PlanArguments, Changes("train"), USUAL] = Field(default_factory=dict)
+    """Arguments of scvi-tools' TrainingPlan and of the model's loss: lr, n_epochs_kl_warmup, max_kl_weight, ..."""
+    latent: LatentSection = LatentSection()
+    gates: GatesSection = GatesSection()
+    publish: PublishSection = PublishSection()
+    query: QuerySection = QuerySection()
+    evaluate: EvaluateSection = EvaluateSection()
+    output: OutputSection = OutputSection()
+    seed: Annotated[int, Field(ge=0, lt=2**32), Changes(*READ_THE_CENSUS, "train"), USUAL] = 0
+    """Seed of all random numbers: validation split, order of cells, weights, dropout, samples."""
+
+    @model_validator(mode="after")
+    def _contradictions(self) -> Self:
+        names = (self.anndata.model_filename, self.model.filename)
+        if run_names.same_name(names[0]) == run_names.same_name(names[1]):
+            both = f"are both {names[0]!r}" if names[0] == names[1] else f"are the same name, {names[0]!r}"
+            raise ValueError(f"anndata.model_filename and model.filename {both}")
+        run_names.check_places(
+            self.output.directory,
+            names,
+            census=self.census.uri,
+            experiment=self.publish.experiment_uri,
+            evaluation=self.evaluate.folder,
+            mapped=self.query.output,
+            published=self.publish.model_uri,
+        )
+        return self
+
+    @property
+    def directory(self) -> Path:
+        """The run directory."""
+        return Path(self.output.directory)
+
+    @property
+    def artifacts(self) -> Artifacts:
+        """Names of files and folders in the run directory."""
+        return Artifacts(prepared=self.anndata.model_filename, model=self.model.filename)
+
+    @property
+    def training_filter(self) -> str | None:
+        """Value filter of the cells to train on: `(obs_query) and (obs_query_model)`, and the least number of genes."""
+        parts = [self.census.obs_query, self.census.obs_query_model]
+        if self.hvg.min_genes:
+            parts.append(f"nnz >= {self.hvg.min_genes}")
+        return " and ".join(f"({part})" for part in parts if part) or None
+
+    @property
+    def evaluation_folder(self) -> Path:
+        """Where scvi-evaluate.py writes."""
+        return Path(self.evaluate.folder) if self.evaluate.folder else self.directory / run_names.EVALUATION
+
+    def of_stage(self, stage: str) -> dict[str, Any]:
+        """Values of all settings that change the result of a stage, flat, as `select` gives them."""
+        return self.select(tuple(key for key, stages in stages_changed(type(self)) if stage in stages))
+
+    def select(self, keys: tuple[str, ...]) -> dict[str, Any]:
+        """Values of dotted keys or whole sections, flat: `{"hvg.top_n_hvg": 8000, ...}`."""
+        flat = flatten(self.model_dump(mode="json"))
+        return {k: v for k, v in flat.items() if any(k == key or k.startswith(key + ".") for key in keys)}
+
+
+def load_config(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Config:
+    """Read and check a YAML file.
+
+    Parameters
+    ----------
+    path
+        The YAML file.
+    overrides
+        `section.key=value` strings that win over the file; values are YAML.
+
+    Raises
+    ------
+    UserError
+        Missing or malformed file, unknown key, wrong type or contradiction: file, key and nearest right name.
+    """
+    written = read_settings(Path(expand_argument(path, "--config")), overrides)
+    try:
+        return Config.model_validate(typed(written.values, Config))
+    except ValidationError as error:
+        raise UserError(describe_errors(error, Config, written.origin)) from None

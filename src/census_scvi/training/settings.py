@@ -1,0 +1,77 @@
+"""Settings: training."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+
+from census_scvi.config.section import USUAL, Changes, Expected, Section
+from census_scvi.training.library_arguments import check_trainer, check_training_plan, listed
+
+
+def _of_trainer(arguments: dict[str, Any]) -> dict[str, Any]:
+    check_trainer(arguments, listed())
+    return arguments
+
+
+def _of_plan(arguments: dict[str, Any]) -> dict[str, Any]:
+    check_training_plan(arguments, listed())
+    return arguments
+
+
+# Arguments of Lightning's Trainer, and of scvi-tools' TrainingPlan with the loss; `training_plan:` alone has none.
+TrainerArguments = Annotated[dict[str, Any], AfterValidator(_of_trainer)]
+PlanArguments = Annotated[
+    dict[str, Any],
+    BeforeValidator(lambda arguments: {} if arguments is None else arguments),
+    AfterValidator(_of_plan),
+]
+
+
+Devices = int | list[int] | Literal["auto"]
+
+
+class TrainSection(Section):
+    """Training."""
+
+    changes: ClassVar[tuple[str, ...]] = ("train",)
+    max_epochs: Annotated[int, Field(ge=1), USUAL] = 100
+    """Maximum number of epochs."""
+    batch_size: Annotated[int, Field(ge=2), USUAL] = 1024
+    """Cells per minibatch and device."""
+    train_size: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
+    """Fraction of the cells to train on; the others are for validation."""
+    early_stopping: Annotated[bool, USUAL] = False
+    """Stop when elbo_validation no longer improves (patience and others: `train.trainer`)."""
+    multi_gpu: Annotated[bool, USUAL] = False
+    """Train on several `devices` (Lightning DDP)."""
+    num_workers: Annotated[int, Field(ge=0), Changes()] = 1
+    """Workers that read minibatches ahead; 0: read between training steps."""
+    devices: Annotated[
+        Devices, Expected("a number of devices, a list of device indices such as [0, 1], or auto"), USUAL
+    ] = "auto"
+    """With `multi_gpu`: number or indices of the devices; otherwise one device is used."""
+    accelerator: Annotated[Literal["auto", "cpu", "gpu", "cuda", "mps"], Changes()] = "auto"
+    """Type of device."""
+    engine: Annotated[Literal["fast", "scvi-tools"], Changes()] = "fast"
+    """Implementation of the training step: `fast` computes the same loss and gradients as `scvi-tools` in a fraction
+    of the time.
+    """
+    precision: Literal["float32", "bf16", "fp16"] = "float32"
+    """Precision of matrix products. `bf16` and `fp16` are faster on hardware that supports them, and change the
+    numbers.
+    """
+    checkpoint_minutes: Annotated[float, Field(ge=0.0), Changes()] = 10.0
+    """Minutes between checkpoints within an epoch, from which a killed training resumes; each epoch ends with one."""
+    trainer: TrainerArguments | None = None
+    """More arguments of Lightning's Trainer, e.g. gradient_clip_val."""
+
+    @model_validator(mode="after")
+    def _validation_cells(self) -> Self:
+        if self.early_stopping and self.train_size == 1.0:
+            raise ValueError(
+                "train.early_stopping needs validation cells and train.train_size is 1.0;"
+                " set train.train_size below 1 or train.early_stopping to false"
+            )
+        return self
