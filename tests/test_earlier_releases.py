@@ -200,10 +200,19 @@ def test_what_is_wrong_with_it_is_said_by_its_name_of_today(tmp_path: Path) -> N
         written(tmp_path, "query: {n_neighbours: 3, n_neighbors: 4}")
 
 
+def test_a_setting_that_was_removed_is_noticed_or_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert written(tmp_path, "evaluate: {mode: sound}", "evaluate.mode=sound") == Config()
+    told = [f"{place}: evaluate.mode was removed and is not needed; remove it" for place in ("{file}", "command line")]
+    assert caplog.messages == [line.replace("{file}", str(tmp_path / "settings.yaml")) for line in told]
+    for text, overrides in (("evaluate: {mode: legacy}", []), ("{}", ["evaluate.mode=legacy"])):
+        with pytest.raises(UserError, match=r"evaluate\.mode is 'legacy' and was removed: .* remove the setting"):
+            written(tmp_path, text, *overrides)
+
+
 def test_today_s_names_are_settings() -> None:
     names = set(setting_names(Config))
     assert set(renamed.SETTINGS.values()) <= names and not set(renamed.SETTINGS) & names
-    assert set(renamed.VALUES) <= names
+    assert set(renamed.VALUES) <= names and not set(renamed.REMOVED) & names
 
 
 @pytest.fixture

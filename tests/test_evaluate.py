@@ -118,22 +118,6 @@ def test_the_report_is_one_file(evaluated: Path) -> None:
     assert len(page) < 5_000_000
 
 
-def test_legacy_mode_shows_the_published_rows_alone(finished_run: Run, tmp_path: Path) -> None:
-    settings = ("evaluate.mode=legacy", "evaluate.baseline=false", "evaluate.labels=[cell_type, tissue]")
-    assert evaluation(finished_run, tmp_path, *settings) == 0
-    record = metrics_of(tmp_path)
-    assert "PCA" not in record["scores"]
-    metrics = {score["metric"] for score in record["scores"]["scVI"]}
-    assert metrics == {
-        "leiden_nmi", "leiden_ari", "silhouette_label", "silhouette_batch", "entropy",
-        "classifier_svm", "classifier_forest", "classifier_lr",
-    }  # fmt: skip
-    # the loop variable left over: within the last label, whatever the row says
-    within = {score["note"] for score in record["scores"]["scVI"] if score["metric"] == "silhouette_batch"}
-    assert within == {"silhouette_batch within tissue"}
-    assert "Legacy mode" in (tmp_path / "report.html").read_text()
-
-
 def test_shuffled_cells_are_at_chance(finished_run: Run) -> None:
     config = load_config(finished_run.config, ["evaluate.batches=[dataset_id]"])
     with open_census(config.census) as census:
@@ -217,16 +201,15 @@ def test_what_stops_it(finished_run: Run, tmp_path: Path, capsys: pytest.Capture
     named = f"evaluate.embeddings={{it: {tmp_path}/none/run}}"
     assert evaluation(finished_run, tmp_path / "out", named) == 2
     assert "none/run does not exist; name a run directory, an Experiment, or an embedding" in capsys.readouterr().err
-    assert evaluation(finished_run, tmp_path, "evaluate.mode=published") == 2
-    assert "evaluate.mode" in capsys.readouterr().err
+    for mode, code in (("legacy", 2), ("sound", 0)):
+        assert evaluation(finished_run, tmp_path, f"evaluate.mode={mode}", "--dry-run") == code
+        assert "command line: evaluate.mode " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("n_cells", "mode"), [(1, "sound"), (1, "legacy"), (2, "sound"), (2, "legacy"), (3, "legacy")])
-def test_few_cells(
-    n_cells: int, mode: str, finished_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize("n_cells", [1, 2, 3])
+def test_few_cells(n_cells: int, finished_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Measured where something can be, else refused; never a library's traceback."""
-    code = evaluation(finished_run, tmp_path, f"evaluate.obs_filter=soma_joinid < {n_cells}", f"evaluate.mode={mode}")
+    code = evaluation(finished_run, tmp_path, f"evaluate.obs_filter=soma_joinid < {n_cells}")
     if code == 0:
         record = metrics_of(tmp_path)
         assert record["cells"]["measured"] == n_cells

@@ -26,7 +26,7 @@ SETTINGS_OF_STAGES = {
     "evaluate": (
         "census.organism", "census.uri", "census.version", "hvg.top_n_hvg", "anndata.batch_key", "seed",
         "evaluate.embeddings", "evaluate.obs_filter", "evaluate.labels", "evaluate.batches", "evaluate.donors",
-        "evaluate.mode", "evaluate.max_cells", "evaluate.measured_cells", "evaluate.baseline",
+        "evaluate.max_cells", "evaluate.measured_cells", "evaluate.baseline",
     ),
     "map-query": (
         "census.organism", "census.uri", "census.version", "genes.min_share", "seed",

@@ -15,6 +15,9 @@ log = logging.getLogger(__name__)
 # Setting or section: its name now. Setting, by its name now: its values and what they are now.
 SETTINGS = {"query.n_neighbours": "query.n_neighbors"}
 VALUES = {"query.method": {"neighbours": "neighbors"}}
+# Settings that were removed: the value that asks for what is done now, which is ignored with a notice; why another is
+# refused.
+REMOVED = {"evaluate.mode": ("sound", "the metrics of the published script, with their flaws, are no longer computed")}
 # People may write the old names until then; in records they are read for good.
 _UNTIL = "release 0.3"
 
@@ -29,11 +32,20 @@ def translate_file(values: dict[str, Any], source: str) -> None:
     """
     for old, new, what in _translate(values, source):
         _notice(source, old, new, what)
+    for key in REMOVED:
+        section, name = _place(values, key)
+        if section is not None and name in section:
+            found = section.pop(name)
+            _drop(source, key, found.text if isinstance(found, Plain) else found)
 
 
 def translate_overrides(overrides: Sequence[str]) -> list[str]:
     """The same for `section.key=value` strings."""
-    return [_override(text) for text in overrides]
+    translated = [_override(text) for text in overrides]
+    for text in translated:
+        if (key := text.partition("=")[0].strip()) in REMOVED:
+            _drop("command line", key, text.partition("=")[2].strip())
+    return [text for text in translated if text.partition("=")[0].strip() not in REMOVED]
 
 
 def translate_record(settings: dict[str, Any]) -> dict[str, Any]:
@@ -101,6 +113,14 @@ def _place(values: dict[str, Any], key: str, *, make: bool = False) -> tuple[dic
             return None, name
         values = found
     return values, name
+
+
+def _drop(source: str, key: str, value: Any) -> None:
+    """Notice that a removed setting asks for what is done anyway; UserError where it asks for something else."""
+    kept, why = REMOVED[key]
+    if value != kept:
+        raise UserError(f"{source}: {key} is {value!r} and was removed: {why}; remove the setting")
+    log.warning("%s: %s was removed and is not needed; remove it", source, key)
 
 
 def _notice(source: str, old: str, new: str, what: str) -> None:

@@ -17,7 +17,6 @@ from census_scvi.metrics.score import (
     BIOLOGY,
     CHANCE,
     FEWEST_CELLS,
-    SOUND,
     Codes,
     Names,
     Points,
@@ -32,7 +31,7 @@ from census_scvi.metrics.score import (
 from census_scvi.metrics.space import Space
 
 
-def biology(space: Space, column: str, labels: Names, donors: Names | None, batches: Names, mode: str) -> list[Score]:
+def biology(space: Space, column: str, labels: Names, donors: Names | None, batches: Names) -> list[Score]:
     """How well an embedding keeps a label.
 
     Parameters
@@ -45,15 +44,13 @@ def biology(space: Space, column: str, labels: Names, donors: Names | None, batc
         (measured cells,): the label, missing (None) where it says nothing, and the batch.
     donors
         (measured cells,): held out and drawn as a whole; None: there are none.
-    mode
-        `sound` or `legacy`.
 
     Raises
     ------
     UserError
         Fewer than two labels of ten cells or more.
     """
-    known = usable(labels, mode)
+    known = usable(labels)
     names, codes = np.unique(labels[known].astype(str), return_inverse=True)
     if len(names) < 2:
         raise UserError(
@@ -64,7 +61,7 @@ def biology(space: Space, column: str, labels: Names, donors: Names | None, batc
     groups = None if donors is None else donors[known]
     shuffled = generator(space.seed, Stream.SHUFFLED_LABELS).permutation(codes)
     left_out = f"{(~known).sum():,} cells without a usable label left out" if not known.all() else ""
-    score = partial(scored, about=BIOLOGY, column=column, mode=mode, groups=groups, seed=space.seed, note=left_out)
+    score = partial(scored, about=BIOLOGY, column=column, groups=groups, seed=space.seed, note=left_out)
     clusterings = [clusters[known] for clusters in space.clusterings]
     found = []
     best = int(np.argmax([normalized_mutual_info_score(codes, clusters) for clusters in clusterings]))
@@ -75,16 +72,15 @@ def biology(space: Space, column: str, labels: Names, donors: Names | None, batc
     widths = (silhouette_samples(points, codes) + 1) / 2
     chance = float(((silhouette_samples(points, shuffled) + 1) / 2).mean())
     found.append(score("silhouette_label", mean_of(widths), len(codes), {CHANCE: chance}))
-    found += classified(score, points, codes, groups, mode, mixed=False, seed=space.seed)
-    if mode == SOUND:
-        graph = neighbor_graph(points)
-        real, random = (
-            partial(scaled_lisi, scib_metrics.lisi_knn(graph, values), len(names), keep=True)
-            for values in (codes, shuffled)
-        )
-        found.append(score("clisi", real, len(codes), {CHANCE: random(np.arange(len(codes)))}))
-        if len(np.unique(batches[known].astype(str))) > 1:
-            found.append(_isolated(points, column, names[codes], names[shuffled], batches[known], left_out))
+    found += classified(score, points, codes, groups, mixed=False, seed=space.seed)
+    graph = neighbor_graph(points)
+    real, random = (
+        partial(scaled_lisi, scib_metrics.lisi_knn(graph, values), len(names), keep=True)
+        for values in (codes, shuffled)
+    )
+    found.append(score("clisi", real, len(codes), {CHANCE: random(np.arange(len(codes)))}))
+    if len(np.unique(batches[known].astype(str))) > 1:
+        found.append(_isolated(points, column, names[codes], names[shuffled], batches[known], left_out))
     return found
 
 

@@ -1,4 +1,4 @@
-"""Accuracy of classifiers of labels on an embedding: as published, and with held-out donors."""
+"""Accuracy of classifiers of labels on an embedding with held-out donors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sklearn.base import ClassifierMixin
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold, train_test_split
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
@@ -44,22 +44,6 @@ class OutOfFold:
     right: dict[str, npt.NDArray[np.bool_]]
     majority: float
     held_out: str
-
-
-def published_split(points: Points, codes: Codes) -> OutOfFold | None:
-    """As the published script: 60 % to learn from, unstratified, unscaled, library defaults, an unseeded forest.
-
-    None where these are of one label. Flaws: cells of one donor are on both sides of the split, and dimensions of great
-    variance outweigh the others.
-    """
-    rows = np.arange(len(codes))
-    train, test = train_test_split(rows, test_size=0.4, random_state=42)
-    if len(np.unique(codes[train])) < 2:
-        return None
-    right = {}
-    for name, classifier in zip(NAMES, (SVC(), RandomForestClassifier(), LogisticRegression()), strict=True):
-        right[name] = _fit(classifier, points[train], codes[train]).predict(points[test]) == codes[test]
-    return OutOfFold(test, right, _commonest(codes[test]), "cells")
 
 
 def held_out(

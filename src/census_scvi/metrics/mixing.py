@@ -18,7 +18,6 @@ from census_scvi.metrics.entropy import neighbor_entropy
 from census_scvi.metrics.score import (
     BATCH,
     MIXED,
-    SOUND,
     WITHIN,
     Codes,
     Names,
@@ -39,7 +38,6 @@ _KBET_NEIGHBORS, _KBET_ALPHA = 50, 0.05
 
 def mixing(
     space: Space, column: str, batches: Names, all_batches: Names, label: str, labels: Names, donors: Names | None,
-    mode: str,
 ) -> list[Score]:  # fmt: skip
     """How well an embedding mixes batches.
 
@@ -55,8 +53,6 @@ def mixing(
         Name of the label within which batches are mixed, and (measured cells,): the label, missing where None.
     donors
         (measured cells,): held out and drawn as a whole; None: there are none.
-    mode
-        `sound` or `legacy`.
 
     Raises
     ------
@@ -68,9 +64,9 @@ def mixing(
     if len(np.unique(codes)) < 2:
         raise UserError(f"{column} has one value, {str(every[codes[0]])!r}; there is nothing to mix")
     numbers = generator(space.seed, Stream.SHUFFLED_LABELS)
-    score = partial(scored, about=BATCH, column=column, mode=mode, groups=donors, seed=space.seed)
+    score = partial(scored, about=BATCH, column=column, groups=donors, seed=space.seed)
     mixed = numbers.permutation(all_codes)
-    known = usable(labels, mode)
+    known = usable(labels)
     types = np.unique(labels[known].astype(str), return_inverse=True)[1] if known.any() else np.empty(0, np.int64)
     found = []
     per_cell = neighbor_entropy(space.neighbors, all_codes)
@@ -78,25 +74,23 @@ def mixing(
     within = _entropy_within(codes[known], types, space.neighbors.shape[1])
     levels = {MIXED: level, WITHIN: within} if known.any() else {MIXED: level}
     found.append(score("entropy", mean_of(per_cell), len(codes), levels))
-    if mode == SOUND:
-        most = np.log(len(every))
-        found.append(
-            score("entropy_scaled", mean_of(per_cell / most), len(codes), {k: v / most for k, v in levels.items()})
-        )
+    most = np.log(len(every))
+    found.append(
+        score("entropy_scaled", mean_of(per_cell / most), len(codes), {k: v / most for k, v in levels.items()})
+    )
     if known.any():
         groups = None if donors is None else donors[known]
         found += _silhouette_batch(score, space.points[known], types, codes[known], label, groups, numbers)
-    kept = usable(batches, mode)
+    kept = usable(batches)
     if len(np.unique(codes[kept])) > 1:
         groups = None if donors is None else donors[kept]
         compact = np.unique(codes[kept], return_inverse=True)[1]
         renewed = partial(score, groups=groups)
-        found += classified(renewed, space.points[kept], compact, groups, mode, mixed=True, seed=space.seed)
-    if mode == SOUND:
-        graph = neighbor_graph(space.points)
-        real, perfect = (_graph_mixing(graph, values) for values in (codes, mixed[space.measured]))
-        for metric, statistic in real.items():
-            found.append(score(metric, statistic, len(codes), {MIXED: perfect[metric](np.arange(len(codes)))}))
+        found += classified(renewed, space.points[kept], compact, groups, mixed=True, seed=space.seed)
+    graph = neighbor_graph(space.points)
+    real, perfect = (_graph_mixing(graph, values) for values in (codes, mixed[space.measured]))
+    for metric, statistic in real.items():
+        found.append(score(metric, statistic, len(codes), {MIXED: perfect[metric](np.arange(len(codes)))}))
     return found
 
 

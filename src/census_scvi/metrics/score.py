@@ -14,7 +14,6 @@ from census_scvi.metrics import classify
 from census_scvi.metrics.interval import interval
 from census_scvi.neighbors.index import NeighborIndex
 
-SOUND, LEGACY = "sound", "legacy"
 BIOLOGY, BATCH = "biology", "batch"
 CHANCE, MIXED, WITHIN = "chance", "perfectly mixed", "mixed within types"
 FEWEST_CELLS = 10
@@ -43,7 +42,7 @@ class Score:
     value
         The higher, the better: biology kept, batches mixed.
     low, high
-        95 % interval, by a bootstrap over donors (cells, where there are fewer than five); None in legacy mode.
+        95 % interval, by a bootstrap over donors (cells, where there are fewer than five); None: without.
     levels
         Levels to compare it with: `chance`, or `perfectly mixed` and `mixed within types`.
     cells
@@ -65,12 +64,10 @@ class Score:
 
 def scored(
     metric: str, statistic: Callable[[Any], float], n_cells: int, levels: dict[str, float], *, about: str, column: str,
-    mode: str, groups: Names | None, seed: int, note: str = "",
+    groups: Names | None, seed: int, note: str = "",
 ) -> Score:  # fmt: skip
-    """The score of a statistic of rows, int64; with its interval, but in legacy mode."""
+    """The score of a statistic of rows, int64, with its interval."""
     value = statistic(np.arange(n_cells))
-    if mode == LEGACY:
-        return Score(metric, about, column, value, cells=n_cells, note=note)
     low, high = interval(statistic, groups, n_cells, seed=seed)
     return Score(metric, about, column, value, low, high, levels, n_cells, note)
 
@@ -80,12 +77,11 @@ def mean_of(values: npt.NDArray[np.floating]) -> Callable[[Any], float]:
     return lambda rows: float(values[rows].mean())
 
 
-def usable(labels: Names, mode: str) -> npt.NDArray[np.bool_]:
-    """Cells whose label is there and, in sound mode, has ten cells or more."""
+def usable(labels: Names) -> npt.NDArray[np.bool_]:
+    """Cells whose label is there and has ten cells or more."""
     there = np.array([label is not None for label in labels])
     names, numbers = np.unique(labels[there].astype(str), return_counts=True)
-    fewest = 1 if mode == LEGACY else FEWEST_CELLS
-    there[there] = np.isin(labels[there].astype(str), names[numbers >= fewest])
+    there[there] = np.isin(labels[there].astype(str), names[numbers >= FEWEST_CELLS])
     return there
 
 
@@ -107,7 +103,6 @@ def classified(
     points: Points,
     codes: Codes,
     groups: Names | None,
-    mode: str,
     *,
     mixed: bool,
     seed: int,
@@ -118,14 +113,10 @@ def classified(
     notes = [f"classifiers: the {MOST_CLASSES} commonest of {len(numbers):,} values"] if not kept.all() else []
     points, codes = points[kept], np.unique(codes[kept], return_inverse=True)[1]
     groups = None if groups is None else groups[kept]
-    if mode == LEGACY:
-        found = classify.published_split(points, codes)
-    else:
-        found = classify.held_out(points, codes, groups, "donors", seed=seed)
+    found = classify.held_out(points, codes, groups, "donors", seed=seed)
     if found is None:
         return []
-    if mode != LEGACY:
-        notes.append(f"classifiers: {found.held_out} held out")
+    notes.append(f"classifiers: {found.held_out} held out")
     level = {MIXED: 1 - found.majority} if mixed else {CHANCE: found.majority}
     scores = []
     for name, right in found.right.items():

@@ -140,14 +140,14 @@ def evaluation_of(folder: Path, latent: Identity) -> dict[str, Any] | None:
 
     Returns
     -------
-    `cells` that were measured, `obs_filter`, `mode`, and `scores`: a list of metric, column, value, its interval, and
+    `cells` that were measured, `obs_filter`, and `scores`: a list of metric, column, value, its interval, and
     the values of the other embeddings and baselines.
     """
     path = folder / "metrics.json"
     try:
         found = read_json(path)
         names = [name for name, identity in found.get("latents", {}).items() if identity == latent]
-        if names:
+        if names and found.get("mode", "sound") == "sound":  # an earlier version had metrics with flaws, too
             return _measured(found, names[0])
         log.info("%s is of another embedding, or of an earlier version; it is not published", path)
     except FileNotFoundError:
@@ -164,7 +164,6 @@ def _measured(found: dict[str, Any], name: str) -> dict[str, Any]:
         if other not in found["latents"]
     }
     return {
-        "mode": str(found["mode"]),
         "cells": int(found["cells"]["measured"]),
         "obs_filter": found["settings"]["obs_filter"],
         "scores": [

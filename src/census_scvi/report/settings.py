@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
@@ -29,8 +29,6 @@ class EvaluateSection(Section):
     """obs column whose groups are held out and resampled (for confidence intervals) as a whole; null: single cells
     are.
     """
-    mode: Literal["sound", "legacy"] = "sound"
-    """`sound`, or `legacy`: the metrics as the published script computes them."""
     max_cells: Annotated[int, Field(ge=100)] = 100_000
     """Maximum number of cells; of more, this number is drawn at random."""
     measured_cells: Annotated[int, Field(ge=100)] = 10_000

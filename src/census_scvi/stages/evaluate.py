@@ -24,7 +24,7 @@ from census_scvi.files.writable import require_writable_folder
 from census_scvi.metrics.biology import biology
 from census_scvi.metrics.breakdown import break_down
 from census_scvi.metrics.mixing import mixing
-from census_scvi.metrics.score import LEGACY, Score
+from census_scvi.metrics.score import Score
 from census_scvi.metrics.space import Space
 from census_scvi.report.groups import same_groups
 from census_scvi.report.html import write_report
@@ -71,7 +71,6 @@ def run(task: Task) -> None:
             " Change evaluate.obs_filter, evaluate.labels or evaluate.batches"
         )
     record = {
-        "mode": config.evaluate.mode,
         "census": task.census.identity,
         "settings": config.evaluate.model_dump(mode="json"),
         "seed": config.seed,
@@ -111,36 +110,31 @@ def evaluate(config: Config, cells: Slice, measured: npt.NDArray[np.int64]) -> E
         int64: rows of the cells that are measured.
     """
     settings = config.evaluate
-    legacy = settings.mode == LEGACY
     found = Evaluation(problems=list(cells.problems))
-    labels = {name: cells.names(name, vague=legacy) for name in settings.labels if name in cells.obs}
+    labels = {name: cells.names(name, vague=False) for name in settings.labels if name in cells.obs}
     batches = {name: cells.names(name, vague=True) for name in settings.batches if name in cells.obs}
     donors = _donors(cells, settings.donors, found.problems)
     whole = next(iter(batches.values()), np.full(len(cells.obs), "", dtype=object))
-    # The published script took silhouette_batch within the last label, whichever it named.
-    inner = (list(labels)[-1] if legacy else next(iter(labels))) if labels else ""
+    inner = next(iter(labels), "")
     within = labels.get(inner, np.full(len(cells.obs), None, dtype=object))
-    if not legacy:  # whose rows are all of the published tables
-        found.same_as = same_groups(labels) | same_groups(batches)
-        labels, batches = (
-            {name: values for name, values in columns.items() if name not in found.same_as}
-            for columns in (labels, batches)
-        )
+    found.same_as = same_groups(labels) | same_groups(batches)
+    labels, batches = (
+        {name: values for name, values in columns.items() if name not in found.same_as} for columns in (labels, batches)
+    )
     with progress_bar(len(cells.spaces) * (len(labels) + len(batches)), "metrics", unit="columns") as bar:
         for name, points in cells.spaces.items():
             space = Space(points, measured, config.seed)
             measure = _Measure(found.scores.setdefault(name, []), found.problems)
-            of_measured = None if donors is None or legacy else donors[measured]
+            of_measured = None if donors is None else donors[measured]
             for column, values in labels.items():
                 log.info("%s: %s", name, column)
-                measure(biology, space, column, values[measured], of_measured, whole[measured], settings.mode)
+                measure(biology, space, column, values[measured], of_measured, whole[measured])
                 bar.update()
             for column, values in batches.items():
                 log.info("%s: %s", name, column)
                 values = np.where([value is None for value in values], "missing", values).astype(object)
                 measure(
-                    mixing, space, column, values[measured], values, inner, within[measured], of_measured,
-                    settings.mode,
+                    mixing, space, column, values[measured], values, inner, within[measured], of_measured
                 )  # fmt: skip
                 bar.update()
             if labels and batches:
