@@ -189,7 +189,7 @@ def test_publishing_again_skips_and_another_model_needs_replace(
 
 def test_a_publication_that_is_gone_is_said(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("publish") == 0
-    with tiledbsoma.open(f"{experiment_of(run)}/ms/RNA/obsm", "w") as obsm:
+    with tiledbsoma.open(f"{experiment_of(run)}/ms/RNA/obsm", "d") as obsm:
         del obsm["scvi"]
     assert run("publish") == 2
     assert "holds nothing of that name now; --force publishes it again" in capsys.readouterr().err

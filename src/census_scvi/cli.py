@@ -157,8 +157,10 @@ def configure_logging() -> None:
     project.propagate = False
     for name in ("lightning", "lightning.pytorch", "lightning.fabric", "cellxgene_census", "scvi"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (".*is deprecated.*", ".*Variable names are not unique.*", ".*will be removed.*"):
-        warnings.filterwarnings("ignore", message=message)
+    # Appended: PYTHONWARNINGS and tests, where these are errors, come first.
+    warnings.filterwarnings("ignore", category=FutureWarning, append=True)  # of libraries, to who calls them
+    # Genes are matched by their ids, which are checked.
+    warnings.filterwarnings("ignore", "Variable names are not unique", UserWarning, append=True)
 
 
 def _parser(stage: Stage, program: str | None, own: Any) -> Parser:

@@ -38,6 +38,7 @@ def break_down(space: Space, labels: Names, batches: Names, of: Names) -> pd.Dat
     codes = np.unique(batches.astype(str), return_inverse=True)[1]
     told, mine = known[rows], types[rows]
     near = types[space.neighbors[:, 1 : _NEAREST + 1]]
+    same = (near == mine[:, None]).mean(axis=1) if near.size else np.full(len(rows), np.nan)  # one cell has no neighbor
     widths = np.full(len(rows), np.nan)
     if len(np.unique(mine[told])) > 1:
         compact = np.unique(mine[told], return_inverse=True)[1]
@@ -47,7 +48,7 @@ def break_down(space: Space, labels: Names, batches: Names, of: Names) -> pd.Dat
     frame = pd.DataFrame(
         {
             "name": of[rows],
-            "same_type": np.where(told, (near == mine[:, None]).mean(axis=1), np.nan),
+            "same_type": np.where(told, same, np.nan),
             "silhouette": widths,
             "mixing": np.where(told, mixing, np.nan),
         }

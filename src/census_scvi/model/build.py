@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -99,3 +100,11 @@ def quiet(name: str, level: int = logging.ERROR) -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
+
+
+@contextmanager
+def without_training() -> Iterator[None]:
+    """Silence what scvi-tools says of cells that are set up for a model and not trained on: few cells of a batch."""
+    with quiet("scvi"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*has fewer than 3 cells", category=UserWarning)
+        yield

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ import scipy.sparse as sp
 import scvi
 import torch
 
-from census_scvi.model.build import quiet, skeleton
+from census_scvi.model.build import skeleton, without_training
 
 _MINIBATCH_CELLS = 1024
 
@@ -148,8 +147,7 @@ def reference_latent(
     """
     obs = pd.DataFrame({"batch": np.asarray(batches, dtype=object)}, index=[str(i) for i in range(counts.shape[0])])
     query = ad.AnnData(counts.copy(), obs=obs, var=pd.DataFrame(index=pd.Index(genes, name="feature_id")))
-    with quiet("scvi"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*has fewer than 3 cells")  # nothing is trained on them
+    with without_training():
         mapped = type(model).load_query_data(query, model, accelerator=accelerator)
         mapped.is_trained = True
         mean, variance = mapped.get_latent_representation(return_dist=True)
@@ -179,7 +177,7 @@ def extend_batches(model: scvi.model.SCVI, genes: list[str], batches: list[str])
     trained = batch_labels(model)
     labels = labels_with(trained, batches)
     n_additional = len(labels) - len(trained)
-    with quiet("scvi"):
+    with without_training():
         extended = type(model).load_query_data(skeleton(genes, labels), model, accelerator="cpu")
     weights = extended.module.state_dict()
     for name, reference in model.module.state_dict().items():

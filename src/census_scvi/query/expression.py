@@ -17,7 +17,7 @@ import torch
 
 from census_scvi.config.messages import suggestion
 from census_scvi.errors import UserError
-from census_scvi.model.build import quiet
+from census_scvi.model.build import without_training
 from census_scvi.model.safe import ModelDescription
 
 log = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ class Decoder:
         """
         if transform_batch is not None:  # the encoder does not look at the batch, the decoder is told another
             labels = np.where(self.untrained(labels), transform_batch[0], labels)
-        with _drawing(seed), quiet("scvi"):
+        with _drawing(seed), without_training():
             found = self.model.get_normalized_expression(
                 self._cells(counts, labels),
                 transform_batch=transform_batch,
@@ -142,7 +142,7 @@ class Decoder:
         -------
         A row a gene, indexed by feature_id, the likeliest first, with `symbol`.
         """
-        with _drawing(seed), quiet("scvi"):
+        with _drawing(seed), without_training():
             found = self.model.differential_expression(
                 self._cells(counts, labels),
                 idx1=in_first,
