@@ -5,13 +5,14 @@ from __future__ import annotations
 import ast
 import re
 import tomllib
+import warnings
 from importlib.metadata import entry_points, version
 from pathlib import Path
 
 import pytest
 from pipeline import ROOT
 
-from census_scvi.cli import console
+from census_scvi.cli import configure_logging, console
 from census_scvi.config.stages import PIPELINE, STAGES
 
 
@@ -80,3 +81,24 @@ def test_a_wrong_command_is_one_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert said in line
+
+
+@pytest.mark.parametrize(
+    ("category", "text", "shown"),
+    [
+        (UserWarning, "a file of this version will be removed", True),
+        (FutureWarning, "the default of an argument will change", False),
+        (UserWarning, "Variable names are not unique. To make them unique, call `.var_names_make_unique`.", False),
+    ],
+)
+def test_users_see_the_warnings_that_are_for_them(category: type[Warning], text: str, shown: bool) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.resetwarnings()
+        configure_logging()
+        warnings.warn(text, category, stacklevel=1)
+    assert len(caught) == shown
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # as tests, and who asks for all of them
+        configure_logging()
+        with pytest.raises(category, match=re.escape(text)):
+            warnings.warn(text, category, stacklevel=1)
