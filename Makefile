@@ -1,5 +1,5 @@
-# Every target works in .venv, which scvi-init.sh makes when it is missing or out of date.
-# PYTHON=python3.13 (or a path) makes .venv again with that Python.
+# Every target uses .venv, which scvi-init.sh creates or updates if necessary.
+# PYTHON=python3.13 (or a path) creates .venv again with that Python.
 
 DATA ?= ../shared/data
 BENCH ?= bench
@@ -8,7 +8,7 @@ SEEDS ?= $(shell date +%s)
 .DEFAULT_GOAL := help
 .PHONY: help env demo test fuzz lint notebooks bench bench-train bench-blood
 
-# One worker a core, but each holds torch and scvi-tools in memory.
+# One worker per core, at most four: each has torch and scvi-tools in memory.
 WORKERS := $(shell n=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 
 help: ## list the targets; `census-scvi --help` lists the commands of the pipeline
@@ -20,15 +20,15 @@ env: ## create or update .venv (scvi-init.sh); the other targets do it, too
 demo: env ## the whole pipeline on a small simulated Census
 	.venv/bin/python -m census_scvi.stages.demo
 
-notebooks: env ## run the notebooks on what `make demo` made, and keep what they put out
+notebooks: env ## run the notebooks on the results of `make demo` and save their output
 	.venv/bin/python notebooks/execute.py
 
-# Workers begin with neighbouring tests, which share what a module sets up, and take over from each other at the end.
-test: env ## all tests; PYTEST_ARGS="-k name -x" are passed on
+# Each worker starts with neighbouring tests, which share their module's fixtures; idle workers take over tests of others.
+test: env ## all tests; passes on PYTEST_ARGS="-k name -x"
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
-# New examples for every seed; the one that fails is printed, to be kept as an @example of its test.
-fuzz: env ## property-based tests with new random examples; SEEDS="1 2 3", PYTEST_ARGS="tests/test_hvg.py" are passed on
+# New examples for every seed; add a failing one, which is printed, to its test as an @example.
+fuzz: env ## property-based tests with new random examples; passes on SEEDS="1 2 3" and PYTEST_ARGS="tests/test_hvg.py"
 	@for seed in $(SEEDS); do echo "seed $$seed"; \
 	  OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n $(WORKERS) --dist worksteal -m hypothesis \
 	    --hypothesis-profile=fuzz --hypothesis-seed=$$seed $(PYTEST_ARGS) || exit 1; done
@@ -38,15 +38,15 @@ lint: env ## ruff and mypy
 	.venv/bin/python -m ruff format --check
 	.venv/bin/python -m mypy
 
-bench: env ## speed and memory at scale compared with the libraries (docs/performance.md), in BENCH=folder; 10 GB, 40 minutes; ANNBATCH=python
+bench: env ## speed and memory compared with other libraries (docs/performance.md), in BENCH=folder; 10 GB, 40 minutes
 	.venv/bin/python -c 'import scdataset, tiledbsoma_ml' 2>/dev/null || .venv/bin/python -m pip install -q -e '.[bench]'
 	.venv/bin/python benchmarks/scale.py --folder $(BENCH) $(if $(ANNBATCH),--annbatch $(ANNBATCH))
 	.venv/bin/python benchmarks/stages.py --census $(BENCH)/census --folder $(BENCH)/stages --cells 50000 200000
 	.venv/bin/python benchmarks/coding.py $(BENCH)/prepared/anndata_model.h5ad
 	.venv/bin/python benchmarks/shuffle.py $(BENCH)/prepared/anndata_model.h5ad
 
-bench-train: env ## training steps and trainings compared with scvi-tools' (docs/performance.md), in BENCH=folder; 15 minutes on a CPU
+bench-train: env ## speed of training compared with scvi-tools (docs/performance.md), in BENCH=folder; 15 minutes on a CPU
 	.venv/bin/python benchmarks/train_step.py --folder $(BENCH)
 
-bench-blood: env ## label transfer on real blood cells, DATA=folder of the .h5ad files (docs/blood.md); 20 minutes
+bench-blood: env ## label transfer on real blood cells (docs/blood.md), DATA=folder of the .h5ad files; 20 minutes
 	.venv/bin/python benchmarks/label_transfer.py --data $(DATA)

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Makes .venv beside this script and installs census-scvi and all that it needs. Also runs on macOS' bash 3.2.
+# Creates .venv next to this script and installs census-scvi with all dependencies. Also runs with macOS' bash 3.2.
 set -euo pipefail
 
 usage() {
   cat <<'END'
-usage: ./scvi-init.sh [PYTHON]      make or bring up to date .venv, with PYTHON (a name or a path; 3.11 or newer)
+usage: ./scvi-init.sh [PYTHON]      create or update .venv with PYTHON (a name or a path; 3.11 or newer)
        ./scvi-init.sh --check-gpu   say which GPU torch can use
 
-Without PYTHON, and without the variable PYTHON: the Python that .venv has, else the first of python3.11, python3.12,
-python3.13, python3 and python that will do. Another Python than .venv has makes .venv anew. When nothing is to be done
-it says nothing. Python 3.11 gets the versions in constraints.txt, newer ones get the newest libraries.
+PYTHON can also be given as an environment variable. Default: the Python of .venv, or else the first suitable one of
+python3.11, python3.12, python3.13, python3 and python. With another Python than before, .venv is created again. If .venv
+is up to date, the script prints nothing. Python 3.11 gets the versions in constraints.txt, newer ones the newest libraries.
 END
 }
 
@@ -20,7 +20,7 @@ fail() { # fail CODE MESSAGE
   exit "$1"
 }
 
-# Runs under any Python, 2 included. An active .venv is not a Python to build upon, its base is.
+# Runs with any Python, including 2. If .venv is active, its base Python is used.
 readonly PROBE='
 import sys
 try:
@@ -31,7 +31,7 @@ except ImportError:
 print("%d.%d %s %s" % (sys.version_info[0], sys.version_info[1], can, getattr(sys, "_base_executable", sys.executable)))
 '
 
-# Sets version and base, or why the Python will not do. A candidate must run: a pyenv shim can exist and fail.
+# Sets version and base, or why the Python is not suitable. A candidate must run: a pyenv shim can exist and fail.
 try_python() {
   local answer
   if ! command -v "$1" >/dev/null; then
@@ -91,7 +91,7 @@ look_at_venv() {
   have=$(.venv/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || have=''
 }
 
-# What an installation depends on; written last, so an installation that was killed has none.
+# Identity of an installation; written last, so a killed installation has none.
 stamp() { printf '%s\n' "$here" "Python $1" "$(cat pyproject.toml constraints.txt | cksum)"; }
 
 is_current() {
@@ -99,8 +99,8 @@ is_current() {
     [ -f "$STAMP" ] && [ "$(cat "$STAMP")" = "$(stamp "$have")" ]
 }
 
-# Says why .venv cannot be brought up to date in place; nothing when it can.
-why_anew() {
+# Says why .venv must be created again; prints nothing if it can be updated.
+why_create() {
   if [ ! -e .venv ]; then
     echo "there is no .venv yet"
   elif [ -z "$have" ]; then
@@ -122,19 +122,19 @@ make_venv() {
 }
 
 install() {
-  # A pip that fails changes nothing, so the old stamp returns; one that is killed may leave anything.
+  # A failed pip changes nothing, so the old stamp is restored; a killed one may leave anything.
   if [ -f "$STAMP" ]; then
     mv -f "$STAMP" "$STAMP.old"
-    say "the requirements have changed: bringing .venv up to date"
+    say "the requirements have changed: updating .venv"
   else
-    say "installing census-scvi: some minutes and several GB; follow it in .venv/scvi-init.log"
+    say "installing census-scvi: some minutes and several GB; log: .venv/scvi-init.log"
   fi
   if [ "$have" = 3.11 ]; then set -- -c constraints.txt; else set --; fi
   if ! .venv/bin/python -m pip install "$@" -e '.[dev]' >"$LOG" 2>&1 </dev/null; then
     if [ -f "$STAMP.old" ]; then mv -f "$STAMP.old" "$STAMP"; fi
     install_failed
   fi
-  # This imports torch, so it also shows that what was installed starts.
+  # This imports torch, and so tests the installation.
   gpu=$(.venv/bin/python -m census_scvi.training.gpu 2>>"$LOG") || fail 1 "torch is installed but does not start; see $here/$LOG"
   stamp "$have" >"$STAMP.new"
   mv -f "$STAMP.new" "$STAMP"
@@ -149,7 +149,7 @@ install_failed() {
     reason="the disk is full ($here needs 3 GB, 7 GB with torch's CUDA libraries; ${TMPDIR:-/tmp} about half of it)"
   fi
   grep '^ERROR' "$LOG" >&2 || tail -n 5 "$LOG" >&2
-  fail 1 "$reason; the whole log is $here/$LOG; mend it and run scvi-init.sh again"
+  fail 1 "$reason; the whole log is $here/$LOG; fix the cause and run scvi-init.sh again"
 }
 
 readonly STAMP=.venv/scvi-init.stamp LOG=.venv/scvi-init.log
@@ -165,7 +165,7 @@ case $asked in
 esac
 here=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
 cd -- "$here"
-# Packages from elsewhere must not pass for installed ones.
+# Packages from other locations must not be mistaken for installed ones.
 unset PYTHONHOME PYTHONPATH PIP_TARGET PIP_PREFIX
 export PIP_USER=0 PIP_DISABLE_PIP_VERSION_CHECK=1
 
@@ -176,12 +176,12 @@ fi
 if [ -n "$asked" ]; then find_python; fi
 look_at_venv
 if is_current; then exit; fi
-if command -v flock >/dev/null; then # Linux; elsewhere two runs at once are not kept apart
+if command -v flock >/dev/null; then # Linux; other systems have no protection against two simultaneous runs
   exec 9<. # the folder itself, so that no lock file stays behind
-  flock -n 9 || { say "another scvi-init.sh is at work here: waiting for it" && flock 9; } || true
+  flock -n 9 || { say "another scvi-init.sh is running here: waiting for it" && flock 9; } || true
   look_at_venv
   if is_current; then exit; fi
 fi
-reason=$(why_anew)
+reason=$(why_create)
 if [ -n "$reason" ]; then make_venv "$reason"; fi
 install

@@ -44,10 +44,10 @@ NEIGHBORS = 15
 COMPONENTS = 50
 ROWS = {
     "scvi": "scVI latent",
-    "pca": f"PCA-{COMPONENTS}, counts a cell from the selected genes",
-    "pca_all": f"PCA-{COMPONENTS}, counts a cell from all genes",
+    "pca": f"PCA-{COMPONENTS}, library size from the selected genes",
+    "pca_all": f"PCA-{COMPONENTS}, library size from all genes",
     "shuffled": "scVI latent, labels of the reference shuffled",
-    "majority": "always the commonest label of the reference",
+    "majority": "always the most frequent label of the reference",
 }
 
 
@@ -112,8 +112,8 @@ def one_run(config: Config, overrides: list[str]) -> pd.Series:
     scores["scvi"] = transfer.score(latent)
     shuffled = np.random.default_rng(config.seed).permutation(transfer.labels[transfer.reference])
     scores["shuffled"] = transfer.score(latent, shuffled)
-    commonest = pd.Series(transfer.labels[transfer.reference]).mode()[0]
-    scores["majority"] = transfer.compare(np.array([commonest] * int(transfer.query.sum())))
+    majority = pd.Series(transfer.labels[transfer.reference]).mode()[0]
+    scores["majority"] = transfer.compare(np.array([majority] * int(transfer.query.sum())))
     values = {(row, measure): value for row, measures in scores.items() for measure, value in measures.items()}
     values |= {("train", "wall"): seconds["train"][0], ("train", "cpu"): seconds["train"][1]}
     values |= {("cells", "reference"): transfer.reference.sum(), ("cells", "query"): transfer.query.sum()}

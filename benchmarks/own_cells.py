@@ -151,7 +151,7 @@ def counts_case(folder: Path, run: Path, file: Path, studies: tuple[str, ...]) -
             root, ORGANISM, obs_value_filter=f"dataset_id in {list(studies)} and cell_type != 'unknown'"
         )
     found.var_names = found.var["feature_id"].astype(str)
-    # Genes that the query's study has not measured tell studies apart and nothing else.
+    # Genes that the query's study has not measured only separate studies.
     shared = ~np.isin(genes, aligned.report.missing)
     reference = found[:, genes].X.toarray()[:, shared]
     return Case(log_normalised(reference), *labels_and_groups(found.obs), log_normalised(query[:, shared]), truth)
@@ -205,12 +205,12 @@ def _agreement(case: Case, labels: npt.NDArray[np.object_], probability: npt.NDA
         "high": high,
         "mean over types": score.mean_over_types,
         "calibration error": score.calibration_error,
-        **{f"wrong of the surest {share:.0%}": risk[share] for share in (0.25, 0.5, 0.75, 0.9)},
+        **{f"wrong among the most confident {share:.0%}": risk[share] for share in (0.25, 0.5, 0.75, 0.9)},
     }
 
 
 def unknown(case: Case, found: Prediction) -> dict[str, float]:
-    """What `unknown` does, and how well types that were left out are noticed."""
+    """What `unknown` does, and how well excluded types are detected."""
     shared = np.isin(case.truth.astype(str), np.unique(case.labels.astype(str)))
     right = (case.truth == found.labels)[shared]
     names = ("uncertainty", "improbability", "found", "kept", "found alone", "found, expected", "kept, expected")
@@ -233,7 +233,7 @@ def unknown(case: Case, found: Prediction) -> dict[str, float]:
         "far": float(found.far),
         "unknown": found.unknown[shared].mean(),
         "accuracy of the rest": right[~found.unknown[shared]].mean(),
-        **{f"left out, {name}": float(np.mean(values)) for name, values in noticed.items()},
+        **{f"excluded, {name}": float(np.mean(values)) for name, values in noticed.items()},
     }
 
 

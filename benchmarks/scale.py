@@ -5,7 +5,7 @@
 
 Makes a Census of simulated cells in FOLDER (once), then runs each side of each comparison in a process of its own, in
 turn, and prints medians of CPU-seconds, wall time and peak memory as a table; FOLDER/results.json has every run.
-annbatch needs Python 3.12: PYTHON is one that has `annbatch[torch,zarrs]` installed; without it that side is left out.
+annbatch needs Python 3.12: PYTHON is one that has `annbatch[torch,zarrs]` installed; without it that side is skipped.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _build(folder: Path, arguments: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     paths = Folder(folder, arguments.selected)
     if not Path(paths.census).exists():
-        # 1,770 genes a cell, as in the tissues of the Census; 38 % of them among the 8,000 selected.
+        # 1,770 genes per cell, as in the tissues of the Census; 38 % of them among the 8,000 selected.
         sources = demo_sources(seed=0, scale=arguments.cells / 6000, n_genes=arguments.genes, depth=1.35, type_sd=0.8)
         build_census(paths.census, [source for source in sources if source.organism == "homo_sapiens"])
     if not (Path(paths.model) / "scvi.model").exists():

@@ -3,7 +3,7 @@
     python benchmarks/shuffle.py PREPARED.h5ad [--epochs 3]
 
 For each label the variance of its share over the minibatches, divided by what a full shuffle gives (1.0 is one); the
-mean over labels. Beside ours: the same loader, had the cells been written in the order of the Census.
+mean over labels. For comparison: the same loader on cells in the order of the Census.
 """
 
 from __future__ import annotations

@@ -5,12 +5,12 @@
 
 Makes up cells in FOLDER (once), or takes those of FILE. Then, for each number of hidden nodes:
 
-1. steps: the same minibatches go through scvi-tools' step and, improvement by improvement, this project's, a step each
-   in turn; medians. The roofline is what the matrix products and the bytes that must move take at the rates that this
-   device is measured to have, on a CPU with the faster library: with all counts in the encoder's products, and, where
-   the step leaves the zeros out, with the others alone. A reduced precision that is slower is left out.
-2. end to end: `SCVI.train` with all cells in memory, and this project's training from the file, each in a process of
-   its own, in turn: Lightning, metrics, validation and loader included, imports and reading into memory not.
+1. steps: the same minibatches are processed by scvi-tools' step and, improvement by improvement, by this project's,
+   alternately; medians. The lower bound is the time of the matrix products and of the memory traffic at the measured
+   rates of this device, on a CPU with the faster library: with all counts in the encoder's products, and, if the step
+   skips the zeros, with the non-zeros only. A reduced precision that is slower is skipped.
+2. end to end: `SCVI.train` with all cells in memory, and this project's training from the file, each in its own
+   process, alternately: Lightning, metrics, validation and loader included, imports and reading into memory not.
 
 Printed as tables, with the processor, its instruction sets and the libraries that were chosen; FOLDER/train_step.json
 has every figure.

@@ -157,7 +157,7 @@ def test_a_user_sees_whether_the_model_helps(
     else:
         assert right["scvi"] < 0.5 < right["pca"]
         assert max(prediction["agreement"].values()) < 0.6
-        assert "look at obs['cell_type_" in caplog.text
+        assert "compare with obs['cell_type_" in caplog.text
     draw_quality(prediction, "cell type").savefig(tmp_path / "quality.png")
     assert matplotlib.image.imread(tmp_path / "quality.png").std() > 0.05
     mine.write_h5ad(tmp_path / "mine.h5ad")
@@ -171,7 +171,7 @@ def test_one_label_has_nothing_beside_it() -> None:
     annotator.annotate(mine, "X_scvi")
     annotator.compare(mine, [query], counts, np.arange(400), ALL)
     assert "held_out" not in mine.uns[PREDICTION]["cell_type"]
-    with pytest.raises(UserError, match="there are no held-out cells to judge"):
+    with pytest.raises(UserError, match="there are no held-out cells to measure accuracy"):
         draw_quality(mine.uns[PREDICTION]["cell_type"], "cell type")
 
 

@@ -155,7 +155,7 @@ def test_the_embedding_is_read_in_other_ways(atlas: Atlas, own_cells: ad.AnnData
     assert balanced_accuracy_score(named.obs["truth"], named.obs["cell_type_predicted"].astype(str)) > 1.5 * guess
     assert named.uns["scvi_prediction"]["cell_type"]["method"] == method
     assert "cell_type_pca" not in named.obs
-    with pytest.raises(UserError, match="there are no held-out cells to judge"):
+    with pytest.raises(UserError, match="there are no held-out cells to measure accuracy"):
         atlas.quality(named)
     with pytest.raises(UserError, match="these cells have no predicted tissue; predict it first"):
         atlas.quality(named, "tissue")
@@ -181,7 +181,7 @@ def test_the_embedding_of_another_model_is_refused(published: Run, own_cells: ad
         with pytest.raises(UserError, match=r"is not the embedding of this model: the first 64 cells differ by up to"):
             atlas.predict(own_cells)
     with Atlas.open(published.path("published")) as right:
-        with pytest.raises(UserError, match="these cells were embedded by another model, and hold no counts"):
+        with pytest.raises(UserError, match="these cells were embedded by another model and have no counts"):
             right.predict(theirs)
         with_counts = own_cells.copy()
         with_counts.obsm["X_scvi"], with_counts.uns["scvi_model"] = theirs.obsm["X_scvi"], theirs.uns["scvi_model"]
@@ -199,7 +199,7 @@ def test_the_embedding_of_another_model_is_refused(published: Run, own_cells: ad
 def test_what_is_missing_is_said(published: Run, demo_census: str, own_cells: ad.AnnData) -> None:
     with pytest.raises(UserError, match=r"an atlas needs a model, a Census or both"):
         Atlas.open()
-    with pytest.raises(UserError, match="name it with census="):
+    with pytest.raises(UserError, match="give it with census="):
         Atlas.open(published.path("scvi.model"), embedding="scvi")
     with pytest.raises(UserError, match="the model is of homo_sapiens, not mus_musculus"):
         Atlas.open(published.directory, organism="mus_musculus")
@@ -212,7 +212,7 @@ def test_what_is_missing_is_said(published: Run, demo_census: str, own_cells: ad
     with Atlas.open(census=demo_census) as census_alone:
         with pytest.raises(UserError, match=r"this needs a model"):
             census_alone.embed(own_cells)
-        with pytest.raises(UserError, match=r"has no obsm\['scvi'\]; name another embedding, or the run"):
+        with pytest.raises(UserError, match=r"has no obsm\['scvi'\]; give another embedding, or a run"):
             census_alone.embeddings()
     with Atlas.open(census=census_of(published)) as without_model:
         assert without_model.embeddings(max_cells=10).n_obs == 10
@@ -221,9 +221,11 @@ def test_what_is_missing_is_said(published: Run, demo_census: str, own_cells: ad
 
 
 def test_mistakes_in_names_and_filters(atlas: Atlas, own_cells: ad.AnnData) -> None:
-    with pytest.raises(UserError, match=r"labels names 'cell_tipe', which is no obs column.*did you mean cell_type\?"):
+    with pytest.raises(
+        UserError, match=r"labels contains 'cell_tipe', which is not an obs column.*did you mean cell_type\?"
+    ):
         atlas.predict(own_cells, "cell_tipe")
-    with pytest.raises(UserError, match=r"obs_columns names 'nzz'"):
+    with pytest.raises(UserError, match=r"obs_columns contains 'nzz'"):
         atlas.embeddings(obs_columns=["nzz"])
     with pytest.raises(UserError, match=r"obs_filter \"tissue == 'Blut'\" matches no cell of"):
         atlas.embeddings("tissue == 'Blut'")
@@ -235,7 +237,7 @@ def test_a_run_on_another_census_is_refused(published: Run, demo_census: str, tm
     from census_scvi.local_census.demo.cells import write_demo_census
 
     write_demo_census(str(tmp_path / "census"), seed=1, scale=0.1, n_genes=600)
-    with pytest.raises(UserError, match=r"embeds another Census than .* soma_joinids hold within one Census only"):
+    with pytest.raises(UserError, match=r"embeds another Census than .* soma_joinids are valid within one Census only"):
         Atlas.open(census=tmp_path / "census", embedding=published.directory)
 
 
@@ -253,7 +255,7 @@ def test_cells_without_embedding_are_left_out_with_a_warning(
         assert atlas.reference(max_cells=50).n_obs <= 50  # proven with cells that have one
         with pytest.raises(UserError, match=r"none of the .* cells has an embedding"):
             atlas.embeddings("nnz <= 200")
-    assert "cells have no embedding and are left out" in capsys.readouterr().err
+    assert "cells have no embedding and are excluded" in capsys.readouterr().err
 
 
 # --- pictures, clusters, expression
@@ -274,7 +276,7 @@ def test_a_picture_and_clusters_of_a_slice(atlas: Atlas) -> None:
     again = atlas.clusters("is_primary_data == True", resolution=0.5, columns=["cell_type", "tissue"])
     pd.testing.assert_frame_equal(again, table)
     assert len(atlas.clusters(cells, resolution=3.0)) > len(table)
-    with pytest.raises(UserError, match=r"color names 'tisue', which is no column of obs; did you mean tissue\?"):
+    with pytest.raises(UserError, match=r"color is 'tisue', which is not a column of obs; did you mean tissue\?"):
         atlas.umap(cells, "tisue")
 
 
@@ -324,16 +326,16 @@ def test_normalized_expression_is_scvi_tools_own(atlas: Atlas, published: Run, m
 
 def test_batches_that_were_not_trained_are_refused_with_a_way_out(atlas: Atlas) -> None:
     gene = atlas.description.genes[:1]
-    with pytest.raises(UserError, match=r"cells are of batches that the model was not trained on .*transform_batch"):
+    with pytest.raises(UserError, match=r"cells are from batches that the model was not trained on .*transform_batch"):
         atlas.normalized_expression(None, gene, None)
     assert atlas.normalized_expression(None, gene, atlas.description.batches[0]).n_obs == 1500
     own = atlas.normalized_expression(TRAINED, gene, None)
     assert np.isfinite(own.X).all()
-    with pytest.raises(UserError, match=r"transform_batch 'lab 7' is none of the \d+ trained batches"):
+    with pytest.raises(UserError, match=r"transform_batch 'lab 7' is not one of the \d+ trained batches"):
         atlas.normalized_expression(None, gene, "lab 7")
-    with pytest.raises(UserError, match=r"'CD33X' is none of the model's 200 genes"):
+    with pytest.raises(UserError, match=r"'CD33X' is not one of the model's 200 genes"):
         atlas.normalized_expression(None, ["CD33X"], None)
-    with pytest.raises(UserError, match=r"not trained on .* Leave them out of group_a and group_b"):
+    with pytest.raises(UserError, match=r"not trained on .* Exclude them from group_a and group_b"):
         atlas.differential_expression("tissue == 'blood'", "tissue != 'blood'")
 
 

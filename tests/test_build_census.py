@@ -280,8 +280,8 @@ def test_missing_truncated_and_foreign_files_are_refused_by_name(tmp_path: Path)
         file["X"] = np.zeros((2, 2))
     for name, text in {
         "absent.h5ad": "no such file",
-        "cut.h5ad": "not a whole",
-        "text.h5ad": "not a whole",
+        "cut.h5ad": "not a complete",
+        "text.h5ad": "not a complete",
         "foreign.h5ad": "expected an .h5ad",
     }.items():
         with pytest.raises(UserError, match=f"{name}: .*{text}"):
@@ -409,15 +409,16 @@ NOT_ENOUGH: dict[str, tuple[list[str], str]] = {
     "transcripts": ([f"ENST{n:011d}.2" for n in range(40)], "40 look like transcript ids .*; sum the counts by gene"),
     "numbers": (
         [str(n) for n in range(40)],
-        "40 look like numbers, as of Entrez or of rows .* name the genes by Ensembl id",
+        "40 look like numbers, as of Entrez or of rows .* give the genes as Ensembl id",
     ),
     "probes": (
         [f"{n}_s_at" for n in range(40)],
-        "40 look like probes of a microarray .* name the genes by Ensembl id or sym",
+        "40 look like probes of a microarray .* give the genes as Ensembl ids or sym",
     ),
     "ids of two organisms": (
         GENES[:30] + [f"ENSMUSG{n:011d}" for n in range(10)],
-        "genes of two organisms: 30 of 40 are of homo_sapiens, 10 look like Ensembl ids of mus_musculus .* of its own",
+        "genes of two organisms: 30 of 40 are of homo_sapiens, 10 look like Ensembl ids of mus_musculus .* a"
+        " separate file",
     ),
     "symbols of two organisms": (
         HUMAN[:28] + MOUSE[:12],
@@ -469,7 +470,9 @@ def test_cells_that_lose_most_of_their_counts_are_counted_and_named(
         report = build_yaml(write_config(tmp_path, {"file": "a.h5ad"}))
     (dataset,) = report.datasets
     assert (dataset.n_lost_most, dataset.n_emptied) == (5, 3)
-    assert str(dataset).endswith("10 without Ensembl id dropped; 5 cells lost most of their counts with them, 3 all")
+    assert str(dataset).endswith(
+        "10 without Ensembl id dropped; 5 cells lost most of their counts with them, 3 lost all"
+    )
     text = "a: 5 of 50 cells lost more than half of their counts with excluded genes, 3 of them all; the first"
     assert f"{text} is cell 8." in caplog.text
     with soma.open(report.uri) as root:
@@ -566,7 +569,7 @@ def test_a_gene_map_that_is_none_is_refused(tmp_path: Path) -> None:
         ({"obs": {"cell_type": "anotation"}}, "obs has no column 'anotation'; did you mean annotation?"),
         ({"gene_id": "ensembl"}, "var has no column 'ensembl'"),
         ({"dataset_id": {"column": "studdy"}}, "obs has no column 'studdy'"),
-        ({"obs": {"is_primary_data": "annotation"}}, "is_primary_data holds B, T; expected true or false"),
+        ({"obs": {"is_primary_data": "annotation"}}, "is_primary_data has B, T; expected true or false"),
     ],
 )
 def test_wrong_columns_are_named_with_the_nearest(tmp_path: Path, dataset: dict[str, Any], text: str) -> None:
@@ -613,7 +616,7 @@ def test_wrong_columns_are_named_with_the_nearest(tmp_path: Path, dataset: dict[
         ),
         (
             {"genes": {"map": {"homo_sapiens": "${}"}}},
-            "genes.map.homo_sapiens is '${}': ${} is no environment",
+            "genes.map.homo_sapiens is '${}': ${} is not an environment",
         ),
         ({"data": ["x"]}, "data is ['x'], expected a path"),
         ({"genes": 5}, "genes is 5, expected a section of keys"),
@@ -865,7 +868,7 @@ def test_force_replaces_no_folder_that_is_no_census(tmp_path: Path) -> None:
     write_h5ad(tmp_path / "a.h5ad")
     (tmp_path / "census").mkdir()
     (tmp_path / "census" / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="is no Census"):
+    with pytest.raises(UserError, match="is not a Census"):
         build_yaml(write_config(tmp_path, {"file": "a.h5ad"}), force=True)
     assert (tmp_path / "census" / "thesis.txt").exists()
 

@@ -123,9 +123,9 @@ def test_the_card_says_that_own_cells_are_own_cells(run: Run) -> None:
     assert run("publish") == 0
     card = run.path("published/README.md").read_text()
     assert "CELLxGENE" not in card
-    assert "others have shared" not in card
-    assert "# scVI embedding of 1,500 cells of Homo sapiens: 4 data sets\n" in card
-    assert "| source | 4 data sets, made into a Census of their own |" in card
+    assert "shared by many studies" not in card
+    assert "# scVI embedding of 1,500 cells of Homo sapiens: 4 datasets\n" in card
+    assert "| source | 4 datasets in a local Census |" in card
     assert "| demo-human-blood | Demo: human blood, cells | not stated |" in card
     assert "demo-mouse" not in card
     for heading in (
@@ -135,7 +135,7 @@ def test_the_card_says_that_own_cells_are_own_cells(run: Run) -> None:
         assert re.search(rf"^##+ {heading}$", card, re.MULTILINE), heading
     for words in ("health of an individual", "Identifying donors", "synthetic data", "discriminatory or harmful"):
         assert words in card, words
-    assert "No benchmark of it was run" in card
+    assert "No benchmark was run" in card
 
 
 def test_the_card_of_cellxgene_s_cells_says_so(run: Run) -> None:
@@ -152,7 +152,7 @@ def test_the_card_of_cellxgene_s_cells_says_so(run: Run) -> None:
     assert run("publish") == 0
     card = run.path("published/README.md").read_text()
     assert "# scVI embedding of CELLxGENE Census\n" in card
-    assert "| source | CELLxGENE Census: 4 data sets |" in card
+    assert "| source | CELLxGENE Census: 4 datasets |" in card
     assert "doi:10.1093/nar/gkae1142" in card
 
 

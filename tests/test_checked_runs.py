@@ -53,11 +53,11 @@ def test_the_atlas_refuses_a_damaged_run(name: str, where: float, copied: Path, 
     flip(copied / name, where)
     places = [copied, copied / "scvi.model"] if name in MODEL else [copied]
     for place in places:
-        with pytest.raises(UserError, match=f"{name} has other contents than were written by scvi-"):
+        with pytest.raises(UserError, match=f"{name} has changed since it was written by scvi-"):
             with Atlas.open(place, census=demo_census) as atlas:
                 atlas.predict(None)
         if name in MODEL:
-            with pytest.raises(UserError, match=f"{name} has other contents than were written by scvi-train.py"):
+            with pytest.raises(UserError, match=f"{name} has changed since it was written by scvi-train.py"):
                 load_model(str(place))
 
 
@@ -68,7 +68,7 @@ def test_map_query_refuses_a_damaged_run(
     flip(copied / name, 0.7)
     settings = (f"output.directory={copied}", f"query.file={query}")
     assert main("map-query", ["--config", str(finished_run.config), *settings]) == 2
-    assert f"{name} has other contents than were written" in capsys.readouterr().err.splitlines()[-1]
+    assert f"{name} has changed since it was written" in capsys.readouterr().err.splitlines()[-1]
     assert [path.name for path in query.parent.iterdir()] == ["cells.h5ad"]
 
 
@@ -79,7 +79,7 @@ def test_evaluate_refuses_a_damaged_run(
     flip(copied / name, 0.7)
     settings = (f"output.directory={copied}", "evaluate.max_cells=100")
     assert main("evaluate", ["--config", str(finished_run.config), *settings]) == 2
-    assert f"{name} has other contents than were written" in capsys.readouterr().err.splitlines()[-1]
+    assert f"{name} has changed since it was written" in capsys.readouterr().err.splitlines()[-1]
     assert not (copied / "evaluation").exists()
 
 
@@ -97,7 +97,7 @@ def test_the_earlier_result_of_a_stage_that_runs_again_is_said_to_be(
         for redoing in ({}, {stage: "0" * 64}):
             (copied / "manifest.json").write_text(json.dumps(manifest | {"redoing": redoing}))
             assert main(command, arguments) == 0
-            warning = f"run: scvi-{stage}.py --force has not finished; its earlier result is used"
+            warning = f"run: scvi-{stage}.py --force has not finished; using its earlier result"
             assert (warning in capsys.readouterr().err) == bool(redoing), command
 
 
@@ -105,7 +105,10 @@ def test_the_earlier_result_of_a_stage_that_runs_again_is_said_to_be(
 def test_a_file_that_is_gone_or_cut(name: str, copied: Path, demo_census: str) -> None:
     with (copied / name).open("r+b") as file:
         file.truncate(50)
-    with pytest.raises(UserError, match=f"{name} has 50 bytes where"), Atlas.open(copied, census=demo_census) as atlas:
+    with (
+        pytest.raises(UserError, match=f"{name} has 50 bytes, expected"),
+        Atlas.open(copied, census=demo_census) as atlas,
+    ):
         atlas.embeddings()
     (copied / name).unlink()
     with pytest.raises(UserError, match=f"{name} is missing"), Atlas.open(copied, census=demo_census) as atlas:
@@ -151,12 +154,12 @@ def test_large_files_are_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     times = large.stat().st_atime_ns, large.stat().st_mtime_ns
     flip(large, 0.5)
     os.utime(large, ns=times)  # its time of writing is put back, but not the kernel's own
-    assert look(large) == "has other contents than were written"
+    assert look(large) == "has changed since it was written"
     flip(large, 0.5)
     assert look(large) is look(large) is None  # just written: not trusted to stay so
     assert hashed[4:] == ["large"] * 3
     expected[large] = expected[small]  # another manifest
-    assert "bytes where" in str(look(large))
+    assert "bytes, expected" in str(look(large))
     for damaged in ("{", "[]", json.dumps({str(large): 3})):
         (tmp_path / "cache" / "checked-files.json").write_text(damaged)
         assert look(small) is None

@@ -353,13 +353,13 @@ NAMES = ["anndata.model_filename", "model.filename"]
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        *[(name, "the run directory has a file or folder of that name") for name in sorted(run_names.OWNED)],
-        ("LATENT.NPY", "the run directory has a file or folder of that name"),
-        ("Published", "the run directory has a file or folder of that name"),
-        ("part-00000.h5ad", "the run directory has a file or folder of that name"),
-        ("cells.partial", "uses such names for unfinished files"),
-        ("cells.OLD", "uses such names for unfinished files"),
-        ("manifest.json.partial", "uses such names for unfinished files"),
+        *[(name, "the run directory uses this name") for name in sorted(run_names.OWNED)],
+        ("LATENT.NPY", "the run directory uses this name"),
+        ("Published", "the run directory uses this name"),
+        ("part-00000.h5ad", "the run directory uses this name"),
+        ("cells.partial", "or for unfinished files"),
+        ("cells.OLD", "or for unfinished files"),
+        ("manifest.json.partial", "or for unfinished files"),
         ("..", "this is a folder itself"),
         (".", "this is a folder itself"),
         ("a/b", "without / and"),
@@ -404,23 +404,23 @@ def test_two_names_that_some_file_systems_take_for_one(one: str, other: str, tmp
 @pytest.mark.parametrize(
     ("setting", "place", "words"),
     [
-        ("evaluate.folder", "run/scvi.model", "evaluate.folder writes run/scvi.model, and scvi.model is a name of the"),
-        ("evaluate.folder", "run/published/x", "published is a name of the run's own"),
-        ("evaluate.folder", "./run/../run/tb_logs", "tb_logs is a name of the run's own"),
-        ("query.output", "run/anndata_model.h5ad", "anndata_model.h5ad is a name of the run's own"),
+        ("evaluate.folder", "run/scvi.model", "evaluate.folder writes run/scvi.model, and scvi.model is a name that"),
+        ("evaluate.folder", "run/published/x", "published is a name that the run uses itself"),
+        ("evaluate.folder", "./run/../run/tb_logs", "tb_logs is a name that the run uses itself"),
+        ("query.output", "run/anndata_model.h5ad", "anndata_model.h5ad is a name that the run uses itself"),
         ("query.output", "run/manifest.h5ad", "query.output writes run/manifest.json"),
-        ("query.output", "run/LATENT.npy", "LATENT.npy is a name of the run's own"),
-        ("publish.model_uri", "run", "publish.model_uri run holds the run directory run"),
-        ("publish.model_uri", ".", "holds the run directory run"),
-        ("publish.model_uri", "file://{here}/run/latent.npy", "latent.npy is a name of the run's own"),
-        ("publish.model_uri", "file://localhost{here}/run/latent.npy", "latent.npy is a name of the run's own"),
-        ("publish.model_uri", "FILE://{here}/run/latent.npy", "latent.npy is a name of the run's own"),
-        ("publish.model_uri", "run/evaluation", "evaluation is a name of the run's own"),
-        ("publish.model_uri", "census", "publish.model_uri census would overwrite census.uri census; name another"),
+        ("query.output", "run/LATENT.npy", "LATENT.npy is a name that the run uses itself"),
+        ("publish.model_uri", "run", "publish.model_uri run contains the run directory run"),
+        ("publish.model_uri", ".", "contains the run directory run"),
+        ("publish.model_uri", "file://{here}/run/latent.npy", "latent.npy is a name that the run uses itself"),
+        ("publish.model_uri", "file://localhost{here}/run/latent.npy", "latent.npy is a name that the run uses itself"),
+        ("publish.model_uri", "FILE://{here}/run/latent.npy", "latent.npy is a name that the run uses itself"),
+        ("publish.model_uri", "run/evaluation", "evaluation is a name that the run uses itself"),
+        ("publish.model_uri", "census", "publish.model_uri census would overwrite census.uri census; give another"),
         ("publish.model_uri", "census/census_data", "would overwrite census.uri census"),
         ("publish.model_uri", "data", "would overwrite publish.experiment_uri data/census/mouse"),
         ("publish.model_uri", "data/models", None),
-        ("census.uri", "run/.", "output.directory run is the Census; name another folder"),
+        ("census.uri", "run/.", "output.directory run is the Census; give another folder"),
         ("evaluate.folder", "run", None),
         ("evaluate.folder", "run/evaluation", None),
         ("evaluate.folder", "run/evaluation-2", None),
@@ -486,10 +486,10 @@ def test_home_folders_and_variables_in_every_place(
     for text, words in {
         "$NOWHERE/x": "the environment variable NOWHERE is not set",
         "x/${EMPTY}": "the environment variable EMPTY is empty",
-        "~nobody-here/x": "there is no user 'nobody-here'; a folder of that name is written as ./~nobody-here",
-        "${BUCKET:-x}": "${BUCKET:-x} is no environment variable; write ${NAME}",
-        "${BUCKET": "${BUCKET is no environment variable; write ${NAME}",
-        "${}": "${} is no environment variable",
+        "~nobody-here/x": "there is no user 'nobody-here'; for a folder of that name write ./~nobody-here",
+        "${BUCKET:-x}": "${BUCKET:-x} is not an environment variable; write ${NAME}",
+        "${BUCKET": "${BUCKET is not an environment variable; write ${NAME}",
+        "${}": "${} is not an environment variable",
     }.items():
         with pytest.raises(UserError) as caught:
             value(f"'{text}'")
@@ -589,7 +589,7 @@ def test_a_config_error_is_answered_before_anything_heavy_is_imported(tmp_path: 
 def test_exit_codes_and_help(stage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "none.yaml"
     assert main(stage, ["--config", str(path)]) == 2
-    expected = f"error: {path}: no such file; name the YAML file with your settings: --config FILE"
+    expected = f"error: {path}: no such file; give the YAML file with your settings: --config FILE"
     assert capsys.readouterr().err.strip() == expected
     with pytest.raises(SystemExit) as stopped:
         main(stage, ["--help"])
@@ -659,10 +659,10 @@ def test_an_error_names_the_file_in_which_the_wrong_key_stands(
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"a": "extends: a.yaml"}, "a.yaml: extends a.yaml, which extends it in turn; remove one of the two lines"),
+        ({"a": "extends: a.yaml"}, "a.yaml: extends a.yaml, which extends it, too; remove one of the two lines"),
         (
             {"a": "extends: b.yaml", "b": "extends: c.yaml", "c": "extends: ./b.yaml"},
-            "c.yaml: extends b.yaml, which extends it in turn",
+            "c.yaml: extends b.yaml, which extends it, too",
         ),
         ({"a": "extends: b.yaml"}, "a.yaml: extends b.yaml: no such file; the path is relative to"),
         ({"a": "extends: [b.yaml]"}, "a.yaml: extends is not a path; expected one YAML file, as in extends: base.yaml"),

@@ -119,7 +119,7 @@ def test_a_truncated_file_is_named(tmp_path: Path) -> None:
     write(tmp_path / "x.h5ad", 200)
     data = (tmp_path / "x.h5ad").read_bytes()
     (tmp_path / "x.h5ad").write_bytes(data[: len(data) // 2])
-    with pytest.raises(UserError, match=r"x.h5ad is no .h5ad that scvi-prepare.py wrote .*truncated"):
+    with pytest.raises(UserError, match=r"x.h5ad is not an .h5ad written by scvi-prepare.py .*truncated"):
         PreparedCells(tmp_path / "x.h5ad")
 
 

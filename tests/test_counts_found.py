@@ -94,18 +94,18 @@ FOUND: dict[str, tuple[ad.AnnData, str]] = {
     "X alone": (cells(ALL), "X"),
 }  # fmt: skip
 
-SEVERAL = "matrices hold different whole numbers, and nothing says which are the raw counts"
+SEVERAL = "matrices contain different whole numbers, and it is unclear which are the raw counts"
 REFUSED: dict[str, tuple[ad.AnnData, str]] = {
     "velocyto whose X was made from the total": (
         cells(logged(ALL), **VELOCITY),
         rf"3 {SEVERAL}: layers/ambiguous \(medians per cell: \d+ counts, \d+ genes\), layers/spliced \(.*"
-        r"such as [\w.: ]+=?layers/spliced, .*\(of spliced, unspliced and ambiguous reads, their sum\)",
+        r"for example [\w.: ]+=?layers/spliced, .*\(the sum of spliced, unspliced and ambiguous reads\)",
     ),
     "two layers": (cells(scaled(ALL), a=ALL, b=OTHER), rf"2 {SEVERAL}: layers/a \(.*, layers/b \("),
     "two names": (cells(scaled(ALL), counts=ALL, raw_counts=OTHER), rf"2 {SEVERAL}: layers/counts"),
     "raw and counts": (with_raw(cells(scaled(ALL), counts=ALL), OTHER), rf"2 {SEVERAL}: raw .*, layers/counts"),
     "only a part": (cells(scaled(ALL), unspliced=UNSPLICED), "only layers/unspliced .* a part of the reads"),
-    "X was made from others": (cells(logged(ALL), odd=OTHER), "only layers/odd .* X was made from other counts"),
+    "X was made from others": (cells(logged(ALL), odd=OTHER), "only layers/odd .* X was computed from other counts"),
     "only 0 and 1": (cells(BINARY), "only X .* it holds only 0 and 1"),
     "rounded CPM": (cells(np.round(normalised(ALL, 1e6).toarray())), "only X .* the same total in every cell"),
 }  # fmt: skip
@@ -140,7 +140,7 @@ def test_what_may_be_counts_is_refused_and_can_be_named(
                  if name == "X" or name.removeprefix("layers/") in adata.layers)  # fmt: skip
     with caplog.at_level(logging.WARNING):
         assert QueryCells(adata).find_counts(place) == place
-    assert ("taken as raw counts, but it" in caplog.text) == (place == "X")
+    assert ("used as raw counts, but it" in caplog.text) == (place == "X")
     assert open_h5ad(tmp_path / "a.h5ad", organism=ORGANISM, counts=place)
 
 
@@ -355,11 +355,11 @@ def unwritten(file: h5py.File, key: str, secret: Path) -> None:
 
 
 HOSTILE = {
-    external_storage: "keeps its values in another file",
+    external_storage: "stores its values in another file",
     virtual: "is a virtual dataset of other files",
     external_link: "is a link to another file",
-    dangling: "is a link to /no/such/place, which is not there",
-    circle: "is a link to /.*, which is not there",
+    dangling: "is a link to /no/such/place, which is missing",
+    circle: "is a link to /.*, which is missing",
     empty_giant: r"declares 8\.0 TB",
     unwritten: r"declares 8\.0 GB",
 }
@@ -451,7 +451,7 @@ def test_a_sparse_matrix_that_does_not_fit_together_is_refused(case: str, tmp_pa
     cells(ALL).write_h5ad(tmp_path / "a.h5ad")
     with h5py.File(tmp_path / "a.h5ad", "r+") as file:
         FORGED[case](file)
-    message = r"do(es)? not fit|do not belong together|expected cells x genes"
+    message = r"do(es)? not fit|do not match|expected cells x genes"
     with pytest.raises(UserError, match=message):
         open_h5ad(tmp_path / "a.h5ad", organism=ORGANISM)
     with pytest.raises(UserError, match=message), QueryCells(tmp_path / "a.h5ad") as query:
@@ -510,16 +510,16 @@ OTHER_FORMATS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a.zarr": (zarr_store, r"is a zarr store; convert it: anndata\.read_zarr\('.*a\.zarr'\)\.write_h5ad"),
     "filtered_feature_bc_matrix.h5": (ten_x, r"is a 10x file; convert it: scanpy\.read_10x_h5\('.*\.h5'\)\.write_h5ad"),
     "a.loom": (loom, r"is a loom file; convert it: .*read_loom"),
-    "a.h5mu": (mudata, r"is a MuData file; write its RNA alone"),
+    "a.h5mu": (mudata, r"is a MuData file; write its RNA only"),
     "folder": (mtx_folder, r"is a folder of 10x files; convert it: scanpy\.read_10x_mtx"),
     "empty": (Path.mkdir, "is a folder; expected an .h5ad file"),
-    "a.csv": (lambda path: path.write_text("gene,cell\n"), r"is a \.csv file; convert it: scanpy\.read_csv.*\.T where"),
+    "a.csv": (lambda path: path.write_text("gene,cell\n"), r"is a \.csv file; convert it: scanpy\.read_csv.*\.T if"),
     "a.tsv.gz": (lambda path: path.write_bytes(b"\x1f\x8b"), r"is a \.tsv file; convert it"),
     "a.mtx": (lambda path: path.write_text("%%MatrixMarket"), r"is a \.mtx file; convert it: scanpy\.read_10x_mtx"),
     "a.rds": (lambda path: path.write_bytes(b"X"), r"is an R file \(\.rds\); convert it in R: zellkonverter"),
     "a.h5ad.gz": (lambda path: path.write_bytes(b"\x1f\x8b"), r"is compressed; unpack it first: gunzip a\.h5ad\.gz"),
     "absent.h5ad": (lambda path: None, "no such file"),
-    "pipe.h5ad": (os.mkfifo, "is no regular file"),
+    "pipe.h5ad": (os.mkfifo, "is not a regular file"),
 }  # fmt: skip
 
 

@@ -110,6 +110,6 @@ def test_a_dry_run_shows_no_credentials() -> None:
 
 
 def test_a_url_that_cannot_be_split_is_not_quoted(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="it is no valid URL; write / as %2F and @ as %40 in a password") as error:
+    with pytest.raises(UserError, match="it is not a valid URL; in a password write / as %2F and @ as %40") as error:
         fetch("ftp://user:se/cret@host/path", cache=tmp_path)
     assert "port" not in str(error.value).casefold()

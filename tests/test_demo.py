@@ -43,5 +43,5 @@ def test_a_stage_that_fails_stops_the_demo(
     monkeypatch.chdir(ROOT)
     assert run_demo([f"census.uri={demo_census}", f"output.directory={tmp_path}", "anndata.batch_key=[nothing]"]) == 2
     error = capsys.readouterr().err
-    assert "names 'nothing'" in error
+    assert "contains 'nothing'" in error
     assert "the demo stopped in prepare" in error

@@ -288,7 +288,7 @@ def test_a_name_that_another_publisher_takes_at_the_same_time_is_refused(
     fill(draft, first)
     fill(other, second)
     other.publish({**INFO, "id": PUBLICATIONS[1]})
-    with pytest.raises(UserError, match=r"was published by another \(.*scvi-b+\) while this publication was written"):
+    with pytest.raises(UserError, match=r"was replaced by another \(.*scvi-b+\) while this publication was written"):
         draft.publish(INFO)
     assert np.array_equal(published(experiment), second)
     real, late = obsm.name_member, draft_of(experiment, "c" * 32, replace=True)
@@ -433,7 +433,7 @@ def test_a_member_that_was_made_and_never_named_is_no_obstacle(member: str, cut:
 def test_a_folder_with_data_that_is_in_the_way_is_not_deleted(experiment: str) -> None:
     stray = Path(experiment) / "ms" / "RNA" / "obsm" / "mine" / "__schema"
     stray.mkdir(parents=True)
-    with pytest.raises(UserError, match=r"ms/RNA/obsm is in the way: it cannot be opened, and no group names it"):
+    with pytest.raises(UserError, match=r"ms/RNA/obsm is in the way: it cannot be opened and belongs to no group"):
         draft_of(experiment)
     assert stray.exists()
 
@@ -442,7 +442,7 @@ def test_a_record_that_was_cut_off_is_named(experiment: str) -> None:
     publish(experiment, values_of(experiment, 0))
     record = max((Path(experiment) / "ms" / "RNA" / "__group").iterdir())
     record.write_bytes(record.read_bytes()[:52])
-    with pytest.raises(UserError, match=rf"its record \S+{record.name} is cut off.*; delete that file"):
+    with pytest.raises(UserError, match=rf"its record \S+{record.name} is truncated.*; delete that file"):
         published_uri(experiment, "scvi")
     record.unlink()
     assert published_uri(experiment, "scvi") is None
@@ -471,11 +471,11 @@ def test_a_cell_with_a_missing_value_is_named(experiment: str) -> None:
     uri = str(published_uri(experiment, "scvi"))
     with tiledbsoma.open(uri, "d") as array:
         array.delete_cells([(slice(17, 17)), (slice(1, 1))])
-    with pytest.raises(UserError, match="soma_joinid 17 has not one value in each of 4 dimensions"):
+    with pytest.raises(UserError, match="soma_joinid 17 does not have one value in each of 4 dimensions"):
         list(read_embedding(uri))
 
 
 def test_a_place_that_is_no_experiment_is_said(tmp_path: Path, demo_census: str) -> None:
     for place in (str(tmp_path / "nothing"), demo_census):
-        with pytest.raises(UserError, match="is no SOMA Experiment"):
+        with pytest.raises(UserError, match="is not a SOMA Experiment"):
             published_uri(place, "scvi")

@@ -105,7 +105,7 @@ def test_run_again_gives_the_same(
     shutil.copytree(evaluated, earlier)
     (earlier / "manifest.json").unlink()
     assert evaluation(finished_run, earlier) == 2
-    assert "report.html exists; name another evaluate.folder, or replace it with --force" in capsys.readouterr().err
+    assert "report.html exists; set another evaluate.folder, or replace it with --force" in capsys.readouterr().err
 
 
 def test_the_report_is_one_file(evaluated: Path) -> None:
@@ -113,7 +113,7 @@ def test_the_report_is_one_file(evaluated: Path) -> None:
     assert not re.search(r"(?:src|href)\s*=\s*[\"'](?!data:|#)", page)
     assert "http" not in re.sub(r"data:[^\"']+", "", page).replace("http-equiv", "")
     assert page.count("data:image/png;base64,") >= 9  # four maps of two embeddings, and the learning curves
-    for title in ("Is biology kept?", "Are batches mixed?", "Where it fails", "What was trained on what"):
+    for title in ("Biological conservation", "Batch mixing", "Scores by type and batch", ">Training<"):
         assert title in page
     assert len(page) < 5_000_000
 
@@ -151,7 +151,7 @@ def test_several_embeddings_stand_side_by_side(finished_run: Run, tmp_path: Path
     assert values(record, "ours", "cell_type")["leiden_nmi"] > values(record, "noisy", "cell_type")["leiden_nmi"]
     assert any(problem.startswith("none: ") for problem in record["problems"])
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "How good is ours, noisy?" in page
+    assert "Evaluation of ours, noisy" in page
     assert "Not everything could be measured" in page
 
 
@@ -172,12 +172,17 @@ def test_what_cannot_be_measured_is_said_and_the_rest_is_there(finished_run: Run
     assert evaluation(finished_run, tmp_path / "out", *settings) == 0
     record = metrics_of(tmp_path / "out")
     problems = "\n".join(record["problems"])
-    assert "evaluate.labels names 'cell_typ', which is no obs column of the Census; did you mean cell_type?" in problems
-    assert "evaluate.batches names 'lane', which is no obs column" in problems
-    assert "evaluate.donors names 'patient', which is no obs column of the Census; cells are held out" in problems
-    assert "development_stage has too few usable values, 1 (known, and of 10 measured cells or more)" in problems
-    assert re.search(r"damaged has no finite position for \d cells; they are excluded everywhere", problems)
-    assert re.search(r"damaged lacks \d+ of the cells; they are excluded everywhere", problems)
+    assert (
+        "evaluate.labels contains 'cell_typ', which is not an obs column of the Census; did you mean cell_type?"
+        in problems
+    )
+    assert "evaluate.batches contains 'lane', which is not an obs column" in problems
+    assert (
+        "evaluate.donors contains 'patient', which is not an obs column of the Census; cells are held out" in problems
+    )
+    assert "development_stage has too few usable values, 1 (known, with at least 10 measured cells)" in problems
+    assert re.search(r"damaged has no finite position for \d cells; they are excluded for all embeddings", problems)
+    assert re.search(r"damaged lacks \d+ of the cells; they are excluded for all embeddings", problems)
     assert values(record, "damaged", "cell_type")["leiden_nmi"] > 0
     assert values(record, "damaged", "dataset_id")["entropy"] > 0
     page = (tmp_path / "out" / "report.html").read_text()
@@ -191,16 +196,16 @@ def test_what_stops_it(finished_run: Run, tmp_path: Path, capsys: pytest.Capture
     assert "has no obsm['other_name']" in capsys.readouterr().err
     for directory, found in (
         (tmp_path / "none", "does not exist"),
-        (tmp_path, "has no manifest.json, nothing was run"),
+        (tmp_path, "has no manifest.json, so no stage ran"),
     ):
         for arguments in ((), ("--dry-run",)):
             assert evaluation(finished_run, tmp_path / "out", f"output.directory={directory}", *arguments) == 2
             message = capsys.readouterr().err
             assert f"run directory {directory} {found}" in message
-            assert "name the run in output.directory, or what to evaluate in evaluate.embeddings" in message
+            assert "give the run in output.directory, or embeddings in evaluate.embeddings" in message
     named = f"evaluate.embeddings={{it: {tmp_path}/none/run}}"
     assert evaluation(finished_run, tmp_path / "out", named) == 2
-    assert "none/run does not exist; name a run directory, an Experiment, or an embedding" in capsys.readouterr().err
+    assert "none/run does not exist; give a run directory, an Experiment, or a name in obsm" in capsys.readouterr().err
     for mode, code in (("legacy", 2), ("sound", 0)):
         assert evaluation(finished_run, tmp_path, f"evaluate.mode={mode}", "--dry-run") == code
         assert "command line: evaluate.mode " in capsys.readouterr().err
@@ -233,7 +238,7 @@ def test_what_says_the_same_is_there_once(finished_run: Run, tmp_path: Path) -> 
     assert f"dataset_id {same}" in headings
     assert f"By dataset id {same}" in headings
     assert not any(heading.startswith(("batch", "By batch", "By development")) for heading in headings)
-    assert re.search(r"No map by (.*, )?development stage \(.+\).*: all measured cells have the same value\.", page)
+    assert re.search(r"No UMAP by (.*, )?development stage \(.+\).*: all measured cells have the same value\.", page)
 
 
 @settings(max_examples=60, deadline=None)
@@ -280,7 +285,7 @@ def test_a_slice_is_drawn_where_more_cells_match(finished_run: Run, tmp_path: Pa
     assert evaluation(finished_run, tmp_path, *settings) == 0
     record = metrics_of(tmp_path)
     assert record["cells"]["evaluated"] == record["cells"]["measured"] == 400
-    assert "drawn at random of" in (tmp_path / "report.html").read_text()
+    assert "sampled at random from" in (tmp_path / "report.html").read_text()
 
 
 def test_without_a_run_the_pca_takes_variable_genes(finished_run: Run, demo_census: str, tmp_path: Path) -> None:
@@ -288,7 +293,7 @@ def test_without_a_run_the_pca_takes_variable_genes(finished_run: Run, demo_cens
     assert evaluation(finished_run, tmp_path / "out", *settings, "evaluate.batches=[assay]") == 0
     record = metrics_of(tmp_path / "out")
     assert values(record, "PCA", "cell_type")["leiden_nmi"] > 0.1
-    assert "What was trained on what" not in (tmp_path / "out" / "report.html").read_text()
+    assert ">Training<" not in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_classes_of_the_cell_ontology(finished_run: Run, tmp_path: Path) -> None:

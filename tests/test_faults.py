@@ -93,7 +93,7 @@ def test_kill_9_and_a_rerun_end_like_an_undisturbed_run(
 STOPPED = {
     "SIGINT": (130, "interrupted; run the same command again to resume"),
     "SIGTERM": (143, "terminated; run the same command again to resume"),
-    "SIGHUP": (129, "terminated, since its terminal was closed; run the same command again to resume"),
+    "SIGHUP": (129, "terminated, because its terminal was closed; run the same command again to resume"),
 }
 STOPS = [
     ("prepare", "census_scvi.census.open.open_census", "SIGHUP"),

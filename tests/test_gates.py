@@ -149,7 +149,7 @@ def test_the_worst_cell_of_a_re_embedding_is_named() -> None:
     anew = mean.copy()
     anew[[3, 17], 0] += [0.5, 2]
     gate = gates.re_embedding(np.arange(50) + 100, mean, anew, 1e-5)
-    assert gate.detail == "2 of 50 cells read again differ, most the cell with soma_joinid 117"
+    assert gate.detail == "2 of 50 cells read again differ, most of all the cell with soma_joinid 117"
     anew[9] = np.nan
     assert gates.re_embedding(np.arange(50), mean, anew, 1e-5).value == np.inf
 
@@ -217,7 +217,7 @@ def test_few_epochs_are_a_warning(epochs: int) -> None:
     """A short training may have taken very many steps; nothing of it stops."""
     found = gates.training_gates({name: curve[:epochs] for name, curve in curves(0.5, 0.9, 10).items()}, 0.02, 0.2)
     assert not found[0].passed
-    assert found[0].detail == f"{epochs} measured epochs are too few to tell"
+    assert found[0].detail == f"{epochs} measured epochs are too few to judge"
     assert not gates.stopped_by(found, {})
 
 

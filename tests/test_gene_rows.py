@@ -76,7 +76,7 @@ def test_only_genes_are_counted(case: str, tmp_path: Path, caplog: pytest.LogCap
     report = aligned.report
     assert report.not_genes == left_out
     assert report.by_id + report.by_symbol + report.ambiguous + report.extra == len(var) - sum(left_out.values())
-    assert ("rows that are no genes" in str(report)) == bool(left_out)
+    assert ("rows that are not genes" in str(report)) == bool(left_out)
 
     query.write_h5ad(tmp_path / "a.h5ad")
     with caplog.at_level(logging.WARNING):
@@ -189,12 +189,12 @@ def test_a_build_takes_the_column_that_names_most_genes(tmp_path: Path, caplog: 
     with caplog.at_level(logging.INFO):
         (source,) = open_h5ad(path, organism=HUMAN, gene_map=symbols)
     assert source.var["feature_id"].tolist() == IDS
-    assert "genes are taken from var['gene_ids'], which names 40 of 40 genes, var_names 25" in caplog.text
+    assert "using the genes in var['gene_ids'], which has 40 of 40 genes, var_names 25" in caplog.text
     caplog.clear()
     (source,) = open_h5ad(path, organism=HUMAN, gene_map=symbols, gene_id="index")  # as asked, and said
     assert source.genes.kept == 25
-    assert "var['gene_ids'] names 40 genes, var_names 25: take it with gene_id: gene_ids" in caplog.text
-    with pytest.raises(UserError, match=r"a\.h5ad: no gene has an Ensembl id.*take it with gene_id: gene_ids"):
+    assert "var['gene_ids'] has 40 genes, var_names 25: use it with gene_id: gene_ids" in caplog.text
+    with pytest.raises(UserError, match=r"a\.h5ad: no gene has an Ensembl id.*use it with gene_id: gene_ids"):
         open_h5ad(path, organism=HUMAN, gene_id="index")
 
 
@@ -203,14 +203,16 @@ def test_a_file_with_genes_as_rows_is_told_from_others(tmp_path: Path) -> None:
     with pytest.raises(TooFewGenes, match=r"40 of the model's genes are in obs_names: rows and columns are exchanged"):
         AlignedCells(QueryCells(query), IDS, KNOWN, HUMAN, min_share=0.8)
     query.write_h5ad(tmp_path / "a.h5ad")
-    with pytest.raises(UserError, match=r"obs_names holds 40 genes: rows and columns are exchanged.*adata\.T"):
+    with pytest.raises(UserError, match=r"obs_names has 40 genes: rows and columns are exchanged.*adata\.T"):
         open_h5ad(tmp_path / "a.h5ad", organism=HUMAN)
 
 
 def test_a_file_without_any_gene_says_what_it_holds(tmp_path: Path) -> None:
     var = pd.DataFrame({"feature_types": "Antibody Capture"}, index=SYMBOLS)
     ad.AnnData(counts(40), var=var).write_h5ad(tmp_path / "a.h5ad")
-    with pytest.raises(UserError, match=r"40 rows that are no genes .* excluded: 40 Antibody Capture; nothing is left"):
+    with pytest.raises(
+        UserError, match=r"40 rows that are not genes .* excluded: 40 Antibody Capture; nothing is left"
+    ):
         open_h5ad(tmp_path / "a.h5ad", organism=HUMAN)
     with pytest.raises(TooFewGenes, match=r"has 0 of the model's 40 genes.*40 Antibody Capture"):
         AlignedCells(QueryCells(tmp_path / "a.h5ad"), IDS, KNOWN, HUMAN, min_share=0.8)
@@ -220,14 +222,14 @@ MANY = {f"ENSG{number:011d}": f"GENE{number}A" for number in range(1, 301)}
 HINTS: dict[str, tuple[list[str], str, bool]] = {
     "mouse, few genes of the model": (
         [*(f"Gene{number}a" for number in range(1, 60)), *(f"Other{number}x" for number in range(3000))],
-        "another organism: they are written as those of mouse and rat are", True,
+        "another organism: they are written as mouse and rat gene symbols are", True,
     ),
     "mouse, none of the model": ([f"Other{number}x" for number in range(3000)], "another organism", True),
     "lower case": ([f"gene{number}a" for number in range(1, 301)],
-                   "300 names in var_names are .* but for capitals", True),
-    "one gene in lower case": (["gene1a"], "but for capitals", False),
+                   "300 names in var_names differ .* only in capitals", True),
+    "one gene in lower case": (["gene1a"], "only in capitals", False),
     "one gene of a mouse": (["Gene1a"], "another organism", False),
-    "half of the genes": ([f"GENE{number}A" for number in range(1, 150)], "but for capitals", False),
+    "half of the genes": ([f"GENE{number}A" for number in range(1, 150)], "only in capitals", False),
     "transcripts": ([f"ENST{number:011d}" for number in range(50)], "holds transcripts", True),
     "mouse genome": ([f"mm10___Gene{number}a" for number in range(50)], "50 genome mm10", True),
 }  # fmt: skip
@@ -278,7 +280,9 @@ def test_missing_genes_with_many_counts_are_warned_of(
         report = atlas.embed(trained_cells[:, :170].copy()).uns["scvi_alignment"]
     assert report["share"] == 0.85
     assert report["expected_share"] < 0.8
-    assert f"hold {100 * (1 - report['expected_share']):.0f}% of the counts expected in its cells" in caplog.text
+    assert (
+        f"hold {100 * (1 - report['expected_share']):.0f}% of the expected counts of the query's cells" in caplog.text
+    )
 
 
 @pytest.mark.parametrize("kept", [0.9, 0.5])

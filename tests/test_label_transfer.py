@@ -78,7 +78,7 @@ def test_a_study_as_far_as_the_references_own_is_corrected_for_it(messages: pyte
     assert 1.1 < found.corrected_by == found.shift < transfer.bound.usual_ratio * 1.1
     assert not found.far
     assert found.unknown.mean() < 0.1
-    assert "times as far" not in messages.text
+    assert "distance ratio" not in messages.text
 
 
 @pytest.mark.parametrize("groups", [None, {"one": 0.0, "two": 0.2}], ids=["one study", "two studies"])
@@ -89,11 +89,11 @@ def test_a_study_that_is_farther_than_usual_is_not_corrected_and_it_is_said(
     found = transfer.predict(blobs(400, 2, shift=2.0)[0])
     assert (found.far, found.corrected_by) == (True, 1.0)
     assert found.shift > 1.5
-    assert f"the cells lie {found.shift:.1f} times as far from the reference" in messages.text
+    assert f"the distance ratio of the cells to the reference is {found.shift:.1f}" in messages.text
     assert ("it has one study" in messages.text) == (groups is None)
     quiet = LabelTransfer(*blobs(800, 0)).predict(blobs(400, 3)[0])
     assert (quiet.far, round(quiet.shift, 1)) == (False, 1.0)
-    assert messages.text.count("times as far from the reference") == 1
+    assert messages.text.count("the distance ratio of the cells") == 1
 
 
 @pytest.mark.parametrize("spread", [1.0, 1.3], ids=["same chemistry", "another chemistry"])

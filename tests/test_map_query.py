@@ -86,10 +86,10 @@ def test_run_again(finished_run: Run, query: Path, capsys: pytest.CaptureFixture
     )
     (query.parent / "out.h5ad").write_bytes(b"cut")
     assert map_query(finished_run, *settings) == 2
-    assert "out.h5ad has 3 bytes where" in capsys.readouterr().err
+    assert "out.h5ad has 3 bytes, expected" in capsys.readouterr().err
     (query.parent / "out.json").unlink()
     assert map_query(finished_run, *settings) == 2
-    assert "out.h5ad exists; name another query.output, or replace it with --force" in capsys.readouterr().err
+    assert "out.h5ad exists; set another query.output, or replace it with --force" in capsys.readouterr().err
     assert map_query(finished_run, *settings, "--force") == 0
     record = json.loads((query.parent / "out.json").read_text())["run"]
     assert record["stage"] == "map-query"
@@ -114,9 +114,9 @@ def test_dry_run_changes_nothing(finished_run: Run, query: Path, capsys: pytest.
 
 def test_mistakes(finished_run: Run, query: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for settings, message in {
-        (): "query.file is not set; name the .h5ad with your cells",
+        (): "query.file is not set; give the .h5ad with your cells",
         (f"query.file={query}", f"query.output={query}"): "query.output is query.file",
-        (f"query.file={query}", f"query.output={tmp_path}/no/such/folder.h5ad"): "does not exist; make the folder",
+        (f"query.file={query}", f"query.output={tmp_path}/no/such/folder.h5ad"): "does not exist; create the folder",
         ("query.file=none.h5ad",): "none.h5ad: no such file",
         (f"query.file={query}", "query.labels=[cell_tipe]"): "did you mean cell_type?",
         (
@@ -124,7 +124,7 @@ def test_mistakes(finished_run: Run, query: Path, tmp_path: Path, capsys: pytest
             "query.obs_filter=tissue == 'Blut'",
         ): "query.obs_filter \"tissue == 'Blut'\" matches",
         (f"query.file={query}", "query.obs_filter=nnz == 'few'"): "query.obs_filter \"nnz == 'few'\" cannot be used",
-        (f"query.file={query}", "query.counts=X"): "holds no raw counts",
+        (f"query.file={query}", "query.counts=X"): "does not contain raw counts",
         (f"query.file={query}", f"query.model={tmp_path}"): "holds no provenance.json",
         (f"query.file={query}", "query.n_neighbour=5"): "did you mean query.n_neighbors?",
     }.items():
@@ -169,18 +169,18 @@ def test_a_run_directory_that_is_not_there(
 ) -> None:
     """Nothing else is taken for its model or embedding, but what the config names."""
     (tmp_path / "empty").mkdir()
-    for name, found in (("none", "does not exist"), ("empty", "has no manifest.json, nothing was run in it")):
+    for name, found in (("none", "does not exist"), ("empty", "has no manifest.json, so no stage ran in it")):
         for arguments in ((), ("--dry-run",)):
             assert (
                 map_query(finished_run, f"query.file={query}", f"output.directory={tmp_path / name}", *arguments) == 2
             )
             message = capsys.readouterr().err
-            assert f"run directory {tmp_path / name} {found}; name it in output.directory, or a published" in message
+            assert f"run directory {tmp_path / name} {found}; give it in output.directory, or a published" in message
     named = (f"query.model={finished_run.directory}", f"output.directory={tmp_path}/none")
     assert map_query(finished_run, f"query.file={query}", "query.umap_cells=0", "query.baseline_cells=0", *named) == 0
     assert f"embedding of the Census' cells: {finished_run.directory}" in capsys.readouterr().err
     for place, message in {
-        f"{tmp_path}/none": "none does not exist; name a run directory, an Experiment, or an embedding in obsm",
+        f"{tmp_path}/none": "none does not exist; give a run directory, an Experiment, or a name in obsm",
         "none": "has no obsm['none']",
     }.items():
         assert map_query(finished_run, f"query.file={query}", f"query.embedding={place}", "--force") == 2
@@ -209,9 +209,9 @@ def test_a_query_that_is_far_is_said_so(finished_run: Run, query: Path, capsys: 
     found = json.loads(query.with_name("cells-mapped.json").read_text())["predictions"]["cell_type"]
     assert found["far"]
     assert found["corrected_by"] == 1
-    assert f"the cells lie {found['shift']:.1f} times as far from the reference as its own" in messages
+    assert f"the distance ratio of the cells to the reference is {found['shift']:.1f}" in messages
     assert "3 cells without counts among them" in messages
-    assert "check these labels by marker genes before you use them" in messages
+    assert "check these labels with marker genes before you use them" in messages
     mapped = ad.read_h5ad(query.with_name("cells-mapped.h5ad")).obs
     assert mapped["cell_type_unknown"].mean() > 0.5
     for column in ("cell_type_predicted", "cell_type_pca", "cell_type_logistic_regression"):

@@ -194,7 +194,7 @@ def test_labels_of_no_use_are_left_out_and_it_is_said() -> None:
     types[40:45] = "rare"
     found = measured(points, types, studies)
     assert found["leiden_nmi"].cells == found["silhouette_label"].cells == 255
-    assert found["leiden_nmi"].note == "45 cells without a usable label left out"
+    assert found["leiden_nmi"].note == "45 cells without a usable label excluded"
     assert found["batch_silhouette_batch"].cells == 255
     assert found["batch_entropy"].cells == 300
 
@@ -207,4 +207,6 @@ def test_thousands_of_batches() -> None:
     assert "classifier_svm" not in found  # no donor has ten cells
     fewer = np.array([f"donor {number}" for number in np.arange(2500) % 150], dtype=object)
     found = {s.metric: s for s in mixing(space_of(points), "donor_id", fewer, fewer, "cell_type", types, None)}
-    assert found["classifier_svm"].note == "classifiers: the 100 commonest of 150 values; classifiers: cells held out"
+    assert (
+        found["classifier_svm"].note == "classifiers: the 100 most frequent of 150 values; classifiers: cells held out"
+    )

@@ -98,5 +98,7 @@ def test_what_is_built_is_what_the_table_says() -> None:
     model = build_model(["a", "b"], ["x"], arguments)
     assert (type(model), type(model.module)) == (family.model_class, family.module_class)
     assert arguments.keys() == family.arguments
-    with pytest.raises(UserError, match="this is a TOTALVI model, which this release cannot build yet; expected SCVI"):
+    with pytest.raises(
+        UserError, match="this is a TOTALVI model, which this version does not support yet; expected SCVI"
+    ):
         build_model(["a"], ["x"], arguments, kind="TOTALVI")

@@ -176,7 +176,7 @@ def test_more_genes_than_there_are_takes_all_and_says_so(
 ) -> None:
     run = Run(tmp_path, demo_census, hvg={"top_n_hvg": 100_000})
     assert run("prepare") == 0
-    assert "hvg.top_n_hvg is 100000 and the Census has 600 genes: all are taken" in capsys.readouterr().err
+    assert "hvg.top_n_hvg is 100000, but the Census has 600 genes: all are used" in capsys.readouterr().err
     assert run.record("prepare")["counts"]["genes"] == 600
 
 
@@ -192,18 +192,18 @@ def test_a_batch_of_one_cell_is_kept_and_named(
     ("settings", "message"),
     [
         (["census.obs_query=\"tissue == 'moon'\""], "no cell of"),
-        (["census.obs_query='colour == 1'"], "colour is no obs column of the Census"),
+        (["census.obs_query='colour == 1'"], "colour is not an obs column of the Census"),
         (["census.obs_query='tissue =='"], "census.obs_query is 'tissue ==': invalid syntax"),
         (["census.obs_query='tissue == blood'"], "text needs quotes, tissue == 'blood'"),
         (
             ["anndata.batch_key=[dataset_id, assey]"],
-            "names 'assey', which is no obs column of the Census; did you mean assay?",
+            "contains 'assey', which is not an obs column of the Census; did you mean assay?",
         ),
-        (["hvg.hvg_batch=[assey]"], "hvg.hvg_batch names 'assey'"),
-        (["anndata.obs_columns=[cell_tipe]"], "anndata.obs_columns names 'cell_tipe'"),
-        (["hvg.hvg_batch=[soma_joinid]"], "hvg.hvg_batch names 'soma_joinid'"),
+        (["hvg.hvg_batch=[assey]"], "hvg.hvg_batch contains 'assey'"),
+        (["anndata.obs_columns=[cell_tipe]"], "anndata.obs_columns contains 'cell_tipe'"),
+        (["hvg.hvg_batch=[soma_joinid]"], "hvg.hvg_batch contains 'soma_joinid'"),
         (["census.organism=danio_rerio"], "has no organism 'danio_rerio'; it has homo_sapiens, mus_musculus"),
-        (["census.uri=/nowhere/census"], "Census /nowhere/census: nothing can be opened there"),
+        (["census.uri=/nowhere/census"], "Census /nowhere/census: it cannot be opened"),
     ],
     ids=["empty", "column", "syntax", "quotes", "batch_key", "hvg_batch", "obs_columns", "joinid", "organism", "uri"],
 )
@@ -222,7 +222,7 @@ def test_a_collection_that_is_no_census(tmp_path: Path, capsys: pytest.CaptureFi
     uri = str(tmp_path / "collection")
     tiledbsoma.Collection.create(uri).close()
     assert Run(tmp_path, uri)("prepare") == 2
-    assert "so not a Census" in capsys.readouterr().err
+    assert "is not a Census" in capsys.readouterr().err
 
 
 def test_gene_selection_is_repeatable_where_the_fit_needs_jitter(demo_census: str, tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ def test_a_fit_that_fails_in_small_batches_is_explained(
 
     monkeypatch.setattr("census_scvi.census.hvg.seurat_v3.loess", fails)
     assert Run(tmp_path, demo_census)("prepare") == 2
-    assert "name fewer columns in hvg.hvg_batch" in capsys.readouterr().err
+    assert "use fewer columns in hvg.hvg_batch" in capsys.readouterr().err
 
 
 def test_dry_run_says_what_would_happen_and_writes_nothing(

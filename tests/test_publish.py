@@ -184,7 +184,7 @@ def test_publishing_again_skips_and_another_model_needs_replace(
     assert broken(verify(str(run.path("published")), census_of(run))) == set()
     links = {link.name: link for link in verify(str(tmp_path / "first"), census_of(run))}
     assert not links["publication"].valid
-    assert f"this folder is of {first}" in links["publication"].finding
+    assert f"this folder {first}" in links["publication"].finding
 
 
 def test_a_publication_that_is_gone_is_said(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -209,7 +209,7 @@ def test_the_model_goes_where_the_config_says(run: Run, tmp_path: Path) -> None:
     assert broken(verify(f"{tmp_path}/models/v1", census_of(run))) == set()
     assert run("publish", "publish.model_uri=memory://models/v1", "publish.name=other", "--force") == 0
     assert broken(verify("memory://models/v1")) == set()
-    with pytest.raises(UserError, match="is no published folder"):
+    with pytest.raises(UserError, match="is not a published folder"):
         verify("memory://models/none")
 
 
@@ -232,7 +232,7 @@ def test_a_bucket_as_target(run: Run, bucket: str) -> None:
     assert "set publish.replace to true" in run.subprocess("publish", *settings, "--force").stderr
     done = run.subprocess("publish", *settings, "publish.replace=true", "--force")
     assert done.returncode == 0, done.stderr
-    assert f"delete it when nobody does: {experiment}/ms/RNA/obsm/scvi-" in done.stderr
+    assert f"delete it when nobody reads it: {experiment}/ms/RNA/obsm/scvi-" in done.stderr
     assert verified().splitlines()[0] != first.splitlines()[0]  # another publication
     assert census_scvi.load_model(model, cache=run.directory / "cache").is_trained
 
@@ -252,7 +252,7 @@ def test_no_credentials_are_published(
     assert "hunter2" not in read_summary(experiment_of(run)).to_json()
     assert run("publish", "publish.experiment_uri=https://me:hunter2@host/experiment", "--force") == 2
     captured = capsys.readouterr()
-    assert "https://***@host/experiment is no SOMA Experiment" in captured.err
+    assert "https://***@host/experiment is not a SOMA Experiment" in captured.err
     assert "hunter2" not in captured.err + captured.out
 
 
@@ -269,7 +269,7 @@ def test_storage_that_fails_half_way_leaves_what_was_there(
         planted.setattr(tiledbsoma.SparseNDArray, "write", failing)
         assert run("publish") == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "cannot be written (IO Error: connection reset by peer); readers see what was there before" in error
+    assert "cannot be written (IO Error: connection reset by peer); readers see the earlier state" in error
     assert published_uri(experiment_of(run), "scvi") is None
     assert run("publish") == 0
     assert broken(verify(str(run.path("published")), census_of(run))) == set()
@@ -284,7 +284,7 @@ def test_a_read_only_target_is_one_line(run: Run, capsys: pytest.CaptureFixture[
         assert run("publish") == 2
     finally:
         subprocess.run(["umount", folder], check=True)
-    assert "nothing can be written there, the file system is read-only" in capsys.readouterr().err.splitlines()[-1]
+    assert "the file system is read-only" in capsys.readouterr().err.splitlines()[-1]
     assert run("publish") == 0
 
 
@@ -304,7 +304,7 @@ def test_a_folder_that_is_not_empty_is_not_overwritten(
         for place in ("mine", "mine/thesis.tex"):
             settings = (f"publish.model_uri={tmp_path}/{place}", f"publish.replace={replace}")
             assert run("publish", *settings, "--force") == 2
-            assert "thesis.tex'; it is left as it is: name an empty or a new folder" in capsys.readouterr().err
+            assert "thesis.tex'; it was not changed: give an empty or a new folder" in capsys.readouterr().err
     for nowhere in ("/proc/model", "nosuchscheme://bucket/model"):
         assert run("publish", f"publish.model_uri={nowhere}", "--force") == 2
         assert f"publish.model_uri {nowhere} cannot be written" in capsys.readouterr().err.splitlines()[-1]
@@ -564,12 +564,12 @@ def test_a_record_that_names_files_outside_its_folder_is_refused(run: Run) -> No
     record["files"]["../../../etc/passwd"] = record["files"].pop("model.json")
     path.write_text(json.dumps(record))
     (link,) = verify(str(run.path("published")))
-    assert "which lies outside its folder" in link.finding
+    assert "which is outside its folder" in link.finding
 
 
 def test_a_folder_that_was_not_published_is_said(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert main("verify", [str(run.directory)]) == 2
-    assert "holds no provenance.json; name the folder `published`" in capsys.readouterr().err
+    assert "has no provenance.json; give the folder `published`" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("damage", ["{", "[]", "{}", '{"format": 2, "seal": "", "files": {}}'])
@@ -604,17 +604,17 @@ def test_an_experiment_of_another_census_is_refused(
     write_demo_census(str(tmp_path / "other"), seed=5, scale=0.1, n_genes=200)
     target = f"publish.experiment_uri={tmp_path}/other/census_data/{ORGANISM}"
     assert run("publish", target) == 2
-    assert "soma_joinids hold within one Census only" in capsys.readouterr().err
+    assert "soma_joinids are valid within one Census only" in capsys.readouterr().err
     assert run("publish", "publish.experiment_uri=/nowhere") == 2
     assert run("publish", f"publish.experiment_uri={another_build(demo_census, tmp_path)}") == 2
     error = capsys.readouterr().err
-    assert "is of another build of the Census: " in error
-    assert "/nowhere is no SOMA Experiment" in error
+    assert "belongs to another build of the Census: " in error
+    assert "/nowhere is not a SOMA Experiment" in error
 
 
 def test_a_label_that_is_no_column_is_refused(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("publish", "gates.label=cell_tipe") == 2
-    assert "gates.label names 'cell_tipe', which is no obs column of the Census; did you mean cell_type?" in (
+    assert "gates.label contains 'cell_tipe', which is not an obs column of the Census; did you mean cell_type?" in (
         capsys.readouterr().err
     )
 
@@ -700,16 +700,16 @@ def test_a_fetched_model_is_kept_and_a_damaged_copy_fetched_again(run: Run, tmp_
     system = fsspec.filesystem("memory")
     system.pipe_file("/hub/two/weights.safetensors", b"something else")
     weights.unlink()
-    with pytest.raises(UserError, match=r"is not what was published: weights\.safetensors has 14 bytes"):
+    with pytest.raises(UserError, match=r"differs from what was published: weights\.safetensors has 14 bytes"):
         census_scvi.load_model("memory://hub/two", cache=tmp_path)
 
 
 def test_a_pickle_is_loaded_only_where_it_is_trusted(finished_run: Run, tmp_path: Path) -> None:
     shutil.copy(finished_run.path("scvi.model") / "model.pt", tmp_path)
-    with pytest.raises(UserError, match=r"runs whatever code its author put into it; .* trust=True"):
+    with pytest.raises(UserError, match=r"executes any code that its author put into it; .* trust=True"):
         census_scvi.load_model(str(tmp_path))
     assert census_scvi.load_model(str(tmp_path), trust=True).module.n_latent == 4
-    with pytest.raises(UserError, match=r"does not exist; name a run directory"):
+    with pytest.raises(UserError, match=r"does not exist; give a run directory"):
         census_scvi.load_model(str(tmp_path / "nothing"))
 
 

@@ -174,7 +174,7 @@ def test_the_report_reads_well(cells: ad.AnnData, mapper: Mapper, finished_run: 
     lines = str(mapped.report).splitlines()
     assert lines[0] == "raw counts from X, genes from var['feature_id']"
     assert lines[1] == "200 of the model's 200 genes (100.0%), by Ensembl id (200)"
-    assert lines[-1].startswith("1 cells have no count in them")
+    assert lines[-1].startswith("1 cells have no counts in these genes")
     assert mapped.empty.nonzero()[0].tolist() == [3]
 
 
@@ -224,15 +224,15 @@ def nothing_but_normalised(cells: ad.AnnData) -> ad.AnnData:
 
 REFUSED = {
     "normalised": (nothing_but_normalised, r"no raw counts.*X holds 0\.\d+ in row 0.*layers/scaled holds.*put the"),
-    "nan": (with_value(np.nan), r"holds no raw counts.*X holds nan in row 0, column \d+"),
-    "negative": (with_value(-1.0), r"holds no raw counts.*X holds -1 in row 0"),
-    "fraction": (with_value(2.5), r"holds no raw counts.*X holds 2\.5 in row 0"),
-    "infinite": (with_value(np.inf), r"holds no raw counts.*X holds inf in row 0"),
+    "nan": (with_value(np.nan), r"has no raw counts.*X holds nan in row 0, column \d+"),
+    "negative": (with_value(-1.0), r"has no raw counts.*X holds -1 in row 0"),
+    "fraction": (with_value(2.5), r"has no raw counts.*X holds 2\.5 in row 0"),
+    "infinite": (with_value(np.inf), r"has no raw counts.*X holds inf in row 0"),
     "mouse": (of_a_mouse, r"0 of the model's 200 genes.*Ensembl ids of another organism \(ENSMUSG.*homo_sapiens"),
-    "lower case": (lower_case, r"0 of the model's 200 genes.*but for capitals.*the model is of homo_sapiens"),
-    "numbers": (named_by_number, r"0 of the model's 200 genes \(0\.0%\), 80% are needed.*named like 'ENSG\d+' or"),
-    "few": (variable_genes_only, r"of the model's 200 genes.*Missing are ENSG.*Were genes taken out"),
-    "raw": (few_genes_beside_raw, r"X has 200 genes, \.raw 600: were genes taken out\? Map the cells"),
+    "lower case": (lower_case, r"0 of the model's 200 genes.*only in capitals.*the model is of homo_sapiens"),
+    "numbers": (named_by_number, r"0 of the model's 200 genes \(0\.0%\), 80% are needed.*names such as 'ENSG\d+' or"),
+    "few": (variable_genes_only, r"of the model's 200 genes.*Missing are ENSG.*Were genes removed"),
+    "raw": (few_genes_beside_raw, r"X has 200 genes, \.raw 600: were genes removed\? Use the original file"),
 }  # fmt: skip
 
 
@@ -260,12 +260,16 @@ def test_files_that_are_none(cells: ad.AnnData, mapper: Mapper, tmp_path: Path) 
     data = (tmp_path / "whole.h5ad").read_bytes()
     (tmp_path / "half.h5ad").write_bytes(data[: len(data) // 2])
     (tmp_path / "text.h5ad").write_text("gene,cell\n")
-    for name, message in {"half": "not a whole .h5ad", "text": "not a whole .h5ad", "none": "no such file"}.items():
+    for name, message in {
+        "half": "not a complete .h5ad",
+        "text": "not a complete .h5ad",
+        "none": "no such file",
+    }.items():
         with pytest.raises(UserError, match=rf"{name}\.h5ad: {message}"):
             mapper(tmp_path / f"{name}.h5ad")
     with pytest.raises(UserError, match="the query is a DataFrame; expected an AnnData or the path"):
         mapper(cells.obs)
-    with pytest.raises(UserError, match="the query holds no cells"):
+    with pytest.raises(UserError, match="the query has no cells"):
         mapper(cells[:0])
 
 

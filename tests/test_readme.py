@@ -106,7 +106,7 @@ def test_every_command_runs_as_printed(document: Path, sandbox: Path) -> None:
             ran.update(commands)
             for done in run_commands(commands, sandbox, environment):
                 assert done.returncode == 0, f"{content}\n{done.stdout}\n{done.stderr}"
-    for command in commands_of_table(document):
+    for command in commands_of_table(document) if document.name == "README.md" else []:
         if command not in ran and not command.startswith(NOT_HERE):
             (done,) = run_commands([command], sandbox, environment)
             assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"

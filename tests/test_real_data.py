@@ -205,7 +205,7 @@ def test_two_cells_that_are_swapped_after_embedding_are_caught(
     latent[[10, 700]] = latent[[700, 10]]
     np.save(publishable.path("latent.npy"), latent)
     assert publishable("publish") == 2
-    assert "latent.npy has other contents than were written" in capsys.readouterr().err
+    assert "latent.npy has changed since it was written" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

@@ -165,7 +165,7 @@ def test_a_census_in_a_private_bucket(
     refused = run.subprocess("prepare")
     assert refused.returncode == 2
     assert "Census s3://private/census cannot be read: the store answers" in refused.stderr
-    assert "those of the AWS environment (AWS_PROFILE, AWS_ACCESS_KEY_ID" in refused.stderr
+    assert "from the AWS environment (AWS_PROFILE, AWS_ACCESS_KEY_ID" in refused.stderr
     (tmp_path / "AWS_SHARED_CREDENTIALS_FILE").write_text(
         f"[lab]\naws_access_key_id = {key}\naws_secret_access_key = {secret}\n"
     )

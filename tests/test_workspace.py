@@ -167,7 +167,7 @@ def test_an_input_that_changed_under_a_finished_stage_is_named(tmp_path: Path) -
 def test_an_altered_output_is_refused_by_the_stage_itself(tmp_path: Path) -> None:
     run_stage(tmp_path, "one")
     (tmp_path / "file.txt").write_text("two")
-    with pytest.raises(UserError, match=r"file\.txt has other contents than were written by scvi-prepare\.py"):
+    with pytest.raises(UserError, match=r"file\.txt has changed since it was written by scvi-prepare\.py"):
         run_stage(tmp_path, "one")
 
 
@@ -303,7 +303,9 @@ def test_a_file_system_without_locks(number: int, tmp_path: Path, monkeypatch: p
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr("fcntl.flock", refuses)
-    with pytest.raises(UserError, match=r"the file system of .* locks no files .*; use a folder on another"):
+    with pytest.raises(
+        UserError, match=r"the file system of .* does not support file locks .*; use a folder on another"
+    ):
         run_stage(tmp_path, "one")
 
 
@@ -325,7 +327,7 @@ def test_a_run_that_does_not_exist_leaves_no_folder(
 
 def test_output_directory_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"output\.directory .*/file cannot be made: File exists"):
+    with pytest.raises(UserError, match=r"output\.directory .*/file cannot be created: File exists"):
         run_stage(tmp_path / "file", "one")
 
 
@@ -339,9 +341,9 @@ def test_any_changed_byte_changes_the_identity(
     assert damage(path, identity) is None
     if flip < len(data):
         path.write_bytes(data[:flip] + bytes([data[flip] ^ 1]) + data[flip + 1 :])
-        assert damage(path, identity) == "has other contents than were written"
+        assert damage(path, identity) == "has changed since it was written"
     path.write_bytes(data + b"x")
-    assert "bytes where" in str(damage(path, identity))
+    assert "bytes, expected" in str(damage(path, identity))
 
 
 def test_large_files_are_hashed_in_blocks(tmp_path: Path) -> None:
@@ -419,7 +421,7 @@ def test_a_url_where_a_local_path_belongs_is_refused(setting: str, tmp_path: Pat
 
 
 def test_a_run_directory_that_lightning_would_cut_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="takes '::' in a path"), Workspace(tmp_path / "a::b").locked("prepare"):
+    with pytest.raises(UserError, match="interprets '::' in a path"), Workspace(tmp_path / "a::b").locked("prepare"):
         pass
     assert not list(tmp_path.iterdir())
 
@@ -435,7 +437,7 @@ def test_a_manifest_that_points_outside_is_refused(place: str, name: str, tmp_pa
     stages = {name if place == "stage" else "train": record}
     manifest = {"stages": {}, "committing": stages} if place == "committing" else {"stages": stages}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="which lies outside the run directory; do not trust it"):
+    with pytest.raises(UserError, match="which is outside the run directory; do not trust it"):
         Workspace(tmp_path).manifest()
 
 
@@ -455,7 +457,7 @@ def test_what_lies_where_a_file_of_ours_belongs_is_neither_followed_nor_emptied(
     if name == ".lock":
         words = {"link": "a link", "dangling link": "a link", "folder": "a folder", "pipe": "no plain file"}[kind]
         with (
-            pytest.raises(UserError, match=rf"\.lock is {words}, where a file .* expected; remove it"),
+            pytest.raises(UserError, match=rf"\.lock is {words}, expected a lock file; remove it"),
             Workspace(directory).locked("train"),
         ):
             pass

@@ -27,17 +27,17 @@ def places(tmp_path: Path) -> Path:
 
 
 IMPOSSIBLE = {
-    "none/out.h5ad": "none does not exist; make the folder first",
+    "none/out.h5ad": "none does not exist; create the folder first",
     "file/out.h5ad": "file is a file, not a folder",
     "file/none/out.h5ad": "none does not exist",
-    "folder": "folder is a folder; name a file",
+    "folder": "folder is a folder; give a file",
     "loop": "loop cannot be used (Too many levels of symbolic links)",
     "loop/out.h5ad": "loop cannot be used (Too many levels of symbolic links)",
-    "pipe": "pipe is no ordinary file",
-    "x" * 240: "is too long; 255 bytes are possible",  # with the endings of its picture and of unfinished files
-    "x" * 250: "is too long; 255 bytes are possible",
-    "ü" * 126: "is too long; 255 bytes are possible",
-    "y" * 300: "is too long; 255 bytes are possible",
+    "pipe": "pipe is not a regular file",
+    "x" * 240: "is too long; at most 255 bytes are possible",  # with the endings of its picture and of unfinished files
+    "x" * 250: "is too long; at most 255 bytes are possible",
+    "ü" * 126: "is too long; at most 255 bytes are possible",
+    "y" * 300: "is too long; at most 255 bytes are possible",
 }
 
 
@@ -67,8 +67,8 @@ def test_targets_of_map_query(name: str, places: Path, finished_run: Run, capsys
         ("hard.h5ad", "query.output is query.file"),
         ("out.json", "query.output ends in .json, like the report"),
         ("out.png", "query.output ends in .png, like the report or a picture; expected NAME.h5ad"),
-        ("report.h5ad", "report.json is a folder; name a file"),
-        ("picture.h5ad", "picture-cell_type.png is a folder; name a file"),
+        ("report.h5ad", "report.json is a folder; give a file"),
+        ("picture.h5ad", "picture-cell_type.png is a folder; give a file"),
     ],
 )
 def test_other_files_of_map_query(
@@ -92,8 +92,8 @@ def test_other_files_of_map_query(
         ("file/below/it", "file is a file, not a folder"),
         ("loop", "Too many levels of symbolic links"),
         ("y" * 300, "File name too long"),
-        ("none/" + "y" * 256, "is too long; 255 bytes are possible"),
-        ("taken", "report.html is a folder; name a file"),
+        ("none/" + "y" * 256, "is too long; at most 255 bytes are possible"),
+        ("taken", "report.html is a folder; give a file"),
     ],
     ids=lambda text: text[:20],
 )
@@ -116,9 +116,9 @@ def test_where_one_may_not_write(tmp_path: Path) -> None:
     closed.mkdir(mode=0o555)
     if os.access(closed, os.W_OK):
         pytest.skip("root may write everywhere; run the tests as another user")
-    with pytest.raises(UserError, match=r"query.output: no permission to write in .*closed; name another place"):
+    with pytest.raises(UserError, match=r"query.output: no permission to write in .*closed; give another location"):
         require_writable(closed / "out.h5ad", "query.output")
-    with pytest.raises(UserError, match=r"evaluate.folder: no permission to write in .*closed; name another place"):
+    with pytest.raises(UserError, match=r"evaluate.folder: no permission to write in .*closed; give another location"):
         require_writable_folder(closed / "new" / "er", ["report.html"], "evaluate.folder")
 
 

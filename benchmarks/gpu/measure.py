@@ -233,7 +233,7 @@ def _shapes(module: Any, make: Callable[[], Any]) -> dict[str, float]:
 
 
 def rates_of_gpu(n_genes: int) -> dict[str, Any]:
-    """Bytes a second of a copy of 1 GB, and what the five products of a step take in each precision."""
+    """Bytes/s of a copy of 1 GB, and the time of the five products of a step in each precision."""
     large = torch.randn(2**27, device=DEVICE)
     other = torch.empty_like(large)
     rates: dict[str, Any] = {"bytes/s": 8 * large.numel() / (_milliseconds(lambda: other.copy_(large)) / 1e3)}
@@ -365,7 +365,7 @@ def rates(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     }
     kinds |= {f"fast, bf16, {n} loader threads": {"precision": "bf16", "workers": n} for n in (2, 4, 8)}
     kinds |= {
-        f"fast, bf16, 4 threads, {n:,} cells a minibatch": {"precision": "bf16", "workers": 4, "batch_size": n}
+        f"fast, bf16, 4 threads, {n:,} cells per minibatch": {"precision": "bf16", "workers": 4, "batch_size": n}
         for n in (2048, 4096)
     }
     if not GPU:

@@ -153,7 +153,7 @@ class Atlas:
         if section is not None and tiledb:
             section = section.model_copy(update={"tiledb": dict(tiledb)})
         if embedding is not None and section is None:
-            raise UserError("an embedding is of the cells of a Census: name it with census=")
+            raise UserError("an embedding belongs to the cells of a Census: give it with census=")
         find = origin.open_embedding if embedding is None else partial(open_embedding, embedding)
         typical = partial(typical_counts, str(model), described[1].genes) if described else None
         atlas = cls(described, section, find, census_given=census is not None, typical=typical)
@@ -210,7 +210,7 @@ class Atlas:
         obs_filter
             Such as `tissue_general == 'blood' and is_primary_data == True`; None takes all cells.
         obs_columns
-            obs columns to read in addition to soma_joinid; None reads all.
+            obs columns to read in addition to soma_joinid; None: all.
         max_cells
             Of more matching cells, that many are drawn at random.
         seed
@@ -219,7 +219,7 @@ class Atlas:
         Returns
         -------
         AnnData with obs, `obsm["scvi"]` float32 (cells, dimensions) and no X, in the order of the Census. Cells that
-        match and have no embedding are left out, with a warning.
+        match and have no embedding are excluded, with a warning.
         """
         require_whole("max_cells", max_cells, 1)
         require_whole("seed", seed, 0)
@@ -243,7 +243,7 @@ class Atlas:
         """
         chosen = self._slice(cells, [color], max_cells, seed)
         if color not in chosen.obs:
-            raise UserError(f"color names {color!r}, which is no column of obs{suggestion(color, list(chosen.obs))}")
+            raise UserError(f"color is {color!r}, which is not a column of obs{suggestion(color, list(chosen.obs))}")
         chosen.obsm["X_umap"] = UmapMap(_latent_of(chosen), seed=seed).positions
         return draw_map(chosen.obsm["X_umap"], chosen.obs[color], color.replace("_", " "))
 
@@ -273,7 +273,7 @@ class Atlas:
 
         Returns
         -------
-        One row per cluster, the largest first: `n_cells`, and for each column its commonest value and its share.
+        One row per cluster, the largest first: `n_cells`, and for each column its most frequent value and its share.
         """
         require_number("resolution", resolution, above=0)
         chosen = self._slice(cells, list(columns), max_cells, seed)
@@ -374,8 +374,8 @@ class Atlas:
 
         Returns
         -------
-        scvi-tools' `differential_expression(mode="change")` of these cells: a row a gene, indexed by feature_id, the
-        likeliest first, with `symbol`; group 1 is `group_a`.
+        scvi-tools' `differential_expression(mode="change")` of these cells: one row per gene, indexed by
+        feature_id, the likeliest first, with `symbol`; group 1 is `group_a`.
 
         Raises
         ------
@@ -410,7 +410,7 @@ class Atlas:
             AnnData, or the path of an .h5ad of any size, with raw counts; it is not changed. Genes by Ensembl id or
             symbol, in var_names or a column of var.
         counts
-            Where the raw counts are: `X`, `raw` or `layers/<name>`; None finds them.
+            Place of the raw counts: `X`, `raw` or `layers/<name>`; None: search them.
         min_share
             Share of the model's genes that must be there; fewer will do where hardly any counts are expected in the
             others, as in a table without the genes that no cell had.
@@ -513,7 +513,7 @@ class Atlas:
                 own = self._mapper.counts(source, counts=counts, min_share=min_share)
                 annotator.compare(mapped, own, of_reference, rows, genes)
         elif baseline_cells:
-            log.info("the cells hold no counts, so that there are no baselines; give predict the file")
+            log.info("the cells have no counts, so there are no baselines; pass the file to predict")
         return mapped
 
     def quality(self, cells: ad.AnnData, labels: str = "cell_type") -> Figure:
@@ -574,7 +574,7 @@ class Atlas:
                         cells.find_counts(counts)
                 return source.copy()
             if source.X is None:
-                raise UserError("these cells were embedded by another model, and hold no counts; embed your own file")
+                raise UserError("these cells were embedded by another model and have no counts; embed your own file")
         return self.embed(source, counts=counts, min_share=min_share)
 
     @cached_property

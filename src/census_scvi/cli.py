@@ -185,7 +185,9 @@ def _parser(stage: Stage, program: str | None, own: Any) -> Parser:
         action="store_true",
         help="show the resolved config, the inputs and outputs, and the expected time and memory; change nothing",
     )
-    parser.add_argument("--force", action="store_true", help="run the stage again, from the start, whatever it wrote")
+    parser.add_argument(
+        "--force", action="store_true", help="run the stage again from the start, and replace its results"
+    )
     return parser
 
 
@@ -201,7 +203,7 @@ def read_config(arguments: argparse.Namespace) -> Config:
     """The config that the arguments name."""
     path = Path(expand_argument(arguments.config or DEFAULT_CONFIG, "--config"))
     if not path.exists():
-        raise UserError(f"{path}: no such file; name the YAML file with your settings: --config FILE")
+        raise UserError(f"{path}: no such file; give the YAML file with your settings: --config FILE")
     return load_config(path, arguments.settings)
 
 
@@ -256,12 +258,12 @@ def _storage_problem(error: BaseException) -> str | None:
         number = getattr(seen, "errno", None)
         if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text or "errno = 28" in text:
             return (
-                f"the disk is full ({text.splitlines()[0]}; {_free_space(error, seen)} free): make room or choose"
+                f"the disk is full ({text.splitlines()[0]}; {_free_space(error, seen)} free): free some space or choose"
                 " another output.directory, and run the same command again; nothing is lost"
             )
         if isinstance(seen, PermissionError):
             return f"{seen.filename or text}: no permission to write or read there"
         if isinstance(seen, OSError) and number == errno.EROFS:
-            return f"{seen.filename or text}: nothing can be written there, the file system is read-only"
+            return f"{seen.filename or text}: the file system is read-only"
         seen = seen.__cause__ or seen.__context__
     return None

@@ -193,7 +193,7 @@ def _say(column: str, differ: str | None, scores: dict[str, HeldOut]) -> None:
     best = max(right, key=lambda name: right[name])
     if right[best] > right[MODEL] + _BETTER:
         log.warning(
-            "%s: on held-out reference cells %s has an accuracy of %.1f%%, the model %.1f%%; look at obs['%s_%s'] too",
+            "%s: on held-out reference cells %s has an accuracy of %.1f%%, the model %.1f%%; compare with obs['%s_%s']",
             column,
             TITLES[best],
             100 * right[best],

@@ -1,4 +1,4 @@
-"""Labels of cells from their counts alone: what a model must do better than to be worth its while."""
+"""Labels of cells from their counts alone: the baselines that a model should exceed."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Baselines:
     counts
         CSR (cells, genes): raw counts of the reference.
     labels
-        (cells,): label of each; two at least.
+        (cells,): label of each; at least two different ones.
     genes
-        bool (genes,): those to look at. Genes that the query's study has not measured tell studies apart, nothing else.
+        bool (genes,): those to use. Genes that the query's study has not measured only separate studies.
     n_neighbors
         Neighbours a cell.
     seed

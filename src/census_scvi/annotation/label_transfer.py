@@ -1,4 +1,4 @@
-"""Labels of reference cells for other cells, by their places in an embedding; what is like none is `unknown`."""
+"""Labels of reference cells for other cells, by nearest neighbors in an embedding; cells far from all are `unknown`."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ class Prediction:
     labels
         object (cells,): the likeliest label, whether the cell is unknown or not.
     probability
-        float32 (cells,): share of the neighbors' weight that this label has; with another method, what that says.
+        float32 (cells,): share of the neighbors' weight with this label; with another method, its probability.
     uncertainty
-        float32 (cells,), 0 to 1: how far the cell lies from its neighbors; 0.5 at the threshold of `unknown`.
+        float32 (cells,), 0 to 1: scaled distance of the cell from its neighbors; 0.5 at the threshold of `unknown`.
     unknown
         bool (cells,): uncertainty above 0.5.
     shift
-        Distance ratio: how many times as far from the reference the cells lie as the reference's own; 1 where they lie
-        no farther, or are too few to tell.
+        Distance ratio: distance of the cells from the reference, divided by that of the reference's own cells; 1 if
+        it is not larger, or if there are too few cells.
     corrected_by
-        What the distances were divided by before they were compared with the threshold; 1: nothing.
+        Divisor of the distances before the comparison with the threshold; 1: no correction.
     far
         Whether the ratio is larger than between the reference's own studies: then nothing is corrected, and neither
-        labels nor `unknown` are to be trusted.
+        labels nor `unknown` are reliable.
     """
 
     labels: npt.NDArray[np.object_]
@@ -109,10 +109,10 @@ class LabelTransfer:
         require_whole("n_neighbors", n_neighbors, 1)
         names = np.asarray(labels, dtype=object)
         if any(not isinstance(name, str) or not name for name in names):
-            raise UserError("the reference has cells without a label; leave them out")
+            raise UserError("the reference has cells without a label; exclude them")
         points = np.ascontiguousarray(points, np.float32)
         if not np.isfinite(points).all():
-            raise UserError("the reference has cells without a finite position; leave them out")
+            raise UserError("the reference has cells without a finite position; exclude them")
         unique, codes = np.unique(names.astype(str), return_inverse=True)
         kept = _without_copies(points, codes)
         if len(kept) <= n_neighbors:
@@ -134,9 +134,9 @@ class LabelTransfer:
     def predict(self, points: Points, *, empty: npt.NDArray[np.bool_] | None = None, warn: bool = True) -> Prediction:
         """Labels of the cells of a study.
 
-        A study may lie farther from the reference than the reference's own cells from one another, for another
-        chemistry or treatment: the distances are divided by how much, as long as that is no more than between the
-        reference's own studies. A study that lies farther than that is not corrected, and `warn` says so: cells of
+        A study may be farther from the reference than the reference's own studies from each other, because of another
+        chemistry or treatment: the distances are divided by this ratio, as long as it is not larger than between the
+        reference's own studies. A study with a larger ratio is not corrected, and `warn` reports it: cells of
         types that the reference lacks look the same.
 
         Parameters
@@ -180,7 +180,7 @@ class LabelTransfer:
 
 
 def check_method(method: str) -> None:
-    """UserError for what is no method."""
+    """UserError if it is not a method."""
     if method not in METHODS:
         raise UserError(f"method is {method!r}{suggestion(method, list(METHODS))}; choose {', '.join(METHODS)}")
 

@@ -13,14 +13,14 @@ import numpy.typing as npt
 
 # Probes per label and in all, and the fewest cells of a label that is probed.
 _PROBES, _MOST_PROBES, _FEWEST = 200, 5000, 10
-# Least share of the known cells that keep their label.
+# Minimum share of the known cells that keep their label.
 _LEAST_KEPT = 0.9
 # Fewest cells of a study, and fewest probes among them, from which its distance ratio is measured.
 _FEWEST_OF_A_STUDY, _FEWEST_PROBES = 100, 20
 # How far a study lies is measured on its nearest quarter: these are cells of known types even where half of the cells
 # are of missing ones.
 _QUARTER = 0.25
-# A study is far where it lies farther than nine in ten of the reference's own; a tenth of the distance is chance.
+# A study is far if its ratio exceeds that of 90 % of the reference's own studies by more than 10 % (chance).
 _USUAL, _CHANCE = 0.9, 1.1
 _BLOCK_DISTANCES, _LEAST_DISTANCE = 2**23, 1e-12
 
@@ -30,15 +30,15 @@ Codes = npt.NDArray[np.integer]
 
 @dataclass(frozen=True)
 class Correction:
-    """What is done with the distances of a study.
+    """Correction of the distances of a study.
 
     Attributes
     ----------
     ratio
-        How many times as far from the reference its cells lie as the reference's own; 1 where they lie no farther, or
-        are too few to tell.
+        Distance ratio: distance of its cells from the reference, divided by that of the reference's own cells; 1 if it
+        is not larger, or if there are too few cells.
     divisor
-        What its distances are divided by.
+        Divisor of its distances.
     far
         The ratio is larger than between the reference's own studies, so that nothing is divided.
     """
@@ -89,16 +89,16 @@ class UnknownThreshold:
         return _correct(float(np.quantile(distance / self.scales[nearest], _QUARTER)), self.usual_ratio)
 
     def warning(self, ratio: float) -> str:
-        """What to say of a study that is far."""
+        """The warning for a study that is far."""
         usual = (
-            "it has one study, so that nothing is known of what is usual"
+            "it has one study, so the usual ratio is not known"
             if np.isnan(self.usual_ratio)
-            else f"its own studies lie up to {max(self.usual_ratio, 1.0):.1f} times as far from one another"
+            else f"the distance ratio between its own studies is up to {max(self.usual_ratio, 1.0):.1f}"
         )
         return (
-            f"the cells lie {ratio:.1f} times as far from the reference as its own cells ({usual}): another chemistry"
-            " or treatment, or many are of types that the reference lacks. Check their labels by marker genes; the"
-            " distance is not corrected, so that cells of known types may be called unknown, too"
+            f"the distance ratio of the cells to the reference is {ratio:.1f} ({usual}): they are of another chemistry"
+            " or treatment, or many are of types that the reference lacks. Check their labels with marker genes. The"
+            " distance is not corrected, so cells of known types may become unknown, too"
         )
 
 
@@ -111,7 +111,7 @@ def _correct(ratio: float, usual: float) -> Correction:
 
 @dataclass(frozen=True)
 class _Probes:
-    """Cells of the reference that stand for a query's.
+    """Cells of the reference that represent a query's.
 
     Attributes
     ----------
@@ -170,7 +170,7 @@ def set_threshold(
 
 
 def _draw(codes: Codes, generator: np.random.Generator) -> npt.NDArray[np.int64]:
-    """Rows of the probes: some of each label that has enough cells, or where none has, of every label."""
+    """Rows of the probes: some of each label with enough cells, or of every label if none has enough."""
     numbers = np.bincount(codes)
     counted = np.flatnonzero(numbers >= min(_FEWEST, numbers.max()))
     most = max(min(_PROBES, _MOST_PROBES // len(counted)), _FEWEST)
@@ -199,7 +199,7 @@ def _compare(
         known.append(_nearest(points, block, np.where(across[start : start + size, None], away, squared), n_neighbors))
         same = codes[block][:, None] == codes
         other, at = _nearest(points, block, np.where(same, np.inf, away), n_neighbors)
-        if (few := np.isnan(other)).any():  # other studies have too few cells of other labels: those of its own count
+        if (few := np.isnan(other)).any():  # too few cells of other labels elsewhere: use its own study
             near = np.where(same[few], np.inf, squared[few])
             other[few], at[few] = _nearest(points, block[few], near, n_neighbors)
         missing.append((other, at))
@@ -221,7 +221,7 @@ def _compare(
 def _nearest(
     points: npt.NDArray[np.float32], rows: npt.NDArray[np.int64], squared: npt.NDArray[np.float32], n_neighbors: int
 ) -> tuple[Distances, npt.NDArray[np.int64]]:
-    """Mean distance to the nearest cells, NaN where fewer are admitted (not infinite), and the nearest of them."""
+    """Mean distance to the nearest cells, NaN if fewer are allowed (not infinite), and the nearest one."""
     at = np.argpartition(squared, n_neighbors - 1, axis=1)[:, :n_neighbors]
     exact = np.linalg.norm(points[at].astype(np.float64) - points[rows][:, None], axis=2)
     exact[~np.isfinite(np.take_along_axis(squared, at, axis=1))] = np.nan
@@ -238,7 +238,7 @@ def _scales(probes: _Probes, n_labels: int) -> Distances:
 
 
 def _study_ratio(probes: _Probes, scales: Distances, group: int, sizes: npt.NDArray[np.int64]) -> float | None:
-    """Distance ratio of a study of the reference; None where it has too few cells to tell."""
+    """Distance ratio of a study of the reference; None if it has too few cells."""
     mine = (probes.groups == group) & probes.across
     if sizes[group] < _FEWEST_OF_A_STUDY or mine.sum() < _FEWEST_PROBES:
         return None
@@ -250,7 +250,7 @@ def _quarter(values: Distances, weight: Distances) -> float:
 
 
 def _usual(ratios: dict[int, float]) -> float:
-    """Largest ratio of nine in ten studies; NaN for a single study, of which nothing can be said."""
+    """90 % quantile of the studies' ratios; NaN for a single study."""
     return float(np.quantile(list(ratios.values()), _USUAL, method="higher")) if len(ratios) > 1 else float("nan")
 
 
@@ -275,7 +275,7 @@ def _share_above(values: Distances, labels: Codes, candidates: Distances) -> Dis
 
 
 def _as_applied(probes: _Probes, threshold: float, scales: Distances, ratios: dict[int, float]) -> tuple[float, float]:
-    """`known_kept` and `left_out_found`: each study in turn is the query, complete, and with each label missing."""
+    """`known_kept` and `left_out_found`: each study is the query once, with all labels and with each one missing."""
     kept: dict[int, list[npt.NDArray[np.bool_]]] = {}
     found: dict[int, list[npt.NDArray[np.bool_]]] = {}
     known, missing = probes.known / scales[probes.known_nearest], probes.missing / scales[probes.missing_nearest]
@@ -301,7 +301,7 @@ def _divisor(relative: Distances, weight: Distances, usual: float) -> float:
 
 
 def _mean_over_labels(parts: dict[int, list[npt.NDArray[np.bool_]]]) -> float:
-    """NaN where there is no cell."""
+    """NaN if there is no cell."""
     cells = [np.concatenate(values) for values in parts.values()]
     shares = [values.mean() for values in cells if len(values)]
     return float(np.mean(shares)) if shares else float("nan")

@@ -49,14 +49,14 @@ class Cells:
 def select_cells(
     census: Census, value_filter: str | None, batch_key: list[str], setting: str = "census.obs_query"
 ) -> Cells:
-    """Find the cells of a filter and their batches, in 12 bytes a cell.
+    """Find the cells of a filter and their batches, in 12 bytes per cell.
 
     Parameters
     ----------
     census
         Where.
     value_filter
-        Which cells; None takes all.
+        Which cells; None: all.
     batch_key
         obs columns whose combination is the batch.
     setting
@@ -86,7 +86,7 @@ def select_cells(
 
 
 def matching_joinids(census: Census, obs_filter: str | None, setting: str = "obs_filter") -> npt.NDArray[np.int64]:
-    """soma_joinids of the cells of a filter, ascending; UserError where there are none."""
+    """soma_joinids of the cells that match a filter, ascending; UserError if there are none."""
     tables = [table["soma_joinid"].to_numpy() for table in read_obs(census, obs_filter, ["soma_joinid"], setting)]
     joinids = np.sort(np.concatenate([np.empty(0, np.int64), *tables]))
     if not len(joinids):
@@ -105,14 +105,14 @@ def require_columns(census: Census, columns: list[str], setting: str) -> None:
     for column in columns:
         if column == "soma_joinid":
             raise UserError(
-                f"{setting} names 'soma_joinid', the number of a cell; name obs columns of labels or values"
+                f"{setting} contains 'soma_joinid', the number of a cell; use obs columns of labels or values"
             )
         if column not in known:
             raise UserError(
-                f"{setting} names {column!r}, which is no obs column of the Census{suggestion(column, known)}"
+                f"{setting} contains {column!r}, which is not an obs column of the Census{suggestion(column, known)}"
             )
         if columns.count(column) > 1:
-            raise UserError(f"{setting} names {column!r} twice; name it once")
+            raise UserError(f"{setting} contains {column!r} twice; remove one")
 
 
 def soma_filter(census: Census, value_filter: str | None, setting: str) -> str | None:

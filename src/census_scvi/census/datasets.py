@@ -1,4 +1,4 @@
-"""What the cells of a Census are: data sets of CELLxGENE, or whatever the Census was built from."""
+"""Source of the cells of a Census: datasets of CELLxGENE, or the datasets from which a local Census was built."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _LISTED = ("dataset_id", "dataset_title", "citation", "collection_name", "collec
 
 
 def describe_data(census: Census) -> dict[str, Any]:
-    """The data sets of the organism's cells.
+    """The datasets of the organism's cells.
 
     Returns
     -------
     `cellxgene`: whether all are collections of CELLxGENE Discover; `n_datasets`; `datasets`: the first of them, each
-    with what the Census says of it.
+    with its description in the Census.
     """
     table = census.root["census_info"]["datasets"].read().concat().to_pandas()
     if (used := _used(census)) is not None:
@@ -32,7 +32,7 @@ def describe_data(census: Census) -> dict[str, Any]:
 
 
 def _used(census: Census) -> set[str] | None:
-    """Ids of the data sets in obs; None where they are not categories."""
+    """Ids of the datasets in obs; None if they are not categories."""
     try:
         values = census.experiment.obs.get_enumeration_values(["dataset_id"])
     except (KeyError, tiledbsoma.SOMAError):

@@ -27,7 +27,7 @@ Joinids = npt.NDArray[np.int64]
 
 
 def published_uri(experiment_uri: str, name: str) -> str | None:
-    """URI of `obsm[name]`; None where there is none."""
+    """URI of `obsm[name]`; None if it does not exist."""
     with open_experiment(experiment_uri) as experiment:
         measurement = experiment.ms[MEASUREMENT]
         if OBSM not in measurement or name not in measurement[OBSM]:
@@ -36,7 +36,7 @@ def published_uri(experiment_uri: str, name: str) -> str | None:
 
 
 def read_cells(uri: str, joinids: Joinids) -> Values:
-    """Embedding of some cells, float32 (cells, dimensions), in ascending order; UserError where one has none."""
+    """Embedding of some cells, float32 (cells, dimensions), ascending; UserError if a cell has no embedding."""
     blocks = list(read_some(uri, np.sort(joinids)))
     embedded = np.concatenate([np.empty(0, np.int64), *(found for found, _ in blocks)])
     if missing := sorted(set(joinids.tolist()) - set(embedded.tolist())):
@@ -45,7 +45,7 @@ def read_cells(uri: str, joinids: Joinids) -> Values:
 
 
 def read_some(uri: str, joinids: Joinids) -> Iterator[tuple[Joinids, Values]]:
-    """Embedding of some cells, ascending, in blocks: those of them that have one, and float32 (cells, dimensions)."""
+    """Embedding of some cells in blocks, ascending: soma_joinids, and float32 (cells, dimensions)."""
     with _readable(uri) as array:
         for start in range(0, len(joinids), _READ_CELLS):
             wanted = joinids[start : start + _READ_CELLS]
@@ -83,7 +83,9 @@ def _rows(uri: str, table: pa.Table, n_features: int) -> Iterator[tuple[Joinids,
     joinids, times = np.unique(cells, return_counts=True)
     if (times != n_features).any():
         cell = joinids[np.argmax(times != n_features)]
-        raise UserError(f"{uri}: the cell with soma_joinid {cell} has not one value in each of {n_features} dimensions")
+        raise UserError(
+            f"{uri}: the cell with soma_joinid {cell} does not have one value in each of {n_features} dimensions"
+        )
     yield joinids, values[np.lexsort((features, cells))].reshape(-1, n_features)
 
 
@@ -105,11 +107,11 @@ class EmbeddingHash:
 
 @contextmanager
 def open_experiment(experiment_uri: str) -> Iterator[Any]:
-    """The Experiment, open for reading; UserError where there is none with the measurement RNA."""
+    """The Experiment, opened for reading; UserError if there is none with the measurement RNA."""
     try:
         experiment = tiledbsoma.Experiment.open(experiment_uri, context=soma_context(experiment_uri))
     except (tiledbsoma.DoesNotExistError, tiledbsoma.SOMAError, TypeError) as error:
-        raise UserError(f"{experiment_uri} is no SOMA Experiment ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{experiment_uri} is not a SOMA Experiment ({str(error).splitlines()[0]})") from None
     with experiment:
         _require_measurement(experiment_uri, experiment)
         yield experiment
@@ -124,7 +126,7 @@ def _require_measurement(experiment_uri: str, experiment: Any) -> None:
         message = str(error).splitlines()[0]
         if cut := _CUT_RECORD.search(message):
             message = (
-                f"its record {cut[1]} is cut off, as when a writer was killed or found the disk full; delete that file,"
+                f"its record {cut[1]} is truncated (a writer was killed, or the disk was full); delete that file,"
                 " and everything that was written before can be read again"
             )
         raise UserError(f"{experiment_uri}: ms[{MEASUREMENT!r}] cannot be opened: {message}") from None
@@ -134,6 +136,6 @@ _CUT_RECORD = re.compile(r"exceeds file size: .* URI (\S+/__group/\S+)")
 
 
 def publication_of(uri: str) -> str | None:
-    """The publication that an embedding names; None where this project has not published it."""
+    """The publication id of an embedding; None if it was not published by this project."""
     with tiledbsoma.open(uri, context=soma_context(uri)) as array:
         return array.metadata.get(PUBLICATION)

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class GeneReport:
-    """What became of the genes of one file. `in_file` = `kept` + `dropped` + `summed`; it counts no `not_genes`."""
+    """Counts of the genes of one file. `in_file` = `kept` + `dropped` + `summed`, without `not_genes`."""
 
     in_file: int = 0
     kept: int = 0  # distinct genes in the Census
@@ -34,7 +34,7 @@ class GeneReport:
             "without Ensembl id kept under their symbol": self.under_symbol,
             "without Ensembl id dropped": self.dropped,
             "duplicates summed": self.summed,
-            "columns that are no genes excluded": self.not_genes,
+            "columns that are not genes excluded": self.not_genes,
         }
         return "; ".join([text, *(f"{number:,} {what}" for what, number in notes.items() if number)])
 
@@ -56,7 +56,7 @@ class GeneMap:
     """Ensembl ids, symbols, lengths and types of an organism's genes, read from a TSV.
 
     The TSV (may be gzipped) has the columns `ensembl_id` and `symbol`, and may have `length` and `type`
-    (or `gene_type`). A symbol that stands for several genes maps to none: there is no right choice.
+    (or `gene_type`). A symbol of several genes is not mapped, because it is ambiguous.
     """
 
     def __init__(self, path: Path) -> None:
@@ -134,9 +134,9 @@ def _refuse_other_organism(ids: pd.Series, organism: str) -> None:
         )
 
 
-# Share of ids from which those of a second organism are no accident.
+# Share of ids of a second organism from which they are not accidental.
 _MIXED = 0.05
-_SPLIT = "write the cells and genes of each organism to a file of its own, and build these"
+_SPLIT = "write the cells and genes of each organism to a separate file, and build from these"
 
 
 def _require_recognised(
@@ -148,7 +148,7 @@ def _require_recognised(
     keep_without_id: bool,
     least: float,
 ) -> None:
-    """UserError where the genes are of two organisms, or few are the organism's: says what the others look like."""
+    """UserError if genes are of two organisms, or few are of the declared one; it describes the other names."""
     kinds = count_kinds(ids[~has_id], organism)
     foreign = sum(number for number, _ in kinds.values())
     recognised = len(ids) - int((ids == "").sum()) - foreign if keep_without_id else int(has_id.sum())
@@ -157,8 +157,8 @@ def _require_recognised(
         mixed = KINDS[kind].mixed * len(ids)
         if number >= mixed and recognised >= mixed:
             raise UserError(
-                f"genes of two organisms: {recognised:,} of {len(ids):,} are of {organism}, {words}, and the cells of"
-                f" the other would stay in the Census as empty cells; {_SPLIT}"
+                f"genes of two organisms: {recognised:,} of {len(ids):,} are of {organism}, {words}. Cells of"
+                f" the other one would be empty in the Census; {_SPLIT}"
             )
     if recognised >= least * len(ids) and (recognised or keep_without_id):
         return

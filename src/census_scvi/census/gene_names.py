@@ -1,4 +1,4 @@
-"""What names look like that are not genes of the organism: another's ids or symbols, transcripts, probes, numbers."""
+"""Kinds of names that are not genes of the organism: ids or symbols of others, transcripts, probes, numbers."""
 
 import math
 import re
@@ -11,7 +11,7 @@ from census_scvi.census.schema import ORGANISMS
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of names that are no Ensembl gene ids of the declared organism.
+    """A kind of names that are not Ensembl gene ids of the declared organism.
 
     Attributes
     ----------
@@ -22,7 +22,7 @@ class Kind:
     organism
         Whose genes they are; "" where the name does not say it.
     mixed
-        Share of a file's genes from which such names are no accident, but another organism's next to the declared one.
+        Share of a file's genes from which such names are not accidental: genes of another organism are in the file.
     """
 
     pattern: re.Pattern[str]
@@ -31,7 +31,7 @@ class Kind:
     mixed: float = math.inf
 
 
-_NAME_GENES = "name the genes by Ensembl id or symbol (gene_id: a column of var that holds them)"
+_NAME_GENES = "give the genes as Ensembl ids or symbols (gene_id: a column of var with them)"
 _PREFIXES = {
     "mus_musculus": "ENSMUSG", "homo_sapiens": "ENSG", "rat": "ENSRNOG", "rhesus macaque": "ENSMMUG",
     "crab-eating macaque": "ENSMFAG", "marmoset": "ENSCJAG", "chimpanzee": "ENSPTRG", "pig": "ENSSSCG",
@@ -78,7 +78,7 @@ KINDS = {
 
 
 def count_kinds(names: pd.Series, organism: str) -> dict[str, tuple[int, str]]:
-    """How many names are of each kind that the organism's own are not, and the first of them; most first.
+    """Number of names of each kind, except those of the organism itself, and an example; the most frequent first.
 
     Parameters
     ----------

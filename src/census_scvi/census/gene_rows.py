@@ -1,4 +1,4 @@
-"""Which rows of a var are genes of an organism, and their names without what tools add to them."""
+"""Which rows of a var are genes of an organism, and their names without the additions of tools."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-# Columns of var that say what a row is: of Cell Ranger (scanpy, DropletUtils), CELLxGENE, muon.
+# Columns of var with the kind of a row: of Cell Ranger (scanpy, DropletUtils), CELLxGENE, muon.
 _KIND_COLUMNS = ("feature_types", "feature_type", "feature_biotype", "modality", "Type", "type")
 _GENE_EXPRESSION = {"gene expression", "gex", "rna"}
-# What such a column calls rows that are no genes; biotypes, such as protein_coding, are genes.
+# Values for rows that are not genes; biotypes such as protein_coding are genes.
 _NO_GENES = {
     "antibody capture", "antigen capture", "crispr guide capture", "multiplexing capture", "custom", "peaks", "peak",
     "adt", "hto", "hashtag", "protein", "prot", "antibody", "crispr", "atac", "chromatin accessibility", "tag",
     "spike-in", "spikein", "spike_in", "ercc",
 }  # fmt: skip
-# Where the form of a name says what a row is; other columns may hold, say, the interval of a gene.
+# Columns in which the form of a name shows the kind of a row; others may hold, for example, a gene's interval.
 _NAMES = re.compile(r"^var_names$|_(?:id|ids|name|names|symbol|symbols)'\]$|^var\['(?:symbol|name|ID|Symbol)'\]$")
 # Share of Ensembl ids from which symbols among them are something else.
 _ALL_BUT_FEW = 0.95
@@ -51,7 +51,7 @@ class GeneRows:
     is_gene
         bool (rows,).
     left_out
-        Rows that are none, by what they are: `Antibody Capture`, `spike-in`, `genome mm10`, ...
+        Rows that are not genes, by kind: `Antibody Capture`, `spike-in`, `genome mm10`, ...
     is_expression
         bool (rows,): genes, another genome's included.
     """
@@ -67,18 +67,18 @@ class GeneRows:
 def left_out_words(left_out: dict[str, int]) -> str:
     """`GeneRows.left_out` in words."""
     listed = ", ".join(f"{number:,} {kind}" for kind, number in left_out.items())
-    return f"{sum(left_out.values()):,} rows that are no genes of the organism are excluded: {listed}"
+    return f"{sum(left_out.values()):,} rows that are not genes of the organism are excluded: {listed}"
 
 
 def find_gene_rows(var: pd.DataFrame, organism: str) -> GeneRows:
-    """Leave out rows of proteins, guides, hashtags, peaks and spike-ins, and those of another organism's genome.
+    """Exclude rows of proteins, guides, hashtags, peaks and spike-ins, and those of another organism's genome.
 
     Parameters
     ----------
     var
-        Index and columns of text are looked at: what a column says a row is, and the form of the names.
+        Index and text columns are searched: columns with the kind of a row, and the form of the names.
     organism
-        Such as `homo_sapiens`; rows of a genome that is another's are left out. Genomes of other names are, where
+        Such as `homo_sapiens`; rows of another organism's genome are excluded. Genomes of other names are, where
         another genome of the file is this organism's.
     """
     kinds = np.full(len(var), "", dtype=object)
@@ -120,7 +120,7 @@ def named_twice(ids: pd.Series, genes: pd.Series) -> npt.NDArray[np.bool_]:
     ids
         Clean names.
     genes
-        Ensembl id for which each stands as a symbol; NaN for none.
+        Ensembl id of each symbol; NaN if it is not a symbol.
     """
     by_id = ids.str.fullmatch(r"ENS[A-Z]*G\d{11}").to_numpy(bool)
     if not len(ids) or by_id.mean() < _ALL_BUT_FEW:
@@ -152,13 +152,13 @@ def _text(values: pd.Series) -> pd.Series:
 
 
 def _set(kinds: npt.NDArray[np.object_], rows: npt.NDArray[np.bool_], kind: str | npt.NDArray[np.object_]) -> None:
-    """Say of rows of which nothing is said yet what they are."""
+    """Set the kind of rows that have none yet."""
     rows = rows & (kinds == "")
     kinds[rows] = kind if isinstance(kind, str) else kind[rows]
 
 
 def _kinds(values: pd.Series) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.object_]]:
-    """Which rows a column says are no genes, and what it says."""
+    """Rows that are not genes according to a column, and their kind."""
     folded = values.str.strip().str.casefold()
     # A column that says "Gene Expression" says of all its other kinds that they are something else.
     says_genes = folded.isin(_GENE_EXPRESSION)
@@ -167,7 +167,7 @@ def _kinds(values: pd.Series) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.obj
 
 
 def _genomes(var: pd.DataFrame) -> pd.Series:
-    """The genome that each row names, in the column `genome` or in front of a name; "" for none."""
+    """The genome of each row, from the column `genome` or a prefix of the name; "" if there is none."""
     genomes = _text(var["genome"]) if "genome" in var else pd.Series("", index=range(len(var)), dtype=object)
     for names in _names(var):
         found = names.str.strip().str.extract(_GENOME)[0].fillna("")

@@ -74,8 +74,8 @@ def select_genes(
         except ValueError as error:  # raised by the loess fit, where a batch has too few cells or counts
             raise UserError(
                 f"the genes cannot be ranked within each combination of hvg.hvg_batch {settings.hvg_batch}: the fit of"
-                f" variance to mean failed ({str(error).strip()}), as it does in batches of few cells;"
-                " name fewer columns in hvg.hvg_batch, or exclude small batches with census.obs_query_model"
+                f" variance to mean failed ({str(error).strip()}), which happens in batches of few cells;"
+                " use fewer columns in hvg.hvg_batch, or exclude small batches with census.obs_query_model"
             ) from None
     else:
         chosen = candidates = np.ones(len(var), dtype=bool)
@@ -84,7 +84,7 @@ def select_genes(
         raise UserError(f"genes.min_cells is {min_cells:,} and no gene is detected in that many of the cells; lower it")
     if n_candidates <= settings.top_n_hvg:
         words = f"{n_candidates} genes" + (f" in at least {min_cells:,} cells" if min_cells else "")
-        log.warning("hvg.top_n_hvg is %d and the Census has %s: all are taken", settings.top_n_hvg, words)
+        log.warning("hvg.top_n_hvg is %d, but the Census has %s: all are used", settings.top_n_hvg, words)
     return Selection(list(var.loc[chosen, "feature_id"].astype(str)), len(var) - n_candidates)
 
 
@@ -232,7 +232,7 @@ def locate_genes(census: Census, feature_ids: list[str], min_share: float, setti
     missing = [gene for gene, joinid in zip(feature_ids, found, strict=True) if joinid < 0]
     share = 1 - len(missing) / len(feature_ids)
     if share < min_share:
-        hint = "" if share else f"; this Census names genes like {joinids.index[0]!r}"
+        hint = "" if share else f"; genes of this Census have names such as {joinids.index[0]!r}"
         raise UserError(
             f"{len(missing):,} of the model's {len(feature_ids):,} genes are not in {census.identity['uri']}"
             f" ({census.identity['organism']}): {share:.1%} are there,"
@@ -241,7 +241,7 @@ def locate_genes(census: Census, feature_ids: list[str], min_share: float, setti
         )
     if missing:
         log.warning(
-            "%d of %d genes are not in this Census and count as 0: %s", len(missing), len(found), _listed(missing)
+            "%d of %d genesare not in this Census and count as 0: %s", len(missing), len(found), _listed(missing)
         )
     return found
 

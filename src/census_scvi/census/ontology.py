@@ -10,7 +10,7 @@ CELL_CLASS, CELL_SUBCLASS = COLUMNS = ("cell_class", "cell_subclass")
 
 
 def classes_of(terms: pd.Series, column: str) -> npt.NDArray[np.object_]:
-    """The class of each cell type, object (cells,): label, or None where the ontology has none.
+    """The class of each cell type, object (cells,): label, or None if the ontology has none.
 
     Parameters
     ----------

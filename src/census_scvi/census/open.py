@@ -33,7 +33,7 @@ class Census:
     experiment
         The organism's Experiment.
     identity
-        `uri`, `version`, `schema`, `created_on`, `organism`, `cells`: what makes this Census this Census.
+        `uri`, `version`, `schema`, `created_on`, `organism`, `cells`: the identity of this Census.
     """
 
     root: Any
@@ -54,7 +54,7 @@ def open_census(settings: CensusSection) -> Iterator[Census]:
     use_settings(settings.tiledb)
     path = local_path(settings.uri) if settings.uri else None
     if path is not None and path.is_file():
-        raise UserError(f"census.uri {where} is a file; build a Census of .h5ad files with scvi-build-census.py")
+        raise UserError(f"census.uri {where} is a file; build a Census from .h5ad files with scvi-build-census.py")
     try:
         # `uri` wins in the API, too; a version next to it would make it ask the network.
         version = None if settings.uri else settings.version
@@ -64,12 +64,12 @@ def open_census(settings: CensusSection) -> Iterator[Census]:
     except (tiledbsoma.DoesNotExistError, tiledbsoma.SOMAError) as error:
         if settings.uri and (reason := refused_by_store(error)):
             raise UserError(
-                f"Census {where} cannot be read: {reason}; credentials and region are those of the AWS environment"
-                " (AWS_PROFILE, AWS_ACCESS_KEY_ID, AWS_REGION, ~/.aws), or what census.tiledb says"
+                f"Census {where} cannot be read: {reason}; credentials and region come from the AWS environment"
+                " (AWS_PROFILE, AWS_ACCESS_KEY_ID, AWS_REGION, ~/.aws) or from census.tiledb"
             ) from None
         reason = " ".join(str(error).split())
         raise UserError(
-            f"Census {where}: nothing can be opened there; set census.uri to a Census folder or URL ({reason})"
+            f"Census {where}: it cannot be opened; set census.uri to a Census folder or URL ({reason})"
         ) from None
     except Exception as error:
         if settings.uri is None:
@@ -89,7 +89,7 @@ def open_census(settings: CensusSection) -> Iterator[Census]:
             raise
 
 
-# What TileDB says of a file that is missing, or whose bytes are not those that were written.
+# TileDB's messages for a file that is missing or whose bytes have changed.
 _DAMAGE = re.compile(
     r"Checksum|GZipException|FilterBuffer|FilterCreate|CompressionFilter|unfiltered tile|end of serialized data"
     r"|bad_alloc|Cannot allocate buffer|Deserialization|exceeds file size|(?:Array|Group) does not exist|No such file"
@@ -97,7 +97,7 @@ _DAMAGE = re.compile(
 
 
 def is_damage(error: Exception) -> bool:
-    """Whether TileDB met bytes that are not those that were written, or missed a file."""
+    """Whether TileDB found changed bytes, or did not find a file."""
     return bool(_DAMAGE.search(str(error)))
 
 
@@ -125,7 +125,7 @@ def cannot_be_read(what: str, error: Exception) -> UserError:
 
 def _describe(root: Any, settings: CensusSection, where: str) -> Census:
     if "census_data" not in root or "census_info" not in root:
-        raise UserError(f"Census {where}: a SOMA collection without census_data and census_info, so not a Census")
+        raise UserError(f"Census {where}: a SOMA collection without census_data and census_info is not a Census")
     organisms = sorted(root["census_data"].keys())
     if settings.organism not in organisms:
         raise UserError(f"Census {where} has no organism {settings.organism!r}; it has {', '.join(organisms)}")

@@ -1,4 +1,4 @@
-"""The Census schema, version 2.4.0: organisms, tables, columns, their Arrow types and how they lie on disk.
+"""The Census schema, version 2.4.0: organisms, tables, columns, their Arrow types and storage layout.
 
 Follows the CZ CELLxGENE Discover Census schema (docs/cellxgene_census_schema.md in chanzuckerberg/cellxgene-census).
 """
@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 CENSUS_SCHEMA_VERSION = "2.4.0"
-# The files that go into a local Census are not checked against the CELLxGENE dataset schema, so none is claimed.
+# Files of a local Census are not validated against the CELLxGENE dataset schema, so no version of it is stated.
 DATASET_SCHEMA_VERSION = "na"
 
 
@@ -57,7 +57,7 @@ LABEL_COLUMNS = (
 # obs columns that a file may fill; the others are computed.
 SETTABLE_COLUMNS = (*LABEL_COLUMNS, "is_primary_data", "observation_joinid")
 
-# What the Census says of a cell about which nothing is known. The others are "unknown".
+# The Census' values for unknown labels. In all other columns it is "unknown".
 _LABEL_DEFAULTS = {"suspension_type": "na", "tissue_type": "tissue"}
 
 _LABEL = pa.dictionary(pa.int32(), pa.large_string())
@@ -158,7 +158,7 @@ def default_label(column: str, organism: str) -> str:
 
 
 def x_platform_config() -> dict[str, Any]:
-    """How a layer of X lies on disk: row-major tiles of 2,048 x 2,048, zstd; level 3, since a lab waits for it."""
+    """Storage of a layer of X: row-major tiles of 2,048 x 2,048, zstd; level 3, which is fast."""
     zstd = {"_type": "ZstdFilter", "level": 3}
     return _create_config(
         capacity=2**16,
@@ -174,7 +174,7 @@ def x_platform_config() -> dict[str, Any]:
 
 
 def presence_platform_config() -> dict[str, Any]:
-    """How the presence matrix lies on disk."""
+    """Storage of the presence matrix."""
     zstd = {"_type": "ZstdFilter", "level": 9}
     return _create_config(
         dims={name: {"filters": [zstd, CHECKSUM]} for name in ("soma_dim_0", "soma_dim_1")},
@@ -183,7 +183,7 @@ def presence_platform_config() -> dict[str, Any]:
 
 
 def table_platform_config(table_schema: pa.Schema) -> dict[str, Any]:
-    """How obs, var and other tables lie on disk, by soma_joinid.
+    """Storage of obs, var and other tables, by soma_joinid.
 
     Readers get the rows of an array that allows no duplicates in their order.
     """
@@ -199,5 +199,5 @@ def table_platform_config(table_schema: pa.Schema) -> dict[str, Any]:
 
 
 def _create_config(**options: object) -> dict[str, Any]:
-    """What tiledbsoma takes as platform_config."""
+    """The platform_config of tiledbsoma."""
     return {"tiledb": {"create": options}}

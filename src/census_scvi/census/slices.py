@@ -31,7 +31,7 @@ class Embedding(Protocol):
     Attributes
     ----------
     name
-        Where it lies, for messages.
+        Its location, for messages.
     n_latent
         Its dimensions.
     """
@@ -59,7 +59,7 @@ def choose_cells(
     census
         The open Census.
     obs_filter
-        Value filter on obs; None takes all cells.
+        Value filter on obs; None: all cells.
     max_cells
         Of more matching cells, that many are drawn at random.
     numbers
@@ -98,7 +98,7 @@ def choose_cells_and_batches(
 def _drawn(n_cells: int, max_cells: int, numbers: np.random.Generator) -> npt.NDArray[np.int64]:
     places = draw(n_cells, max_cells, numbers)
     if len(places) < n_cells:
-        log.info("%s of %s cells drawn at random", f"{len(places):,}", f"{n_cells:,}")
+        log.info("%s of %s cells sampled at random", f"{len(places):,}", f"{n_cells:,}")
     return places
 
 
@@ -112,7 +112,7 @@ def read_obs_of(census: Census, joinids: Joinids, columns: list[str] | None = No
     joinids
         int64 (cells,), ascending.
     columns
-        obs columns to read in addition to soma_joinid; None reads all.
+        obs columns to read in addition to soma_joinid; None: all.
     """
     groups = (np.arange(*rows) for rows in consecutive(0, len(joinids), _OBS_BLOCK))
     return pd.concat([frame for _, frame in stream_obs(census, joinids, groups, columns)])

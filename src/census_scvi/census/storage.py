@@ -1,4 +1,4 @@
-"""How TileDB reaches a Census in an object store: which region, signed or not, and what `census.tiledb` says."""
+"""How TileDB accesses a Census in an object store: region, signed requests, and the settings of `census.tiledb`."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ _current: dict[str, str] = {}
 
 
 def use_settings(settings: Mapping[str, str]) -> None:
-    """Let `census.tiledb` of a config hold for what is opened from now on, by `soma_context` and `storage`.
+    """Apply the setting `census.tiledb` to everything that `soma_context` and `storage` open from now on.
 
     Raises
     ------
     UserError
-        A key is none of TileDB's, or a value cannot be used.
+        A key is not a setting of TileDB, or a value cannot be used.
     """
     known = tiledbsoma.SOMATileDBContext().native_context.config()
     for key in settings:
@@ -60,7 +60,7 @@ def use_settings(settings: Mapping[str, str]) -> None:
 
 
 def soma_context(uri: str | None) -> Any:
-    """What tiledbsoma opens a place with; None names a release of the public Census."""
+    """The context with which tiledbsoma opens a location; None: a release of the public Census."""
     return _context(_bucket(uri) if uri else _PUBLIC_BUCKETS[0], tuple(_current.items()))
 
 
@@ -113,7 +113,7 @@ def _store_settings(bucket: str, given: tuple[str, ...]) -> dict[str, str]:
 
 
 def refused_by_store(error: Exception) -> str | None:
-    """What an object store answered, where an error of TileDB's comes from one."""
+    """The response of the object store, if an error of TileDB comes from one."""
     answer = re.search(r"\[HTTP Response Code: (-?\d+)\](?: \[Exception: (\w*)\])?", str(error))
     if answer is None:
         return None

@@ -84,7 +84,7 @@ def stream_obs(
     groups
         int64 positions in `joinids`, ascending in each group. Large groups: each costs some 30 ms.
     columns
-        Columns to read in addition to soma_joinid; None reads all.
+        Columns to read in addition to soma_joinid; None: all.
     """
 
     def read(group: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], pd.DataFrame]:
@@ -94,9 +94,9 @@ def stream_obs(
 
 
 def tile_runs(joinids: npt.NDArray[np.int64], cells: int = 0) -> list[tuple[int, int]]:
-    """Positions (first, after the last) of the cells that lie together in whole rows of tiles of X on disk.
+    """Positions (first, after the last) of cells that are stored together in whole rows of tiles of X.
 
-    A tile is decoded whole: reading as many cells across the border of two takes twice as long.
+    A tile is decoded as a whole: reading the same number of cells across a tile boundary takes twice as long.
 
     Parameters
     ----------

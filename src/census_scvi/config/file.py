@@ -83,7 +83,7 @@ def _chain(path: Path, expected: str) -> list[tuple[Path, dict[str, Any]]]:
             break
         file, following = following, _extended(following, values.pop(EXTENDS))
         if following.resolve() in seen:
-            raise UserError(f"{file}: extends {following}, which extends it in turn; remove one of the two lines")
+            raise UserError(f"{file}: extends {following}, which extends it, too; remove one of the two lines")
         if not following.exists():
             raise UserError(f"{file}: extends {following}: no such file; the path is relative to {file}")
     return chain

@@ -124,15 +124,15 @@ def _expression(text: str) -> ast.expr:
             body = ast.parse(f"[{text}\n]", mode="eval").body
             text.encode()
         except (SyntaxError, ValueError) as error:
-            raise ValueError(f"{_syntax_problem(text, error)}; it reads like {EXAMPLE}") from None
+            raise ValueError(f"{_syntax_problem(text, error)}; example: {EXAMPLE}") from None
     if not isinstance(body, ast.List) or len(body.elts) != 1:
-        raise ValueError(f"it must be one condition; it reads like {EXAMPLE}")
+        raise ValueError(f"it must be one condition; example: {EXAMPLE}")
     return body.elts[0]
 
 
 def _syntax_problem(text: str, error: Exception) -> str:
     if isinstance(error, UnicodeEncodeError):
-        return "it holds a character that is not valid Unicode"
+        return "it has a character that is not valid Unicode"
     try:
         ast.parse(text.strip(), mode="eval")  # without the brackets, which are not the user's
     except SyntaxError as own:
@@ -155,7 +155,7 @@ def _condition(node: ast.expr, *, negated: bool) -> Condition:
             return _comparisons(node, negated=negated)
         case ast.Name() | ast.Call():  # is_primary_data stands for is_primary_data == True
             return Comparison(_column(node), "!=" if negated else "==", True)
-    raise ValueError(f"{_source(node)} is no condition; it reads like {EXAMPLE}")
+    raise ValueError(f"{_source(node)} is not a condition; example: {EXAMPLE}")
 
 
 def _require_conditions(*nodes: ast.expr) -> None:
@@ -190,7 +190,7 @@ def _comparison(left: ast.expr, operator: str, right: ast.expr, *, negated: bool
         if operator not in _MIRRORED or not _is_column(right):
             raise ValueError(
                 f"{_source(left)} {operator} {_source(right)} has no obs column"
-                f" {'on one side' if operator in _MIRRORED else 'before ' + operator}; it reads like {EXAMPLE},"
+                f" {'on one side' if operator in _MIRRORED else 'before ' + operator}; example: {EXAMPLE},"
                 " or tissue in ['blood', 'lung']"
             )
         left, operator, right = right, _MIRRORED[operator], left
@@ -220,7 +220,9 @@ def _column(node: ast.expr) -> str:
             return name
         case ast.Call(func=ast.Name(id="attr"), args=[ast.Constant(value=str(name))], keywords=[]):
             return name
-    raise ValueError(f"{_source(node)} is no column; attr('name') names one that is no Python name")
+    raise ValueError(
+        f"{_source(node)} is not a column; for a column whose name is not a Python name write attr('name')"
+    )
 
 
 def _literal(node: ast.expr) -> bool | int | float | str | None:
@@ -235,7 +237,7 @@ def _literal(node: ast.expr) -> bool | int | float | str | None:
             return _literal(value_node)
         case ast.BinOp(op=ast.BitAnd() | ast.BitOr()):
             raise ValueError(_PRECEDENCE)
-    raise ValueError(f"{_source(node)} is no value; expected a number, True, False, None or text in quotes")
+    raise ValueError(f"{_source(node)} is not a value; expected a number, True, False, None or text in quotes")
 
 
 def _source(node: ast.expr) -> str:
@@ -251,7 +253,7 @@ def _text(condition: Condition, schema: pa.Schema) -> str:
         return f" {condition.word} ".join(f"({_text(part, schema)})" for part in condition.parts)
     column, operator, value = condition.column, condition.operator, condition.value
     if column not in schema.names:
-        raise ValueError(f"{column} is no obs column of the Census{suggestion(column, schema.names)}")
+        raise ValueError(f"{column} is not an obs column of the Census{suggestion(column, schema.names)}")
     kind = _Kind.of(schema, column)
     name = column if column.isidentifier() and not iskeyword(column) else f"attr({column!r})"
     if isinstance(value, list):
@@ -262,7 +264,7 @@ def _text(condition: Condition, schema: pa.Schema) -> str:
 
 def _membership(name: str, operator: str, values: list[Any], kind: _Kind) -> str:
     if None in values:
-        raise ValueError(f"None in a list; ask for missing values with {name} == None")
+        raise ValueError(f"None in a list; for missing values write {name} == None")
     if kind.lists:
         return f"{name} {operator} {values!r}"
     comparison, word = ("==", " or ") if operator == "in" else ("!=", " and ")
@@ -307,11 +309,11 @@ class _Kind:
         """Operator and literal of a comparison; ValueError where the column cannot be compared so."""
         if value is None:
             if operator not in ("==", "!="):
-                raise ValueError(f"{self.column} {operator} None; missing values are asked for with == None or != None")
+                raise ValueError(f"{self.column} {operator} None; for missing values write == None or != None")
             return operator, None
         if not self.ordered and operator not in ("==", "!=", "in", "not in"):
             raise ValueError(
-                f"the values of {self.column} have no order for {operator}; use ==, !="
+                f"the values of {self.column} have no order, so {operator} is not possible; use ==, !="
                 + ("" if self.holds == "true or false" else f" or {self.column} in ['a', 'b']")
             )
         match self.holds:

@@ -25,7 +25,7 @@ class Stream(IntEnum):
 
 
 def generator(seed: int, stream: Stream, *numbers: int) -> np.random.Generator:
-    """The generator of a stream; `numbers` tell apart the parts of a stream, as the table says."""
+    """The generator of a stream; `numbers` select a part of the stream, as the table says."""
     return np.random.default_rng([seed, stream, *numbers])
 
 

@@ -70,13 +70,13 @@ def unfit_name(name: str) -> str | None:
     if name in (".", ".."):
         return "expected the name of a file; this is a folder itself"
     if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name):
-        return "the name of a file cannot hold control characters"
+        return "the name of a file cannot contain control characters"
     if name != name.strip() or name.endswith("."):
         return "the name of a file cannot begin or end with a space, or end with a dot"
     if len(name.encode()) > _MOST_BYTES:
         return f"the name of a file can have {_MOST_BYTES} bytes, this one has {len(name.encode()):,}"
     if is_owned(name):
-        return "the run directory has a file or folder of that name itself, or uses such names for unfinished files"
+        return "the run directory uses this name for its own files or for unfinished files"
     return None
 
 
@@ -103,14 +103,16 @@ def check_places(
     """
     run = Path(os.path.realpath(directory))
     if census is not None and run == _real(census):
-        raise ValueError(f"output.directory {directory} is the Census; name another folder")
+        raise ValueError(f"output.directory {directory} is the Census; give another folder")
     if published is not None and (model := _real(published)) is not None:
         if model in (run, *run.parents):
-            raise ValueError(f"publish.model_uri {published} holds the run directory {directory}; name another folder")
+            raise ValueError(
+                f"publish.model_uri {published} contains the run directory {directory}; give another folder"
+            )
         for setting, read in (("census.uri", census), ("publish.experiment_uri", experiment)):
             stored = None if read is None else _real(read)
             if stored is not None and (model in (stored, *stored.parents) or stored in model.parents):
-                raise ValueError(f"publish.model_uri {published} would overwrite {setting} {read}; name another folder")
+                raise ValueError(f"publish.model_uri {published} would overwrite {setting} {read}; give another folder")
     taken = {same_name(name) for name in names}
     places: list[tuple[str, str | None, str | None]] = [("query.output", file, None) for file in _files_of(mapped)]
     places += [("evaluate.folder", evaluation, EVALUATION), ("publish.model_uri", published, PUBLISHED)]
@@ -120,7 +122,9 @@ def check_places(
             continue
         first = place.relative_to(run).parts[0]
         if is_owned(first) or same_name(first) in taken:
-            raise ValueError(f"{setting} writes {written}, and {first} is a name of the run's own; choose another")
+            raise ValueError(
+                f"{setting} writes {written}, and {first} is a name that the run uses itself; choose another"
+            )
 
 
 def _files_of(mapped: str | None) -> list[str]:

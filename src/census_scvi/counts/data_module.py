@@ -75,7 +75,7 @@ class PreparedDataModule(lightning.LightningDataModule):
         return batch if self.sparse or isinstance(batch["X"], torch.Tensor) else densify(batch)
 
     def give_back(self, minibatch: Minibatch) -> None:
-        """Take back a minibatch that is no longer used: its memory serves a later one (see `DenseMinibatches`)."""
+        """Take back a minibatch that is no longer used: its memory is used for a later one (see `DenseMinibatches`)."""
         self._dense.give_back(minibatch)
 
     def _loader(self, order: CellOrder, epoch: Callable[[], int]) -> MinibatchLoader:

@@ -1,7 +1,7 @@
-"""In which order the prepared file holds the cells: shuffled, so that neighbours come from all over the Census.
+"""Order of the cells in the prepared file: shuffled, so that neighbours come from the whole Census.
 
-Cells that lie side by side in the Census are of one dataset and mostly of one donor. Runs of them, which are read at
-little cost, are drawn from all of it into pools; each pool is shuffled and written. What the loader then reads in one
+Neighbouring cells of the Census are of one dataset and mostly of one donor. Runs of them, which are read at
+low cost, are sampled from the whole Census into pools; each pool is shuffled and written. What the loader reads in one
 piece, a small part of a pool, holds cells of all its runs.
 """
 
@@ -16,7 +16,7 @@ import numpy.typing as npt
 from census_scvi.config.random_streams import Stream, generator
 
 Run = tuple[int, int]
-# Runs, of some 2,000 cells, that are held in memory and shuffled.
+# Runs of about 2,000 cells that are kept in memory and shuffled.
 POOL_RUNS = 8
 
 

@@ -1,4 +1,4 @@
-"""Read anybody's .h5ad: its tables, and its counts in blocks of rows, whatever the layout; refuse what is no count."""
+"""Read any .h5ad: its tables, and its counts in blocks of rows, in any layout; refuse values that are not counts."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,16 +17,16 @@ from census_scvi.errors import UserError
 
 # Larger integers are not exact in float32.
 MAX_COUNT = 2**24
-# Non-zeros held at a time when a CSC matrix, stored by gene, is turned into rows (12 bytes each).
+# Non-zeros in memory while a CSC matrix, stored by gene, is converted to rows (12 bytes each).
 _CSC_WINDOW = 2**25
 # Entries of a row (or column) may be stored in parts that are summed, but hardly in more than this many.
 _MOST_DUPLICATES = 8
-# Values held at a time of a dense matrix.
+# Values of a dense matrix in memory at a time.
 _DENSE_WINDOW = 2**24
 
 
 def require_place(place: str, places: Sequence[str], name: str) -> None:
-    """UserError where `place` is none of the matrices of a file or an AnnData, naming what there is."""
+    """UserError if a file or an AnnData has no matrix `place`; it lists the existing ones."""
     if place not in places:
         raise UserError(
             f"{name} has no {place}{suggestion(place, list(places))} (it has {', '.join(places) or 'no matrix'})"
@@ -39,14 +39,14 @@ def open_file(path: Path) -> h5py.File:
     Raises
     ------
     UserError
-        There is none, or not a whole one, or a file of another format (how to convert it), or one that leads to other
+        It is missing, incomplete, of another format (the error says how to convert it), or refers to other
         files or declares absurd sizes (`census_scvi.counts.untrusted`).
     """
     check_path(path)
     try:
         file = h5py.File(path, "r")
     except OSError as error:
-        explained = explain_path(path) or f"not a whole .h5ad file ({error})"
+        explained = explain_path(path) or f"not a complete .h5ad file ({error})"
         raise UserError(f"{path}: {explained}") from error
     try:
         check_file(file)
@@ -62,34 +62,35 @@ _EXPECTED = "expected an .h5ad as anndata writes it"
 
 
 def unreadable(name: str, error: Exception) -> UserError:
-    """What to raise where HDF5 cannot read on."""
+    """The error to raise if HDF5 cannot read a matrix."""
     text = str(error).replace("\n", " ")
     if "filter" in text or "plugin" in text:
         return UserError(
-            f"{name}: values are compressed by a filter that is not installed here ({text}); write the file again where"
+            f"{name}: values are compressed with a filter that is not installed here ({text}); write the file"
+            " again where"
             " it can be read: anndata.read_h5ad(old).write_h5ad(new, compression='gzip')"
         )
     return UserError(f"{name}: the file is damaged or truncated ({text})")
 
 
 def read_frame(file: h5py.File, key: str) -> pd.DataFrame:
-    """The table at `key` (obs, var or raw/var); UserError where there is none that anndata reads."""
+    """The table at `key` (obs, var or raw/var); UserError if there is none that anndata reads."""
     path = file.filename
     if key not in file:
         raise UserError(f"{path}: has no {key}; {_EXPECTED}")
     try:
         frame = _read_old_frame(file, key) if isinstance(file[key], h5py.Dataset) else anndata.io.read_elem(file[key])
-    except Exception as error:  # anndata raises errors of many kinds for what it does not know
+    except Exception as error:  # anndata raises many kinds of errors
         if isinstance(error, OSError):
             raise unreadable(f"{path}: {key}", error) from error
         raise UserError(f"{path}: {key} cannot be read ({error})".replace("\n", " ")) from error
     if not isinstance(frame, pd.DataFrame):
-        raise UserError(f"{path}: {key} is no table; {_EXPECTED}")
+        raise UserError(f"{path}: {key} is not a table; {_EXPECTED}")
     return frame
 
 
 def _read_old_frame(file: h5py.File, key: str) -> pd.DataFrame:
-    """A table as anndata before 0.7 wrote it: a compound dataset with the index first; the categories lie in uns."""
+    """A table as anndata before 0.7 wrote it: a compound dataset with the index first; categories are in uns."""
     table = file[key][:]
     columns = {}
     for name in table.dtype.names:
@@ -169,7 +170,7 @@ class CountMatrix:
         if lengths["data"] != lengths["indices"] or lengths["indptr"] != lines + 1:
             found = ", ".join(f"{name} {length:,}" for name, length in lengths.items())
             raise UserError(
-                f"{self._name} is a {self._encoding.upper()} matrix of {self.shape} whose parts do not belong together"
+                f"{self._name} is a {self._encoding.upper()} matrix of {self.shape} whose parts do not match"
                 f" ({found} long): the file is damaged"
             )
 
@@ -271,7 +272,7 @@ def _whole(shape: Sequence[Any]) -> bool:
 
 
 def plain_numbers(values: np.ndarray, where: str) -> np.ndarray:
-    """Values in a native type that scipy.sparse computes with; UserError for what holds no real numbers."""
+    """Values in a native type that scipy.sparse supports; UserError if they are not real numbers."""
     dtype = values.dtype
     if dtype.kind not in "buif":
         raise UserError(f"{where} holds {dtype} values; expected raw counts")
@@ -285,7 +286,7 @@ def plain_numbers(values: np.ndarray, where: str) -> np.ndarray:
 
 
 def check_counts(block: sp.csr_matrix, *, where: str, first_row: int) -> None:
-    """Refuse a block (cells x genes) that holds anything but whole numbers from 0 to 2**24.
+    """Refuse a block (cells x genes) with values other than whole numbers from 0 to 2**24.
 
     Raises UserError naming `where` (file and matrix), the row, the column and the value.
     """
@@ -303,10 +304,10 @@ def check_counts(block: sp.csr_matrix, *, where: str, first_row: int) -> None:
     row = first_row + int(np.searchsorted(block.indptr, entry, side="right")) - 1
     value = values[entry]
     if value > MAX_COUNT and np.isfinite(value):
-        what = f"larger than {MAX_COUNT:,}, which float32 does not hold exactly"
+        what = f"larger than {MAX_COUNT:,}, which float32 cannot represent exactly"
     else:
         what = "not a raw count (a whole number, 0 or more)"
     raise UserError(
         f"{where} holds {value:g} in row {row}, column {int(block.indices[entry])}: {what}; "
-        "if the counts lie elsewhere in the file, say so with counts: X, raw or layers/<name>"
+        "if the counts are elsewhere in the file, set counts: X, raw or layers/<name>"
     )

@@ -39,7 +39,7 @@ class MinibatchLoader:
     sparse
         Asked likewise whether they are to be sparse on the CPU too.
     dense
-        Makes the dense ones, and takes them back; None: each has memory of its own.
+        Creates the dense ones and takes them back; None: each is allocated separately.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class MinibatchLoader:
         self._sizes = minibatch_sizes(n_wanted, batch_size, order.world_size, order.rank)
         self._dense = dense or DenseMinibatches(cells.n_genes)
         self._met = 0  # minibatches of the current pass
-        self._skip = 0  # minibatches that the next pass leaves out
+        self._skip = 0  # minibatches that the next pass skips
 
     def __len__(self) -> int:
         return len(self._sizes)
@@ -88,7 +88,7 @@ class MinibatchLoader:
         return lambda window: self._cells.read(window.blocks, threads, max(self._workers, 1)).take(window.chosen)
 
     def state_dict(self) -> dict[str, int]:
-        """How many minibatches of the current pass were met."""
+        """Number of minibatches of the current pass that were read."""
         return {"minibatches": self._met}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -97,7 +97,7 @@ class MinibatchLoader:
 
 
 class KeptMinibatches:
-    """The same minibatches in each pass: sparse ones that take little memory are decoded once, in the first whole pass.
+    """The same minibatches in each pass: small sparse ones are decoded once, in the first complete pass.
 
     Parameters
     ----------
@@ -128,7 +128,7 @@ class KeptMinibatches:
             else:
                 met.clear()
             yield minibatch
-        self._kept = met  # nothing, where there was more than may be kept
+        self._kept = met  # nothing if there was more than may be kept
 
 
 def _cut(windows: Iterator[Rows], sizes: Iterable[int]) -> Iterator[list[Rows]]:
@@ -145,4 +145,4 @@ def _cut(windows: Iterator[Rows], sizes: Iterable[int]) -> Iterator[list[Rows]]:
             if not missing:
                 yield parts
                 parts, missing = [], next(sizes, 0)
-        del window  # or it would be held while the next but one is made
+        del window  # or it would stay in memory while the next but one is made

@@ -60,7 +60,7 @@ class SparseCounts:
         return torch.repeat_interleave(cells, self.n_detected, output_size=len(self.genes))
 
     def places(self) -> torch.Tensor:
-        """int64 (non-zeros,): where each non-zero lies in the dense matrix, row by row."""
+        """int64 (non-zeros,): position of each non-zero in the dense matrix, row by row."""
         return self.cells() * self.n_genes + self.genes.long()
 
     def library_size(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -68,7 +68,7 @@ class SparseCounts:
         return self.sum_of_cells(self.counts.to(dtype))
 
     def sum_of_cells(self, values: torch.Tensor) -> torch.Tensor:
-        """(cells,): sum of what belongs to each cell's non-zeros, (non-zeros,)."""
+        """(cells,): sum over each cell of values of its non-zeros, (non-zeros,)."""
         # unsafe: the lengths would be checked, for which a GPU has to stop.
         return torch.segment_reduce(values, "sum", lengths=self.n_detected, unsafe=True)
 
@@ -124,7 +124,7 @@ class DenseMinibatches:
         return {"X": counts, **_cells(parts)}
 
     def give_back(self, minibatch: Minibatch) -> None:
-        """Take X out of a minibatch that is no longer used, nor any view of its X; sparse ones stay as they are."""
+        """Take X from a minibatch if neither it nor a view of X is used any more; sparse ones are not changed."""
         counts = minibatch["X"]
         if isinstance(counts, torch.Tensor) and counts.device.type == "cpu" and counts.dtype == torch.float32:
             del minibatch["X"]

@@ -1,4 +1,4 @@
-"""Which cells train, which validate, and in which order they are met: a function of seed, epoch and rank alone."""
+"""Training cells, validation cells, and their order: a function of seed, epoch and rank only."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from census_scvi.config.random_streams import Stream, generator
 BLOCK_ROWS = 256
 # Rows read and shuffled together: blocks drawn from the whole file, so that a window is a sample of it.
 WINDOW_ROWS = 16384
-# From how many cells on validation holds out whole blocks.
+# Number of cells from which whole blocks are held out for validation.
 MANY_CELLS = 2**20
 
 
 def validation_mask(n_cells: int, train_size: float, seed: int) -> npt.NDArray[np.bool_]:
     """Bool (cells,): cells held out for validation; `ceil(train_size * n_cells)` cells remain to train on.
 
-    Of many cells whole blocks are held out, thousands of them, so that neither pass decodes what it does not use.
+    With many cells, whole blocks are held out (thousands of them), so that neither pass decodes unused cells.
     """
     n_validation = n_cells - math.ceil(train_size * n_cells)
     rows = BLOCK_ROWS if n_cells >= MANY_CELLS else 1
@@ -40,7 +40,7 @@ def validation_mask(n_cells: int, train_size: float, seed: int) -> npt.NDArray[n
 
 @dataclass(frozen=True)
 class Window:
-    """Blocks that are read together, and which of their cells are met, in order.
+    """Blocks that are read together, and which of their cells are used, in order.
 
     Attributes
     ----------
@@ -56,16 +56,16 @@ class Window:
 
 @dataclass(frozen=True)
 class CellOrder:
-    """The order in which the wanted cells of a file are met.
+    """The order in which the wanted cells of a file are read.
 
     Parameters
     ----------
     wanted
         Bool (cells,): the cells that take part.
     seed
-        Seed of the order; None keeps the order of the file.
+        Seed of the order; None: the order of the file.
     rank, world_size
-        Which share of the cells, of how many; shares differ by one cell at the most.
+        Which share of the cells, of how many; shares differ by at most one cell.
     """
 
     wanted: npt.NDArray[np.bool_]
@@ -108,7 +108,7 @@ class CellOrder:
         starts = np.arange(0, len(self.wanted), BLOCK_ROWS)
         sizes = np.add.reduceat(self.wanted, starts, dtype=np.int64)
         blocks = np.arange(len(starts))
-        if self.seed is not None:  # the same permutation on every rank: the shares are cut from one common order
+        if self.seed is not None:  # the same permutation on every rank: the shares are parts of one common order
             blocks = generator(self.seed, Stream.BLOCKS_OF_EPOCH, epoch).permutation(blocks)
         ends = np.cumsum(sizes[blocks])
         low, high = self.share()

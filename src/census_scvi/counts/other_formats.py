@@ -16,7 +16,7 @@ _READERS = {
     ".xlsx": "scanpy.read_excel({path!r}, <sheet>)",
     ".parquet": "anndata.AnnData(pandas.read_parquet({path!r}))",
 }
-_TRANSPOSE = " (add .T where the rows are genes)"
+_TRANSPOSE = " (add .T if the rows are genes)"
 _IN_R = {".rds", ".rda", ".rdata", ".qs", ".h5seurat"}
 
 
@@ -27,11 +27,11 @@ def check_path(path: Path) -> None:
     if path.is_dir():
         raise UserError(f"{path}: {explain_path(path)}")
     if not path.is_file():  # reading a pipe or a device could wait for ever
-        raise UserError(f"{path}: is no regular file; expected an .h5ad")
+        raise UserError(f"{path}: is not a regular file; expected an .h5ad")
 
 
 def explain_path(path: Path) -> str:
-    """What lies at a path that is no HDF5 file, and how to make an .h5ad of it; "" where that is not known."""
+    """Description of a file that is not HDF5, and how to convert it to .h5ad; "" if it is unknown."""
     if path.is_dir():
         return _explain_folder(path)
     suffixes = [suffix.lower() for suffix in path.suffixes]
@@ -62,7 +62,7 @@ def explain_hdf5(file: h5py.File) -> str:
     """Which other format an HDF5 file without obs and var is in, and how to convert it; "" where that is not known."""
     path = file.filename
     if "mod" in file:
-        return f"is a MuData file; write its RNA alone: muon.read({path!r})['rna'].write_h5ad('cells.h5ad')"
+        return f"is a MuData file; write its RNA only: muon.read({path!r})['rna'].write_h5ad('cells.h5ad')"
     if "matrix" in file and isinstance(file["matrix"], h5py.Group):
         return f"is a 10x file; {_convert(f'scanpy.read_10x_h5({path!r})')}"
     if {"matrix", "row_attrs", "col_attrs"} <= set(file):

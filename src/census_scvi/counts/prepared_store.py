@@ -18,7 +18,7 @@ from census_scvi.counts.reader import PreparedCells
 from census_scvi.counts.writer import H5adWriter
 from census_scvi.files.atomic import sync
 
-# Some 200,000 cells and a minute of work are what a kill costs.
+# A kill costs at most about 200,000 cells, or a minute of work.
 PART_POOLS = 12
 # Cells copied at a time while parts are joined.
 _SLICE = 2**14
@@ -30,7 +30,7 @@ class PreparedStore:
     Parameters
     ----------
     target
-        The finished file; until then its parts lie in the same folder.
+        The finished file; until then its parts are in the same folder.
     runs
         Runs of cells that are read together: first, and after the last.
     seed
@@ -46,7 +46,7 @@ class PreparedStore:
         self._parts = {target.with_name(PART.format(number)): group for number, group in enumerate(groups)}
 
     def missing(self) -> list[Pool]:
-        """What is not on disk yet, in the order in which `fill` takes it."""
+        """The parts that are not on disk yet, in the order in which `fill` expects them."""
         return [pool for group in self._missing().values() for pool in group]
 
     def fill(self, counts: Iterator[sp.csr_matrix], obs: Iterator[pd.DataFrame]) -> Iterator[int]:
@@ -86,7 +86,7 @@ class PreparedStore:
 
     @contextmanager
     def _whole(self, path: Path) -> Iterator[H5adWriter]:
-        """Write a file under another name until it is whole."""
+        """Write a file under another name until it is complete."""
         partial = path.with_name(path.name + ".partial")
         with self._writer(partial) as writer:
             yield writer

@@ -29,7 +29,7 @@ _NAMED_COUNTS = {
 }  # fmt: skip
 # Names of a layer that holds a part of the reads, as velocyto, alevin-fry and dynast write them.
 _NAMED_PART = re.compile(r"spliced|ambiguous|spanning|nascent|mature|intron|exon|label+ed")
-# Least non-zero values of which one would be above 1 if they were counts.
+# Number of non-zero values of which at least one would be above 1 if they were counts.
 _MANY = 500
 # A matrix that is nowhere above another one, with less than this share of its sum, is a part of it.
 _SMALL_PART = 0.2
@@ -53,7 +53,7 @@ class Matrix(Protocol):
 
 
 class UnreadableMatrix:
-    """Stands for a matrix that cannot be read; says why to whoever wants its values."""
+    """Placeholder for a matrix that cannot be read; raises the reason when its values are requested."""
 
     def __init__(self, reason: str) -> None:
         self.shape, self._reason = (-1, -1), reason
@@ -79,7 +79,7 @@ def _keys(file: h5py.File) -> dict[str, str]:
 
 
 def matrix_key(file: h5py.File, place: str) -> str:
-    """The key of a matrix in the file; UserError naming what there is."""
+    """The key of a matrix in the file; UserError that lists the existing ones."""
     keys = _keys(file)
     require_place(place, list(keys), file.filename)
     return keys[place]
@@ -118,20 +118,20 @@ def find_raw_counts(
     n_cells
         Rows that a matrix must have.
     name
-        What messages call the cells.
+        Name of the cells in messages.
     setting
-        What names a place, for messages; such as `query.counts=`.
+        The setting or argument that selects a matrix, for messages; such as `query.counts=`.
 
     Raises
     ------
     UserError
-        No matrix holds raw counts, or several do and nothing says which: each with what it holds.
+        No matrix holds raw counts, or several may; the error describes each.
     """
     looks = [_look(place, matrix, genes(place), n_cells, name) for place, matrix in matrices.items()]
     whole = [look for look in looks if not look.refused]
     if not whole:
         found = "; ".join(look.refused for look in looks) or "it has no X"
-        raise UserError(f"{name} holds no raw counts: {found}; {_PUT}")
+        raise UserError(f"{name} has no raw counts: {found}; {_PUT}")
     likely = [look for look in whole if not look.unlike_counts]
     if not likely:
         return _all_unlike(whole, name, setting)
@@ -143,7 +143,7 @@ def find_raw_counts(
         raise UserError(_undecided(name, setting, groups, looks))
     if len(whole) > 1:
         others = ", ".join(look.place for look in whole if look is not chosen)
-        log.info("raw counts are taken from %s; whole numbers are in %s, too", chosen.place, others)
+        log.info("using the raw counts in %s; %s also contains whole numbers", chosen.place, others)
     return chosen.place
 
 
@@ -166,7 +166,7 @@ def check_place(
 ) -> None:
     """UserError where a matrix holds no raw counts.
 
-    One that hardly does, such as one of only 0 and 1, is taken with a warning where it was asked for.
+    A doubtful one, such as one of only 0 and 1, is used with a warning if it was requested.
 
     Parameters
     ----------
@@ -183,19 +183,19 @@ def check_place(
     if look.refused:
         others = ", ".join(other for other in matrices if other != place)
         way_out = f"name another place with {setting}... ({others})" if others else _PUT
-        raise UserError(f"{name}: {look.refused}. {place} holds no raw counts; {way_out}")
+        raise UserError(f"{name}: {look.refused}. {place} does not contain raw counts; {way_out}")
     if look.counts.nnz and look.unlike_counts:
         if not asked:
             raise UserError(_undecided(name, setting, [[look]], [look]))
-        log.warning("%s: %s is taken as raw counts, but it %s", name, place, look.unlike_counts)
+        log.warning("%s: %s is used as raw counts, but it %s", name, place, look.unlike_counts)
 
 
-_PUT = "put the counts as they came from the sequencer's pipeline into X or layers['counts']"
+_PUT = "put the counts from the sequencing pipeline (unnormalised) into X or layers['counts']"
 
 
 @dataclass(frozen=True)
 class _Look:
-    """Some cells of a matrix; `refused` says why it holds no whole numbers."""
+    """Some cells of a matrix; `refused` says why its values are not whole numbers."""
 
     place: str
     genes: pd.Index
@@ -210,14 +210,14 @@ class _Look:
 
     @cached_property
     def unlike_counts(self) -> str:
-        """Why whole numbers are hardly raw counts, or ""."""
+        """Reason why whole numbers are probably not raw counts, or ""."""
         if not self.counts.nnz:
             return "holds only 0"
         if self.counts.nnz >= _MANY and self.counts.data.max() == 1:
             return "holds only 0 and 1"
         totals = _totals(self.counts)
         if len(totals) >= 20 and np.ptp(totals) <= 0.005 * totals.mean() and self.is_multiple:
-            return f"has the same total in every cell ({totals.mean():,.0f}), as after normalisation and rounding"
+            return f"has the same total in every cell ({totals.mean():,.0f}), which suggests normalisation and rounding"
         return ""
 
     @property
@@ -308,7 +308,7 @@ def sample_spans(n_cells: int) -> list[tuple[int, int]]:
 
 
 def _evident(groups: list[list[_Look]], normalised: list[_Look]) -> _Look | None:
-    """The best of the one group that holds the counts; None where it is open."""
+    """The best matrix of the group that holds the counts; None if it is not clear."""
     proven = [group for group in groups if any(look.is_made_into(other) for look in group for other in normalised)]
     named = [group for group in groups if any(look.named_counts for look in group)]
     in_x = [group for group in groups if any(look.place == "X" for look in group)]
@@ -346,19 +346,21 @@ def _equal(looks: list[_Look]) -> list[list[_Look]]:
 def _undecided(name: str, setting: str, groups: list[list[_Look]], looks: list[_Look]) -> str:
     shown = [_best(group) for group in groups]
     largest = max(shown, key=lambda look: float(look.counts.sum())).place
-    way_out = f"Name the raw counts of all reads, such as {setting}{largest}, or put them into layers['counts']"
+    way_out = f"Select the raw counts of all reads, for example {setting}{largest}, or put them into layers['counts']"
     if len(shown) == 1:
-        way_out = f"If these are the raw counts all the same, say {setting}{largest}; or put them into layers['counts']"
+        way_out = f"If these are the raw counts, set {setting}{largest}, or put them into layers['counts']"
     if {"layers/spliced", "layers/unspliced"} <= {look.place for look in looks}:
-        way_out += " (of spliced, unspliced and ambiguous reads, their sum)"
+        way_out += " (the sum of spliced, unspliced and ambiguous reads)"
     if len(shown) == 1:
         look = shown[0]
         why = look.unlike_counts and f"it {look.unlike_counts}"
-        why = why or ("its name says a part of the reads" if look.named_part else "X was made from other counts")
-        return f"{name}: only {look} holds whole numbers, but {why}. {way_out}"
+        why = why or (
+            "its name suggests a part of the reads" if look.named_part else "X was computed from other counts"
+        )
+        return f"{name}: only {look} contains whole numbers, but {why}. {way_out}"
     listed = ", ".join(str(look) for look in shown)
     return (
-        f"{name}: {len(shown)} matrices hold different whole numbers, and nothing says which are the raw counts:"
+        f"{name}: {len(shown)} matrices contain different whole numbers, and it is unclear which are the raw counts:"
         f" {listed}. {way_out}"
     )
 
@@ -398,7 +400,7 @@ def _same(one: sp.csr_matrix, other: sp.csr_matrix) -> bool:
 
 
 def _shared_columns(one: pd.Index, other: pd.Index) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]] | None:
-    """Where the genes lie that both have, each once; None unless nearly all of the smaller are in the larger."""
+    """Positions of the shared genes, each once; None unless nearly all of the smaller set are in the larger."""
     unique = one[~one.duplicated(keep=False)].intersection(other[~other.duplicated(keep=False)])
     if not len(unique) or len(unique) < _NEARLY_ALL * min(len(one), len(other)):
         return None

@@ -19,7 +19,7 @@ from census_scvi.errors import UserError
 
 @dataclass(frozen=True)
 class Rows:
-    """Some cells of the file, in any order; their counts lie in shared vectors.
+    """Some cells of the file, in any order; their counts are in shared vectors.
 
     Attributes
     ----------
@@ -28,11 +28,11 @@ class Rows:
     batch_codes
         int64 (cells,): position in `PreparedCells.batches`.
     first, last
-        int64 (cells,): where the non-zeros of each cell lie in `genes` and `counts`.
+        int64 (cells,): positions of the non-zeros of each cell in `genes` and `counts`.
     genes
         uint16 or int32 (non-zeros,): column of each non-zero.
     counts
-        uint16 or float32 (non-zeros,): uint16 where that holds all of them exactly.
+        uint16 or float32 (non-zeros,): uint16 if it represents all of them exactly.
     """
 
     rows: npt.NDArray[np.int64]
@@ -51,7 +51,7 @@ class Rows:
         return replace(self, **{name: getattr(self, name)[chosen] for name in per_cell})
 
     def csr(self, n_genes: int) -> sp.csr_matrix:
-        """The counts, float32 (cells, genes), of cells as they were read: consecutive and none left out."""
+        """The counts, float32 (cells, genes), of cells as they were read: all of them, consecutive."""
         row_ends = np.concatenate([self.first[:1], self.last])
         counts = (self.counts.astype(np.float32), self.genes.astype(np.int32), row_ends)
         return sp.csr_matrix(counts, shape=(len(self), n_genes))
@@ -64,7 +64,7 @@ class Rows:
 class PreparedCells:
     """The file that prepare writes: raw counts as CSR, obs with the column `batch`.
 
-    Holds 1 to 4 bytes a cell (its batch) and 24 a chunk of 16,384 non-zeros; counts are read when they are asked for.
+    Keeps 1 to 4 bytes per cell (its batch) and 24 per chunk of 16,384 non-zeros; counts are read when requested.
 
     Attributes
     ----------
@@ -73,7 +73,7 @@ class PreparedCells:
     density
         Share of the counts that are not 0.
     genes, symbols
-        feature_ids and feature_names, in the order of the columns; no symbols where var has none.
+        feature_ids and feature_names, in the order of the columns; no symbols if var has none.
     batches
         Batch labels, in the order of the codes.
     """
@@ -92,7 +92,9 @@ class PreparedCells:
             self.symbols = [str(symbol) for symbol in var.get("feature_name", [])]
             self.batches = [str(label) for label in read_elem(self._file["obs/batch/categories"])]
         except (OSError, KeyError) as error:
-            raise UserError(f"{path} is no .h5ad that scvi-prepare.py wrote ({error}); run scvi-prepare.py") from None
+            raise UserError(
+                f"{path} is not an .h5ad written by scvi-prepare.py ({error}); run scvi-prepare.py"
+            ) from None
 
     def close(self) -> None:
         """Close the file."""
@@ -108,7 +110,7 @@ class PreparedCells:
         blocks
             First row and row after the last, each.
         pool, threads
-            Where to decode, and into how many tasks to cut the work; None decodes here.
+            Pool for decoding, and number of tasks; None: decode in this thread.
 
         Raises
         ------
@@ -131,14 +133,15 @@ class PreparedCells:
 
         parts = [range(part, len(blocks), threads) for part in range(min(threads, len(blocks)))]
         counts: npt.NDArray[np.uint16] | npt.NDArray[np.float32] = narrow
-        exact = list(pool.map(decode, parts) if pool else map(decode, parts))  # all of them, whatever the first says
+        exact = list(pool.map(decode, parts) if pool else map(decode, parts))  # all of them, even if the first is False
         if not all(exact):
             counts = np.empty(places[-1], np.float32)  # rare: counts beyond 65,535, or not whole numbers
             for number, ends in enumerate(row_ends):
                 self._counts.read_into(int(ends[0]), int(ends[-1]), counts[places[number] : places[number + 1]])
         if len(genes) and genes.max() >= self.n_genes:
             raise UserError(
-                f"{self.path} names gene {genes.max()} of {self.n_genes}: it is damaged; run scvi-prepare.py --force"
+                f"{self.path} refers to gene {genes.max()} of {self.n_genes}: it is damaged; run scvi-prepare.py"
+                " --force"
             )
         bounds = [place + ends - ends[0] for place, ends in zip(places[:-1], row_ends, strict=True)]
         rows = np.concatenate([np.arange(start, stop, dtype=np.int64) for start, stop in blocks])

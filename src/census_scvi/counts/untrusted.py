@@ -1,4 +1,4 @@
-"""What a stranger's HDF5 file may not do: lead to other files, or declare far more than it holds."""
+"""Refuse HDF5 files that refer to other files, or declare far more than they contain."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def check_file(file: h5py.File) -> None:
     for name, dataset in _datasets(file):
         where = f"{file.filename}: {name}"
         if dataset.external:
-            raise UserError(f"{where} keeps its values in another file ({dataset.external[0][0]}); {_REWRITE}")
+            raise UserError(f"{where} stores its values in another file ({dataset.external[0][0]}); {_REWRITE}")
         if dataset.is_virtual:
             sources = sorted({source.file_name for source in dataset.virtual_sources()})
             raise UserError(f"{where} is a virtual dataset of other files ({', '.join(sources[:3])}); {_REWRITE}")
@@ -36,19 +36,19 @@ def check_file(file: h5py.File) -> None:
         declared += size
         if size > _HARMLESS and size > 2 * _stored(dataset):
             raise UserError(
-                f"{where} declares {_readable(size)} ({dataset.shape} of {dataset.dtype}), and the file holds"
-                f" {_readable(dataset.id.get_storage_size())} of it: it is damaged, or made to fill the memory"
+                f"{where} declares {_readable(size)} ({dataset.shape} of {dataset.dtype}), but the file contains"
+                f" {_readable(dataset.id.get_storage_size())} of it: it is damaged, or built to fill the memory"
             )
     on_disk = file.id.get_filesize()
     if declared > max(2**30, _MOST_COMPRESSED * on_disk):
         raise UserError(
-            f"{file.filename} declares {_readable(declared)} in a file of {_readable(on_disk)}: it is damaged, or made"
+            f"{file.filename} declares {_readable(declared)} in a file of {_readable(on_disk)}: it is damaged, or built"
             " to fill the memory"
         )
 
 
 _REWRITE = (
-    "files that lead to other files are not read: open it where it comes from and write it again, whole:"
+    "files that refer to other files are not read: open it where it was created and write it again as one file:"
     " anndata.read_h5ad(old).write_h5ad(new)"
 )
 
@@ -66,9 +66,7 @@ def _datasets(file: h5py.File) -> Iterator[tuple[str, h5py.Dataset]]:
                 member = group[name]
             except (OSError, KeyError, RuntimeError) as error:  # RuntimeError: links that lead to each other
                 where = f" is a link to {link.path}, which" if isinstance(link, h5py.SoftLink) else ""
-                raise UserError(
-                    f"{file.filename}: {path}{where} is not there; the file is damaged ({error})"
-                ) from error
+                raise UserError(f"{file.filename}: {path}{where} is missing; the file is damaged ({error})") from error
             address = h5py.h5o.get_info(member.id).addr
             if address in seen:  # a second name of the same object, or a circle
                 continue

@@ -1,6 +1,6 @@
 """Long HDF5 vectors, read and written in threads: chunks are coded past the HDF5 library and its lock.
 
-What is written is a plain HDF5 dataset, with the filters that every HDF5 tool has: gzip after a byte shuffle, or none.
+The result is a plain HDF5 dataset with standard filters (gzip after a byte shuffle), or without a filter.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class VectorWriter:
     compression
         gzip after a byte shuffle, or nothing.
     random_low_byte
-        Do not look for matches in the lowest bytes of the values: none are found there in indices.
+        Do not search for matches in the lowest bytes of the values: for indices there are none.
     pool
         Where to compress.
     """
@@ -73,14 +73,14 @@ class VectorWriter:
         self._written = 0
 
     def append(self, values: npt.NDArray[np.generic]) -> None:
-        """Append values; what does not fill a chunk waits for more."""
+        """Append values; those that do not fill a chunk are buffered."""
         waiting = np.concatenate([self._rest, values.astype(self._dataset.dtype, copy=False)])
         full = len(waiting) - len(waiting) % self._chunk
         self._write(waiting[:full].reshape(-1, self._chunk), full)
         self._rest = waiting[full:].copy()
 
     def finish(self) -> None:
-        """Write what waits."""
+        """Write the buffered values."""
         if len(self._rest):
             padded = np.zeros((1, self._chunk), self._dataset.dtype)
             padded[0, : len(self._rest)] = self._rest
@@ -96,7 +96,7 @@ class VectorWriter:
 class Vector:
     """Reads a one-dimensional dataset of numbers: in chunks as above, or in one piece; others through h5py.
 
-    Decoding past the library costs half of what it costs within, and any number of threads can do it at once.
+    Decoding without the library costs half the time, and any number of threads can do it at the same time.
 
     Parameters
     ----------
@@ -124,7 +124,7 @@ class Vector:
         os.close(self._descriptor)
 
     def read_into(self, first: int, last: int, out: npt.NDArray[np.generic]) -> bool:
-        """Put elements [first, last) into `out`; False where its dtype does not hold all of them exactly.
+        """Put elements [first, last) into `out`; False if its dtype cannot represent all of them exactly.
 
         Raises
         ------
@@ -174,7 +174,7 @@ class Vector:
 
 
 def _chunks(dataset: h5py.Dataset) -> Chunks:
-    """Place in the file and bytes of each chunk, 12 bytes a chunk; 0 bytes where the filters were left out."""
+    """Place in the file and bytes of each chunk, 12 bytes per chunk; 0 bytes if the filters were skipped."""
     n_chunks = -(-len(dataset) // dataset.chunks[0])
     offsets, sizes = np.zeros(n_chunks, np.int64), np.zeros(n_chunks, np.uint32)
 
@@ -191,7 +191,7 @@ def _plain(values: npt.NDArray[np.generic]) -> bytes:
 
 
 def _compress(values: npt.NDArray[np.generic], n_stored: int) -> bytes:
-    """A zlib stream (RFC 1950) of the shuffled bytes, the first `n_stored` < 65,536 of them as they are."""
+    """A zlib stream (RFC 1950) of the shuffled bytes, the first `n_stored` < 65,536 of them uncompressed."""
     planes = np.empty(4 * len(values), np.uint8)
     _shuffle(values.view(np.uint32), planes)
     if not n_stored:

@@ -32,7 +32,7 @@ _STRING = h5py.string_dtype("utf-8")
 
 
 class H5adWriter:
-    """Appends blocks of cells to an .h5ad file that anndata reads as if it had written it.
+    """Appends blocks of cells to an .h5ad file in anndata's own format.
 
     Parameters
     ----------
@@ -95,7 +95,7 @@ class H5adWriter:
         Parameters
         ----------
         obs
-            A row a cell, indexed by name; the same columns, dtypes and categories in every call.
+            One row per cell, indexed by name; the same columns, dtypes and categories in every call.
         counts
             CSR float32 (cells, genes), indices sorted; absent: the cells have no counts in this file.
         obsm
@@ -123,13 +123,13 @@ class H5adWriter:
         self._n_cells += len(obs)
 
     def _require_room(self, n_bytes: int) -> None:
-        """OSError where the disk has no room for so much more and for what HDF5 still holds of earlier cells.
+        """OSError if the disk has no space for these bytes and for what HDF5 still buffers of earlier cells.
 
         HDF5 itself must not meet a full disk: it cannot close a file then, and crashes.
         """
         wanted = 2 * n_bytes + _HELD_BYTES
         if shutil.disk_usage(self._path.parent).free < wanted:
-            words = f"{os.strerror(errno.ENOSPC)}, {wanted / 1e6:,.1f} MB are wanted"
+            words = f"{os.strerror(errno.ENOSPC)}, {wanted / 1e6:,.1f} MB are needed"
             raise OSError(errno.ENOSPC, words, str(self._path))
 
     def _begin(self, obs: pd.DataFrame) -> None:
@@ -184,7 +184,7 @@ class H5adWriter:
         self._counts.finish()
         self._genes.finish()
         row_ends = np.concatenate(self._row_ends)
-        if row_ends[-1] <= np.iinfo(np.int32).max:  # what scipy itself chooses
+        if row_ends[-1] <= np.iinfo(np.int32).max:  # as scipy chooses
             row_ends = row_ends.astype(np.int32)
         write_elem(self._file["X"], "indptr", row_ends)
         self._file["X"].attrs["shape"] = np.array([self._n_cells, self._n_genes], dtype=np.int64)

@@ -26,13 +26,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def partial_of(path: Path) -> Path:
-    """Where a file is written before it is whole."""
+    """Path of a file before it is complete."""
     return path.with_name(path.name + PARTIAL)
 
 
 @contextmanager
 def replacing(paths: Sequence[Path]) -> Iterator[list[Path]]:
-    """Write files next to their places, and put them there when all are whole.
+    """Write files next to their final places, and rename them when all are complete.
 
     They are renamed in their order, so that the last one is there only if all are. Whatever ends the block otherwise,
     nothing of it is left. A kill may leave partial files, which the next run replaces.
@@ -63,7 +63,7 @@ def replacing(paths: Sequence[Path]) -> Iterator[list[Path]]:
 
 
 def new_file(path: Path, mode: str) -> IO[Any]:
-    """Open a file that is made here, for "w" (UTF-8) or "wb"; a leftover of that name goes, no link is followed."""
+    """Open a file that is made here, for "w" (UTF-8) or "wb"; removes an old one, follows no link."""
     remove(path)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
     return os.fdopen(descriptor, mode, encoding=None if "b" in mode else "utf-8")
@@ -84,7 +84,7 @@ def sync_tree(folder: Path) -> None:
         sync(path)
 
 
-# Of Linux' renameat2: paths count from the current folder; both names stay, each with what the other had.
+# Linux' renameat2: paths are relative to the current folder; the two names exchange their contents.
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 

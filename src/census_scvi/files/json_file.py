@@ -17,10 +17,10 @@ def read_json(path: Path) -> Any:
     Raises
     ------
     ValueError
-        It is no JSON, larger than 32 MiB, or nested deeper than 50 levels: one line.
+        It is not JSON, larger than 32 MiB, or nested deeper than 50 levels: one line.
     """
     if (size := path.stat().st_size) > MOST_BYTES:
-        raise ValueError(f"it has {size:,} bytes, and no more than {MOST_BYTES:,} are read")
+        raise ValueError(f"it has {size:,} bytes; at most {MOST_BYTES:,} are read")
     if not path.is_file():
         raise ValueError("it is no file")
     try:

@@ -28,8 +28,8 @@ def directory_lock(path: Path, stage: str) -> Iterator[None]:
     Raises
     ------
     UserError
-        Another process holds it: stage, process id, host and since when. Or the file system has no locks, or what lies
-        there is no plain file.
+        Another process holds it (the error has stage, process id, host and time), the file system has no locks, or
+        the path is not a regular file.
     """
     with _opened(path) as file:
         try:
@@ -40,8 +40,9 @@ def directory_lock(path: Path, stage: str) -> Iterator[None]:
             if error.errno not in _WITHOUT_LOCKS:
                 raise
             raise UserError(
-                f"the file system of {path.parent} locks no files ({error.strerror}), and two runs at once would damage"
-                " each other's results; use a folder on another file system, or have its lock service started"
+                f"the file system of {path.parent} does not support file locks ({error.strerror}), and two runs"
+                " at once would damage"
+                " each other's results; use a folder on another file system, or ask for its lock service to be started"
             ) from None
         file.seek(0)
         file.truncate()
@@ -67,7 +68,7 @@ def _opened(path: Path) -> TextIO:
 
 def _no_file(path: Path) -> UserError:
     what = "a link" if path.is_symlink() else "a folder" if path.is_dir() else "no plain file"
-    return UserError(f"{path} is {what}, where a file that holds a lock is expected; remove it")
+    return UserError(f"{path} is {what}, expected a lock file; remove it")
 
 
 def _holder(path: Path) -> str:

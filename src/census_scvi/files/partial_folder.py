@@ -43,7 +43,7 @@ def partial_folder(target: Path, holder: str) -> Iterator[Path]:
             partial.mkdir(parents=True, exist_ok=True)
             foreign = any(partial.iterdir()) and not lock.exists()
     except OSError as error:
-        raise UserError(f"{target}: cannot be written there ({error})") from error
+        raise UserError(f"{target}: it cannot be written there ({error})") from error
     if foreign:
         raise UserError(f"{partial} exists and is not left of an earlier run, which needs that name: move it away")
     with directory_lock(lock, holder):

@@ -1,4 +1,4 @@
-"""Paths as a person writes them: `~`, `~user`, `$NAME` and `${NAME}` mean what they mean in a shell, `$$` is a dollar.
+"""Paths as a person writes them: `~`, `~user`, `$NAME` and `${NAME}` as in a shell, `$$` is a dollar sign.
 
 One rule for every file, argument and setting that names a place. The path itself may be a URL: variables are filled in
 there as well, `~` stands for a home folder at the beginning only.
@@ -25,7 +25,7 @@ def expand(path: str) -> str:
     Raises
     ------
     ValueError
-        A variable is not set or empty, or there is no such user: names it.
+        A variable is not set or empty, or there is no such user.
     """
     written = _HOME.match(path)
     if written is None:
@@ -34,7 +34,7 @@ def expand(path: str) -> str:
         home = str(Path(written[0]).expanduser())
     except RuntimeError:
         name = written[0]
-        raise ValueError(f"there is no user {name[1:]!r}; a folder of that name is written as ./{name}") from None
+        raise ValueError(f"there is no user {name[1:]!r}; for a folder of that name write ./{name}") from None
     rest = _VARIABLE.sub(_value, path[written.end() :])
     return home.rstrip("/") + rest or "/"
 
@@ -48,7 +48,7 @@ def _value(found: re.Match[str]) -> str:
     if name not in os.environ and os.path.lexists(written.removeprefix("file://")):
         return found[0]  # a file or folder whose name holds a dollar sign
     if not re.fullmatch(r"[A-Za-z_]\w*", name or "") or found[0].count("{") != found[0].count("}"):
-        raise ValueError(f"{found[0]} is no environment variable; write ${{NAME}}")
+        raise ValueError(f"{found[0]} is not an environment variable; write ${{NAME}}")
     value = os.environ.get(name)
     if not value:
         state = "not set" if value is None else "empty"

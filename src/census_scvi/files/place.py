@@ -10,14 +10,14 @@ from census_scvi.files.uri import local_path
 
 
 def recorded(place: str, folder: Path) -> str | None:
-    """How a record in a folder says where something lies.
+    """A location as it is recorded in a folder.
 
     Parameters
     ----------
     place
         Path or URL.
     folder
-        Where the record will lie.
+        Folder of the record.
 
     Returns
     -------
@@ -33,7 +33,7 @@ def recorded(place: str, folder: Path) -> str | None:
 
 
 def resolved(place: str | None, folder: Path) -> str | None:
-    """Where a record in a folder says that something lies; None where it does not say."""
+    """The location that a record in a folder states; None if it states none."""
     if not place:
         return None
     path = local_path(place)

@@ -12,7 +12,7 @@ Item = TypeVar("Item")
 
 
 def read_ahead(make: Callable[[Task], Item], tasks: Iterable[Task], workers: int) -> Iterator[Item]:
-    """Yield `make(task)` for each task, in order, with `workers` of them made ahead in threads.
+    """Yield `make(task)` for each task, in order, with `workers` of them computed ahead in threads.
 
     Threads, not processes: HDF5, TileDB and numpy release the GIL where they spend their time, and nothing has to be
     copied between processes. An error in a worker is raised here.
@@ -22,7 +22,7 @@ def read_ahead(make: Callable[[Task], Item], tasks: Iterable[Task], workers: int
     make
         Called once a task, in a worker thread.
     tasks
-        What to make.
+        The tasks.
     workers
         Items made ahead; 0 makes each when it is asked for.
     """

@@ -1,4 +1,4 @@
-"""Where things lie: on a disk of this machine, or elsewhere; and what of that may be written down.
+"""Locations, on a local disk or remote, and the form in which they may be recorded.
 
 A place is a path or a URL. TileDB and fsspec take the path of a file URL as it is written, without decoding it: to
 them %20 is three characters, and Path.as_uri() names another folder.
@@ -28,7 +28,7 @@ _CUT_BY_SOMA = re.compile(r"[?#;\t\r\n]")
 
 
 def local_path(place: str) -> Path | None:
-    """The path of a place on a disk; None for a URL that leads elsewhere.
+    """The path of a local location; None for a remote URL.
 
     The path of a file URL is taken as written, as TileDB and fsspec take it, or decoded where only that exists.
     """
@@ -48,7 +48,7 @@ def absolute(place: str) -> str:
 
 
 def tiledb_place(place: str, what: str) -> str:
-    """The same as `absolute`; UserError where TileDB cannot open a folder of that name, `what` says which setting."""
+    """The same as `absolute`; UserError if TileDB cannot open a folder of that name; `what` is the setting."""
     path = local_path(place)
     if path is not None:
         if path.name.endswith(":"):
@@ -61,7 +61,7 @@ def tiledb_place(place: str, what: str) -> str:
 def file_system(place: str, **options: Any) -> tuple[AbstractFileSystem, str]:
     """The fsspec file system of a place, and the path in it. fsspec itself would split a path at `::`.
 
-    `options` are those of the file system of a URL, such as `key` and `secret`. ValueError: it is no URL.
+    `options` are those of the file system of a URL, such as `key` and `secret`. ValueError: it is not a URL.
     """
     import fsspec
 
@@ -73,7 +73,7 @@ def file_system(place: str, **options: Any) -> tuple[AbstractFileSystem, str]:
         if without_credentials(place) == place:
             raise
         # The reason may quote a part of the password.
-        raise ValueError("it is no valid URL; write / as %2F and @ as %40 in a password, or leave it out") from None
+        raise ValueError("it is not a valid URL; in a password write / as %2F and @ as %40, or omit it") from None
 
 
 @contextmanager
@@ -95,9 +95,9 @@ def leaves_folder(name: str) -> bool:
 
 
 def without_credentials(values: Any) -> Any:
-    """The same with what could open a door taken out: user and password of every URL, its query, secrets by name.
+    """The same without credentials: user and password of every URL, its query, secrets by name.
 
-    Where it cannot be known how far a secret goes, too much is taken out rather than too little: `://a:b/c@d/e@f`
+    If the end of a secret is unclear, too much is removed rather than too little: `://a:b/c@d/e@f`
     keeps `f` alone. Local paths, mail addresses and URLs without any of these stay as they are.
 
     Parameters
@@ -149,7 +149,7 @@ def _clean_word(match: re.Match[str]) -> str:
 
 
 def _cleaned(word: str) -> str:
-    """A word, decoded, without what is secret in it."""
+    """A word, decoded, without secrets."""
     start = _URL_START.search(word)
     while start and _LOCAL.match(word, start.start()) and word[start.end() : start.end() + 1] in ("", "/"):
         start = _URL_START.search(word, start.end() + 1)

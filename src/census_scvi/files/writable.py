@@ -17,9 +17,9 @@ def require_writable(path: Path, setting: str) -> None:
     _require_parent(path, setting)
     kind = _kind(path, setting)
     if kind is not None and stat.S_ISDIR(kind):
-        raise UserError(f"{setting}: {path} is a folder; name a file, for instance {path / 'name.h5ad'}")
+        raise UserError(f"{setting}: {path} is a folder; give a file, for example {path / 'name.h5ad'}")
     if kind is not None and not stat.S_ISREG(kind):
-        raise UserError(f"{setting}: {path} is no ordinary file; name another")
+        raise UserError(f"{setting}: {path} is not a regular file; give another")
 
 
 def require_writable_folder(folder: Path, names: list[str], setting: str) -> None:
@@ -41,29 +41,29 @@ def require_writable_folder(folder: Path, names: list[str], setting: str) -> Non
 def _require_parent(path: Path, setting: str) -> None:
     kind = _kind(path.parent, setting)
     if kind is None:
-        raise UserError(f"{setting}: {path.parent} does not exist; make the folder first")
+        raise UserError(f"{setting}: {path.parent} does not exist; create the folder first")
     _require_folder(path.parent, kind, setting)
     _require_short(partial_of(path), path.parent, setting)
 
 
 def _require_folder(folder: Path, kind: int | None, setting: str) -> None:
     if kind is None or not stat.S_ISDIR(kind):
-        raise UserError(f"{setting}: {folder} is a file, not a folder; name another place")
+        raise UserError(f"{setting}: {folder} is a file, not a folder; give another location")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"{setting}: no permission to write in {folder}; name another place")
+        raise UserError(f"{setting}: no permission to write in {folder}; give another location")
 
 
 def _kind(path: Path, setting: str) -> int | None:
-    """Mode of what is there, links followed; None where nothing is."""
+    """File mode, links followed; None if nothing is there."""
     try:
         return path.stat().st_mode
     except FileNotFoundError:
         return None
     except NotADirectoryError:
-        return None  # something above it is a file, and is said to be one
+        return None  # a parent is a file, and is reported
     except (OSError, ValueError) as error:  # a loop of links, a name too long, no permission, a null byte
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise UserError(f"{setting}: {path} cannot be used ({reason}); name another place") from None
+        raise UserError(f"{setting}: {path} cannot be used ({reason}); give another location") from None
 
 
 def _require_short(path: Path, folder: Path, setting: str) -> None:
@@ -72,4 +72,4 @@ def _require_short(path: Path, folder: Path, setting: str) -> None:
     except (OSError, ValueError):
         longest = _LONGEST_NAME
     if len(os.fsencode(path.name)) > longest:
-        raise UserError(f"{setting}: the name {path.name[:40]}... is too long; {longest} bytes are possible")
+        raise UserError(f"{setting}: the name {path.name[:40]}... is too long; at most {longest} bytes are possible")

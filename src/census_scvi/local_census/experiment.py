@@ -1,4 +1,4 @@
-"""Write one organism of a Census: counts in blocks, then what was learnt from them (obs, var, presence)."""
+"""Write one organism of a Census: counts in blocks, then the tables computed from them (obs, var, presence)."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -85,7 +85,7 @@ def join_genes(sources: Sequence[Source]) -> pd.DataFrame:
     var = pd.concat([source.var for source in sources], ignore_index=True)
     length = var["feature_length"].where(var["feature_length"] > 0)
     known_length = length.groupby(var["feature_id"], sort=False).first().fillna(0).astype(np.int64)
-    # A name that merely repeats the id is no knowledge.
+    # A name that only repeats the id is not a symbol.
     name = var["feature_name"].where(var["feature_name"] != var["feature_id"])
     known_name = name.groupby(var["feature_id"], sort=False).first()
     kind = var["feature_type"].where(var["feature_type"] != "unknown")
@@ -185,7 +185,7 @@ def _census_blocks(source: Source, var: pd.DataFrame, rows: int) -> Iterator[tup
         if len(block.data) and block.data.max() > MAX_COUNT:
             raise UserError(
                 f"{source.path or source.dataset_id}: a count is larger than {MAX_COUNT:,}, "
-                "which float32 does not hold exactly"
+                "which float32 cannot represent exactly"
             )
         arrays = (block.data.astype(np.float32), column[block.indices], block.indptr.astype(np.int32))
         counts = sp.csr_matrix(arrays, shape=(block.shape[0], len(var)))

@@ -29,9 +29,9 @@ def census_labels(
     # A term id belongs to the file's own label; it does not follow a label that comes from elsewhere.
     own = [name for name in own if (label := name.removesuffix("_ontology_term_id")) == name or label in own]
     if own:
-        logger.info("%s: taken under their own name: %s", path, ", ".join(own))
+        logger.info("%s: used under their own names: %s", path, ", ".join(own))
     given |= {name: table[name] for name in own}
-    # Without a general tissue of its own a cell gets its tissue, and the term id of that.
+    # A cell without a general tissue gets its tissue and that term id.
     general = {"tissue_general", "tissue_general_ontology_term_id"}.isdisjoint({*given, *values})
     labels = pd.DataFrame(index=pd.RangeIndex(len(table)))
     for name in LABEL_COLUMNS:
@@ -70,7 +70,7 @@ def _label(values: pd.Series, default: str, where: str) -> pd.Series:
     codes, found = pd.factorize(values)
     missing = int((codes < 0).sum())
     if missing:
-        logger.warning("%s: %s cells without a value are %r", where, f"{missing:,}", default)
+        logger.warning("%s: %s cells without a value get %r", where, f"{missing:,}", default)
     # Values that differ only in type, 1 and "1", are one label; code -1 (missing) picks the last, the default.
     text = np.array([label_text(value) or default for value in found] + [default], dtype=object)
     label, names = pd.factorize(text)
@@ -78,7 +78,7 @@ def _label(values: pd.Series, default: str, where: str) -> pd.Series:
 
 
 def label_text(value: object) -> str:
-    """A label as text. One missing value makes a column of whole numbers one of floats: 1.0 is the label 1."""
+    """A label as text. A missing value turns a column of integers into floats: 1.0 is the label 1."""
     if isinstance(value, float | np.floating) and float(value).is_integer():
         return str(int(value))
     return str(value)
@@ -89,5 +89,5 @@ def _booleans(values: pd.Series, where: str) -> np.ndarray:
     found = values.astype(str).str.lower().map(meaning)
     if found.isna().any():
         wrong = sorted({str(value) for value in values[found.isna().to_numpy()]})[:3]
-        raise UserError(f"{where} holds {', '.join(wrong)}; expected true or false for every cell")
+        raise UserError(f"{where} has {', '.join(wrong)}; expected true or false for every cell")
     return found.to_numpy(dtype=bool)

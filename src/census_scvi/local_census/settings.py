@@ -72,7 +72,7 @@ class GenesConfig(Section):
     """Least share of a file's genes that are recognised as its organism's; a file with fewer is refused."""
 
     without_id: Literal["drop", "keep"] = "drop"
-    """Genes without an Ensembl id: leave them out, or keep them under their symbol."""
+    """Genes without an Ensembl id: drop them, or keep them under their symbol."""
 
 
 class DatasetColumn(Section):

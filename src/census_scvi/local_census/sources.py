@@ -36,17 +36,17 @@ class Source(Protocol):
     Attributes
     ----------
     dataset_id, title
-        Name of the dataset (unique in a Census) and what a person reads.
+        Id of the dataset (unique in a Census) and its title.
     organism
         Experiment of the Census, such as `homo_sapiens`.
     path
-        File the cells come from, "" for none.
+        File of the cells, "" if there is none.
     genes
-        What became of the genes of the file.
+        Counts of kept and dropped genes of the file.
     var
-        feature_id (unique), feature_name, feature_length (int64), feature_type; one row a gene.
+        feature_id (unique), feature_name, feature_length (int64), feature_type; one row per gene.
     obs
-        One row a cell: the Census' label columns (categorical or str, no missing values), is_primary_data (bool),
+        One row per cell: the Census' label columns (categorical or str, no missing values), is_primary_data (bool),
         and observation_joinid where the file has one.
     kept_counts
         float64 (cells,): share of each cell's counts that the genes of `var` hold, filled by `blocks`; 1 for a cell
@@ -71,7 +71,7 @@ class Source(Protocol):
 
 
 class H5adSource:
-    """The cells of an .h5ad, or those of them that `rows` names, read in blocks of rows.
+    """The cells of an .h5ad, or those in `rows`, read in blocks of rows.
 
     Use `open_h5ad` to make one.
     """
@@ -96,7 +96,7 @@ class H5adSource:
         self._column_to_gene, self._counted = genes.column_to_gene, counted.astype(np.float64)
 
     def blocks(self, rows: int) -> Iterator[tuple[int, sp.csr_matrix]]:
-        """Yield (first row, raw counts of at most `rows` cells x genes); UserError for what is no raw count."""
+        """Yield (first row, raw counts of at most `rows` cells x genes); UserError for other values."""
         return regroup(self._selected(rows), rows)
 
     def _selected(self, rows: int) -> Iterator[sp.csr_matrix]:
@@ -126,7 +126,7 @@ class H5adSource:
         gene = self._column_to_gene[block.indices]
         row = np.repeat(np.arange(block.shape[0]), np.diff(block.indptr))
         keep = gene >= 0
-        # float64, so that a sum is exact before it is checked against what X/raw can hold.
+        # float64, so that a sum is exact before it is compared with the limit of X/raw.
         entries = (block.data[keep].astype(np.float64), (row[keep], gene[keep]))
         return sp.csr_matrix(entries, shape=(block.shape[0], len(self.var)))
 
@@ -179,7 +179,7 @@ def open_h5ad(
             var = read_frame(file, var_key(file, place))
     except (OSError, KeyError, ValueError) as error:
         raise unreadable(str(path), error) from error
-    logger.info("%s: raw counts are taken from %s", path, place)
+    logger.info("%s: using the raw counts in %s", path, place)
     genes, counted = _find_genes(
         path,
         table,
@@ -210,14 +210,14 @@ def open_h5ad(
 
 
 def _find_counts(file: h5py.File, path: Path, asked: str | None, n_cells: int) -> str:
-    """The place that is asked for, or the one that holds the raw counts; UserError where none does."""
+    """The requested matrix, or the one with the raw counts; UserError if there is none."""
     matrices, setting = matrices_in(file), "counts: "
     if not matrices:
         raise UserError(f"{path}: has no X, raw or layers; nothing to build from")
     names = {key: read_frame(file, key).index for key in {var_key(file, place) for place in matrices}}
     n_genes = max((len(index) for index in names.values()), default=0)
     if not n_cells or not n_genes:
-        raise UserError(f"{path}: holds {n_cells} cells and {n_genes} genes; nothing to build from")
+        raise UserError(f"{path}: has {n_cells} cells and {n_genes} genes; nothing to build from")
     if asked is None and len(matrices) > 1:
         return find_raw_counts(
             matrices, lambda place: names[var_key(file, place)], n_cells, name=str(path), setting=setting
@@ -285,7 +285,7 @@ def _gene_names(
     asked = _best_place(recognised) if gene_id is None else "var_names" if gene_id == "index" else f"var[{gene_id!r}]"
     if gene_id is None and asked != "var_names":
         numbers = f"{recognised[asked]:,} of {n_genes:,} genes, var_names {recognised['var_names']:,}"
-        logger.info("%s: genes are taken from %s, which names %s", path, asked, numbers)
+        logger.info("%s: using the genes in %s, which has %s", path, asked, numbers)
     places = dict(name_columns(var))
     if asked not in places:
         places[asked] = table_column(var, str(gene_id), f"{path}: var").astype(str)
@@ -314,15 +314,15 @@ def _proposal(
     here, best = recognised.get(asked, 0), _best_place(recognised)
     if recognised[best] > here:
         column = "index" if best == "var_names" else best.removeprefix("var['").removesuffix("']")
-        return f"{best} names {recognised[best]:,} genes, {asked} {here:,}: take it with gene_id: {column}"
+        return f"{best} has {recognised[best]:,} genes, {asked} {here:,}: use it with gene_id: {column}"
     in_obs = int(_recognised(pd.Series(obs.index.astype(str), dtype=object), organism, gene_map).sum())
     if in_obs > 2 * here:
-        return f"obs_names holds {in_obs:,} genes: rows and columns are exchanged; give the cells as rows (adata.T)"
+        return f"obs_names has {in_obs:,} genes: rows and columns are exchanged; give the cells as rows (adata.T)"
     return ""
 
 
 def _attributes(var: pd.DataFrame, names_from: str) -> pd.DataFrame:
-    """What the file says of its genes: the Census' columns, and the index as symbols where a column holds the ids."""
+    """The file's gene columns: those of the Census, and the index as symbols if a column has the ids."""
     if "feature_type" in var and holds_kinds(var["feature_type"]):  # "Gene Expression", where the Census has biotypes
         var = var.drop(columns="feature_type")
     if names_from == "var_names" or "feature_name" in var or var.index.astype(str).str.isdigit().any():

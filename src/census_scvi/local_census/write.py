@@ -1,4 +1,4 @@
-"""Write a local Census (SOMA) from sources of cells, in blocks, whole or not at all."""
+"""Write a local Census (SOMA) from sources of cells, in blocks, completely or not at all."""
 
 import json
 import logging
@@ -26,7 +26,7 @@ from census_scvi.workspace.provenance import code_state
 
 logger = logging.getLogger(__name__)
 
-# Cells whose counts are held at a time: 2,048 cells with 3,000 genes each are a table of 0.12 GB.
+# Cells whose counts are in memory at a time: 2,048 cells with 3,000 genes each are a table of 0.12 GB.
 BLOCK_ROWS = 2048
 
 # Share of a cell's counts below which it has lost most of them.
@@ -37,7 +37,7 @@ BUILD = "census_scvi_build"
 
 @dataclass(frozen=True)
 class DatasetReport:
-    """What went in of one dataset."""
+    """Summary of one dataset of a build."""
 
     dataset_id: str
     organism: str
@@ -61,15 +61,15 @@ class DatasetReport:
 
     @property
     def losses(self) -> str:
-        """Cells that lost most of their counts, in words; empty for none."""
+        """Text about cells that lost most of their counts; empty if there are none."""
         if not self.n_lost_most:
             return ""
-        return f"; {self.n_lost_most:,} cells lost most of their counts with them, {self.n_emptied:,} all"
+        return f"; {self.n_lost_most:,} cells lost most of their counts with them, {self.n_emptied:,} lost all"
 
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What a build wrote: cells and genes by organism, every dataset, and cells that are primary more than once."""
+    """Result of a build: cells and genes by organism, every dataset, and repeated primary cells."""
 
     uri: str
     n_cells: dict[str, int]
@@ -85,8 +85,8 @@ def build_census(
     """Write the cells of `sources` as a new Census in the folder `uri`.
 
     The Census is written in the folder `<uri>.partial`, and gets its place when it is complete: a build that fails or
-    is killed leaves nothing that opens, and what stood at `uri` goes only after the new Census was read there. Memory
-    holds the labels of all cells and the counts of `block_rows`.
+    is killed leaves nothing that opens, and an old Census at `uri` is removed only after the new one was read there.
+    Memory holds the labels of all cells and the counts of `block_rows`.
 
     Raises
     ------
@@ -121,7 +121,7 @@ def build_census(
 
 
 def _warn(report: BuildReport, sources: Sequence[Source]) -> None:
-    """Say what is in the Census that may not be meant to be."""
+    """Warn about contents of the Census that may be unintended."""
     for dataset, source in zip(report.datasets, sources, strict=True):
         if dataset.n_lost_most:
             logger.warning(
@@ -135,7 +135,7 @@ def _warn(report: BuildReport, sources: Sequence[Source]) -> None:
             )
     for repeated in report.repeated:
         logger.warning(
-            "%s: the same cells twice? They are trained on twice; of each, keep one, or set is_primary_data: false in"
+            "%s: the same cells twice? They would be trained on twice; keep one copy, or set is_primary_data: false in"
             " the values of a dataset",
             repeated,
         )
@@ -145,7 +145,7 @@ def check_target(uri: str | Path, *, force: bool) -> Path:
     """The folder to build in; UserError unless it is free, or holds a Census and `force` is set."""
     path = local_path(str(uri))
     if path is None:
-        raise UserError(f"{uri}: a Census is built in a local folder; build it there and copy the folder")
+        raise UserError(f"{uri}: a Census can only be built in a local folder; build it there and copy the folder")
     target = Path(tiledb_place(str(path), "uri"))
     try:
         target = target.resolve() if target.is_symlink() else target
@@ -153,11 +153,13 @@ def check_target(uri: str | Path, *, force: bool) -> Path:
             return target
         is_census = (target / "__group").is_dir() and (target / "census_data").is_dir()
     except (OSError, RuntimeError) as error:
-        raise UserError(f"{uri}: cannot be written there ({error})") from None
+        raise UserError(f"{uri}: it cannot be written there ({error})") from None
     if not force:
         raise UserError(f"{uri} exists; choose another uri, or replace it with --force")
     if not is_census:
-        raise UserError(f"{uri} exists and is no Census: it is not replaced; remove it yourself or choose another uri")
+        raise UserError(
+            f"{uri} exists and is not a Census: it is not replaced; remove it yourself or choose another uri"
+        )
     return target
 
 
@@ -170,7 +172,7 @@ def _check_sources(sources: Sequence[Source]) -> None:
         raise UserError(f"dataset_id {twice!r} is used more than once; every dataset needs its own")
     given = [s.obs["observation_joinid"] for s in sources if "observation_joinid" in s.obs]
     if given and pd.concat(given).duplicated().any():
-        raise UserError("observation_joinid is not unique over the datasets; leave it out and it is made")
+        raise UserError("observation_joinid is not unique over the datasets; remove it, and it is generated")
     for source in sources:
         if source.organism not in schema.ORGANISMS:
             raise UserError(f"organism {source.organism!r} is not one of {', '.join(schema.ORGANISMS)}")
@@ -198,7 +200,7 @@ def _write_census(
 
 
 def _record(sources: Sequence[Source], repeated: Sequence[Repeated]) -> str:
-    """What was built of what, JSON: goes with the Census."""
+    """Record of the build, JSON, stored in the Census."""
     datasets = [{"file": Path(source.path).name, **asdict(DatasetReport.of(source))} for source in sources]
     return json.dumps({"datasets": datasets, "repeated": [asdict(cells) for cells in repeated]})
 
@@ -215,7 +217,7 @@ def _write_root(partial: Path, record: str) -> None:
 
 
 def _check_census(folder: Path, sources: Sequence[Source]) -> None:
-    """Read the size of what lies on the disk, in the way in which a user opens it."""
+    """Read the sizes of the written Census as a user opens it."""
     with soma.open(str(folder)) as root:
         for organism in {source.organism for source in sources}:
             experiment = root["census_data"][organism]
@@ -229,7 +231,7 @@ def _check_census(folder: Path, sources: Sequence[Source]) -> None:
 
 
 def _put_in_place(new: Path, target: Path, sources: Sequence[Source]) -> None:
-    """Give the new Census its place; what stood there is put back unless the new one can be read there."""
+    """Move the new Census to its place; restore the old one if the new one cannot be read there."""
     # A Census is a thousand small files: one call for all is a hundred times faster than one each.
     os.sync()
     old = new.with_name(OLD)
@@ -245,7 +247,7 @@ def _put_in_place(new: Path, target: Path, sources: Sequence[Source]) -> None:
 
 
 def _swap(new: Path, target: Path, old: Path) -> None:
-    """`new` becomes `target`, and what was there `old`: in one step where the file system can."""
+    """`new` becomes `target`, and the earlier target `old`: in one step if the file system supports it."""
     if not target.exists():
         new.rename(target)
     elif exchange(new, target):

@@ -41,9 +41,9 @@ def biology(space: Space, column: str, labels: Names, donors: Names | None, batc
     column
         Name of the label.
     labels, batches
-        (measured cells,): the label, missing (None) where it says nothing, and the batch.
+        (measured cells,): the label, missing (None) if uninformative, and the batch.
     donors
-        (measured cells,): held out and drawn as a whole; None: there are none.
+        (measured cells,): groups that are held out and resampled as a whole; None: there are none.
 
     Raises
     ------
@@ -54,13 +54,13 @@ def biology(space: Space, column: str, labels: Names, donors: Names | None, batc
     names, codes = np.unique(labels[known].astype(str), return_inverse=True)
     if len(names) < 2:
         raise UserError(
-            f"{column} has too few usable values, {len(names)} (known, and of {FEWEST_CELLS} measured cells or more);"
+            f"{column} has too few usable values, {len(names)} (known, with at least {FEWEST_CELLS} measured cells);"
             " two are needed"
         )
     points = space.points[known]
     groups = None if donors is None else donors[known]
     shuffled = generator(space.seed, Stream.SHUFFLED_LABELS).permutation(codes)
-    left_out = f"{(~known).sum():,} cells without a usable label left out" if not known.all() else ""
+    left_out = f"{(~known).sum():,} cells without a usable label excluded" if not known.all() else ""
     score = partial(scored, about=BIOLOGY, column=column, groups=groups, seed=space.seed, note=left_out)
     clusterings = [clusters[known] for clusters in space.clusterings]
     found = []

@@ -24,13 +24,13 @@ def break_down(space: Space, labels: Names, batches: Names, of: Names) -> pd.Dat
     labels, batches
         (cells,): label, missing where None, and batch of all cells of the slice.
     of
-        (cells,): what the rows are; missing where None.
+        (cells,): the values by which rows are made; missing if None.
 
     Returns
     -------
-    A row each, the commonest first, indexed by the name: `cells`; `same_type`, share of the 15 nearest neighbours that
-    have the cell's label; `silhouette`, 0 to 1, of the label; `mixing`, entropy of the batches among 200 neighbours, of
-    that of all cells of its type.
+    One row per value, the most frequent first, indexed by name: `cells`; `same_type`, share of the 15 nearest
+    neighbors with the cell's label; `silhouette`, 0 to 1, of the label; `mixing`, entropy of the batches among
+    200 neighbours, of that of all cells of its type.
     """
     rows = space.measured
     known = np.array([label is not None for label in labels])

@@ -17,7 +17,7 @@ from sklearn.svm import SVC
 
 NAMES = ("svm", "forest", "lr")
 _FOLDS = 5
-# Least share of the cells whose labels are in several groups, for whole groups to be held out.
+# Minimum share of cells whose labels are in several groups, for whole groups to be held out.
 _SHARED = 0.9
 
 Points = npt.NDArray[np.float32]
@@ -35,9 +35,9 @@ class OutOfFold:
     right
         bool (cells,) for each of `svm`, `forest` and `lr`.
     majority
-        Share of the cells that are right where the commonest label is always guessed.
+        Accuracy of always predicting the most frequent label.
     held_out
-        What was held out as a whole: the name given, or `cells`.
+        The groups that were held out as a whole: the given name, or `cells`.
     """
 
     rows: npt.NDArray[np.int64]
@@ -49,9 +49,9 @@ class OutOfFold:
 def held_out(
     points: Points, codes: Codes, groups: npt.NDArray[np.object_] | None, what: str, *, seed: int = 0
 ) -> OutOfFold | None:
-    """Five folds, stratified and seeded, whole groups held out where labels are in several; standardised dimensions.
+    """Five folds, stratified and seeded, whole groups held out if labels occur in several; standardised dimensions.
 
-    None where no fold leaves two labels to learn from.
+    None if no fold has two labels for training.
 
     Parameters
     ----------
@@ -60,7 +60,7 @@ def held_out(
     codes
         Integer (cells,): the labels.
     groups
-        (cells,): donors, such that cells of one are never on both sides; None: cells are held out.
+        (cells,): donors; cells of one are never in both parts; None: cells are held out.
     what
         Name of the groups.
     seed

@@ -23,7 +23,7 @@ def interval(
     statistic
         Of rows, int64, in which a cell may occur more than once; NaN where it cannot be taken.
     groups
-        (cells,): what is drawn as a whole, since cells of a donor are alike; None, or fewer than five: cells are drawn.
+        (cells,): groups resampled as a whole, since cells of a donor are similar; None, or fewer than five: cells are.
     n_cells
         Number of cells.
     seed

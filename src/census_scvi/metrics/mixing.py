@@ -52,7 +52,7 @@ def mixing(
     label, labels
         Name of the label within which batches are mixed, and (measured cells,): the label, missing where None.
     donors
-        (measured cells,): held out and drawn as a whole; None: there are none.
+        (measured cells,): groups that are held out and resampled as a whole; None: there are none.
 
     Raises
     ------
@@ -151,7 +151,7 @@ def _entropy_within(codes: Codes, types: Codes, n_neighbors: int) -> float:
     for value in np.unique(types):
         shares = np.bincount(codes[types == value]) / (types == value).sum()
         shares = shares[shares > 0]
-        # A sample of n has less entropy than what it is drawn from, by (values - 1) / 2n (Miller and Madow).
+        # The entropy of a sample of n is biased downwards by (values - 1) / 2n (Miller and Madow).
         expected = -(shares * np.log(shares)).sum() - (len(shares) - 1) / (2 * n_neighbors)
         total += max(expected, 0.0) * (types == value).sum()
     return total / max(len(types), 1)

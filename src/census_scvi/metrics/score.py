@@ -1,4 +1,4 @@
-"""A row of the tables, and what the metrics of biology and of batches share."""
+"""A row of the tables, and functions shared by the metrics of biology and of batches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CHANCE, MIXED, WITHIN = "chance", "perfectly mixed", "mixed within types"
 FEWEST_CELLS = 10
 # Neighbours of LISI, as scib-metrics' own benchmark takes them.
 _LISI_NEIGHBORS = 90
-# Most classes for classifiers, the commonest ones: the SVM trains on every pair of them.
+# Maximum number of classes for classifiers, the most frequent ones: the SVM trains on every pair of them.
 MOST_CLASSES = 100
 
 Points = npt.NDArray[np.float32]
@@ -48,7 +48,7 @@ class Score:
     cells
         How many it was measured on.
     note
-        For the reader: what was held out, which cells were excluded.
+        For the reader: held-out groups and excluded cells.
     """
 
     metric: str
@@ -110,7 +110,7 @@ def classified(
     """Accuracy of three classifiers, or one minus it where the label should not be told."""
     numbers = np.bincount(codes)
     kept = np.isin(codes, np.argsort(-numbers, kind="stable")[:MOST_CLASSES])
-    notes = [f"classifiers: the {MOST_CLASSES} commonest of {len(numbers):,} values"] if not kept.all() else []
+    notes = [f"classifiers: the {MOST_CLASSES} most frequent of {len(numbers):,} values"] if not kept.all() else []
     points, codes = points[kept], np.unique(codes[kept], return_inverse=True)[1]
     groups = None if groups is None else groups[kept]
     found = classify.held_out(points, codes, groups, "donors", seed=seed)

@@ -28,10 +28,10 @@ def init_arguments(settings: ModelSection, kind: str = SCVI) -> dict[str, Any]:
 
 
 def check_arguments(arguments: dict[str, Any], kind: str = SCVI) -> None:
-    """ValueError where these are not what `init_arguments` gives, names, types and ranges: one line."""
+    """ValueError if names, types or ranges differ from those of `init_arguments`: one line."""
     known = family_of(kind).arguments
     if unknown := sorted(arguments.keys() - known):
-        raise ValueError(f"{unknown[0][:40]!r} is no argument of a model that this version knows")
+        raise ValueError(f"{unknown[0][:40]!r} is not a model argument of this version")
     if missing := sorted(known - arguments.keys()):
         raise ValueError(f"its arguments lack {', '.join(missing)}")
     try:
@@ -42,7 +42,7 @@ def check_arguments(arguments: dict[str, Any], kind: str = SCVI) -> None:
 
 
 def least_parameters(arguments: dict[str, Any], n_genes: int, n_batches: int) -> int:
-    """What a model of these arguments has at least: the weights of its layers, without biases and normalisation."""
+    """Minimum number of parameters with these arguments: the weights, without biases and norms."""
     n_hidden, n_latent, n_layers = (int(arguments[name]) for name in ("n_hidden", "n_latent", "n_layers"))
     between = (n_layers - 1) * n_hidden**2
     return 2 * (n_genes * n_hidden + between + n_latent * n_hidden) + n_batches * n_hidden
@@ -92,7 +92,7 @@ def build_model(
 
 @contextmanager
 def quiet(name: str, level: int = logging.ERROR) -> Iterator[None]:
-    """Silence a library's log below a level, for what we know and mean."""
+    """Silence a library's log below a level, for expected messages."""
     logger = logging.getLogger(name)
     before = logger.level
     logger.setLevel(level)

@@ -38,7 +38,7 @@ class Latent:
 class Encoder:
     """Posterior mean and variance of cells, equal to scvi-tools' own.
 
-    Where the encoder does not see the batch, it is run in a form of its own: counts are mostly zeros and log1p keeps
+    If the encoder does not use the batch, a special form of it is used: counts are mostly zeros and log1p keeps
     them, so the first layer is a weighted sum of a few rows of its weights, and BatchNorm, at inference, is part of the
     linear layer before it.
 
@@ -65,7 +65,7 @@ class Encoder:
         batch_codes
             Integers (cells,), positions in the model's batches; only a model with `encode_covariates` looks at them.
         minibatch
-            Cells encoded at a time; moves the result by float32 rounding at the most.
+            Cells encoded at a time; changes the result at most by float32 rounding.
         """
         means, variances = [], []
         for start in range(0, counts.shape[0], minibatch):
@@ -94,7 +94,7 @@ class _FoldedEncoder:
     def __init__(self, encoder: scvi.nn.Encoder) -> None:
         layers = [_fold(layer) for layer in encoder.encoder.fc_layers]
         (first, self._bias), self._hidden = layers[0], layers[1:]
-        self._first = first.T.contiguous()  # a row a gene
+        self._first = first.T.contiguous()  # one row per gene
         self._mean, self._variance = encoder.mean_encoder, encoder.var_encoder
         self._activation, self._least_variance = encoder.var_activation, encoder.var_eps
 
@@ -158,7 +158,7 @@ def extend_batches(model: scvi.model.SCVI, genes: list[str], batches: list[str])
     """The model with more batches, as `load_query_data` gives it, but with nothing random in it.
 
     scvi-tools leaves the weights of a batch that the model was not trained on at random initial values. Here each is
-    the mean over the trained batches: the same in every run, and in the middle of what the decoder knows. It is no
+    the mean over the trained batches: the same in every run, and in the middle of the trained range. It is not a
     substitute for training: expression under such a batch means nothing.
 
     Parameters

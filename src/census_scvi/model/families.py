@@ -1,4 +1,4 @@
-"""Kinds of models: one table of what differs between the model families of scvi-tools."""
+"""Kinds of models: one table of the differences between the model families of scvi-tools."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Family:
     Attributes
     ----------
     kind
-        Name of its class in `scvi.model`: what `model.json` and the model hub call it.
+        Name of its class in `scvi.model`, also used in `model.json` and the model hub.
     title
         Its name in prose.
     module
@@ -28,9 +28,9 @@ class Family:
     arguments
         Init arguments that define a model of this kind; the safe form holds all of them and no others.
     cell_data
-        Arguments of `setup_anndata` that name what it learns from, other than counts and batches.
+        Arguments of `setup_anndata` for its inputs other than counts and batches.
     modalities
-        What it is trained on, for tags of the model hub.
+        Modalities of its training data, for tags of the model hub.
     can_build
         Whether this release builds, reads and publishes such models.
     """
@@ -92,11 +92,13 @@ def family_of(kind: str, what: str = "this") -> Family:
     family = FAMILIES.get(kind)
     if family is None:
         raise UserError(
-            f"{what} is a model of kind {shown(kind)}, and this release knows {', '.join(FAMILIES)}; update census-scvi"
+            f"{what} is a model of kind {shown(kind)}, and this version supports {', '.join(FAMILIES)}; update"
+            " census-scvi"
         )
     if not family.can_build:
         expected = " or ".join(each.kind for each in FAMILIES.values() if each.can_build)
         raise UserError(
-            f"{what} is a {kind} model, which this release cannot build yet; expected {expected}: update census-scvi"
+            f"{what} is a {kind} model, which this version does not support yet; expected {expected}: update"
+            " census-scvi"
         )
     return family

@@ -49,7 +49,7 @@ class LatentStore:
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise UserError(f"{path} is damaged ({error}); --force embeds all cells again") from None
         if not 0 <= done <= n_cells:
-            raise UserError(f"{path} counts {done:,} of {n_cells:,} cells; --force embeds all cells again")
+            raise UserError(f"{path} records {done:,} of {n_cells:,} cells; --force embeds all cells again")
         return done
 
     def path(self, name: str) -> Path:

@@ -58,7 +58,7 @@ def save_minified(
 
 
 def _save_model(model: scvi.model.SCVI, folder: Path) -> None:
-    """model.pt of the minified form; the model's own few skeleton cells stand in for the cells."""
+    """model.pt of the minified form, with the model's few skeleton cells in place of the cells."""
     n_cells, n_latent = model.adata.n_obs, model.module.n_latent
     for key in (MEAN_KEY, VARIANCE_KEY):
         model.adata.obsm[key] = np.ones((n_cells, n_latent), dtype=np.float32)

@@ -61,14 +61,14 @@ def read_provenance(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} is damaged ({reason}); fetch the published folder again") from None
     names = list(record["files"])
     if outside := [name for name in names if leaves_folder(name)]:
-        raise UserError(f"{path} names {outside[0]!r}, which lies outside its folder; do not trust it")
+        raise UserError(f"{path} refers to {outside[0]!r}, which is outside its folder; do not trust it")
     if seal != seal_of(record):
-        raise UserError(f"{path} was changed after it was written: its seal does not fit")
+        raise UserError(f"{path} was changed after it was written: its hash does not match")
     return record
 
 
 def damaged_files(folder: Path, record: dict[str, Any]) -> list[str]:
-    """What is wrong with the files of a published folder, a line each."""
+    """Problems of the files of a published folder, one line each."""
     found = {name: damage(folder / name, identity) for name, identity in record["files"].items()}
     unlisted = [f"{name} is not in the record" for name in (WEIGHTS, DESCRIPTION, SEALED) if name not in found]
     return [*unlisted, *(f"{name} {wrong}" for name, wrong in found.items() if wrong)]
@@ -94,9 +94,9 @@ def fetch(uri: str, cache: Path | None = None) -> Path:
     source = Source.at(uri)
     if (path := source.path) is not None:
         if source.kind is Kind.MISSING:
-            raise UserError(f"{uri} does not exist; name a run directory, or a folder that scvi-publish.py wrote")
+            raise UserError(f"{uri} does not exist; give a run directory, or a folder written by scvi-publish.py")
         if not (path / PROVENANCE).exists():
-            raise UserError(f"{uri} holds no {PROVENANCE}; name the folder `published` that scvi-publish.py wrote")
+            raise UserError(f"{uri} has no {PROVENANCE}; give the folder `published` that scvi-publish.py wrote")
         return path
     folder = (cache or cache_folder()) / hashlib.sha256(uri.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
@@ -107,7 +107,7 @@ def fetch(uri: str, cache: Path | None = None) -> Path:
             if damage(folder / name, identity):
                 _get(system, f"{there}/{name}", folder / name, identity["size"])
     except FileNotFoundError as error:
-        raise UserError(f"{uri} is no published folder: {error} does not exist") from None
+        raise UserError(f"{uri} is not a published folder: {error} does not exist") from None
     except (ImportError, ValueError, OSError) as error:
         raise UserError(f"{uri} cannot be read: {error}") from None
     return folder
@@ -116,9 +116,9 @@ def fetch(uri: str, cache: Path | None = None) -> Path:
 def _get(system: AbstractFileSystem, source: str, target: Path, most_bytes: int) -> None:
     size, free = system.size(source) or 0, shutil.disk_usage(target.parent).free
     if size > most_bytes:
-        raise ValueError(f"{source} has {size:,} bytes where at most {most_bytes:,} are expected; it is not fetched")
+        raise ValueError(f"{source} has {size:,} bytes, expected at most {most_bytes:,}; it is not fetched")
     if size > free:
-        raise ValueError(f"{source} has {size:,} bytes, and {target.parent} {free:,} free; make room")
+        raise ValueError(f"{source} has {size:,} bytes, and {target.parent} has {free:,} free; free some space")
     partial = target.with_name(target.name + ".partial")
     remove(partial)
     try:
@@ -137,7 +137,7 @@ class _Download(TqdmCallback):
         self._source, self._most_bytes = source, most_bytes
 
     def relative_update(self, inc: int = 1) -> None:
-        """Count bytes; ValueError beyond the limit."""
+        """Count bytes; ValueError above the limit."""
         super().relative_update(inc)
         if self.value > self._most_bytes:
             raise ValueError(f"{self._source} has more than the {self._most_bytes:,} bytes expected; it is not fetched")
@@ -174,12 +174,12 @@ def load_model(uri: str, *, trust: bool = False, cache: Path | None = None) -> s
 
 
 def load_described(uri: str, *, cache: Path | None = None) -> tuple[scvi.model.SCVI, ModelDescription]:
-    """A model and what it is, from its safe form; where it may lie, and errors, as `load_model` says."""
+    """A model and its description, from its safe form; locations and errors as in `load_model`."""
     if (model := _checked_model(Source.at(uri))) is not None:
         return load_safe(model)
     folder = fetch(uri, cache)
     if wrong := damaged_files(folder, read_provenance(folder)):
-        raise UserError(f"{uri} is not what was published: {'; '.join(wrong)}")
+        raise UserError(f"{uri} differs from what was published: {'; '.join(wrong)}")
     return load_safe(folder)
 
 
@@ -199,11 +199,11 @@ def _checked_model(source: Source) -> Path | None:
 
 
 def warn_if_running_again(workspace: Workspace, stage: str) -> None:
-    """Say that what is read of a stage is its earlier result, where the stage runs again and has not finished."""
+    """Warn that the earlier result of a stage is used if the stage runs again and has not finished."""
     if stage in workspace.manifest().get("redoing", {}):
         script = script_of(stage)
         log.warning(
-            "%s: %s --force has not finished; its earlier result is used. Run %s again to finish it",
+            "%s: %s --force has not finished; using its earlier result. Run %s again to finish it",
             workspace.directory,
             script,
             script,
@@ -213,8 +213,8 @@ def warn_if_running_again(workspace: Workspace, stage: str) -> None:
 def _unpickle(folder: Path, *, trust: bool) -> scvi.model.SCVI:
     if not trust:
         raise UserError(
-            f"{folder} holds a model of scvi-tools' own form alone: a pickle, and loading it runs whatever code its"
-            " author put into it; where you trust the author, load_model(..., trust=True)"
+            f"{folder} has the model only as scvi-tools' own file: a pickle, and loading it executes any code that its"
+            " author put into it; if you trust the author, use load_model(..., trust=True)"
         )
     registry = scvi.model.SCVI.load_registry(str(folder))
     family = family_of(str(registry.get("model_name", SCVI)), str(folder))

@@ -1,4 +1,4 @@
-"""What the record of a publication must hold to be read: the values that are used, their types and their ranges."""
+"""Schema of a publication's record: the values that are used, their types and ranges."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class _Part(BaseModel):
-    """A part of the record; what is not named here may be there, and is not used."""
+    """A part of the record; other keys are allowed and not used."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -108,7 +108,7 @@ def check_record(record: dict[str, Any]) -> None:
 
 
 def first_problem(error: ValidationError) -> str:
-    """The first of what pydantic found, in words; values are shown by their beginning."""
+    """The first problem found by pydantic, in words, with the beginning of the value."""
     detail = error.errors(include_url=False, include_context=False)[0]
     where = ".".join(map(str, detail["loc"])) or "it"
     if detail["type"] == "missing":

@@ -32,7 +32,7 @@ _AGAIN = "train it again with scvi-train.py --force, or fetch the published fold
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """What defines a model, apart from its weights.
+    """The definition of a model, except its weights.
 
     Attributes
     ----------
@@ -76,7 +76,7 @@ def save_safe(model: scvi.model.SCVI, description: ModelDescription, folder: Pat
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.module.state_dict().items()}
     save_file(weights, folder / WEIGHTS)
     (folder / DESCRIPTION).write_text(json.dumps(asdict(description), indent=1) + "\n", encoding="utf-8")
-    (folder / WEIGHTS).chmod((folder / DESCRIPTION).stat().st_mode)  # safetensors lets nobody else read its files
+    (folder / WEIGHTS).chmod((folder / DESCRIPTION).stat().st_mode)  # safetensors lets only the owner read
 
 
 def save_for_scvi_tools(model: scvi.model.SCVI, folder: Path) -> None:

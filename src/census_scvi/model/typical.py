@@ -17,7 +17,7 @@ from census_scvi.workspace import Workspace
 
 
 def typical_counts(uri: str, genes: list[str]) -> sp.csr_matrix | None:
-    """Cells of the sealed sample, or of the prepared ones; None where neither is at hand.
+    """Cells of the sealed sample, or of the prepared ones; None if neither is available.
 
     Parameters
     ----------

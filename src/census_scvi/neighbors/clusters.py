@@ -66,20 +66,20 @@ class LeidenGraph:
 
 
 def composition(obs: pd.DataFrame, groups: str, columns: Sequence[str]) -> pd.DataFrame:
-    """What each group of cells is made of.
+    """Composition of each group of cells.
 
     Parameters
     ----------
     obs
         Of the cells.
     groups
-        Its column that tells the groups apart.
+        obs column of the groups.
     columns
         Columns to describe them by; those that obs has not are passed over.
 
     Returns
     -------
-    A row a group, in its order: `n_cells`, and for each column its commonest value and its share.
+    One row per group, in its order: `n_cells`, and for each column the most frequent value and its share.
     """
     rows = []
     for group, some in obs.groupby(groups, observed=True):

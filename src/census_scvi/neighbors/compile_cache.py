@@ -1,4 +1,4 @@
-"""Keeps what numba compiles of a library from one process to the next."""
+"""Cache of the functions that numba compiles for a library, shared by processes."""
 
 from __future__ import annotations
 

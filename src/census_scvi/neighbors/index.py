@@ -40,13 +40,13 @@ class NeighborIndex:
     def __init__(self, points: Points, *, exact_cells: int = EXACT_CELLS, seed: int = 0) -> None:
         points = np.ascontiguousarray(points, np.float32)
         if not len(points):
-            raise UserError("there are no cells to look for neighbors among")
+            raise UserError("there are no cells among which to search neighbors")
         self._points, self._n_cells = points, len(points)
         self.exact = len(points) <= exact_cells
         if self.exact:
             self._search = NearestNeighbors(algorithm="brute").fit(points)
         else:
-            from pynndescent import NNDescent  # takes seconds to import, and few cells need none
+            from pynndescent import NNDescent  # takes seconds to import, and is not needed for few cells
 
             self._index = NNDescent(points, n_neighbors=_GRAPH_NEIGHBORS, random_state=seed)
             self._index.prepare()
@@ -77,5 +77,5 @@ class NeighborIndex:
         """
         _, positions = self.query(self._points, n_neighbors + 1)
         itself = positions == np.arange(self._n_cells)[:, None]
-        itself[~itself.any(axis=1), 0] = True  # more copies of it than neighbors: one of them stands for it
+        itself[~itself.any(axis=1), 0] = True  # more copies than neighbors: one of them is the cell itself
         return positions[~itself].reshape(self._n_cells, -1)

@@ -1,4 +1,4 @@
-"""A map (UMAP) of reference cells, and where other cells lie on it."""
+"""UMAP of reference cells, and positions of other cells on it."""
 
 from __future__ import annotations
 

@@ -20,9 +20,9 @@ def draw_quality(prediction: dict[str, Any], title: str) -> Figure:
     Parameters
     ----------
     prediction
-        What `Atlas.predict` leaves in `uns["scvi_prediction"][<labels>]`.
+        The entry `uns["scvi_prediction"][<labels>]` of `Atlas.predict`.
     title
-        What the labels are.
+        Name of the labels.
 
     Raises
     ------
@@ -32,8 +32,8 @@ def draw_quality(prediction: dict[str, Any], title: str) -> Figure:
     scores = prediction.get("held_out")
     if not scores:
         raise UserError(
-            "there are no held-out cells to judge the labels by: predict has none with baseline_cells=0, for cells"
-            " without counts, or where no label is in two studies"
+            "there are no held-out cells to measure accuracy: predict has none with baseline_cells=0, for cells"
+            " without counts, or if no label occurs in two studies"
         )
     figure = Picture(figsize=(11, 4.5), layout="constrained")
     calibration, risk = figure.subplots(1, 2)
@@ -44,7 +44,7 @@ def draw_quality(prediction: dict[str, Any], title: str) -> Figure:
     calibration.plot([0, 1], [0, 1], color="0.7", lw=1, zorder=0)
     calibration.set(xlabel="probability", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
     calibration.set_title("calibration", loc="left")
-    risk.set(xlabel="coverage (most confident cells first)", ylabel="risk (share of these with a wrong label)")
+    risk.set(xlabel="coverage (most confident cells first)", ylabel="risk (share of wrong labels among them)")
     risk.set(xlim=(0, 1), ylim=(0, None))
     risk.set_title("risk and coverage", loc="left")
     held_out = prediction["held_out_by"]

@@ -19,7 +19,7 @@ from census_scvi.pictures.canvas import Picture
 _POINTS = 30_000.0  # marker area times cells: dense where there are many, visible where there are few
 _SMALLEST, _LARGEST = 0.5, 30.0
 _NO_LABEL = "unknown"
-# A user's cells on the map of a reference: of few, each is to be found.
+# A user's cells on the UMAP of a reference: with few cells, each should be visible.
 _LEAST_OWN, _EDGED, _LARGE_OWN, _VERY_FEW = 8.0, 2_000, 70.0, 50
 _LEGEND_ENTRIES = 24
 
@@ -34,13 +34,13 @@ def draw_before_and_after(
     cells
         Raw counts (cells, genes); obs has `cell_type` and the column `batch` names.
     latent
-        float32 (cells, n_latent), a row a cell.
+        float32 (cells, n_latent), one row per cell.
     path
         PNG to write.
     seed
         Seed of UMAP and of the drawing order.
     batch
-        obs column that tells the batches apart.
+        obs column of the batches.
     """
     embeddings = {
         "before: PCA of log-normalised counts": UmapMap(log_pca(cells.X), seed=seed).positions,
@@ -58,7 +58,7 @@ def draw_before_and_after(
 
 
 def draw_map(positions: npt.NDArray[np.float32], labels: pd.Series, title: str) -> Figure:
-    """Cells on a map, (cells, 2), coloured by label, the commonest first in the legend."""
+    """Cells on a UMAP, (cells, 2), coloured by label, the most frequent first in the legend."""
     figure = Picture(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
     order = np.random.default_rng(0).permutation(len(positions))  # no group is drawn on top of the others
@@ -84,13 +84,13 @@ def draw_on_reference(
     reference, query
         float32 (cells, 2): positions on the same map.
     reference_labels, query_labels
-        A categorical each, a row a cell; equal labels get equal colours.
+        A categorical each, one row per cell; equal labels get equal colours.
     title
-        What the labels are.
+        Name of the labels.
     """
     figure = Picture(figsize=(15, 6), layout="constrained")
     axes = figure.subplots(1, 2, sharex=True, sharey=True)
-    # The commonest first: they are what the legend has room for.
+    # The most frequent first: the legend has space for these only.
     names = pd.concat([reference_labels.astype(str), query_labels.astype(str)]).value_counts().index
     order = np.random.default_rng(0).permutation(len(reference))  # no group is drawn on top of the others
     scatter(axes[0], reference[order], _categorical(reference_labels, names).iloc[order], legend=False)
@@ -116,7 +116,7 @@ def _size(n_cells: int) -> float:
 
 
 def _own_size(n_cells: int) -> float:
-    """Area of a marker of a user's cells, which lie on top of others."""
+    """Area of a marker of a user's cells, which are drawn on top of others."""
     if n_cells <= _VERY_FEW:
         return _LARGE_OWN
     return max(_size(n_cells), _LEAST_OWN) if n_cells <= _EDGED else _size(n_cells)
@@ -136,11 +136,11 @@ def scatter(
     Parameters
     ----------
     axes, positions, labels
-        Where, float32 (cells, 2), and a categorical, a row a cell.
+        Positions, float32 (cells, 2), and a categorical, one row per cell.
     legend
         Whether there is one: of the values that are there, in their order.
     size, edge
-        Area of a marker, None by the number of cells, and width of its dark edge.
+        Area of a marker (None: by the number of cells), and width of its dark edge.
     """
     categories = list(labels.cat.categories)
     colours = _colours(len(categories))

@@ -1,4 +1,4 @@
-"""The model card: computed from the built module and the record of how it was made, not written."""
+"""The model card, computed from the built module and its provenance."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def model_card(record: Mapping[str, Any], description: ModelDescription, n_sampl
     contact = record["contact"]
     here = record["model"]["uri"] == "."
     template = files("census_scvi.publication").joinpath("card.md.jinja").read_text(encoding="utf-8")
-    # Titles, labels and reasons are somebody's text: each value is escaped as it is put in.
+    # Titles, labels and reasons are untrusted text: each value is escaped when it is inserted.
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, autoescape=False, keep_trailing_newline=True, finalize=markdown.text
     )
@@ -124,7 +124,7 @@ def learning_curve(curves: Mapping[str, list[float]]) -> bytes:
     ):
         if name in curves:
             axes.plot(range(1, len(curves[name]) + 1), curves[name], label=label, color=color, linestyle=line)
-    axes.set(xlabel="epoch", ylabel="negative ELBO a cell")
+    axes.set(xlabel="epoch", ylabel="negative ELBO per cell")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     buffer = io.BytesIO()

@@ -34,7 +34,7 @@ from census_scvi.publication.sealed import COUNT_HASH, SEALED_EMBEDDING, read_se
 from census_scvi.publication.settings import GatesSection
 from census_scvi.publication.summary import provenance_of
 
-# Gates that every record has, whichever version wrote it.
+# Gates that every record has, written by any version.
 _ALWAYS = (
     "cells", "finite", "variance", "duplicate_dimensions", "effective_rank", "genes", "counts", "architecture",
     "re_embedding", "order", "active_units",
@@ -44,7 +44,7 @@ _MAX_DIFFERENCE = GatesSection().max_difference
 
 @dataclass(frozen=True)
 class Link:
-    """One link of the chain: whether it is valid, and what was found."""
+    """One check of the chain: whether it is valid, and the finding."""
 
     name: str
     valid: bool
@@ -59,11 +59,11 @@ def verify(published: str, census: str | None = None, *, n_cells: int = 500, see
     published
         Folder or URL that was published with the embedding.
     census
-        URI of the Census that holds the embedding; None checks the folder alone.
+        URI of the Census with the embedding; None: check the folder only.
     n_cells
         Cells to read again.
     seed
-        Seed of that sample; None draws another one each time.
+        Seed of that sample; None: another one each time.
 
     Returns
     -------
@@ -73,7 +73,7 @@ def verify(published: str, census: str | None = None, *, n_cells: int = 500, see
     Raises
     ------
     UserError
-        There is no published folder, or no Census, or `n_cells` or `seed` is negative.
+        There is no published folder or no Census, or `n_cells` or `seed` is negative.
     """
     if n_cells < 1 or (seed is not None and seed < 0):
         raise UserError(f"--sample is {n_cells} and --seed {seed}; expected 1 or more cells, and a seed of 0 or more")
@@ -133,7 +133,7 @@ class _Folder:
     def files(self) -> tuple[bool, str]:
         """The files are those that were written."""
         wrong = damaged_files(self.path, self.record)
-        return not wrong, "; ".join(wrong) or f"{len(self.record['files'])} files as they were written"
+        return not wrong, "; ".join(wrong) or f"{len(self.record['files'])} files, unchanged"
 
     def model(self) -> tuple[bool, str]:
         """The model is built as its provenance says."""
@@ -146,7 +146,7 @@ class _Folder:
         """The counts of the sealed cells are those that were sealed."""
         cells = self.sealed()
         wrong = int((row_hashes(cells.X) != cells.obs[COUNT_HASH].to_numpy()).sum())
-        return not wrong, f"{wrong:,} of {cells.n_obs:,} sealed cells have other counts than when they were sealed"
+        return not wrong, f"{wrong:,} of {cells.n_obs:,} sealed cells have changed counts"
 
     def sealed_embedding(self) -> tuple[bool, str]:
         """scvi-tools embeds the sealed cells as they are published."""
@@ -166,7 +166,7 @@ class _Folder:
         return read_sealed(self.path, self.record["model"]["genes"], self.record["embedding"]["n_features"])
 
     def re_embedded(self, cells: ad.AnnData, published: Any) -> tuple[bool, str]:
-        """Whether scvi-tools and the published model give cells (obs: soma_joinid, batch) what is published."""
+        """Whether the published model gives the published embedding of cells (obs: soma_joinid, batch)."""
         model, description = load_safe(self.path)
         if description.arguments["encode_covariates"]:  # scvi-tools has random weights for other batches
             trained = cells.obs["batch"].isin(description.batches).to_numpy()
@@ -193,7 +193,9 @@ class _InCensus:
         """The Census is the one that was embedded."""
         stated, found = self._record["census"], self._census.identity
         names = ("schema", "created_on", "organism", "cells")
-        differing = [f"{name} is {found[name]}, not {stated[name]}" for name in names if stated[name] != found[name]]
+        differing = [
+            f"{name} is {found[name]}, expected {stated[name]}" for name in names if stated[name] != found[name]
+        ]
         return not differing, "; ".join(differing) or f"{found['cells']:,} cells, created on {found['created_on']}"
 
     def publication(self) -> tuple[bool, str]:
@@ -201,7 +203,7 @@ class _InCensus:
         publication = self._record["publication"]
         live = publication_of(self._embedding_uri())
         if live != publication:
-            return False, f"the Census holds publication {live}, this folder is of {publication}"
+            return False, f"the Census has publication {live}, this folder {publication}"
         stated = provenance_of(self._experiment_uri(), publication)
         stated.pop("seal", None)
         same = json.dumps(stated, sort_keys=True) == json.dumps(self._record, sort_keys=True)
@@ -216,11 +218,11 @@ class _InCensus:
         cells, stated = np.concatenate(found), self._record["embedding"]
         wrong = []
         if digest.hexdigest() != stated["sha256"]:
-            wrong.append("their hash is not that of the published ones")
+            wrong.append("their hash differs from that of the published ones")
         if len(cells) != stated["n_cells"]:
             wrong.append(f"the record says {stated['n_cells']:,}")
         if not np.array_equal(cells, self._cells().joinids):
-            wrong.append("they are not the cells of the query in the record")
+            wrong.append("they are not the cells that match the recorded query")
         return not wrong, "; ".join([f"{len(cells):,} cells", *wrong])
 
     def sealed_cells(self) -> tuple[bool, str]:

@@ -42,7 +42,7 @@ def write_published(
     latent: npt.NDArray[np.float32],
     record: dict[str, Any],
 ) -> None:
-    """Make the folder, whole or not at all.
+    """Make the folder, completely or not at all.
 
     Parameters
     ----------
@@ -105,7 +105,7 @@ def copy_to(folder: Path, uri: str, *, replace: bool) -> None:
         raise UserError(f"publish.model_uri {uri} cannot be written: {error}") from None
 
 
-# A full disk, a missing permission: the same line wherever they are met.
+# A full disk, a missing permission: the same line wherever they occur.
 _SAID_ELSEWHERE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -117,11 +117,11 @@ def _require_free(system: AbstractFileSystem, target: str, uri: str, files: set[
     foreign = [] if PROVENANCE in there else sorted(set(there) - files)
     if foreign:
         raise UserError(
-            f"publish.model_uri {uri} holds no published model, but {foreign[0]!r}; it is left as it is: name an empty"
+            f"publish.model_uri {uri} has no published model, but {foreign[0]!r}; it was not changed: give an empty"
             " or a new folder"
         )
     if there and not replace:
-        raise UserError(f"publish.model_uri {uri} holds another model; set publish.replace to true to replace it")
+        raise UserError(f"publish.model_uri {uri} has another model; set publish.replace to true to replace it")
 
 
 def _copy_local(folder: Path, target: Path) -> None:

@@ -24,7 +24,7 @@ class Gate:
     name
         Of the property, as in the config's `gates.waived`.
     value
-        What was measured.
+        The findings.
     side, bound
         The value must be `at most` or `at least` the bound.
     stops
@@ -86,7 +86,7 @@ class LatentMoments:
         self.first_not_finite: int | None = None
         self._sum = np.zeros(n_latent)
         self._products = np.zeros((n_latent, n_latent))
-        self._origin: Floats | None = None  # sums of squares are taken around it, or they would cancel
+        self._origin: Floats | None = None  # sums of squares are computed around it, to avoid cancellation
 
     def add(self, mean: Floats) -> None:
         """Add cells: posterior means, (cells, n_latent)."""
@@ -121,7 +121,7 @@ def finite(moments: LatentMoments) -> Gate:
 
 
 def variance(moments: LatentMoments, bound: float) -> Gate:
-    """Every dimension differs between cells: the least variance of the posterior means."""
+    """Every dimension varies between cells: the smallest variance of the posterior means."""
     variances = moments.covariance.diagonal()
     least = int(variances.argmin())
     return Gate("variance", float(variances[least]), "at least", bound, f"least in dimension {least}")
@@ -135,7 +135,7 @@ def active_units(variance: Floats, bound: float) -> Gate:
     variance
         (cells, n_latent): posterior variances of a sample of cells.
     bound
-        Least share.
+        Minimum share.
     """
     active = variance.mean(axis=0) < _ACTIVE_BELOW
     return Gate("active_units", float(active.mean()), "at least", bound, f"{active.sum()} of {len(active)} dimensions")
@@ -171,7 +171,7 @@ def effective_rank(moments: LatentMoments, bound: float) -> Gate:
 
 
 def gene_coverage(found: npt.NDArray[np.bool_], counts: Floats, bound: float) -> list[Gate]:
-    """Share of the model's genes that the Census has, and of the training cells' counts that lie in these.
+    """Share of the model's genes that the Census has, and of the training cells' counts in these genes.
 
     Parameters
     ----------
@@ -191,7 +191,7 @@ def gene_coverage(found: npt.NDArray[np.bool_], counts: Floats, bound: float) ->
 
 
 def re_embedding(joinids: npt.NDArray[np.int64], published: Floats, recomputed: Floats, bound: float) -> Gate:
-    """The published embedding is what scvi-tools computes from counts that are read again.
+    """The published embedding equals the one that scvi-tools computes from counts that are read again.
 
     Parameters
     ----------
@@ -208,12 +208,12 @@ def re_embedding(joinids: npt.NDArray[np.int64], published: Floats, recomputed: 
     wrong = int((~(differences <= bound)).sum())
     detail = f"{len(joinids):,} cells read again"
     if wrong:
-        detail = f"{wrong:,} of {detail} differ, most the cell with soma_joinid {joinids[worst]}"
+        detail = f"{wrong:,} of {detail} differ, most of all the cell with soma_joinid {joinids[worst]}"
     return Gate("re_embedding", float(differences[worst]), "at most", bound, detail)
 
 
 def order(hashes: npt.NDArray[np.uint64], latent: Floats, joinids: npt.NDArray[np.int64], bound: float) -> Gate:
-    """Cells of equal counts, copies of one another, have equal embeddings.
+    """Cells with equal counts (copies) have equal embeddings.
 
     Parameters
     ----------
@@ -241,7 +241,7 @@ def order(hashes: npt.NDArray[np.uint64], latent: Floats, joinids: npt.NDArray[n
     detail = f"{len(copies):,} pairs of cells with equal counts"
     if wrong:
         pair = f"{joinids[originals[worst]]} and {joinids[copies[worst]]}"
-        detail = f"{wrong:,} of {detail} are embedded apart, most soma_joinids {pair}"
+        detail = f"{wrong:,} of {detail} have different embeddings, most of all soma_joinids {pair}"
     return Gate("order", largest, "at most", bound, detail)
 
 
@@ -296,11 +296,11 @@ def training_gates(curves: dict[str, list[float]], most_fall: float, most_gap: f
     last = epochs[-max(3, math.ceil(len(epochs) / 5)) :]
     name = "elbo_validation" if validated else "elbo_train"
     if len(epochs) < _FEWEST_EPOCHS:
-        fall, words = math.nan, f"{len(epochs)} measured epochs are too few to tell"
+        fall, words = math.nan, f"{len(epochs)} measured epochs are too few to judge"
     else:
         slope = np.polyfit(last, curve[last], 1)[0]
         fall = float(-slope * fifth / abs(curve[last[-1]]))
-        words = f"fall of {name} over the last fifth of {len(curve)} epochs, now {curve[last[-1]]:.1f}"
+        words = f"decrease of {name} over the last fifth of {len(curve)} epochs, now {curve[last[-1]]:.1f}"
     convergence = Gate("convergence", fall, "at most", most_fall, words, stops=False)
     if not validated or not len(epochs):
         return [convergence]

@@ -1,4 +1,4 @@
-"""New members of a TileDB group in one step: readers see the group as it was, or with the member, whole.
+"""New members of a TileDB group in one step: readers see the group without the member, or with all of it.
 
 tiledbsoma writes the record of a group's members in place and in two appends. A reader between them, or any reader
 after a kill or a full disk there, cannot open the group any more. And what it made of a member before that stays in the
@@ -86,11 +86,11 @@ def _put_made(uri: str, create: Callable[[str], Any]) -> None:
 
 
 def _clear_half_made(path: Path) -> None:
-    """Take away what a killed writer left of an empty member; UserError where there is more in it."""
+    """Remove the empty member that a killed writer left; UserError if it has contents."""
     if not path.exists():
         return
     if any(path.glob("__commits/*")) or any(path.glob("[!_]*/__schema")):
-        raise UserError(f"{path} is in the way: it cannot be opened, and no group names it; move it away")
+        raise UserError(f"{path} is in the way: it cannot be opened and belongs to no group; move it")
     remove(path)
 
 
@@ -142,7 +142,7 @@ def name_member(group_uri: str, name: str, member: str, kind: Kind) -> str:
 
 
 def withdraw(group_uri: str, record: str) -> None:
-    """Take back what `name_member` said."""
+    """Undo `name_member`."""
     storage(group_uri)[0].rm_file(record)
 
 
@@ -156,7 +156,7 @@ def _times(system: AbstractFileSystem, group: str) -> list[int]:
 
 
 def _record(name: str, member: str, kind: Kind) -> tuple[str, bytes]:
-    """What TileDB writes into a group for a member of its folder: version of the format, and the record."""
+    """TileDB's entry in a group for a member of its folder: version of the format, and the record."""
     with tempfile.TemporaryDirectory() as scratch:
         with tiledbsoma.Collection.create(f"{scratch}/group") as group:
             if kind is tiledbsoma.Collection:

@@ -1,4 +1,4 @@
-"""What scvi-tools' model hub loads: the model with its trained batches, and a sample of cells without counts."""
+"""Files of scvi-tools' model hub: the model with its trained batches, and a sample of cells without counts."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def write_hub(folder: Path, model: scvi.model.SCVI, genes: list[str], obs: pd.Da
     genes
         Its genes.
     obs
-        Cells with the column `batch`; those of batches that the model was not trained on are left out, since its
-        decoder knows nothing of them.
+        Cells with the column `batch`; those of batches that the model was not trained on are excluded, since its
+        decoder has no weights for them.
     latent
         Their posterior.
     """

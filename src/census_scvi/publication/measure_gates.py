@@ -1,4 +1,4 @@
-"""The gates of a run: gathers what they look at from the run directory and the Census."""
+"""The gates of a run: collects their inputs from the run directory and the Census."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def _warnings(label: str, sample: Sample, published: npt.NDArray[np.float32], se
             separation[0].value,
             "at least",
             separation[1].low,
-            f"neighbours of the same {label}: {separation[0]}; in a PCA {separation[1]}",
+            f"neighbors of the same {label}: {separation[0]}; in a PCA {separation[1]}",
             stops=False,
         ),
         Gate(
@@ -144,7 +144,7 @@ def _warnings(label: str, sample: Sample, published: npt.NDArray[np.float32], se
             mixing[0].value,
             "at most",
             mixing[1].high,
-            f"neighbours of the same batch among cells of a {label}: {mixing[0]}; in a PCA {mixing[1]}",
+            f"neighbors of the same batch among cells of a {label}: {mixing[0]}; in a PCA {mixing[1]}",
             stops=False,
         ),
     ]

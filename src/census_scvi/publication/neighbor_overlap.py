@@ -55,7 +55,7 @@ def label_share(
     within
         (cells,): neighbours are sought, and chance is counted, among cells of the same value only; None: all cells.
     n_neighbors
-        Neighbours a cell; fewer where its group is small. Cells alone in their group are left out.
+        Neighbors per cell; fewer if its group is small. Cells alone in their group are excluded.
     seed
         Of the bootstrap.
 

@@ -1,6 +1,6 @@
 """An embedding in an Experiment's obsm: written where no reader sees it, put in place in one step.
 
-An embedding is an array of its own, which readers see when the collection names it (`group.name_member`). Whoever
+An embedding is a separate array, which readers see when the collection names it (`group.name_member`). Whoever
 opened the collection before, or the array that was replaced, continues to read that one.
 """
 
@@ -33,7 +33,7 @@ from census_scvi.files.uri import local_path
 from census_scvi.publication.group import make_member, name_member, withdraw
 
 INFO = "CxG_embedding_info"
-# Seconds after which a publisher to a bucket, where there are no locks, looks whether another took the name.
+# Seconds after which a publisher to a bucket (no locks) checks whether another one took the name.
 _SETTLES = 10.0
 
 
@@ -48,7 +48,7 @@ def check_target(experiment_uri: str, name: str, publication: str, *, replace: b
 
 
 class EmbeddingDraft:
-    """An embedding on its way into an Experiment; nobody sees it before `publish`.
+    """An embedding that is being written to an Experiment; readers do not see it before `publish`.
 
     Parameters
     ----------
@@ -70,7 +70,7 @@ class EmbeddingDraft:
     replaces
         URI of the array that readers see before; it stays where it is.
     done
-        Whether this publication is what readers see already.
+        Whether readers already see this publication.
     empty
         Whether the draft holds no cells yet.
 
@@ -111,7 +111,7 @@ class EmbeddingDraft:
         """
         rows = np.repeat(joinids, values.shape[1])
         columns = np.tile(np.arange(values.shape[1]), len(joinids))
-        # Ascending cells lie in the order of the array's tiles: sorting takes six times as long.
+        # Ascending cells are in the order of the array's tiles: sorting would take six times as long.
         ordered = tiledbsoma.TileDBWriteOptions(sort_coords=False)
         with tiledbsoma.SparseNDArray.open(self.uri, "w", context=soma_context(self.uri)) as array:
             table = pa.table({"soma_dim_0": rows, "soma_dim_1": columns, "soma_data": values.ravel()})
@@ -143,8 +143,9 @@ class EmbeddingDraft:
         if shared and took > _SETTLES:
             withdraw(self._obsm_uri, record)
             raise UserError(
-                f"{self._experiment_uri} took {took:.0f} seconds to name this publication: in more than {_SETTLES:.0f}"
-                " another publisher may take the name, too; nothing was published, run the same command again"
+                f"{self._experiment_uri} took {took:.0f} seconds to write the name of this publication: in more"
+                f" than {_SETTLES:.0f}"
+                " another publisher may use the name, too; nothing was published, run the same command again"
             )
         if shared:
             time.sleep(_SETTLES)
@@ -156,13 +157,13 @@ class EmbeddingDraft:
     def _taken_meanwhile(self, live: str | None) -> UserError:
         return UserError(
             f"obsm[{self._name!r}] of {self._experiment_uri} was"
-            f" {'removed' if live is None else f'published by another ({live})'} while this publication was written;"
+            f" {'removed' if live is None else f'replaced by another ({live})'} while this publication was written;"
             " run the same command again to publish after it"
         )
 
 
 def _clear(uri: str) -> None:
-    """Take away what was left of an array where its maker was killed."""
+    """Remove the remains of an array whose writer was killed."""
     system, path = storage(uri)
     if system.exists(path):
         system.rm(path, recursive=True)

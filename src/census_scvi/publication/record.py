@@ -1,4 +1,4 @@
-"""How a publication was made: its provenance, and what of it the Census API and `scvi_summary` show."""
+"""Provenance of a publication, and the parts of it for the Census API and `scvi_summary`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 THIS_FOLDER = "."
 _BLOCK_CELLS = 2**16
-_NOT_OURS = ("config", "fingerprint")  # of a stage's record: the whole config is there once
+_NOT_OURS = ("config", "fingerprint")  # of a stage's record: the record has the whole config once
 
 
 def publication_record(
@@ -45,7 +45,7 @@ def publication_record(
     data: dict[str, Any],
     evaluation: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """The provenance of a publication, without credentials, paths of this machine, and names that nobody gave.
+    """The provenance of a publication, without credentials, paths of this machine, and other people's names.
 
     Parameters
     ----------
@@ -124,17 +124,17 @@ def _title(data: dict[str, Any], organism: str, n_cells: int) -> str:
     if data["cellxgene"]:
         return "scVI embedding of CELLxGENE Census"
     titles = [dataset.get("dataset_title") or dataset.get("dataset_id", "") for dataset in data["datasets"]]
-    of = titles[0] if data["n_datasets"] == 1 else f"{data['n_datasets']:,} data sets"
+    of = titles[0] if data["n_datasets"] == 1 else f"{data['n_datasets']:,} datasets"
     return f"scVI embedding of {n_cells:,} cells of {organism.replace('_', ' ').capitalize()}: {of}"
 
 
 def evaluation_of(folder: Path, latent: Identity) -> dict[str, Any] | None:
-    """What scvi-evaluate.py measured of an embedding; None where it measured none, or another one.
+    """Results of scvi-evaluate.py for an embedding; None if there are none, or they are of another one.
 
     Parameters
     ----------
     folder
-        Where metrics.json lies.
+        Folder of metrics.json.
     latent
         Identity of the embedding's `latent.npy`.
 
@@ -149,7 +149,7 @@ def evaluation_of(folder: Path, latent: Identity) -> dict[str, Any] | None:
         names = [name for name, identity in found.get("latents", {}).items() if identity == latent]
         if names and found.get("mode", "sound") == "sound":  # an earlier version had metrics with flaws, too
             return _measured(found, names[0])
-        log.info("%s is of another embedding, or of an earlier version; it is not published", path)
+        log.info("%s is of another embedding or an earlier version; it is not published", path)
     except FileNotFoundError:
         pass
     except (ValueError, KeyError, TypeError, AttributeError) as error:

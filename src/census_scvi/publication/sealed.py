@@ -1,6 +1,6 @@
 """The sealed sample of a publication: counts, their hashes and the embedding of some cells, and how they are read.
 
-Whoever reads it does not know who wrote it, so nothing is taken on trust: where HDF5 would go for values, how large
+It is read as untrusted input, so everything is checked: from where HDF5 would read values, how large
 they are, and whether the parts fit each other.
 """
 
@@ -57,7 +57,7 @@ def read_sealed(folder: Path, genes: list[str], n_latent: int) -> ad.AnnData:
         _check(cells, genes, n_latent)
     except UserError:
         raise
-    except Exception as error:  # anndata has no exception of its own for a file that is damaged, or forged
+    except Exception as error:  # anndata has no specific exception for a damaged or forged file
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(f"{SEALED} cannot be read ({reason}); fetch the published folder again") from None
     return cells
@@ -70,13 +70,13 @@ def _check(cells: ad.AnnData, genes: list[str], n_latent: int) -> None:
     if list(cells.var_names) != genes:
         raise ValueError("its genes are not the model's")
     if not cells.n_obs or counts.dtype != np.float32 or not np.isfinite(counts.data).all() or (counts.data < 0).any():
-        raise ValueError("it holds no cells, or values that are no counts")
+        raise ValueError("it has no cells, or values that are not counts")
     cells.X = counts
     latent, joinids = np.asarray(cells.obsm[SEALED_EMBEDDING]), cells.obs["soma_joinid"].to_numpy()
     if latent.shape != (cells.n_obs, n_latent) or latent.dtype != np.float32:
         raise ValueError(f"the embedding of its cells is {latent.dtype} {latent.shape}")
     if joinids.dtype != np.int64 or len(set(joinids.tolist())) < cells.n_obs or joinids.min() < 0:
-        raise ValueError("soma_joinid holds duplicates, negative values or other types than int64")
+        raise ValueError("soma_joinid has duplicates, negative values or other types than int64")
     if cells.obs[COUNT_HASH].dtype != np.uint64:
         raise ValueError(f"{COUNT_HASH} is {cells.obs[COUNT_HASH].dtype}, expected uint64")
     cells.obs["batch"] = cells.obs["batch"].astype(str).astype(object)

@@ -1,4 +1,4 @@
-"""The table `scvi_summary` next to the embeddings of an Experiment: one row a publication, never changed afterwards."""
+"""The table `scvi_summary` next to the embeddings of an Experiment: one row per publication, never changed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _MOST_ROWS = 2**31
 
 
 def read_summary(experiment_uri: str) -> pd.DataFrame:
-    """All publications in an Experiment, the oldest first; empty where there is none.
+    """All publications in an Experiment, the oldest first; empty if there is none.
 
     `provenance` holds the whole record as JSON.
     """
@@ -81,11 +81,11 @@ def append_summary(experiment_uri: str, row: dict[str, Any], provenance: dict[st
     with tiledbsoma.DataFrame.open(table_uri, "w", context=soma_context(table_uri)) as table:
         table.write(pa.table({field.name: pa.array([values[field.name]], field.type) for field in _SCHEMA}))
     if row["publication"] not in set(read_summary(experiment_uri)["publication"]):
-        raise UserError(f"{table_uri} lost this publication to another one; run the same command again")
+        raise UserError(f"{table_uri} was overwritten by another publication; run the same command again")
 
 
 def _free_joinid(publication: str, taken: set[int]) -> int:
-    """A row of its own: two publishers who do not know of each other would both take the next one."""
+    """A unique row: two independent publishers would both take the next one."""
     joinid = int.from_bytes(hashlib.sha256(publication.encode()).digest()[:8]) % (_MOST_ROWS - 1)
     while joinid in taken:
         joinid = (joinid + 1) % (_MOST_ROWS - 1)
@@ -93,7 +93,7 @@ def _free_joinid(publication: str, taken: set[int]) -> int:
 
 
 def provenance_of(experiment_uri: str, publication: str) -> dict[str, Any]:
-    """The record of a publication; UserError where there is none."""
+    """The record of a publication; UserError if there is none."""
     rows = read_summary(experiment_uri).set_index("publication")
     if publication not in rows.index:
         raise UserError(f"{experiment_uri}: {SUMMARY} has no publication {publication}")

@@ -20,7 +20,7 @@ _IDENTIFYING = ("dataset_id", "observation_joinid", "donor_id", "assay")
 
 
 def experiment_uri(settings: PublishSection, census: Census) -> str:
-    """The Experiment to publish into; UserError where none is named and the Census is not on a local disk."""
+    """The Experiment to publish to; UserError if none is given and the Census is not on a local disk."""
     if settings.experiment_uri:
         return tiledb_place(settings.experiment_uri, "publish.experiment_uri")
     uri = census.identity["uri"]
@@ -42,13 +42,13 @@ def target_lock(experiment_uri: str) -> AbstractContextManager[None]:
 
 def require_free(settings: PublishSection, census: Census, experiment_uri: str, publication: str) -> None:
     """The Experiment holds the cells that the embedding is of, and the name is free or may be replaced."""
-    published_uri(experiment_uri, settings.name)  # says so where it is no Experiment
+    published_uri(experiment_uri, settings.name)  # raises UserError if it is not an Experiment
     with tiledbsoma.Experiment.open(experiment_uri, context=soma_context(experiment_uri)) as experiment:
         n_cells = int(experiment.obs.count)
     if n_cells != census.identity["cells"]:
         raise UserError(
             f"{experiment_uri} has {n_cells:,} cells, the Census of this run {census.identity['cells']:,}:"
-            " soma_joinids hold within one Census only; set publish.experiment_uri to an Experiment of that Census"
+            " soma_joinids are valid within one Census only; set publish.experiment_uri to an Experiment of that Census"
         )
     check_target(experiment_uri, settings.name, publication, replace=settings.replace)
 
@@ -62,8 +62,9 @@ def require_same_cells(experiment_uri: str, sample: Sample) -> None:
     differing = (theirs != sample.obs[names].astype(str).to_numpy()).any(axis=1)
     if differing.any():
         raise UserError(
-            f"{experiment_uri} is of another build of the Census: {int(differing.sum()):,} of {len(differing):,} cells"
-            f" with the same soma_joinid are others there ({', '.join(names)}), the first"
+            f"{experiment_uri} belongs to another build of the Census: {int(differing.sum()):,} of"
+            f" {len(differing):,} cells"
+            f" with the same soma_joinid are different cells there ({', '.join(names)}), the first"
             f" {sample.joinids[differing][0]}; set publish.experiment_uri to the Experiment that was embedded"
         )
 
@@ -74,10 +75,10 @@ def n_rows(census: Census) -> int:
 
 
 def require_published(settings: PublishSection, experiment_uri: str, publication: str) -> None:
-    """UserError where what a finished run published is there no longer."""
+    """UserError if the publication of a finished run no longer exists."""
     uri = published_uri(experiment_uri, settings.name)
     if uri is None or publication_of(uri) != publication:
         raise UserError(
-            f"this run published {publication} as obsm[{settings.name!r}] of {experiment_uri}, which holds"
-            f" {'nothing of that name' if uri is None else 'another publication'} now; --force publishes it again"
+            f"this run published {publication} as obsm[{settings.name!r}] of {experiment_uri}, which has"
+            f" {'no embedding of that name' if uri is None else 'another publication'} now; --force publishes it again"
         )

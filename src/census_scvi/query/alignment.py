@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class AlignmentReport:
-    """What became of a query's genes and cells.
+    """Report on a query's genes and cells.
 
     Attributes
     ----------
@@ -37,20 +37,20 @@ class AlignmentReport:
     summed
         Of these, columns added to another one of the same gene.
     ambiguous
-        Columns left out: their symbol stands for several genes.
+        Ignored columns: their symbol is that of several genes.
     extra
         Columns of the query that the model does not use.
     not_genes
-        Columns left out because they are no genes of the organism: proteins, guides, hashtags, peaks, spike-ins,
+        Ignored columns that are not genes of the organism: proteins, guides, hashtags, peaks, spike-ins,
         another genome; how many of each.
     missing
         Genes of the model that the query has not; they count as 0.
     expected_share
-        Share of the counts expected in such cells that lies in genes which the query has; NaN where none are expected.
+        Share of the expected counts of such cells in genes that the query has; NaN if none are expected.
     n_cells, n_empty
         Cells read so far, and of these without any count in the model's genes.
     counts_share
-        Share of the counts read so far that lie in genes of the model.
+        Share of the counts read so far in genes of the model.
     """
 
     counts: str
@@ -105,13 +105,15 @@ class AlignmentReport:
         if self.not_genes:
             lines.append(left_out_words(self.not_genes))
         if self.summed:
-            lines.append(f"{self.summed:,} columns were added to another one of the same gene")
+            lines.append(f"{self.summed:,} columns were summed with another one of the same gene")
         if self.ambiguous:
-            lines.append(f"{self.ambiguous:,} columns were left out: their symbol stands for several genes")
+            lines.append(f"{self.ambiguous:,} columns were ignored: their symbol is that of several genes")
         if self.n_cells:
-            lines.append(f"{self.counts_share:.1%} of the counts of {self.n_cells:,} cells lie in the model's genes")
+            lines.append(f"{self.counts_share:.1%} of the counts of {self.n_cells:,} cells are in the model's genes")
         if self.n_empty:
-            lines.append(f"{self.n_empty:,} cells have no count in them: where they lie in the embedding means nothing")
+            lines.append(
+                f"{self.n_empty:,} cells have no counts in these genes: their position in the embedding is meaningless"
+            )
         return "\n".join(lines)
 
     def _expected(self) -> str:
@@ -141,7 +143,7 @@ class AlignedCells:
         Share of the model's genes that must be there. Fewer will do where hardly any counts are expected in those that
         are not, as in a table without the genes that no cell had: half of what `min_share` lets miss.
     counts
-        Where the raw counts are; None finds them.
+        Place of the raw counts; None: search them.
     expected
         From counts of some cells in the model's genes, and which genes there are, to the share of the counts expected
         in such cells that lies in these genes (`ExpectedCounts.share`).
@@ -156,7 +158,7 @@ class AlignedCells:
     UserError
         No raw counts.
     TooFewGenes
-        Too few of the model's genes: what was found where, and what is likely the matter.
+        Too few of the model's genes: what was found where, and the likely reason.
     """
 
     def __init__(
@@ -186,7 +188,7 @@ class AlignedCells:
         self.report = AlignmentReport.of(self._place, best, rows, genes, expected_share)
         if expected_share < min_share:
             log.warning(
-                "the genes that the query lacks hold %.0f%% of the counts expected in its cells: %s",
+                "the missing genes hold %.0f%% of the expected counts of the query's cells: %s",
                 100 * (1 - expected_share),
                 listed(self.report.missing),
             )
@@ -226,7 +228,7 @@ class AlignedCells:
         Raises
         ------
         UserError
-            A value is no raw count.
+            A value is not a raw count.
         """
         self.report.n_cells = self.report.n_empty = 0
         self._total = self._covered = 0.0

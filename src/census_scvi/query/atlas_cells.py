@@ -103,7 +103,7 @@ class AtlasCells:
         if not len(found):
             raise UserError(f"none of the {len(joinids):,} cells has an embedding in {embedding.name}")
         if len(found) < len(joinids):
-            log.warning("%s cells have no embedding and are left out", f"{len(joinids) - len(found):,}")
+            log.warning("%s cells have no embedding and are excluded", f"{len(joinids) - len(found):,}")
         return ad.AnnData(
             obs=self.obs(found, columns),
             obsm={EMBEDDING: positions},

@@ -30,8 +30,8 @@ def normalized_expression(
     chosen = cells.with_batches(obs_filter, max_cells, seed, "obs_filter")
     labels = np.array(chosen.batches, dtype=object)[chosen.batch_codes]
     if targets is None:
-        way_out = "Name trained batches in transform_batch (atlas.description.batches has them)"
-        decoder.refuse_untrained(labels, f"{way_out}, or leave these cells out with obs_filter")
+        way_out = "Give trained batches in transform_batch (listed in atlas.description.batches)"
+        decoder.refuse_untrained(labels, f"{way_out}, or exclude these cells with obs_filter")
     else:
         decoder.check_batches(targets)
     found = np.empty((len(chosen), len(genes)), np.float32)
@@ -69,7 +69,7 @@ def differential_expression(
     if shared := len(np.intersect1d(groups[0].joinids, groups[1].joinids)):
         raise UserError(f"{shared:,} cells are in both groups; change group_a or group_b")
     labels = np.concatenate([np.array(group.batches, dtype=object)[group.batch_codes] for group in groups])
-    decoder.refuse_untrained(labels, "Leave them out of group_a and group_b")
+    decoder.refuse_untrained(labels, "Exclude them from group_a and group_b")
     in_first = np.arange(len(labels)) < len(groups[0])
     warn_where_groups_are_batches(labels, in_first, batch_correction=batch_correction)
     blocks = (block.counts for group in groups for block in cells.counts(group.joinids))

@@ -1,4 +1,4 @@
-"""A user's cells, from memory or from a file of any size: where raw counts may lie, and the counts in blocks."""
+"""A user's cells, from memory or from a file of any size: candidate matrices, and the raw counts in blocks."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ class QueryCells:
     Attributes
     ----------
     name
-        What messages call it.
+        Its name in messages.
     obs
         Its obs.
 
     Raises
     ------
     UserError
-        Neither of both, no whole .h5ad, or without cells.
+        Neither of both, not a complete .h5ad, or without cells.
     """
 
     def __init__(self, source: ad.AnnData | str | Path) -> None:
@@ -57,7 +57,7 @@ class QueryCells:
         else:
             raise UserError(f"the query is a {type(source).__name__}; expected an AnnData or the path of an .h5ad")
         if not len(self.obs):
-            raise UserError(f"{self.name} holds no cells")
+            raise UserError(f"{self.name} has no cells")
 
     def __enter__(self) -> Self:
         return self
@@ -76,14 +76,14 @@ class QueryCells:
         Parameters
         ----------
         asked
-            The only place to look in; None judges all (`census_scvi.counts.raw_counts`).
+            The only place to use; None: judge all (`census_scvi.counts.raw_counts`).
         setting
-            What names a place, for messages.
+            The setting or argument that selects a place, for messages.
 
         Raises
         ------
         UserError
-            No place holds whole numbers of 0 or more, or several do and nothing says which: what each of them holds.
+            No place holds raw counts, or several may; the error describes each.
         """
         if asked is None:
             return find_raw_counts(
@@ -108,7 +108,7 @@ class QueryCells:
         return self._vars["raw" if place == "raw" else "X"]
 
     def blocks(self, place: str, rows: int) -> Iterator[tuple[int, sp.csr_matrix]]:
-        """Raw counts, (first row, CSR) of at most `rows` cells; UserError for what is no raw count."""
+        """Raw counts, (first row, CSR) of at most `rows` cells; UserError for values that are not raw counts."""
         matrix = self._matrices[place]
         if matrix.shape != (len(self.obs), len(self.var(place))):
             raise UserError(

@@ -1,4 +1,4 @@
-"""The share of a query's expected counts that lies in the genes which it lacks."""
+"""The share of a query's expected counts in the genes that it lacks."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class ExpectedCounts:
         self._reference = reference
 
     def share(self, counts: sp.csr_matrix, there: npt.NDArray[np.bool_]) -> float:
-        """Share of the expected counts that lies in genes which the query has.
+        """Share of the expected counts in genes that the query has.
 
         Parameters
         ----------

@@ -28,7 +28,7 @@ _MOST_NAMED = 3
 
 @dataclass(frozen=True)
 class Decoder:
-    """What a model says of expression; its decoder looks at the batch.
+    """Expression according to a model, whose decoder uses the batch.
 
     Attributes
     ----------
@@ -49,7 +49,7 @@ class Decoder:
         for gene in genes:
             if gene not in known and gene not in by_symbol:
                 near = suggestion(gene, [*by_symbol, *known])
-                raise UserError(f"{gene!r} is none of the model's {len(known):,} genes{near}")
+                raise UserError(f"{gene!r} is not one of the model's {len(known):,} genes{near}")
             found.append(gene if gene in known else by_symbol[gene])
         return found
 
@@ -57,12 +57,13 @@ class Decoder:
         """UserError for a batch that the model was not trained on."""
         trained = self.description.batches
         if not batches:
-            raise UserError("transform_batch is empty; name trained batches (atlas.description.batches has them)")
+            raise UserError("transform_batch is empty; give trained batches (listed in atlas.description.batches)")
         for batch in batches:
             if batch not in trained:
                 near = suggestion(batch, trained)
                 raise UserError(
-                    f"transform_batch {batch!r} is none of the {len(trained)} trained batches{near}; they are in the"
+                    f"transform_batch {batch!r} is not one of the {len(trained)} trained batches{near}; they are"
+                    " listed in the"
                     " model's description (atlas.description.batches)"
                 )
 
@@ -77,8 +78,8 @@ class Decoder:
             names = sorted(set(labels[unknown]))
             more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
             raise UserError(
-                f"{int(unknown.sum()):,} of {len(labels):,} cells are of batches that the model was not trained on"
-                f" ({', '.join(names[:_MOST_NAMED])}{more}): what it would say of their expression means nothing."
+                f"{int(unknown.sum()):,} of {len(labels):,} cells are from batches that the model was not trained on"
+                f" ({', '.join(names[:_MOST_NAMED])}{more}): their decoded expression is meaningless."
                 f" {way_out}"
             )
 
@@ -104,15 +105,15 @@ class Decoder:
         genes
             feature_ids wanted.
         transform_batch
-            The batches as whose cells the expression is decoded, and averaged; None: each cell's own.
+            The batches with which the expression is decoded and averaged; None: each cell's own.
         library_size
-            Counts a cell to scale to.
+            Counts per cell to scale to.
         n_samples
             Draws from the posterior, averaged.
         seed
             Of these draws.
         """
-        if transform_batch is not None:  # the encoder does not look at the batch, the decoder is told another
+        if transform_batch is not None:  # the encoder does not use the batch; the decoder gets another one
             labels = np.where(self.untrained(labels), transform_batch[0], labels)
         with _drawing(seed), without_training():
             found = self.model.get_normalized_expression(
@@ -140,7 +141,7 @@ class Decoder:
 
         Returns
         -------
-        A row a gene, indexed by feature_id, the likeliest first, with `symbol`.
+        One row per gene, indexed by feature_id, the most probable first, with `symbol`.
         """
         with _drawing(seed), without_training():
             found = self.model.differential_expression(
@@ -168,15 +169,17 @@ class Decoder:
 def warn_where_groups_are_batches(
     labels: npt.NDArray[np.object_], in_first: npt.NDArray[np.bool_], *, batch_correction: bool
 ) -> None:
-    """Warn where two groups share no batch: what differs between them may be what integration takes out."""
+    """Warn if two groups share no batch: integration may then remove the difference between them."""
     first, second = set(labels[in_first]), set(labels[~in_first])
     if not first & second:
         log.warning(
-            "the groups share no batch (%d and %d batches): the model takes what differs between batches for technical,"
-            " and %s. Compare groups within the same batches, or counts by a method that knows the donors",
+            "the groups share no batch (%d and %d batches): the model treats differences between batches as technical,"
+            " and %s. Compare groups within the same batches, or compare counts summed per donor (pseudobulk)",
             len(first),
             len(second),
-            "with batch_correction it is averaged out" if batch_correction else "what is found may be one",
+            "batch_correction averages it out"
+            if batch_correction
+            else "a difference that is found may be a batch effect",
         )
 
 

@@ -40,13 +40,13 @@ class Match:
     names
         They, without versions and genome prefixes.
     shown
-        The first of them as it was written, for messages.
+        The first name as in the file, for messages.
     columns
         int64 (columns of the query,): column of the model, or `ABSENT`.
     by_symbol
         bool (columns of the query,): not matched by id.
     ambiguous
-        Columns whose symbol stands for several genes.
+        Columns whose symbol is that of several genes.
     twice
     XX
     n_shared
@@ -88,7 +88,7 @@ def match_names(where: str, names: pd.Series, is_gene: npt.NDArray[np.bool_], kn
     names
         One for each column of the query: Ensembl ids, symbols, or neither.
     is_gene
-        bool (columns of the query,): rows that are no genes match nothing.
+        bool (columns of the query,): genes; others are not matched.
     known
         The model's genes.
     """

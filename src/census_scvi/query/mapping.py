@@ -39,9 +39,9 @@ class Mapped:
     latent
         float32 (cells, n_latent): posterior means.
     empty
-        bool (cells,): cells without any count in the model's genes; where they lie means nothing.
+        bool (cells,): cells without any count in the model's genes; their position is meaningless.
     report
-        What became of the genes.
+        Report on the genes.
     """
 
     obs: pd.DataFrame
@@ -61,7 +61,7 @@ class Mapper:
         Symbols of genes by feature_id, in addition to those that the model knows.
     typical
         Gives CSR float32 (cells, genes of the model): raw counts of some cells of the kind that the model was trained
-        on, or None. They tell which share of the counts lies in genes that a query lacks.
+        on, or None. They give the share of the counts in genes that a query lacks.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Mapper:
         source
             AnnData, or the path of an .h5ad of any size, with raw counts; it is not changed.
         counts
-            Where the raw counts are: `X`, `raw` or `layers/<name>`; None finds them.
+            Place of the raw counts: `X`, `raw` or `layers/<name>`; None: search them.
         min_share
             Share of the model's genes that must be there; fewer will do where hardly any counts are expected in the
             others (`AlignedCells`).

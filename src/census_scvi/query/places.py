@@ -19,7 +19,7 @@ _SUFFIXES = (".json", ".png")
 def query_source(settings: QuerySection) -> Path:
     """The file with the cells; UserError where none is named or there is none."""
     if settings.file is None:
-        raise UserError("query.file is not set; name the .h5ad with your cells: query.file=my-cells.h5ad")
+        raise UserError("query.file is not set; give the .h5ad with your cells: query.file=my-cells.h5ad")
     source = Path(settings.file)
     check_path(source)
     return source
@@ -40,10 +40,10 @@ def query_results(settings: QuerySection, directory: Path) -> Beside:
     for path in (target, *files_beside(settings, target)):
         require_writable(path, "query.output")
         if path.exists() and path.samefile(source):
-            raise UserError(f"query.output is query.file, {source}; name another file")
+            raise UserError(f"query.output is query.file, {source}; give another file")
     with_model = (Kind.RUN, Kind.PUBLISHED, Kind.MODEL)
     if settings.model is None and Source.at(str(directory)).kind not in with_model:
-        Workspace(directory).require_run("name it in output.directory, or a published model in query.model")
+        Workspace(directory).require_run("give it in output.directory, or a published model in query.model")
     return Beside(target, target.with_suffix(".json"), "query.output")
 
 

@@ -49,7 +49,7 @@ class PublishedEmbedding:
         uri = published_uri(experiment_uri, name)
         if uri is None:
             raise _NotThereError(
-                f"{experiment_uri} has no obsm[{name!r}]; name another embedding, or the run directory that has one"
+                f"{experiment_uri} has no obsm[{name!r}]; give another embedding, or a run directory that has one"
             )
         self.name, self._uri = uri, uri
         with tiledbsoma.open(uri, context=soma_context(uri)) as array:
@@ -86,12 +86,12 @@ class RunEmbedding:
 
 @dataclass(frozen=True)
 class Origin:
-    """What the record of a model says of the Census that it comes from.
+    """The Census of a model according to its record.
 
     Attributes
     ----------
     identity
-        Which Census, as `Census.identity`; None where there is no record.
+        The Census, as in `Census.identity`; None if there is no record.
     published
         Experiment (None: that of the Census) and name of the embedding that was published with it.
     directory
@@ -143,14 +143,14 @@ class Origin:
         except UserError as error:
             if self.directory is not None and not isinstance(error, _NotThereError):
                 raise  # it is there, and damaged
-            log.warning("%s. Looking for obsm['scvi'] of the Census instead", error)
+            log.warning("%s. Using obsm['scvi'] of the Census instead, if it exists", error)
         return PublishedEmbedding(census.experiment.uri)
 
 
 def _place(recorded: str | None, folder: Path | None) -> str | None:
-    """Where the record of a published folder says that something lies; None where that is not there.
+    """A location in the record of a published folder; None if nothing is there.
 
-    A path counts from the folder, and what was fetched (folder None) has left everything behind.
+    A path is relative to the folder; fetched files (folder None) have no relative paths.
     """
     place = resolved(recorded, folder or Path("/"))
     path = None if place is None else local_path(place)
@@ -158,7 +158,7 @@ def _place(recorded: str | None, folder: Path | None) -> str | None:
 
 
 def _run_around(folder: Path, record: dict[str, Any]) -> tuple[str | None, str | None]:
-    """Census and Experiment as the run directory says, where the folder still lies in the one that published it."""
+    """Census and Experiment of the run directory, if the folder is still in the one that published it."""
     publish = Workspace(folder.absolute().parent).record("publish") or {}
     if publish.get("publication") != record["publication"]:
         return None, None
@@ -187,7 +187,7 @@ def open_embedding(place: str, census: Census) -> Embedding:
     if "/" not in place:
         return PublishedEmbedding(census.experiment.uri, place)
     if source.kind is Kind.MISSING:
-        raise UserError(f"{place} does not exist; name a run directory, an Experiment, or an embedding in obsm")
+        raise UserError(f"{place} does not exist; give a run directory, an Experiment, or a name in obsm")
     return PublishedEmbedding(tiledb_place(place, "embedding"))
 
 
@@ -236,5 +236,5 @@ def _require_same(stated: dict[str, Any], census: Census, what: str) -> None:
         raise _NotThereError(
             f"{what} embeds another Census than {found['uri']}: "
             + ", ".join(f"{key} {stated[key]} and {found[key]}" for key in differing)
-            + "; soma_joinids hold within one Census only"
+            + "; soma_joinids are valid within one Census only"
         )

@@ -14,9 +14,9 @@ from census_scvi.query.cells import QueryCells
 from census_scvi.query.gene_match import KnownGenes, Match, match_names
 
 _ENSEMBL = r"^(ENS[A-Z]*G)\d{11}"
-# As many matching names are no accident.
+# This many matching names are not accidental.
 _SOME = 10
-_OF_STYLE = {"Upper": "those of human genes are", "Capital": "those of mouse and rat are"}
+_OF_STYLE = {"Upper": "human gene symbols are", "Capital": "mouse and rat gene symbols are"}
 
 
 def enough_counts(min_share: float) -> float:
@@ -62,7 +62,8 @@ class Refusal:
         looked = ", ".join(f"{match.where} (such as {match.shown!r}: {match.n_shared:,})" for match in self.found)
         return (
             f"{self.cells.name} has {best.n_shared:,} of the model's {n_genes:,} genes ({best.n_shared / n_genes:.1%}),"
-            f" {self.min_share:.0%} are needed ({setting}){of_counts}; looked for Ensembl ids and symbols in {looked}."
+            f" {self.min_share:.0%} are needed ({setting}){of_counts}; searched for Ensembl ids and symbols in"
+            f" {looked}."
             f" {self._hint()}"
         )
 
@@ -74,7 +75,7 @@ class Refusal:
         known = self.known
         return next(
             (hint for way in ways if (hint := way())),
-            f"The model's genes are named like {known.genes[0]!r} or {next(iter(known.id_of_symbol), '')!r}",
+            f"The model's genes have names such as {known.genes[0]!r} or {next(iter(known.id_of_symbol), '')!r}",
         )
 
     def _no_genes(self) -> str:
@@ -101,14 +102,14 @@ class Refusal:
             if own and len(others) > len(match.names) / 2:
                 return (
                     f"{match.where} holds Ensembl ids of another organism ({others.mode()[0]}...), the model is of"
-                    f" {self.organism} ({own[1]}...): take a model of that organism"
+                    f" {self.organism} ({own[1]}...): use a model of that organism"
                 )
             if match.names.str.match(r"ENS[A-Z]*T\d{11}").mean() > 0.5:
                 return f"{match.where} holds transcripts ({match.shown!r}): sum them by gene"
         return ""
 
     def _other_capitals(self) -> str:
-        """Symbols that are the model's but for capitals, as an ortholog's are."""
+        """Symbols that differ from the model's only in capitals, as those of orthologs."""
         symbols = [*self.known.id_of_symbol]
         exact = {*symbols, *self.known.genes}
         folded = {name.casefold() for name in exact}
@@ -120,28 +121,30 @@ class Refusal:
             if len(names) >= 2 * _SOME and styles[0] and styles[1] and styles[0] != styles[1] and styles[0] != "lower":
                 return (
                     f"{match.where} holds symbols of another organism: they are written as {_OF_STYLE[styles[0]]}"
-                    f" ({match.shown!r}), and the model is of {self.organism}: take a model of that organism"
+                    f" ({match.shown!r}), and the model is of {self.organism}: use a model of that organism"
                 )
             if alike >= few:
                 return (
-                    f"{alike:,} names in {match.where} are the model's but for capitals ({match.shown!r}; the model has"
-                    f" {next(iter(symbols), self.known.genes[0])!r}). Genes of other organisms differ in that, and the"
-                    f" model is of {self.organism}: where the query is, too, write its names as the model does"
+                    f"{alike:,} names in {match.where} differ from the model's only in capitals ({match.shown!r};"
+                    " the model has"
+                    f" {next(iter(symbols), self.known.genes[0])!r}). Gene names of other organisms differ in"
+                    " this way, and the"
+                    f" model is of {self.organism}: if the query is, too, write its names as the model does"
                 )
         return ""
 
     def _no_symbols(self) -> str:
         if self.known.id_of_symbol:
             return ""
-        return "This model knows no symbols: give Ensembl ids, in var_names or in a column of var"
+        return "This model has no symbols: give Ensembl ids in var_names or in a column of var"
 
     def _more_in_raw(self) -> str:
         n_genes, n_raw = len(self.cells.var(self.place)), len(self.cells.var("raw"))
         if self.place == "raw" or n_raw <= n_genes:
             return ""
         return (
-            f"{self.place} has {n_genes:,} genes, .raw {n_raw:,}: were genes taken out? Map the cells as they were"
-            " before, with raw counts of all genes"
+            f"{self.place} has {n_genes:,} genes, .raw {n_raw:,}: were genes removed? Use the original file,"
+            " with raw counts of all genes"
         )
 
     def _some_missing(self) -> str:
@@ -149,7 +152,7 @@ class Refusal:
             return ""
         missing = listed(self.best.missing(self.known.genes))
         return (
-            f"Missing are {missing}. Were genes taken out, such as all but variable ones? Map the cells as they were"
+            f"Missing are {missing}. Were genes removed, for example all but the variable ones? Use the original file,"
             " before"
         )
 

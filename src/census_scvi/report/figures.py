@@ -21,12 +21,12 @@ _POINTS, _DPI = 30_000.0, 110
 
 @dataclass(frozen=True)
 class Legend:
-    """What a map's numbers and colours mean.
+    """Legend of a UMAP's numbers and colours.
 
     Attributes
     ----------
     entries
-        Number, colour, name and cells, the commonest first.
+        Number, colour, name and cells, the most frequent first.
     others
         Values that have neither, and are drawn in grey.
     """
@@ -36,7 +36,7 @@ class Legend:
 
 
 def legend_of(labels: pd.Series) -> Legend:
-    """Numbers and colours of the commonest labels."""
+    """Numbers and colours of the most frequent labels."""
     counts = labels.dropna().astype(str).value_counts()
     entries = [
         (number, COLOURS[(number - 1) % len(COLOURS)], str(name), int(cells))

@@ -16,7 +16,7 @@ def same_groups(columns: Mapping[str, npt.ArrayLike | pd.Series]) -> dict[str, s
     Parameters
     ----------
     columns
-        (cells,) by name; missing values are a group of their own.
+        (cells,) by name; missing values are a separate group.
     """
     found: dict[str, str] = {}
     first: dict[str, npt.NDArray[np.int64]] = {}
@@ -31,6 +31,6 @@ def same_groups(columns: Mapping[str, npt.ArrayLike | pd.Series]) -> dict[str, s
 
 
 def _codes(values: Any) -> npt.NDArray[np.int64]:
-    """Groups numbered in the order of their first cells: equal for columns that divide the cells alike."""
+    """Groups numbered in the order of their first cells: equal for columns with the same groups of cells."""
     codes, _ = pd.factorize(pd.Series(values, dtype=object).to_numpy(), use_na_sentinel=False)
     return np.asarray(codes, np.int64)

@@ -1,4 +1,4 @@
-"""report.html: one file, no network, that shows what an embedding is worth and where it fails."""
+"""report.html: one file, no network, with the scores of an embedding, by cell type and batch."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def write_report(
     cells, measured
         The slice, and int64 rows of the cells that were measured.
     found
-        What was measured.
+        The findings.
     record
         metrics.json.
     config
@@ -85,7 +85,7 @@ def _maps(
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """For each column that cells are coloured by: its legend, and a picture of each embedding; and one-valued columns.
 
-    Columns that divide the cells alike share their pictures.
+    Columns with the same groups of cells share their pictures.
     """
     positions = {name: UmapMap(points[measured], seed=seed).positions for name, points in cells.spaces.items()}
     columns = dict.fromkeys([*settings.labels, *_COLOURED_BY, *settings.batches])
@@ -108,7 +108,7 @@ def _only_value(values: pd.Series) -> str:
 
 
 def _tables(found: Evaluation, spaces: list[str]) -> list[dict[str, Any]]:
-    """A table a column: a row a metric, a score an embedding."""
+    """One table per column, with one row per metric and one score per embedding."""
     tables: dict[tuple[str, str], dict[str, dict[str, Score]]] = {}
     for name in spaces:
         for score in found.scores.get(name, []):
@@ -133,7 +133,7 @@ def _has_level(rows: dict[str, dict[str, Score]], level: str) -> bool:
 
 
 def _breakdowns(found: Evaluation, spaces: list[str]) -> list[dict[str, Any]]:
-    """A table a column: a row a value, with the measures of each embedding."""
+    """One table per column, with one row per value and the measures of each embedding."""
     columns = list(dict.fromkeys(column for tables in found.breakdowns.values() for column in tables))
     shown = []
     for column in columns:
@@ -148,7 +148,7 @@ def _breakdowns(found: Evaluation, spaces: list[str]) -> list[dict[str, Any]]:
 
 
 def _training(directory: Path) -> dict[str, Any] | None:
-    """What the run directory says of how the model was trained."""
+    """The training of the model according to the run directory."""
     workspace = Workspace(directory)
     prepare, train = workspace.whole_record("prepare"), workspace.whole_record("train")
     if not prepare or not train:
@@ -181,5 +181,5 @@ def _shown(value: Any) -> str:
 
 
 def _place(value: Any, width: float) -> float:
-    """Where a value lies on a bar from 0 to `width`."""
+    """Position of a value on a bar from 0 to `width`."""
     return round(min(max(float(value), 0.0), 1.0) * width, 1)

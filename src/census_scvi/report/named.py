@@ -16,7 +16,7 @@ def embeddings_of(settings: EvaluateSection, directory: Path) -> dict[str, str]:
     if settings.embeddings:
         return dict(settings.embeddings)
     way_out = (
-        "name the run in output.directory, or what to evaluate in evaluate.embeddings, for instance"
+        "give the run in output.directory, or embeddings in evaluate.embeddings, for example"
         " {published: scvi} for obsm['scvi'] of the Census"
     )
     Workspace(directory).require_run(way_out)

@@ -20,7 +20,7 @@ class Evaluation:
     breakdowns
         By embedding, then by column: a table of `break_down`.
     problems
-        What could not be measured, and why, for the reader of the report.
+        Measurements that failed, and why, for the reader of the report.
     same_as
         Columns that divide the cells as another column does, by name, and the name of that one; only that is measured.
     """

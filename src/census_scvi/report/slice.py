@@ -1,4 +1,4 @@
-"""What is evaluated: cells of a Census with their labels, batches and embeddings, and a PCA of their counts."""
+"""The evaluated cells of a Census, with labels, batches and embeddings, and a PCA of their counts."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ class Slice:
     Attributes
     ----------
     obs
-        Labels, batches and what else is known, a row a cell; indexed by soma_joinid, ascending.
+        Labels, batches and other columns, one row per cell; indexed by soma_joinid, ascending.
     spaces
         float32 (cells, dimensions) by name; PCA first, where there is one.
     n_matching
         Cells of the Census that match the filter; of more than `evaluate.max_cells`, that many are drawn.
     problems
-        What could not be read, for the reader of the report.
+        Inputs that could not be read, for the reader of the report.
     """
 
     obs: pd.DataFrame
@@ -64,7 +64,7 @@ class Slice:
     problems: list[str] = field(default_factory=list)
 
     def names(self, column: str, *, vague: bool) -> Names:
-        """A column as object (cells,); None where it is missing or, unless `vague`, where it says nothing."""
+        """A column as object (cells,); None if it is missing or, unless `vague`, uninformative."""
         values = self.obs[column].astype(object).where(self.obs[column].notna(), None).to_numpy(dtype=object)
         if vague:
             return values
@@ -131,17 +131,19 @@ def _embeddings(
         finite = np.isfinite(values).all(axis=1)
         if not finite.all():
             problems.append(
-                f"{name} has no finite position for {(~finite).sum():,} cells; they are excluded everywhere"
+                f"{name} has no finite position for {(~finite).sum():,} cells; they are excluded for all embeddings"
             )
         if len(found) < len(joinids):
-            problems.append(f"{name} lacks {len(joinids) - len(found):,} of the cells; they are excluded everywhere")
+            problems.append(
+                f"{name} lacks {len(joinids) - len(found):,} of the cells; they are excluded for all embeddings"
+            )
         read[name] = (found[finite], values[finite])
     common = joinids
     for found, _ in read.values():
         common = np.intersect1d(common, found, assume_unique=True)
     if not read or not len(common):
         raise UserError(
-            f"none of the {len(joinids):,} cells has a position in {' and '.join(named)}; name an embedding of this"
+            f"none of the {len(joinids):,} cells has a position in {' and '.join(named)}; give an embedding of this"
             f" Census in evaluate.embeddings, or another evaluate.obs_filter. {'; '.join(problems)}"
         )
     return {name: values[np.searchsorted(found, common)] for name, (found, values) in read.items()}, common
@@ -166,7 +168,7 @@ def _obs(
         for name in names:
             if name not in obs and name not in ontology.COLUMNS:
                 near = suggestion(name, known)
-                problems.append(f"evaluate.{setting} names {name!r}, which is no obs column of the Census{near}")
+                problems.append(f"evaluate.{setting} contains {name!r}, which is not an obs column of the Census{near}")
     return obs
 
 

@@ -74,7 +74,7 @@ class Config(Section):
 
     @property
     def training_filter(self) -> str | None:
-        """Value filter of the cells to train on: `(obs_query) and (obs_query_model)`, and the least number of genes."""
+        """Value filter of the cells to train on: `(obs_query) and (obs_query_model)`, and the minimum of genes."""
         parts = [self.census.obs_query, self.census.obs_query_model]
         if self.hvg.min_genes:
             parts.append(f"nnz >= {self.hvg.min_genes}")

@@ -44,7 +44,9 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--data", metavar="DIR", help="folder of the .h5ad files and gene maps (replaces `data`)")
     demo = parser.add_argument_group("with --demo")
     demo.add_argument("--seed", type=int, default=0, help="the same seed gives the same cells (default 0)")
-    demo.add_argument("--scale", type=float, default=1.0, help="times 6,000 human and 2,000 mouse cells (default 1)")
+    demo.add_argument(
+        "--scale", type=float, default=1.0, help="multiplies 6,000 human and 2,000 mouse cells (default 1)"
+    )
     demo.add_argument("--genes", type=int, default=3000, help="genes of each organism (default 3000)")
 
 

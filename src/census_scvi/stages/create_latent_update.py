@@ -65,19 +65,19 @@ def _fitting_description(config: Config, artifacts: Artifacts) -> ModelDescripti
     genes = read_genes(path)
     if description.organism != config.census.organism:
         raise UserError(
-            f"the model in {config.directory / artifacts.model} was trained on {description.organism}"
-            f" and census.organism is {config.census.organism}; use the config it was trained with"
+            f"the model in {config.directory / artifacts.model} was trained on {description.organism},"
+            f" but census.organism is {config.census.organism}; use the config of the training"
         )
     if description.batch_key != config.anndata.batch_key:
         raise UserError(
             f"the model was trained with anndata.batch_key {description.batch_key}, the config has"
-            f" {config.anndata.batch_key}; use the config it was trained with"
+            f" {config.anndata.batch_key}; use the config of the training"
         )
     if genes != description.genes:
         shared = len(set(genes) & set(description.genes))
         raise UserError(
             f"{path} lists {len(genes):,} genes such as {genes[0]!r}, the model has {len(description.genes):,} such as"
-            f" {description.genes[0]!r}; {shared:,} are shared, and they must be the same in the same order"
+            f" {description.genes[0]!r}; {shared:,} are shared, but all must be equal and in the same order"
         )
     return description
 
@@ -137,7 +137,7 @@ class _Embedding:
             rows = rows[codes < len(self._description.batches)]
         rows = rows[:_PROVEN_CELLS]
         if not len(rows):
-            log.warning("no cell of the first block is of a trained batch: nothing to compare with scvi-tools")
+            log.warning("no cell of the first block is from a trained batch: no comparison with scvi-tools")
             return 0.0
         labels = np.asarray(self._labels, dtype=object)[codes[rows]]
         accelerator = "gpu" if self._trained.module.device.type == "cuda" else "cpu"

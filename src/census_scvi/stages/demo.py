@@ -36,7 +36,7 @@ def _run(overrides: list[str]) -> None:
     published = str(config.directory / config.artifacts.published)
     verification = [published, "--census", str(config.census.uri)]
     _say(f"6. scvi-verify.py {' '.join(verification)}")
-    _require_done(main("verify", verification), "since what it published is not valid; the lines above say where")
+    _require_done(main("verify", verification), "because the published folder is not valid; the lines above say where")
     _say(f"7. scvi-evaluate.py --config {CONFIG}")
     evaluated = main("evaluate", ["--config", CONFIG, "--force", *overrides])
     _require_done(evaluated, "in evaluate; the line above says why")
@@ -96,7 +96,7 @@ def artifact_table(config: Config, more: Sequence[Path] = ()) -> str:
         names.tensorboard: "TensorBoard: losses, KL weight, learning rate",
         names.latent: f"latent means, {embedded['cells']:,} cells x {embedded['n_latent']}",
         names.latent_joinids: "soma_joinid of each row of the latent",
-        names.latent_hashes: "hash of each cell's counts: copies have equal ones",
+        names.latent_hashes: "hash of each cell's counts, equal for copies",
         names.minified: "minified model: obs, latent means and variances",
         names.qa: "the gates: value, threshold, passed or not",
         names.published: "model, sealed sample of cells, provenance",
@@ -107,7 +107,7 @@ def artifact_table(config: Config, more: Sequence[Path] = ()) -> str:
     rows += [(path, "cells before and after integration") for path in more]
     width = max(len(str(path)) for path, _ in rows)
     lines = [f"  {path!s:<{width}}  {_size(path):>9}  {text}" for path, text in rows if path.exists()]
-    return "\n".join(["", f"  {'artifact':<{width}}  {'size':>9}  holds", *lines])
+    return "\n".join(["", f"  {'artifact':<{width}}  {'size':>9}  content", *lines])
 
 
 def _size(path: Path) -> str:

@@ -53,7 +53,7 @@ def run(task: Task) -> None:
     config, stage = task.config, task.run
     folder = _folder(config)
     if (folder / REPORT).is_file() and not stage.forced:  # of an earlier version, which kept no record
-        raise UserError(f"{folder / REPORT} exists; name another evaluate.folder, or replace it with --force")
+        raise UserError(f"{folder / REPORT} exists; set another evaluate.folder, or replace it with --force")
     stage.start()
     cells = read_slice(
         task.census,
@@ -67,7 +67,7 @@ def run(task: Task) -> None:
     found = evaluate(config, cells, measured)
     if not any(found.scores.values()):
         raise UserError(
-            f"nothing can be measured on {len(cells.obs):,} cells: {'; '.join(found.problems) or 'no column is named'}."
+            f"nothing can be measured on {len(cells.obs):,} cells: {'; '.join(found.problems) or 'no column is given'}."
             " Change evaluate.obs_filter, evaluate.labels or evaluate.batches"
         )
     record = {
@@ -165,7 +165,9 @@ def _donors(cells: Slice, column: str | None, problems: list[str]) -> Names | No
     if column is None:
         return None
     if column not in cells.obs:
-        problems.append(f"evaluate.donors names {column!r}, which is no obs column of the Census; cells are held out")
+        problems.append(
+            f"evaluate.donors contains {column!r}, which is not an obs column of the Census; cells are held out"
+        )
         return None
     dataset = cells.obs["dataset_id"].astype(str) if "dataset_id" in cells.obs else ""
     return (dataset + "|" + cells.obs[column].astype(str)).to_numpy(dtype=object)

@@ -114,8 +114,8 @@ def _summary(mapped: ad.AnnData, labels: str) -> str:
         words += f", {empty:,} cells without counts among them"
     if quality["far"]:
         return (
-            f"{words}; the cells lie {quality['shift']:.1f} times as far from the reference as its own cells: check"
-            " these labels by marker genes before you use them"
+            f"{words}; the distance ratio of the cells to the reference is {quality['shift']:.1f}: check"
+            " these labels with marker genes before you use them"
         )
     if np.isnan(quality["left_out_found"]):
         return words
@@ -130,7 +130,7 @@ def _place(atlas: Atlas, mapped: ad.AnnData, config: Config, picture: Path) -> N
     settings = config.query
     labels = settings.labels[0] if settings.labels else "cell_type"
     reference = atlas.reference(settings.obs_filter, [labels], settings.umap_cells, config.seed)
-    log.info("placing %s cells on a map of %s", f"{mapped.n_obs:,}", f"{reference.n_obs:,}")
+    log.info("placing %s cells on a UMAP of %s", f"{mapped.n_obs:,}", f"{reference.n_obs:,}")
     umap = UmapMap(reference.obsm[EMBEDDING], seed=config.seed)
     mapped.obsm[MAP] = umap.place(mapped.obsm[OWN_EMBEDDING])
     named = mapped.obs[f"{labels}_predicted"] if settings.labels else pd.Series("your cells", mapped.obs_names)

@@ -69,7 +69,7 @@ def _check_columns(census: Census, config: Config) -> None:
     kept = config.anndata.obs_columns or census.experiment.obs.schema.names
     if "batch" in kept and config.anndata.batch_key != ["batch"]:
         log.warning(
-            "the Census has an obs column 'batch', which %s does not keep: its own column of that name holds the label"
+            "the Census has an obs column 'batch', which %s does not keep: its own column of that name has the label"
             " of anndata.batch_key (%s)",
             config.anndata.model_filename,
             ", ".join(config.anndata.batch_key),
@@ -81,8 +81,8 @@ def _report_cells(cells: Cells) -> None:
     sizes = cells.batch_sizes()
     if single := list(sizes.index[sizes == 1]):
         log.warning(
-            "%d batches have one cell, the first %r: scVI cannot tell such a cell from its batch;"
-            " they are kept (leave them out with census.obs_query_model)",
+            "%d batches have one cell, the first %r: scVI cannot separate such a cell from its batch effect;"
+            " they are kept (exclude them with census.obs_query_model)",
             len(single),
             single[0],
         )
@@ -130,7 +130,9 @@ def _write(census: Census, cells: Cells, genes: list[str], config: Config, path:
     store.join()
     nonzeros, empty = count_nonzeros(path)
     if empty:
-        log.warning("%d cells have no count in the selected genes; they are kept, because the filter keeps them", empty)
+        log.warning(
+            "%d cells have no counts in the selected genes; they are kept, because they match the filter", empty
+        )
     return {
         "cells": len(cells),
         "genes": len(genes),

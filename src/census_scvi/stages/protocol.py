@@ -123,7 +123,7 @@ def _open_census(stage: Stage, config: Config, stack: ExitStack) -> Any:
 
 
 def _require_published(config: Config, workspace: Workspace, census: Any) -> None:
-    """UserError where what a finished run published is there no longer."""
+    """UserError if the publication of a finished run no longer exists."""
     from census_scvi.publication import target
 
     publication = str((workspace.whole_record("publish") or {}).get("publication"))

@@ -90,7 +90,7 @@ class _Publishing:
     def prepare(self) -> None:
         """Measure the gates and make the folder that is published with the embedding."""
         if self._stage.resumed:
-            log.info("going on with publication %s, whose gates are measured", self._progress.publication)
+            log.info("continuing publication %s, whose gates are measured", self._progress.publication)
             return
         config, artifacts = self._config, self._artifacts
         model, description = load_safe(config.directory / artifacts.model)
@@ -151,7 +151,7 @@ class _Publishing:
         if failed := stopped_by(found, waived):
             words = "; ".join(f"{gate.name}: {gate.detail}" for gate in failed)
             raise UserError(
-                f"{len(failed)} gate(s) stop publishing: {words}. Mend the cause, or name the gate with a reason in"
+                f"{len(failed)} gate(s) stop publishing: {words}. Fix the cause, or give a reason for the gate in"
                 f" gates.waived; all gates are in {self._config.directory / self._artifacts.qa}"
             )
 
@@ -171,12 +171,13 @@ class _Publishing:
                 draft.publish(embedding_info(record))
                 if draft.replaces:
                     log.info(
-                        "what it replaces stays for those who read it; delete it when nobody does: %s", draft.replaces
+                        "the replaced array stays for its readers; delete it when nobody reads it: %s", draft.replaces
                     )
         except tiledbsoma.SOMAError as error:
             raise UserError(
-                f"{self._experiment_uri} cannot be written ({str(error).splitlines()[0]}); readers see what was there"
-                " before; run the same command again to go on"
+                f"{self._experiment_uri} cannot be written ({str(error).splitlines()[0]}); readers see the"
+                " earlier state;"
+                " run the same command again to continue"
             ) from error
 
     def _write(self, draft: EmbeddingDraft) -> None:

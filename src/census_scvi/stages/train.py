@@ -65,7 +65,7 @@ def run(task: Task) -> None:
     if stage.resumed:
         log.info("resuming from the last checkpoint")
     if slow:
-        log.warning("warning: %s, which takes --force", slow)
+        log.warning("warning: %s; running because of --force", slow)
     for problem in _problems(config, data):
         log.warning("warning: %s", problem)
     curves = _fit(config, model, data, stage.staging, digest(stage.staged_fingerprint))
@@ -102,7 +102,7 @@ def _data(config: Config) -> PreparedDataModule:
         workers=config.train.num_workers,
     )
     if config.train.early_stopping and not data.n_val:
-        raise UserError(f"train.early_stopping needs validation cells, and all {data.n_train} cells are for training")
+        raise UserError(f"train.early_stopping needs validation cells, but all {data.n_train} cells are for training")
     return data
 
 

@@ -1,4 +1,4 @@
-"""Command: walk the chain from a published embedding back to the counts, and say which link broke."""
+"""Command: check the chain from a published embedding back to the counts, and name broken links."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ EPILOG = """\
 links, offline:   provenance, files, model, sealed_counts, sealed_embedding, gates
 with --census:    census, publication, embedding, sealed_cells, fresh_sample
 
-without --census: consistent at best; a folder whose files were all forged together is found only with the Census
+without --census: consistent at best; only the Census can reveal a folder in which all files were forged together
 
 exit code 2: a link is broken or cannot be checked (it is named)
 
@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
             f"{link.name:<{width}}  {'valid ' if link.valid else 'BROKEN'}  {on_one_line(link.finding)[:_MOST_SHOWN]}"
         )
     if broken := [link.name for link in links if not link.valid]:
-        raise UserError(f"{published} is not valid: {', '.join(broken)} broke; do not use the embedding")
+        raise UserError(f"{published} is not valid: {', '.join(broken)} failed; do not use the embedding")
     print(on_one_line(published) + (_VALID if census else _CONSISTENT))
 
 

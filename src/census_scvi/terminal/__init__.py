@@ -1,1 +1,1 @@
-"""What the user sees while a command runs, and how it is stopped."""
+"""Output of a running command, and how it is stopped."""

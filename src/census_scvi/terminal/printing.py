@@ -1,4 +1,4 @@
-"""What may be shown in a terminal of text that others wrote: no credentials, no character that does something."""
+"""Safe output of untrusted text to a terminal: without credentials and control characters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What people who wait are shown: progress bars, on a terminal and in a notebook, and messages in the latter."""
+"""Progress bars on a terminal and in a notebook, and messages in a notebook."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _NOTEBOOK_DELAY = 2.0
 
 
 def progress_bar(total: int, what: str, *, done: int = 0, shown: bool = True, unit: str = "cells") -> tqdm[Any]:
-    """A bar on stderr, of cells or another unit; none where nobody looks, such as in a log file, or if not `shown`."""
+    """A bar on stderr, of cells or another unit; none in a log file, or if not `shown`."""
     notebook = in_notebook()
     return tqdm(
         total=total,
@@ -27,7 +27,7 @@ def progress_bar(total: int, what: str, *, done: int = 0, shown: bool = True, un
 
 
 def show_messages() -> None:
-    """In a notebook, show what this project says below the cell, unless logging is set up otherwise."""
+    """In a notebook, show this project's messages below the cell, unless logging is set up otherwise."""
     project = logging.getLogger("census_scvi")
     if in_notebook() and not project.handlers and not logging.getLogger().handlers:
         handler = logging.StreamHandler(sys.stdout)

@@ -1,4 +1,4 @@
-"""What a signal to stop does: the work stops at once, with the exit code that the shell expects and one line."""
+"""Handling of signals to stop: the work stops at once, with the exit code that the shell expects and one line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Self
 _WORDS = {
     signal.SIGINT: "interrupted",
     signal.SIGTERM: "terminated",
-    signal.SIGHUP: "terminated, since its terminal was closed",
+    signal.SIGHUP: "terminated, because its terminal was closed",
 }
 # A call into a library that does not return is left after this time: SLURM kills without a word after 30 s.
 _GRACE_SECONDS = 10.0
@@ -29,7 +29,7 @@ class Stopping:
     Attributes
     ----------
     exit_code
-        128 and the number of the signal that came, as a shell has it; 0 where none came.
+        128 plus the number of the received signal, as in a shell; 0 if there was none.
     """
 
     def __init__(self) -> None:
@@ -80,7 +80,7 @@ class Stopping:
 
     def _exit(self) -> None:
         if _is_first_process():
-            os.write(2, f"{self.line}\n".encode())  # a print may be what was interrupted
+            os.write(2, f"{self.line}\n".encode())  # a print may have been interrupted
         os._exit(self.exit_code)
 
 

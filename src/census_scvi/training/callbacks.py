@@ -32,7 +32,7 @@ class TrainMode(lightning.Callback):
 class Stoppable(lightning.Callback):
     """SIGTERM ends a training, in all of its processes, as it ends any other stage.
 
-    Lightning's own handler of SIGTERM lets the process exit with 0, as if it had trained to the end, and in several
+    Lightning's own handler of SIGTERM lets the process exit with 0, as after a complete training, and in several
     processes it waits for the others, which may wait for this one.
     """
 
@@ -51,7 +51,7 @@ class Stoppable(lightning.Callback):
 
 
 class GiveBack(lightning.Callback):
-    """Each minibatch goes back to the data module after its step, so that its memory is used again.
+    """Returns each minibatch to the data module after its step, so that its memory is used again.
 
     The last of the callbacks that look at a minibatch: afterwards it has no X.
     """
@@ -59,7 +59,7 @@ class GiveBack(lightning.Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Minibatch, batch_idx: int
     ) -> None:
-        """Give back a minibatch of training cells."""
+        """Return a minibatch of training cells."""
         self._data(trainer).give_back(batch)
 
     def on_validation_batch_end(
@@ -71,7 +71,7 @@ class GiveBack(lightning.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Give back a minibatch of validation cells."""
+        """Return a minibatch of validation cells."""
         self._data(trainer).give_back(batch)
 
     @staticmethod

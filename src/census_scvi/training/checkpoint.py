@@ -1,4 +1,4 @@
-"""Save everything that a training holds in memory, so that a killed one resumes as if it had not been interrupted."""
+"""Save the complete state of a training, so that a killed one resumes as if it had not been interrupted."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class StagedIO(TorchCheckpointIO):
     """Writes a checkpoint to its place: Lightning's own way takes a copy in memory and one in the temporary folder."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write a local file; whoever asks for it replaces the old one when it is whole."""
+        """Write a local file; the caller replaces the old one when it is complete."""
         with Path(path).open("wb") as file:
             torch.save(checkpoint, file)
 
@@ -33,7 +33,7 @@ class StagedIO(TorchCheckpointIO):
 class Checkpoint(lightning.Callback):
     """Writes a checkpoint after each epoch and from time to time within one; the file is replaced in one step.
 
-    Lightning saves weights, optimiser and progress, and the loader how far it was. What is added here is each process'
+    Lightning saves weights, optimiser and progress, and the loader its position. Added here is each process'
     random state and metrics: their sums over the epoch so far, and the last ones logged. It must be the last callback,
     to save the state that the others have at the same moment.
 
@@ -99,8 +99,8 @@ class Checkpoint(lightning.Callback):
         states = checkpoint["processes"]
         if len(states) != trainer.world_size:
             raise UserError(
-                f"{self._path} is of a training in {len(states)} process(es), and now there are {trainer.world_size};"
-                " set train.devices as it was, or start again with --force"
+                f"{self._path} was written by {len(states)} process(es), and now there are {trainer.world_size};"
+                " set train.devices back, or start again with --force"
             )
         self._restored = dict(states[trainer.global_rank])
 
@@ -121,7 +121,7 @@ class Checkpoint(lightning.Callback):
 
 
 def _epoch_metrics(trainer: Trainer) -> dict[str, Metric]:
-    """What Lightning sums over an epoch: its own means of logged numbers, and scvi-tools' metrics."""
+    """Sums over an epoch: Lightning's means of logged numbers, and scvi-tools' metrics."""
     results = trainer.fit_loop.epoch_loop._results  # Lightning has no public way to them
     return {
         name: result if result.is_tensor else result.value for name, result in results.items() if result.meta.on_epoch

@@ -51,7 +51,7 @@ class FiniteLoss(lightning.Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Module, optimizer: torch.optim.Optimizer) -> None:
         """Add the gradients up."""
         if getattr(trainer.precision_plugin, "scaler", None):
-            return  # which looks at them itself, and leaves out a step that overflowed
+            return  # the scaler checks them itself, and skips a step that overflowed
         gradients = [value.grad.sum() for value in pl_module.parameters() if value.grad is not None]
         self._gradients = torch.stack(gradients).sum()
 
@@ -87,7 +87,7 @@ class FiniteLoss(lightning.Callback):
             if not math.isfinite(loss):
                 raise _report(trainer, step, f"the loss is {loss}")
             if not math.isfinite(gradients):
-                raise _report(trainer, step, f"the loss is {loss:.6g} but its gradients are not finite")
+                raise _report(trainer, step, f"the loss is {loss:.6g}, but its gradients are not finite")
 
     def report(self, trainer: Trainer, found: str) -> UserError:
         """The error for the step that is being computed."""
@@ -106,7 +106,7 @@ def _report(trainer: Trainer, step: _Step, found: str) -> UserError:
     else:
         row = rows[int(counts.amax(dim=1).argmax())]
         cause = (
-            "lower training_plan.lr or set train.trainer.gradient_clip_val, and look at row"
+            "lower training_plan.lr or set train.trainer.gradient_clip_val, and check row"
             f" {row} of the prepared cells, which has the largest count, {counts.max().item():,.0f}"
         )
     return UserError(

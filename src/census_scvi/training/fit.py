@@ -51,7 +51,10 @@ def choose_devices(settings: TrainSection) -> dict[str, Any]:
         No number of devices, more than there are, or of a kind that is not there.
     """
     if not settings.multi_gpu and settings.devices != "auto":
-        log.info("train.devices is %s and counts only with train.multi_gpu: true; one device is used", settings.devices)
+        log.info(
+            "train.devices is %s, which is used only with train.multi_gpu: true; training on one device",
+            settings.devices,
+        )
     return _devices(settings)
 
 
@@ -59,13 +62,13 @@ def _devices(settings: TrainSection) -> dict[str, Any]:
     gpus = torch.cuda.device_count()
     if settings.accelerator == "mps" and not torch.backends.mps.is_available():
         raise UserError(
-            "train.accelerator is mps, the GPU of an Apple computer, and torch finds none here; set it to auto"
+            "train.accelerator is mps, the GPU of an Apple computer, but torch finds none here; set it to auto"
         )
     _check_number_of_devices(settings.devices)
     if settings.accelerator in ("gpu", "cuda") and not gpus:
         raise UserError(
-            f"train.accelerator is {settings.accelerator} and torch finds no GPU here; set it to auto or cpu,"
-            " or see what ./scvi-init.sh says of the GPU"
+            f"train.accelerator is {settings.accelerator} but torch finds no GPU here; set it to auto or cpu,"
+            " or run ./scvi-init.sh --check-gpu"
         )
     if not settings.multi_gpu:
         return {"accelerator": settings.accelerator, "devices": 1, "strategy": "auto"}
@@ -74,11 +77,11 @@ def _devices(settings: TrainSection) -> dict[str, Any]:
     number = len(asked) if asked else number
     if settings.accelerator != "cpu" and (number > gpus or max(asked or [0]) >= max(gpus, 1)):
         raise UserError(
-            f"train.multi_gpu asks for devices {settings.devices} and torch finds {gpus} GPU(s);"
+            f"train.multi_gpu asks for devices {settings.devices}, but torch finds {gpus} GPU(s);"
             " lower train.devices, or set train.accelerator to cpu to train in several CPU processes"
         )
     if settings.accelerator == "cpu":
-        asked = None  # Lightning takes a number of processes there
+        asked = None  # Lightning expects a number of processes there
     return {"accelerator": settings.accelerator, "devices": asked or number, "strategy": "ddp"}
 
 
@@ -102,10 +105,12 @@ def choose_precision(settings: TrainSection) -> str:
     """
     gpu = _on_gpu(settings)
     if settings.precision == "fp16" and not gpu:
-        raise UserError("train.precision is fp16, which needs a GPU; set float32 or bf16")
+        raise UserError("train.precision is fp16, which needs a GPU; set it to float32 or bf16")
     if settings.precision == "bf16" and gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
         name = torch.cuda.get_device_name()
-        raise UserError(f"train.precision is bf16, and this GPU ({name}) cannot compute in it; set float32 or fp16")
+        raise UserError(
+            f"train.precision is bf16, but this GPU ({name}) does not support it; set it to float32 or fp16"
+        )
     return {"float32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[settings.precision]
 
 
@@ -120,8 +125,8 @@ def slow_precision(settings: TrainSection, n_genes: int, n_hidden: int) -> str:
     if measured is None or measured.reduced <= measured.float32:
         return ""
     return (
-        f"train.precision is bf16, and this processor ({processor()}) is slower in it: {1e3 * measured.reduced:,.0f} ms"
-        f" for matrix products of this model that take {1e3 * measured.float32:,.0f} ms in float32; set float32"
+        f"train.precision is bf16, but it is slower on this processor ({processor()}): {1e3 * measured.reduced:,.0f} ms"
+        f" for matrix products of this model, {1e3 * measured.float32:,.0f} ms in float32; set it to float32"
     )
 
 
@@ -140,9 +145,9 @@ def make_plan(
     if arguments.get("compile"):
         reason = "training_plan.compile is on"
     elif settings.accelerator != "cpu" and torch.backends.mps.is_available():
-        reason = "it has not been tried on this kind of GPU, mps"
+        reason = "it has not been tested on this kind of GPU, mps"
     if settings.engine == "fast" and reason:
-        log.info("train.engine fast does not train this model (%s): scvi-tools' own steps are used", reason)
+        log.info("train.engine fast does not support this model (%s): scvi-tools' own steps are used", reason)
     data.sparse = settings.engine == "fast" and not reason
     plan = (FastTrainingPlan if data.sparse else TrainingPlan)(module, **_plan_arguments(arguments))
     plan.n_obs_training, plan.n_obs_validation = data.n_train, data.n_val
@@ -150,10 +155,10 @@ def make_plan(
 
 
 def _plan_arguments(settings: dict[str, Any]) -> dict[str, Any]:
-    """`training_plan` as TrainingPlan takes it, which writes into what it is given."""
+    """A copy of `training_plan` for TrainingPlan, which modifies its arguments."""
     arguments = copy.deepcopy(settings)
     if arguments.get("n_steps_kl_warmup"):
-        arguments.setdefault("n_epochs_kl_warmup", None)  # its default of 400 epochs would win over the steps
+        arguments.setdefault("n_epochs_kl_warmup", None)  # its default of 400 epochs would override the steps
     return arguments
 
 
@@ -183,7 +188,7 @@ def engine_of(plan: TrainingPlan) -> str:
 
 
 def libraries_of(plan: TrainingPlan) -> dict[str, str] | None:
-    """The libraries that multiplied float32 matrices, for the record; None where torch alone chose."""
+    """Libraries of the float32 matrix products, for the record; None if only torch's was used."""
     libraries = plan.libraries if isinstance(plan, FastTrainingPlan) else None
     return asdict(libraries) if libraries else None
 
@@ -262,7 +267,7 @@ def fit(
             if settings.trainer and not isinstance(error, UserError) and _of_lightning(error):
                 raise UserError(
                     f"Lightning stopped the training ({one_line(error)}); it was given"
-                    f" train.trainer: {settings.trainer}; correct that or leave it out"
+                    f" train.trainer: {settings.trainer}; correct or remove it"
                 ) from error
             raise
     curves.libraries = libraries_of(plan)
@@ -272,13 +277,13 @@ def fit(
 
 
 def _of_lightning(error: Exception) -> bool:
-    """Whether Lightning raised an error itself: neither this project nor what it called, a disk for instance."""
+    """Whether Lightning itself raised an error, and not this project or, for example, a disk."""
     frames = traceback.extract_tb(error.__traceback__)
     return f"{os.sep}lightning{os.sep}" in frames[-1].filename
 
 
 def _trainer_arguments(settings: TrainSection, data: PreparedDataModule) -> dict[str, Any]:
-    """What the pipeline gives the Trainer; `train.trainer` may override the last four."""
+    """Trainer arguments set by the pipeline; `train.trainer` may override the last four."""
     return {
         **_devices(settings),
         "max_epochs": settings.max_epochs,
@@ -293,7 +298,7 @@ def _trainer_arguments(settings: TrainSection, data: PreparedDataModule) -> dict
 def _resumable(checkpoint: Path) -> Path | None:
     if not checkpoint.exists():
         return None
-    if not zipfile.is_zipfile(checkpoint):  # its directory comes last: a truncated one is none
+    if not zipfile.is_zipfile(checkpoint):  # its directory is at the end: a truncated file is not a zip file
         raise UserError(f"{checkpoint} is damaged; start again with --force")
     return checkpoint
 

@@ -12,27 +12,25 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Facts:
-    """What driver and torch say about the GPUs of this machine."""
+    """Information from driver and torch about the GPUs of this machine."""
 
     torch: str  # version of torch
     torch_cuda: str = ""  # CUDA version torch is built for; "" for a CPU-only build
     cards: tuple[str, ...] = ()  # names of the GPUs that nvidia-smi lists
     driver: str = ""  # version of the NVIDIA driver; "" when nvidia-smi does not tell
-    driver_error: str = ""  # what nvidia-smi says when it fails
+    driver_error: str = ""  # message of nvidia-smi when it fails
     usable: tuple[str, ...] = ()  # names of the GPUs that computed something for torch
     complaint: str = ""  # why torch could not use one
 
 
 def describe(facts: Facts) -> str:
-    """One line: the GPUs found, whether torch can use them and, where it cannot, what to do."""
+    """One line: the GPUs found, whether torch can use them and, if not, what to do."""
     if facts.usable:
         return f"GPU: {_count(facts.usable)} (torch {facts.torch}, driver {facts.driver or 'unknown'})" + _rest(facts)
     if facts.driver_error:
         return f"GPU: none usable, because nvidia-smi fails: {facts.driver_error}; fix the NVIDIA driver"
     if not facts.cards:
-        return (
-            "GPU: none, work runs on the CPU (an NVIDIA GPU counts once its driver is installed: nvidia-smi lists it)"
-        )
+        return "GPU: none, work runs on the CPU (an NVIDIA GPU needs its driver; nvidia-smi then lists it)"
     return f"GPU: {_count(facts.cards)}, but torch cannot use it: {_reason(facts)}"
 
 
@@ -44,7 +42,8 @@ def _reason(facts: Facts) -> str:
         number = int(too_old[1])  # 12040 stands for 12.4
         major, minor = number // 1000, number % 1000 // 10
         return (
-            f"driver {facts.driver} is too old, it goes up to CUDA {major}.{minor} and torch {facts.torch} is built "
+            f"driver {facts.driver} is too old: it supports CUDA up to {major}.{minor}, but torch {facts.torch}"
+            " is built "
             f"for CUDA {facts.torch_cuda}; update the NVIDIA driver, or {_install(f'a torch built for CUDA {major}')}"
         )
     return facts.complaint or "torch gives no reason"

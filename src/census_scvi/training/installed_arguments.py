@@ -26,7 +26,7 @@ _SIMPLE = {kind: kind.__name__ for kind in (int, float, bool, str, dict)} | {typ
 
 
 def installed() -> Listing:
-    """What the installed versions take."""
+    """Arguments of the installed versions."""
     return {
         "lightning": {"Trainer": arguments_of(lightning.pytorch.Trainer.__init__)},
         "scvi-tools": {

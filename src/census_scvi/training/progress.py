@@ -23,7 +23,7 @@ Trainer: TypeAlias = lightning.Trainer
 Module: TypeAlias = lightning.LightningModule
 
 _SECONDS_BETWEEN_LINES = 600
-_LONGEST = 10**12  # seconds of which timedelta can speak
+_LONGEST = 10**12  # seconds that timedelta can represent
 
 
 class EventLog(TensorBoardLogger):
@@ -35,14 +35,14 @@ class EventLog(TensorBoardLogger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Write what is logged so far."""
+        """Write the log so far."""
         self.experiment.flush()
 
 
 class Progress(lightning.Callback):
     """Cells per second, time left and memory: on a bar over all cells of all epochs, in a log, and in TensorBoard.
 
-    In a log there is a line an epoch, and one every ten minutes of a longer one.
+    A log gets one line per epoch, and one every ten minutes of a longer epoch.
     """
 
     def __init__(self, n_train: int) -> None:
@@ -89,7 +89,7 @@ class Progress(lightning.Callback):
             self._bar.close()
 
     def _log(self, trainer: Trainer, pl_module: Module) -> None:
-        """Speed and memory to TensorBoard alone: these are no metrics of the model."""
+        """Speed and memory, to TensorBoard only: they are not metrics of the model."""
         memory = _gpu_memory(pl_module.device)
         if memory:
             self._shown["GPU"] = f"{memory:.1f} GB"
@@ -108,7 +108,7 @@ class Progress(lightning.Callback):
             self._logged = _Pace(self._done)
 
     def _say(self, trainer: Trainer, what: list[str]) -> None:
-        """A line in a log, where there is no bar."""
+        """A line in the log if there is no progress bar."""
         if speed := self._said.cells_per_second(self._done):
             left = timedelta(seconds=min(round((self._total - self._done) / speed), _LONGEST))
             what = [*what, f"{speed:,.0f} cells/s"] + [f"{left} left"] * bool(left)
@@ -135,5 +135,5 @@ def _epoch(trainer: Trainer) -> str:
 
 
 def _gpu_memory(device: torch.device) -> float:
-    """GB that torch has held of the GPU at most; 0 on a CPU."""
+    """Peak GPU memory of torch in GB; 0 on a CPU."""
     return torch.cuda.max_memory_reserved(device) / 1e9 if device.type == "cuda" else 0.0

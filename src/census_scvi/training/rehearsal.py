@@ -1,4 +1,4 @@
-"""Try `train.trainer` and `training_plan` on a model of two genes: what the libraries refuse is known at once."""
+"""Try `train.trainer` and `training_plan` on a model of two genes, so that invalid arguments are found early."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _Setting: TypeAlias = tuple[str, str]  # section and key
 _TRAINER, _PLAN = "train.trainer", "training_plan"
 _LONGEST = 300
 _MINIBATCHES = 2
-# What a rehearsal must not do: wait for other machines, write profiles, show itself.
+# Excluded in a rehearsal: waiting for other machines, writing profiles, output.
 _NOT_RUN = ("num_nodes", "profiler", "enable_progress_bar", "enable_model_summary")
-# What has no meaning for an epoch of two minibatches, unless it is 0.
+# Arguments without meaning for an epoch of two minibatches, unless they are 0.
 _OF_REAL_LENGTH = (
     "max_time", "max_steps", "min_steps", "min_epochs", "val_check_interval", "overfit_batches",
     "limit_train_batches", "limit_val_batches",
@@ -45,7 +45,7 @@ def require_trainable(
     plan
         Arguments of scvi-tools' TrainingPlan, as the setting `training_plan` gives them.
     fixed
-        What the pipeline itself gives the Trainer, for one device.
+        Trainer arguments set by the pipeline, for one device.
     minibatches
         How many there are for training and validation.
     early_stopping
@@ -68,7 +68,7 @@ def require_trainable(
         named = _blamed([(_TRAINER, key) for key in trainer] + [(_PLAN, key) for key in plan], trainer, plan, refusal)
     values = {_TRAINER: trainer, _PLAN: plan}
     found = " and ".join(f"{section}.{key} is {values[section][key]!r}" for section, key in named)
-    raise UserError(f"{found}: training cannot start like this ({one_line(error)}); correct it or leave it out")
+    raise UserError(f"{found}: training cannot start with it ({one_line(error)}); correct or remove it")
 
 
 def _blamed(
@@ -144,7 +144,7 @@ def _rehearse(
     one_epoch = _trainer(short, {**fixed, "max_epochs": 1}, [curves], early_stopping=early_stopping)
     _fit(one_epoch, plan, (_MINIBATCHES, min(_MINIBATCHES, minibatches[1])))
     if "elbo_train" not in curves.curves:
-        raise RuntimeError("no step would be trained, no elbo_train measured")
+        raise RuntimeError("no step would be trained and no elbo_train measured")
 
 
 def _trainer(

@@ -1,4 +1,4 @@
-"""Whether the settings give a training enough steps: said before it begins, with settings that do."""
+"""Check before training whether the settings give enough optimiser steps, and propose settings that do."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import Any
 
 from census_scvi.training.settings import TrainSection
 
-# Of the trainings in docs/publishing.md those with a thousand steps and more had converged, shorter ones had not.
+# In docs/publishing.md, trainings with a thousand steps or more had converged, shorter ones had not.
 LEAST_STEPS = 1000
 _BATCH_SIZE = 128  # scvi-tools' own
 _KL_WARMUP_EPOCHS = 400  # scvi-tools' own
 
 
 def warnings_before(settings: TrainSection, plan: dict[str, Any], n_train: int, processes: int) -> list[str]:
-    """What is likely to leave the model unfinished, and settings that help; empty where nothing is.
+    """Reasons why the model may not converge, and settings that help; empty if there are none.
 
     Parameters
     ----------
@@ -22,7 +22,7 @@ def warnings_before(settings: TrainSection, plan: dict[str, Any], n_train: int, 
     n_train
         Training cells.
     processes
-        How many train together, each on minibatches of its own.
+        Number of processes, each with its own minibatches.
     """
     trainer = settings.trainer or {}
     an_epoch = -(-n_train // (settings.batch_size * processes * trainer.get("accumulate_grad_batches", 1)))
@@ -35,7 +35,7 @@ def warnings_before(settings: TrainSection, plan: dict[str, Any], n_train: int, 
         epochs = proposed_epochs(n_train, batch_size * processes)
         found.append(
             f"{n_train:,} training cells in minibatches of {settings.batch_size:,} for {settings.max_epochs} epochs are"
-            f" {steps:,} optimiser steps, and a model needs {LEAST_STEPS:,} or more; try train.batch_size={batch_size}"
+            f" {steps:,} optimiser steps, but a model needs at least {LEAST_STEPS:,}; try train.batch_size={batch_size}"
             f" train.max_epochs={epochs} (configs/small.yaml has settings for few cells)"
         )
     warm_up, of, unit = plan.get("n_epochs_kl_warmup", _KL_WARMUP_EPOCHS), settings.max_epochs, "epochs"
@@ -43,7 +43,7 @@ def warnings_before(settings: TrainSection, plan: dict[str, Any], n_train: int, 
         warm_up, of, unit = plan["n_steps_kl_warmup"], steps, "steps"
     if warm_up and warm_up > of:
         found.append(
-            f"the KL divergence gets its whole weight after {warm_up:,} {unit} and training ends after {of:,}, with"
+            f"the KL divergence reaches its full weight after {warm_up:,} {unit}, but training ends after {of:,}, at"
             f" {of / warm_up:.0%} of it; try training_plan.n_{unit}_kl_warmup={max(of // 4, 1)}"
         )
     return found

@@ -76,7 +76,7 @@ def damage(path: Path, expected: Identity, *, contents: bool = True, remember: b
         return "is missing"
     size = path.stat().st_size
     if size != expected["size"]:
-        return f"has {size:,} bytes where {expected['size']:,} were written"
+        return f"has {size:,} bytes, expected {expected['size']:,}"
     if not contents:
         return None
     remember = remember and size >= REMEMBERED_BYTES
@@ -84,7 +84,7 @@ def damage(path: Path, expected: Identity, *, contents: bool = True, remember: b
         return None
     before = _state(path, expected)
     if file_identity(path)["sha256"] != expected["sha256"]:
-        return "has other contents than were written"
+        return "has changed since it was written"
     if remember and time.time() - path.stat().st_mtime > _SETTLED_SECONDS:
         _keep(str(path.resolve()), before)
     return None

@@ -57,7 +57,7 @@ class Workspace:
         """
         if "::" in str(self.directory.absolute()):
             raise UserError(
-                f"{self.setting} {self.directory.absolute()}: Lightning takes '::' in a path for a chain of file"
+                f"{self.setting} {self.directory.absolute()}: Lightning interprets '::' in a path as a chain of file"
                 " systems; choose another folder"
             )
         if not new and not self.directory.exists():
@@ -66,7 +66,7 @@ class Workspace:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"{self.setting} {self.directory} cannot be made: {error.strerror}") from None
+            raise UserError(f"{self.setting} {self.directory} cannot be created: {error.strerror}") from None
         with directory_lock(self.directory / LOCK, script_of(stage)):
             self._finish_commits()
             yield self
@@ -79,7 +79,7 @@ class Workspace:
         try:
             manifest = dict(read_json(path))
             if not isinstance(manifest.get("redoing", {}), dict):
-                raise TypeError("redoing is no mapping of stages")
+                raise TypeError("redoing is not a mapping of stages")
             names = [
                 name
                 for records in (manifest["stages"], manifest.get("committing", {}))
@@ -89,7 +89,7 @@ class Workspace:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is damaged ({error}); restore it, or move the run directory away") from None
         if outside := [name for name in names if leaves_folder(str(name))]:
-            raise UserError(f"{path} names {outside[0]!r}, which lies outside the run directory; do not trust it")
+            raise UserError(f"{path} refers to {outside[0]!r}, which is outside the run directory; do not trust it")
         records = [*manifest["stages"].items(), *manifest.get("committing", {}).items()]
         for stage, record in records:
             self._require_whole(stage, incomplete(record))
@@ -126,7 +126,7 @@ class Workspace:
             raise UserError(f"{self.directory / names[0]} does not exist; run {script_of(stage)} first")
         if stage in self.manifest().get("redoing", {}):
             raise UserError(
-                f"{script_of(stage)} --force did not finish in {self.directory}, and {names[0]} there is older than"
+                f"{script_of(stage)} --force did not finish in {self.directory}, and {names[0]} is older than"
                 f" that; run {script_of(stage)} again (without --force it resumes)"
             )
         found = {}
@@ -155,7 +155,7 @@ class Workspace:
         if not self.directory.is_dir():
             raise UserError(f"run directory {self.directory} does not exist; {way_out}")
         if not (self.directory / MANIFEST).exists():
-            raise UserError(f"run directory {self.directory} has no {MANIFEST}, nothing was run in it; {way_out}")
+            raise UserError(f"run directory {self.directory} has no {MANIFEST}, so no stage ran in it; {way_out}")
 
     def begin(
         self,
@@ -228,7 +228,7 @@ class Workspace:
     ) -> None:
         if words := changes(before, now, defaults):
             raise UserError(
-                f"{self.directory} holds {state} {stage} for other settings: {words};"
+                f"{self.directory} has {state} {stage} for other settings: {words};"
                 f" set it back, use another {self.setting}, or --force to run it again"
             )
 

@@ -83,7 +83,7 @@ def _read_again(
     wanted: npt.NDArray[np.bool_],
 ) -> None:
     """Fill in the clipped sums that the tally could not give: of (batch, gene) pairs with very many large counts."""
-    log.info("%d genes have more large counts than were kept: reading them again", wanted.any(axis=0).sum())
+    log.info("%d genes have more large counts than were buffered: reading them again", wanted.any(axis=0).sum())
     sums[wanted], squares[wanted] = 0, 0
     for batch, gene, count in stream_nonzeros(census, cells.joinids, cells.batch_codes):
         chosen = (batch >= 0) & wanted[batch, gene]

@@ -1,4 +1,4 @@
-"""What one pass over the counts must keep, so that seurat_v3 scores are exact: moments and the largest counts.
+"""Statistics of one pass over the counts with which seurat_v3 scores are exact: moments and the largest counts.
 
 seurat_v3 clips each count at `mean + regularised deviation * sqrt(cells)`, then sums the counts and their squares. The
 clip value is known only after all cells were seen, so the published implementations read the counts twice. But no more
@@ -26,7 +26,7 @@ class GeneTally:
     n_batches, n_genes
         Size of the tally.
     kept
-        Largest counts to keep of each gene and batch; None takes what fits into 1 GiB, at most 128.
+        Number of largest counts to keep per gene and batch; None: as many as fit into 1 GiB, at most 128.
 
     Attributes
     ----------
@@ -84,7 +84,7 @@ class GeneTally:
         """
         sums, squares = self.sums.copy(), self.squares.copy()
         exact = np.ones(sums.shape, dtype=bool)
-        for batch in range(len(sums)):  # one at a time: the whole would double the memory
+        for batch in range(len(sums)):  # one at a time: all at once would double the memory
             kept, limit = self.largest[batch].astype(np.float64), clip[batch][:, None]
             above = kept > limit
             sums[batch] -= np.where(above, kept - limit, 0).sum(axis=1)

@@ -28,9 +28,9 @@ from census_scvi.local_census.demo.genes import Transcriptome
 from census_scvi.local_census.sources import regroup
 from census_scvi.local_census.write import BuildReport, build_census, check_target
 
-# Cells drawn from one random stream; what a cell holds does not depend on the block it is read in.
+# Cells per random stream; the counts of a cell do not depend on the block in which it is read.
 _CHUNK = 512
-# Standard deviations of the natural logarithm of a gene's rate, by what changes it.
+# Standard deviations of the natural logarithm of a gene's rate, by cause.
 _DATASET_SD, _DONOR_SD = 0.3, 0.1
 _DEPTH_SD = 0.25
 _POOR_CELLS, _POOR_DEPTH = 0.02, 0.08
@@ -143,7 +143,7 @@ class DemoSource:
         return self._transcriptome.bursts(np.where(self._measured, rate, -np.inf))
 
     def _mixture(self) -> np.ndarray:
-        """Cumulative share of the genes in the surroundings: what all types of the dataset leak."""
+        """Cumulative share of the genes in the ambient RNA, to which all types of the dataset contribute."""
         if self._leaked is None:
             types = [n for n, kind in enumerate(self._organism.cell_types) if kind.name in self._design.cell_types]
             weights = [self._design.cell_types[self._organism.cell_types[n].name] for n in types]
@@ -195,10 +195,10 @@ def demo_sources(
     """The datasets of the demo Census: about 6,000 human and 2,000 mouse cells times `scale`, `n_genes` genes each.
 
     Shared cell types with marker programmes; strong effects of dataset, assay, suspension type and donor; a median of
-    about 3,000 counts a cell; 8 % copies that are not primary, with the counts and labels of their originals; 2 % cells
-    with few genes; a donor with few cells. `depth` multiplies the counts a cell; with `type_sd`, the standard deviation
-    of a log rate, all expressed genes differ between cell types and not the markers alone. The same arguments give the
-    same cells.
+    about 3,000 counts per cell; 8 % copies that are not primary, with counts and labels of their originals; 2 % cells
+    with few genes; a donor with few cells. `depth` multiplies the counts per cell. With `type_sd`, the standard
+    deviation of a log rate, all expressed genes differ between cell types and not the markers alone. The same
+    arguments give the same cells.
     """
     if scale * min(design.n_cells for design in DESIGNS) < 100 or n_genes < 100:
         raise UserError(f"{scale=} and {n_genes=} are too small for a demo; take a scale of 0.05 and 100 genes or more")
@@ -235,6 +235,6 @@ def write_demo_census(
 
 
 def _allocate(shares: list[float], n_cells: int) -> np.ndarray:
-    """Code of each of `n_cells` cells (int64), so that every share is met as nearly as whole cells allow."""
+    """Code of each of `n_cells` cells (int64), with shares as close as possible to the given ones."""
     until = np.cumsum(shares) / np.sum(shares)
     return np.searchsorted(until, (np.arange(n_cells) + 0.5) / n_cells, side="right").clip(max=len(shares) - 1)

@@ -24,7 +24,7 @@ class Donor:
 
 @dataclass(frozen=True)
 class DatasetDesign:
-    """A dataset: its share of the organism's cells, and what it holds.
+    """A dataset: its share of the organism's cells, and its composition.
 
     cell_types: share of each cell type.
     copies: cells of other datasets that come again here, by dataset_id, as a share of the organism's cells.
@@ -75,7 +75,7 @@ ASSAY_TERMS = {
     "Drop-seq": "EFO:0008722",
 }
 DISEASE_TERMS = {"normal": "PATO:0000461", "COVID-19": "MONDO:0100096"}
-# What all cells of a donor with the disease express on top of their own.
+# Additional expression in all cells of a donor with the disease.
 DISEASE_PROGRAMMES = {"COVID-19": ("interferon",)}
 SEX_TERMS = {"female": "PATO:0000383", "male": "PATO:0000384", "unknown": "unknown"}
 

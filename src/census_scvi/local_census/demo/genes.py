@@ -6,7 +6,7 @@ import pandas as pd
 from census_scvi.census.schema import ORGANISMS
 from census_scvi.local_census.demo.design import OrganismDesign
 
-# Standard deviations of the natural logarithm of a gene's rate, by what changes it.
+# Standard deviations of the natural logarithm of a gene's rate, by cause.
 _ASSAY_SD, _NUCLEUS_SD = 0.2, 0.25
 _MAX_MARKERS = 150
 # Genes that a cell of 3,000 molecules detects, by the number of genes that there are.
@@ -22,7 +22,7 @@ _LEAK = 0.03
 class Transcriptome:
     """Rates of the genes of an organism: by cell type, assay, suspension; how they vary.
 
-    Beside the markers of a programme, `type_sd` lets every expressed gene differ between the programmes.
+    In addition to the markers of a programme, `type_sd` makes every expressed gene differ between the programmes.
 
     Attributes: var (feature_id, feature_name, feature_length, feature_type), burst (genes,) parameter p of the
     logarithmic burst size.
@@ -34,7 +34,7 @@ class Transcriptome:
         rng = np.random.default_rng(seed)
         self.burst = np.clip(rng.beta(2, 8, size=n_genes), 0.02, 0.8)
         self._mean_burst = -self.burst / ((1 - self.burst) * np.log1p(-self.burst))
-        # Rates are log-normal, but no gene takes more than a few percent of a cell, and none is wholly silent.
+        # Rates are log-normal, but no gene has more than a few percent of a cell's counts, and none has rate 0.
         rank = _MAX_SD * np.tanh(rng.normal(size=n_genes) / _MAX_SD)
         leak = _LEAK * rng.lognormal(0, 1.2, n_genes)
         self._log_rate = np.log(_molecules(rank, leak, self._mean_burst))

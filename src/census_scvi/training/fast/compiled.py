@@ -21,13 +21,13 @@ def works(compare: Callable[[], None], name: str) -> bool:
     compare
         Raises ArithmeticError where the results differ, or whatever the compiler raises.
     name
-        What is compared, for the log.
+        Name of the compared implementation, for the log.
     """
     try:
         compare()
     except Exception as error:  # whatever compilers raise: torch does without them
         log.warning(
-            "%s cannot be used here (%s: %s); torch's own operations take its place, which are slower",
+            "%s cannot be used here (%s: %s); torch's own, slower operations are used instead",
             name,
             type(error).__name__,
             (str(error).strip().splitlines() or ["no reason given"])[0],
@@ -42,11 +42,11 @@ def require_equal(found: torch.Tensor | None, expected: torch.Tensor | None, tol
         return
     difference = ((found - expected).abs().max() / expected.abs().max()).item()
     if not difference < tolerance:
-        raise ArithmeticError(f"its results differ from torch's by {difference:.1e} of their size")
+        raise ArithmeticError(f"the relative difference of its results from torch's is {difference:.1e}")
 
 
 def in_threads(work: Callable[[int], None], parts: int) -> None:
-    """`work(part)` for each of `range(parts)`, each in a thread of its own; returns when all are done."""
+    """`work(part)` for each of `range(parts)`, each in its own thread; returns when all are done."""
     if parts == 1:
         work(0)
     else:
@@ -55,5 +55,5 @@ def in_threads(work: Callable[[int], None], parts: int) -> None:
 
 @cache
 def _threads(number: int, process: int) -> ThreadPoolExecutor:
-    """Threads of this process: a forked one has none of its parent's."""
+    """Threads of this process: a forked process does not inherit its parent's."""
     return ThreadPoolExecutor(number, thread_name_prefix="step")

@@ -2,8 +2,8 @@
 
 Compiled by numba. The loops are short, each over few arrays and without branches, so that LLVM makes vector
 instructions of them; exp and log are polynomials for the same reason (the C library's take one number at a time).
-Sums have loops of their own: only there may the compiler change the order of additions. All of it is in one file: numba
-keeps what it compiled until the file of a function changes, and would not notice a change in another's.
+Sums have separate loops: only there may the compiler change the order of additions. All of it is in one file: numba
+caches compiled functions until their own file changes, and would not notice a change in another file.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _cells(  # type: ignore[no-untyped-def]
     logits, dropout, first, last, library, row_of_cell, genes, counts, theta, loss, of_theta, inflated, slopes
 ):
     n_genes = logits.shape[1]
-    # Each an array of its own: the compiler would not know rows of one to be contiguous.
+    # Separate arrays: the compiler would not know that rows of one array are contiguous.
     share, mu, fall = np.empty(n_genes, np.float32), np.empty(n_genes, np.float32), np.empty(n_genes, np.float32)
     odds, weight = np.empty(n_genes, np.float32), np.empty(n_genes, np.float32)
     all_x, all_mu = np.empty(n_genes, np.float32), np.empty(n_genes, np.float32)
@@ -152,7 +152,7 @@ def _scatter(genes, slope_of_mu, slope_of_theta, row, of_theta):  # type: ignore
 
 @_each
 def _gain(x, mu, theta, out):  # type: ignore[no-untyped-def]
-    """What a count adds to the log-likelihood."""
+    """Contribution of a count to the log-likelihood."""
     for i in range(len(x)):
         some = mu[i] + _EPS
         out[i] = x[i] * _log(some / (theta[i] + some)) + _lgamma_rise(theta[i], x[i]) - _lgamma_rise(_ONE, x[i])
@@ -160,7 +160,7 @@ def _gain(x, mu, theta, out):  # type: ignore[no-untyped-def]
 
 @_each
 def _slopes_of_counts(x, mu, theta, of_mu):  # type: ignore[no-untyped-def]
-    """What a count adds to the slopes: that of theta goes where theta was."""
+    """Contribution of a count to the gradients; that of theta overwrites theta."""
     for i in range(len(x)):
         some = mu[i] + _EPS
         by_total = x[i] / (theta[i] + some)

@@ -1,4 +1,4 @@
-"""What a kernel of the loss takes and gives; `negative_binomial` has the names and the derivation."""
+"""Inputs and outputs of a kernel of the loss; `negative_binomial` has the names and the derivation."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class LossAndSlopes(NamedTuple):
     """Loss of each cell and the derivatives of their sum.
 
     `loss` (cells,); the derivatives by `logits` (cells, genes), `theta` (rows, genes) and `dropout` (cells, genes) are
-    None where none are wanted, or where there is no dropout.
+    None if they are not needed, or without dropout.
     """
 
     loss: torch.Tensor

@@ -134,7 +134,7 @@ def _cells(  # type: ignore[no-untyped-def]
                 if INFLATED:
                     odds = inverse * fall - tl.load(missed_row + gene, mask=there, other=0.0)
                     gain -= _softplus(-odds)
-                    rest = tl.sigmoid(-odds)  # the weight is 1 here: what the pass over all genes leaves out of it
+                    rest = tl.sigmoid(-odds)  # weight 1: not part of the pass over all genes
                     more += rest * of_mu
                     of_theta_more += rest * (of_mu - fall - inverse / (inverse + 1e-8))
                     tl.store(extra + n_non_zeros + place, rest, mask=there)

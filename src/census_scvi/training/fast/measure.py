@@ -17,7 +17,7 @@ from census_scvi.training.fast.products import Libraries, Library, times_transpo
 Operands: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 _LIBRARIES: tuple[Library, ...] = ("torch", "onednn")
-# So many times as fast as torch's own a library must be: the next training with the same seed is to choose the same.
+# Required speedup over torch's own library: so that the next training with the same seed makes the same choice.
 _FASTER = 1.2
 # Layers of fewer weights are multiplied in no time that would matter, or could be measured.
 _FEW_WEIGHTS = 20_000
@@ -39,7 +39,7 @@ def shape_of(module: VAE) -> tuple[int, int]:
 
 
 def faster_libraries(n_genes: int, n_hidden: int, density: float) -> Libraries:
-    """What computes each kind of float32 product faster, with as many threads as torch uses.
+    """The faster library for each kind of float32 product, with the number of threads that torch uses.
 
     Takes a second or two, and no random numbers.
 
@@ -72,7 +72,7 @@ def _faster_library(operands: list[Operands]) -> Library:
 
 def _sparse_is_faster(libraries: Libraries, n_genes: int, n_hidden: int, density: float) -> bool:
     """Whether the encoder's first layer and its gradient are, on the counts that are not 0."""
-    n_cells = 512  # fewer would count too much what is done once a minibatch
+    n_cells = 512  # with fewer, the constant cost per minibatch would weigh too much
     # The same number in each cell, evenly spread, other genes from cell to cell.
     n_detected = max(1, round(density * n_genes))
     genes = (torch.arange(n_detected) * n_genes // n_detected + torch.arange(n_cells).unsqueeze(1)) % n_genes
@@ -99,7 +99,7 @@ def _sparse_is_faster(libraries: Libraries, n_genes: int, n_hidden: int, density
 
 
 def measure_precision(n_genes: int, n_hidden: int, dtype: torch.dtype) -> Precision | None:
-    """Time of all products of a step in float32 and in `dtype`, on the CPU; None where they are too small to matter."""
+    """Time of all products of a step in float32 and in `dtype`, on the CPU; None if they are too small to matter."""
     if n_genes * n_hidden < _FEW_WEIGHTS:
         return None
     exact, reduced = (_products(n_genes, n_hidden, kind) for kind in (torch.float32, dtype))
@@ -116,7 +116,7 @@ def measure_precision(n_genes: int, n_hidden: int, dtype: torch.dtype) -> Precis
 
 
 def _products(n_genes: int, n_hidden: int, dtype: torch.dtype) -> dict[str, list[Operands]]:
-    """For each kind of product what `times_transposed` takes to compute it for the two large layers."""
+    """For each kind of product, the arguments of `times_transposed` for the two large layers."""
     # Enough for the rates of a minibatch, few enough for a fraction of a second.
     n_cells = min(max(2**27 // (n_genes * n_hidden), 128), 1024)
 
@@ -138,7 +138,7 @@ def _multiply(library: Library, operands: list[Operands]) -> None:
 
 
 def _least_seconds(works: Mapping[str, Callable[[], None]]) -> dict[str, float]:
-    """The shortest time of each, in turn: what else runs on the machine makes some turns longer, and none shorter."""
+    """The shortest time of each, measured alternately: other processes can only make a measurement longer."""
     # Other processes do not count for one thread; the time of several says nothing of how long they take together.
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     least = dict.fromkeys(works, float("inf"))

@@ -119,7 +119,7 @@ class _ReconstructionLoss(torch.autograd.Function):
         hidden, theta, *rest = ctx.saved_tensors
         weights, of_products = rest[: len(rest) // 2], rest[len(rest) // 2 :]
         scale = of_mean / len(hidden)
-        # The scale goes to the smaller factor: float16 holds the slopes of single cells, not those divided by cells.
+        # The scale is applied to the smaller factor: float16 represents gradients of single cells only.
         scaled = hidden * scale.to(hidden.dtype)
         of_hidden = sum(input_gradient(slopes, weight) for weight, slopes in zip(weights, of_products, strict=True))
         of_heads: list[torch.Tensor | None] = []
@@ -143,7 +143,7 @@ def loss_and_slopes(decoded: Decoded, *, slopes: bool = True) -> LossAndSlopes:
 
 @cache
 def _kernel(device: str) -> ModuleType | None:
-    """The kernel for a kind of device, if there is one and it gives here what torch gives."""
+    """The kernel for a kind of device, if there is one and its results here equal torch's."""
     name = {"cpu": "cpu_kernel", "cuda": "gpu_kernel"}.get(device)
     if name is None:
         return None

@@ -27,8 +27,8 @@ class FastTrainingPlan(TrainingPlan):
     Attributes
     ----------
     libraries
-        What multiplies float32 matrices on a CPU: measured when a training begins, and kept in its checkpoints, since
-        the libraries round differently; None where it is not known yet, or torch alone multiplies.
+        Libraries of the float32 matrix products on a CPU: measured when a training starts and kept in checkpoints, as
+        the libraries round differently; None if they are not known yet, or only torch's is used.
     """
 
     libraries: Libraries | None = None
@@ -43,7 +43,7 @@ class FastTrainingPlan(TrainingPlan):
             chosen = ", ".join(
                 f"{kind.replace('_', ' ')} {library}" for kind, library in asdict(self.libraries).items()
             )
-            log.info("the faster library for float32 matrix products here: %s", chosen)
+            log.info("libraries of the float32 matrix products (the faster ones here): %s", chosen)
         products.use(self.libraries)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -56,7 +56,7 @@ class FastTrainingPlan(TrainingPlan):
         self.libraries = Libraries(**saved) if saved else None
 
     def forward(self, minibatch: Minibatch, loss_kwargs: dict[str, Any]) -> tuple[None, None, LossOutput]:
-        """What scvi-tools' steps of training and validation call."""
+        """Called by scvi-tools' training and validation steps."""
         return None, None, step(self.module, minibatch, loss_kwargs["kl_weight"])
 
     @property

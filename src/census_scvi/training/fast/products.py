@@ -20,7 +20,7 @@ Library = Literal["torch", "onednn"]
 
 @dataclass(frozen=True)
 class Libraries:
-    """What computes each kind of product.
+    """The library for each kind of product.
 
     Attributes
     ----------
@@ -103,12 +103,12 @@ def _plain(matrix: torch.Tensor) -> bool:
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """`torch.nn.functional.linear` for matrices, gradients included."""
     if torch.is_autocast_enabled(x.device.type):
-        return functional.linear(x, weight, bias)  # autocast has gradients of its own
+        return functional.linear(x, weight, bias)  # autocast has its own gradients
     return _Linear.apply(x, weight, bias)
 
 
 def product_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype that matrix products with `x` are to be computed in: autocast's, where it is on."""
+    """The dtype of matrix products with `x`: autocast's if it is active."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 

@@ -170,7 +170,7 @@ def _outputs(starts, places, values, weight, bias, out):  # type: ignore[no-unty
 
 @_compiled
 def _weight_gradient(starts, places, values, slopes, first, last, add, out):  # type: ignore[no-untyped-def]
-    """`slopes.T @ inputs` for the tiles `first` to `last`, into `out` or added to what it holds."""
+    """`slopes.T @ inputs` for the tiles `first` to `last`, written to `out` or added to it."""
     n_cells, n_hidden = slopes.shape
     tile, some_slopes = np.zeros((_TILE, _WIDTH), np.float32), np.zeros((n_cells, _WIDTH), np.float32)
     for left in range(0, n_hidden, _WIDTH):
@@ -256,7 +256,7 @@ _add_rows, _add_to_rows = _loop_over_inputs(_add_row), _loop_over_inputs(_add_to
 
 @cache
 def usable() -> bool:
-    """Whether the layer compiles here and gives what torch's dense products give."""
+    """Whether the layer compiles here and gives the results of torch's dense products."""
     return works(_compare, "the encoder's layer for sparse counts")
 
 

@@ -1,9 +1,9 @@
 """The training step of scvi-tools' VAE in less work: same parameters, same random numbers, same loss and gradients.
 
-What differs from `VAE.forward`: log1p is taken of the non-zero counts only; matrix products are computed by the library
+Differences from `VAE.forward`: log1p is computed for non-zero counts only; matrix products are computed by the library
 that is faster on the processor (`products`), those of the counts from the non-zeros where that is faster
 (`sparse_layer`); a batch is a row of weights that is looked up, where scvi-tools appends a one-hot matrix to its
-inputs; the loss is that of `negative_binomial`; and the layers that the loss does not depend on are left out.
+inputs; the loss is that of `negative_binomial`; layers that the loss does not depend on are not computed.
 """
 
 from __future__ import annotations
