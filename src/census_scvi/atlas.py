@@ -54,7 +54,7 @@ OWN_EMBEDDING = "X_scvi"
 _MODEL = "scvi_model"
 # Default size of a reference (some 100 MB of positions), and of a slice.
 REFERENCE_CELLS, SLICE_CELLS = 200_000, 1_000_000
-# Cells whose counts are read to compare with; more of them change little.
+# Cells whose counts are read for the comparison; more would change little.
 BASELINE_CELLS = 10_000
 
 
@@ -78,16 +78,16 @@ class Neighbors:
 
 
 class Atlas:
-    """A model, a Census and its embedding; any of them may be missing, and what needs it says so.
+    """A model, a Census and its embedding; any of them may be missing; methods that need it then raise UserError.
 
     Use `Atlas.open` to make one.
 
     Attributes
     ----------
     model
-        The scvi-tools model; None without one.
+        The scvi-tools model; None if there is none.
     description
-        Genes, batches and organism of the model; None without one.
+        Genes, batches and organism of the model; None if there is none.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Atlas:
         organism: str | None = None,
         tiledb: Mapping[str, str] | None = None,
     ) -> Self:
-        """Open what there is.
+        """Open a model, a Census, or both.
 
         Parameters
         ----------
@@ -208,7 +208,7 @@ class Atlas:
         Parameters
         ----------
         obs_filter
-            Such as `tissue_general == 'blood' and is_primary_data == True`; None takes all cells.
+            Such as `tissue_general == 'blood' and is_primary_data == True`; None: all cells.
         obs_columns
             obs columns to read in addition to soma_joinid; None: all.
         max_cells
@@ -233,7 +233,7 @@ class Atlas:
         Parameters
         ----------
         cells
-            What `embeddings`, `embed` or `predict` returned, which gets `obsm["X_umap"]`; or an obs_filter.
+            Result of `embeddings`, `embed` or `predict`, which gets `obsm["X_umap"]`; or an obs_filter.
         color
             obs column that colours them.
         max_cells
@@ -256,12 +256,12 @@ class Atlas:
         max_cells: int = 50_000,
         seed: int = 0,
     ) -> pd.DataFrame:
-        """Leiden clusters of cells, and what each is made of.
+        """Leiden clusters of cells, and their composition.
 
         Parameters
         ----------
         cells
-            What `embeddings`, `embed` or `predict` returned, which gets `obs["leiden"]`; or an obs_filter.
+            Result of `embeddings`, `embed` or `predict`, which gets `obs["leiden"]`; or an obs_filter.
         resolution
             The higher, the more clusters.
         columns
@@ -305,7 +305,7 @@ class Atlas:
         Parameters
         ----------
         obs_filter
-            Cells of the Census; None takes all.
+            Cells of the Census; None: all.
         genes
             By feature_id or symbol.
         transform_batch
@@ -366,7 +366,7 @@ class Atlas:
         fdr
             False discovery rate of the column `is_de_fdr_<fdr>`.
         delta
-            Least change, in log2, that counts.
+            Minimum change, in log2.
         max_cells
             Cells drawn of each group.
         seed
@@ -418,7 +418,7 @@ class Atlas:
         Returns
         -------
         AnnData without X: your obs and `scvi_empty` (cells without any count in the model's genes),
-        `obsm["X_scvi"]` float32 (cells, n_latent), `uns["scvi_alignment"]` what became of the genes.
+        `obsm["X_scvi"]` float32 (cells, n_latent), `uns["scvi_alignment"]` a report on the genes.
 
         Raises
         ------
@@ -453,11 +453,11 @@ class Atlas:
         Parameters
         ----------
         source
-            As `embed` takes it, or what it returned.
+            Input of `embed`, or its result.
         labels
             obs columns of the Census, one or more: `cell_type`, `tissue`, `disease`, ...
         obs_filter
-            Cells of the Census as reference; None takes all. Cells whose label says nothing ("unknown") are excluded.
+            Cells of the Census as reference; None: all. Cells with an uninformative label ("unknown") are excluded.
         method
             Classifier on the embedding: `neighbors`, `random_forest` or `logistic_regression`.
         n_neighbors
@@ -475,10 +475,10 @@ class Atlas:
         Returns
         -------
         As `embed`, with `<labels>_predicted`, `_best`, `_probability`, `_uncertainty` and `_unknown` in obs. A cell
-        that lies too far from the reference is "unknown" in `_predicted`; `_best` keeps its most probable label. A cell
+        that is too far from the reference is "unknown" in `_predicted`; `_best` keeps its most probable label. A cell
         without counts is "unknown" in every column. `<labels>_pca` and `<labels>_logistic_regression` are what nearest
         neighbors in a PCA and logistic regression predict, both from log-normalised counts without the model.
-        `uns["scvi_prediction"][<labels>]` has what is known of their quality: `agreement` of the three, and the
+        `uns["scvi_prediction"][<labels>]` describes their quality: `agreement` of the three, and the
         accuracy of each on `held_out` studies of the reference (`HeldOut`; `draw_quality` draws it).
 
         Raises
@@ -541,11 +541,11 @@ class Atlas:
         Parameters
         ----------
         source
-            As `embed` takes it, or what it returned.
+            Input of `embed`, or its result.
         obs_filter
-            Cells of the Census to look among; None takes all.
+            Cells of the Census to search; None: all.
         obs_columns
-            obs columns of the neighbours to read; None reads all.
+            obs columns of the neighbors to read; None: all.
         n_neighbors
             Neighbors per cell; all cells of the atlas where it has fewer.
         max_cells
@@ -607,7 +607,7 @@ class Atlas:
     def _mapper(self) -> Mapper:
         model, description = self._cells.model
         symbols = {}
-        if self._census_given:  # it knows the symbols of all genes, the model those of its own
+        if self._census_given:  # it has the symbols of all genes, the model only its own
             var = read_var(self._cells.census)
             symbols = dict(zip(var["feature_id"].astype(str), var["feature_name"].astype(str), strict=True))
         return Mapper(model, description, symbols, self._typical)

@@ -60,9 +60,9 @@ def main(name: str, argv: Sequence[str] | None = None, *, program: str | None = 
     name
         One of `STAGES`.
     argv
-        Arguments; those of the process where None.
+        Arguments; None: those of the process.
     program
-        How help and errors call it; None: the script.
+        Its name in help and errors; None: the script.
 
     Returns
     -------
@@ -93,7 +93,7 @@ def console(argv: Sequence[str] | None = None) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """Arguments in any order; what is wrong with them is one line."""
+    """Arguments in any order; an error is one line."""
 
     def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
         """Options before, between and after the others; leaves the process with exit code 2 where one is wrong."""
@@ -109,7 +109,7 @@ _DASHED_SETTING = re.compile(r"unrecognized arguments: .*--?\w+(\.\w+)+")
 
 
 def guarded(work: Callable[[], None]) -> int:
-    """Exit code of some work; what the user can fix is one line on stderr, a defect a traceback.
+    """Exit code of some work; an error that the user can fix is one line on stderr, a defect a traceback.
 
     A signal to stop (Ctrl-C, SIGTERM, SIGHUP) ends it with 128 + its number, and the line that says how to resume.
     """
@@ -235,7 +235,7 @@ _HDF5_FILE = re.compile(r"filename = '([^']*)'")
 
 
 def _free_space(error: BaseException, cause: BaseException) -> str:
-    """Free space where the file lies that could not be written, else in the run directory; and for temporary files."""
+    """Free space for the file that could not be written, or in the run directory; and for temporary files."""
     notes = [note.removeprefix(_IN_FOLDER) for note in getattr(error, "__notes__", []) if note.startswith(_IN_FOLDER)]
     named = _HDF5_FILE.search(str(cause))
     file = getattr(cause, "filename", None) or (named[1] if named else None)
@@ -251,7 +251,7 @@ def _existing(folder: Path) -> Path:
 
 
 def _storage_problem(error: BaseException) -> str | None:
-    """A line for a full disk, a missing permission or a vanished file, wherever in the chain of causes it stands."""
+    """A line for a full disk, a missing permission or a vanished file, anywhere in the chain of causes."""
     seen: BaseException | None = error
     while seen is not None:
         text = str(seen)

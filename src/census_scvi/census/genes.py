@@ -57,7 +57,7 @@ def select_genes(
 
     seurat_v3 on raw counts, ranked within each combination of the `hvg_batch` columns (Stuart et al. 2019,
     https://doi.org/10.1016/j.cell.2019.05.031), among the genes that are detected in at least `min_cells` of the cells.
-    Where there are no more genes than asked for, all are taken, with a warning.
+    If there are fewer genes than requested, all are used, with a warning.
 
     Raises
     ------
@@ -204,7 +204,7 @@ def _feature_ids(opcodes: list[tuple[str, Any]]) -> list[str]:
 
 
 def locate_genes(census: Census, feature_ids: list[str], min_share: float, setting: str = "") -> npt.NDArray[np.int64]:
-    """Where each of a model's genes lies in a Census.
+    """Position of each of a model's genes in a Census.
 
     Parameters
     ----------
@@ -213,9 +213,9 @@ def locate_genes(census: Census, feature_ids: list[str], min_share: float, setti
     feature_ids
         Genes of the model.
     min_share
-        Least share of them that must be there.
+        Minimum share of them that the Census must have.
     setting
-        What decides that, for messages; "" where nothing that a user sets does.
+        The setting of that share, for messages; "" if there is none.
 
     Returns
     -------

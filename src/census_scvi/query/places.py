@@ -1,4 +1,4 @@
-"""Where a user's cells lie, and where what is found about them is written."""
+"""Locations of a user's cells and of the results for them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SUFFIXES = (".json", ".png")
 
 
 def query_source(settings: QuerySection) -> Path:
-    """The file with the cells; UserError where none is named or there is none."""
+    """The file with the cells; UserError if none is given or it does not exist."""
     if settings.file is None:
         raise UserError("query.file is not set; give the .h5ad with your cells: query.file=my-cells.h5ad")
     source = Path(settings.file)

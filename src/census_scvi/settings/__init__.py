@@ -1,4 +1,4 @@
-"""The whole config: the sections of all rooms in one, their tables and help."""
+"""The whole config: the sections of all modules, their tables and help."""
 
 from census_scvi.settings.config import Config, load_config
 

@@ -1,4 +1,4 @@
-"""What documents and help say of the settings: name, type, default, meaning; the usual ones first.
+"""Tables of the settings for documents and help: name, type, default, meaning; the usual ones first.
 
 `python -m census_scvi.settings.table docs/settings.md` brings the tables in that file up to date.
 """

@@ -1,1 +1,1 @@
-"""A file for each command: what it runs, and what --dry-run says."""
+"""One file per command: its work, and its --dry-run."""

@@ -51,7 +51,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Build the Census, and print what went into it."""
+    """Build the Census, and print its datasets."""
     if arguments.source and is_setting(arguments.source):
         arguments.settings.insert(0, arguments.source)
         arguments.source = None

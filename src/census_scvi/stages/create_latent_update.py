@@ -59,7 +59,7 @@ def run(task: Task) -> None:
 
 
 def _fitting_description(config: Config, artifacts: Artifacts) -> ModelDescription:
-    """What the model is; UserError where genes or config are not those it was trained with."""
+    """Description of the model; UserError if genes or config differ from those of its training."""
     description = read_description(config.directory / artifacts.model)
     path = config.directory / artifacts.genes
     genes = read_genes(path)
@@ -83,7 +83,7 @@ def _fitting_description(config: Config, artifacts: Artifacts) -> ModelDescripti
 
 
 class _Embedding:
-    """The work of one run: encode what is not encoded yet, then write what is published."""
+    """The work of one run: encode the cells that are not encoded yet, then write the artifacts."""
 
     def __init__(
         self,
@@ -150,7 +150,7 @@ class _Embedding:
         return difference
 
     def finish(self) -> list[str]:
-        """Write what is published into staging; returns its names."""
+        """Write the artifacts to staging; returns their names."""
         names = self._artifacts
         np.save(self._stage.path(names.latent_joinids), self._cells.joinids)
         written = [names.latent, names.latent_joinids, names.latent_hashes]
@@ -183,7 +183,7 @@ class _Embedding:
             yield obs, self._codes[rows], self._store.read(rows)
 
     def counts(self) -> dict[str, Any]:
-        """What the manifest records."""
+        """The entry of the manifest."""
         trained = self._codes < len(self._description.batches)
         return {
             "cells": len(self._cells),

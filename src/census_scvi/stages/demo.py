@@ -49,7 +49,7 @@ def _run(overrides: list[str]) -> None:
 
 
 def _require_done(exit_code: int, where: str) -> None:
-    if exit_code > 128:  # a signal to stop, which the stage has said
+    if exit_code > 128:  # a signal to stop, which the stage has reported
         raise SystemExit(exit_code)
     if exit_code:
         raise UserError(f"the demo stopped {where}")
@@ -84,7 +84,7 @@ def _draw(config: Config, picture: Path) -> None:
 
 
 def artifact_table(config: Config, more: Sequence[Path] = ()) -> str:
-    """Every artifact of a run: path, size, what it holds."""
+    """Every artifact of a run: path, size, content."""
     workspace = Workspace(config.directory)
     names = config.artifacts
     prepared, trained, embedded, _ = ((workspace.whole_record(stage) or {})["counts"] for stage in PIPELINE)

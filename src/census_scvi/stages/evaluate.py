@@ -147,7 +147,7 @@ def evaluate(config: Config, cells: Slice, measured: npt.NDArray[np.int64]) -> E
 
 @dataclass
 class _Measure:
-    """Keeps the scores of a column, or why there are none."""
+    """Collects the scores of a column, or the reason why there are none."""
 
     scores: list[Score]
     problems: list[str]
@@ -185,7 +185,7 @@ def _shown_settings(config: Config) -> dict[str, Any]:
 
 
 def _latents(config: Config) -> dict[str, Any]:
-    """Which embedding it was, of those that lie in a run directory: the identity of latent.npy."""
+    """Identity of each embedding in a run directory: that of latent.npy."""
     found = {}
     for name, place in embeddings_of(config.evaluate, config.directory).items():
         path = local_path(place)

@@ -1,4 +1,4 @@
-"""What a stage reads, as identities: with the settings they say whether its result is there already.
+"""Identities of a stage's inputs: with the settings they decide whether its result already exists.
 
 Imports nothing heavy, since a finished stage is answered at once.
 """
@@ -30,7 +30,7 @@ def inputs_of(stage: Stage, config: Config, census: Census | None = None) -> Inp
     Raises
     ------
     UserError
-        An earlier stage has not run, or a file is missing or not what it wrote.
+        An earlier stage has not run, or a file is missing or was changed.
     """
     if stage.name == "map-query":
         return {"query.file": file_identity(query_source(config.query)), "model": _model(config)}
@@ -49,7 +49,7 @@ def inputs_of(stage: Stage, config: Config, census: Census | None = None) -> Inp
 
 
 def _embedding(place: str, census: Census) -> Any:
-    """Identity of an embedding that a user names; None of one that cannot be read."""
+    """Identity of an embedding that a user gives; None if it cannot be read."""
     from census_scvi.census.embedding import publication_of, published_uri
 
     try:

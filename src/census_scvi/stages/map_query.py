@@ -33,7 +33,7 @@ from census_scvi.stages.protocol import Task
 log = logging.getLogger(__name__)
 
 MAP = "X_umap"
-_COUNTS = "query.counts="  # what says where the raw counts are, for messages
+_COUNTS = "query.counts="  # the setting of the place of the raw counts, for messages
 # For --dry-run, from runs on two cores: memory of the imports, and of a cell of query or reference; time that does not
 # depend on cells; cells/s that are embedded and annotated; the index of a large reference; the map.
 _BASE_MEMORY, _BYTES_A_CELL = 1.0e9, 1500.0
@@ -139,7 +139,7 @@ def _place(atlas: Atlas, mapped: ad.AnnData, config: Config, picture: Path) -> N
 
 
 def _report(mapped: ad.AnnData, labels: list[str]) -> dict[str, Any]:
-    """What became of the genes, and how many cells got which label."""
+    """Report on the genes, and the number of cells per label."""
     return {
         "cells": mapped.n_obs,
         "alignment": mapped.uns["scvi_alignment"],
@@ -155,7 +155,7 @@ def _report(mapped: ad.AnnData, labels: list[str]) -> dict[str, Any]:
 
 
 def _write(source: Path, target: Path, mapped: ad.AnnData) -> None:
-    """The user's file as it is, with what was found."""
+    """The user's file with the results added."""
     shutil.copyfile(source, target)
     with h5py.File(target, "r+") as file:
         write_elem(file, "obs", portable_frame(mapped.obs))

@@ -1,4 +1,4 @@
-"""What a stage would do: the answer to --dry-run."""
+"""The plan of a stage, which --dry-run shows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from census_scvi.files.uri import without_credentials
 
 @dataclass(frozen=True)
 class Plan:
-    """What a stage would read, write and take; sizes in bytes, time in seconds."""
+    """Inputs, outputs and cost of a stage; sizes in bytes, time in seconds."""
 
     stage: str
     reads: list[str]

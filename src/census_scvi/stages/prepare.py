@@ -110,7 +110,7 @@ def _genes(stage: StageRun, census: Census, config: Config, path: Path) -> Selec
 
 
 def _write(census: Census, cells: Cells, genes: list[str], config: Config, path: Path) -> dict[str, Any]:
-    """Stream the cells to the file; returns what was counted."""
+    """Stream the cells to the file; returns the counts."""
     var = read_var(census).set_index("feature_id").loc[genes]
     writer = partial(H5adWriter, var=var, compression=config.anndata.compression)
     store = PreparedStore(path, tile_runs(cells.joinids), config.seed, writer)

@@ -30,7 +30,7 @@ _RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK
 
 @dataclass
 class Task:
-    """What a stage works with.
+    """Inputs and places of a stage's work.
 
     Attributes
     ----------
@@ -41,7 +41,7 @@ class Task:
     run
         Where it writes, whether it resumes; `start` it before anything is written.
     place
-        Where its results lie, which this process holds.
+        The place of its results, which this process has locked.
     census
         The open `Census`, for a stage whose inputs it is among; else None.
     """
@@ -58,7 +58,7 @@ class Task:
         return Path(self.place.directory)
 
     def commit(self, artifacts: list[str], counts: dict[str, Any], **details: Any) -> None:
-        """Put what was written in place, and record the stage as done; see `StageRun.commit`."""
+        """Move the written files to their places, and record the stage as done; see `StageRun.commit`."""
         config = without_credentials(self.config.model_dump(mode="json"))
         self.run.commit(artifacts, counts, config=config, seed=self.config.seed, **details)
 
@@ -100,13 +100,13 @@ def run_stage(name: str, config: Config, *, force: bool = False) -> None:
 
 
 def plan_stage(name: str, config: Config) -> Plan:
-    """What a stage would do; changes nothing."""
+    """The plan of a stage; changes nothing."""
     plan: Plan = _module(STAGES[name]).plan(config)
     return plan
 
 
 def _place(stage: Stage, config: Config) -> tuple[Any, bool]:
-    """Where the results lie, and whether the folder may be new."""
+    """The place of the results, and whether the folder may be new."""
     if stage.name == "map-query":
         return query_results(config.query, config.directory), False
     if stage.name == "evaluate":

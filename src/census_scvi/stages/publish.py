@@ -44,7 +44,7 @@ _CELLS_A_SECOND = 80_000.0
 
 
 def run(task: Task) -> None:
-    """Measure the gates, write `qa.json`, and where none stops it publish; a killed run resumes."""
+    """Measure the gates, write `qa.json`, and publish unless a gate stops it; a killed run resumes."""
     config, artifacts, census = task.config, task.artifacts, task.census
     require_columns(census, [config.gates.label], "gates.label")
     experiment_uri = target.experiment_uri(config.publish, census)
@@ -60,7 +60,7 @@ def run(task: Task) -> None:
 
 
 class _Progress:
-    """What a killed run leaves for the next: the publication, and how many cells of it are written."""
+    """State that a killed run leaves for the next: the publication, and the number of written cells."""
 
     def __init__(self, path: Path, *, resumes: bool) -> None:
         self._path = path
@@ -75,7 +75,7 @@ class _Progress:
 
 
 class _Publishing:
-    """The work of one run: what is published, then putting it in place."""
+    """The work of one run: write the publication, then move it to its place."""
 
     def __init__(self, task: Task, experiment_uri: str, progress: _Progress) -> None:
         self._config, self._workspace, self._stage, self._census = task.config, task.place, task.run, task.census
@@ -191,7 +191,7 @@ class _Publishing:
                 bar.update(stop - start)
 
     def counts(self) -> dict[str, Any]:
-        """What the manifest records."""
+        """The entry of the manifest."""
         return {"cells": len(self._joinids), "n_latent": self.n_latent}
 
 

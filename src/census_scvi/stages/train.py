@@ -214,7 +214,7 @@ def plan(config: Config) -> Plan:
 
 
 def _libraries(config: Config, plan: TrainingPlan, data: PreparedDataModule) -> products.Libraries | None:
-    """Choose, as the training will, what multiplies on the CPU; None where torch alone does."""
+    """Choose the CPU libraries as the training will; None if only torch's is used."""
     if engine_of(plan) != "fast" or config.train.precision != "float32" or _device(config) != "cpu":
         return None
     libraries = faster_libraries(*shape_of(plan.module), data.cells.density)

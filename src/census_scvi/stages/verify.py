@@ -33,7 +33,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Check every link, and print what was found."""
+    """Check every link, and print the findings."""
     published, census = _places(arguments)
     if arguments.dry_run:
         cells = f"and {arguments.sample:,} cells of {census}" if census else "and no Census"

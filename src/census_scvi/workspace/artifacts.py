@@ -29,5 +29,5 @@ class Artifacts:
 
     @property
     def description(self) -> str:
-        """What the model is, in its safe form."""
+        """The model in its safe form."""
         return f"{self.model}/{run_names.DESCRIPTION}"

@@ -1,4 +1,4 @@
-"""Results that lie in a user's folder rather than in a run directory: written whole, recorded in the report with them.
+"""Results in a user's folder instead of a run directory: written completely, and recorded in their report.
 
 They are written into the folder `<name>.partial` next to their places, which holds the lock while the stage runs.
 """
@@ -50,12 +50,12 @@ class Beside:
 
     @contextmanager
     def locked(self, stage: str, *, new: bool = False) -> Iterator[Beside]:
-        """Hold the place of the results; removes what is unfinished at the end."""
+        """Lock the place of the results; removes unfinished files at the end."""
         with partial_folder(self.target, script_of(stage)):
             yield self
 
     def record(self) -> dict[str, Any] | None:
-        """The record of those that are there; None where there is none."""
+        """The record of existing results; None if there is none."""
         try:
             record = read_json(self.report)[RUN]
             return record if isinstance(record["fingerprint"]["inputs"], dict) else None

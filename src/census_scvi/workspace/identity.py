@@ -1,4 +1,4 @@
-"""What makes a file the same file: its size and the SHA-256 of its blocks."""
+"""Identity of a file: its size and the SHA-256 of its blocks."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def identities(root: Path, names: Iterable[str]) -> dict[str, Identity]:
 
 
 def damage(path: Path, expected: Identity, *, contents: bool = True, remember: bool = False) -> str | None:
-    """What is wrong with a file, in words, or None where it is what was recorded.
+    """Damage of a file, in words, or None if it equals the record.
 
     Parameters
     ----------
@@ -98,7 +98,7 @@ def cache_folder() -> Path:
 
 
 def _state(path: Path, expected: Identity) -> list[Any]:
-    """What changes where a file is written to, and what it should be."""
+    """Values that change when a file is written, and its recorded identity."""
     found = path.stat()
     digest = hashlib.sha256(json.dumps(expected["sha256"]).encode()).hexdigest()
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev, digest]

@@ -1,4 +1,4 @@
-"""The form of a manifest: what every record must hold, so that nothing that reads one meets a gap."""
+"""Schema of a manifest: the keys that every record must have."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ _RECORDS: dict[str, type[_Record]] = {
 
 
 def incomplete(record: Any, stage: str | None = None) -> str | None:
-    """What a record lacks, in words; None where it is whole.
+    """The missing parts of a record, in words; None if it is complete.
 
     Parameters
     ----------

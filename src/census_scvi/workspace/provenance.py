@@ -1,4 +1,4 @@
-"""What ran: code, packages, hardware, memory."""
+"""Provenance of a run: code, packages, hardware, memory."""
 
 from __future__ import annotations
 

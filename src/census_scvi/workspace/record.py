@@ -1,4 +1,4 @@
-"""One run of a stage: what it was asked to do, and the record of what it did."""
+"""One run of a stage: its request, and the record of its results."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Fingerprint = dict[str, Any]
 
 
 def fingerprint_of(settings: Mapping[str, Any], inputs: Mapping[str, Any]) -> Fingerprint:
-    """What decides the result of a stage: its settings by dotted key, and the identities of what it reads."""
+    """Request of a stage, which determines its result: settings by dotted key, and identities of its inputs."""
     fingerprint: Fingerprint = without_credentials({"config": dict(settings), "inputs": dict(inputs)})
     return fingerprint
 
 
 def changes(before: Fingerprint, now: Fingerprint, defaults: Mapping[str, Any]) -> str:
-    """Settings and inputs that differ, in words; empty where none does.
+    """Settings and inputs that differ, in words; empty if none differs.
 
     A setting that is newer than the earlier run did then what it does by default; one that is gone no longer counts.
     """
@@ -86,7 +86,7 @@ class RecordedRun:
         seed: int,
         **details: Any,
     ) -> dict[str, Any]:
-        """What ran, with what, and what it wrote."""
+        """Record of a run: code, inputs and outputs."""
         return {
             "stage": self.stage,
             "artifacts": list(artifacts),

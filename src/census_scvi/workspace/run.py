@@ -1,4 +1,4 @@
-"""A stage's way through the run directory: skip when done, refuse when something changed, resume, commit whole.
+"""A stage's way through the run directory: skip when done, refuse if something has changed, resume, commit atomically.
 
 A stage writes into `.partial/<stage>/`. To commit, its record is put into the manifest as `committing`, with the
 identities of its outputs; then each output is renamed into place; then the record becomes `done`. Whoever opens the
@@ -140,7 +140,7 @@ class Workspace:
         return found
 
     def check(self, stage: str, names: Sequence[str]) -> None:
-        """UserError where a file that a finished stage wrote is missing, or is not what it wrote.
+        """UserError if a file of a finished stage is missing or was changed.
 
         For those who read a run without changing it: large files are hashed once, and then remembered by size and
         times; a file that the stage did not write is passed over.
@@ -151,7 +151,7 @@ class Workspace:
                 self._require_sound(stage, name, record["outputs"][name], remember=True)
 
     def require_run(self, way_out: str) -> None:
-        """UserError where nothing was run in the directory; `way_out` says what to do instead."""
+        """UserError if no stage ran in the directory; `way_out` says what to do instead."""
         if not self.directory.is_dir():
             raise UserError(f"run directory {self.directory} does not exist; {way_out}")
         if not (self.directory / MANIFEST).exists():
