@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import pytest
 
-from census_scvi.config.section import Changes, Section, stages_changed
+from census_scvi.config.section import Changes, Section, settings_of, stages_changed
 from census_scvi.config.stages import STAGES
 from census_scvi.settings import Config, load_config
 
@@ -84,3 +86,14 @@ def test_a_new_section_must_say_what_it_changes() -> None:
 
     with pytest.raises(AttributeError, match="changes"):
         Extended().of_stage("train")
+
+
+def test_sections_are_with_their_rooms_and_import_nothing_heavy() -> None:
+    package = ROOT / "src/census_scvi"
+    modules = {f"census_scvi.{path.parent.name}.settings" for path in package.glob("*/settings.py")}
+    owners = {section.__module__ for _, _, section in settings_of(Config)} - {Config.__module__}
+    assert owners == modules - {"census_scvi.local_census.settings"}  # of another file
+    code = f"import sys, {', '.join(sorted(owners))}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy = {"torch", "scvi", "lightning", "tiledbsoma", "numpy", "pandas", "anndata", "h5py", "scanpy"}
+    assert not heavy & set(done.stdout.split())
