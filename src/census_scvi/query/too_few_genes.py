@@ -153,7 +153,7 @@ class Refusal:
         missing = listed(self.best.missing(self.known.genes))
         return (
             f"Missing are {missing}. Were genes removed, for example all but the variable ones? Use the original file,"
-            " before"
+            " with all genes"
         )
 
 
