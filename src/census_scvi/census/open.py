@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import cellxgene_census
 import tiledbsoma
 
 from census_scvi.census.settings import CensusSection
@@ -60,7 +59,7 @@ def open_census(settings: CensusSection) -> Iterator[Census]:
         version = None if settings.uri else settings.version
         # Records outlive the current folder, from which relative paths count.
         uri = settings.uri and tiledb_place(settings.uri, "census.uri")
-        root = cellxgene_census.open_soma(uri=uri, census_version=version, context=soma_context(uri))
+        root = _open(uri, version)
     except (tiledbsoma.DoesNotExistError, tiledbsoma.SOMAError) as error:
         if settings.uri and (reason := refused_by_store(error)):
             raise UserError(
@@ -87,6 +86,16 @@ def open_census(settings: CensusSection) -> Iterator[Census]:
             if is_damage(error):
                 raise cannot_be_read(f"Census {where}", error) from None
             raise
+
+
+def _open(uri: str | None, version: str | None) -> Any:
+    """As `cellxgene_census.open_soma`, whose import takes as long again; only the list of releases needs it."""
+    context = soma_context(uri)
+    if uri is not None:
+        return tiledbsoma.open(uri, mode="r", soma_type=tiledbsoma.Collection, context=context)
+    import cellxgene_census
+
+    return cellxgene_census.open_soma(census_version=version, context=context)
 
 
 # TileDB's messages for a file that is missing or whose bytes have changed.

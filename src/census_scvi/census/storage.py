@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-import cellxgene_census
 import tiledbsoma
 
 from census_scvi.config.messages import suggestion
@@ -66,7 +65,11 @@ def soma_context(uri: str | None) -> Any:
 
 @lru_cache
 def _context(bucket: str | None, given: tuple[tuple[str, str], ...]) -> Any:
-    of_store = _store_settings(bucket, tuple(dict(given))) if bucket else {}
+    if bucket is None:
+        return tiledbsoma.SOMATileDBContext().replace(tiledb_config=_BUFFERS | dict(given))
+    import cellxgene_census  # takes as long to import as tiledbsoma, and adds nothing for a disk
+
+    of_store = _store_settings(bucket, tuple(dict(given)))
     return cellxgene_census.get_default_soma_context(tiledb_config=_BUFFERS | of_store | dict(given))
 
 

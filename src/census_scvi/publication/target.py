@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
 
 import tiledbsoma
 
@@ -13,8 +14,10 @@ from census_scvi.errors import UserError
 from census_scvi.files.lock import directory_lock
 from census_scvi.files.uri import local_path, tiledb_place
 from census_scvi.publication.obsm import check_target
-from census_scvi.publication.sample import Sample
 from census_scvi.publication.settings import PublishSection
+
+if TYPE_CHECKING:
+    from census_scvi.publication.sample import Sample
 
 _IDENTIFYING = ("dataset_id", "observation_joinid", "donor_id", "assay")
 

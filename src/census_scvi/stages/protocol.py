@@ -11,7 +11,7 @@ import os
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from census_scvi.config.stages import STAGES, Stage
 from census_scvi.files.uri import without_credentials
@@ -21,6 +21,10 @@ from census_scvi.settings import Config
 from census_scvi.stages.inputs import inputs_of
 from census_scvi.stages.plan import Plan
 from census_scvi.workspace import Artifacts, Workspace
+from census_scvi.workspace.beside import Beside
+
+if TYPE_CHECKING:
+    from census_scvi.census.open import Census
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +52,8 @@ class Task:
 
     config: Config
     artifacts: Artifacts
-    run: Any
-    place: Any
+    run: Any  # StageRun, or BesideRun of map-query
+    place: Any  # Workspace, or Beside of map-query
     census: Any
 
     @property
@@ -105,7 +109,7 @@ def plan_stage(name: str, config: Config) -> Plan:
     return plan
 
 
-def _place(stage: Stage, config: Config) -> tuple[Any, bool]:
+def _place(stage: Stage, config: Config) -> tuple[Workspace | Beside, bool]:
     """The place of the results, and whether the folder may be new."""
     if stage.name == "map-query":
         return query_results(config.query, config.directory), False
@@ -114,7 +118,7 @@ def _place(stage: Stage, config: Config) -> tuple[Any, bool]:
     return Workspace(config.directory), not stage.reads
 
 
-def _open_census(stage: Stage, config: Config, stack: ExitStack) -> Any:
+def _open_census(stage: Stage, config: Config, stack: ExitStack) -> Census | None:
     if not stage.reads_census:
         return None
     from census_scvi.census.open import open_census
@@ -122,8 +126,8 @@ def _open_census(stage: Stage, config: Config, stack: ExitStack) -> Any:
     return stack.enter_context(open_census(config.census))
 
 
-def _require_published(config: Config, workspace: Workspace, census: Any) -> None:
-    """UserError if the publication of a finished run no longer exists."""
+def _require_published(config: Config, workspace: Any, census: Any) -> None:
+    """UserError where what a finished run published is there no longer."""
     from census_scvi.publication import target
 
     publication = str((workspace.whole_record("publish") or {}).get("publication"))
