@@ -43,6 +43,8 @@ OWNED = frozenset(
     }
 )  # fmt: skip
 _PART = re.compile(re.escape(PART).replace(r"\{:05d\}", r"\d{5,}"))
+# What `files.parts` puts into the names of a part's own files.
+_OF_PART = re.compile(r"-\d{5,}-of-\d{5,}")
 # With an ending of 55 bytes still within what file systems hold.
 _MOST_BYTES = 200
 
@@ -55,7 +57,7 @@ def same_name(name: str) -> str:
 def is_owned(name: str) -> bool:
     """Whether the run directory has its own file or folder of that name."""
     folded = same_name(name)
-    return folded in OWNED or _PART.fullmatch(folded) is not None or _is_temporary(folded)
+    return _OF_PART.sub("", folded) in OWNED or _PART.fullmatch(folded) is not None or _is_temporary(folded)
 
 
 def _is_temporary(folded: str) -> bool:

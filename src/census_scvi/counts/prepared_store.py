@@ -1,4 +1,8 @@
-"""The prepared cells on disk, shuffled, written part by part; a killed run continues at the first missing part."""
+"""The prepared cells on disk, shuffled, written portion by portion; a killed run continues at the first missing one.
+
+Any process may write a part of the portions; each portion is a file of its own, and its presence the record that it is
+done. They are the same whoever writes them, so that the joined file is.
+"""
 
 from __future__ import annotations
 
@@ -16,21 +20,23 @@ from census_scvi.config.run_names import PART
 from census_scvi.counts.file_order import Pool, Run, pools
 from census_scvi.counts.reader import PreparedCells
 from census_scvi.counts.writer import H5adWriter
+from census_scvi.errors import UserError
 from census_scvi.files.atomic import sync
+from census_scvi.files.parts import WHOLE, Part
 
-# A kill costs at most about 200,000 cells, or a minute of work.
+# Pools per portion: a kill costs at most about 200,000 cells, or a minute of work.
 PART_POOLS = 12
-# Cells copied at a time while parts are joined.
+# Cells copied at a time while portions are joined.
 _SLICE = 2**14
 
 
 class PreparedStore:
-    """A standard .h5ad of all cells, put together from parts that are .h5ad files themselves.
+    """A standard .h5ad of all cells, put together from portions that are .h5ad files themselves.
 
     Parameters
     ----------
     target
-        The finished file; until then its parts are in the same folder.
+        The finished file; until then its portions are in the same folder.
     runs
         Runs of cells that are read together: first, and after the last.
     seed
@@ -43,14 +49,18 @@ class PreparedStore:
         self._target, self._writer = target, writer
         every = list(pools(runs, seed))
         groups = [every[first : first + PART_POOLS] for first in range(0, len(every), PART_POOLS)]
-        self._parts = {target.with_name(PART.format(number)): group for number, group in enumerate(groups)}
+        self._portions = {target.with_name(PART.format(number)): group for number, group in enumerate(groups)}
 
-    def missing(self) -> list[Pool]:
-        """The parts that are not on disk yet, in the order in which `fill` expects them."""
-        return [pool for group in self._missing().values() for pool in group]
+    def n_cells(self, part: Part = WHOLE) -> int:
+        """Cells of a part."""
+        return sum(len(pool) for group in part.take(list(self._portions.values())) for pool in group)
 
-    def fill(self, counts: Iterator[sp.csr_matrix], obs: Iterator[pd.DataFrame]) -> Iterator[int]:
-        """Write the missing parts; yields the number of cells of each pool that is written.
+    def missing(self, part: Part = WHOLE) -> list[Pool]:
+        """The pools of a part that are not on disk yet, in the order in which `fill` expects them."""
+        return [pool for group in self._missing(part).values() for pool in group]
+
+    def fill(self, counts: Iterator[sp.csr_matrix], obs: Iterator[pd.DataFrame], part: Part = WHOLE) -> Iterator[int]:
+        """Write the missing portions of a part; yields the number of cells of each pool that is written.
 
         Parameters
         ----------
@@ -58,8 +68,10 @@ class PreparedStore:
             Counts of each run of each missing pool, in order.
         obs
             obs of the cells of each missing pool, in order.
+        part
+            The part; no two processes may fill the same one at a time.
         """
-        for path, group in self._missing().items():
+        for path, group in self._missing(part).items():
             with self._whole(path) as writer:
                 for pool in group:
                     order = pool.order()
@@ -68,21 +80,26 @@ class PreparedStore:
                     yield len(order)
 
     def join(self) -> None:
-        """Make the file of its parts, which must all be there."""
+        """Make the file of its portions; UserError where one is missing."""
         if self._target.exists():
             return
-        if len(self._parts) == 1:
-            next(iter(self._parts)).rename(self._target)
+        if missing := self._missing(WHOLE):
+            raise UserError(
+                f"{len(missing):,} of {len(self._portions):,} portions of {self._target.name} are missing in"
+                f" {self._target.parent}; finish their parts before they are joined"
+            )
+        if len(self._portions) == 1:
+            next(iter(self._portions)).rename(self._target)
             return
         with self._whole(self._target) as writer:
-            for path in self._parts:
+            for path in self._portions:
                 for obs, counts in _slices(path):
                     writer.append(obs, counts=counts)
 
-    def _missing(self) -> dict[Path, list[Pool]]:
+    def _missing(self, part: Part) -> dict[Path, list[Pool]]:
         if self._target.exists():
             return {}
-        return {path: group for path, group in self._parts.items() if not path.exists()}
+        return {path: group for path, group in part.take(list(self._portions.items())) if not path.exists()}
 
     @contextmanager
     def _whole(self, path: Path) -> Iterator[H5adWriter]:

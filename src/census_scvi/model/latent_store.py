@@ -1,8 +1,13 @@
-"""The posterior of all cells on disk, filled block by block; a killed run continues at the first missing block."""
+"""The posterior of all cells on disk, filled block by block; a killed run continues at the first missing block.
+
+Any process may fill a part of it, which has files and a progress record of its own; `join_latent` makes the store of
+all cells of them. Filled by one process, it is a store of one part: there is nothing to join.
+"""
 
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +16,12 @@ import numpy.typing as npt
 
 from census_scvi.config.run_names import PROGRESS
 from census_scvi.errors import UserError
-from census_scvi.files.atomic import sync, write_json
+from census_scvi.files.atomic import remove, sync, write_json
 from census_scvi.files.json_file import read_json
+from census_scvi.files.parts import WHOLE, Part, parts
 from census_scvi.model.encode import Latent
+
+_COPIED_BYTES = 16 * 2**20
 
 
 class LatentStore:
@@ -25,36 +33,43 @@ class LatentStore:
         Where they lie.
     n_cells, n_latent
         Their shape.
+    part
+        The part of all cells that these are.
     """
 
-    def __init__(self, folder: Path, n_cells: int, n_latent: int) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, n_cells: int, n_latent: int, part: Part = WHOLE) -> None:
+        self._folder, self._part = folder, part
         self._files = {
             "latent": ("<f4", (n_cells, n_latent)),
             "variance": ("<f4", (n_cells, n_latent)),
             "library_size": ("<f4", (n_cells,)),
             "latent-hash": ("<u8", (n_cells,)),
         }
-        self.cells_done = self._progress(folder / PROGRESS, n_cells)
+        self.n_cells = n_cells
+        self.cells_done = self._progress()
         if not self.cells_done:
             for name in self._files:
                 self._create(name)
 
-    @staticmethod
-    def _progress(path: Path, n_cells: int) -> int:
+    def _progress(self) -> int:
+        path = self._record
         if not path.exists():
             return 0
         try:
             done = int(read_json(path)["cells"])
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise UserError(f"{path} is damaged ({error}); --force embeds all cells again") from None
-        if not 0 <= done <= n_cells:
-            raise UserError(f"{path} records {done:,} of {n_cells:,} cells; --force embeds all cells again")
+        if not 0 <= done <= self.n_cells:
+            raise UserError(f"{path} records {done:,} of {self.n_cells:,} cells; --force embeds all cells again")
         return done
+
+    @property
+    def _record(self) -> Path:
+        return self._folder / self._part.name(PROGRESS)
 
     def path(self, name: str) -> Path:
         """Path of one of the files."""
-        return self._folder / f"{name}.npy"
+        return self._folder / self._part.name(f"{name}.npy")
 
     def append(self, latent: Latent, hashes: npt.NDArray[np.uint64]) -> None:
         """Write the next cells and the hashes of their counts; they count as done only when they are on the disk."""
@@ -72,7 +87,7 @@ class LatentStore:
                 file.flush()
                 os.fsync(file.fileno())
         self.cells_done += len(latent.mean)
-        write_json(self._folder / PROGRESS, {"cells": self.cells_done})
+        write_json(self._record, {"cells": self.cells_done})
 
     def read(self, rows: slice | np.ndarray) -> Latent:
         """Posterior of some cells."""
@@ -80,6 +95,25 @@ class LatentStore:
             np.array(np.load(self.path(name), mmap_mode="r")[rows]) for name in ("latent", "variance", "library_size")
         )
         return Latent(mean, variance, library_size)
+
+    def fill_from(self, others: list[LatentStore]) -> None:
+        """Copy the cells of other stores, one after another, which have all of this one's."""
+        for name in self._files:
+            with self.path(name).open("r+b") as file:
+                file.seek(self._offset(name))
+                for other in others:
+                    with other.path(name).open("rb") as source:
+                        source.seek(other._offset(name))
+                        shutil.copyfileobj(source, file, _COPIED_BYTES)
+                file.flush()
+                os.fsync(file.fileno())
+        self.cells_done = self.n_cells
+        write_json(self._record, {"cells": self.cells_done})
+
+    def remove(self) -> None:
+        """Delete the files, the record of what is done first."""
+        for path in (self._record, *map(self.path, self._files)):
+            remove(path)
 
     def _create(self, name: str) -> None:
         kind, shape = self._files[name]
@@ -95,3 +129,37 @@ class LatentStore:
     def _size(self, name: str) -> int:
         kind, shape = self._files[name]
         return np.dtype(kind).itemsize * int(np.prod(shape))
+
+
+def join_latent(folder: Path, sizes: list[int], n_latent: int) -> LatentStore:
+    """The store of all cells, made of its parts; may be repeated after a kill at any point.
+
+    Parameters
+    ----------
+    folder
+        Where they lie.
+    sizes
+        Cells of each part.
+    n_latent
+        Dimensions.
+
+    Raises
+    ------
+    UserError
+        A part is not done.
+    """
+    whole = LatentStore(folder, sum(sizes), n_latent)
+    if len(sizes) == 1:
+        return whole
+    stores = [LatentStore(folder, size, n_latent, part) for part, size in zip(parts(len(sizes)), sizes, strict=True)]
+    if whole.cells_done < whole.n_cells:
+        for part, store in zip(parts(len(sizes)), stores, strict=True):
+            if store.cells_done < store.n_cells:
+                raise UserError(
+                    f"{part} in {folder} has {store.cells_done:,} of {store.n_cells:,} cells; finish it before the"
+                    " parts are joined"
+                )
+        whole.fill_from(stores)
+    for store in stores:
+        store.remove()
+    return whole

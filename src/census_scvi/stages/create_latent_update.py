@@ -21,8 +21,9 @@ from census_scvi.config.random_streams import Stream, draw, generator
 from census_scvi.config.stages import STAGES
 from census_scvi.counts.row_hash import row_hashes
 from census_scvi.errors import UserError
+from census_scvi.files.parts import WHOLE, Part, parts
 from census_scvi.model.encode import Encoder, Latent, extend_batches, labels_with, reference_latent
-from census_scvi.model.latent_store import LatentStore
+from census_scvi.model.latent_store import LatentStore, join_latent
 from census_scvi.model.minified import save_minified
 from census_scvi.model.safe import ModelDescription, load_safe, read_description
 from census_scvi.settings import Config
@@ -100,12 +101,13 @@ class _Embedding:
         self._labels = labels_with(self._description.batches, cells.batches)
         self._codes = _codes_in(self._labels, cells)
         self.n_latent = int(self._trained.module.n_latent)
-        self._store = LatentStore(stage.staging, len(cells), self.n_latent)
         self._difference: float | None = None
 
-    def embed(self) -> None:
-        """Encode the cells that an earlier run has not."""
-        done, total = self._store.cells_done, len(self._cells)
+    def embed(self, part: Part = WHOLE) -> None:
+        """Encode the cells of a part that an earlier run has not; any process may, as long as each has another part."""
+        every = _blocks(self._cells, self._config.latent.block_size, part)
+        store = LatentStore(self._stage.staging, _size(every), self.n_latent, part)
+        done, total = store.cells_done, store.n_cells
         if done:
             log.info("%s of %s cells were embedded before", f"{done:,}", f"{total:,}")
         if done == total:
@@ -117,7 +119,7 @@ class _Embedding:
             self._census,
             self._cells.joinids,
             self._gene_joinids,
-            blocks=[block for block in _blocks(self._cells, self._config.latent.block_size) if block[0] >= done],
+            blocks=[block for block in every if block[0] - every[0][0] >= done],
         )
         with progress_bar(total, "embed", done=done) as bar:
             for block in blocks:
@@ -125,7 +127,7 @@ class _Embedding:
                 latent = encode(block.counts, self._codes[rows])
                 if self._difference is None:
                     self._difference = self._prove(block, latent)
-                self._store.append(latent, row_hashes(block.counts))
+                store.append(latent, row_hashes(block.counts))
                 bar.update(len(latent.mean))
 
     def _prove(self, block: Block, latent: Latent) -> float:
@@ -149,15 +151,17 @@ class _Embedding:
         log.info("equal to scvi-tools' load_query_data on %d cells (largest difference %.1e)", len(rows), difference)
         return difference
 
-    def finish(self) -> list[str]:
-        """Write the artifacts to staging; returns their names."""
+    def finish(self, n_parts: int = 1) -> list[str]:
+        """Join the parts and write the artifacts to staging; returns their names."""
         names = self._artifacts
+        sizes = [_size(_blocks(self._cells, self._config.latent.block_size, part)) for part in parts(n_parts)]
+        store = join_latent(self._stage.staging, sizes, self.n_latent)
         np.save(self._stage.path(names.latent_joinids), self._cells.joinids)
         written = [names.latent, names.latent_joinids, names.latent_hashes]
         if (chosen := self._minified_cells()) is not None:
             folder = self._stage.path(names.minified)
             uns = {"trained_batches": np.array(self._description.batches, dtype=object)}
-            save_minified(self._extended(), self._description.genes, self._minified_blocks(chosen), folder, uns)
+            save_minified(self._extended(), self._description.genes, self._minified_blocks(chosen, store), folder, uns)
             written.append(names.minified)
         return written
 
@@ -174,13 +178,13 @@ class _Embedding:
         return draw(total, size, generator(self._config.seed, Stream.MINIFIED_CELLS))
 
     def _minified_blocks(
-        self, chosen: npt.NDArray[np.int64]
+        self, chosen: npt.NDArray[np.int64], store: LatentStore
     ) -> Iterator[tuple[pd.DataFrame, npt.NDArray[np.int32], Latent]]:
         size = self._config.latent.block_size
         groups = (chosen[start : start + size] for start in range(0, len(chosen), size))
         for rows, obs in stream_obs(self._census, self._cells.joinids, groups):
             obs.index = pd.Index(rows.astype(str))
-            yield obs, self._codes[rows], self._store.read(rows)
+            yield obs, self._codes[rows], store.read(rows)
 
     def counts(self) -> dict[str, Any]:
         """The entry of the manifest."""
@@ -196,9 +200,17 @@ class _Embedding:
         }
 
 
-def _blocks(cells: Cells, block_size: int) -> list[tuple[int, int]]:
-    """Positions (first, after the last) of blocks of up to `block_size` cells; where it allows, whole rows of tiles."""
-    return [block for run in tile_runs(cells.joinids, block_size) for block in consecutive(*run, block_size)]
+def _blocks(cells: Cells, block_size: int, part: Part = WHOLE) -> list[tuple[int, int]]:
+    """Positions (first, after the last) of blocks of up to `block_size` cells; where it allows, whole rows of tiles.
+
+    The blocks of all parts are those of the whole, and no two parts have cells in the same rows of tiles.
+    """
+    runs = part.take(tile_runs(cells.joinids, block_size))
+    return [block for run in runs for block in consecutive(*run, block_size)]
+
+
+def _size(blocks: list[tuple[int, int]]) -> int:
+    return sum(last - first for first, last in blocks)
 
 
 def _codes_in(labels: list[str], cells: Cells) -> npt.NDArray[np.int32]:

@@ -23,6 +23,7 @@ from census_scvi.counts.file_order import POOL_RUNS
 from census_scvi.counts.prepared_store import PART_POOLS, PreparedStore, count_nonzeros
 from census_scvi.counts.writer import H5adWriter
 from census_scvi.files.atomic import write_json
+from census_scvi.files.parts import WHOLE, Part
 from census_scvi.settings import Config
 from census_scvi.stages.plan import Plan, human_bytes
 from census_scvi.stages.protocol import Task
@@ -111,22 +112,7 @@ def _genes(stage: StageRun, census: Census, config: Config, path: Path) -> Selec
 
 def _write(census: Census, cells: Cells, genes: list[str], config: Config, path: Path) -> dict[str, Any]:
     """Stream the cells to the file; returns the counts."""
-    var = read_var(census).set_index("feature_id").loc[genes]
-    writer = partial(H5adWriter, var=var, compression=config.anndata.compression)
-    store = PreparedStore(path, tile_runs(cells.joinids), config.seed, writer)
-    missing = store.missing()
-    done = len(cells) - sum(map(len, missing))
-    if done:
-        log.info("%s of %s cells were written before", f"{done:,}", f"{len(cells):,}")
-    runs = [run for pool in missing for run in pool.runs]
-    blocks = stream_blocks(census, cells.joinids, var["soma_joinid"].to_numpy(), blocks=runs)
-    pools = (pool.cells() for pool in missing)
-    frames = stream_obs(census, cells.joinids, pools, config.anndata.obs_columns)
-    counts = (block.counts for block in blocks)
-    obs = (_with_batch(frame, places, cells) for places, frame in frames)
-    with progress_bar(len(cells), "prepare", done=done) as bar:
-        for written in store.fill(counts, obs):
-            bar.update(written)
+    store = _fill(census, cells, genes, config, path)
     store.join()
     nonzeros, empty = count_nonzeros(path)
     if empty:
@@ -141,6 +127,29 @@ def _write(census: Census, cells: Cells, genes: list[str], config: Config, path:
         "nonzeros": nonzeros,
         "cells_without_counts": empty,
     }
+
+
+def _fill(
+    census: Census, cells: Cells, genes: list[str], config: Config, path: Path, part: Part = WHOLE
+) -> PreparedStore:
+    """Write a part of the cells; any process may, as long as each has another part."""
+    var = read_var(census).set_index("feature_id").loc[genes]
+    writer = partial(H5adWriter, var=var, compression=config.anndata.compression)
+    store = PreparedStore(path, tile_runs(cells.joinids), config.seed, writer)
+    missing, total = store.missing(part), store.n_cells(part)
+    done = total - sum(map(len, missing))
+    if done:
+        log.info("%s of %s cells were written before", f"{done:,}", f"{total:,}")
+    runs = [run for pool in missing for run in pool.runs]
+    blocks = stream_blocks(census, cells.joinids, var["soma_joinid"].to_numpy(), blocks=runs)
+    pools = (pool.cells() for pool in missing)
+    frames = stream_obs(census, cells.joinids, pools, config.anndata.obs_columns)
+    counts = (block.counts for block in blocks)
+    obs = (_with_batch(frame, places, cells) for places, frame in frames)
+    with progress_bar(total, "prepare", done=done) as bar:
+        for written in store.fill(counts, obs, part):
+            bar.update(written)
+    return store
 
 
 def _with_batch(obs: pd.DataFrame, places: npt.NDArray[np.int64], cells: Cells) -> pd.DataFrame:

@@ -23,6 +23,7 @@ from census_scvi.errors import UserError
 from census_scvi.files.atomic import remove, sync, sync_tree, write_json
 from census_scvi.files.json_file import read_json
 from census_scvi.files.lock import directory_lock
+from census_scvi.files.parts import begun
 from census_scvi.files.uri import leaves_folder
 from census_scvi.workspace.identity import Identity, damage, identities
 from census_scvi.workspace.manifest import incomplete
@@ -180,7 +181,8 @@ class Workspace:
         force
             Start again even if the stage is done.
         progress
-            File in staging whose presence means that there is work to resume; None for a stage that starts over.
+            File in staging whose presence, or that of a part's own, means that there is work to resume; None for a
+            stage that starts over.
         defaults
             Defaults of the settings, for those that are newer than a finished run.
 
@@ -194,7 +196,7 @@ class Workspace:
         record, digest_now = self.record(stage), digest(fingerprint)
         if force:
             return run
-        unfinished = run.staged_fingerprint if progress and run.path(progress).exists() else None
+        unfinished = run.staged_fingerprint if progress and begun(run.path(progress)) else None
         if unfinished is not None and not changes(unfinished, fingerprint, defaults or {}):
             run.resumed = True
         elif record is not None and self.manifest().get("redoing", {}).get(stage) != digest_now:
