@@ -13,15 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from census_scvi.config.run_names import FIRST_PROCESS, STAGING
 from census_scvi.config.stages import STAGES, Stage
+from census_scvi.errors import UserError
 from census_scvi.files.uri import without_credentials
 from census_scvi.query.places import query_results
 from census_scvi.report.named import evaluation_setting
 from census_scvi.settings import Config
 from census_scvi.stages.inputs import inputs_of
 from census_scvi.stages.plan import Plan
-from census_scvi.workspace import Artifacts, Workspace
+from census_scvi.workspace import Artifacts, StageRun, Workspace
 from census_scvi.workspace.beside import Beside
+from census_scvi.workspace.first_process import FirstProcess
+from census_scvi.workspace.record import Fingerprint, changes, fingerprint_of
 
 if TYPE_CHECKING:
     from census_scvi.census.open import Census
@@ -30,6 +34,8 @@ log = logging.getLogger(__name__)
 
 # As Lightning reads them: the number of this process among those that train together.
 _RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+# And how many there are.
+_SIZES = ("WORLD_SIZE", "SLURM_NTASKS", "JSM_NAMESPACE_SIZE")
 
 
 @dataclass
@@ -48,6 +54,8 @@ class Task:
         The place of its results, which this process has locked.
     census
         The open `Census`, for a stage whose inputs it is among; else None.
+    first
+        Where several processes do the work, what this one, the first, tells the others.
     """
 
     config: Config
@@ -55,11 +63,18 @@ class Task:
     run: Any  # StageRun, or BesideRun of map-query
     place: Any  # Workspace, or Beside of map-query
     census: Any
+    first: FirstProcess | None = None
 
     @property
     def directory(self) -> Path:
         """The folder of its results."""
         return Path(self.place.directory)
+
+    def start(self) -> None:
+        """Begin to write, see `StageRun.start`; other processes may then join."""
+        self.run.start()
+        if self.first is not None:
+            self.first.open()
 
     def commit(self, artifacts: list[str], counts: dict[str, Any], **details: Any) -> None:
         """Move the written files to their places, and record the stage as done; see `StageRun.commit`."""
@@ -77,11 +92,15 @@ def run_stage(name: str, config: Config, *, force: bool = False) -> None:
     """
     stage = STAGES[name]
     if stage.several_processes and is_follower():
-        _module(stage).follow(config)
+        _follow(stage, config, force=force)
         return
     place, new = _place(stage, config)
     with ExitStack() as stack:
         stack.enter_context(place.locked(name, new=new))
+        first = None
+        if stage.several_processes and _is_one_of_several(config) and config.directory.exists():
+            first = _first_process(config)
+            stack.enter_context(first.leading())
         census = _open_census(stage, config, stack)
         run = place.begin(
             name,
@@ -97,7 +116,7 @@ def run_stage(name: str, config: Config, *, force: bool = False) -> None:
             log.info("%s is done for these settings in %s; --force runs it again", name, place)
             return
         try:
-            _module(stage).run(Task(config, config.artifacts, run, place, census))
+            _module(stage).run(Task(config, config.artifacts, run, place, census, first))
         finally:
             if stage.progress is None:
                 run.discard()
@@ -140,4 +159,51 @@ def _module(stage: Stage) -> Any:
 
 def is_follower() -> bool:
     """Whether this process is one of several of a training and not the first, which keeps the run directory."""
-    return any(os.environ.get(name, "0").isdecimal() and int(os.environ.get(name, "0")) > 0 for name in _RANKS)
+    return any(_number(name) > 0 for name in _RANKS)
+
+
+def _is_one_of_several(config: Config) -> bool:
+    """Whether other processes train, too: by the settings, or by the launcher that started this one."""
+    n_nodes = (config.train.trainer or {}).get("num_nodes", 1)
+    return config.train.multi_gpu or n_nodes > 1 or any(_number(name) > 1 for name in _SIZES)
+
+
+def _number(variable: str) -> int:
+    value = os.environ.get(variable, "")
+    return int(value) if value.isdecimal() else 0
+
+
+def _first_process(config: Config) -> FirstProcess:
+    return FirstProcess(config.directory / STAGING / FIRST_PROCESS)
+
+
+def _follow(stage: Stage, config: Config, *, force: bool) -> None:
+    """Do a stage's work as one of several processes, once the first has opened it; nothing where it is done."""
+    run = StageRun(stage=stage.name, fingerprint={}, workspace=Workspace(config.directory))
+    if any(run.workspace.record(earlier) is None for earlier in stage.reads):
+        inputs_of(stage, config)  # says what is missing
+    if (_is_done(run, config) and not force) or not _first_process(config).wait():
+        log.info("%s is done for these settings in %s", stage.name, config.directory)
+        return
+    if words := _other_settings(run.staged_fingerprint or {"config": {}, "inputs": {}}, stage.name, config):
+        raise UserError(
+            f"the first process of this training has other settings than this one: {words}; start all processes with"
+            " the same config"
+        )
+    _module(stage).follow(config, run)
+
+
+def _is_done(run: StageRun, config: Config) -> bool:
+    record = run.workspace.record(run.stage)
+    redoing = run.workspace.manifest().get("redoing", {})
+    return (
+        record is not None
+        and run.stage not in redoing
+        and not _other_settings(record["fingerprint"], run.stage, config)
+    )
+
+
+def _other_settings(fingerprint: Fingerprint, name: str, config: Config) -> str:
+    """Settings of this process that differ from those of a fingerprint, in words."""
+    own = fingerprint_of(config.of_stage(name), fingerprint["inputs"])
+    return changes(fingerprint, own, Config().of_stage(name))

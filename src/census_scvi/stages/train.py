@@ -36,6 +36,7 @@ from census_scvi.training.fit import (
     engine_of,
     fit,
     make_plan,
+    n_nodes,
     n_processes,
     slow_precision,
 )
@@ -60,7 +61,7 @@ def run(task: Task) -> None:
     slow = slow_precision(config.train, data.cells.n_genes, config.model.n_hidden)
     if slow and not stage.resumed:
         raise UserError(slow)
-    stage.start()
+    task.start()
     model = _build(config, data)
     if stage.resumed:
         log.info("resuming from the last checkpoint")
@@ -85,11 +86,10 @@ def run(task: Task) -> None:
     log.info("wrote %s after %d epochs: %s", task.directory / artifacts.model, counts["epochs"], losses)
 
 
-def follow(config: Config) -> None:
+def follow(config: Config, stage: StageRun) -> None:
     """Train as one of several processes that is not the first: that one keeps the run directory."""
     data = _data(config)
     model = _build(config, data)
-    stage = StageRun(stage="train", fingerprint={}, workspace=Workspace(config.directory))
     _fit(config, model, data, stage.staging, digest(stage.staged_fingerprint))
 
 
@@ -192,6 +192,7 @@ def plan(config: Config) -> Plan:
     engine = engine_of(training)
     entries = config.train.batch_size * data.cells.n_genes
     processes = n_processes(config.train)
+    nodes = f" on each of {n_nodes(config.train)} nodes" if n_nodes(config.train) > 1 else ""
     validation = 0.4 * data.n_val  # forward only
     return Plan(
         "train",
@@ -205,7 +206,7 @@ def plan(config: Config) -> Plan:
         notes=[
             f"{data.n_train:,} cells train, {data.n_val:,} validate, {len(data.cells.batches):,} batches",
             f"{parameters:,} parameters",
-            f"devices: {devices['devices']} ({devices['accelerator']}), steps by train.engine {engine}",
+            f"devices: {devices['devices']} ({devices['accelerator']}){nodes}, steps by train.engine {engine}",
             f"while it trains, a checkpoint of {human_bytes(12.0 * parameters)}",
             *(f"warning: {problem}" for problem in _problems(config, data)),
             *([f"float32 matrix products: {libraries}"] if libraries else []),

@@ -55,6 +55,10 @@ def choose_devices(settings: TrainSection) -> dict[str, Any]:
             "train.devices is %s, which is used only with train.multi_gpu: true; training on one device",
             settings.devices,
         )
+    if (nodes := n_nodes(settings)) > 1:
+        log.info(
+            "%d processes on %d nodes train together: start the command on each node", n_processes(settings), nodes
+        )
     return _devices(settings)
 
 
@@ -71,13 +75,15 @@ def _devices(settings: TrainSection) -> dict[str, Any]:
             " or run ./scvi-init.sh --check-gpu"
         )
     if not settings.multi_gpu:
-        return {"accelerator": settings.accelerator, "devices": 1, "strategy": "auto"}
+        strategy = "ddp" if n_nodes(settings) > 1 else "auto"
+        return {"accelerator": settings.accelerator, "devices": 1, "strategy": strategy}
     asked = settings.devices if isinstance(settings.devices, list) else None
     number = settings.devices if isinstance(settings.devices, int) and settings.devices > 0 else max(gpus, 1)
     number = len(asked) if asked else number
     if settings.accelerator != "cpu" and (number > gpus or max(asked or [0]) >= max(gpus, 1)):
         raise UserError(
-            f"train.multi_gpu asks for devices {settings.devices}, but torch finds {gpus} GPU(s);"
+            f"train.multi_gpu asks for devices {settings.devices}{' on each node' * (n_nodes(settings) > 1)}, but torch"
+            f" finds {gpus} GPU(s){' on this one' * (n_nodes(settings) > 1)};"
             " lower train.devices, or set train.accelerator to cpu to train in several CPU processes"
         )
     if settings.accelerator == "cpu":
@@ -176,10 +182,15 @@ def check_arguments(settings: TrainSection, plan_arguments: dict[str, Any], data
     )
 
 
+def n_nodes(settings: TrainSection) -> int:
+    """On how many machines processes train together, `train.trainer`'s `num_nodes`."""
+    return int((settings.trainer or {}).get("num_nodes", 1))
+
+
 def n_processes(settings: TrainSection) -> int:
-    """How many processes train together on this machine."""
+    """How many processes train together, on all nodes."""
     devices = _devices(settings)["devices"]
-    return len(devices) if isinstance(devices, list) else int(devices)
+    return n_nodes(settings) * (len(devices) if isinstance(devices, list) else int(devices))
 
 
 def engine_of(plan: TrainingPlan) -> str:
