@@ -27,6 +27,8 @@ from waits import Waits
 
 from census_scvi.cli import main
 from census_scvi.counts.data_module import PreparedDataModule
+from census_scvi.counts.minibatch import DenseMinibatches, Minibatch
+from census_scvi.counts.reader import Rows
 from census_scvi.errors import UserError
 from census_scvi.model.build import build_model, init_arguments
 from census_scvi.model.safe import load_safe
@@ -755,6 +757,27 @@ def test_a_second_training_runs_in_training_mode(finished_run: Run, tmp_path: Pa
     moved = model.module.state_dict()
     name = next(name for name in moved if name.endswith("running_mean"))
     assert not torch.equal(before[name], moved[name])  # BatchNorm is not frozen
+
+
+def test_training_gives_its_minibatches_back(
+    finished_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places, make = [], DenseMinibatches.make
+
+    def noted(self: DenseMinibatches, parts: list[Rows]) -> Minibatch:
+        minibatch = make(self, parts)
+        places.append(minibatch["X"].data_ptr())
+        return minibatch
+
+    monkeypatch.setattr(DenseMinibatches, "make", noted)
+    config = load_config(finished_run.config, ["train.max_epochs=3", "train.engine=scvi-tools"])
+    path = finished_run.path("anndata_model.h5ad")
+    data = PreparedDataModule(path, batch_size=128, train_size=0.9, seed=0, workers=1)
+    model, _ = load_safe(finished_run.path("scvi.model"))
+    fit.fit(model, data, config.train, {}, seed=0, checkpoint=tmp_path / "ckpt", tensorboard=tmp_path / "logs")
+    a_pass = len(data.train_dataloader()) + len(data.val_dataloader())
+    assert len(places) >= 3 * a_pass > 20
+    assert len(set(places)) <= 4  # of 128 cells, and the last of training and of validation
 
 
 # --- TensorBoard

@@ -233,9 +233,12 @@ def _seconds_per_cell(config: Config, plan: TrainingPlan, data: PreparedDataModu
         optimiser = plan.get_optimizer_creator()(filter(lambda parameter: parameter.requires_grad, module.parameters()))
         for minibatch in itertools.islice(minibatches, 2):  # warms up, and fills the first window
             _step(plan, optimiser, minibatch, device)
+            data.give_back(minibatch)
         started, cells = time.monotonic(), 0
         while (elapsed := time.monotonic() - started) < _SAMPLE_SECONDS:
-            cells += _step(plan, optimiser, next(minibatches), device)
+            minibatch = next(minibatches)
+            cells += _step(plan, optimiser, minibatch, device)
+            data.give_back(minibatch)
     return elapsed / cells
 
 
