@@ -35,7 +35,7 @@ def changes(before: Fingerprint, now: Fingerprint, defaults: Mapping[str, Any]) 
     }
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
-            words.append(f"{key} was {json.dumps(old.get(key))} and is now {json.dumps(new.get(key))}")
+            words.append(f"{key} was {json.dumps(old.get(key))} and is {json.dumps(new.get(key))}")
     read, reads = before["inputs"], now["inputs"]
     for name in sorted(read.keys() | reads.keys()):
         if read.get(name) != reads.get(name):

@@ -230,7 +230,7 @@ class Workspace:
     ) -> None:
         if words := changes(before, now, defaults):
             raise UserError(
-                f"{self.directory} has {state} {stage} for other settings: {words};"
+                f"{self.directory} holds {state} {stage} for other settings: {words};"
                 f" set it back, use another {self.setting}, or --force to run it again"
             )
 
