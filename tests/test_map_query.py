@@ -125,7 +125,7 @@ def test_mistakes(finished_run: Run, query: Path, tmp_path: Path, capsys: pytest
         ): "query.obs_filter \"tissue == 'Blut'\" matches",
         (f"query.file={query}", "query.obs_filter=nnz == 'few'"): "query.obs_filter \"nnz == 'few'\" cannot be used",
         (f"query.file={query}", "query.counts=X"): "does not contain raw counts",
-        (f"query.file={query}", f"query.model={tmp_path}"): "holds no provenance.json",
+        (f"query.file={query}", f"query.model={tmp_path}"): "has no provenance.json",
         (f"query.file={query}", "query.n_neighbour=5"): "did you mean query.n_neighbors?",
     }.items():
         assert map_query(finished_run, *settings) == 2, settings
