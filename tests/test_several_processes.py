@@ -154,7 +154,7 @@ def test_a_follower_waits_for_a_slow_first_process_and_ends_where_it_refuses_or_
 
     for process in on_two_nodes(run):  # the train stage there is of other settings
         assert process.returncode == 2, process.stderr
-        assert "a finished train for other settings: train.batch_size was 256 and is now 64" in process.stderr
+        assert "a finished train for other settings: train.batch_size was 256 and is 64" in process.stderr
 
     staging = run.path(".partial/train")
     staging.mkdir(parents=True)
