@@ -360,7 +360,7 @@ def test_genes_of_another_id_system_are_refused(
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("census.organism=mus_musculus", "was trained on homo_sapiens and census.organism is mus_musculus"),
+        ("census.organism=mus_musculus", "was trained on homo_sapiens, but census.organism is mus_musculus"),
         ("anndata.batch_key=[donor_id]", "was trained with anndata.batch_key"),
     ],
 )

@@ -241,7 +241,7 @@ def locate_genes(census: Census, feature_ids: list[str], min_share: float, setti
         )
     if missing:
         log.warning(
-            "%d of %d genesare not in this Census and count as 0: %s", len(missing), len(found), _listed(missing)
+            "%d of %d genes are not in this Census and count as 0: %s", len(missing), len(found), _listed(missing)
         )
     return found
 
