@@ -89,7 +89,7 @@ def test_run_again(finished_run: Run, query: Path, capsys: pytest.CaptureFixture
     assert "out.h5ad has 3 bytes, expected" in capsys.readouterr().err
     (query.parent / "out.json").unlink()
     assert map_query(finished_run, *settings) == 2
-    assert "out.h5ad exists; set another query.output, or replace it with --force" in capsys.readouterr().err
+    assert "out.h5ad exists; name another query.output, or replace it with --force" in capsys.readouterr().err
     assert map_query(finished_run, *settings, "--force") == 0
     record = json.loads((query.parent / "out.json").read_text())["run"]
     assert record["stage"] == "map-query"
