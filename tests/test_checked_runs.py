@@ -80,7 +80,7 @@ def test_evaluate_refuses_a_damaged_run(
     settings = (f"output.directory={copied}", "evaluate.max_cells=100")
     assert main("evaluate", ["--config", str(finished_run.config), *settings]) == 2
     assert f"{name} has changed since it was written" in capsys.readouterr().err.splitlines()[-1]
-    assert not (copied / "evaluation").exists()
+    assert not (copied / "evaluation" / "report.html").exists()
 
 
 @pytest.mark.parametrize("stage", ["train", "create-latent-update"])

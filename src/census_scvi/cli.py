@@ -34,11 +34,15 @@ DEFAULT_CONFIG = "scvi-config.yaml"
 
 _EPILOG = """\
 settings on the command line override the file:
-  %(prog)s --config configs/demo.yaml hvg.top_n_hvg=2000 output.directory=run2
+  %(prog)s {example}
 
 exit codes: 0 done, 2 something for you to fix (one line says what), 1 a defect of ours (traceback),
 130 or 143 stopped by Ctrl-C or SIGTERM: the same command resumes"""
 
+
+# A stage with arguments of its own may have other texts than these.
+_EXAMPLE = "--config configs/demo.yaml hvg.top_n_hvg=2000 output.directory=run2"
+_CONFIG_HELP = f"YAML file (default: {DEFAULT_CONFIG})"
 
 _OVERVIEW = """\
 usage: census-scvi COMMAND [ARGUMENTS]
@@ -164,22 +168,17 @@ def configure_logging() -> None:
 
 
 def _parser(stage: Stage, program: str | None, own: Any) -> Parser:
-    settings = help_of_stage(Config, stage.name).replace("%", "%%")
+    settings = help_of_stage(Config, stage.name).replace("%", "%%") if own is None else own.EPILOG
     parser = Parser(
         prog=program or stage.script,
         description=stage.summary,
-        epilog=f"{settings}\n\n{getattr(own, 'EPILOG', '')}{_EPILOG}".lstrip(),
+        epilog=f"{settings}\n\n{_EPILOG.format(example=getattr(own, 'EXAMPLE', _EXAMPLE))}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     if own is not None:
         own.add_arguments(parser)
     parser.add_argument("settings", nargs="*", metavar="section.key=value", help="settings that override the file")
-    parser.add_argument(
-        "--config",
-        metavar="FILE",
-        default=None if own else DEFAULT_CONFIG,
-        help=f"YAML file (default: {DEFAULT_CONFIG})",
-    )
+    parser.add_argument("--config", metavar="FILE", help=getattr(own, "CONFIG_HELP", _CONFIG_HELP))
     parser.add_argument(
         "--dry-run",
         action="store_true",

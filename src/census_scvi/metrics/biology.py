@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 import scib_metrics
-from scib_metrics.utils import silhouette_samples
-from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, silhouette_samples
 
 from census_scvi.config.random_streams import Stream, generator
 from census_scvi.errors import UserError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from scib_metrics.utils import silhouette_samples
+from sklearn.metrics import silhouette_samples
 
 from census_scvi.metrics.entropy import neighbor_entropy
 from census_scvi.metrics.space import Space

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import scib_metrics
 from scib_metrics.nearest_neighbors import NeighborsResults
-from scib_metrics.utils import silhouette_samples
+from sklearn.metrics import silhouette_samples
 
 from census_scvi.config.random_streams import Stream, generator
 from census_scvi.errors import UserError

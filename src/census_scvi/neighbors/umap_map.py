@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -37,14 +38,24 @@ class UmapMap:
 
     def __init__(self, points: Points, *, seed: int = 0) -> None:
         self._points, self._seed = np.asarray(points, np.float32), seed
-        if len(self._points) < _FEWEST:
+        if len(points) < _FEWEST:
             self.positions = _principal(self._points)
             return
-        # Not through scanpy: its neighbours of more than 8,192 cells fail with the newest pynndescent.
-        reducer = umap.UMAP(n_neighbors=min(_NEIGHBORS, len(points) - 1), min_dist=0.5, random_state=seed)
+        n_neighbors = min(_NEIGHBORS, len(points) - 1)
+        # Exact neighbors where the index is: UMAP's own search compares fewer than 4,096 cells pair by pair in Python,
+        # and compiles pynndescent for more, which takes longer than all the rest.
+        distances, neighbors = self._index.query(self._points, n_neighbors)
+        reducer = umap.UMAP(
+            n_neighbors=n_neighbors, min_dist=0.5, random_state=seed, precomputed_knn=(neighbors, distances, None)
+        )
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="n_jobs value")  # a seed means one thread, as we want
+            warnings.filterwarnings("ignore", message="precomputed_knn")  # of `transform`, which is not used
             self.positions = np.asarray(reducer.fit_transform(self._points), np.float32)
+
+    @cached_property
+    def _index(self) -> NeighborIndex:
+        return NeighborIndex(self._points, seed=self._seed)
 
     def place(self, points: Points) -> npt.NDArray[np.float32]:
         """Other cells on the map, float32 (cells, 2): each in the middle of its 15 nearest reference cells.
@@ -52,11 +63,10 @@ class UmapMap:
         In the median, not the mean: neighbours on two islands would put it into the sea. UMAP's own `transform` seeks
         neighbours approximately, and among cells that lie far from all it finds them on the wrong island.
         """
-        index = NeighborIndex(self._points, seed=self._seed)
         if not len(points):
             return np.empty((0, 2), np.float32)
         blocks = [points[start : start + _BLOCK_CELLS] for start in range(0, len(points), _BLOCK_CELLS)]
-        found = [np.median(self.positions[index.query(block, _NEIGHBORS)[1]], axis=1) for block in blocks]
+        found = [np.median(self.positions[self._index.query(block, _NEIGHBORS)[1]], axis=1) for block in blocks]
         return np.concatenate(found).astype(np.float32)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from census_scvi.config.run_names import METRICS, REPORT
+from census_scvi.files.writable import require_writable_folder
 from census_scvi.report.settings import EvaluateSection
 from census_scvi.workspace import Workspace
 
@@ -23,6 +25,8 @@ def embeddings_of(settings: EvaluateSection, directory: Path) -> dict[str, str]:
     return {"scVI": str(directory)}
 
 
-def evaluation_setting(settings: EvaluateSection) -> str:
-    """The setting that says where the report goes."""
-    return "evaluate.folder" if settings.folder else "output.directory"
+def evaluation_place(settings: EvaluateSection, folder: Path) -> Workspace:
+    """The folder that the report goes to; UserError where it cannot be written."""
+    setting = "evaluate.folder" if settings.folder else "output.directory"
+    require_writable_folder(folder, [METRICS, REPORT], setting)
+    return Workspace(folder, setting)

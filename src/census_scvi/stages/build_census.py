@@ -28,9 +28,9 @@ example of a CONFIG.yaml (all keys: configs/build-blood.yaml):
       values: {assay: "10x 3' v3", tissue: blood}             # the same for every cell
 
 then open it:
-  cellxgene_census.open_soma(uri="my-census")
-
-"""
+  cellxgene_census.open_soma(uri="my-census")"""
+CONFIG_HELP = "YAML file, as CONFIG.yaml"
+EXAMPLE = "my-build.yaml uri=my-census genes.min_recognised=0.3"
 # For --dry-run, from builds on two cores: the imports, and the counts of a block; time for each cell and non-zero; size
 # of a non-zero, which a Census keeps twice, raw and normalized.
 _BASE_MEMORY, _BYTES_A_CELL, _BYTES_A_NONZERO_READ = 0.5e9, 2000.0, 120.0
@@ -39,7 +39,7 @@ _FIXED_SECONDS, _SECONDS_A_CELL, _SECONDS_A_NONZERO, _BYTES_A_NONZERO = 3.0, 1e-
 
 def add_arguments(parser: Parser) -> None:
     """The arguments of this stage alone."""
-    parser.add_argument("source", nargs="?", metavar="CONFIG.yaml", help="which files, which columns; as --config")
+    parser.add_argument("source", nargs="?", metavar="CONFIG.yaml", help="YAML file: which files, which columns")
     parser.add_argument("--demo", metavar="URI", help="write a Census of simulated cells there (human and mouse)")
     parser.add_argument("--data", metavar="DIR", help="folder of the .h5ad files and gene maps (replaces `data`)")
     demo = parser.add_argument_group("with --demo")

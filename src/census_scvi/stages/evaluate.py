@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,6 @@ from census_scvi.errors import UserError
 from census_scvi.files.atomic import write_json
 from census_scvi.files.json_values import json_values
 from census_scvi.files.uri import local_path, without_credentials
-from census_scvi.files.writable import require_writable_folder
 from census_scvi.metrics.biology import biology
 from census_scvi.metrics.breakdown import break_down
 from census_scvi.metrics.mixing import mixing
@@ -28,7 +26,7 @@ from census_scvi.metrics.score import Score
 from census_scvi.metrics.space import Space
 from census_scvi.report.groups import same_groups
 from census_scvi.report.html import write_report
-from census_scvi.report.named import embeddings_of, evaluation_setting
+from census_scvi.report.named import embeddings_of, evaluation_place
 from census_scvi.report.result import Evaluation
 from census_scvi.report.slice import PCA, Slice, read_slice
 from census_scvi.settings import Config
@@ -51,7 +49,7 @@ Names = npt.NDArray[np.object_]
 def run(task: Task) -> None:
     """Measure, and write metrics.json and report.html."""
     config, stage = task.config, task.run
-    folder = _folder(config)
+    folder = task.directory
     if (folder / REPORT).is_file() and not stage.forced:  # of an earlier version, which kept no record
         raise UserError(f"{folder / REPORT} exists; set another evaluate.folder, or replace it with --force")
     stage.start()
@@ -194,17 +192,11 @@ def _latents(config: Config) -> dict[str, Any]:
     return found
 
 
-def _folder(config: Config) -> Path:
-    """Where to write; UserError where that cannot be."""
-    folder = config.evaluation_folder
-    require_writable_folder(folder, [METRICS, REPORT], evaluation_setting(config.evaluate))
-    return folder
-
-
 def plan(config: Config) -> Plan:
     """Size from the Census; the time is that of two cores."""
     settings = config.evaluate
-    places, folder = embeddings_of(config.evaluate, config.directory).values(), _folder(config)
+    folder = evaluation_place(settings, config.evaluation_folder).directory
+    places = embeddings_of(settings, config.directory).values()
     with open_census(config.census) as census:
         n_matching = sum(
             len(table) for table in read_obs(census, settings.obs_filter, ["soma_joinid"], "evaluate.obs_filter")

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from census_scvi.census.open import Census
 
 Inputs = dict[str, Any]
+_NAMING = {"uri", "version", "organism"}
 
 
 def inputs_of(stage: Stage, config: Config, census: Census | None = None) -> Inputs:
@@ -33,7 +34,9 @@ def inputs_of(stage: Stage, config: Config, census: Census | None = None) -> Inp
         An earlier stage has not run, or a file is missing or was changed.
     """
     if stage.name == "map-query":
-        return {"query.file": file_identity(query_source(config.query)), "model": _model(config)}
+        # Only a Census that the config names counts; the model's own is part of its identity.
+        named = config.census.model_dump(mode="json", include=config.census.model_fields_set & _NAMING)
+        return {"query.file": file_identity(query_source(config.query)), "model": _model(config), "census": named}
     found: Inputs = {}
     artifacts, workspace = config.artifacts, Workspace(config.directory)
     for earlier, names in stage.reads.items():

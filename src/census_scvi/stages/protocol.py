@@ -18,7 +18,7 @@ from census_scvi.config.stages import STAGES, Stage
 from census_scvi.errors import UserError
 from census_scvi.files.uri import without_credentials
 from census_scvi.query.places import query_results
-from census_scvi.report.named import evaluation_setting
+from census_scvi.report.named import evaluation_place
 from census_scvi.settings import Config
 from census_scvi.stages.inputs import inputs_of
 from census_scvi.stages.plan import Plan
@@ -133,7 +133,7 @@ def _place(stage: Stage, config: Config) -> tuple[Workspace | Beside, bool]:
     if stage.name == "map-query":
         return query_results(config.query, config.directory), False
     if stage.name == "evaluate":
-        return Workspace(config.evaluation_folder, evaluation_setting(config.evaluate)), True
+        return evaluation_place(config.evaluate, config.evaluation_folder), True
     return Workspace(config.directory), not stage.reads
 
 

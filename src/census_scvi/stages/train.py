@@ -66,7 +66,7 @@ def run(task: Task) -> None:
     if stage.resumed:
         log.info("resuming from the last checkpoint")
     if slow:
-        log.warning("warning: %s; running because of --force", slow)
+        log.warning("warning: %s, and run it with --force to start again", slow)
     for problem in _problems(config, data):
         log.warning("warning: %s", problem)
     curves = _fit(config, model, data, stage.staging, digest(stage.staged_fingerprint))

@@ -14,9 +14,8 @@ with --census:    census, publication, embedding, sealed_cells, fresh_sample
 
 without --census: consistent at best; only the Census can reveal a folder in which all files were forged together
 
-exit code 2: a link is broken or cannot be checked (it is named)
-
-"""
+exit code 2: a link is broken or cannot be checked (it is named)"""
+EXAMPLE = "--config configs/demo.yaml output.directory=run2"
 
 
 def add_arguments(parser: Parser) -> None:
