@@ -634,8 +634,10 @@ def test_publish_before_the_embedding(demo_census: str, tmp_path: Path, capsys: 
 
 def test_dry_run_of_publish(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     before = sorted(run.directory.rglob("*"))
-    assert run("publish", "--dry-run") == 0
-    assert f"obsm['scvi'] and scvi_summary in file://{experiment_of(run)}" in capsys.readouterr().out
+    assert run("publish", "--dry-run", "publish.model_uri=elsewhere") == 0
+    said = capsys.readouterr().out
+    assert f"obsm['scvi'] and scvi_summary in file://{experiment_of(run)}" in said
+    assert "  write  elsewhere/" in said
     assert sorted(run.directory.rglob("*")) == before
     assert published_uri(experiment_of(run), "scvi") is None
 

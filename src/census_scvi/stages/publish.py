@@ -210,6 +210,7 @@ def plan(config: Config) -> Plan:
         writes=[
             f"obsm[{config.publish.name!r}] and scvi_summary in {experiment_uri}",
             f"{config.directory / artifacts.published}/",
+            *([f"{config.publish.model_uri}/"] if config.publish.model_uri else []),
             str(config.directory / artifacts.qa),
         ],
         cells=n_cells,
