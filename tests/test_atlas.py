@@ -448,7 +448,7 @@ CELLS = ad.AnnData(obsm={"scvi": np.zeros((5, 4), np.float32)}, obs=pd.DataFrame
         (lambda a, _: a.clusters(CELLS, resolution=float("nan")), "resolution is nan; expected a number above 0"),
         (lambda a, _: a.normalized_expression(None, [], None), "expected a list of one or more, by feature_id"),
         (lambda a, _: a.normalized_expression(None, "CD4", None), "genes is 'CD4'; expected a list"),
-        (lambda a, _: a.normalized_expression(None, a.description.genes[:1], []), "transform_batch is empty; name"),
+        (lambda a, _: a.normalized_expression(None, a.description.genes[:1], []), "transform_batch is empty; give"),
         (lambda a, _: a.normalized_expression(None, ["x"], None, n_samples=0), "n_samples is 0; expected a whole"),
         (lambda a, _: a.normalized_expression(None, ["x"], None, library_size=0), "library_size is 0; expected a"),
         (

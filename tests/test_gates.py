@@ -224,7 +224,7 @@ def test_few_epochs_are_a_warning(epochs: int) -> None:
 def test_without_validation_cells_the_training_cells_tell() -> None:
     (gate,) = gates.training_gates({"elbo_train": curves(0.03, 0.0)["elbo_validation"]}, 0.02, 0.2)
     assert (gate.name, gate.passed, gate.stops) == ("convergence", False, False)
-    assert gate.detail.startswith("fall of elbo_train over the last fifth of 100 epochs")
+    assert gate.detail.startswith("decrease of elbo_train over the last fifth of 100 epochs")
     assert gates.training_gates({}, 0.02, 0.2)[0].name == "convergence"
 
 

@@ -154,7 +154,7 @@ def test_a_consistent_forgery_is_called_consistent_and_found_in_the_census(
     assert "is valid" not in shown
     assert main("verify", [str(folder), "--census", str(publication / "census")]) == 2
     captured = capsys.readouterr()
-    assert "is not valid: publication, sealed_cells, fresh_sample broke" in captured.err
+    assert "is not valid: publication, sealed_cells, fresh_sample failed" in captured.err
     assert "consistent" not in captured.out
 
 

@@ -192,7 +192,7 @@ def test_a_publication_that_is_gone_is_said(run: Run, capsys: pytest.CaptureFixt
     with tiledbsoma.open(f"{experiment_of(run)}/ms/RNA/obsm", "d") as obsm:
         del obsm["scvi"]
     assert run("publish") == 2
-    assert "holds nothing of that name now; --force publishes it again" in capsys.readouterr().err
+    assert "has no embedding of that name now; --force publishes it again" in capsys.readouterr().err
     assert run("publish", "--force") == 0
     assert broken(verify(str(run.path("published")), census_of(run))) == set()
 

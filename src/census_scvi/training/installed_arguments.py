@@ -53,7 +53,9 @@ def arguments_of(method: Callable[..., Any]) -> Arguments:
 
 def _types(annotation: Any, default: Any) -> str:
     found = [_SIMPLE.get(kind, "other") if isinstance(kind, type) else "other" for kind in members(annotation)]
-    return " | ".join(dict.fromkeys([*found, *(["None"] if default is None else [])]))
+    # Sorted: which of two equal unions typing keeps, and so their order, depends on what was imported before.
+    kinds = {*found, *(["None"] if default is None else [])}
+    return " | ".join(sorted(kinds, key=lambda kind: (kind in ("None", "other"), kind)))
 
 
 def require_known_arguments(trainer: dict[str, Any], plan: dict[str, Any]) -> None:
