@@ -6,13 +6,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from census_scvi.census.gene_names import KINDS, count_kinds
 from census_scvi.census.schema import ORGANISMS
 from census_scvi.errors import UserError
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Genes:
     """
 
     var: pd.DataFrame
-    column_to_gene: np.ndarray
+    column_to_gene: npt.NDArray[np.int64]
     report: GeneReport
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import anndata
 import h5py
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import scipy.sparse as sp
 
@@ -102,7 +103,7 @@ def _read_old_frame(file: h5py.File, key: str) -> pd.DataFrame:
     return pd.DataFrame(columns).set_index(table.dtype.names[0])
 
 
-def _old_text(values: np.ndarray) -> np.ndarray:
+def _old_text(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Bytes as text; numbers as they are."""
     if values.dtype.kind not in "SO":
         return values
@@ -229,7 +230,7 @@ class CountMatrix:
                 yield row, window[row - start : min(row + rows, stop) - start]
             start = stop
 
-    def _csc_rows(self, position: np.ndarray, n_rows: int) -> sp.csr_matrix:
+    def _csc_rows(self, position: npt.NDArray[Any], n_rows: int) -> sp.csr_matrix:
         """The rows whose `position` in the result is not -1."""
         indptr = self._node["indptr"][:].astype(np.int64)
         self._check_indptr(indptr, self.shape[0])
@@ -243,7 +244,7 @@ class CountMatrix:
         entries = (np.concatenate(values), (np.concatenate(rows), np.concatenate(genes)))
         return sp.csr_matrix(entries, shape=(n_rows, self.shape[1]))
 
-    def _csc_chunks(self) -> Iterator[tuple[int, np.ndarray]]:
+    def _csc_chunks(self) -> Iterator[tuple[int, npt.NDArray[Any]]]:
         """(position of the first, row indices) of the entries in their order."""
         values, step = self._node["indices"], 2**22
         for first in range(0, max(len(values), 1), step):
@@ -251,7 +252,7 @@ class CountMatrix:
             self._check_indices(indices, self.shape[0])
             yield first, indices
 
-    def _check_indptr(self, indptr: np.ndarray, width: int) -> None:
+    def _check_indptr(self, indptr: npt.NDArray[Any], width: int) -> None:
         """Without it a forged file has memory read that is not its own, or all memory taken."""
         n_entries = np.diff(indptr)
         if (
@@ -262,7 +263,7 @@ class CountMatrix:
         ):
             raise UserError(f"{self._name}: indptr does not fit data and shape {self.shape}; the file is damaged")
 
-    def _check_indices(self, indices: np.ndarray, width: int) -> None:
+    def _check_indices(self, indices: npt.NDArray[Any], width: int) -> None:
         if len(indices) and (int(indices.min()) < 0 or int(indices.max()) >= width):
             raise UserError(f"{self._name}: indices do not fit the shape {self.shape}; the file is damaged")
 
@@ -271,7 +272,7 @@ def _whole(shape: Sequence[Any]) -> bool:
     return all(isinstance(size, int | np.integer) and size >= 0 for size in shape)
 
 
-def plain_numbers(values: np.ndarray, where: str) -> np.ndarray:
+def plain_numbers(values: npt.NDArray[Any], where: str) -> npt.NDArray[Any]:
     """Values in a native type that scipy.sparse supports; UserError if they are not real numbers."""
     dtype = values.dtype
     if dtype.kind not in "buif":

@@ -4,8 +4,10 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 import scipy.sparse as sp
@@ -17,7 +19,7 @@ from census_scvi.counts.row_hash import row_hashes
 from census_scvi.errors import UserError
 from census_scvi.local_census.sources import Source
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 # Genes that a cell must have detected for equal counts to be no accident.
 _TELLING_GENES = 10
@@ -30,10 +32,10 @@ _LENGTH_IF_UNKNOWN = 1000.0
 class ObsStatistics:
     """Numbers of every cell, arrays of shape (cells of the organism,), filled while the counts pass by."""
 
-    raw_sum: np.ndarray
-    nnz: np.ndarray
-    raw_mean_nnz: np.ndarray
-    raw_variance_nnz: np.ndarray
+    raw_sum: npt.NDArray[np.float64]
+    nnz: npt.NDArray[np.int64]
+    raw_mean_nnz: npt.NDArray[np.float64]
+    raw_variance_nnz: npt.NDArray[np.float64]
 
     @classmethod
     def empty(cls, n_obs: int) -> "ObsStatistics":
@@ -69,7 +71,7 @@ class Repeated:
         return f"{self.dataset_id}: {self.n_cells:,} primary cells have exactly the counts {where}"
 
 
-def find_repeated(sources: Sequence[Source], hashes: np.ndarray) -> list[Repeated]:
+def find_repeated(sources: Sequence[Source], hashes: npt.NDArray[np.uint64]) -> list[Repeated]:
     """Cells that are primary more than once, from the hash of each cell's counts, uint64; 0 for too few to tell."""
     ids = np.repeat([source.dataset_id for source in sources], [len(source.obs) for source in sources])
     primary = np.concatenate([source.obs["is_primary_data"].to_numpy(bool) for source in sources])
@@ -116,7 +118,7 @@ def write_experiment(
             raw, normalized = (_new_layer(layers, name, (n_obs, len(var))) for name in ("raw", "normalized"))
             first_cell = 0
             for number, (joinid, source) in enumerate(sources):
-                logger.info("dataset %d of %d: %s", joinid + 1, n_datasets, source.dataset_id)
+                log.info("dataset %d of %d: %s", joinid + 1, n_datasets, source.dataset_id)
                 for start, counts in _census_blocks(source, var, rows):
                     statistics.add(first_cell + start, counts)
                     telling = np.diff(counts.indptr) >= _TELLING_GENES
@@ -232,7 +234,7 @@ def _normalize(counts: sp.csr_matrix, source: Source, start: int, var: pd.DataFr
 
 
 def _write_presence(
-    measurement: soma.Measurement, present: np.ndarray, joinids: Sequence[int], n_datasets: int
+    measurement: soma.Measurement, present: npt.NDArray[Any], joinids: Sequence[int], n_datasets: int
 ) -> None:
     dataset, gene = np.nonzero(present)
     array = measurement.add_new_sparse_ndarray(
@@ -248,7 +250,9 @@ def _write_presence(
         array.write(pa.table({**dims, "soma_data": np.ones(len(gene), dtype=bool)}))
 
 
-def _obs_tables(sources: Sequence[Source], statistics: ObsStatistics, n_measured: np.ndarray) -> Iterator[pd.DataFrame]:
+def _obs_tables(
+    sources: Sequence[Source], statistics: ObsStatistics, n_measured: npt.NDArray[Any]
+) -> Iterator[pd.DataFrame]:
     """The cells of one source after the other, with the same categories throughout."""
     text = ["dataset_id", *schema.LABEL_COLUMNS]
     labels = {name: _categories(sources, name) for name in schema.LABEL_COLUMNS}

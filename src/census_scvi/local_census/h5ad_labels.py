@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from census_scvi.census.schema import LABEL_COLUMNS, SETTABLE_COLUMNS, default_label
 from census_scvi.config.messages import suggestion
 from census_scvi.errors import UserError
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 def census_labels(
@@ -29,7 +30,7 @@ def census_labels(
     # A term id belongs to the file's own label; it does not follow a label that comes from elsewhere.
     own = [name for name in own if (label := name.removesuffix("_ontology_term_id")) == name or label in own]
     if own:
-        logger.info("%s: used under their own names: %s", path, ", ".join(own))
+        log.info("%s: used under their own names: %s", path, ", ".join(own))
     given |= {name: table[name] for name in own}
     # A cell without a general tissue gets its tissue and that term id.
     general = {"tissue_general", "tissue_general_ontology_term_id"}.isdisjoint({*given, *values})
@@ -70,7 +71,7 @@ def _label(values: pd.Series, default: str, where: str) -> pd.Series:
     codes, found = pd.factorize(values)
     missing = int((codes < 0).sum())
     if missing:
-        logger.warning("%s: %s cells without a value get %r", where, f"{missing:,}", default)
+        log.warning("%s: %s cells without a value get %r", where, f"{missing:,}", default)
     # Values that differ only in type, 1 and "1", are one label; code -1 (missing) picks the last, the default.
     text = np.array([label_text(value) or default for value in found] + [default], dtype=object)
     label, names = pd.factorize(text)
@@ -84,7 +85,7 @@ def label_text(value: object) -> str:
     return str(value)
 
 
-def _booleans(values: pd.Series, where: str) -> np.ndarray:
+def _booleans(values: pd.Series, where: str) -> npt.NDArray[Any]:
     meaning: dict[Any, bool] = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
     found = values.astype(str).str.lower().map(meaning)
     if found.isna().any():

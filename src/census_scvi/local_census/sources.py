@@ -5,10 +5,11 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import h5py
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import scipy.sparse as sp
 
@@ -27,7 +28,7 @@ from census_scvi.counts.raw_counts import check_place, find_raw_counts, matrices
 from census_scvi.errors import UserError
 from census_scvi.local_census.h5ad_labels import census_labels, label_text, table_column
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 class Source(Protocol):
@@ -60,7 +61,7 @@ class Source(Protocol):
     genes: GeneReport
     var: pd.DataFrame
     obs: pd.DataFrame
-    kept_counts: np.ndarray
+    kept_counts: npt.NDArray[np.float64]
 
     def blocks(self, rows: int) -> Iterator[tuple[int, sp.csr_matrix]]:
         """Yield (first row, raw counts of at most `rows` cells x genes of `var`) in the order of `obs`.
@@ -86,8 +87,8 @@ class H5adSource:
         counts: str,
         genes: Genes,
         obs: pd.DataFrame,
-        rows: np.ndarray,
-        counted: np.ndarray,
+        rows: npt.NDArray[np.int64],
+        counted: npt.NDArray[Any],
     ) -> None:
         self.path, self.dataset_id, self.title, self.organism = str(path), dataset_id, title, organism
         self.genes, self.var, self.obs = genes.report, genes.var, obs
@@ -115,7 +116,7 @@ class H5adSource:
             except (OSError, KeyError) as error:
                 raise unreadable(self.path, error) from error
 
-    def _share_kept(self, block: sp.csr_matrix) -> np.ndarray:
+    def _share_kept(self, block: sp.csr_matrix) -> npt.NDArray[np.float64]:
         """Of each cell's counts of genes, those of genes that stay."""
         total = block @ self._counted
         kept = block @ (self._column_to_gene >= 0).astype(np.float64)
@@ -179,7 +180,7 @@ def open_h5ad(
             var = read_frame(file, var_key(file, place))
     except (OSError, KeyError, ValueError) as error:
         raise unreadable(str(path), error) from error
-    logger.info("%s: using the raw counts in %s", path, place)
+    log.info("%s: using the raw counts in %s", path, place)
     genes, counted = _find_genes(
         path,
         table,
@@ -239,14 +240,14 @@ def _find_genes(
     *,
     keep_without_id: bool,
     min_recognised: float,
-) -> tuple[Genes, np.ndarray]:
+) -> tuple[Genes, npt.NDArray[Any]]:
     """Which gene each column of the file is, and, bool (columns,), which count genes of any organism.
 
     UserError, naming the file, where too few are recognised.
     """
     rows = find_gene_rows(var, organism)
     if rows.left_out:
-        logger.warning("%s: %s", path, rows)
+        log.warning("%s: %s", path, rows)
     columns = np.flatnonzero(rows.is_gene)
     if not len(columns):
         raise UserError(f"{path}: {rows}; nothing is left to build from")
@@ -257,7 +258,7 @@ def _find_genes(
     proposal = _proposal(asked, recognised, obs, organism, gene_map)
     names = strip_version(clean_names(names)[rows.is_gene])
     if gene_map is not None and (twice := named_twice(names, names.map(gene_map.id_of_symbol))).any():
-        logger.warning("%s: %s rows are excluded: %s", path, f"{twice.sum():,}", NAMED_TWICE)
+        log.warning("%s: %s rows are excluded: %s", path, f"{twice.sum():,}", NAMED_TWICE)
         names, columns = names[~twice], columns[~twice]
     try:
         genes = resolve_genes(
@@ -271,7 +272,7 @@ def _find_genes(
     except UserError as error:
         raise UserError(f"{path}: {error}{proposal and f'; {proposal}'}") from None
     if proposal:
-        logger.warning("%s: %s", path, proposal)
+        log.warning("%s: %s", path, proposal)
     column_to_gene = np.full(len(var), -1, dtype=np.int64)
     column_to_gene[columns] = genes.column_to_gene
     report = replace(genes.report, not_genes=len(var) - len(columns))
@@ -285,7 +286,7 @@ def _gene_names(
     asked = _best_place(recognised) if gene_id is None else "var_names" if gene_id == "index" else f"var[{gene_id!r}]"
     if gene_id is None and asked != "var_names":
         numbers = f"{recognised[asked]:,} of {n_genes:,} genes, var_names {recognised['var_names']:,}"
-        logger.info("%s: using the genes in %s, which has %s", path, asked, numbers)
+        log.info("%s: using the genes in %s, which has %s", path, asked, numbers)
     places = dict(name_columns(var))
     if asked not in places:
         places[asked] = table_column(var, str(gene_id), f"{path}: var").astype(str)
@@ -332,7 +333,7 @@ def _attributes(var: pd.DataFrame, names_from: str) -> pd.DataFrame:
 
 def _datasets(
     table: pd.DataFrame, path: Path, dataset_id: str | None, column: str | None
-) -> list[tuple[str, np.ndarray]]:
+) -> list[tuple[str, npt.NDArray[Any]]]:
     """(dataset_id, rows of the file) of each dataset."""
     if column is None:
         return [(dataset_id or path.stem, np.arange(len(table)))]

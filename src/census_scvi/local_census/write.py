@@ -24,7 +24,7 @@ from census_scvi.local_census.info import write_info
 from census_scvi.local_census.sources import Source
 from census_scvi.workspace.provenance import code_state
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 # Cells whose counts are in memory at a time: 2,048 cells with 3,000 genes each are a table of 0.12 GB.
 BLOCK_ROWS = 2048
@@ -115,8 +115,8 @@ def build_census(
     )
     _warn(report, sources)
     for organism, (n_cells, n_genes) in sizes.items():
-        logger.info("%s: %s cells, %s genes in all", organism, f"{n_cells:,}", f"{n_genes:,}")
-    logger.info("%s written in %.1f s", target, report.seconds)
+        log.info("%s: %s cells, %s genes in all", organism, f"{n_cells:,}", f"{n_genes:,}")
+    log.info("%s written in %.1f s", target, report.seconds)
     return report
 
 
@@ -124,7 +124,7 @@ def _warn(report: BuildReport, sources: Sequence[Source]) -> None:
     """Warn about contents of the Census that may be unintended."""
     for dataset, source in zip(report.datasets, sources, strict=True):
         if dataset.n_lost_most:
-            logger.warning(
+            log.warning(
                 "%s: %s of %s cells lost more than half of their counts with excluded genes, %s of them all;"
                 " the first is cell %d. If they are of another organism, remove them from the file",
                 dataset.dataset_id,
@@ -134,7 +134,7 @@ def _warn(report: BuildReport, sources: Sequence[Source]) -> None:
                 int(np.argmax(source.kept_counts < _MOST)) + 1,
             )
     for repeated in report.repeated:
-        logger.warning(
+        log.warning(
             "%s: the same cells twice? They would be trained on twice; keep one copy, or set is_primary_data: false in"
             " the values of a dataset",
             repeated,

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import scipy.sparse as sp
 
@@ -67,8 +68,8 @@ class DemoSource:
         self._measured = np.full(n_genes, True) if copies else rng.random(n_genes) >= _NOT_MEASURED
         self._donor_effect = rng.normal(0, _DONOR_SD, (len(design.donors), n_genes))
         self._draw_cells(rng)
-        self._leaked: np.ndarray | None = None
-        self._shares: dict[tuple[int, int], tuple[np.ndarray, float]] = {}
+        self._leaked: npt.NDArray[np.float64] | None = None
+        self._shares: dict[tuple[int, int], tuple[npt.NDArray[np.float64], float]] = {}
         self.var = transcriptome.var[self._measured].reset_index(drop=True)
         self.genes = GeneReport(in_file=len(self.var), kept=len(self.var))
         self.obs = self._labels()
@@ -128,7 +129,7 @@ class DemoSource:
         size = rng.logseries(self._transcriptome.burst[gene])
         return sp.coo_matrix((size, (row, gene)), shape=(len(cells), len(self._measured))).tocsr()
 
-    def _share(self, donor: int, cell_type: int) -> tuple[np.ndarray, float]:
+    def _share(self, donor: int, cell_type: int) -> tuple[npt.NDArray[np.float64], float]:
         """Cumulative share of the genes and mean burst of a donor's cells of a type."""
         if (donor, cell_type) not in self._shares:
             disease = DISEASE_PROGRAMMES.get(self._design.donors[donor].disease, ())
@@ -136,13 +137,13 @@ class DemoSource:
             self._shares[donor, cell_type] = self._bursts(programmes, donor)
         return self._shares[donor, cell_type]
 
-    def _bursts(self, programmes: tuple[str, ...], donor: int) -> tuple[np.ndarray, float]:
+    def _bursts(self, programmes: tuple[str, ...], donor: int) -> tuple[npt.NDArray[np.float64], float]:
         assay = self._design.donors[donor].assay
         rate = self._transcriptome.log_rate(programmes, assay=assay, suspension=self._design.suspension)
         rate = rate + self._effect + self._donor_effect[donor]
         return self._transcriptome.bursts(np.where(self._measured, rate, -np.inf))
 
-    def _mixture(self) -> np.ndarray:
+    def _mixture(self) -> npt.NDArray[np.float64]:
         """Cumulative share of the genes in the ambient RNA, to which all types of the dataset contribute."""
         if self._leaked is None:
             types = [n for n, kind in enumerate(self._organism.cell_types) if kind.name in self._design.cell_types]
@@ -151,7 +152,7 @@ class DemoSource:
             self._leaked = np.average(shares, axis=0, weights=weights)
         return self._leaked
 
-    def _cycle(self) -> np.ndarray:
+    def _cycle(self) -> npt.NDArray[np.float64]:
         """Cumulative share of the genes in the cycle: its markers, as far as the dataset measures them."""
         active = self._transcriptome.markers("cycle") & self._measured
         return np.cumsum(active / max(active.sum(), 1))
@@ -234,7 +235,7 @@ def write_demo_census(
     return build_census(uri, demo_sources(seed, scale, n_genes), force=force)
 
 
-def _allocate(shares: list[float], n_cells: int) -> np.ndarray:
+def _allocate(shares: list[float], n_cells: int) -> npt.NDArray[np.int64]:
     """Code of each of `n_cells` cells (int64), with shares as close as possible to the given ones."""
     until = np.cumsum(shares) / np.sum(shares)
     return np.searchsorted(until, (np.arange(n_cells) + 0.5) / n_cells, side="right").clip(max=len(shares) - 1)

@@ -1,6 +1,7 @@
 """The genes of the demo Census: rates, marker programmes, effects of the assay, and how counts vary."""
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from census_scvi.census.schema import ORGANISMS
@@ -17,6 +18,8 @@ _MEDIAN_DEPTH = 3000.0
 _MAX_SD = 2.2
 # Molecules in a cell of a gene that is off.
 _LEAK = 0.03
+
+Floats = npt.NDArray[np.float64]
 
 
 class Transcriptome:
@@ -42,7 +45,7 @@ class Transcriptome:
         if design.organism == "homo_sapiens":
             names = np.array([name.upper() for name in names], dtype=object)
         free = rng.permutation(n_genes)
-        self._programmes: dict[str, np.ndarray] = {}
+        self._programmes: dict[str, Floats] = {}
         for programme, share in design.programmes.items():
             size = min(max(3, round(share * n_genes)), _MAX_MARKERS)
             genes, free = free[:size], free[size:]
@@ -69,7 +72,7 @@ class Transcriptome:
             }
         )
 
-    def log_rate(self, programmes: tuple[str, ...], *, assay: str, suspension: str) -> np.ndarray:
+    def log_rate(self, programmes: tuple[str, ...], *, assay: str, suspension: str) -> Floats:
         """Logarithm of the rate of every gene (genes,), up to a constant."""
         rate = self._log_rate + self._assays[assay]
         if suspension == "nucleus":
@@ -78,18 +81,18 @@ class Transcriptome:
             rate = rate + self._programmes[programme] + self._broad[programme]
         return rate
 
-    def markers(self, programme: str) -> np.ndarray:
+    def markers(self, programme: str) -> npt.NDArray[np.bool_]:
         """Which genes a programme raises: bool (genes,)."""
         return self._programmes[programme] > 0
 
-    def bursts(self, log_rate: np.ndarray) -> tuple[np.ndarray, float]:
+    def bursts(self, log_rate: Floats) -> tuple[Floats, float]:
         """(cumulative share (genes,) of each gene in the bursts of a cell, mean size of a burst)."""
         molecules = np.exp(log_rate - log_rate.max())
         bursts = molecules / self._mean_burst
         return np.cumsum(bursts / bursts.sum()), float(molecules.sum() / bursts.sum())
 
 
-def _molecules(rank: np.ndarray, leak: np.ndarray, mean_burst: np.ndarray) -> np.ndarray:
+def _molecules(rank: Floats, leak: Floats, mean_burst: Floats) -> Floats:
     """Mean molecules (genes,) in a cell of median depth, so far apart that it detects the wanted number of genes.
 
     `rank` is the logarithm of a gene's rate up to a factor, found by bisection; `leak` are molecules on top.
