@@ -70,7 +70,7 @@ def log_pca(
     """
     logged = log_normalized(counts, counts_per_cell)
     if min(logged.shape) < 2:
-        values = np.asarray(logged.toarray() if sp.issparse(logged) else logged, np.float32)
+        values = np.asarray(sp.csr_matrix(logged).toarray(), np.float32)
         return (values - values.mean(axis=0))[:, :1]
     if not _vary(logged):
         return np.zeros((logged.shape[0], 1), np.float32)
