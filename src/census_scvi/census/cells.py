@@ -1,4 +1,4 @@
-"""Which cells: value filters, read in chunks; the batch of each."""
+"""Select cells by a value filter, read obs in chunks, and compute the batch of each cell."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Cells:
     batch_codes
         int32 (cells,): position in `batches`.
     batches
-        Batch labels that occur, sorted.
+        Labels of the batches that have cells, sorted.
     """
 
     joinids: npt.NDArray[np.int64]
@@ -42,7 +42,7 @@ class Cells:
         return len(self.joinids)
 
     def batch_sizes(self) -> pd.Series:
-        """Cells a batch, indexed by label."""
+        """Number of cells per batch, indexed by label."""
         return pd.Series(np.bincount(self.batch_codes, minlength=len(self.batches)), index=self.batches)
 
 
@@ -54,18 +54,18 @@ def select_cells(
     Parameters
     ----------
     census
-        Where.
+        The open Census.
     value_filter
-        Which cells; None: all.
+        Filter on obs; None: all cells.
     batch_key
         obs columns whose combination is the batch.
     setting
-        Setting or argument that holds the filter, for the error.
+        Setting or argument that contains the filter, for the error.
 
     Raises
     ------
     UserError
-        The filter does not parse, names an unknown column, or matches no cell; a batch_key column is not in obs.
+        The filter does not parse, contains an unknown column, or matches no cell; a batch_key column is not in obs.
     """
     require_columns(census, batch_key, "anndata.batch_key")
     joinids: list[npt.NDArray[np.int64]] = []
@@ -100,7 +100,7 @@ def _matches_none(census: Census, value_filter: str | None, setting: str) -> Fil
 
 
 def require_columns(census: Census, columns: list[str], setting: str) -> None:
-    """UserError for a column that obs does not have, with the nearest one it has, or that is named twice."""
+    """UserError if a column is not in obs (suggests the most similar one), is soma_joinid, or is listed twice."""
     known = [name for name in census.experiment.obs.schema.names if name != "soma_joinid"]
     for column in columns:
         if column == "soma_joinid":
@@ -116,7 +116,7 @@ def require_columns(census: Census, columns: list[str], setting: str) -> None:
 
 
 def soma_filter(census: Census, value_filter: str | None, setting: str) -> str | None:
-    """A value filter in a form that TileDB-SOMA answers correctly; UserError where it cannot be used on obs."""
+    """Rewrite a value filter so that TileDB-SOMA evaluates it correctly; UserError if it cannot be used on obs."""
     if value_filter is None:
         return None
     return usable_filter(value_filter, census.experiment.obs.schema, setting)
@@ -125,7 +125,7 @@ def soma_filter(census: Census, value_filter: str | None, setting: str) -> str |
 def read_obs(
     census: Census, value_filter: str | None, columns: list[str], setting: str = "obs_filter"
 ) -> Iterator[pa.Table]:
-    """Columns of obs, in chunks; UserError where the filter is at fault."""
+    """Columns of obs, in chunks; UserError if the filter cannot be used or obs cannot be read."""
     checked = soma_filter(census, value_filter, setting)
     try:
         yield from census.experiment.obs.read(value_filter=checked, column_names=columns)
@@ -137,7 +137,7 @@ def read_obs(
 
 
 def batch_label(values: tuple[Any, ...]) -> str:
-    r"""One label for a combination of values; different combinations never share one.
+    r"""One label for a combination of values; different combinations have different labels.
 
     The separator is escaped within values: ("a|b", "c") is `a\\|b|c`, ("a", "b|c") is `a|b\\|c`.
     """
@@ -146,7 +146,7 @@ def batch_label(values: tuple[Any, ...]) -> str:
 
 
 def _batch_codes(frame: pd.DataFrame, labels: dict[str, int]) -> npt.NDArray[np.int32]:
-    """Code of each row's batch; new labels are added to `labels`. Without columns, all rows are one batch."""
+    """Batch code of each row; new labels are added to `labels`. Without columns, all rows are one batch."""
     if not len(frame.columns):
         return np.full(len(frame), labels.setdefault("", 0), dtype=np.int32)
     groups = frame.groupby(list(frame.columns), observed=True, sort=False, dropna=False)
@@ -158,7 +158,7 @@ def _batch_codes(frame: pd.DataFrame, labels: dict[str, int]) -> npt.NDArray[np.
 
 
 def _in_order(joinids: npt.NDArray[np.int64], codes: npt.NDArray[np.int32], labels: dict[str, int]) -> Cells:
-    """Cells by soma_joinid, labels sorted."""
+    """Cells sorted by soma_joinid, with codes of the sorted labels."""
     if np.any(joinids[1:] <= joinids[:-1]):
         order = np.argsort(joinids, kind="stable")
         joinids, codes = joinids[order], codes[order]

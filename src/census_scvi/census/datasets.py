@@ -1,4 +1,4 @@
-"""Source of the cells of a Census: datasets of CELLxGENE, or the datasets from which a local Census was built."""
+"""Datasets that the cells of a Census come from: CELLxGENE datasets, or the sources of a local Census."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import tiledbsoma
 
 from census_scvi.census.open import Census
 
-# Data sets that are listed by name; of more, how many there are.
+# Maximum number of datasets to list; `n_datasets` counts all of them.
 _MOST_LISTED = 20
 _LISTED = ("dataset_id", "dataset_title", "citation", "collection_name", "collection_doi")
 
@@ -18,8 +18,8 @@ def describe_data(census: Census) -> dict[str, Any]:
 
     Returns
     -------
-    `cellxgene`: whether all are collections of CELLxGENE Discover; `n_datasets`; `datasets`: the first of them, each
-    with its description in the Census.
+    `cellxgene`: whether all datasets belong to collections of CELLxGENE Discover; `n_datasets`: their number;
+    `datasets`: the first 20, each with its description in the Census, or an empty list if `cellxgene` is true.
     """
     table = census.root["census_info"]["datasets"].read().concat().to_pandas()
     if (used := _used(census)) is not None:
@@ -32,7 +32,7 @@ def describe_data(census: Census) -> dict[str, Any]:
 
 
 def _used(census: Census) -> set[str] | None:
-    """Ids of the datasets in obs; None if they are not categories."""
+    """Ids of the datasets in obs; None if the column dataset_id is absent or not categorical."""
     try:
         values = census.experiment.obs.get_enumeration_values(["dataset_id"])
     except (KeyError, tiledbsoma.SOMAError):

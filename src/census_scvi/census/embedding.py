@@ -18,7 +18,7 @@ from census_scvi.census.storage import soma_context
 from census_scvi.errors import UserError
 
 OBSM, PUBLICATION = "obsm", "census_scvi_publication"
-# Cells of a tile of the array, and of a block that is read.
+# Cells per tile of the array, and cells per block that is read.
 TILE_CELLS = 2048
 _READ_CELLS = 16 * TILE_CELLS
 
@@ -36,7 +36,7 @@ def published_uri(experiment_uri: str, name: str) -> str | None:
 
 
 def read_cells(uri: str, joinids: Joinids) -> Values:
-    """Embedding of some cells, float32 (cells, dimensions), ascending; UserError if a cell has no embedding."""
+    """Embedding of cells, float32 (cells, dimensions), by soma_joinid; UserError if a cell has no embedding."""
     blocks = list(read_some(uri, np.sort(joinids)))
     embedded = np.concatenate([np.empty(0, np.int64), *(found for found, _ in blocks)])
     if missing := sorted(set(joinids.tolist()) - set(embedded.tolist())):
@@ -45,7 +45,7 @@ def read_cells(uri: str, joinids: Joinids) -> Values:
 
 
 def read_some(uri: str, joinids: Joinids) -> Iterator[tuple[Joinids, Values]]:
-    """Embedding of some cells in blocks, ascending: soma_joinids, and float32 (cells, dimensions)."""
+    """Embedding of cells in blocks, by soma_joinid: int64 (cells,) and float32 (cells, dimensions)."""
     with _readable(uri) as array:
         for start in range(0, len(joinids), _READ_CELLS):
             wanted = joinids[start : start + _READ_CELLS]
@@ -54,12 +54,12 @@ def read_some(uri: str, joinids: Joinids) -> Iterator[tuple[Joinids, Values]]:
 
 
 def read_embedding(uri: str) -> Iterator[tuple[Joinids, Values]]:
-    """Embedded cells in blocks, by soma_joinid: int64 (cells,) and float32 (cells, dimensions).
+    """Embedding of all cells in blocks, by soma_joinid: int64 (cells,) and float32 (cells, dimensions).
 
     Raises
     ------
     UserError
-        A cell has not a value in each dimension, or the array cannot be read.
+        A cell does not have one value in each dimension, or the array cannot be read.
     """
     with _readable(uri) as array:
         for start in range(0, array.shape[0], _READ_CELLS):
@@ -90,7 +90,7 @@ def _rows(uri: str, table: pa.Table, n_features: int) -> Iterator[tuple[Joinids,
 
 
 class EmbeddingHash:
-    """SHA-256 of an embedding's cells and values, whatever blocks they come in."""
+    """SHA-256 of the cells and values of an embedding; it does not depend on the division into blocks."""
 
     def __init__(self) -> None:
         self._joinids, self._values = hashlib.sha256(), hashlib.sha256()
@@ -101,13 +101,13 @@ class EmbeddingHash:
         self._values.update(np.ascontiguousarray(values, "<f4").tobytes())
 
     def hexdigest(self) -> str:
-        """The hash so far."""
+        """Hash of the cells added so far."""
         return hashlib.sha256(self._joinids.digest() + self._values.digest()).hexdigest()
 
 
 @contextmanager
 def open_experiment(experiment_uri: str) -> Iterator[Any]:
-    """The Experiment, opened for reading; UserError if there is none with the measurement RNA."""
+    """Open an Experiment for reading; UserError if there is none, or if it has no measurement RNA."""
     try:
         experiment = tiledbsoma.Experiment.open(experiment_uri, context=soma_context(experiment_uri))
     except (tiledbsoma.DoesNotExistError, tiledbsoma.SOMAError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""From the gene names of a file to Ensembl ids: version suffixes, symbols, genes without an id."""
+"""Map the gene names of a file to Ensembl ids: remove version suffixes, look up symbols, handle genes without id."""
 
 import logging
 import re
@@ -18,13 +18,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class GeneReport:
-    """Counts of the genes of one file. `in_file` = `kept` + `dropped` + `summed`, without `not_genes`."""
+    """Numbers of genes of one file. `in_file` = `kept` + `dropped` + `summed`; `not_genes` are not included."""
 
     in_file: int = 0
     kept: int = 0  # distinct genes in the Census
-    by_symbol: int = 0  # of the kept columns: those whose id was found by the gene's symbol
-    under_symbol: int = 0  # of the kept columns: those without an id, kept under their symbol
-    dropped: int = 0  # without an id
+    by_symbol: int = 0  # kept columns whose id was found by the gene's symbol
+    under_symbol: int = 0  # kept columns without an id; their symbol is the feature_id
+    dropped: int = 0  # columns without an id
     summed: int = 0  # columns added to another column of the same gene
     not_genes: int = 0  # columns of proteins, guides, peaks, spike-ins or another genome
 
@@ -42,10 +42,10 @@ class GeneReport:
 
 @dataclass(frozen=True)
 class Genes:
-    """The genes of a source.
+    """The genes of a file.
 
-    var: feature_id (unique), feature_name, feature_length (int64, 0 if not known), feature_type.
-    column_to_gene: int64 (columns of the file,), row of `var` that each column is added to, -1 for a dropped one.
+    var: feature_id (unique), feature_name, feature_length (int64, 0 if unknown), feature_type.
+    column_to_gene: int64 (columns of the file,), row of `var` that each column is added to; -1 if it is dropped.
     """
 
     var: pd.DataFrame
@@ -57,7 +57,7 @@ class GeneMap:
     """Ensembl ids, symbols, lengths and types of an organism's genes, read from a TSV.
 
     The TSV (may be gzipped) has the columns `ensembl_id` and `symbol`, and may have `length` and `type`
-    (or `gene_type`). A symbol of several genes is not mapped, because it is ambiguous.
+    (or `gene_type`). A symbol that several genes share is ambiguous and not mapped.
     """
 
     def __init__(self, path: Path) -> None:
@@ -78,7 +78,7 @@ class GeneMap:
 
 
 def strip_version(ids: pd.Series) -> pd.Series:
-    """Ensembl ids without version (`ENSG00000141510.18`) and pseudo-autosomal suffix (`_PAR_Y`)."""
+    """Remove the version (`ENSG00000141510.18`) and the pseudo-autosomal suffix (`_PAR_Y`) from Ensembl ids."""
     return ids.str.replace(r"^(ENS[A-Z]*G\d{11})(?:\.\d+)?(?:_PAR_Y)?$", r"\1", regex=True)
 
 
@@ -91,12 +91,12 @@ def resolve_genes(
     keep_without_id: bool,
     min_recognised: float = 0.0,
 ) -> Genes:
-    """Decide for every column of a file which gene it is.
+    """Assign a gene to every column of a file.
 
-    `names` (str, one a column of the file) holds Ensembl ids or symbols; `attributes` (same rows) may hold
-    feature_name, feature_length and feature_type. Raises UserError if no gene is left, if the genes are another
-    organism's or of two, or if fewer than the share `min_recognised` has an Ensembl id (with `keep_without_id`: an id,
-    or a name that may be a symbol of the organism).
+    `names` (str, one per column of the file) contains Ensembl ids or symbols. `attributes` (same rows) may contain
+    feature_name, feature_length and feature_type. Raises UserError if no gene remains, if the genes belong to another
+    organism or to two organisms, or if the share of genes with an Ensembl id is below `min_recognised`. With
+    `keep_without_id`, a name that may be a symbol of the organism counts like an id.
     """
     names = names.astype(object).where(names.notna(), "").astype(str).reset_index(drop=True)
     ids = strip_version(names)
@@ -135,7 +135,7 @@ def _refuse_other_organism(ids: pd.Series, organism: str) -> None:
         )
 
 
-# Share of ids of a second organism from which they are not accidental.
+# If at least this share of the ids belongs to a second organism, the file has genes of both.
 _MIXED = 0.05
 _SPLIT = "write the cells and genes of each organism to a separate file, and build from these"
 
@@ -149,7 +149,7 @@ def _require_recognised(
     keep_without_id: bool,
     least: float,
 ) -> None:
-    """UserError if genes are of two organisms, or few are of the declared one; it describes the other names."""
+    """UserError if the genes are of two organisms, or too few of the declared one; it describes the other names."""
     kinds = count_kinds(ids[~has_id], organism)
     foreign = sum(number for number, _ in kinds.values())
     recognised = len(ids) - int((ids == "").sum()) - foreign if keep_without_id else int(has_id.sum())
@@ -174,12 +174,12 @@ def _require_recognised(
     raise UserError(f"{found}; {hint}")
 
 
-# Bases; longer than any chromosome of the organisms.
+# In bases; longer than any chromosome of the organisms, so that larger values are errors.
 _LONGEST_GENE = 10**9
 
 
 def _describe(ids: pd.Series, attributes: pd.DataFrame, gene_map: GeneMap | None) -> pd.DataFrame:
-    """The resolved genes' var: the map knows best, then the file, then nothing."""
+    """Create var of the resolved genes: values from the gene map, else from the file, else defaults."""
     known = pd.DataFrame(index=range(len(ids))) if gene_map is None else gene_map.by_id.reindex(ids).reset_index()
 
     def first_known(in_map: str, in_file: str) -> pd.Series:

@@ -1,4 +1,4 @@
-"""Kinds of names that are not genes of the organism: ids or symbols of others, transcripts, probes, numbers."""
+"""Recognise names that are not genes of the organism: genes of other organisms, transcripts, probes, numbers."""
 
 import math
 import re
@@ -16,13 +16,13 @@ class Kind:
     Attributes
     ----------
     pattern
-        Regular expression that all of a name matches.
+        Regular expression that matches the whole name.
     advice
         What to do with a file of such names.
     organism
-        Whose genes they are; "" where the name does not say it.
+        Organism of the genes; "" if the name does not show it.
     mixed
-        Share of a file's genes from which such names are not accidental: genes of another organism are in the file.
+        If at least this share of a file's genes has such names, the file contains genes of another organism.
     """
 
     pattern: re.Pattern[str]
@@ -46,7 +46,7 @@ def _of(organism: str) -> str:
     return f"a local Census holds cells of {' and '.join(ORGANISMS)}"
 
 
-# In this order: a name is of the first kind that it matches.
+# The order matters: a name belongs to the first kind that it matches.
 KINDS = {
     **{
         f"Ensembl ids of {name}": Kind(re.compile(prefix + r"\d{11}(\.\d+)?"), _of(name), name, 0.05)
@@ -66,7 +66,7 @@ KINDS = {
         re.compile(r"(?!Ercc)[A-Z][a-z][A-Za-z0-9]*([.-][A-Za-z0-9]+)*|\d{6,}[A-Z]\d{2}Rik|mt-[A-Z]\w+"),
         _of("mus_musculus"),
         "mus_musculus",
-        0.2,  # symbols without an id, old ones say, may look like another organism's
+        0.2,  # symbols without an id, for example old ones, may look like those of another organism
     ),
     "symbols of human genes": Kind(
         re.compile(r"(?!ERCC|[A-Z]{2}\d{6})[A-Z]{2,}[A-Z0-9]*(-[A-Z0-9]+)*|[A-Z]\d+orf\d+|MT-[A-Z]\w+"),
@@ -78,14 +78,14 @@ KINDS = {
 
 
 def count_kinds(names: pd.Series, organism: str) -> dict[str, tuple[int, str]]:
-    """Number of names of each kind, except those of the organism itself, and an example; the most frequent first.
+    """Number of names of each kind and an example, most frequent first; kinds of the organism itself are skipped.
 
     Parameters
     ----------
     names
-        str (genes,): names in which no gene of the organism was recognised.
+        str (genes,): names that were not recognised as genes of the organism.
     organism
-        The declared one.
+        The declared organism.
     """
     left, found = names, {}
     for kind, description in KINDS.items():

@@ -1,4 +1,4 @@
-"""Which rows of a var are genes of an organism, and their names without the additions of tools."""
+"""Find the rows of a var that are genes of an organism, and clean gene names that other tools have extended."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-# Columns of var with the kind of a row: of Cell Ranger (scanpy, DropletUtils), CELLxGENE, muon.
+# Columns of var that contain the kind of a row, as Cell Ranger (scanpy, DropletUtils), CELLxGENE and muon write them.
 _KIND_COLUMNS = ("feature_types", "feature_type", "feature_biotype", "modality", "Type", "type")
 _GENE_EXPRESSION = {"gene expression", "gex", "rna"}
 # Values for rows that are not genes; biotypes such as protein_coding are genes.
@@ -19,9 +19,10 @@ _NO_GENES = {
     "adt", "hto", "hashtag", "protein", "prot", "antibody", "crispr", "atac", "chromatin accessibility", "tag",
     "spike-in", "spikein", "spike_in", "ercc",
 }  # fmt: skip
-# Columns in which the form of a name shows the kind of a row; others may hold, for example, a gene's interval.
+# Columns of gene names: there the form of a name shows the kind of the row. Other columns may contain other text, for
+# example the genomic interval of a gene.
 _NAMES = re.compile(r"^var_names$|_(?:id|ids|name|names|symbol|symbols)'\]$|^var\['(?:symbol|name|ID|Symbol)'\]$")
-# Share of Ensembl ids from which symbols among them are something else.
+# If at least this share of the names are Ensembl ids, the few symbols among them are probably not genes.
 _ALL_BUT_FEW = 0.95
 NAMED_TWICE = "symbol of a gene that another row has by id"
 _NO_GENE_NAMES = {
@@ -29,7 +30,7 @@ _NO_GENE_NAMES = {
     "peak": r"^(?:chr|CHR)?[\dXYMTW][\w.]*[:_-]\d+[-_]\d+$",
     "line of a counting program": r"^(?:__\w+|N_(?:unmapped|multimapping|noFeature|ambiguous))$",
 }
-# A genome's name in front of a gene's, as Cell Ranger writes it where it counted in several: GRCh38_TP53, mm10___Xkr4.
+# A genome before the gene name, as Cell Ranger writes it for references of several genomes: GRCh38_TP53, mm10___Xkr4.
 _GENOME = re.compile(
     r"^((?:GRC[A-Za-z]{1,2}\d+|hg\d\d|mm\d+|rn\d|Rnor|mRatBN\d|T2T-CHM13|CHM13|dm\d|BDGP\d|danRer\d|galGal\d|Sscrofa\d"
     r"|susScr\d|Mmul|rheMac\d|panTro\d|CanFam\d)[A-Za-z0-9.-]*)_+(?=[^_])"
@@ -38,7 +39,7 @@ _ORGANISM_OF_GENOME = {
     "homo_sapiens": re.compile(r"^(?:GRCh|hg\d|T2T|CHM)", re.IGNORECASE),
     "mus_musculus": re.compile(r"^(?:GRCm|mm\d)", re.IGNORECASE),
 }
-# An Ensembl id among other text: ENSG00000141510_TP53, TP53|ENSG00000141510.18, GRCh38_ENSG00000141510.
+# An Ensembl id within other text: ENSG00000141510_TP53, TP53|ENSG00000141510.18, GRCh38_ENSG00000141510.
 _ENSEMBL_WITHIN = r"(?<![A-Za-z0-9])(ENS[A-Z]*G\d{11}(?:\.\d+)?(?:_PAR_Y)?)(?![A-Za-z0-9])"
 
 
@@ -51,9 +52,9 @@ class GeneRows:
     is_gene
         bool (rows,).
     left_out
-        Rows that are not genes, by kind: `Antibody Capture`, `spike-in`, `genome mm10`, ...
+        Number of excluded rows by kind: `Antibody Capture`, `spike-in`, `genome mm10`, ...
     is_expression
-        bool (rows,): genes, another genome's included.
+        bool (rows,): genes, including those of another organism's genome.
     """
 
     is_gene: npt.NDArray[np.bool_]
@@ -65,21 +66,21 @@ class GeneRows:
 
 
 def left_out_words(left_out: dict[str, int]) -> str:
-    """`GeneRows.left_out` in words."""
+    """Describe `GeneRows.left_out` in words."""
     listed = ", ".join(f"{number:,} {kind}" for kind, number in left_out.items())
     return f"{sum(left_out.values()):,} rows that are not genes of the organism are excluded: {listed}"
 
 
 def find_gene_rows(var: pd.DataFrame, organism: str) -> GeneRows:
-    """Exclude rows of proteins, guides, hashtags, peaks and spike-ins, and those of another organism's genome.
+    """Exclude rows of proteins, guides, hashtags, peaks and spike-ins, and rows of another organism's genome.
 
     Parameters
     ----------
     var
-        Index and text columns are searched: columns with the kind of a row, and the form of the names.
+        Columns with the kind of a row are used, and the form of the names in the index and columns of gene names.
     organism
-        Such as `homo_sapiens`; rows of another organism's genome are excluded. Genomes of other names are, where
-        another genome of the file is this organism's.
+        For example `homo_sapiens`; rows of another organism's genome are excluded. Rows of an unknown genome are
+        excluded only if the file also has a genome of this organism.
     """
     kinds = np.full(len(var), "", dtype=object)
     for column in _KIND_COLUMNS:
@@ -97,12 +98,12 @@ def find_gene_rows(var: pd.DataFrame, organism: str) -> GeneRows:
 
 
 def holds_kinds(values: pd.Series) -> bool:
-    """Whether a column says which rows are gene expression, as Cell Ranger's does, and not their biotype."""
+    """Whether a column marks rows of gene expression, as Cell Ranger does; a column of biotypes does not."""
     return bool(_text(values).str.strip().str.casefold().isin(_GENE_EXPRESSION).any())
 
 
 def name_columns(var: pd.DataFrame) -> Iterator[tuple[str, pd.Series]]:
-    """(where, names) of every place in which genes may be named: the index, and each column of text."""
+    """Yield (place, names) for every place that may contain gene names: the index and each text column."""
     yield "var_names", _text(var.index.to_series())
     for column in var.columns:
         if not pd.api.types.is_numeric_dtype(var[column]):  # bool is numeric, too
@@ -110,15 +111,15 @@ def name_columns(var: pd.DataFrame) -> Iterator[tuple[str, pd.Series]]:
 
 
 def named_twice(ids: pd.Series, genes: pd.Series) -> npt.NDArray[np.bool_]:
-    """Rows with a symbol among nearly nothing but ids, whose gene another row has by its id, bool (rows,).
+    """Rows with the symbol of a gene that another row contains by id, bool (rows,); all False below 95 % ids.
 
-    In 10x files without `feature_types` that is the antibody CD4 below the gene ENSG00000010610. In tables that were
-    joined from some with ids and some with symbols there are many symbols, and their rows are summed.
+    In a 10x file without `feature_types`, such a row is an antibody: CD4 next to the gene ENSG00000010610. Tables
+    joined from files with ids and files with symbols contain many symbols; their rows are summed instead.
 
     Parameters
     ----------
     ids
-        Clean names.
+        Names as `clean_names` returns them.
     genes
         Ensembl id of each symbol; NaN if it is not a symbol.
     """
@@ -133,9 +134,9 @@ def _names(var: pd.DataFrame) -> Iterator[pd.Series]:
 
 
 def clean_names(names: pd.Series) -> pd.Series:
-    """Names without spaces around them, the genome in front, and the symbol next to an Ensembl id.
+    """Remove surrounding spaces, a genome before the name, and a symbol next to an Ensembl id.
 
-    A name with one Ensembl id in it is that id. The genome's name alone is never cut to nothing.
+    A name that contains exactly one Ensembl id becomes that id. A name that is only a genome stays as it is.
     """
     stripped = names.str.strip()
     ids = stripped.str.findall(_ENSEMBL_WITHIN)
@@ -146,28 +147,28 @@ def clean_names(names: pd.Series) -> pd.Series:
 
 
 def _text(values: pd.Series) -> pd.Series:
-    """Text with a plain index; missing values are empty."""
+    """Values as str with the index 0 to n - 1; missing values become ""."""
     values = values.astype(object)
     return values.where(values.notna(), "").astype(str).reset_index(drop=True)
 
 
 def _set(kinds: npt.NDArray[np.object_], rows: npt.NDArray[np.bool_], kind: str | npt.NDArray[np.object_]) -> None:
-    """Set the kind of rows that have none yet."""
+    """Set the kind of those rows that have no kind yet."""
     rows = rows & (kinds == "")
     kinds[rows] = kind if isinstance(kind, str) else kind[rows]
 
 
 def _kinds(values: pd.Series) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.object_]]:
-    """Rows that are not genes according to a column, and their kind."""
+    """Rows that are not genes according to a column, and the kind of every row."""
     folded = values.str.strip().str.casefold()
-    # A column that says "Gene Expression" says of all its other kinds that they are something else.
+    # If a column contains "Gene Expression", its rows of any other kind are not genes.
     says_genes = folded.isin(_GENE_EXPRESSION)
     others = (folded != "") & ~says_genes if says_genes.any() else folded.isin(_NO_GENES)
     return others.to_numpy(bool), values.str.strip().str.replace("/", "-").to_numpy(object)
 
 
 def _genomes(var: pd.DataFrame) -> pd.Series:
-    """The genome of each row, from the column `genome` or a prefix of the name; "" if there is none."""
+    """Genome of each row, from the column `genome` or from a prefix of the name; "" if there is none."""
     genomes = _text(var["genome"]) if "genome" in var else pd.Series("", index=range(len(var)), dtype=object)
     for names in _names(var):
         found = names.str.strip().str.extract(_GENOME)[0].fillna("")
@@ -176,7 +177,7 @@ def _genomes(var: pd.DataFrame) -> pd.Series:
 
 
 def _foreign(genomes: pd.Series, organism: str) -> npt.NDArray[np.bool_]:
-    """Rows whose genome is another organism's."""
+    """Rows of another organism's genome; an unknown genome counts as foreign only if the organism's own is present."""
     owner = {genome: _organism_of(genome) for genome in genomes.unique() if genome}
     own = {genome for genome, name in owner.items() if name == organism}
     foreign = {genome for genome, name in owner.items() if name != organism and (name or own)}

@@ -1,4 +1,4 @@
-"""Which genes: selection of highly variable ones, and finding a model's genes again in another Census."""
+"""Select highly variable genes, read and write the genes file, and find the genes of a model in a Census."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ class Selection:
     Attributes
     ----------
     feature_ids
-        In Census var order.
+        In the order of the Census var.
     below_min_cells
-        Genes of the Census that were excluded beforehand, since too few of the cells have them.
+        Number of genes that were excluded before the selection, because they are detected in too few cells.
     """
 
     feature_ids: list[str]
@@ -53,17 +53,17 @@ class Selection:
 def select_genes(
     census: Census, value_filter: str | None, settings: HvgSection, seed: int, min_cells: int = 0
 ) -> Selection:
-    """Highly variable genes of the filtered cells.
+    """Select highly variable genes of the filtered cells.
 
-    seurat_v3 on raw counts, ranked within each combination of the `hvg_batch` columns (Stuart et al. 2019,
-    https://doi.org/10.1016/j.cell.2019.05.031), among the genes that are detected in at least `min_cells` of the cells.
-    If there are fewer genes than requested, all are used, with a warning.
+    The method is seurat_v3 on raw counts (Stuart et al. 2019, https://doi.org/10.1016/j.cell.2019.05.031). Genes are
+    ranked within each combination of the `hvg_batch` columns. Candidates are the genes that are detected in at least
+    `min_cells` of the cells. If there are no more candidates than requested, all are used, with a warning.
 
     Raises
     ------
     UserError
-        A column is missing, no cell matches, no gene is detected in `min_cells` cells, or the genes cannot be ranked in
-        batches of few cells.
+        A column is missing, no cell matches, no gene is detected in `min_cells` cells, or the fit fails because
+        batches have too few cells.
     """
     require_columns(census, settings.hvg_batch, "hvg.hvg_batch")
     var = read_var(census)
@@ -71,7 +71,7 @@ def select_genes(
         select = _select_in_one_pass if settings.engine == "one-pass" else _select_by_census
         try:
             chosen, candidates = select(census, value_filter, settings, seed, min_cells)
-        except ValueError as error:  # raised by the loess fit, where a batch has too few cells or counts
+        except ValueError as error:  # raised by the loess fit if a batch has too few cells or counts
             raise UserError(
                 f"the genes cannot be ranked within each combination of hvg.hvg_batch {settings.hvg_batch}: the fit of"
                 f" variance to mean failed ({str(error).strip()}), which happens in batches of few cells;"
@@ -119,13 +119,13 @@ def _select_by_census(
 
 
 def _seeded_highly_variable_genes(seed: int) -> Callable[..., pd.DataFrame]:
-    """The function of the Census library, made repeatable.
+    """`highly_variable_genes` of cellxgene_census, made reproducible.
 
-    Where a loess fit fails (batches of few cells) it retries with jitter from `np.random.default_rng()`, which nothing
-    can seed, and two runs may disagree on some genes. This is the function of another copy of its module, in which that
-    generator is seeded; numpy itself, and with it every other thread, is left alone.
+    If a loess fit fails (batches of few cells), the original retries with jitter from `np.random.default_rng()`, which
+    cannot be seeded, so that two runs may select different genes. This function comes from a second copy of its module,
+    in which the generator is seeded. numpy itself is not changed, so other threads are not affected.
     """
-    # Compiles its kernels when it is imported, which takes seconds: only where it is used.
+    # Imported only if used: the import compiles its kernels, which takes seconds.
     from cellxgene_census.experimental import pp
 
     specification = importlib.util.find_spec(pp.highly_variable_genes.__module__)
@@ -151,13 +151,13 @@ def write_genes(path: Path, feature_ids: list[str]) -> None:
 def read_genes(path: Path) -> list[str]:
     """feature_ids of a genes file, in order.
 
-    A pickle can run code, and an array in it can hold forged pointers. So the file is not unpickled: its opcodes are
-    read, and they must be those that `write_genes` writes for the feature_ids found among them.
+    A pickle can run code, and an array in it can contain forged pointers. The file is therefore not unpickled. Its
+    opcodes are read, and they must be equal to those that `write_genes` writes for the same feature_ids.
 
     Raises
     ------
     UserError
-        The file is missing, damaged, or not as `write_genes` writes it.
+        The file is missing, damaged, not as `write_genes` writes it, or lists a gene twice.
     """
     try:
         found = _opcodes(path.read_bytes())
@@ -184,8 +184,8 @@ def _pickled(feature_ids: list[str]) -> bytes:
 
 
 def _opcodes(pickled: bytes) -> list[tuple[str, Any]]:
-    """Name and argument of each opcode; nothing is executed."""
-    # numpy 1 has the same function in another module.
+    """Name and argument of each opcode of a pickle; nothing is executed."""
+    # numpy 1 and numpy 2 have the same function in different modules.
     renamed = {"numpy.core.multiarray": "numpy._core.multiarray"}
     return [
         (opcode.name, renamed.get(argument, argument) if isinstance(argument, str) else argument)
@@ -195,16 +195,16 @@ def _opcodes(pickled: bytes) -> list[tuple[str, Any]]:
 
 
 def _feature_ids(opcodes: list[tuple[str, Any]]) -> list[str]:
-    """The elements of a pickled array of str: its dtype is the text U<length>, its elements are the longest bytes."""
+    """Elements of a pickled array of str: the dtype is the text U<length>, the elements are the longest bytes."""
     dtype = next(text for _, text in opcodes if isinstance(text, str) and re.fullmatch(r"U[1-9]\d*", text))
     data = max((argument for _, argument in opcodes if isinstance(argument, bytes)), key=len)
-    # Decoded here, since numpy makes str of any four bytes.
+    # Decoded here, because numpy accepts any four bytes as a character.
     text, length = data.decode("utf-32-le"), int(dtype[1:])
     return [text[start : start + length].rstrip("\0") for start in range(0, len(text), length)]
 
 
 def locate_genes(census: Census, feature_ids: list[str], min_share: float, setting: str = "") -> npt.NDArray[np.int64]:
-    """Position of each of a model's genes in a Census.
+    """Find the position of each gene of a model in a Census.
 
     Parameters
     ----------
@@ -213,18 +213,18 @@ def locate_genes(census: Census, feature_ids: list[str], min_share: float, setti
     feature_ids
         Genes of the model.
     min_share
-        Minimum share of them that the Census must have.
+        Minimum share of these genes that the Census must have.
     setting
-        The setting of that share, for messages; "" if there is none.
+        Name of the setting for `min_share`, for messages; "" if there is none.
 
     Returns
     -------
-    int64 (genes,): soma_joinid of each gene in this Census' var, -1 where it is absent.
+    int64 (genes,): soma_joinid of each gene in the var of this Census; -1 if the gene is absent.
 
     Raises
     ------
     UserError
-        Fewer than `min_share` of the genes are there: the missing ones are listed.
+        The Census has fewer than `min_share` of the genes; the error lists missing ones.
     """
     var = read_var(census)
     joinids = pd.Series(var["soma_joinid"].to_numpy(), index=var["feature_id"].astype(str))

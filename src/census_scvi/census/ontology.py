@@ -1,4 +1,4 @@
-"""Classes of cell types by the Cell Ontology, as the Census' benchmark groups them."""
+"""Classes of cell types from the Cell Ontology, as the benchmark of the Census groups them."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ CELL_CLASS, CELL_SUBCLASS = COLUMNS = ("cell_class", "cell_subclass")
 
 
 def classes_of(terms: pd.Series, column: str) -> npt.NDArray[np.object_]:
-    """The class of each cell type, object (cells,): label, or None if the ontology has none.
+    """Class of each cell type, object (cells,): its label, or None if the cell type has no class.
 
     Parameters
     ----------
     terms
-        Term ids, such as CL:0000236.
+        Term ids, for example CL:0000236.
     column
-        `cell_class` or `cell_subclass`: the first term of that curated list that is an ancestor, or the term itself.
+        `cell_class` or `cell_subclass`. The class is the first term of this curated list that is an ancestor of the
+        cell type or the cell type itself.
     """
-    # Imported only where a label needs it.
+    # Imported only if a label needs it.
     from cellxgene_ontology_guide.curated_ontology_term_lists import get_curated_ontology_term_list
     from cellxgene_ontology_guide.entities import CuratedOntologyTermList
     from cellxgene_ontology_guide.ontology_parser import OntologyParser

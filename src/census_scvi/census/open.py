@@ -1,4 +1,4 @@
-"""Open a Census and say which one it is."""
+"""Open a Census and read its identity."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ MEASUREMENT = "RNA"
 
 @dataclass(frozen=True)
 class Census:
-    """An open Experiment of a Census.
+    """An open Census and the Experiment of one organism.
 
     Attributes
     ----------
     root
-        The Census; must stay open while anything below it is read.
+        The root collection; must stay open while anything in it is read.
     experiment
-        The organism's Experiment.
+        The Experiment of the organism.
     identity
-        `uri`, `version`, `schema`, `created_on`, `organism`, `cells`: the identity of this Census.
+        `uri`, `version`, `schema`, `created_on`, `organism` and `cells`, which identify the Census.
     """
 
     root: Any
@@ -42,12 +42,12 @@ class Census:
 
 @contextmanager
 def open_census(settings: CensusSection) -> Iterator[Census]:
-    """Open the Census that a config names: `uri` where it is set, else the release `version`.
+    """Open the Census of the settings: `uri` if it is set, else the release `version`.
 
     Raises
     ------
     UserError
-        Nothing there, not a Census, not reachable, or without the organism.
+        The Census does not exist, cannot be reached or read, is not a Census, or does not have the organism.
     """
     where = without_credentials(settings.uri) or f"release {settings.version}"
     use_settings(settings.tiledb)
@@ -55,9 +55,9 @@ def open_census(settings: CensusSection) -> Iterator[Census]:
     if path is not None and path.is_file():
         raise UserError(f"census.uri {where} is a file; build a Census from .h5ad files with scvi-build-census.py")
     try:
-        # `uri` wins in the API, too; a version next to it would make it ask the network.
+        # `uri` has priority in the API, too; a version in addition to it would cause a network request.
         version = None if settings.uri else settings.version
-        # Records outlive the current folder, from which relative paths count.
+        # Absolute, because records are read later, from another current folder.
         uri = settings.uri and tiledb_place(settings.uri, "census.uri")
         root = _open(uri, version)
     except (tiledbsoma.DoesNotExistError, tiledbsoma.SOMAError) as error:
@@ -89,7 +89,7 @@ def open_census(settings: CensusSection) -> Iterator[Census]:
 
 
 def _open(uri: str | None, version: str | None) -> Any:
-    """As `cellxgene_census.open_soma`, whose import takes as long again; only the list of releases needs it."""
+    """Like `cellxgene_census.open_soma`. Its import doubles the import time and is only needed to find a release."""
     context = soma_context(uri)
     if uri is not None:
         return tiledbsoma.open(uri, mode="r", soma_type=tiledbsoma.Collection, context=context)
@@ -98,7 +98,7 @@ def _open(uri: str | None, version: str | None) -> Any:
     return cellxgene_census.open_soma(census_version=version, context=context)
 
 
-# TileDB's messages for a file that is missing or whose bytes have changed.
+# Messages of TileDB for a missing file or changed bytes.
 _DAMAGE = re.compile(
     r"Checksum|GZipException|FilterBuffer|FilterCreate|CompressionFilter|unfiltered tile|end of serialized data"
     r"|bad_alloc|Cannot allocate buffer|Deserialization|exceeds file size|(?:Array|Group) does not exist|No such file"
@@ -106,13 +106,13 @@ _DAMAGE = re.compile(
 
 
 def is_damage(error: Exception) -> bool:
-    """Whether TileDB found changed bytes, or did not find a file."""
+    """Whether an error of TileDB means changed bytes or a missing file."""
     return bool(_DAMAGE.search(str(error)))
 
 
 @contextmanager
 def reading(uri: str) -> Iterator[None]:
-    """UserError where an array or table cannot be read: names it, and says why."""
+    """UserError if an array or table cannot be read, with its location and the reason."""
     try:
         yield
     except (tiledbsoma.SOMAError, RuntimeError) as error:
@@ -120,7 +120,7 @@ def reading(uri: str) -> Iterator[None]:
 
 
 def cannot_be_read(what: str, error: Exception) -> UserError:
-    """One line for an error of TileDB's in reading."""
+    """One-line error for a read error of TileDB."""
     message = str(error).strip()
     reason = message.rpartition("Error: ")[2].partition("\n")[0].partition(", expect")[0] or type(error).__name__
     if not is_damage(error):

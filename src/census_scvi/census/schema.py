@@ -9,13 +9,13 @@ from typing import Any
 import pyarrow as pa
 
 CENSUS_SCHEMA_VERSION = "2.4.0"
-# Files of a local Census are not validated against the CELLxGENE dataset schema, so no version of it is stated.
+# Files of a local Census are not validated against the CELLxGENE dataset schema, so it has no version of that schema.
 DATASET_SCHEMA_VERSION = "na"
 
 
 @dataclass(frozen=True)
 class Organism:
-    """An organism of the Census: experiment name (`homo_sapiens`), label, taxon, and the form of its gene ids."""
+    """An organism of the Census: experiment name (`homo_sapiens`), label, taxon, and prefix of its gene ids."""
 
     name: str
     label: str
@@ -54,10 +54,10 @@ LABEL_COLUMNS = (
     "tissue_general_ontology_term_id",
 )
 
-# obs columns that a file may fill; the others are computed.
+# obs columns that a file may provide; the others are computed.
 SETTABLE_COLUMNS = (*LABEL_COLUMNS, "is_primary_data", "observation_joinid")
 
-# The Census' values for unknown labels. In all other columns it is "unknown".
+# Labels of cells for which a column is not known; in all other columns "unknown" (see `default_label`).
 _LABEL_DEFAULTS = {"suspension_type": "na", "tissue_type": "tissue"}
 
 _LABEL = pa.dictionary(pa.int32(), pa.large_string())
@@ -140,25 +140,25 @@ SUMMARY_CATEGORIES = (
     "suspension_type",
 )
 
-# Assays that read whole transcripts: X/normalized divides their counts by the length of the gene first.
+# Assays that sequence full transcripts; X/normalized first divides their counts by the length of the gene.
 FULL_GENE_ASSAYS = frozenset({"Smart-seq", "Smart-seq2", "Smart-seq3", "Smart-seq v4", "EFO:0008930", "EFO:0008931"})
 
 
-# Last in each chain of filters: a reader learns of a damaged byte instead of reading another value.
+# Last filter of each filter list: a damaged byte causes an error instead of a wrong value.
 CHECKSUM = "ChecksumSHA256Filter"
-# Rows and columns of a tile of X on disk.
+# Rows, and columns, per tile of X on disk.
 X_TILE = 2048
 
 
 def default_label(column: str, organism: str) -> str:
-    """The label of cells for which `column` is not known ("unknown" or "na", as in the Census)."""
+    """Label of cells for which `column` is not known, as in the Census: "unknown", "na", or "tissue" (tissue_type)."""
     if column.startswith("self_reported_ethnicity") and organism != "homo_sapiens":
         return "na"
     return _LABEL_DEFAULTS.get(column, "unknown")
 
 
 def x_platform_config() -> dict[str, Any]:
-    """Storage of a layer of X: row-major tiles of 2,048 x 2,048, zstd; level 3, which is fast."""
+    """Storage of a layer of X: row-major tiles of 2,048 x 2,048, zstd with the fast level 3."""
     zstd = {"_type": "ZstdFilter", "level": 3}
     return _create_config(
         capacity=2**16,
@@ -183,9 +183,9 @@ def presence_platform_config() -> dict[str, Any]:
 
 
 def table_platform_config(table_schema: pa.Schema) -> dict[str, Any]:
-    """Storage of obs, var and other tables, by soma_joinid.
+    """Storage of obs, var and other tables, indexed by soma_joinid.
 
-    Readers get the rows of an array that allows no duplicates in their order.
+    Duplicates are not allowed, because only then are rows read in the order of soma_joinid.
     """
     zstd = {"_type": "ZstdFilter", "level": 9}
     return _create_config(
@@ -199,5 +199,5 @@ def table_platform_config(table_schema: pa.Schema) -> dict[str, Any]:
 
 
 def _create_config(**options: object) -> dict[str, Any]:
-    """The platform_config of tiledbsoma."""
+    """`platform_config` argument of tiledbsoma with these options."""
     return {"tiledb": {"create": options}}

@@ -1,4 +1,4 @@
-"""Slices of a Census: cells that match a filter, their obs, their counts and their positions in an embedding."""
+"""Slices of a Census: cells that match a filter, with their obs, counts and embedding."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from census_scvi.terminal.progress import progress_bar
 
 log = logging.getLogger(__name__)
 
-# Cells read at a time.
+# Cells per block that is read: of obs, and of counts.
 _OBS_BLOCK, _COUNT_BLOCK = 2**16, 4096
 
 Joinids = npt.NDArray[np.int64]
@@ -26,21 +26,21 @@ Values = npt.NDArray[np.float32]
 
 
 class Embedding(Protocol):
-    """Positions of a Census' cells.
+    """An embedding of cells of a Census.
 
     Attributes
     ----------
     name
-        Its location, for messages.
+        Location, for messages.
     n_latent
-        Its dimensions.
+        Number of dimensions.
     """
 
     name: str
     n_latent: int
 
     def read(self, joinids: Joinids) -> Iterator[tuple[Joinids, Values]]:
-        """Those of the cells, ascending, that have a position, in blocks, and float32 (cells, n_latent)."""
+        """Yield blocks of the embedded cells among `joinids`: ascending soma_joinids, float32 (cells, n_latent)."""
         ...
 
 
@@ -52,7 +52,7 @@ def choose_cells(
     numbers: np.random.Generator,
     setting: str = "obs_filter",
 ) -> tuple[Joinids, int]:
-    """Cells that match a filter.
+    """Select cells that match a filter.
 
     Parameters
     ----------
@@ -61,15 +61,15 @@ def choose_cells(
     obs_filter
         Value filter on obs; None: all cells.
     max_cells
-        Of more matching cells, that many are drawn at random.
+        If more cells match, this number of them is sampled at random.
     numbers
-        Random numbers of that draw.
+        Random generator for the sample.
     setting
-        Setting or argument that holds the filter, for errors.
+        Setting or argument that contains the filter, for errors.
 
     Returns
     -------
-    soma_joinids, int64 (cells,), ascending, and the number of cells that match.
+    soma_joinids, int64 (cells,), ascending, and the number of matching cells.
 
     Raises
     ------
@@ -89,7 +89,7 @@ def choose_cells_and_batches(
     numbers: np.random.Generator,
     setting: str = "obs_filter",
 ) -> Cells:
-    """As `choose_cells`, with the batch of each cell: the combination of its values in the columns `batch_key`."""
+    """Like `choose_cells`, with the batch of each cell: the combination of its values in the columns `batch_key`."""
     cells = select_cells(census, obs_filter, batch_key, setting)
     rows = _drawn(len(cells), max_cells, numbers)
     return Cells(cells.joinids[rows], cells.batch_codes[rows], cells.batches)
@@ -103,7 +103,7 @@ def _drawn(n_cells: int, max_cells: int, numbers: np.random.Generator) -> npt.ND
 
 
 def read_obs_of(census: Census, joinids: Joinids, columns: list[str] | None = None) -> pd.DataFrame:
-    """Obs of cells, ascending, with the column soma_joinid.
+    """Read obs of cells, with the column soma_joinid.
 
     Parameters
     ----------
@@ -112,14 +112,14 @@ def read_obs_of(census: Census, joinids: Joinids, columns: list[str] | None = No
     joinids
         int64 (cells,), ascending.
     columns
-        obs columns to read in addition to soma_joinid; None: all.
+        obs columns to read in addition to soma_joinid; None: all columns.
     """
     groups = (np.arange(*rows) for rows in consecutive(0, len(joinids), _OBS_BLOCK))
     return pd.concat([frame for _, frame in stream_obs(census, joinids, groups, columns)])
 
 
 def read_counts_of(census: Census, joinids: Joinids, gene_joinids: npt.NDArray[np.int64]) -> Iterator[Block]:
-    """Raw counts of cells, ascending, in blocks, with a progress bar; genes as `stream_blocks` takes them."""
+    """Read raw counts of cells (ascending) in blocks, with a progress bar; arguments as for `stream_blocks`."""
     with progress_bar(len(joinids), "counts") as bar:
         for block in stream_blocks(census, joinids, gene_joinids, blocks=tile_runs(joinids, _COUNT_BLOCK)):
             yield block
@@ -127,7 +127,7 @@ def read_counts_of(census: Census, joinids: Joinids, gene_joinids: npt.NDArray[n
 
 
 def read_positions(embedding: Embedding, joinids: Joinids) -> tuple[Joinids, Values]:
-    """Positions of cells in an embedding, with a progress bar.
+    """Read the embedding of cells, with a progress bar.
 
     Parameters
     ----------
@@ -138,7 +138,7 @@ def read_positions(embedding: Embedding, joinids: Joinids) -> tuple[Joinids, Val
 
     Returns
     -------
-    Those of the cells that have a position, int64 (cells,), and float32 (cells, n_latent).
+    soma_joinids of the cells that are embedded, int64 (cells,), and their embedding, float32 (cells, n_latent).
     """
     found, positions = [np.empty(0, np.int64)], [np.empty((0, embedding.n_latent), np.float32)]
     with progress_bar(len(joinids), "embeddings") as bar:

@@ -17,16 +17,16 @@ from census_scvi.files.uri import file_system, local_path
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-# The default of 1 GiB a column costs 8 GB for a gene selection over 90,000 cells, and is slower.
+# The default, 1 GiB per column, uses 8 GB for a gene selection over 90,000 cells, and is slower.
 _BUFFERS = {
     "soma.init_buffer_bytes": 16 * 2**20,
     "py.init_buffer_bytes": 16 * 2**20,
     "sm.mem.total_budget": 2 * 2**30,
 }
-# Buckets of CZI's, which anybody may read.
+# Public buckets of CZI.
 _PUBLIC_BUCKETS = ("cellxgene-census-public-us-west-2", "cellxgene-contrib-public")
 _PUBLIC_REGION = "us-west-2"
-# Settings of libraries above TileDB, and headers of any name.
+# Prefixes of settings that TileDB does not list: settings of tiledb-py and tiledbsoma, and custom headers.
 _FREE = ("py.", "soma.", "vfs.s3.custom_headers.", "rest.custom_headers.")
 _OF_FSSPEC = {
     "vfs.s3.aws_access_key_id": "key",
@@ -43,7 +43,7 @@ def use_settings(settings: Mapping[str, str]) -> None:
     Raises
     ------
     UserError
-        A key is not a setting of TileDB, or a value cannot be used.
+        A key is not a setting of TileDB, or TileDB refuses a value.
     """
     known = tiledbsoma.SOMATileDBContext().native_context.config()
     for key in settings:
@@ -59,7 +59,7 @@ def use_settings(settings: Mapping[str, str]) -> None:
 
 
 def soma_context(uri: str | None) -> Any:
-    """The context with which tiledbsoma opens a location; None: a release of the public Census."""
+    """Context for tiledbsoma to open a location; None: a release of the public Census."""
     return _context(_bucket(uri) if uri else _PUBLIC_BUCKETS[0], tuple(_current.items()))
 
 
@@ -67,14 +67,14 @@ def soma_context(uri: str | None) -> Any:
 def _context(bucket: str | None, given: tuple[tuple[str, str], ...]) -> Any:
     if bucket is None:
         return tiledbsoma.SOMATileDBContext().replace(tiledb_config=_BUFFERS | dict(given))
-    import cellxgene_census  # takes as long to import as tiledbsoma, and adds nothing for a disk
+    import cellxgene_census  # its import takes as long as that of tiledbsoma, and is not needed for a disk
 
     of_store = _store_settings(bucket, tuple(dict(given)))
     return cellxgene_census.get_default_soma_context(tiledb_config=_BUFFERS | of_store | dict(given))
 
 
 def storage(uri: str) -> tuple[AbstractFileSystem, str]:
-    """The fsspec file system of a place, reached as TileDB reaches it, and the path in it."""
+    """The fsspec file system of a location, with the same access settings as TileDB, and the path in it."""
     bucket = _bucket(uri)
     if bucket is None:
         return file_system(uri)
@@ -97,9 +97,10 @@ def _bucket(uri: str) -> str | None:
 
 @lru_cache
 def _store_settings(bucket: str, given: tuple[str, ...]) -> dict[str, str]:
-    """Region, and whether requests are signed: CZI's buckets are open, for others the AWS environment decides.
+    """TileDB settings of a bucket: its region, and whether requests are signed.
 
-    Without credentials requests are not signed, so that other public buckets can be read; `census.tiledb` wins.
+    The buckets of CZI are public. Other buckets use the AWS environment. Without credentials, requests are not signed,
+    so that other public buckets can be read. The setting `census.tiledb` has priority over these values.
     """
     if bucket in _PUBLIC_BUCKETS:
         return {"vfs.s3.region": _PUBLIC_REGION, "vfs.s3.no_sign_request": "true"}
@@ -116,7 +117,7 @@ def _store_settings(bucket: str, given: tuple[str, ...]) -> dict[str, str]:
 
 
 def refused_by_store(error: Exception) -> str | None:
-    """The response of the object store, if an error of TileDB comes from one."""
+    """Response of the object store to a request that failed; None if the error does not come from a store."""
     answer = re.search(r"\[HTTP Response Code: (-?\d+)\](?: \[Exception: (\w*)\])?", str(error))
     if answer is None:
         return None

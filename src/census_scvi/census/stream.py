@@ -1,4 +1,4 @@
-"""Counts and obs of chosen cells, some at a time, in memory that does not grow with the number of cells."""
+"""Stream counts and obs of selected cells in blocks; the memory does not grow with the number of cells."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from census_scvi.files.readahead import read_ahead
 
 @dataclass(frozen=True)
 class Block:
-    """Some consecutive cells of a selection.
+    """Counts of consecutive cells of a selection.
 
     Attributes
     ----------
@@ -51,12 +51,13 @@ def stream_blocks(
     joinids
         int64 (cells,), ascending: the cells.
     gene_joinids
-        int64 (genes,): the genes, in the order of the wanted columns; -1 gives a column of zeros.
+        int64 (genes,): the genes, in the order of the columns; -1 gives a column of zeros.
     blocks
-        Position of the first cell, and of that after the last, of each block to read; see `tile_runs`.
+        Positions in `joinids` of each block to read: first cell, and after the last cell; see `tile_runs`.
     """
     matrix = census.experiment.ms["RNA"].X["raw"]
-    # All genes are read and selected here: asking TileDB for 8,000 of 60,000 genes takes almost twice as long.
+    # All genes are read, and the genes are selected here: a TileDB query for 8,000 of 60,000 genes takes almost twice
+    # as long.
     columns = np.full(matrix.shape[1], -1, dtype=np.int32)
     present = np.flatnonzero(gene_joinids >= 0)
     columns[gene_joinids[present]] = present
@@ -73,7 +74,7 @@ def stream_obs(
     groups: Iterable[npt.NDArray[np.int64]],
     columns: list[str] | None = None,
 ) -> Iterator[tuple[npt.NDArray[np.int64], pd.DataFrame]]:
-    """Read obs of groups of cells: each group, and a row for each of its cells.
+    """Read obs of groups of cells; yields each group, and a frame with one row per cell of the group.
 
     Parameters
     ----------
@@ -82,9 +83,9 @@ def stream_obs(
     joinids
         int64 (cells,), ascending.
     groups
-        int64 positions in `joinids`, ascending in each group. Large groups: each costs some 30 ms.
+        int64 positions in `joinids`, ascending in each group. Use large groups, because each one takes about 30 ms.
     columns
-        Columns to read in addition to soma_joinid; None: all.
+        Columns to read in addition to soma_joinid; None: all columns.
     """
 
     def read(group: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], pd.DataFrame]:
@@ -94,16 +95,17 @@ def stream_obs(
 
 
 def tile_runs(joinids: npt.NDArray[np.int64], cells: int = 0) -> list[tuple[int, int]]:
-    """Positions (first, after the last) of cells that are stored together in whole rows of tiles of X.
+    """Positions (first, after the last) of cells that are stored in the same complete rows of tiles of X.
 
-    A tile is decoded as a whole: reading the same number of cells across a tile boundary takes twice as long.
+    A tile is always decoded completely. Reading the same number of cells across a tile boundary takes twice as long.
 
     Parameters
     ----------
     joinids
-        int64 (cells,), ascending.
+        int64 (cells,), ascending; at least one cell.
     cells
-        Rows of tiles, 2,048 cells each, are joined to runs of no more cells than this; a single one may have more.
+        Rows of tiles (2,048 cells each) are joined to runs of at most this number of cells. A run of a single row of
+        tiles may have more.
     """
     borders = np.arange(joinids[0] // X_TILE + 1, joinids[-1] // X_TILE + 1) * X_TILE
     ends = np.unique([*np.searchsorted(joinids, borders), len(joinids)])
@@ -116,17 +118,17 @@ def tile_runs(joinids: npt.NDArray[np.int64], cells: int = 0) -> list[tuple[int,
 
 
 def consecutive(first: int, last: int, size: int) -> list[tuple[int, int]]:
-    """Blocks of `size` cells from `first` to `last`."""
+    """Blocks (first, after the last) of `size` cells from `first` up to and excluding `last`."""
     return [(start, min(start + size, last)) for start in range(first, last, size)]
 
 
 def stream_nonzeros(
     census: Census, joinids: npt.NDArray[np.int64], labels: npt.NDArray[np.int32]
 ) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.float32]]]:
-    """Non-zero raw counts of cells, all genes: label of the cell, soma_joinid of the gene, count.
+    """Stream the non-zero raw counts of cells, all genes: label of the cell, soma_joinid of the gene, count.
 
-    In no order within a block, which is why it costs half of what `stream_blocks` does. Counts of cells between the
-    wanted ones come as well, labelled -1: taking them out here would copy everything.
+    Counts within a block are not sorted, which takes half the time of `stream_blocks`. Counts of cells between the
+    requested ones are included with the label -1, because removing them here would copy all data.
 
     Parameters
     ----------
@@ -135,7 +137,7 @@ def stream_nonzeros(
     joinids
         int64 (cells,), ascending.
     labels
-        int32 (cells,): 0 or more, whatever the consumer wants to know of the cell.
+        int32 (cells,): label of each cell, 0 or more, for example its batch code.
     """
     matrix = census.experiment.ms["RNA"].X["raw"]
 
@@ -152,7 +154,7 @@ def stream_nonzeros(
 def _labels(
     joinids: npt.NDArray[np.int64], labels: npt.NDArray[np.int32], found: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.int32]:
-    """Label of each id that was found, from those of the wanted ones, ascending; -1 where it is not wanted."""
+    """Label of each id in `found`, from the labels of the requested ids (ascending); -1 if it was not requested."""
     if isinstance(_coordinates(joinids), slice):
         label_at = np.full(joinids[-1] - joinids[0] + 1, -1, np.int32)
         label_at[joinids - joinids[0]] = labels
@@ -161,7 +163,7 @@ def _labels(
 
 
 def _coordinates(joinids: npt.NDArray[np.int64]) -> slice | npt.NDArray[np.int64]:
-    """One range where most of its ids are wanted; the others are dropped."""
+    """Coordinates to read: one range if at least half of its ids are requested (the reader drops the others)."""
     if joinids[-1] - joinids[0] < 2 * len(joinids):
         return slice(int(joinids[0]), int(joinids[-1]))
     return joinids
@@ -172,13 +174,13 @@ def _read_obs(census: Census, joinids: npt.NDArray[np.int64], columns: list[str]
     table = census.experiment.obs
     with reading(table.uri):
         obs = table.read(coords=(_coordinates(joinids),), column_names=names).concat().to_pandas()
-    if not np.array_equal(obs["soma_joinid"].to_numpy(), joinids):  # more than was asked for, or in another order
+    if not np.array_equal(obs["soma_joinid"].to_numpy(), joinids):  # more rows than requested, or another order
         obs = obs.set_index("soma_joinid", drop=False).loc[joinids].reset_index(drop=True)
     return obs
 
 
 def _tables(matrix: Any, joinids: npt.NDArray[np.int64]) -> Iterator[pa.Table]:
-    """Non-zeros of cells, and of some between them; UserError where the matrix is damaged."""
+    """Non-zeros of cells, and possibly of cells between them; UserError if the matrix cannot be read."""
     with reading(matrix.uri):
         yield from matrix.read(coords=(_coordinates(joinids),)).tables()
 
@@ -199,10 +201,10 @@ def _read_counts(
     for rows, genes, values in found:
         in_order &= _place(rows, genes, values, filled, row_ends, indices, data)
     counts = sp.csr_matrix((data, indices, row_ends.astype(np.int32)), shape=(len(joinids), n_genes))
-    if in_order:  # as written in tiles, genes ascending
+    if in_order:  # genes ascend, as the tiles are written
         counts.has_canonical_format = True
     else:
-        counts.sum_duplicates()  # sorts as well
+        counts.sum_duplicates()  # also sorts the indices
     return counts
 
 
@@ -216,9 +218,10 @@ def _look_up(ids, first, label_at):  # type: ignore[no-untyped-def]
 
 @numba.njit(nogil=True, cache=True)
 def _select(rows, genes, values, columns, row_ends):  # type: ignore[no-untyped-def]
-    """Non-zeros of wanted rows and genes: row, column and value of each; their number is added behind each row.
+    """Row, column and value of the non-zeros of requested rows and genes; adds their number to `row_ends[row + 1]`.
 
-    Each is written, and the next one over it where it was not wanted: a branch would be mispredicted all the time.
+    Every non-zero is written, and the next one overwrites it if it was not requested. This avoids a branch that would
+    often be mispredicted.
     """
     n = 0
     of_rows = np.empty(len(rows) + 1, np.int32)
@@ -235,7 +238,7 @@ def _select(rows, genes, values, columns, row_ends):  # type: ignore[no-untyped-
 
 @numba.njit(nogil=True, cache=True)
 def _place(rows, genes, values, filled, row_starts, indices, data):  # type: ignore[no-untyped-def]
-    """Put non-zeros behind those of their row that are there; whether they were in ascending order."""
+    """Append non-zeros to those already stored in their row; returns whether the genes of each row ascend."""
     in_order = True
     for i in range(len(rows)):
         row, gene = rows[i], genes[i]

@@ -1,1 +1,1 @@
-"""What settings are made of: sections and marks, the YAML file, messages; the list of commands; random streams."""
+"""Settings: sections and marks, the YAML file, error messages; the list of stages; random streams."""

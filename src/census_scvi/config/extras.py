@@ -1,4 +1,4 @@
-"""Extras: packages that only some commands need, as pyproject.toml lists them."""
+"""Extras: optional packages that only some commands need, as listed in pyproject.toml."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ _PROJECT = "census-scvi"
 
 
 def require_extra(extra: str, user: str) -> None:
-    """Check, before anything is imported, that the packages of an extra are installed.
+    """Check that the packages of an extra are installed, without importing them.
 
     Parameters
     ----------
     extra
-        A name of pyproject.toml's optional dependencies.
+        Name of optional dependencies in pyproject.toml.
     user
-        The command or class that needs it, for the message.
+        Command or class that needs the extra, for the message.
 
     Raises
     ------
     UserError
-        Some are not installed; it names them and the extra.
+        A package is not installed; the error lists the missing packages and the extra.
     """
     missing = [name for name in _packages(extra) if not _installed(name)]
     if missing:
@@ -36,8 +36,8 @@ def require_extra(extra: str, user: str) -> None:
 
 
 def _packages(extra: str) -> list[str]:
-    """Packages that the extra adds to those that every installation has."""
-    from packaging.requirements import Requirement  # commands without an extra start without it
+    """Packages of the extra that are not part of every installation."""
+    from packaging.requirements import Requirement  # imported here, so that commands without an extra start faster
 
     lines = map(Requirement, requires(_PROJECT) or ())
     return [line.name for line in lines if _holds(line, extra) and not _holds(line, "")]

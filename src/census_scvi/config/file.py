@@ -1,4 +1,4 @@
-"""From YAML text and command-line overrides to the values that a model of settings takes."""
+"""Read settings from YAML files and the command line, as values for a pydantic model of the settings."""
 
 from __future__ import annotations
 
@@ -25,36 +25,37 @@ _YES_NO = {"yes": True, "on": True, "no": False, "off": False}
 
 @dataclass(frozen=True)
 class Written:
-    """Values as they were written, and where.
+    """Values as they were written, and the files that contain them.
 
     Attributes
     ----------
     values
-        All of them, merged; scalars as they were written (see `typed`).
+        All values, merged; scalars as they were written (see `typed`).
     layers
-        Where values were set and the values that were set there, those that win first.
+        Each source (a file, or `command line`) and the values that it sets; highest priority first.
     """
 
     values: dict[str, Any]
     layers: list[tuple[str, dict[str, Any]]]
 
     def origin(self, key: str) -> str:
-        """The file, or `command line`, that set a dotted key; the file that was named, where none did."""
+        """The source that sets a dotted key: a file or `command line`; if there is none, the main file."""
         path = key.split(".") if key else []
         named = next(place for place, _ in self.layers if place != COMMAND_LINE)
         return next((place for place, values in self.layers if path and _holds(values, path)), named)
 
 
 def read_settings(path: Path, overrides: Sequence[str] = (), expected: str = _SECTIONS) -> Written:
-    """The settings of a file, of those that it extends, and of the command line, which wins.
+    """Read the settings of a file, of the files that it extends, and of the command line, which has priority.
 
-    A file says `extends: FILE`, relative to itself, and then holds what differs: its sections and mappings are merged
-    with those of the other file key by key, its lists and values replace them.
+    A file may contain `extends: FILE`, with a path relative to the file. Its sections and mappings are merged with
+    those of the other file key by key; its lists and values replace those of the other file.
 
     Raises
     ------
     UserError
-        As `read_yaml`; a file extends itself through others, or an override is no `section.key=value`.
+        As for `read_yaml`, or a file extends a missing file or itself (directly or through others), or an override is
+        not `section.key=value`.
     """
     files, overrides = _chain(path, expected), translate_overrides(overrides)
     layers = [(str(file), values) for file, values in files]
@@ -70,7 +71,7 @@ def read_settings(path: Path, overrides: Sequence[str] = (), expected: str = _SE
 
 
 def _chain(path: Path, expected: str) -> list[tuple[Path, dict[str, Any]]]:
-    """A file and those that it extends, each with what it sets."""
+    """A file and the files that it extends, each with the values that it sets."""
     chain: list[tuple[Path, dict[str, Any]]] = []
     seen: list[Path] = []
     following: Path | None = path
@@ -100,7 +101,7 @@ def _extended(path: Path, value: Any) -> Path:
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Mappings merge key by key; everything else replaces, but a key with nothing after it, which says nothing."""
+    """Merge mappings key by key; other values replace. An empty value does not replace a mapping."""
     merged = dict(below)
     for key, value in above.items():
         known = merged.get(key)
@@ -112,7 +113,7 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def _holds(values: Any, path: list[str]) -> bool:
-    """Whether a dotted key is set in nested mappings, or a mapping that holds it is set to something else."""
+    """Whether a dotted key is set in nested mappings, or one of its sections has a value that is not a mapping."""
     for place, name in enumerate(path):
         if not isinstance(values, dict) or ".".join(path[place:]) in values:
             return True
@@ -123,12 +124,13 @@ def _holds(values: Any, path: list[str]) -> bool:
 
 
 def read_yaml(path: Path, expected: str = _SECTIONS) -> dict[str, Any]:
-    """The mapping in a YAML file, with scalars as they were written (see `typed`).
+    """Read a YAML file with a mapping; scalars stay as they were written (see `typed`).
 
     Raises
     ------
     UserError
-        The file is missing, no text, malformed, or not a mapping of what is expected: file, line and what was found.
+        The file is missing, larger than 10 MB, not text, not valid YAML, or not a mapping. The error has the file, the
+        line if it is known, and what was found.
     """
     text = _text(path, expected)
     try:
@@ -164,7 +166,7 @@ def _text(path: Path, expected: str) -> str:
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Set `section.key=value` in place."""
+    """Apply overrides `section.key=value` to nested values, in place."""
     for override in overrides:
         key, separator, text = override.partition("=")
         path = [name.strip() for name in key.split(".")]
@@ -181,7 +183,7 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
                 f"{COMMAND_LINE}: {override!r}: the value is not valid YAML ({error}); put it in quotes"
             ) from None
         if isinstance(value, Plain) and text.strip().startswith(value.text):
-            value = Plain(text.strip())  # with what YAML takes for a comment: there are none on a command line
+            value = Plain(text.strip())  # keep text that YAML would read as a comment; a command line has no comments
         _set(values, path, value)
 
 
@@ -194,14 +196,14 @@ def _set(values: dict[str, Any], path: list[str], value: Any) -> None:
 
 
 def typed(values: Any, annotation: Any = Any) -> Any:
-    """Scalars of a YAML text as the settings want them: text as it was written, numbers by the core rules of YAML 1.2.
+    """Convert scalars to the types of the settings: text as it was written, numbers by the YAML 1.2 core schema.
 
     Parameters
     ----------
     values
-        What `parse_yaml` gives.
+        Values from `parse_yaml`.
     annotation
-        Type that the values are for: a model, or the annotation of a field.
+        Type of the setting: a model, or the annotation of a field.
     """
     if isinstance(values, Plain):
         return _scalar(values, list(members(annotation)))
@@ -230,6 +232,6 @@ def _scalar(scalar: Plain, members: list[Any]) -> Any:
     names = {name for member in members if get_origin(member) is Literal for name in get_args(member)}
     if str in members or Path in members or scalar.text in names:
         return scalar.text
-    if bool in members and isinstance(value, str):  # as YAML 1.1 has it; there is nothing else that they could mean
+    if bool in members and isinstance(value, str):  # as in YAML 1.1: yes, no, on and off can only mean a bool here
         return _YES_NO.get(value.lower(), value)
     return value

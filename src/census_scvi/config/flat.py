@@ -1,4 +1,4 @@
-"""Nested settings as dotted keys, and the digest of any values."""
+"""Flatten nested settings to dotted keys, and compute digests of values."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mapping as dotted keys; an empty mapping stays a value, so that it differs from an absent one."""
+    """Flatten a nested mapping to dotted keys; an empty mapping is kept as a value, unlike an absent one."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict) and value:
@@ -19,5 +19,5 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def digest(values: Any) -> str:
-    """SHA-256 of any JSON-able value, independent of the order of keys."""
+    """SHA-256 of any value that JSON supports, independent of the order of keys."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Validation errors in one line: the file, the key, what was found, what was expected, the nearest right name."""
+"""Validation errors in one line: file, key, value found, value expected, and the most similar valid name."""
 
 from __future__ import annotations
 
@@ -31,44 +31,44 @@ _EXPECTED = {
 
 
 def describe_errors(error: ValidationError, model: type[BaseModel], origin: Callable[[str], str]) -> str:
-    """One line for all that is wrong, the first problem first.
+    """Describe all validation errors in one line, in the order of pydantic; one error per key.
 
     Parameters
     ----------
     error
-        What pydantic found.
+        Error of pydantic.
     model
-        The model that was validated; its keys are what a misspelt name is compared with.
+        The model that was validated; suggestions for a misspelt name come from its keys.
     origin
-        Where a dotted key was set: a file, or the command line.
+        Returns the source that sets a dotted key: a file, or the command line.
     """
     lines: dict[str, str] = {}
     for detail in error.errors():
         key, field = _place(model, detail["loc"])
         line = _describe(dict(detail), key, field, model)
-        named = line.partition(" ")[0]  # of what several settings make wrong, the first that is named
+        named = line.partition(" ")[0]  # if several settings cause the error: the one that the message begins with
         lines.setdefault(key, f"{origin(named if named.startswith(key) else key)}: {line}")
     return "; ".join(lines.values())
 
 
 def _is_within(name: str, key: str) -> bool:
-    """Whether one dotted key is the other, or lies in its section."""
+    """Whether two dotted keys are equal, or one is in the section of the other."""
     return name == key or name.startswith(f"{key}.") or key.startswith(f"{name}.")
 
 
 def suggestion(name: str, known: list[str]) -> str:
-    """`; did you mean X?` for the nearest known name that is not the one that was written, or nothing."""
+    """`; did you mean X?` with the most similar known name other than `name`; "" if none is similar."""
     close = difflib.get_close_matches(name, [other for other in known if other != name], n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else ""
 
 
 def as_written(key: str) -> str:
-    """A key for a message: in quotes where it holds spaces or other characters that the names of settings do not."""
+    """A key for a message; in quotes if it contains characters that names of settings do not have, such as spaces."""
     return key if re.fullmatch(r"[\w.\[\]<>-]+", key) else shown(key)
 
 
 def shown(value: Any) -> str:
-    """A value for a message: short, and null where it is None."""
+    """A value for a message: at most 80 characters, and `null` for None."""
     text = "null" if value is None else repr(value)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
@@ -92,7 +92,7 @@ def _describe(detail: dict[str, Any], key: str, field: FieldInfo | None, model: 
 
 
 def _dotted(detail: dict[str, Any], model: type[BaseModel]) -> str:
-    """The way to write `census.uri: x`, a dotted key that only the command line has."""
+    """How to write a dotted key such as `census.uri: x` in a file; dotted keys are for the command line only."""
     written = str(detail["loc"][-1])
     section, _, leaf = written.partition(".")
     names = list(setting_names(model))
@@ -103,7 +103,7 @@ def _dotted(detail: dict[str, Any], model: type[BaseModel]) -> str:
 
 
 def _nearest(key: str, known: list[str]) -> str:
-    """`; did you mean X?`; items of lists are known without their number."""
+    """`; did you mean X?` with the most similar known name; numbers of list items are ignored."""
     number = re.search(r"\[\d+\]", key)
     if number:
         return _nearest(key.replace(number[0], _ITEM), known).replace(_ITEM, number[0])
@@ -111,7 +111,7 @@ def _nearest(key: str, known: list[str]) -> str:
     section, _, leaf = key.rpartition(".")
     by_leaf = {name.rpartition(".")[2]: name for name in known}
     siblings = [name for name in known if name.rpartition(".")[0] == section]
-    if close := difflib.get_close_matches(key, siblings, n=1, cutoff=0.9):  # a slip of the pen
+    if close := difflib.get_close_matches(key, siblings, n=1, cutoff=0.9):  # a typing error
         return f"; did you mean {close[0]}?"
     if leaf in by_leaf:  # right name, wrong section
         return f"; did you mean {by_leaf[leaf]}?"
@@ -122,7 +122,7 @@ def _nearest(key: str, known: list[str]) -> str:
 
 
 def setting_names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Every dotted setting name of a model, sections included; `[]` stands for the number of an item."""
+    """Every dotted name of a setting or section of a model; `[]` stands for the number of a list item."""
     for name, field in model.model_fields.items():
         yield prefix + name
         for kind in members(field.annotation):
@@ -132,9 +132,9 @@ def setting_names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def _place(model: type[BaseModel], location: tuple[str | int, ...]) -> tuple[str, FieldInfo | None]:
-    """The dotted key of a problem, items of lists counted from 1, and the setting that it lies in.
+    """Dotted key of an error, with list items counted from 1, and the setting that contains it.
 
-    pydantic's location goes on behind the setting with the branch of a union that it tried, which no user has written.
+    The location in pydantic may continue after the setting with the branch of a union, which is not part of the file.
     """
     key, field, current = "", None, Any
     kinds: list[Any] = [model]
@@ -154,7 +154,7 @@ def _place(model: type[BaseModel], location: tuple[str | int, ...]) -> tuple[str
         elif values and part != "[key]":
             key, current = f"{key}.{part}", values[0]
         else:
-            if fields:  # the first name that is no setting
+            if fields:  # the first name that is not a setting
                 key = f"{key}.{part}"
             break
         kinds = list(members(current))

@@ -1,10 +1,10 @@
-"""Value filters on obs: parsed, checked against the columns, and put into a form that TileDB-SOMA answers correctly.
+"""Value filters on obs: parse them, check them against the columns, and rewrite them for TileDB-SOMA.
 
-TileDB-SOMA 2.3 crashes on the negation of a group, `not (a in [...])`, and cuts a fraction that is compared with a
-column of whole numbers, so that `nnz >= 317.5` finds 317. Here a negation is moved inwards to the comparisons (by
-De Morgan's laws) and every literal is checked against the type of its column. As in TileDB and in pandas' nullable
-columns, a comparison never matches a missing value; `== None` does. NaN in a column of floats matches `!=` alone: after
-De Morgan's laws a negated `<` is `>=`, which NaN does not match, and TileDB has no condition that would add it.
+TileDB-SOMA 2.3 crashes on the negation of a group, `not (a in [...])`. It also truncates a fraction that is compared
+with a column of whole numbers, so that `nnz >= 317.5` finds 317. Here negations are moved to the comparisons (De
+Morgan's laws), and every literal is checked against the type of its column. As in TileDB and in nullable columns of
+pandas, a comparison never matches a missing value, but `== None` does. NaN in a column of floats matches only `!=`.
+The negation of `<` becomes `>=`, which does not match NaN, and TileDB has no condition that could add it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 EXAMPLE = "tissue == 'blood' and nnz >= 300"
 _LISTED = "list values as in tissue in ['blood', 'lung']"
-_MOST_PARTS = 2000  # TileDB goes through them one within the other
+_MOST_PARTS = 2000  # TileDB evaluates them recursively
 _PRECEDENCE = "& and | bind closer than ==: put each comparison in parentheses, or write and, or"
 _OPERATORS: dict[type[ast.cmpop], str] = {
     ast.Eq: "==", ast.NotEq: "!=", ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">=", ast.In: "in",
@@ -35,17 +35,17 @@ _OPERATORS: dict[type[ast.cmpop], str] = {
 _NEGATED = {"==": "!=", "<": ">=", "<=": ">", "in": "not in"}
 _NEGATED |= {negated: operator for operator, negated in _NEGATED.items()}
 _MIRRORED = {"==": "==", "!=": "!=", "<": ">", "<=": ">=", ">": "<", ">=": "<="}
-# A comparison with 317.5 in whole numbers: the operator, and whether the next whole number below or above.
+# Comparison of whole numbers with a fraction such as 317.5: operator, and function that rounds the fraction.
 _WHOLE = {"<": ("<", math.ceil), ">=": (">=", math.ceil), ">": (">", math.floor), "<=": ("<=", math.floor)}
 
 
 class FilterError(UserError):
-    """A value filter that cannot be used; the message begins with the setting or argument that holds it."""
+    """A value filter that cannot be used; the message begins with the setting or argument that contains it."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A column against a literal, or a list of them for `in` and `not in`."""
+    """Comparison of a column with a literal, or with a list of literals for `in` and `not in`."""
 
     column: str
     operator: str
@@ -54,7 +54,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Group:
-    """Conditions that hold together, or of which one holds."""
+    """Conditions combined with `and` or `or`."""
 
     word: Literal["and", "or"]
     parts: tuple[Condition, ...]
@@ -64,12 +64,12 @@ Condition = Comparison | Group
 
 
 def parse_filter(text: str) -> Condition:
-    """The conditions of a value filter, without negations.
+    """Parse a value filter to conditions without negations.
 
     Raises
     ------
     ValueError
-        It is no value filter: what is wrong, and how one reads.
+        The text is not a value filter; the message has the reason and usually an example.
     """
     try:
         return _condition(_expression(text), negated=False)
@@ -78,21 +78,21 @@ def parse_filter(text: str) -> Condition:
 
 
 def usable_filter(text: str, schema: pa.Schema, setting: str) -> str:
-    """The filter in a form that TileDB-SOMA answers correctly.
+    """Rewrite a value filter so that TileDB-SOMA evaluates it correctly.
 
     Parameters
     ----------
     text
         A value filter.
     schema
-        Of obs.
+        Schema of obs.
     setting
-        Setting or argument that holds the filter, for the error.
+        Setting or argument that contains the filter, for the error.
 
     Raises
     ------
     FilterError
-        It is no value filter, names an unknown column, or compares a column with what it cannot hold.
+        The text is not a value filter, contains an unknown column, or compares a column with a value of another type.
     """
     try:
         return _text(parse_filter(text), schema)
@@ -104,7 +104,7 @@ def usable_filter(text: str, schema: pa.Schema, setting: str) -> str:
 
 @contextmanager
 def in_section(section: str) -> Iterator[None]:
-    """Name the setting where a filter comes from a section of the configuration: `query.obs_filter`."""
+    """Add the section of the configuration to the setting in a `FilterError`: `query.obs_filter`."""
     try:
         yield
     except FilterError as error:
@@ -120,7 +120,7 @@ def _expression(text: str) -> ast.expr:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SyntaxWarning)
         try:
-            # In brackets it may go over several lines, and cannot close more parentheses than it opens.
+            # In brackets, the text may have several lines, and must not close more parentheses than it opens.
             body = ast.parse(f"[{text}\n]", mode="eval").body
             text.encode()
         except (SyntaxError, ValueError) as error:
@@ -134,7 +134,7 @@ def _syntax_problem(text: str, error: Exception) -> str:
     if isinstance(error, UnicodeEncodeError):
         return "it has a character that is not valid Unicode"
     try:
-        ast.parse(text.strip(), mode="eval")  # without the brackets, which are not the user's
+        ast.parse(text.strip(), mode="eval")  # without the brackets, which the user did not write
     except SyntaxError as own:
         error = own
     except ValueError:
@@ -176,7 +176,7 @@ def _group(word: Literal["and", "or"], nodes: list[ast.expr], *, negated: bool) 
 
 
 def _comparisons(node: ast.Compare, *, negated: bool) -> Condition:
-    """`1 < nnz <= 3` is two comparisons that hold together."""
+    """Split a chain such as `1 < nnz <= 3` into two comparisons combined with `and`."""
     sides = [node.left, *node.comparators]
     found = [
         _comparison(left, _OPERATORS[type(op)], right, negated=negated)
@@ -245,7 +245,7 @@ def _source(node: ast.expr) -> str:
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
-# --- from conditions to what TileDB-SOMA reads
+# --- from conditions to text for TileDB-SOMA
 
 
 def _text(condition: Condition, schema: pa.Schema) -> str:
@@ -273,18 +273,18 @@ def _membership(name: str, operator: str, values: list[Any], kind: _Kind) -> str
 
 @dataclass(frozen=True)
 class _Kind:
-    """What a column holds, and so which literals it can be compared with."""
+    """Kind of the values of a column, which determines the literals that it can be compared with."""
 
     column: str
     holds: str
     ordered: bool
-    lists: bool = True  # TileDB-SOMA has no `in` for some types
+    lists: bool = True  # False: TileDB-SOMA does not support `in` for the type
     low: float = -math.inf
     high: float = math.inf
 
     @classmethod
     def of(cls, schema: pa.Schema, column: str) -> _Kind:
-        # Imported only now: the syntax of a filter is checked with the configuration, before anything heavy.
+        # Imported here: the syntax of filters is checked with the configuration, before slow imports.
         import numpy as np
         from pyarrow import types
 
@@ -306,7 +306,7 @@ class _Kind:
         return cls(column, str(dtype), ordered)
 
     def literal(self, operator: str, value: Any) -> tuple[str, Any]:
-        """Operator and literal of a comparison; ValueError where the column cannot be compared so."""
+        """Operator and literal of a comparison, adapted to the column; ValueError if the comparison is not possible."""
         if value is None:
             if operator not in ("==", "!="):
                 raise ValueError(f"{self.column} {operator} None; for missing values write == None or != None")

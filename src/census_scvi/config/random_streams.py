@@ -1,4 +1,4 @@
-"""The streams of random numbers that follow from the setting `seed`: one number each, so that none repeats another."""
+"""Independent streams of random numbers from the setting `seed`; each stream has its own number."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 
 class Stream(IntEnum):
-    """What random numbers are for. Numbers are not used again: with the same seed a later version draws the same."""
+    """Purpose of random numbers. A number is never reassigned, so that later versions draw the same from a seed."""
 
     VALIDATION_CELLS = 0
     CELLS_OF_EPOCH = 1  # with the epoch and the rank
@@ -25,12 +25,12 @@ class Stream(IntEnum):
 
 
 def generator(seed: int, stream: Stream, *numbers: int) -> np.random.Generator:
-    """The generator of a stream; `numbers` select a part of the stream, as the table says."""
+    """Generator of a stream; `numbers` select a part of the stream, as the comments in `Stream` describe."""
     return np.random.default_rng([seed, stream, *numbers])
 
 
 def draw(n_cells: int, size: int, numbers: np.random.Generator) -> npt.NDArray[np.int64]:
-    """Random places among `n_cells` cells, int64 (size,), ascending, none twice; all places where there are no more."""
+    """Sample positions of `n_cells` cells without replacement, int64 (size,), ascending; all if `size` >= `n_cells`."""
     if size >= n_cells:
         return np.arange(n_cells)
     return np.sort(numbers.choice(n_cells, size, replace=False))

@@ -1,4 +1,4 @@
-"""Settings and values that had another name: one table, from which files, command lines and records are translated."""
+"""Renamed and removed settings: tables for the translation of files, command lines and records."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ from census_scvi.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# Setting or section: its name now. Setting, by its name now: its values and what they are now.
+# SETTINGS: earlier name of a setting or section, and its current name.
+# VALUES: current name of a setting, and its earlier values with their current names.
 SETTINGS = {"query.n_neighbours": "query.n_neighbors"}
 VALUES = {"query.method": {"neighbours": "neighbors"}}
-# Settings that were removed: the value that asks for what is done now, which is ignored with a notice; why another is
-# refused.
+# Removed settings: the value that means the current behaviour and is ignored with a warning, and the reason why any
+# other value is refused.
 REMOVED = {"evaluate.mode": ("sound", "the metrics of the published script, with their flaws, are no longer computed")}
-# People may write the old names until then; in records they are read for good.
+# Files and command lines may use the earlier names until this release; records may always contain them.
 _UNTIL = "release 0.3"
 
 
 def translate_file(values: dict[str, Any], source: str) -> None:
-    """Give the settings of a YAML file their names and values of today, in place, with a notice for each.
+    """Translate the settings of a YAML file to their current names and values, in place, with a warning for each.
 
     Raises
     ------
     UserError
-        A setting is there under both names.
+        A setting is set under both names, or a removed setting has a value that is no longer supported.
     """
     for old, new, what in _translate(values, source):
         _notice(source, old, new, what)
@@ -40,7 +41,7 @@ def translate_file(values: dict[str, Any], source: str) -> None:
 
 
 def translate_overrides(overrides: Sequence[str]) -> list[str]:
-    """The same for `section.key=value` strings."""
+    """Like `translate_file`, for `section.key=value` strings; returns the translated strings."""
     translated = [_override(text) for text in overrides]
     for text in translated:
         if (key := text.partition("=")[0].strip()) in REMOVED:
@@ -49,20 +50,20 @@ def translate_overrides(overrides: Sequence[str]) -> list[str]:
 
 
 def translate_record(settings: dict[str, Any]) -> dict[str, Any]:
-    """The same for what a run directory or a publication has recorded, flat: `{"query.n_neighbours": 15}`."""
+    """Translate the flat settings in a record of a run directory or publication: `{"query.n_neighbours": 15}`."""
     named = {_name(key): value for key, value in settings.items()}
     return {key: _value(key, value) for key, value in named.items()}
 
 
 def translate_recorded_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The same for a whole config that was recorded; returns a copy."""
+    """Translate a complete recorded configuration; returns a copy."""
     config = copy.deepcopy(config)
     list(_translate(config, "record"))
     return config
 
 
 def _translate(values: dict[str, Any], source: str) -> Iterator[tuple[str, str, str]]:
-    """Change nested values in place; yields what was, what is now, and whether that is a name or a value."""
+    """Translate nested values in place; yields each change: earlier text, current text, and `name` or `value`."""
     for old, new in SETTINGS.items():
         section, name = _place(values, old)
         if section is None or name not in section:
@@ -105,7 +106,7 @@ def _value(key: str, value: Any) -> Any:
 
 
 def _place(values: dict[str, Any], key: str, *, make: bool = False) -> tuple[dict[str, Any] | None, str]:
-    """The section of a dotted key, None where there is none or something else, and the key's last name."""
+    """Section that contains a dotted key (None if it is absent or not a mapping), and the last name of the key."""
     *sections, name = key.split(".")
     for section in sections:
         found = values.setdefault(section, {}) if make else values.get(section)
@@ -116,7 +117,7 @@ def _place(values: dict[str, Any], key: str, *, make: bool = False) -> tuple[dic
 
 
 def _drop(source: str, key: str, value: Any) -> None:
-    """Notice that a removed setting asks for what is done anyway; UserError where it asks for something else."""
+    """Warn about a removed setting whose value means the current behaviour; UserError for any other value."""
     kept, why = REMOVED[key]
     if value != kept:
         raise UserError(f"{source}: {key} is {value!r} and was removed: {why}; remove the setting")

@@ -1,4 +1,4 @@
-"""Names of everything in a run directory, in one place, and which names are free for what a setting names."""
+"""Names of all files and folders in a run directory, and checks of names and locations from settings."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ LATENT = "latent.npy"
 LATENT_JOINIDS = "latent-idx.npy"
 LATENT_HASHES = "latent-hash.npy"
 MINIFIED = "final_scvi_optimized"
-# In the folder of a model.
+# Files in the folder of a model.
 WEIGHTS, DESCRIPTION = "weights.safetensors", "model.json"
-# In a published folder.
+# File in a published folder.
 PROVENANCE = "provenance.json"
 QA = "qa.json"
 PUBLISHED = "published"
@@ -28,7 +28,7 @@ EVALUATION = "evaluation"
 METRICS = "metrics.json"
 REPORT = "report.html"
 SEARCH = "search"
-# What a stage keeps in its staging folder, next to what it will commit.
+# Files of a stage in its staging folder, in addition to the unfinished results.
 FINGERPRINT = "fingerprint.json"
 PROGRESS = "progress.json"
 CHECKPOINT = "checkpoint.ckpt"
@@ -44,30 +44,30 @@ OWNED = frozenset(
     }
 )  # fmt: skip
 _PART = re.compile(re.escape(PART).replace(r"\{:05d\}", r"\d{5,}"))
-# What `files.parts` puts into the names of a part's own files.
+# Text that `files.parts` inserts into the names of files of a part.
 _OF_PART = re.compile(r"-\d{5,}-of-\d{5,}")
-# With an ending of 55 bytes still within what file systems hold.
+# Together with an ending of 55 bytes, this is the limit of most file systems (255 bytes).
 _MOST_BYTES = 200
 
 
 def same_name(name: str) -> str:
-    """What names of one file have in common on file systems that ignore case and forms of Unicode."""
+    """Normalise a name, so that names of the same file are equal if a file system ignores case and Unicode forms."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFKC", name).casefold())
 
 
 def is_owned(name: str) -> bool:
-    """Whether the run directory has its own file or folder of that name."""
+    """Whether the name is reserved for files and folders of the run directory."""
     folded = same_name(name)
     return _OF_PART.sub("", folded) in OWNED or _PART.fullmatch(folded) is not None or _is_temporary(folded)
 
 
 def _is_temporary(folded: str) -> bool:
-    """Names under which files are written before they take their place."""
+    """Whether the name is a temporary name of a file that is being written or replaced."""
     return folded.endswith((".partial", ".old"))
 
 
 def unfit_name(name: str) -> str | None:
-    """Why a setting may not give a file in the run directory this name; None where it may."""
+    """Reason why a setting cannot use this name for a file in the run directory; None if it can."""
     if not name.strip() or {"/", "\\"} & set(name):
         return "expected the name of a file, without / and \\"
     if name in (".", ".."):
@@ -93,16 +93,16 @@ def check_places(
     mapped: str | None,
     published: str | None,
 ) -> None:
-    """ValueError where a setting would write over what the run directory holds, or over the Census.
+    """ValueError if a setting would overwrite files of the run directory, the Census or the Experiment.
 
     Parameters
     ----------
     directory
         The run directory.
     names
-        Names of the prepared cells and of the model in it.
+        Names of the prepared cells and of the model in the run directory.
     census, experiment, evaluation, mapped, published
-        `census.uri`, `publish.experiment_uri`, `evaluate.folder`, `query.output` and `publish.model_uri`.
+        Settings `census.uri`, `publish.experiment_uri`, `evaluate.folder`, `query.output` and `publish.model_uri`.
     """
     run = Path(os.path.realpath(directory))
     if census is not None and run == _real(census):
@@ -131,13 +131,13 @@ def check_places(
 
 
 def _files_of(mapped: str | None) -> list[str]:
-    """What `query.output` has written: the .h5ad, the report and the picture."""
+    """Files that map-query writes for `query.output`: the .h5ad, the report and the figure."""
     if mapped is None or not Path(mapped).name:
         return []
     return [mapped, *(str(Path(mapped).with_suffix(end)) for end in (".json", ".png"))]
 
 
 def _real(place: str) -> Path | None:
-    """The real path of a local place; None for a URL."""
+    """Real path of a local location; None for a remote URL."""
     path = local_path(place)
     return None if path is None else Path(os.path.realpath(path))

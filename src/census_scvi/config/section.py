@@ -1,4 +1,4 @@
-"""The base class of every section of settings, and the marks that a setting bears."""
+"""Base class of the sections of settings, and marks of settings."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ Mark = TypeVar("Mark")
 
 @dataclass(frozen=True, init=False)
 class Changes:
-    """Mark of a setting: the stages whose result it changes, where they are not those of its section.
+    """Mark of a setting: the stages whose result it changes, if they differ from those of its section.
 
-    `Annotated[int, Changes("train")]`; `Changes()` marks a setting that changes how a stage works, not its result.
+    Example: `Annotated[int, Changes("train")]`. `Changes()` marks a setting that does not change any result.
     """
 
     stages: tuple[str, ...]
@@ -28,34 +28,34 @@ class Changes:
 
 @dataclass(frozen=True)
 class Expected:
-    """Mark of a setting: what messages say is expected, where its type does not say it well."""
+    """Mark of a setting: the expected value in words for messages, if the type does not describe it well."""
 
     words: str
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Mark of a type of settings: what the documents call it, e.g. `path or URL`."""
+    """Mark of a type of settings: its name in the documentation, for example `path or URL`."""
 
     words: str
 
 
 @dataclass(frozen=True)
 class Usual:
-    """Mark of a setting that most users look at; help and documents list it first."""
+    """Mark of a setting that most users need; help and documentation list it first."""
 
 
 USUAL = Usual()
 
 
 class Section(BaseModel):
-    """A section of the file: no unknown keys, no silent conversions.
+    """A section of the configuration file, without unknown keys and silent conversions.
 
     Attributes
     ----------
     changes
-        Stages whose result the settings of the section change, unless a setting is marked with `Changes`. There is no
-        default: whoever adds a section says it.
+        Stages whose result the settings of the section change, unless a setting is marked with `Changes`. It has no
+        default, so every section must define it.
     """
 
     model_config = ConfigDict(
@@ -70,7 +70,7 @@ class Section(BaseModel):
 
 
 def settings_of(section: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo, type[Section]]]:
-    """Every setting below a section: its dotted name, the field, and the section that it is in."""
+    """Yield every setting in a section and its subsections: dotted name, field, and the section that contains it."""
     for name, field in section.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             yield from settings_of(field.annotation, f"{prefix}{name}.")
@@ -79,19 +79,19 @@ def settings_of(section: type[Section], prefix: str = "") -> Iterator[tuple[str,
 
 
 def stages_changed(section: type[Section]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Every dotted setting below a section, and the stages whose result it changes."""
+    """Yield every setting in a section and its subsections: dotted name, and the stages whose result it changes."""
     for name, field, inner in settings_of(section):
         mark = mark_of(field, Changes)
         yield name, inner.changes if mark is None else mark.stages
 
 
 def mark_of(field: FieldInfo, kind: type[Mark]) -> Mark | None:
-    """The mark of a kind that a setting bears, if it does."""
+    """The mark of a setting of this kind; None if it has none."""
     return next((mark for mark in field.metadata if isinstance(mark, kind)), None)
 
 
 def members(annotation: Any) -> Iterator[Any]:
-    """The types of a union, without what annotates them."""
+    """Types of a union, without their annotations."""
     if get_origin(annotation) is Annotated:
         yield from members(get_args(annotation)[0])
     elif get_origin(annotation) in (Union, types.UnionType):

@@ -1,4 +1,4 @@
-"""Every stage once: scripts, `census-scvi`, help, messages, locking and recording follow from this list."""
+"""List of all stages, from which scripts, `census-scvi`, help, messages, locks and records are derived."""
 
 from __future__ import annotations
 
@@ -10,28 +10,29 @@ from census_scvi.config.run_names import CHECKPOINT, GENES, PROGRESS
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage, which `scvi-NAME.py` and `census-scvi NAME` run; which settings change its result, the settings say.
+    """A stage, which `scvi-NAME.py` and `census-scvi NAME` run. The settings define which of them change its result.
 
     Attributes
     ----------
     name
-        Its name.
+        Name of the stage.
     summary
-        What it does, one sentence.
+        Description in one sentence.
     reads
-        What it reads of earlier stages: name of the stage, and attributes of `Artifacts`.
+        Inputs from earlier stages: name of the stage, and attributes of `Artifacts`.
     reads_census
-        Whether its result depends on the cells of the Census.
+        Whether the result depends on the cells of the Census.
     pipeline
-        Whether it works in the run directory, and has its record in the manifest there.
+        Whether the stage works in the run directory and has a record in its manifest.
     progress
-        File in its staging folder whose presence means that there is work to resume; None: it starts over.
+        File in the staging folder that exists if there is work to resume; None: the stage always starts from the
+        beginning.
     several_processes
-        Whether several processes may run it together, of which the first keeps the run directory.
+        Whether several processes may run the stage together; the first process manages the run directory.
     own_arguments
-        Whether it has arguments of its own, in addition to `--config FILE` and `section.key=value`.
+        Whether the stage has arguments in addition to `--config FILE` and `section.key=value`.
     extra
-        The extra of the installation that has its packages; None: every installation has them.
+        Extra of the installation with the packages of the stage; None: every installation has them.
     """
 
     name: str
@@ -46,19 +47,19 @@ class Stage:
 
     @property
     def script(self) -> str:
-        """File name of its script."""
+        """File name of the script."""
         return f"scvi-{self.name}.py"
 
     @property
     def module(self) -> str:
-        """The module with its `run` and `plan`."""
+        """Module with the functions `run` and `plan` of the stage."""
         return f"census_scvi.stages.{self.name.replace('-', '_')}"
 
 
 _MODEL = ("weights", "description")
 _LATENT = ("latent", "latent_joinids", "latent_hashes")
 
-# In the order in which a project needs them.
+# In the order in which a project uses them.
 STAGES = {
     stage.name: stage
     for stage in (
@@ -115,5 +116,5 @@ PIPELINE = tuple(name for name, stage in STAGES.items() if stage.pipeline)
 
 
 def script_of(name: str) -> str:
-    """File name of the script that runs a stage; of another name, the name."""
+    """File name of the script that runs a stage; a name that is not a stage is returned unchanged."""
     return STAGES[name].script if name in STAGES else name

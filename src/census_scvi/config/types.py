@@ -1,4 +1,4 @@
-"""Types of settings: names, columns, filters, places."""
+"""Types of settings: names, columns, filters, paths and URLs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _file_name(name: str) -> str:
 
 
 def expanded(path: str) -> str:
-    """A path with home folders and environment variables filled in."""
+    """Expand home folders and environment variables in a path."""
     try:
         return expand(path)
     except ValueError as error:

@@ -1,7 +1,8 @@
-"""YAML by the core rules of YAML 1.2, with every plain scalar kept as it was written.
+"""YAML with the core schema of YAML 1.2; every plain scalar is kept as it was written.
 
 PyYAML follows YAML 1.1, where `010` is 8, `12:30:45` is 45045 and `no` is false. Here a plain scalar stays text until
-the setting that it is for decides: a label keeps `010`, a number becomes 10 (https://yaml.org/spec/1.2.2/#103-core-schema).
+its setting is known: for a label, `010` stays text; for a number, it is 10. See
+https://yaml.org/spec/1.2.2/#103-core-schema.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from typing import Any
 
 import yaml
 
-# A configuration has some hundred values and five levels. What is far above is a mistake or an attack on the memory:
-# a few lines of aliases can stand for a billion values.
+# A configuration has at most a few hundred values and five levels. Much larger numbers are a mistake, or an attempt to
+# exhaust the memory: a few lines of aliases can stand for a billion values.
 MAX_DEPTH, MAX_VALUES = 50, 100_000
 
 _PLAIN = "plain"
@@ -30,7 +31,7 @@ _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\
 
 
 class YamlError(Exception):
-    """What is wrong with a YAML text; the message ends without a line number, which `line` holds (from 1)."""
+    """Error in a YAML text; `line` is the line number (from 1, None if unknown), which the message does not contain."""
 
     def __init__(self, message: str, line: int | None = None) -> None:
         super().__init__(message)
@@ -45,7 +46,7 @@ class Plain:
 
     @property
     def value(self) -> bool | int | float | str | None:
-        """What the core rules of YAML 1.2 make of it."""
+        """The value according to the core schema of YAML 1.2."""
         if self.text in _CONSTANTS:
             return _CONSTANTS[self.text]
         if _INT.fullmatch(self.text):
@@ -60,13 +61,14 @@ class Plain:
 
 
 def parse_yaml(text: str) -> Any:
-    """Dicts with str keys, lists, str (of quoted scalars) and `Plain` from YAML text.
+    """Parse YAML text to dicts with str keys, lists, str (quoted scalars) and `Plain` (unquoted scalars).
 
     Raises
     ------
     YamlError
-        It is not YAML, sets a key twice, nests deeper than 50 levels, or uses what a configuration has no need of:
-        keys that are no scalars, tags of other types, an anchor within itself, aliases that stand for 100,000 values.
+        The text is not YAML, sets a key twice, is nested deeper than 50 levels, or uses a feature that a configuration
+        does not need: keys that are not scalars, tags of other types, an anchor within itself, or aliases for more than
+        100,000 values.
     """
     try:
         _check_depth(text)
@@ -80,7 +82,7 @@ def parse_yaml(text: str) -> Any:
 
 
 class _Loader(yaml.BaseLoader):
-    """Marks plain scalars, and takes no further meaning from how a scalar looks."""
+    """Marks plain scalars, without deriving a type from their form."""
 
     def resolve(self, kind: type[yaml.Node], value: str, implicit: Any) -> str:
         if kind is yaml.ScalarNode and implicit[0]:
@@ -101,7 +103,7 @@ def _check_depth(text: str) -> None:
 
 
 class _Builder:
-    """Values from nodes, with an eye on how much they become."""
+    """Builds values from YAML nodes, with limits of their number and depth."""
 
     def __init__(self) -> None:
         self._values = 0
@@ -153,7 +155,7 @@ class _Builder:
             else:
                 own[key.value] = self.build(value)
         result: dict[str, Any] = {}
-        for values in reversed(merged):  # of several, the first wins
+        for values in reversed(merged):  # the first of several mappings has priority
             result |= values
         return result | own
 

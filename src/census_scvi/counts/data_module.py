@@ -1,4 +1,4 @@
-"""The prepared file as Lightning takes it: training and validation cells, for each process its share."""
+"""LightningDataModule of the prepared file: training and validation cells, divided among the processes."""
 
 from __future__ import annotations
 
@@ -23,23 +23,18 @@ class PreparedDataModule(lightning.LightningDataModule):
     path
         The .h5ad that prepare wrote.
     batch_size
-        Cells per minibatch (and rank).
+        Cells per minibatch and rank.
     train_size
-        Share of cells trained on.
+        Share of the cells for training.
     seed
-        Seed of the split and of the order.
+        Seed of the split and of the order of cells.
     workers
-        Threads that read and decode ahead.
+        Number of threads that read and decode ahead.
 
     Attributes
     ----------
     sparse
-        Whether the model is given `SparseCounts`; False, as made: a dense X.
-
-    Raises
-    ------
-    UserError
-        Too few cells for a minibatch of two on every rank.
+        Whether X of a minibatch is `SparseCounts`; default False: a dense X.
     """
 
     def __init__(self, path: Path, *, batch_size: int, train_size: float, seed: int, workers: int) -> None:
@@ -55,7 +50,7 @@ class PreparedDataModule(lightning.LightningDataModule):
         self.n_train = self.cells.n_cells - self.n_val
 
     def train_dataloader(self) -> MinibatchLoader:
-        """Training cells, in another order each epoch."""
+        """Training cells, in a new order each epoch; UserError if there are fewer than 2 cells per rank."""
         rank, world_size = self._rank()
         if self.n_train < 2 * world_size:
             raise UserError(f"{self.n_train} training cells are too few for {world_size} processes; 2 each are needed")
@@ -63,7 +58,7 @@ class PreparedDataModule(lightning.LightningDataModule):
         return self._loader(order, self._epoch)
 
     def val_dataloader(self) -> KeptMinibatches | list[Minibatch]:
-        """Validation cells, in the order of the file; nothing where all cells train."""
+        """Validation cells, in the order of the file; an empty list if there are fewer than one per rank."""
         rank, world_size = self._rank()
         if self.n_val < world_size:
             return []
@@ -71,11 +66,11 @@ class PreparedDataModule(lightning.LightningDataModule):
         return KeptMinibatches(self._loader(order, lambda: 0))
 
     def on_after_batch_transfer(self, batch: Minibatch, dataloader_idx: int) -> Minibatch:
-        """Make a sparse minibatch dense, on the device, unless sparse ones are wanted."""
+        """Make a sparse minibatch dense on the device, unless `sparse` is set."""
         return batch if self.sparse or isinstance(batch["X"], torch.Tensor) else densify(batch)
 
     def give_back(self, minibatch: Minibatch) -> None:
-        """Take back a minibatch that is no longer used: its memory is used for a later one (see `DenseMinibatches`)."""
+        """Return a minibatch that is no longer used; its memory is reused for a later one (see `DenseMinibatches`)."""
         self._dense.give_back(minibatch)
 
     def _loader(self, order: CellOrder, epoch: Callable[[], int]) -> MinibatchLoader:

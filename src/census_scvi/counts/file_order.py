@@ -1,8 +1,8 @@
-"""Order of the cells in the prepared file: shuffled, so that neighbours come from the whole Census.
+"""Order of the cells in the prepared file: shuffled, so that adjacent cells come from the whole Census.
 
-Neighbouring cells of the Census are of one dataset and mostly of one donor. Runs of them, which are read at
-low cost, are sampled from the whole Census into pools; each pool is shuffled and written. What the loader reads in one
-piece, a small part of a pool, holds cells of all its runs.
+Adjacent cells of the Census belong to one dataset and mostly to one donor. Runs of adjacent cells are fast to read.
+Each pool consists of runs that are sampled from the whole Census; its cells are shuffled and written. The loader reads
+a small part of a pool at a time, which contains cells of all runs of the pool.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy.typing as npt
 from census_scvi.config.random_streams import Stream, generator
 
 Run = tuple[int, int]
-# Runs of about 2,000 cells that are kept in memory and shuffled.
+# Number of runs, about 2,000 cells each, that are shuffled together in memory.
 POOL_RUNS = 8
 
 
@@ -27,7 +27,9 @@ class Pool:
     Attributes
     ----------
     runs
-        First cell of each, and the one after its last: positions among the selected cells, ascending.
+        First cell, and the cell after the last, of each run: positions among the selected cells, ascending.
+    seed
+        Seed of the order of the cells.
     """
 
     runs: list[Run]
@@ -37,16 +39,16 @@ class Pool:
         return sum(stop - start for start, stop in self.runs)
 
     def cells(self) -> npt.NDArray[np.int64]:
-        """The cells of its runs, one run after another."""
+        """Cells of the runs, one run after another, int64 (cells,)."""
         return np.concatenate([np.arange(*run) for run in self.runs])
 
     def order(self) -> npt.NDArray[np.int64]:
-        """In which order the cells of the runs, one run after another, are written."""
+        """Order in which the cells are written: positions in `cells()`, int64 (cells,)."""
         return np.random.default_rng(self.seed).permutation(len(self))
 
 
 def pools(runs: list[Run], seed: int) -> Iterator[Pool]:
-    """The pools of a file, each run in exactly one; a function of the runs and the seed."""
+    """Pools of a file. Each run is in exactly one pool; the pools depend on the runs and the seed only."""
     order = generator(seed, Stream.RUNS_OF_FILE).permutation(len(runs))
     for number, first in enumerate(range(0, len(runs), POOL_RUNS)):
         yield Pool(sorted(runs[i] for i in order[first : first + POOL_RUNS]), (seed, Stream.CELLS_OF_POOL, number))

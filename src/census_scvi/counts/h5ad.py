@@ -1,4 +1,4 @@
-"""Read any .h5ad: its tables, and its counts in blocks of rows, in any layout; refuse values that are not counts."""
+"""Read the tables of any .h5ad, and its counts in blocks of rows from any layout; check that values are counts."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,18 +16,19 @@ from census_scvi.counts.other_formats import check_path, explain_hdf5, explain_p
 from census_scvi.counts.untrusted import check_file
 from census_scvi.errors import UserError
 
-# Larger integers are not exact in float32.
+# float32 represents integers exactly up to this value.
 MAX_COUNT = 2**24
-# Non-zeros in memory while a CSC matrix, stored by gene, is converted to rows (12 bytes each).
+# Maximum number of non-zeros in memory (12 bytes each) while a CSC matrix, stored by gene, is converted to rows.
 _CSC_WINDOW = 2**25
-# Entries of a row (or column) may be stored in parts that are summed, but hardly in more than this many.
+# A matrix may store an entry several times (the values are summed). A row (or column) with more than this number of
+# values per entry on average is damaged.
 _MOST_DUPLICATES = 8
-# Values of a dense matrix in memory at a time.
+# Maximum number of values of a dense matrix in memory at a time.
 _DENSE_WINDOW = 2**24
 
 
 def require_place(place: str, places: Sequence[str], name: str) -> None:
-    """UserError if a file or an AnnData has no matrix `place`; it lists the existing ones."""
+    """UserError if a file or an AnnData has no matrix `place`; the error lists the existing ones."""
     if place not in places:
         raise UserError(
             f"{name} has no {place}{suggestion(place, list(places))} (it has {', '.join(places) or 'no matrix'})"
@@ -40,7 +41,7 @@ def open_file(path: Path) -> h5py.File:
     Raises
     ------
     UserError
-        It is missing, incomplete, of another format (the error says how to convert it), or refers to other
+        The file is missing, incomplete or of another format (the error says how to convert it), or it refers to other
         files or declares absurd sizes (`census_scvi.counts.untrusted`).
     """
     check_path(path)
@@ -75,7 +76,7 @@ def unreadable(name: str, error: Exception) -> UserError:
 
 
 def read_frame(file: h5py.File, key: str) -> pd.DataFrame:
-    """The table at `key` (obs, var or raw/var); UserError if there is none that anndata reads."""
+    """The table at `key` (obs, var or raw/var); UserError if it is missing or anndata cannot read it."""
     path = file.filename
     if key not in file:
         raise UserError(f"{path}: has no {key}; {_EXPECTED}")
@@ -91,7 +92,7 @@ def read_frame(file: h5py.File, key: str) -> pd.DataFrame:
 
 
 def _read_old_frame(file: h5py.File, key: str) -> pd.DataFrame:
-    """A table as anndata before 0.7 wrote it: a compound dataset with the index first; categories are in uns."""
+    """Read a table of anndata before 0.7: a compound dataset with the index first, and categories in uns."""
     table = file[key][:]
     columns = {}
     for name in table.dtype.names:
@@ -104,16 +105,16 @@ def _read_old_frame(file: h5py.File, key: str) -> pd.DataFrame:
 
 
 def _old_text(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Bytes as text; numbers as they are."""
+    """Decode bytes to text; numbers stay unchanged."""
     if values.dtype.kind not in "SO":
         return values
     return np.array([item.decode() if isinstance(item, bytes) else item for item in values], dtype=object)
 
 
 def portable_frame(frame: pd.DataFrame) -> pd.DataFrame:
-    """The table with text in the form that every anndata reads: str objects, or categories where some are missing.
+    """Convert text to a form that every anndata reads: str objects, or categories if values are missing.
 
-    anndata before 0.11 does not know the nullable strings of pandas 3, and later ones write them only when asked to.
+    anndata before 0.11 does not support the nullable strings of pandas 3; later versions write them only on request.
     """
     changed = frame.copy(deep=False)
     changed.index = pd.Index(frame.index.astype(object).map(str), name=frame.index.name)
@@ -162,7 +163,7 @@ class CountMatrix:
             self._check_sparse()
 
     def _check_sparse(self) -> None:
-        """UserError where data, indices and indptr do not belong together."""
+        """UserError if the lengths of data, indices and indptr do not match."""
         try:
             lengths = {name: int(self._node[name].shape[0]) for name in ("data", "indices", "indptr")}
         except (KeyError, IndexError, AttributeError) as error:
@@ -176,9 +177,9 @@ class CountMatrix:
             )
 
     def blocks(self, rows: int, *, first: int = 0, last: int | None = None) -> Iterator[tuple[int, sp.csr_matrix]]:
-        """Yield (first row, CSR) for at most `rows` rows at a time, of the rows from `first` up to `last` (not in).
+        """Yield (first row, CSR) of at most `rows` rows at a time, from row `first` up to and excluding `last`.
 
-        Values are of a native type that scipy computes with: float16 becomes float32, bool and short integers int32.
+        Values have a native dtype that scipy supports: float16 becomes float32, bool and short integers become int32.
         """
         stop = self.shape[0] if last is None else last
         if self._encoding == "csc":
@@ -190,7 +191,7 @@ class CountMatrix:
             yield start, self._read(start, min(start + rows, stop))
 
     def sample(self, spans: Sequence[tuple[int, int]]) -> list[tuple[int, sp.csr_matrix]]:
-        """(first row, CSR) of some ranges of rows, ascending; one pass over the file where it is stored by gene."""
+        """(first row, CSR) of ascending ranges of rows; a matrix stored by gene is read once for all ranges."""
         if self._encoding != "csc":
             return [(start, self._read(start, stop)) for start, stop in spans]
         position = np.full(self.shape[0], -1, np.int64)
@@ -213,7 +214,7 @@ class CountMatrix:
         return sp.csr_matrix(arrays, shape=(stop - start, self.shape[1]))
 
     def _csc_blocks(self, rows: int, first: int, last: int) -> Iterator[tuple[int, sp.csr_matrix]]:
-        """Passes over the file, each collecting a window of rows that fits in memory."""
+        """Rows of a matrix stored by gene: each pass over the file collects a window of rows that fits in memory."""
         per_row = np.zeros(self.shape[0], dtype=np.int64)
         for _, indices in self._csc_chunks():
             per_row += np.bincount(indices, minlength=self.shape[0])
@@ -245,7 +246,7 @@ class CountMatrix:
         return sp.csr_matrix(entries, shape=(n_rows, self.shape[1]))
 
     def _csc_chunks(self) -> Iterator[tuple[int, npt.NDArray[Any]]]:
-        """(position of the first, row indices) of the entries in their order."""
+        """Yield the entries in stored order, in chunks: position of the first entry, row indices."""
         values, step = self._node["indices"], 2**22
         for first in range(0, max(len(values), 1), step):
             indices = values[first : first + step]
@@ -253,7 +254,7 @@ class CountMatrix:
             yield first, indices
 
     def _check_indptr(self, indptr: npt.NDArray[Any], width: int) -> None:
-        """Without it a forged file has memory read that is not its own, or all memory taken."""
+        """Prevent a forged indptr from causing reads of foreign memory or an exhaustion of memory."""
         n_entries = np.diff(indptr)
         if (
             int(indptr[0]) < 0
@@ -273,13 +274,13 @@ def _whole(shape: Sequence[Any]) -> bool:
 
 
 def plain_numbers(values: npt.NDArray[Any], where: str) -> npt.NDArray[Any]:
-    """Values in a native type that scipy.sparse supports; UserError if they are not real numbers."""
+    """Values in a native dtype that scipy.sparse supports; UserError if they are not real numbers."""
     dtype = values.dtype
     if dtype.kind not in "buif":
         raise UserError(f"{where} holds {dtype} values; expected raw counts")
-    if dtype.kind in "bui" and dtype.itemsize < 4:  # parts of an entry are summed, and must not overflow
+    if dtype.kind in "bui" and dtype.itemsize < 4:  # duplicate entries are summed, which must not overflow
         return values.astype(np.int32)
-    if dtype.kind == "f" and dtype.itemsize < 4:  # half precision, of either byte order
+    if dtype.kind == "f" and dtype.itemsize < 4:  # half precision in any byte order
         return values.astype(np.float32)
     if dtype.itemsize > 8:  # long double
         return values.astype(np.float64)
@@ -289,7 +290,7 @@ def plain_numbers(values: npt.NDArray[Any], where: str) -> npt.NDArray[Any]:
 def check_counts(block: sp.csr_matrix, *, where: str, first_row: int) -> None:
     """Refuse a block (cells x genes) with values other than whole numbers from 0 to 2**24.
 
-    Raises UserError naming `where` (file and matrix), the row, the column and the value.
+    Raises UserError with `where` (file and matrix), the row, the column and the value.
     """
     values = block.data
     if values.dtype.kind in "ui":

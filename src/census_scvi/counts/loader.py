@@ -1,4 +1,4 @@
-"""From the prepared file to minibatches for scVI, read ahead in the background."""
+"""Load minibatches for scVI from the prepared file, and read ahead in the background."""
 
 from __future__ import annotations
 
@@ -14,32 +14,34 @@ from census_scvi.files.readahead import read_ahead
 
 
 class MinibatchLoader:
-    """An epoch of minibatches, as an iterable that Lightning takes for a dataloader.
+    """An epoch of minibatches, as an iterable that Lightning accepts as a dataloader.
 
-    `state_dict` says how far the current pass is; after `load_state_dict` the next pass begins there, without reading
-    what lies before.
+    `state_dict` contains the position of the current pass. After `load_state_dict`, the next pass starts at that
+    position, without reading the minibatches before it.
 
     Each minibatch is `{"X": float32 (cells, genes), "batch": int64 (cells, 1), "labels": int64 (cells, 1), "row":
-    int64 (cells,)}` on the CPU; `row` is the cell's row in the prepared file. Sparse ones have a `SparseCounts` as X.
+    int64 (cells,)}` on the CPU; `row` is the row of the cell in the prepared file. X of a sparse minibatch is a
+    `SparseCounts`.
 
     Parameters
     ----------
     cells
         The prepared file.
     order
-        Which cells, in which order.
+        Cells to read, and their order.
     batch_size
         Cells per minibatch.
     workers
-        Threads that read and decode ahead; 0 reads between minibatches.
+        Number of threads that read and decode ahead; 0 reads between minibatches.
     epoch
-        Asked at the start of each pass for the epoch, which decides the order.
+        Called at the start of each pass; returns the epoch, which determines the order.
     device
-        Asked at the start of each pass where the minibatches go: to a GPU they go sparse, in pinned memory.
+        Called at the start of each pass; returns the device of the model. For a GPU, minibatches are sparse and in
+        pinned memory.
     sparse
-        Asked likewise whether they are to be sparse on the CPU too.
+        Called at the start of each pass; returns whether minibatches are sparse on the CPU, too.
     dense
-        Creates the dense ones and takes them back; None: each is allocated separately.
+        Creates and reuses dense minibatches; None: the loader has its own `DenseMinibatches`.
     """
 
     def __init__(
@@ -62,8 +64,8 @@ class MinibatchLoader:
         n_wanted = int(order.wanted.sum())
         self._sizes = minibatch_sizes(n_wanted, batch_size, order.world_size, order.rank)
         self._dense = dense or DenseMinibatches(cells.n_genes)
-        self._met = 0  # minibatches of the current pass
-        self._skip = 0  # minibatches that the next pass skips
+        self._met = 0  # number of minibatches that the current pass has yielded or skipped
+        self._skip = 0  # number of minibatches that the next pass skips
 
     def __len__(self) -> int:
         return len(self._sizes)
@@ -88,23 +90,23 @@ class MinibatchLoader:
         return lambda window: self._cells.read(window.blocks, threads, max(self._workers, 1)).take(window.chosen)
 
     def state_dict(self) -> dict[str, int]:
-        """Number of minibatches of the current pass that were read."""
+        """Number of minibatches read in the current pass."""
         return {"minibatches": self._met}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Let the next pass begin after as many minibatches."""
+        """Let the next pass skip this number of minibatches."""
         self._skip = state["minibatches"]
 
 
 class KeptMinibatches:
-    """The same minibatches in each pass: small sparse ones are decoded once, in the first complete pass.
+    """Keeps sparse minibatches in memory after the first complete pass, if they are small enough.
 
     Parameters
     ----------
     loader
-        Gives the same minibatches in each pass.
+        Loader that yields the same minibatches in each pass.
     most
-        Bytes that may be kept; of more, nothing is.
+        Maximum number of bytes to keep; if all minibatches together are larger, none is kept.
     """
 
     def __init__(self, loader: MinibatchLoader, most: int = 64_000_000) -> None:
@@ -128,11 +130,11 @@ class KeptMinibatches:
             else:
                 met.clear()
             yield minibatch
-        self._kept = met  # nothing if there was more than may be kept
+        self._kept = met  # empty if the minibatches are larger than `most`
 
 
 def _cut(windows: Iterator[Rows], sizes: Iterable[int]) -> Iterator[list[Rows]]:
-    """The windows' cells in portions of a minibatch, each from one window or more."""
+    """Divide the cells of the windows into minibatches; a minibatch may consist of parts of several windows."""
     sizes = iter(sizes)
     parts: list[Rows] = []
     missing = next(sizes, 0)
@@ -145,4 +147,4 @@ def _cut(windows: Iterator[Rows], sizes: Iterable[int]) -> Iterator[list[Rows]]:
             if not missing:
                 yield parts
                 parts, missing = [], next(sizes, 0)
-        del window  # or it would stay in memory while the next but one is made
+        del window  # else it would stay in memory while the window after the next is read

@@ -1,4 +1,4 @@
-"""Cells as tensors: dense in memory that is used again, or sparse until they are on the device."""
+"""Minibatches as tensors: dense in reused memory, or sparse until they are on the device."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ Minibatch = dict[str, Any]
 
 
 class SparseCounts:
-    """Counts of the cells of a minibatch: their non-zeros, one cell after another; a tenth of a dense one's bytes.
+    """Sparse counts of a minibatch: the non-zeros, one cell after another; about a tenth of the dense matrix' bytes.
 
     Parameters
     ----------
     n_detected
-        int64 (cells,): non-zeros of each cell.
+        int64 (cells,): number of non-zeros of each cell.
     genes
-        uint16 or int32 (non-zeros,): their columns.
+        uint16 or int32 (non-zeros,): column of each non-zero.
     counts
-        uint16 or float32 (non-zeros,).
+        uint16 or float32 (non-zeros,): value of each non-zero.
     n_genes
-        Columns.
+        Number of columns.
     """
 
     __slots__ = ("counts", "genes", "n_detected", "n_genes")
@@ -39,15 +39,15 @@ class SparseCounts:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory."""
+        """Memory in bytes."""
         return self.n_detected.nbytes + self.genes.nbytes + self.counts.nbytes
 
     def to(self, device: torch.device | str) -> SparseCounts:
-        """The same on a device; from pinned memory without waiting for the copy."""
+        """Copy to a device; from pinned memory, the copy is asynchronous."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=tensor.is_pinned()))
 
     def pin_memory(self) -> SparseCounts:
-        """The same in page-locked memory, from where a GPU copies on its own."""
+        """Copy to page-locked memory, from which a GPU can copy asynchronously."""
         return self._each(torch.Tensor.pin_memory)
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> SparseCounts:
@@ -56,7 +56,7 @@ class SparseCounts:
     def cells(self) -> torch.Tensor:
         """int64 (non-zeros,): the cell of each non-zero."""
         cells = torch.arange(len(self), device=self.n_detected.device)
-        # output_size spares a GPU a stop to count the non-zeros.
+        # output_size avoids that the CPU waits for a GPU to count the non-zeros.
         return torch.repeat_interleave(cells, self.n_detected, output_size=len(self.genes))
 
     def places(self) -> torch.Tensor:
@@ -68,12 +68,12 @@ class SparseCounts:
         return self.sum_of_cells(self.counts.to(dtype))
 
     def sum_of_cells(self, values: torch.Tensor) -> torch.Tensor:
-        """(cells,): sum over each cell of values of its non-zeros, (non-zeros,)."""
-        # unsafe: the lengths would be checked, for which a GPU has to stop.
+        """(cells,): sum per cell of `values` (non-zeros,)."""
+        # unsafe=True skips a check of the lengths, for which the CPU would wait for a GPU.
         return torch.segment_reduce(values, "sum", lengths=self.n_detected, unsafe=True)
 
     def dense(self, dtype: torch.dtype = torch.float32, *, log1p: bool = False) -> torch.Tensor:
-        """(cells, genes): the counts, or log(1 + counts), zeros included, on the device where they are."""
+        """(cells, genes): dense counts, or log(1 + counts), on the device of the sparse counts."""
         values = self.counts.to(dtype)
         values = values.log1p() if log1p else values
         dense = torch.zeros(len(self), self.n_genes, dtype=dtype, device=values.device)
@@ -85,7 +85,7 @@ class SparseCounts:
 
 
 def sparse_minibatch(parts: list[Rows], n_genes: int, *, pin: bool) -> Minibatch:
-    """Cells as `{"X": SparseCounts, "batch", "labels", "row"}`; with `pin` in page-locked memory."""
+    """Create `{"X": SparseCounts, "batch", "labels", "row"}` from cells; in page-locked memory if `pin`."""
     gathered = [_gather(part.first, part.last, part.genes, part.counts) for part in parts]
     counts = SparseCounts(
         torch.from_numpy(np.concatenate([part.last - part.first for part in parts])),
@@ -98,16 +98,15 @@ def sparse_minibatch(parts: list[Rows], n_genes: int, *, pin: bool) -> Minibatch
 
 
 def densify(minibatch: Minibatch) -> Minibatch:
-    """A sparse minibatch as scvi-tools takes it: X float32 (cells, genes), on the device where the counts are."""
+    """Convert a sparse minibatch to the form of scvi-tools: X float32 (cells, genes), on the device of the counts."""
     return {**minibatch, "X": minibatch["X"].dense()}
 
 
 class DenseMinibatches:
-    """Makes dense minibatches, in memory of those that were given back.
+    """Creates dense minibatches, and reuses the memory of minibatches that were returned with `give_back`.
 
-    A minibatch is the consumer's for as long as it wants. `give_back` hands its memory over to later minibatches; one
-    that is never given back costs fresh memory, which has to be mapped page by page and takes as long as writing the
-    counts into it.
+    A consumer may keep a minibatch as long as it likes. If it is never returned, a later minibatch needs new memory.
+    The system maps new memory page by page, which takes as long as writing the counts into it.
     """
 
     def __init__(self, n_genes: int) -> None:
@@ -115,7 +114,7 @@ class DenseMinibatches:
         self._free: list[torch.Tensor] = []
 
     def make(self, parts: list[Rows]) -> Minibatch:
-        """The cells as `{"X": float32 (cells, genes), "batch", "labels", "row"}`."""
+        """Create `{"X": float32 (cells, genes), "batch", "labels", "row"}` from cells."""
         counts = self._memory(sum(map(len, parts)))
         dense, done = counts.numpy(), 0
         for part in parts:
@@ -124,7 +123,7 @@ class DenseMinibatches:
         return {"X": counts, **_cells(parts)}
 
     def give_back(self, minibatch: Minibatch) -> None:
-        """Take X from a minibatch if neither it nor a view of X is used any more; sparse ones are not changed."""
+        """Remove X from a minibatch and reuse its memory; no view of X may be in use. Sparse ones are not changed."""
         counts = minibatch["X"]
         if isinstance(counts, torch.Tensor) and counts.device.type == "cpu" and counts.dtype == torch.float32:
             del minibatch["X"]
@@ -132,7 +131,7 @@ class DenseMinibatches:
                 self._free.append(counts.detach())
 
     def _memory(self, n_cells: int) -> torch.Tensor:
-        """Memory that was given back by a minibatch of as many cells, or new one."""
+        """Returned memory of a minibatch with the same number of cells, or new memory."""
         for place, free in enumerate(self._free):
             if len(free) == n_cells:
                 return self._free.pop(place)
@@ -147,7 +146,7 @@ def _cells(parts: list[Rows]) -> Minibatch:
 
 @numba.njit(nogil=True, cache=True)
 def _gather(first, last, genes, counts):  # type: ignore[no-untyped-def]
-    """Non-zeros of the cells, one cell after another."""
+    """Copy the non-zeros of the cells, one cell after another."""
     n = (last - first).sum()
     some_genes, some_counts = np.empty(n, genes.dtype), np.empty(n, counts.dtype)
     done = 0
@@ -160,7 +159,7 @@ def _gather(first, last, genes, counts):  # type: ignore[no-untyped-def]
 
 @numba.njit(nogil=True, cache=True)
 def _scatter(n_detected, genes, values, dense):  # type: ignore[no-untyped-def]
-    """Write non-zeros, one cell after another, into zeros."""
+    """Write the non-zeros of cells into a dense matrix of zeros."""
     done = 0
     for cell in range(len(n_detected)):
         row = dense[cell]

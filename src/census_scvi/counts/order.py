@@ -11,18 +11,20 @@ import numpy.typing as npt
 
 from census_scvi.config.random_streams import Stream, generator
 
-# Rows read as one piece; prepare has shuffled them (see `file_order`). Single rows would cost a hundred times more.
+# Consecutive rows that are read at once; prepare has shuffled them (see `file_order`). Reading single rows would take a
+# hundred times longer.
 BLOCK_ROWS = 256
-# Rows read and shuffled together: blocks drawn from the whole file, so that a window is a sample of it.
+# Rows of blocks that are read and shuffled together. The blocks are drawn from the whole file, so that a window is a
+# sample of it.
 WINDOW_ROWS = 16384
-# Number of cells from which whole blocks are held out for validation.
+# With at least this number of cells, whole blocks are held out for validation.
 MANY_CELLS = 2**20
 
 
 def validation_mask(n_cells: int, train_size: float, seed: int) -> npt.NDArray[np.bool_]:
-    """Bool (cells,): cells held out for validation; `ceil(train_size * n_cells)` cells remain to train on.
+    """Bool (cells,): cells held out for validation; `ceil(train_size * n_cells)` cells remain for training.
 
-    With many cells, whole blocks are held out (thousands of them), so that neither pass decodes unused cells.
+    With at least 2^20 cells, whole blocks are held out, so that neither training nor validation decodes unused cells.
     """
     n_validation = n_cells - math.ceil(train_size * n_cells)
     rows = BLOCK_ROWS if n_cells >= MANY_CELLS else 1
@@ -40,14 +42,14 @@ def validation_mask(n_cells: int, train_size: float, seed: int) -> npt.NDArray[n
 
 @dataclass(frozen=True)
 class Window:
-    """Blocks that are read together, and which of their cells are used, in order.
+    """Blocks that are read together, and those of their cells that are used, in order.
 
     Attributes
     ----------
     blocks
-        First row and row after the last, each.
+        First row, and row after the last, of each block.
     chosen
-        int64 (cells,): positions among the rows of the blocks.
+        int64 (cells,): cells to use, as positions among the rows of all blocks.
     """
 
     blocks: list[tuple[int, int]]
@@ -61,11 +63,11 @@ class CellOrder:
     Parameters
     ----------
     wanted
-        Bool (cells,): the cells that take part.
+        Bool (cells,): the cells to read.
     seed
         Seed of the order; None: the order of the file.
     rank, world_size
-        Which share of the cells, of how many; shares differ by at most one cell.
+        Number of this process, and number of processes; their shares of the cells differ by at most one cell.
     """
 
     wanted: npt.NDArray[np.bool_]
@@ -74,14 +76,14 @@ class CellOrder:
     world_size: int = 1
 
     def share(self) -> tuple[int, int]:
-        """First and last place of this rank in the common order of an epoch."""
+        """First place of this rank's share, and the place after its last, in the common order of an epoch."""
         total = int(self.wanted.sum())
         return self.rank * total // self.world_size, (self.rank + 1) * total // self.world_size
 
     def windows(self, epoch: int, skip: int = 0) -> Iterator[Window]:
-        """What to read, in order, for an epoch: each wanted cell of this rank's share exactly once.
+        """Yield the windows to read for an epoch, in order: each cell of this rank's share exactly once.
 
-        Without the first `skip` cells, in the middle of an epoch.
+        The first `skip` cells are omitted, to resume in the middle of an epoch.
         """
         for window in self._windows(epoch):
             if skip < len(window.chosen):
@@ -104,7 +106,7 @@ class CellOrder:
             yield _window(blocks, chosen, numbers)
 
     def _blocks(self, epoch: int) -> Iterator[tuple[int, int, npt.NDArray[np.int64]]]:
-        """First row, row after the last and wanted cells of the blocks of this rank's share, in this epoch's order."""
+        """Yield the blocks of this rank's share in the order of the epoch: first row, row after the last, its cells."""
         starts = np.arange(0, len(self.wanted), BLOCK_ROWS)
         sizes = np.add.reduceat(self.wanted, starts, dtype=np.int64)
         blocks = np.arange(len(starts))
@@ -129,10 +131,10 @@ def _window(
 
 
 def minibatch_sizes(n_cells: int, batch_size: int, world_size: int = 1, rank: int = 0) -> list[int]:
-    """Cells in each minibatch of a rank.
+    """Number of cells in each minibatch of a rank.
 
-    Every rank has the same number of minibatches. A tail of one cell joins the minibatch before it: BatchNorm cannot
-    normalise a single cell, and none is dropped.
+    Every rank has the same number of minibatches, and no cell is dropped. If a single cell would remain, it joins the
+    last minibatch, because BatchNorm cannot normalise a single cell.
     """
     mine = (rank + 1) * n_cells // world_size - rank * n_cells // world_size
     least = n_cells // world_size

@@ -1,4 +1,4 @@
-"""Files that are no .h5ad: which format each is, and the line that converts it."""
+"""Recognise the format of files that are not .h5ad, and give the line of code that converts them."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def check_path(path: Path) -> None:
         raise UserError(f"{path}: no such file")
     if path.is_dir():
         raise UserError(f"{path}: {explain_path(path)}")
-    if not path.is_file():  # reading a pipe or a device could wait for ever
+    if not path.is_file():  # reading a pipe or a device could block forever
         raise UserError(f"{path}: is not a regular file; expected an .h5ad")
 
 
 def explain_path(path: Path) -> str:
-    """Description of a file that is not HDF5, and how to convert it to .h5ad; "" if it is unknown."""
+    """Format of a file that is not HDF5, and how to convert it to .h5ad; "" if the format is unknown."""
     if path.is_dir():
         return _explain_folder(path)
     suffixes = [suffix.lower() for suffix in path.suffixes]
@@ -59,7 +59,7 @@ def _explain_folder(path: Path) -> str:
 
 
 def explain_hdf5(file: h5py.File) -> str:
-    """Which other format an HDF5 file without obs and var is in, and how to convert it; "" where that is not known."""
+    """Format of an HDF5 file without obs and var, and how to convert it; "" if the format is unknown."""
     path = file.filename
     if "mod" in file:
         return f"is a MuData file; write its RNA only: muon.read({path!r})['rna'].write_h5ad('cells.h5ad')"

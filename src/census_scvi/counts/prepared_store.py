@@ -1,7 +1,7 @@
-"""The prepared cells on disk, shuffled, written portion by portion; a killed run continues at the first missing one.
+"""The shuffled prepared cells on disk, written in portions; a killed run resumes at the first missing portion.
 
-Any process may write a part of the portions; each portion is a file of its own, and its presence the record that it is
-done. They are the same whoever writes them, so that the joined file is.
+Each portion is a file; it is complete if the file exists. Any process may write any part of the portions. Their
+contents do not depend on the process, so the joined file does not either.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from census_scvi.errors import UserError
 from census_scvi.files.atomic import sync
 from census_scvi.files.parts import WHOLE, Part
 
-# Pools per portion: a kill costs at most about 200,000 cells, or a minute of work.
+# Pools per portion: a killed run loses at most about 200,000 cells, or one minute of work.
 PART_POOLS = 12
-# Cells copied at a time while portions are joined.
+# Cells per block that is copied when portions are joined.
 _SLICE = 2**14
 
 
 class PreparedStore:
-    """A standard .h5ad of all cells, put together from portions that are .h5ad files themselves.
+    """A standard .h5ad of all cells, joined from portions that are .h5ad files, too.
 
     Parameters
     ----------
     target
-        The finished file; until then its portions are in the same folder.
+        Path of the complete file; its portions are in the same folder.
     runs
-        Runs of cells that are read together: first, and after the last.
+        Runs of cells that are read together: first cell, and cell after the last.
     seed
-        Decides the order of the cells (see `file_order`).
+        Seed of the order of the cells (see `file_order`).
     writer
-        Opens a writer for a path.
+        Creates a writer for a path.
     """
 
     def __init__(self, target: Path, runs: list[Run], seed: int, writer: Callable[[Path], H5adWriter]) -> None:
@@ -52,15 +52,15 @@ class PreparedStore:
         self._portions = {target.with_name(PART.format(number)): group for number, group in enumerate(groups)}
 
     def n_cells(self, part: Part = WHOLE) -> int:
-        """Cells of a part."""
+        """Number of cells of a part."""
         return sum(len(pool) for group in part.take(list(self._portions.values())) for pool in group)
 
     def missing(self, part: Part = WHOLE) -> list[Pool]:
-        """The pools of a part that are not on disk yet, in the order in which `fill` expects them."""
+        """Pools of a part that are not on disk yet, in the order in which `fill` expects them."""
         return [pool for group in self._missing(part).values() for pool in group]
 
     def fill(self, counts: Iterator[sp.csr_matrix], obs: Iterator[pd.DataFrame], part: Part = WHOLE) -> Iterator[int]:
-        """Write the missing portions of a part; yields the number of cells of each pool that is written.
+        """Write the missing portions of a part; yields the number of cells of each pool after it is written.
 
         Parameters
         ----------
@@ -69,7 +69,7 @@ class PreparedStore:
         obs
             obs of the cells of each missing pool, in order.
         part
-            The part; no two processes may fill the same one at a time.
+            The part; two processes must not fill the same part at the same time.
         """
         for path, group in self._missing(part).items():
             with self._whole(path) as writer:
@@ -80,7 +80,7 @@ class PreparedStore:
                     yield len(order)
 
     def join(self) -> None:
-        """Make the file of its portions; UserError where one is missing."""
+        """Join the portions to the complete file; UserError if a portion is missing."""
         if self._target.exists():
             return
         if missing := self._missing(WHOLE):
@@ -103,7 +103,7 @@ class PreparedStore:
 
     @contextmanager
     def _whole(self, path: Path) -> Iterator[H5adWriter]:
-        """Write a file under another name until it is complete."""
+        """Write a file under a temporary name, and rename it when it is complete."""
         partial = path.with_name(path.name + ".partial")
         with self._writer(partial) as writer:
             yield writer
@@ -122,7 +122,7 @@ def _slices(path: Path) -> Iterator[tuple[pd.DataFrame, sp.csr_matrix]]:
 
 
 def count_nonzeros(path: Path) -> tuple[int, int]:
-    """Non-zeros of a prepared file, and cells without any."""
+    """Number of non-zeros of a prepared file, and number of cells without non-zeros."""
     with h5py.File(path, "r") as file:
         row_ends = file["X/indptr"]
         empty = 0

@@ -1,4 +1,4 @@
-"""Which matrix of an .h5ad or AnnData holds the raw counts: judged by values and names, refused where it is open."""
+"""Find the matrix of an .h5ad or AnnData that holds the raw counts, by values and names; refuse if it is unclear."""
 
 from __future__ import annotations
 
@@ -20,35 +20,36 @@ from census_scvi.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# Cells that are looked at, in ranges spread over the file; all others are checked when they are read.
+# Number of cells to inspect, and number of ranges that they are divided into, spread over the file. The other cells are
+# checked when they are read.
 _CELLS, _RANGES = 1024, 8
-# Names of a layer that say "raw counts", in small letters and digits.
+# Layer names that mean raw counts, reduced to lower-case letters and digits.
 _NAMED_COUNTS = {
     "counts", "count", "rawcounts", "rawcount", "countsraw", "raw", "rawdata", "rawx", "umi", "umis", "umicounts",
     "countsumi", "rawumi", "rawumis", "rawumicounts", "originalcounts", "countsoriginal", "integercounts",
 }  # fmt: skip
-# Names of a layer that holds a part of the reads, as velocyto, alevin-fry and dynast write them.
+# Layer names that mean a part of the reads, as velocyto, alevin-fry and dynast write them.
 _NAMED_PART = re.compile(r"spliced|ambiguous|spanning|nascent|mature|intron|exon|label+ed")
-# Number of non-zero values of which at least one would be above 1 if they were counts.
+# Among at least this number of non-zero counts, one is larger than 1.
 _MANY = 500
-# A matrix that is nowhere above another one, with less than this share of its sum, is a part of it.
+# A matrix is a small part of another one if no value is larger, and its sum is less than this share of the other sum.
 _SMALL_PART = 0.2
-# Relative difference of two numbers that should be equal; half precision and its logarithm keep three digits.
+# Maximum relative difference of numbers that should be equal; logarithms in half precision keep three digits.
 _ROUNDING = 0.02
 _NEARLY_ALL = 0.95
 
 
 class Matrix(Protocol):
-    """A matrix, cells x genes, of which rows can be read."""
+    """A matrix, cells x genes, that is read by rows."""
 
     shape: tuple[int, int]
 
     def sample(self, spans: Sequence[tuple[int, int]]) -> list[tuple[int, sp.csr_matrix]]:
-        """(first row, CSR) of some ranges of rows, ascending."""
+        """(first row, CSR) of ascending ranges of rows."""
         ...
 
     def blocks(self, rows: int) -> Iterator[tuple[int, sp.csr_matrix]]:
-        """(first row, CSR) of at most `rows` rows."""
+        """Yield (first row, CSR) of at most `rows` rows at a time."""
         ...
 
 
@@ -79,14 +80,14 @@ def _keys(file: h5py.File) -> dict[str, str]:
 
 
 def matrix_key(file: h5py.File, place: str) -> str:
-    """The key of a matrix in the file; UserError that lists the existing ones."""
+    """HDF5 key of a matrix; UserError if there is none, with a list of the existing ones."""
     keys = _keys(file)
     require_place(place, list(keys), file.filename)
     return keys[place]
 
 
 def var_key(file: h5py.File, place: str) -> str:
-    """The key of the var that belongs to a matrix."""
+    """HDF5 key of the var that belongs to a matrix."""
     if place != "raw":
         return "var"
     return "raw.var" if "raw.var" in file else "raw/var"
@@ -102,30 +103,30 @@ def _matrix(file: h5py.File, key: str) -> Matrix:
 def find_raw_counts(
     matrices: Mapping[str, Matrix], genes: Callable[[str], pd.Index], n_cells: int, *, name: str, setting: str
 ) -> str:
-    """The matrix that holds the raw counts: `X`, `raw` or `layers/<name>`.
+    """Find the matrix that holds the raw counts: `X`, `raw` or `layers/<name>`.
 
-    It holds whole numbers of 0 or more in cells spread over all of them. Of several such matrices it is the one with
-    the name of raw counts (`layers/counts`, `raw`), or else X, or else the one from which X or raw was normalised.
-    Equal ones count as one. A matrix of only 0 and 1, one that was rounded after normalisation, and one that is a
-    small part of another one are not taken.
+    Candidates contain only whole numbers of 0 or more in a sample of cells spread over the file. Among several
+    candidates, the order of preference is: a name that means raw counts (`layers/counts`, `raw`); X; the matrix from
+    which X or raw was normalised. Equal matrices count as one. Not selected are a matrix of only 0 and 1, a matrix that
+    was rounded after normalisation, and a small part of another matrix.
 
     Parameters
     ----------
     matrices
-        All there are, by place.
+        All matrices, by place.
     genes
-        Names of the columns of a place.
+        Returns the column names of a place.
     n_cells
-        Rows that a matrix must have.
+        Number of rows that a matrix must have.
     name
-        Name of the cells in messages.
+        Name of the data in messages.
     setting
-        The setting or argument that selects a matrix, for messages; such as `query.counts=`.
+        Setting or argument that selects a matrix, for messages; for example `query.counts=`.
 
     Raises
     ------
     UserError
-        No matrix holds raw counts, or several may; the error describes each.
+        No matrix holds raw counts, or several may hold them; the error describes each.
     """
     looks = [_look(place, matrix, genes(place), n_cells, name) for place, matrix in matrices.items()]
     whole = [look for look in looks if not look.refused]
@@ -148,7 +149,7 @@ def find_raw_counts(
 
 
 def _all_unlike(whole: list[_Look], name: str, setting: str) -> str:
-    """The place where no matrix has any count; UserError where they have, but no raw ones."""
+    """The best place if all matrices contain only 0; UserError if one has values, since they are unlike raw counts."""
     if wrong := [look for look in whole if look.counts.nnz]:
         raise UserError(_undecided(name, setting, [[look] for look in wrong], whole))
     return _best(whole).place
@@ -164,20 +165,20 @@ def check_place(
     setting: str,
     asked: bool = True,
 ) -> None:
-    """UserError where a matrix holds no raw counts.
+    """UserError if a matrix does not hold raw counts.
 
-    A doubtful one, such as one of only 0 and 1, is used with a warning if it was requested.
+    A doubtful matrix, for example one of only 0 and 1, is used with a warning if the user requested it.
 
     Parameters
     ----------
     place
-        Which, one of `matrices`.
+        Place of the matrix, a key of `matrices`.
     matrices, n_cells, name, setting
-        As of `find_raw_counts`.
+        As for `find_raw_counts`.
     n_genes
-        Columns that the matrix must have.
+        Number of columns that the matrix must have.
     asked
-        Whether the user named the place.
+        Whether the user requested this place.
     """
     look = _look(place, matrices[place], pd.RangeIndex(n_genes), n_cells, name)
     if look.refused:
@@ -195,7 +196,7 @@ _PUT = "put the counts from the sequencing pipeline (unnormalised) into X or lay
 
 @dataclass(frozen=True)
 class _Look:
-    """Some cells of a matrix; `refused` says why its values are not whole numbers."""
+    """A sample of the cells of a matrix; `refused` is the reason why it cannot hold counts, or ""."""
 
     place: str
     genes: pd.Index
@@ -204,13 +205,13 @@ class _Look:
 
     @cached_property
     def counts(self) -> sp.csr_matrix:
-        """float64 (cells, genes), every entry once, no zeros."""
+        """Sampled values, float64 (cells, genes), without duplicate entries and explicit zeros."""
         assert self.rows is not None, "only of what was read"
         return _tidy(self.rows)
 
     @cached_property
     def unlike_counts(self) -> str:
-        """Reason why whole numbers are probably not raw counts, or ""."""
+        """Reason why the whole numbers are probably not raw counts, or ""."""
         if not self.counts.nnz:
             return "holds only 0"
         if self.counts.nnz >= _MANY and self.counts.data.max() == 1:
@@ -222,17 +223,17 @@ class _Look:
 
     @property
     def is_multiple(self) -> bool:
-        """Whether most cells have no count of 1, as after rounding of something larger."""
+        """Whether most cells have no count of 1, as after rounding of scaled values."""
         return bool(np.median(_row_minima(self.counts)) > 1)
 
     @property
     def named_counts(self) -> bool:
-        """Whether the name says "raw counts"."""
+        """Whether the name means raw counts."""
         return self.place == "raw" or re.sub("[^a-z0-9]", "", self._layer) in _NAMED_COUNTS
 
     @property
     def named_part(self) -> bool:
-        """Whether the name says "some of the reads"."""
+        """Whether the name means a part of the reads."""
         return bool(_NAMED_PART.search(self._layer))
 
     @property
@@ -240,7 +241,7 @@ class _Look:
         return self.place.removeprefix("layers/").casefold() if self.place.startswith("layers/") else ""
 
     def is_small_part_of(self, other: _Look) -> bool:
-        """Whether it is nowhere above the other, and little of it."""
+        """Whether no value is larger than in the other matrix, and the sum is a small share of the other sum."""
         if other is self or not self.genes.equals(other.genes):
             return False
         if self.counts.sum() >= _SMALL_PART * other.counts.sum():
@@ -248,7 +249,7 @@ class _Look:
         return bool((self.counts - other.counts).max() <= 0)
 
     def holds_the_same_as(self, other: _Look) -> bool:
-        """Whether the counts of the genes that both have are equal, and one has all genes of the other."""
+        """Whether the counts of the shared genes are equal, and nearly all genes of the smaller matrix are shared."""
         if self.genes.equals(other.genes):
             return _same(self.counts, other.counts)
         shared = _shared_columns(self.genes, other.genes)
@@ -257,7 +258,7 @@ class _Look:
         return _same(_tidy(self.counts[:, shared[0]]), _tidy(other.counts[:, shared[1]]))
 
     def is_made_into(self, normalised: _Look) -> bool:
-        """Whether the other's values are these counts, scaled cell by cell, and perhaps their logarithm."""
+        """Whether the other matrix contains these counts scaled per cell, with or without a logarithm."""
         values, counts = normalised.counts, self.counts
         if not self.genes.equals(normalised.genes):
             shared = _shared_columns(self.genes, normalised.genes)
@@ -274,7 +275,7 @@ class _Look:
         return f"{self.place} (medians per cell: {np.median(totals):,.0f} counts, {np.median(n_genes):,.0f} genes)"
 
 
-# Of log1p to the bases in use, and of no logarithm.
+# Inverse functions of log1p to the bases e, 2 and 10, and the identity.
 _INVERSES: tuple[Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]], ...] = (
     np.expm1,
     lambda x: np.exp2(x) - 1,
@@ -300,7 +301,7 @@ def _look(place: str, matrix: Matrix, genes: pd.Index, n_cells: int, name: str) 
 
 
 def sample_spans(n_cells: int) -> list[tuple[int, int]]:
-    """Ranges of cells to judge a matrix by, from the first cell to the last: all, or some that are spread over them."""
+    """Ranges of cells for the inspection of a matrix: all cells, or ranges spread from the first to the last cell."""
     if n_cells <= _CELLS:
         return [(0, n_cells)]
     each = _CELLS // _RANGES
@@ -308,7 +309,7 @@ def sample_spans(n_cells: int) -> list[tuple[int, int]]:
 
 
 def _evident(groups: list[list[_Look]], normalised: list[_Look]) -> _Look | None:
-    """The best matrix of the group that holds the counts; None if it is not clear."""
+    """The best matrix of the group that holds the raw counts; None if it is unclear which group does."""
     proven = [group for group in groups if any(look.is_made_into(other) for look in group for other in normalised)]
     named = [group for group in groups if any(look.named_counts for look in group)]
     in_x = [group for group in groups if any(look.place == "X" for look in group)]
@@ -320,19 +321,19 @@ def _evident(groups: list[list[_Look]], normalised: list[_Look]) -> _Look | None
             return _best(both[0]) if len(both) == 1 else None
     if len(groups) != 1 or all(look.named_part for look in groups[0]):
         return None
-    if any(_is_log_normalised(look) for look in normalised):  # and not of this one
+    if any(_is_log_normalised(look) for look in normalised):  # it was normalised from other counts
         return None
     return _best(groups[0])
 
 
 def _best(group: list[_Look]) -> _Look:
-    """Of equal ones the one with most genes; then a named layer, raw, X."""
+    """Of equal matrices, the one with most genes; among these layers/counts, then raw, then X, then other layers."""
     rank = {"layers/counts": 0, "raw": 1, "X": 2}
     return min(group, key=lambda look: (-len(look.genes), rank.get(look.place, 3), not look.named_counts))
 
 
 def _equal(looks: list[_Look]) -> list[list[_Look]]:
-    """The matrices, those that hold the same counts together."""
+    """Group the matrices that hold the same counts."""
     groups: list[list[_Look]] = []
     for look in looks:
         same = next((group for group in groups if group[0].holds_the_same_as(look)), None)
@@ -366,7 +367,7 @@ def _undecided(name: str, setting: str, groups: list[list[_Look]], looks: list[_
 
 
 def _is_log_normalised(look: _Look) -> bool:
-    """Whether every cell has the same total once log1p is undone."""
+    """Whether nearly every cell has the same total after the inverse of log1p."""
     values = look.counts.copy()
     if not values.nnz or values.data.min() < 0 or values.data.max() > 20:
         return False
@@ -376,7 +377,7 @@ def _is_log_normalised(look: _Look) -> bool:
 
 
 def _proportional(values: npt.NDArray[np.float64], counts: sp.csr_matrix) -> bool:
-    """Whether the values of nearly every cell are its counts times one number."""
+    """Whether the values of nearly every cell are proportional to its counts."""
     starts = counts.indptr[:-1][np.diff(counts.indptr) > 0]
     if not len(starts):
         return False
@@ -400,7 +401,7 @@ def _same(one: sp.csr_matrix, other: sp.csr_matrix) -> bool:
 
 
 def _shared_columns(one: pd.Index, other: pd.Index) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]] | None:
-    """Positions of the shared genes, each once; None unless nearly all of the smaller set are in the larger."""
+    """Positions of the shared genes with unique names; None unless nearly all of the smaller set are shared."""
     unique = one[~one.duplicated(keep=False)].intersection(other[~other.duplicated(keep=False)])
     if not len(unique) or len(unique) < _NEARLY_ALL * min(len(one), len(other)):
         return None
@@ -409,7 +410,7 @@ def _shared_columns(one: pd.Index, other: pd.Index) -> tuple[npt.NDArray[np.intp
 
 
 def _totals(rows: sp.csr_matrix) -> npt.NDArray[np.float64]:
-    """Sums of the cells that have counts."""
+    """Sums of the cells that have counts; one 0 if there is no such cell."""
     totals = np.asarray(rows.sum(axis=1), np.float64).ravel()
     return totals[totals > 0] if (totals > 0).any() else np.zeros(1)
 

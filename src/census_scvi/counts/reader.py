@@ -19,7 +19,7 @@ from census_scvi.errors import UserError
 
 @dataclass(frozen=True)
 class Rows:
-    """Some cells of the file, in any order; their counts are in shared vectors.
+    """Cells of the file, in any order; their counts are in shared vectors.
 
     Attributes
     ----------
@@ -32,7 +32,7 @@ class Rows:
     genes
         uint16 or int32 (non-zeros,): column of each non-zero.
     counts
-        uint16 or float32 (non-zeros,): uint16 if it represents all of them exactly.
+        uint16 or float32 (non-zeros,): value of each non-zero; uint16 if it represents all of them exactly.
     """
 
     rows: npt.NDArray[np.int64]
@@ -46,34 +46,34 @@ class Rows:
         return len(self.rows)
 
     def take(self, chosen: npt.NDArray[np.int64] | slice) -> Rows:
-        """Some of the cells, in the order asked for; counts are not copied."""
+        """Select cells, in the order of `chosen`; counts are not copied."""
         per_cell = ("rows", "batch_codes", "first", "last")
         return replace(self, **{name: getattr(self, name)[chosen] for name in per_cell})
 
     def csr(self, n_genes: int) -> sp.csr_matrix:
-        """The counts, float32 (cells, genes), of cells as they were read: all of them, consecutive."""
+        """Counts, float32 (cells, genes); only for all cells of a `read`, in its order."""
         row_ends = np.concatenate([self.first[:1], self.last])
         counts = (self.counts.astype(np.float32), self.genes.astype(np.int32), row_ends)
         return sp.csr_matrix(counts, shape=(len(self), n_genes))
 
     def fill(self, dense: npt.NDArray[np.float32]) -> None:
-        """Write the counts into `dense`, float32 (cells, genes), zeros included."""
+        """Write the counts, including zeros, into `dense`, float32 (cells, genes)."""
         _fill(self.first, self.last, self.genes, self.counts, dense)
 
 
 class PreparedCells:
-    """The file that prepare writes: raw counts as CSR, obs with the column `batch`.
+    """The file that prepare writes: raw counts as CSR, and obs with the column `batch`.
 
-    Keeps 1 to 4 bytes per cell (its batch) and 24 per chunk of 16,384 non-zeros; counts are read when requested.
+    Uses 1 to 4 bytes per cell (its batch) and 24 bytes per chunk of 16,384 non-zeros. Counts are read when requested.
 
     Attributes
     ----------
     n_cells, n_genes
         Shape of the matrix.
     density
-        Share of the counts that are not 0.
+        Share of the values that are not 0.
     genes, symbols
-        feature_ids and feature_names, in the order of the columns; no symbols if var has none.
+        feature_ids and feature_names, in the order of the columns; symbols are empty if var has no feature_name.
     batches
         Batch labels, in the order of the codes.
     """
@@ -103,19 +103,19 @@ class PreparedCells:
         self._file.close()
 
     def read(self, blocks: list[tuple[int, int]], pool: Executor | None = None, threads: int = 1) -> Rows:
-        """Cells of blocks of consecutive rows, in the order of the blocks.
+        """Read blocks of consecutive rows; the cells are in the order of the blocks.
 
         Parameters
         ----------
         blocks
-            First row and row after the last, each.
+            First row, and row after the last, of each block.
         pool, threads
-            Pool for decoding, and number of tasks; None: decode in this thread.
+            Pool that decodes, and number of tasks; pool None: decode in this thread.
 
         Raises
         ------
         UserError
-            The file is truncated or damaged there.
+            The file is truncated or damaged in these rows.
         """
         row_ends = [self._ends(start, stop) for start, stop in blocks]
         places = np.concatenate([[0], np.cumsum([ends[-1] - ends[0] for ends in row_ends])])
@@ -133,9 +133,10 @@ class PreparedCells:
 
         parts = [range(part, len(blocks), threads) for part in range(min(threads, len(blocks)))]
         counts: npt.NDArray[np.uint16] | npt.NDArray[np.float32] = narrow
-        exact = list(pool.map(decode, parts) if pool else map(decode, parts))  # all of them, even if the first is False
+        # A list, so that all parts are decoded even if one of them returns False.
+        exact = list(pool.map(decode, parts) if pool else map(decode, parts))
         if not all(exact):
-            counts = np.empty(places[-1], np.float32)  # rare: counts beyond 65,535, or not whole numbers
+            counts = np.empty(places[-1], np.float32)  # rare: counts above 65,535, or not whole numbers
             for number, ends in enumerate(row_ends):
                 self._counts.read_into(int(ends[0]), int(ends[-1]), counts[places[number] : places[number + 1]])
         if len(genes) and genes.max() >= self.n_genes:
@@ -155,7 +156,7 @@ class PreparedCells:
         )
 
     def _ends(self, start: int, stop: int) -> npt.NDArray[np.int64]:
-        """Where the non-zeros of each row of a block end, the row before it included."""
+        """End of the non-zeros of the row before a block, and of each row of the block; int64 (rows + 1,)."""
         ends = np.empty(stop - start + 1, np.int64)
         self._row_ends.read_into(start, stop + 1, ends)
         return ends

@@ -1,4 +1,4 @@
-"""A number for the counts of a cell: equal counts, equal number; unequal ones share it once in 2^64."""
+"""64-bit hashes of the counts of cells: two cells with different counts have equal hashes with probability 2^-64."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import scipy.sparse as sp
 
 
 def row_hashes(counts: sp.csr_matrix) -> npt.NDArray[np.uint64]:
-    """Hash of each row's columns and values.
+    """Hash the columns and values of each row.
 
     Parameters
     ----------
@@ -30,7 +30,7 @@ def _hash_rows(indptr, indices, bits, hashes):  # type: ignore[no-untyped-def]
     for row in range(len(hashes)):
         state = np.uint64(0x9E3779B97F4A7C15)
         for i in range(indptr[row], indptr[row + 1]):
-            # The finaliser of splitmix64 (Steele, Lea & Flood 2014), fed with one non-zero after the other.
+            # The finaliser of splitmix64 (Steele, Lea & Flood 2014), applied to one non-zero after another.
             state ^= (np.uint64(indices[i]) << np.uint64(32)) | np.uint64(bits[i])
             state += np.uint64(0x9E3779B97F4A7C15)
             state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

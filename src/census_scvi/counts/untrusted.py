@@ -1,4 +1,4 @@
-"""Refuse HDF5 files that refer to other files, or declare far more than they contain."""
+"""Refuse HDF5 files that refer to other files, or that declare much more data than they contain."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import numpy as np
 
 from census_scvi.errors import UserError
 
-# Datasets smaller than this are read whatever they declare.
+# Datasets up to this size in bytes are read without a comparison of declared and stored size.
 _HARMLESS = 2**26
-# HDF5's gzip stores zeros in about 1/1030 of their size; nothing that was written in full declares more.
+# Highest possible ratio of declared to stored bytes: gzip in HDF5 compresses zeros to about 1/1030 of their size.
 _MOST_COMPRESSED = 1100
 
 
 def check_file(file: h5py.File) -> None:
-    """Refuse a file that reaches outside itself, or whose declared sizes are absurd; reads no values.
+    """Refuse a file that refers to other files, or whose declared sizes are absurd; reads no values.
 
     Raises
     ------
     UserError
-        An external or dangling link, external storage, a virtual dataset, or a dataset that declares far more values
-        than the file stores: its name in the file.
+        The file has an external or dangling link, external storage, a virtual dataset, or datasets that declare much
+        more than the file stores; the error has the name of the dataset.
     """
     declared = 0
     for name, dataset in _datasets(file):
@@ -54,7 +54,7 @@ _REWRITE = (
 
 
 def _datasets(file: h5py.File) -> Iterator[tuple[str, h5py.Dataset]]:
-    """Every dataset with its name, once; UserError for a link that leads out of the file, or nowhere."""
+    """Yield every dataset once, with its name; UserError if a link points outside the file or is broken."""
     seen = {h5py.h5o.get_info(file.id).addr}
     waiting: list[tuple[str, h5py.Group]] = [("", file)]
     while waiting:
@@ -64,11 +64,11 @@ def _datasets(file: h5py.File) -> Iterator[tuple[str, h5py.Dataset]]:
             link = _local_link(file, group, name, path)
             try:
                 member = group[name]
-            except (OSError, KeyError, RuntimeError) as error:  # RuntimeError: links that lead to each other
+            except (OSError, KeyError, RuntimeError) as error:  # RuntimeError: circular links
                 where = f" is a link to {link.path}, which" if isinstance(link, h5py.SoftLink) else ""
                 raise UserError(f"{file.filename}: {path}{where} is missing; the file is damaged ({error})") from error
             address = h5py.h5o.get_info(member.id).addr
-            if address in seen:  # a second name of the same object, or a circle
+            if address in seen:  # a second name of the same object, or a cycle
                 continue
             seen.add(address)
             if isinstance(member, h5py.Group):
@@ -78,10 +78,10 @@ def _datasets(file: h5py.File) -> Iterator[tuple[str, h5py.Dataset]]:
 
 
 def _local_link(file: h5py.File, group: h5py.Group, name: str, path: str) -> h5py.HardLink | h5py.SoftLink:
-    """How the group leads to its member; UserError where that is not within the file."""
+    """Link from the group to its member; UserError if it is external or of an unknown kind."""
     try:
         link = group.get(name, getlink=True)
-    except TypeError:  # a class of links that a plugin would have to follow
+    except TypeError:  # a user-defined link class, which needs a plugin
         raise UserError(f"{file.filename}: {path} is a link of an unknown kind; {_REWRITE}") from None
     if isinstance(link, h5py.ExternalLink):
         raise UserError(f"{file.filename}: {path} is a link to another file ({link.filename}); {_REWRITE}")
@@ -89,12 +89,12 @@ def _local_link(file: h5py.File, group: h5py.Group, name: str, path: str) -> h5p
 
 
 def _size(dataset: h5py.Dataset) -> int:
-    """Bytes that the dataset takes in memory, exact for any shape."""
+    """Size of the dataset in memory in bytes, without integer overflow."""
     return int(np.prod([int(n) for n in dataset.shape or (0,)], dtype=object)) * dataset.dtype.itemsize
 
 
 def _stored(dataset: h5py.Dataset) -> int:
-    """Bytes of values for which the file has room, before compression."""
+    """Uncompressed size, in bytes, of the values for which the file has storage."""
     if dataset.chunks is None:
         return int(dataset.id.get_storage_size())
     chunk = int(np.prod(dataset.chunks, dtype=object)) * dataset.dtype.itemsize

@@ -1,4 +1,4 @@
-"""Long HDF5 vectors, read and written in threads: chunks are coded past the HDF5 library and its lock.
+"""Read and write long HDF5 vectors in threads: chunks are (de)compressed outside the HDF5 library and its lock.
 
 The result is a plain HDF5 dataset with standard filters (gzip after a byte shuffle), or without a filter.
 """
@@ -25,7 +25,7 @@ Compression = Literal["gzip", "none"]
 Chunks = tuple[npt.NDArray[np.int64], npt.NDArray[np.uint32]]
 _NO_CHUNKS: Chunks = (np.empty(0, np.int64), np.empty(0, np.uint32))
 _DEFLATE, _SHUFFLE = h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE
-# igzip's: as small as zlib's first, and quicker to write and to decode.
+# Level of igzip: output as small as that of level 1 of zlib, but faster to write and to decode.
 _LEVEL = 3
 
 
@@ -35,19 +35,19 @@ class VectorWriter:
     Parameters
     ----------
     group
-        Where to create it.
+        Group in which the dataset is created.
     name
-        Its name.
+        Name of the dataset.
     dtype
-        A 4-byte little-endian dtype.
+        A 4-byte dtype; it is stored little-endian.
     chunk
-        Elements a chunk.
+        Elements per chunk.
     compression
-        gzip after a byte shuffle, or nothing.
+        gzip after a byte shuffle, or none.
     random_low_byte
-        Do not search for matches in the lowest bytes of the values: for indices there are none.
+        Store the lowest bytes of the values uncompressed; for indices, these bytes do not compress.
     pool
-        Where to compress.
+        Pool that compresses the chunks.
     """
 
     def __init__(
@@ -94,9 +94,10 @@ class VectorWriter:
 
 
 class Vector:
-    """Reads a one-dimensional dataset of numbers: in chunks as above, or in one piece; others through h5py.
+    """Reads a one-dimensional dataset of numbers.
 
-    Decoding without the library costs half the time, and any number of threads can do it at the same time.
+    Little-endian data, contiguous or in chunks as `VectorWriter` writes them, are read without the HDF5 library. This
+    takes half the time, and works in any number of threads at once. Other layouts are read with h5py.
 
     Parameters
     ----------
@@ -115,21 +116,21 @@ class Vector:
         self._place = dataset.id.get_offset() if native else None
         self._direct = bool(self._chunk) and (self._shuffled or not _filters(dataset))
         self._direct &= native and dataset.dtype.itemsize == 4
-        # Looked up once: asking the library for a chunk takes as long as decoding it.
+        # Looked up once, because the query for a chunk in the HDF5 library takes as long as decoding the chunk.
         self._offsets, self._sizes = _chunks(dataset) if self._direct else _NO_CHUNKS
         self._direct &= bool((self._sizes > 0).all())
 
     def close(self) -> None:
-        """Close the file; the dataset's own stays open."""
+        """Close the file descriptor; the h5py file stays open."""
         os.close(self._descriptor)
 
     def read_into(self, first: int, last: int, out: npt.NDArray[np.generic]) -> bool:
-        """Put elements [first, last) into `out`; False if its dtype cannot represent all of them exactly.
+        """Copy elements [first, last) into `out`; returns False if its dtype cannot represent all of them exactly.
 
         Raises
         ------
         UserError
-            The file is truncated or damaged there.
+            The file is truncated or damaged at these elements.
         """
         if self._place is not None:
             size = self._dtype.itemsize
@@ -160,7 +161,7 @@ class Vector:
         return values
 
     def _fetch(self, start: int, size: int, place: int) -> npt.NDArray[np.generic]:
-        """Elements from `start` on that are stored as they are; not mapped: that is a crash where the file shrinks."""
+        """Uncompressed elements from `start` on. The file is not memory-mapped: that would crash if it shrinks."""
         data = os.pread(self._descriptor, size, place)
         if len(data) != size:
             raise self._damage(start, f"{len(data)} bytes of {size}")
@@ -174,7 +175,7 @@ class Vector:
 
 
 def _chunks(dataset: h5py.Dataset) -> Chunks:
-    """Place in the file and bytes of each chunk, 12 bytes per chunk; 0 bytes if the filters were skipped."""
+    """Offset and size of each chunk in the file (12 bytes per chunk); size 0 if its filters were skipped."""
     n_chunks = -(-len(dataset) // dataset.chunks[0])
     offsets, sizes = np.zeros(n_chunks, np.int64), np.zeros(n_chunks, np.uint32)
 
@@ -191,7 +192,7 @@ def _plain(values: npt.NDArray[np.generic]) -> bytes:
 
 
 def _compress(values: npt.NDArray[np.generic], n_stored: int) -> bytes:
-    """A zlib stream (RFC 1950) of the shuffled bytes, the first `n_stored` < 65,536 of them uncompressed."""
+    """Compress to a zlib stream (RFC 1950) of the shuffled bytes; the first `n_stored` < 65,536 stay uncompressed."""
     planes = np.empty(4 * len(values), np.uint8)
     _shuffle(values.view(np.uint32), planes)
     if not n_stored:
@@ -216,7 +217,7 @@ def _filters(dataset: h5py.Dataset) -> list[int]:
 
 @numba.njit(nogil=True, cache=True)
 def _shuffle(values, planes):  # type: ignore[no-untyped-def]
-    """uint32 to four planes of bytes, lowest first."""
+    """Split uint32 values into four planes of bytes, lowest bytes first."""
     n = len(values)
     first, second, third, fourth = planes[:n], planes[n : 2 * n], planes[2 * n : 3 * n], planes[3 * n : 4 * n]
     for i in range(n):
@@ -229,7 +230,7 @@ def _shuffle(values, planes):  # type: ignore[no-untyped-def]
 
 @numba.njit(nogil=True, cache=True)
 def _unshuffle(planes, values):  # type: ignore[no-untyped-def]
-    """Four planes of bytes, lowest first, to uint32."""
+    """Join four planes of bytes, lowest bytes first, to uint32 values."""
     n = len(values)
     first, second, third, fourth = planes[:n], planes[n : 2 * n], planes[2 * n : 3 * n], planes[3 * n : 4 * n]
     for i in range(n):
@@ -243,7 +244,7 @@ def _unshuffle(planes, values):  # type: ignore[no-untyped-def]
 
 @numba.njit(nogil=True, cache=True)
 def _narrow(values, out):  # type: ignore[no-untyped-def]
-    """Copy into a narrower dtype; whether nothing was lost."""
+    """Copy into another dtype; returns whether all values are represented exactly."""
     exact = True
     for i in range(len(values)):
         out[i] = values[i]

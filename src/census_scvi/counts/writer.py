@@ -1,4 +1,4 @@
-"""Write a standard .h5ad a block of cells at a time, in memory that does not grow with the number of cells."""
+"""Write a standard .h5ad in blocks of cells; it needs the memory of a block and 8 bytes per cell."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from anndata.io import write_elem
 
 from census_scvi.counts.vector import Compression, VectorWriter
 
-# The loader reads blocks of 256 cells, 100,000 non-zeros and more: much larger chunks would be decoded for little of
-# what they hold.
+# The loader reads blocks of 256 cells, which have 100,000 or more non-zeros. With much larger chunks, it would decode
+# many values that it does not use.
 _CHUNK_NONZEROS = 2**14
 _CHUNK_CELLS = 2**14
-# After a byte shuffle, gzip takes a fifth fewer bytes than lzf, and every HDF5 tool reads it.
+# After a byte shuffle, gzip needs a fifth fewer bytes than lzf, and every HDF5 tool can read it.
 _COMPRESSION: dict[str, Any] = {"compression": "gzip", "compression_opts": 1, "shuffle": True}
 _THREADS = min(4, os.cpu_count() or 1)
 _HELD_BYTES = 4 * 2**20
@@ -32,18 +32,18 @@ _STRING = h5py.string_dtype("utf-8")
 
 
 class H5adWriter:
-    """Appends blocks of cells to an .h5ad file in anndata's own format.
+    """Appends blocks of cells to an .h5ad file in the format of anndata.
 
     Parameters
     ----------
     path
-        File to write; replaced where it exists.
+        File to write; an existing file is replaced.
     var
         Frame of the genes, indexed by feature_id.
     uns
         Unstructured annotation.
     compression
-        Of the counts.
+        Compression of the counts.
 
     Examples
     --------
@@ -97,9 +97,9 @@ class H5adWriter:
         obs
             One row per cell, indexed by name; the same columns, dtypes and categories in every call.
         counts
-            CSR float32 (cells, genes), indices sorted; absent: the cells have no counts in this file.
+            CSR float32 (cells, genes), indices sorted; None: the cells have no counts in this file.
         obsm
-            Arrays (cells, dimensions), the same names in every call.
+            Arrays (cells, dimensions), with the same names in every call.
         """
         if counts is None:
             counts = sp.csr_matrix((len(obs), self._n_genes)).astype(np.float32)
@@ -123,9 +123,9 @@ class H5adWriter:
         self._n_cells += len(obs)
 
     def _require_room(self, n_bytes: int) -> None:
-        """OSError if the disk has no space for these bytes and for what HDF5 still buffers of earlier cells.
+        """OSError if the disk has no space for these bytes and for data of earlier cells that HDF5 still buffers.
 
-        HDF5 itself must not meet a full disk: it cannot close a file then, and crashes.
+        The check is necessary because HDF5 cannot close a file on a full disk, and crashes.
         """
         wanted = 2 * n_bytes + _HELD_BYTES
         if shutil.disk_usage(self._path.parent).free < wanted:
@@ -184,7 +184,7 @@ class H5adWriter:
         self._counts.finish()
         self._genes.finish()
         row_ends = np.concatenate(self._row_ends)
-        if row_ends[-1] <= np.iinfo(np.int32).max:  # as scipy chooses
+        if row_ends[-1] <= np.iinfo(np.int32).max:  # the dtype that scipy would choose
             row_ends = row_ends.astype(np.int32)
         write_elem(self._file["X"], "indptr", row_ends)
         self._file["X"].attrs["shape"] = np.array([self._n_cells, self._n_genes], dtype=np.int64)
@@ -195,7 +195,7 @@ def _bytes_of(obsm: dict[str, npt.NDArray[np.float32]] | None) -> int:
 
 
 def _as_anndata_writes(frame: pd.DataFrame) -> pd.DataFrame:
-    """The frame with repeated text as categoricals, as `AnnData.write_h5ad` stores it."""
+    """Convert repeated text to categoricals, as `AnnData.write_h5ad` does."""
     holder = ad.AnnData(var=frame)
     holder.strings_to_categoricals()
     return holder.var

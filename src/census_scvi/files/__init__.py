@@ -1,1 +1,1 @@
-"""Paths and URLs, files that are written whole or not at all, locks, JSON of limited size."""
+"""Paths and URLs, atomic writes, locks, and JSON of limited size."""

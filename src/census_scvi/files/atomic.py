@@ -1,4 +1,4 @@
-"""Writing so that a reader, or a run after kill -9, finds the old file or the new one, never half of it."""
+"""Atomic writes: a reader, or a run after kill -9, finds the old file or the new file, never a part of it."""
 
 from __future__ import annotations
 
@@ -15,36 +15,36 @@ PARTIAL = ".partial"
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Replace a JSON file in one step, durable when this returns."""
+    """Replace a JSON file atomically; it is durable when this returns."""
     write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a text file in one step, durable when this returns."""
+    """Replace a text file atomically; it is durable when this returns."""
     with replacing([path]) as (partial,), new_file(partial, "w") as file:
         file.write(text)
 
 
 def partial_of(path: Path) -> Path:
-    """Path of a file before it is complete."""
+    """Path of a file or folder while it is being written."""
     return path.with_name(path.name + PARTIAL)
 
 
 @contextmanager
 def replacing(paths: Sequence[Path]) -> Iterator[list[Path]]:
-    """Write files next to their final places, and rename them when all are complete.
+    """Write files under temporary names in the same folder, and rename them when all are complete.
 
-    They are renamed in their order, so that the last one is there only if all are. Whatever ends the block otherwise,
-    nothing of it is left. A kill may leave partial files, which the next run replaces.
+    They are renamed in the given order, so that the last file exists only if all others do. After an error in the
+    block, the temporary files are removed. A killed process may leave temporary files, which the next run replaces.
 
     Parameters
     ----------
     paths
-        The files, of one folder.
+        The files, all in one folder.
 
     Yields
     ------
-    Where to write each; one that is not written is passed over.
+    Temporary path of each file; a file that was not written there is skipped.
     """
     partials = [partial_of(path) for path in paths]
     for partial in partials:
@@ -63,14 +63,14 @@ def replacing(paths: Sequence[Path]) -> Iterator[list[Path]]:
 
 
 def new_file(path: Path, mode: str) -> IO[Any]:
-    """Open a file that is made here, for "w" (UTF-8) or "wb"; removes an old one, follows no link."""
+    """Create a file and open it in mode "w" (UTF-8) or "wb"; an old file is removed, a link is not followed."""
     remove(path)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
     return os.fdopen(descriptor, mode, encoding=None if "b" in mode else "utf-8")
 
 
 def sync(path: Path) -> None:
-    """Make the renames in a folder, or the contents of a file, durable."""
+    """Make the contents of a file, or the names in a folder, durable (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -79,17 +79,17 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Make the contents of every file below a folder durable."""
+    """Make a folder, and all files and folders in it, durable (fsync)."""
     for path in [folder, *folder.rglob("*")]:
         sync(path)
 
 
-# Linux' renameat2: paths are relative to the current folder; the two names exchange their contents.
+# Arguments of renameat2 of Linux: paths are relative to the current folder; the two paths are exchanged.
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Let two files or folders change places in one step; False where the system or the file system cannot."""
+    """Exchange two files or folders atomically; False if the exchange failed or is not supported here."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None)
     if rename is None:
         return False
@@ -97,7 +97,7 @@ def exchange(one: Path, other: Path) -> bool:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a folder; nothing there is fine."""
+    """Delete a file or a folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

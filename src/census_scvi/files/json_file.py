@@ -1,4 +1,4 @@
-"""Read JSON that others wrote: of bounded size and depth."""
+"""Read JSON from untrusted sources, with limits of size and depth."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-# A record of 60,000 genes and 30,000 batches has some 6 MB. Parsed, JSON takes up to thirty times its size.
+# A record of 60,000 genes and 30,000 batches has about 6 MB. Parsed JSON needs up to thirty times its size in memory.
 MOST_BYTES = 2**25
 _MOST_LEVELS = 50
 
 
 def read_json(path: Path) -> Any:
-    """Values of a JSON file.
+    """Read the values of a JSON file.
 
     Raises
     ------
     ValueError
-        It is not JSON, larger than 32 MiB, or nested deeper than 50 levels: one line.
+        The file is not a regular file, not JSON, larger than 32 MiB, or nested deeper than 50 levels; in one line.
     """
     if (size := path.stat().st_size) > MOST_BYTES:
         raise ValueError(f"it has {size:,} bytes; at most {MOST_BYTES:,} are read")

@@ -1,4 +1,4 @@
-"""Results as values that JSON can hold."""
+"""Convert results to values that JSON supports."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 
 def json_values(values: Any) -> Any:
-    """The same with lists for tuples and arrays, Python's numbers for numpy's, and None for NaN and infinity."""
+    """Convert tuples and arrays to lists, numpy scalars to Python values, and NaN and infinity to None."""
     if isinstance(values, Mapping):
         return {str(name): json_values(value) for name, value in values.items()}
     if isinstance(values, list | tuple | np.ndarray):

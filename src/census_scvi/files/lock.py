@@ -1,4 +1,4 @@
-"""One run a directory at a time, and the second is told who holds it."""
+"""Directory locks: one run per directory at a time; the error of a second run describes the first one."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from typing import TextIO
 from census_scvi.errors import UserError
 from census_scvi.files.json_file import read_json
 
-# NFS without its lock service, and file systems that know no locks.
+# Errors of NFS without its lock service, and of file systems without locks.
 _WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
 @contextmanager
 def directory_lock(path: Path, stage: str) -> Iterator[None]:
-    """Hold an exclusive lock on a file while the block runs; the kernel drops it when the process dies.
+    """Hold an exclusive lock on a file while the block runs; the kernel releases it when the process ends.
 
     Raises
     ------
     UserError
-        Another process holds it (the error has stage, process id, host and time), the file system has no locks, or
-        the path is not a regular file.
+        Another process holds the lock (the error has stage, process id, host and time), the file system does not
+        support locks, or the path is not a regular file.
     """
     with _opened(path) as file:
         try:
@@ -53,7 +53,7 @@ def directory_lock(path: Path, stage: str) -> Iterator[None]:
 
 
 def _opened(path: Path) -> TextIO:
-    """The file, made where it is missing; a link is not followed, or it would empty whatever it leads to."""
+    """Open the file, or create it. A link is not followed, because its target would be truncated."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""A folder next to a result in which it is made, held by a lock."""
+"""A temporary folder, next to a result, in which the result is created under a lock."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from census_scvi.files.lock import directory_lock
 
 log = logging.getLogger(__name__)
 
-# In the folder: the lock, and what stood in the place of the new result.
+# Names in the folder: the lock file, and the previous result while it is replaced.
 _LOCK, OLD = "build.lock", "old"
 
 
 @contextmanager
 def partial_folder(target: Path, holder: str) -> Iterator[Path]:
-    """An empty folder `<target>.partial`, held by a lock; removed at the end.
+    """Create an empty folder `<target>.partial` under a lock, and remove it at the end.
 
-    What a killed run moved aside, as `OLD`, to put a new result in its place is put back first.
+    If a killed run moved the previous result to `OLD` and did not replace it, the previous result is restored first.
 
     Parameters
     ----------
     target
-        Where the result will be.
+        Path of the result.
     holder
-        Who makes it, for whoever meets the lock.
+        Name of the script that creates it, for the error of a second run.
 
     Raises
     ------
     UserError
-        Another process makes it, or something else has that name.
+        Another process creates the result, the folder cannot be written, or another file or folder has its name.
     """
     partial = partial_of(target)
     lock = partial / _LOCK

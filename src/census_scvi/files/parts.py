@@ -1,4 +1,4 @@
-"""Part i of n of a stage's work, for any process to do, in any order; the whole work is part 1 of 1."""
+"""Part i of n of the work of a stage: any process can do any part, in any order; the whole work is part 1 of 1."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Part:
-    """Which part of the work.
+    """A part of the work.
 
     Attributes
     ----------
     number
-        From 1.
+        Number of the part, from 1.
     of
-        How many parts there are.
+        Number of parts.
 
     Raises
     ------
     ValueError
-        There is no such part.
+        `number` is not between 1 and `of`.
     """
 
     number: int = 1
@@ -38,11 +38,11 @@ class Part:
         return f"part {self.number} of {self.of}"
 
     def take(self, items: Sequence[Item]) -> Sequence[Item]:
-        """Its share of the items: consecutive ones; shares differ by one item, and are empty where there are few."""
+        """Consecutive items of this part; sizes differ by at most one item, and may be 0 if there are few items."""
         return items[(self.number - 1) * len(items) // self.of : self.number * len(items) // self.of]
 
     def name(self, name: str) -> str:
-        """Its own file of that name: `latent.npy` is `latent-00002-of-00003.npy` in part 2 of 3."""
+        """File name of this part: `latent.npy` becomes `latent-00002-of-00003.npy` in part 2 of 3."""
         if self.of == 1:
             return name
         stem, dot, ending = name.partition(".")
@@ -53,11 +53,11 @@ WHOLE = Part()
 
 
 def begun(path: Path) -> bool:
-    """Whether there is such a file, or one of a part's own."""
+    """Whether the file exists, or a file of one of its parts."""
     stem, dot, ending = path.name.partition(".")
     return path.exists() or any(path.parent.glob(f"{stem}-*-of-*{dot}{ending}"))
 
 
 def parts(number: int) -> list[Part]:
-    """All parts of work that is divided into as many."""
+    """All parts of work that is divided into `number` parts."""
     return [Part(place, number) for place in range(1, number + 1)]

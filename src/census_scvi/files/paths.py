@@ -1,7 +1,7 @@
-"""Paths as a person writes them: `~`, `~user`, `$NAME` and `${NAME}` as in a shell, `$$` is a dollar sign.
+"""Expand paths from users: `~`, `~user`, `$NAME` and `${NAME}` as in a shell; `$$` is a dollar sign.
 
-One rule for every file, argument and setting that names a place. The path itself may be a URL: variables are filled in
-there as well, `~` stands for a home folder at the beginning only.
+The same rules apply to every file, argument and setting that contains a location. The path may be a URL: variables are
+expanded there, too. `~` is a home folder only at the beginning.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ _VARIABLE = re.compile(r"\$(?:\$|\{(?P<braced>[^}]*)\}?|(?P<bare>[A-Za-z_]\w*))"
 
 
 def expand(path: str) -> str:
-    """The path with home folders and environment variables filled in.
+    """Expand home folders and environment variables in a path.
 
-    Where a variable is not set and a file or folder of the name as written is there, that is meant.
+    If a variable is not set, but a file or folder has the name as it is written, the name stays unchanged.
 
     Raises
     ------
     ValueError
-        A variable is not set or empty, or there is no such user.
+        A variable is not set, empty or malformed, or a user does not exist.
     """
     written = _HOME.match(path)
     if written is None:
@@ -46,7 +46,7 @@ def _value(found: re.Match[str]) -> str:
     end = found.string.find("/", found.end())
     written = found.string if end < 0 else found.string[:end]
     if name not in os.environ and os.path.lexists(written.removeprefix("file://")):
-        return found[0]  # a file or folder whose name holds a dollar sign
+        return found[0]  # a file or folder whose name contains a dollar sign
     if not re.fullmatch(r"[A-Za-z_]\w*", name or "") or found[0].count("{") != found[0].count("}"):
         raise ValueError(f"{found[0]} is not an environment variable; write ${{NAME}}")
     value = os.environ.get(name)
@@ -57,7 +57,7 @@ def _value(found: re.Match[str]) -> str:
 
 
 def expand_argument(path: Any, name: str) -> str:
-    """The path of an argument, as `expand` gives it; UserError that names the argument."""
+    """Expand the path of an argument (see `expand`); UserError with the name of the argument."""
     try:
         return expand(os.fspath(path))
     except ValueError as error:

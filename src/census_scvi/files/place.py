@@ -1,4 +1,4 @@
-"""Places in a record that travels with its folder: neither paths of this machine nor names of its users."""
+"""Locations in records that are moved with their folder: no absolute paths, no user names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from census_scvi.files.uri import local_path
 
 
 def recorded(place: str, folder: Path) -> str | None:
-    """A location as it is recorded in a folder.
+    """A location in the form in which a record in a folder contains it.
 
     Parameters
     ----------
@@ -21,8 +21,8 @@ def recorded(place: str, folder: Path) -> str | None:
 
     Returns
     -------
-    A URL as it is; a path from the folder, which stays right when both are moved together; None where they have nothing
-    in common but the root of the disk or the users' folders.
+    A URL unchanged; a path relative to the folder, which stays valid if both are moved together; None if the two paths
+    share only the root or the parent of the home folders.
     """
     path = local_path(place)
     if path is None:
@@ -33,7 +33,7 @@ def recorded(place: str, folder: Path) -> str | None:
 
 
 def resolved(place: str | None, folder: Path) -> str | None:
-    """The location that a record in a folder states; None if it states none."""
+    """Convert a recorded location in a folder to a URL or an absolute path; None if there is none."""
     if not place:
         return None
     path = local_path(place)
@@ -41,7 +41,7 @@ def resolved(place: str | None, folder: Path) -> str | None:
 
 
 def without_paths(values: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Settings or a stage's record, of any depth, with every absolute path as `recorded` says."""
+    """Apply `recorded` to every absolute path in settings or in the record of a stage, at any depth of mappings."""
     return {key: _without_paths(value, folder) for key, value in values.items()}
 
 

@@ -1,4 +1,4 @@
-"""Read-ahead: the next items are made in the background while the current one is used, in the same order."""
+"""Read ahead: the next items are computed in the background while the current item is used; the order is kept."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ Item = TypeVar("Item")
 
 
 def read_ahead(make: Callable[[Task], Item], tasks: Iterable[Task], workers: int) -> Iterator[Item]:
-    """Yield `make(task)` for each task, in order, with `workers` of them computed ahead in threads.
+    """Yield `make(task)` for each task, in order, with `workers` items computed ahead in threads.
 
-    Threads, not processes: HDF5, TileDB and numpy release the GIL where they spend their time, and nothing has to be
+    It uses threads instead of processes: HDF5, TileDB and numpy release the GIL while they work, and no data are
     copied between processes. An error in a worker is raised here.
 
     Parameters
     ----------
     make
-        Called once a task, in a worker thread.
+        Called once per task, in a worker thread.
     tasks
         The tasks.
     workers
-        Items made ahead; 0 makes each when it is asked for.
+        Number of items computed ahead; 0: each item is computed when it is requested, without a thread.
     """
     if workers == 0:
         yield from map(make, tasks)

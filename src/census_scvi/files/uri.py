@@ -1,7 +1,7 @@
-"""Locations, on a local disk or remote, and the form in which they may be recorded.
+"""Local and remote locations: paths and URLs for TileDB and fsspec, and removal of credentials.
 
-A place is a path or a URL. TileDB and fsspec take the path of a file URL as it is written, without decoding it: to
-them %20 is three characters, and Path.as_uri() names another folder.
+A place is a path or a URL. TileDB and fsspec do not decode the path of a file URL: %20 is three characters. The URL of
+`Path.as_uri()` is therefore another folder for them.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 
 _URL = re.compile(r"(?:[A-Za-z][A-Za-z0-9+.-]*::)*[A-Za-z][A-Za-z0-9+.-]*://")
 _FILE_URL = re.compile(r"file://(?:localhost)?(?=/)", re.IGNORECASE)
-# Where tiledbsoma cuts the path of a group before it makes a member of it: urllib.parse takes the rest for a query, a
-# fragment or parameters, or removes it.
+# Characters at which tiledbsoma cuts the path of a group when it creates a member: urllib.parse takes the rest as a
+# query, fragment or parameters, or removes the character.
 _CUT_BY_SOMA = re.compile(r"[?#;\t\r\n]")
 
 
 def local_path(place: str) -> Path | None:
     """The path of a local location; None for a remote URL.
 
-    The path of a file URL is taken as written, as TileDB and fsspec take it, or decoded where only that exists.
+    The path of a file URL is not decoded, as in TileDB and fsspec, unless only the decoded path exists.
     """
     if url := _FILE_URL.match(place):
         written = place[url.end() :]
@@ -40,7 +40,7 @@ def local_path(place: str) -> Path | None:
 
 
 def absolute(place: str) -> str:
-    """The same place whatever the current folder is: for TileDB, and for records."""
+    """The location independent of the current folder: paths become absolute, remote URLs stay unchanged."""
     path = local_path(place)
     if path is None:
         return place
@@ -48,7 +48,7 @@ def absolute(place: str) -> str:
 
 
 def tiledb_place(place: str, what: str) -> str:
-    """The same as `absolute`; UserError if TileDB cannot open a folder of that name; `what` is the setting."""
+    """Like `absolute`; UserError if TileDB cannot open a folder with this name; `what` is the name of the setting."""
     path = local_path(place)
     if path is not None:
         if path.name.endswith(":"):
@@ -59,9 +59,9 @@ def tiledb_place(place: str, what: str) -> str:
 
 
 def file_system(place: str, **options: Any) -> tuple[AbstractFileSystem, str]:
-    """The fsspec file system of a place, and the path in it. fsspec itself would split a path at `::`.
+    """The fsspec file system of a location, and the path in it. Unlike fsspec, it does not split local paths at `::`.
 
-    `options` are those of the file system of a URL, such as `key` and `secret`. ValueError: it is not a URL.
+    `options` are those of the file system of a URL, for example `key` and `secret`. ValueError if the URL is not valid.
     """
     import fsspec
 
@@ -72,13 +72,13 @@ def file_system(place: str, **options: Any) -> tuple[AbstractFileSystem, str]:
     except ValueError:
         if without_credentials(place) == place:
             raise
-        # The reason may quote a part of the password.
+        # The message of fsspec may contain a part of the password.
         raise ValueError("it is not a valid URL; in a password write / as %2F and @ as %40, or omit it") from None
 
 
 @contextmanager
 def plain_name(folder: Path) -> Iterator[Path]:
-    """A folder, or a link to it where tiledbsoma would cut its path on making members of a group in it."""
+    """A folder, or a temporary link to it if tiledbsoma would cut its path when it creates members of a group."""
     if not _CUT_BY_SOMA.search(str(folder)):
         yield folder
         return
@@ -89,21 +89,21 @@ def plain_name(folder: Path) -> Iterator[Path]:
 
 
 def leaves_folder(name: str) -> bool:
-    """Whether a name that should be relative to a folder points out of it."""
+    """Whether a name is absolute or contains `..`, so that it may point outside its folder."""
     path = PurePosixPath(name)
     return path.is_absolute() or ".." in path.parts
 
 
 def without_credentials(values: Any) -> Any:
-    """The same without credentials: user and password of every URL, its query, secrets by name.
+    """Remove credentials: user, password and query of every URL, and values whose names mean secrets.
 
-    If the end of a secret is unclear, too much is removed rather than too little: `://a:b/c@d/e@f`
-    keeps `f` alone. Local paths, mail addresses and URLs without any of these stay as they are.
+    If the end of a secret is unclear, too much is removed rather than too little: only `f` remains of
+    `://a:b/c@d/e@f`. Local paths, mail addresses and URLs without credentials stay unchanged.
 
     Parameters
     ----------
     values
-        A string, or lists and mappings of any depth that hold some; everything else stays as it is.
+        A string, or lists and mappings of any depth that contain strings; all other values stay unchanged.
     """
     if isinstance(values, str):
         return _WORD.sub(_clean_word, values)
@@ -120,10 +120,11 @@ def without_credentials(values: Any) -> Any:
 
 
 _WORD = re.compile(r"\S+")
-# Two slashes after a scheme, or where a word or a value begins; one, as pathlib writes them. `a//b` is a path.
+# A URL starts with a scheme and one slash (as pathlib writes it) or two, or with two slashes at the beginning of a word
+# or value. `a//b` is a path.
 _URL_START = re.compile(r"(?<![\w+.-])[A-Za-z][\w+.-]*:/{1,2}(?!/)|(?<![^\s\"'`(\[{<=,;|])//(?!/)")
 _LOCAL = re.compile(r"file:/(?:/localhost)?(?:/(?=/))?", re.IGNORECASE)
-# user:password@host without slashes, unlike mailto:name@host
+# user:password@host without slashes, but not mailto:name@host.
 _BARE = re.compile(r"(?<![\w/.:@%+-])(?!mailto:)[\w.%+-]+:[^\s:@/\"']+@(?=[\w\[])", re.IGNORECASE)
 _ADDITION = re.compile(r"\?(?=\S*\w)|[#;&](?=\S*(?:=|%3[dD]))")
 _SECRET_NAME = re.compile(
@@ -149,7 +150,7 @@ def _clean_word(match: re.Match[str]) -> str:
 
 
 def _cleaned(word: str) -> str:
-    """A word, decoded, without secrets."""
+    """Remove secrets from a word."""
     start = _URL_START.search(word)
     while start and _LOCAL.match(word, start.start()) and word[start.end() : start.end() + 1] in ("", "/"):
         start = _URL_START.search(word, start.end() + 1)

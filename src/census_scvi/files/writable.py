@@ -1,4 +1,4 @@
-"""Whether a result can be written to where a setting says, asked before the work that makes it."""
+"""Check that a result can be written to the location of a setting, before the result is computed."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from census_scvi.errors import UserError
 from census_scvi.files.atomic import partial_of
 
-_LONGEST_NAME = 255  # bytes, where the file system does not say
+_LONGEST_NAME = 255  # bytes, if the file system does not report its limit
 
 
 def require_writable(path: Path, setting: str) -> None:
-    """UserError where a file cannot be written, or replaced, at a path; nothing is touched."""
+    """UserError if a file cannot be created or replaced at a path; nothing is written."""
     _require_parent(path, setting)
     kind = _kind(path, setting)
     if kind is not None and stat.S_ISDIR(kind):
@@ -23,7 +23,7 @@ def require_writable(path: Path, setting: str) -> None:
 
 
 def require_writable_folder(folder: Path, names: list[str], setting: str) -> None:
-    """UserError where files of these names cannot be written in a folder, which need not be there yet."""
+    """UserError if files with these names cannot be written in a folder, which may not exist yet."""
     kind = _kind(folder, setting)
     if kind is None:
         above = folder.parent
@@ -54,13 +54,13 @@ def _require_folder(folder: Path, kind: int | None, setting: str) -> None:
 
 
 def _kind(path: Path, setting: str) -> int | None:
-    """File mode, links followed; None if nothing is there."""
+    """File mode, with links followed; None if the path does not exist."""
     try:
         return path.stat().st_mode
     except FileNotFoundError:
         return None
     except NotADirectoryError:
-        return None  # a parent is a file, and is reported
+        return None  # a parent is a file, which the check of the parent reports
     except (OSError, ValueError) as error:  # a loop of links, a name too long, no permission, a null byte
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise UserError(f"{setting}: {path} cannot be used ({reason}); give another location") from None

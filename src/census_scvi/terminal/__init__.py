@@ -1,1 +1,1 @@
-"""Output of a running command, and how it is stopped."""
+"""Output of a running command, and signals that stop it."""

@@ -1,4 +1,4 @@
-"""Safe output of untrusted text to a terminal: without credentials and control characters."""
+"""Safe output of untrusted text to a terminal, without credentials and control characters."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import unicodedata
 
 from census_scvi.files.uri import without_credentials
 
-# Control, format (among them those that turn the direction of writing), surrogate, line and paragraph separators.
+# Unicode categories: control, format (which includes changes of the text direction), surrogate, line separator,
+# paragraph separator.
 _ACTS = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
 def printable(text: str) -> str:
-    """Lines of text as they may be printed; a character that would act on the terminal becomes its escape."""
+    """Text that is safe to print: credentials are removed, and characters that control the terminal are escaped."""
     return "".join(_shown(character) for character in str(without_credentials(text)))
 
 
 def on_one_line(text: str) -> str:
-    """The same, on one line: for a value from a file within a line of ours."""
+    """Like `printable`, on one line: for a value from a file within a message."""
     return " ".join(printable(text).split())
 
 

@@ -12,7 +12,7 @@ _NOTEBOOK_DELAY = 2.0
 
 
 def progress_bar(total: int, what: str, *, done: int = 0, shown: bool = True, unit: str = "cells") -> tqdm[Any]:
-    """A bar on stderr, of cells or another unit; none in a log file, or if not `shown`."""
+    """Progress bar on stderr, of cells or another unit; disabled in a log file, or if not `shown`."""
     notebook = in_notebook()
     return tqdm(
         total=total,
@@ -27,7 +27,7 @@ def progress_bar(total: int, what: str, *, done: int = 0, shown: bool = True, un
 
 
 def show_messages() -> None:
-    """In a notebook, show this project's messages below the cell, unless logging is set up otherwise."""
+    """In a notebook, show the messages of this project below the cell, unless logging is already configured."""
     project = logging.getLogger("census_scvi")
     if in_notebook() and not project.handlers and not logging.getLogger().handlers:
         handler = logging.StreamHandler(sys.stdout)
@@ -37,5 +37,5 @@ def show_messages() -> None:
 
 
 def in_notebook() -> bool:
-    """Whether this runs in a Jupyter kernel."""
+    """Whether the code runs in a Jupyter kernel."""
     return "ipykernel" in sys.modules

@@ -1,4 +1,4 @@
-"""Handling of signals to stop: the work stops at once, with the exit code that the shell expects and one line."""
+"""Handle signals to stop: the work stops at once, with one line of output and the exit code that a shell expects."""
 
 from __future__ import annotations
 
@@ -15,21 +15,23 @@ _WORDS = {
     signal.SIGTERM: "terminated",
     signal.SIGHUP: "terminated, because its terminal was closed",
 }
-# A call into a library that does not return is left after this time: SLURM kills without a word after 30 s.
+# If a call into a library does not return in this time, the process exits: SLURM kills it without a message after 30 s.
 _GRACE_SECONDS = 10.0
 
 
 class Stopped(BaseException):
-    """A signal to stop; not an Exception, so that no library takes it for a failure that it may handle."""
+    """A signal to stop. It is not an Exception, so that no library handles it as an error."""
 
 
 class Stopping:
-    """While the block runs, SIGINT, SIGTERM and SIGHUP raise `Stopped` in it; a signal that is ignored stays ignored.
+    """While the block runs, SIGINT, SIGTERM and SIGHUP raise `Stopped` in it. A second signal exits the process.
+
+    A signal that is ignored stays ignored. Outside the main thread, nothing changes.
 
     Attributes
     ----------
     exit_code
-        128 plus the number of the received signal, as in a shell; 0 if there was none.
+        128 plus the number of the received signal, as in a shell; 0 if no signal was received.
     """
 
     def __init__(self) -> None:
@@ -39,9 +41,9 @@ class Stopping:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is not threading.main_thread():
-            return self  # Python gives signals to the main thread only
+            return self  # only the main thread can handle signals in Python
         for number in _WORDS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks for
+            if signal.getsignal(number) != signal.SIG_IGN:  # ignored under nohup
                 self._before[number] = signal.signal(number, self._stop)
         if not self._before:
             return self
@@ -61,7 +63,7 @@ class Stopping:
 
     @property
     def line(self) -> str:
-        """What happened and what to do."""
+        """Message: what happened, and what to do."""
         return f"{_WORDS[signal.Signals(self.exit_code - 128)]}; run the same command again to resume"
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
@@ -71,7 +73,7 @@ class Stopping:
         raise Stopped
 
     def _watch(self, signals: socket.socket) -> None:
-        """Leave a call that does not return: Python would raise `Stopped` only after it."""
+        """Exit if the block does not end after a signal: Python raises `Stopped` only after a library call returns."""
         with signals:
             while number := signals.recv(1):
                 if number[0] in self._before and not self._ended.wait(_GRACE_SECONDS):
@@ -80,12 +82,12 @@ class Stopping:
 
     def _exit(self) -> None:
         if _is_first_process():
-            os.write(2, f"{self.line}\n".encode())  # a print may have been interrupted
+            os.write(2, f"{self.line}\n".encode())  # not print, which may have been interrupted
         os._exit(self.exit_code)
 
 
 def say(line: str) -> None:
-    """Print a line to stderr, in the first of several processes of a training."""
+    """Print a line to stderr; if several processes train together, only in the first one."""
     if _is_first_process():
         print(line, file=sys.stderr, flush=True)
 

@@ -19,28 +19,28 @@ log = logging.getLogger(__name__)
 def select_in_one_pass(
     census: Census, cells: Cells, n_top: int, seed: int, min_cells: int = 0
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """The highly variable genes (seurat_v3), and the genes that they were selected from, bool (genes,) each.
+    """Highly variable genes (seurat_v3), and the candidates that they were selected from, bool (genes,) each.
 
-    They are scanpy's. `cellxgene_census.experimental.pp.highly_variable_genes` selects a few others: it clips in single
-    precision, and where the fit fails in a small batch it moves the means at random.
+    The selection equals that of scanpy. `cellxgene_census.experimental.pp.highly_variable_genes` selects a few other
+    genes: it clips in single precision, and it moves the means at random if the fit fails in a small batch.
 
     Parameters
     ----------
     census
         The open Census.
     cells
-        The cells and the batches to rank in.
+        The cells, and the batches in which genes are ranked.
     n_top
-        Genes to select.
+        Number of genes to select.
     seed
-        Seed of the jitter in fits that fail without.
+        Seed of the jitter, which is used only if a fit fails.
     min_cells
-        Genes detected in fewer cells are excluded beforehand.
+        Genes detected in fewer cells are excluded before the selection.
 
     Raises
     ------
     ValueError
-        A fit fails in spite of jitter.
+        A fit fails despite the jitter.
     """
     n_cells = cells.batch_sizes().to_numpy()
     tally = GeneTally(len(n_cells), _n_genes(census))
@@ -50,7 +50,7 @@ def select_in_one_pass(
     if candidates.sum() <= n_top:
         return candidates, candidates
     means, variances = mean_and_variance(tally.sums, tally.squares, n_cells)
-    variances[:, ~candidates] = 0  # which keeps them out of the fit
+    variances[:, ~candidates] = 0  # the fit ignores genes with variance 0
     deviation = np.array(
         [regularised_deviation(mean, variance, seed) for mean, variance in zip(means, variances, strict=True)]
     )
@@ -63,7 +63,7 @@ def select_in_one_pass(
 
 
 def count_detections(census: Census, cells: Cells) -> npt.NDArray[np.int64]:
-    """In how many of the cells each gene is detected, int64 (genes,)."""
+    """Number of cells in which each gene is detected, int64 (genes,)."""
     detected = np.zeros(_n_genes(census), dtype=np.int64)
     for batch, gene, count in stream_nonzeros(census, cells.joinids, cells.batch_codes):
         detected += np.bincount(gene[(batch >= 0) & (count > 0)], minlength=len(detected))
@@ -82,7 +82,7 @@ def _read_again(
     squares: npt.NDArray[np.float64],
     wanted: npt.NDArray[np.bool_],
 ) -> None:
-    """Fill in the clipped sums that the tally could not give: of (batch, gene) pairs with very many large counts."""
+    """Compute the clipped sums of (batch, gene) pairs with more large counts than the tally keeps, in place."""
     log.info("%d genes have more large counts than were buffered: reading them again", wanted.any(axis=0).sum())
     sums[wanted], squares[wanted] = 0, 0
     for batch, gene, count in stream_nonzeros(census, cells.joinids, cells.batch_codes):

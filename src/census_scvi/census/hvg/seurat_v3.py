@@ -1,7 +1,7 @@
 """seurat_v3 from moments: regularised deviations, clip values, normalised variances, ranks.
 
-Stuart et al. 2019, https://doi.org/10.1016/j.cell.2019.05.031, in the form of `highly_variable_genes` in scanpy and
-cellxgene-census. Scores equal scanpy's; the latter's are moved by clipping in single precision.
+Stuart et al. 2019, https://doi.org/10.1016/j.cell.2019.05.031, as implemented by `highly_variable_genes` in scanpy and
+cellxgene-census. Scores equal those of scanpy. Scores of cellxgene-census differ, because it clips in single precision.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def mean_and_variance(
     n = n_cells[:, None].astype(np.float64)
     means = sums / n
     variances = np.maximum(squares - n * means**2, 0) / np.maximum(n - 1, 1)
-    # A gene that is the same in all cells has no variance, whatever rounding leaves of it.
+    # A gene with the same count in all cells has variance 0; a smaller value is a rounding error.
     variances[variances <= 1e-12 * means**2] = 0
     return means, variances
 
@@ -29,15 +29,15 @@ def mean_and_variance(
 def regularised_deviation(
     means: npt.NDArray[np.float64], variances: npt.NDArray[np.float64], seed: int
 ) -> npt.NDArray[np.float64]:
-    """Deviation that a gene of this mean is expected to have in a batch, float64 (genes,).
+    """Expected standard deviation of a gene with this mean in a batch, float64 (genes,).
 
-    A loess fit of log variance to log mean. Where it fails, which it does in batches of few cells, means are moved by a
-    seeded jitter of growing size.
+    It comes from a loess fit of log variance to log mean. If the fit fails, as it may in batches of few cells, it is
+    repeated with a seeded jitter of the means, ten times larger each time.
 
     Raises
     ------
     ValueError
-        The fit fails with the largest jitter, too.
+        The fit fails with every jitter from 1e-18 to less than 1e-6.
     """
     expected = np.zeros(len(means))
     varies = variances > 0
@@ -76,10 +76,10 @@ def normalised_variance(
 
 
 def top_genes(variances: npt.NDArray[np.float64], n_top: int) -> npt.NDArray[np.bool_]:
-    """The genes to select, bool (genes,).
+    """Select the top genes, bool (genes,).
 
-    Genes are ranked within each batch. A gene's place is the median of its ranks in the batches where it is among the
-    first `n_top`, then the number of those batches. Ties go to the gene that comes first in var.
+    Genes are ranked within each batch. They are sorted by the median of their ranks in the batches where they are among
+    the first `n_top`, then by the number of these batches (descending), then by their position in var.
     """
     ranks = np.argsort(np.argsort(-variances, axis=1, kind="stable"), axis=1, kind="stable").astype(np.float64)
     ranks[ranks >= n_top] = np.nan

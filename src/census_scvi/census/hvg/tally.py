@@ -1,10 +1,10 @@
-"""Statistics of one pass over the counts with which seurat_v3 scores are exact: moments and the largest counts.
+"""Statistics from one pass over the counts that give exact seurat_v3 scores: moments and the largest counts.
 
 seurat_v3 clips each count at `mean + regularised deviation * sqrt(cells)`, then sums the counts and their squares. The
-clip value is known only after all cells were seen, so the published implementations read the counts twice. But no more
-than `variance / regularised variance` counts of a gene can lie above it (Chebyshev's inequality: it is sqrt(cells)
-deviations from the mean), a handful for nearly every gene. Keeping the largest counts of each gene and batch is
-therefore enough: clipped sums are the plain sums, corrected by the few counts above the clip value.
+clip value is known only after all cells have been read, so the published implementations read the counts twice. But at
+most `variance / regularised variance` counts of a gene can exceed the clip value, because it is sqrt(cells) deviations
+above the mean (Chebyshev's inequality). For nearly every gene, these are only a few counts. It is therefore enough to
+keep the largest counts of each gene and batch: the clipped sums are the plain sums, corrected for these counts.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-# Memory for the largest counts; how many of each gene and batch follows from it.
+# Memory for the largest counts; it determines how many are kept per gene and batch.
 _LARGEST_BYTES = 2**30
 _MOST_KEPT, _FEWEST_KEPT = 128, 16
 
@@ -26,29 +26,29 @@ class GeneTally:
     n_batches, n_genes
         Size of the tally.
     kept
-        Number of largest counts to keep per gene and batch; None: as many as fit into 1 GiB, at most 128.
+        Number of largest counts to keep per gene and batch; None: as many as fit into 1 GiB, from 16 to 128.
 
     Attributes
     ----------
     sums, squares
         float64 (batches, genes).
     cells
-        int64 (genes,): cells in which the gene is detected, of all batches.
+        int64 (genes,): number of cells in which the gene is detected, over all batches.
     largest
-        float32 (batches, genes, kept): in no order, 0 where there are fewer counts.
+        float32 (batches, genes, kept): the largest counts in no order, filled up with 0 if there are fewer.
     """
 
     def __init__(self, n_batches: int, n_genes: int, *, kept: int | None = None) -> None:
         if kept is None:
             kept = _n_kept(n_batches, n_genes)
-        # Side by side, since they are used together: sum, sum of squares, the smallest of the largest counts.
+        # Adjacent in memory, because they are used together: sum, sum of squares, smallest of the largest counts.
         self._moments = np.zeros((n_batches, n_genes, 3))
         self.largest = np.zeros((n_batches, n_genes, kept), dtype=np.float32)
         self.cells = np.zeros(n_genes, dtype=np.int64)
 
     @staticmethod
     def memory(n_batches: int, n_genes: int) -> int:
-        """Bytes that a tally takes."""
+        """Memory of a tally in bytes."""
         return n_batches * n_genes * (24 + 4 * _n_kept(n_batches, n_genes))
 
     @property
@@ -64,13 +64,13 @@ class GeneTally:
     def add(
         self, batch_codes: npt.NDArray[np.int32], genes: npt.NDArray[np.int64], counts: npt.NDArray[np.float32]
     ) -> None:
-        """Take in non-zero counts: batch (-1: passed over), gene and value of each, arrays of equal length."""
+        """Add non-zero counts, given as arrays of equal length: batch (-1: ignored), gene and value."""
         _add(batch_codes, genes, counts, self._moments, self.largest, self.cells)
 
     def clipped(
         self, clip: npt.NDArray[np.float64]
     ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
-        """Sums of counts clipped at `clip` and of their squares, and where they are exact.
+        """Sums of the counts clipped at `clip`, sums of their squares, and whether these sums are exact.
 
         Parameters
         ----------
@@ -79,12 +79,12 @@ class GeneTally:
 
         Returns
         -------
-        Two float64 arrays and a bool array (batches, genes); False where all the counts that were kept lie above the
-        clip value, so that more of them may.
+        Two float64 arrays and a bool array, each (batches, genes). It is False if all kept counts exceed the clip
+        value, because counts that were not kept may then exceed it, too.
         """
         sums, squares = self.sums.copy(), self.squares.copy()
         exact = np.ones(sums.shape, dtype=bool)
-        for batch in range(len(sums)):  # one at a time: all at once would double the memory
+        for batch in range(len(sums)):  # one batch at a time; all at once would double the memory
             kept, limit = self.largest[batch].astype(np.float64), clip[batch][:, None]
             above = kept > limit
             sums[batch] -= np.where(above, kept - limit, 0).sum(axis=1)
@@ -99,7 +99,7 @@ def _n_kept(n_batches: int, n_genes: int) -> int:
 
 @numba.njit(nogil=True, cache=True)
 def _add(batch_codes, genes, counts, moments, largest, cells):  # type: ignore[no-untyped-def]
-    """Update moments, and the heap of the largest counts (smallest first) where a count belongs into it."""
+    """Update the moments, and the min-heap of the largest counts if a count is larger than its smallest."""
     kept = largest.shape[2]
     for i in range(len(counts)):
         batch, gene, count = batch_codes[i], genes[i], counts[i]
@@ -112,7 +112,7 @@ def _add(batch_codes, genes, counts, moments, largest, cells):  # type: ignore[n
             continue
         heap = largest[batch, gene]
         place = 0
-        while True:  # sift down from the root, which goes
+        while True:  # sift down from the root, which is replaced
             child = 2 * place + 1
             if child >= kept:
                 break
