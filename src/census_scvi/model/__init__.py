@@ -1,1 +1,1 @@
-"""The model: builds, saves and loads it in its safe form, encodes cells."""
+"""The model: build it, save and load it in its safe form, encode cells."""

@@ -1,4 +1,4 @@
-"""A model from settings, genes and batches, without the cells."""
+"""Build a model from settings, genes and batches, without the cells."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from census_scvi.model.families import SCVI, family_of
 from census_scvi.model.settings import ModelSection
 
-# scvi-tools warns of batches with fewer cells than this.
+# scvi-tools warns about batches with fewer cells than this.
 _CELLS_A_BATCH = 3
 
 
@@ -28,7 +28,7 @@ def init_arguments(settings: ModelSection, kind: str = SCVI) -> dict[str, Any]:
 
 
 def check_arguments(arguments: dict[str, Any], kind: str = SCVI) -> None:
-    """ValueError if names, types or ranges differ from those of `init_arguments`: one line."""
+    """ValueError, in one line, if names, types or ranges differ from those of `init_arguments`."""
     known = family_of(kind).arguments
     if unknown := sorted(arguments.keys() - known):
         raise ValueError(f"{unknown[0][:40]!r} is not a model argument of this version")
@@ -49,7 +49,7 @@ def least_parameters(arguments: dict[str, Any], n_genes: int, n_batches: int) ->
 
 
 def skeleton(genes: list[str], batches: list[str]) -> ad.AnnData:
-    """A few empty cells of each batch: all that scvi-tools' registry needs to know of millions of cells.
+    """A few empty cells of each batch: scvi-tools' registry needs no more information about the real cells.
 
     Returns
     -------
@@ -64,7 +64,7 @@ def skeleton(genes: list[str], batches: list[str]) -> ad.AnnData:
 def build_model(
     genes: list[str], batches: list[str], arguments: dict[str, Any], *, n_cells: int | None = None, kind: str = SCVI
 ) -> scvi.model.SCVI:
-    """An untrained model whose registry is the one that the cells themselves would give.
+    """An untrained model with the same registry as if it had been set up with the cells themselves.
 
     Parameters
     ----------
@@ -75,7 +75,7 @@ def build_model(
     arguments
         Init arguments of the model's class.
     n_cells
-        Cells that the registry shall name.
+        Number of cells to write into the registry; None: that of the skeleton.
     kind
         Kind of model, as in `families`.
     """
@@ -92,7 +92,7 @@ def build_model(
 
 @contextmanager
 def quiet(name: str, level: int = logging.ERROR) -> Iterator[None]:
-    """Silence a library's log below a level, for expected messages."""
+    """Silence the log messages of a library below a level."""
     logger = logging.getLogger(name)
     before = logger.level
     logger.setLevel(level)
@@ -104,7 +104,7 @@ def quiet(name: str, level: int = logging.ERROR) -> Iterator[None]:
 
 @contextmanager
 def without_training() -> Iterator[None]:
-    """Silence what scvi-tools says of cells that are set up for a model and not trained on: few cells of a batch."""
+    """Silence scvi-tools' messages about batches with few cells, for cells that are not used for training."""
     with quiet("scvi"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*has fewer than 3 cells", category=UserWarning)
         yield

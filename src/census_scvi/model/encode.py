@@ -1,4 +1,4 @@
-"""Counts to latent posterior: the forward pass of the encoder, equal to scvi-tools' own."""
+"""From counts to the latent posterior: the forward pass of the encoder, with the same result as scvi-tools."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Latent:
     mean, variance
         float32 (cells, n_latent): qz_m and qz_v.
     library_size
-        float32 (cells,): counts over the model's genes.
+        float32 (cells,): sum of the counts over the model's genes.
     """
 
     mean: npt.NDArray[np.float32]
@@ -36,16 +36,16 @@ class Latent:
 
 
 class Encoder:
-    """Posterior mean and variance of cells, equal to scvi-tools' own.
+    """Posterior mean and variance of cells, with the same result as scvi-tools.
 
-    If the encoder does not use the batch, a special form of it is used: counts are mostly zeros and log1p keeps
-    them, so the first layer is a weighted sum of a few rows of its weights, and BatchNorm, at inference, is part of the
+    If the encoder does not use the batch, a faster implementation is used. Counts are mostly zeros and log1p keeps
+    zeros, so the first layer is a weighted sum of a few rows of its weights. At inference, BatchNorm is folded into the
     linear layer before it.
 
     Parameters
     ----------
     model
-        A trained model, on the device to use; later changes to it are not seen.
+        A trained model, on the device to use; later changes to the model have no effect.
     """
 
     def __init__(self, model: scvi.model.SCVI) -> None:
@@ -63,9 +63,9 @@ class Encoder:
         counts
             CSR float32 (cells, genes), genes in the model's order.
         batch_codes
-            Integers (cells,), positions in the model's batches; only a model with `encode_covariates` looks at them.
+            Integers (cells,), positions in the model's batches; only a model with `encode_covariates` uses them.
         minibatch
-            Cells encoded at a time; changes the result at most by float32 rounding.
+            Cells encoded at a time; changes the result by float32 rounding at most.
         """
         means, variances = [], []
         for start in range(0, counts.shape[0], minibatch):
@@ -115,7 +115,7 @@ class _FoldedEncoder:
 
 
 def _fold(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight (out, in) and bias (out,) of Linear and BatchNorm in one, computed in float64."""
+    """Weight (out, in) and bias (out,) of Linear and BatchNorm combined, float32, computed in float64."""
     linear, norm = layer[0], layer[1]
     scale = norm.weight.double() / torch.sqrt(norm.running_var.double() + norm.eps)
     weight = linear.weight.double() * scale[:, None]
@@ -126,7 +126,7 @@ def _fold(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
 def reference_latent(
     model: scvi.model.SCVI, genes: list[str], counts: sp.csr_matrix, batches: npt.ArrayLike, accelerator: str = "cpu"
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """The same the way scvi-tools does it: `load_query_data` and `get_latent_representation`.
+    """Posterior of cells by scvi-tools' own `load_query_data` and `get_latent_representation`.
 
     Parameters
     ----------
@@ -155,11 +155,11 @@ def reference_latent(
 
 
 def extend_batches(model: scvi.model.SCVI, genes: list[str], batches: list[str]) -> scvi.model.SCVI:
-    """The model with more batches, as `load_query_data` gives it, but with nothing random in it.
+    """The model with more batches, as `load_query_data` returns it, but without random weights.
 
-    scvi-tools leaves the weights of a batch that the model was not trained on at random initial values. Here each is
-    the mean over the trained batches: the same in every run, and in the middle of the trained range. It is not a
-    substitute for training: expression under such a batch means nothing.
+    scvi-tools leaves the weights of a batch that the model was not trained on at random initial values. Here each of
+    these weights is the mean over the trained batches: the same in every run, and in the middle of the trained range.
+    This does not replace training: expression decoded with such a batch is meaningless.
 
     Parameters
     ----------
@@ -168,7 +168,7 @@ def extend_batches(model: scvi.model.SCVI, genes: list[str], batches: list[str])
     genes
         Its genes.
     batches
-        More batch labels; those it has are passed over.
+        More batch labels; those that the model has already are ignored.
 
     Returns
     -------
@@ -191,7 +191,7 @@ def extend_batches(model: scvi.model.SCVI, genes: list[str], batches: list[str])
 
 
 def labels_with(trained: list[str], batches: list[str]) -> list[str]:
-    """Batch labels of an extended model: the trained ones, then the others in alphabetical order."""
+    """Batch labels of an extended model: the trained batches, then the others in alphabetical order."""
     return trained + sorted(set(batches) - set(trained))
 
 

@@ -1,4 +1,4 @@
-"""Facts of a built scVI module, read from its layers, to be compared with its config."""
+"""Properties of a built scVI module, read from its layers, to compare them with its config."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from census_scvi.model.settings import ModelSection
 
 
 def built_facts(model: scvi.model.SCVI, genes: list[str]) -> dict[str, Any]:
-    """Widths, dropout, likelihood, number of parameters and genes of a module as it stands."""
+    """Widths, dropout, likelihood, number of parameters and genes of a model, read from its module."""
     module = model.module
     encoder, decoder = module.z_encoder.encoder, module.decoder.px_decoder
     dropout = {layer.p for layer in encoder.modules() if isinstance(layer, torch.nn.Dropout)}
@@ -29,7 +29,7 @@ def built_facts(model: scvi.model.SCVI, genes: list[str]) -> dict[str, Any]:
 
 
 def expected_facts(settings: ModelSection, genes: list[str], batches: list[str]) -> dict[str, Any]:
-    """The same of the model that a config's `model` section asks for."""
+    """The same properties of the model that a config's `model` section defines."""
     fresh = build_model(genes, batches, init_arguments(settings))
     return {
         "n_hidden": [settings.n_hidden],

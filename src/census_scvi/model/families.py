@@ -1,4 +1,4 @@
-"""Kinds of models: one table of the differences between the model families of scvi-tools."""
+"""Kinds of models: a table of the differences between the model families of scvi-tools."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Family:
     module
         Name of its module class in `scvi.module`.
     arguments
-        Init arguments that define a model of this kind; the safe form holds all of them and no others.
+        Init arguments that define a model of this kind; the safe form has exactly these.
     cell_data
         Arguments of `setup_anndata` for its inputs other than counts and batches.
     modalities
@@ -82,12 +82,12 @@ def family_of(kind: str, what: str = "this") -> Family:
     kind
         Name of the kind.
     what
-        Where the model is, for the error.
+        Location of the model, for the error.
 
     Raises
     ------
     UserError
-        The kind is not known, or this release cannot build it.
+        The kind is unknown, or this release cannot build it.
     """
     family = FAMILIES.get(kind)
     if family is None:

@@ -1,7 +1,7 @@
-"""The posterior of all cells on disk, filled block by block; a killed run continues at the first missing block.
+"""The posterior of all cells on disk, written block by block; a killed run continues at the first missing block.
 
-Any process may fill a part of it, which has files and a progress record of its own; `join_latent` makes the store of
-all cells of them. Filled by one process, it is a store of one part: there is nothing to join.
+Several processes can each write a part with its own files and progress record; `join_latent` joins the parts into the
+store of all cells. With one process the store has one part, and nothing is joined.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ _COPIED_BYTES = 16 * 2**20
 
 
 class LatentStore:
-    """Four .npy files of known size: means, variances and library sizes of the posterior, hashes of the counts.
+    """Four .npy files of fixed size: means, variances and library sizes of the posterior, and hashes of the counts.
 
     Parameters
     ----------
     folder
-        Where they lie.
+        Folder of the files.
     n_cells, n_latent
-        Their shape.
+        Number of cells of the part, and latent dimensions.
     part
-        The part of all cells that these are.
+        The part of the cells in this store; default: all cells.
     """
 
     def __init__(self, folder: Path, n_cells: int, n_latent: int, part: Part = WHOLE) -> None:
@@ -72,7 +72,7 @@ class LatentStore:
         return self._folder / self._part.name(f"{name}.npy")
 
     def append(self, latent: Latent, hashes: npt.NDArray[np.uint64]) -> None:
-        """Write the next cells and the hashes of their counts; they count as done only when they are on the disk."""
+        """Write the next cells and the hashes of their counts; they count as done after they are synced to disk."""
         values: dict[str, npt.NDArray[Any]] = {
             "latent": latent.mean,
             "variance": latent.variance,
@@ -81,7 +81,7 @@ class LatentStore:
         }
         for name, array in values.items():
             with self.path(name).open("r+b") as file:
-                # Plain writes: a memory map would meet a full disk with SIGBUS instead of an error.
+                # Plain writes, because a memory map gets SIGBUS instead of an error on a full disk.
                 file.seek(self._offset(name) + self.cells_done * array[0].nbytes)
                 file.write(np.ascontiguousarray(array, dtype=self._files[name][0]).tobytes())
                 file.flush()
@@ -97,7 +97,7 @@ class LatentStore:
         return Latent(mean, variance, library_size)
 
     def fill_from(self, others: list[LatentStore]) -> None:
-        """Copy the cells of other stores, one after another, which have all of this one's."""
+        """Copy the cells of other stores, in this order; together they must have all cells of this store."""
         for name in self._files:
             with self.path(name).open("r+b") as file:
                 file.seek(self._offset(name))
@@ -111,7 +111,7 @@ class LatentStore:
         write_json(self._record, {"cells": self.cells_done})
 
     def remove(self) -> None:
-        """Delete the files, the record of what is done first."""
+        """Delete the files, first the progress record."""
         for path in (self._record, *map(self.path, self._files)):
             remove(path)
 
@@ -132,21 +132,21 @@ class LatentStore:
 
 
 def join_latent(folder: Path, sizes: list[int], n_latent: int) -> LatentStore:
-    """The store of all cells, made of its parts; may be repeated after a kill at any point.
+    """Join the parts to the store of all cells; can be repeated after a kill at any point.
 
     Parameters
     ----------
     folder
-        Where they lie.
+        Folder of the files.
     sizes
-        Cells of each part.
+        Number of cells of each part.
     n_latent
-        Dimensions.
+        Latent dimensions.
 
     Raises
     ------
     UserError
-        A part is not done.
+        A part is not complete.
     """
     whole = LatentStore(folder, sum(sizes), n_latent)
     if len(sizes) == 1:

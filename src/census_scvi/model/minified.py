@@ -1,4 +1,4 @@
-"""scvi-tools' minified model: obs and the latent posterior of each cell, no counts, written in blocks."""
+"""Write scvi-tools' minified model: obs and latent posterior of each cell without counts, in blocks."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ def save_minified(
     Parameters
     ----------
     model
-        A trained model whose batches include those of all cells.
+        A trained model that has the batches of all cells.
     genes
         Its genes.
     blocks
         obs, batch codes (cells,) and posterior of the cells, block by block.
     folder
-        Folder to make.
+        Folder to write.
     uns
-        More unstructured annotation.
+        More entries of uns.
     """
     _save_model(model, folder)
     labels = batch_labels(model)
@@ -58,7 +58,7 @@ def save_minified(
 
 
 def _save_model(model: scvi.model.SCVI, folder: Path) -> None:
-    """model.pt of the minified form, with the model's few skeleton cells in place of the cells."""
+    """Write model.pt of the minified form, with the model's few skeleton cells instead of the cells."""
     n_cells, n_latent = model.adata.n_obs, model.module.n_latent
     for key in (MEAN_KEY, VARIANCE_KEY):
         model.adata.obsm[key] = np.ones((n_cells, n_latent), dtype=np.float32)

@@ -1,4 +1,4 @@
-"""Reads a published folder, or a run directory: fetched from any URL, checked, the model in its safe form."""
+"""Fetch a published folder from any URL, check it, and load its model, or the model of a run directory."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FORMAT = 1
 
 
 def seal_of(record: dict[str, Any]) -> str:
-    """SHA-256 of the record itself."""
+    """SHA-256 of the record (without its own seal)."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
@@ -43,7 +43,7 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     Raises
     ------
     UserError
-        It is damaged, changed, of a newer format, or names files outside its folder.
+        The record is damaged, was changed, has another format, or names files outside its folder.
     """
     path = folder / PROVENANCE
     try:
@@ -68,28 +68,28 @@ def read_provenance(folder: Path) -> dict[str, Any]:
 
 
 def damaged_files(folder: Path, record: dict[str, Any]) -> list[str]:
-    """Problems of the files of a published folder, one line each."""
+    """Problems with the files of a published folder, one string per problem."""
     found = {name: damage(folder / name, identity) for name, identity in record["files"].items()}
     unlisted = [f"{name} is not in the record" for name in (WEIGHTS, DESCRIPTION, SEALED) if name not in found]
     return [*unlisted, *(f"{name} {wrong}" for name, wrong in found.items() if wrong)]
 
 
 def fetch(uri: str, cache: Path | None = None) -> Path:
-    """A published folder as a local one: itself where it is local, else a copy in the cache.
+    """The local folder of a publication: the folder itself if it is local, else a copy in the cache.
 
-    Undamaged files that are in the cache already are not fetched again; `damaged_files` checks the folder.
+    Undamaged files in the cache are not fetched again. Use `damaged_files` to check the folder.
 
     Parameters
     ----------
     uri
         Folder, or any URL that fsspec reads.
     cache
-        Where copies are kept; None: `CENSUS_SCVI_CACHE`, or `census-scvi` in the user's cache folder.
+        Folder for the copies; None: `CENSUS_SCVI_CACHE`, or `census-scvi` in the user's cache folder.
 
     Raises
     ------
     UserError
-        No published folder is there, or it cannot be read.
+        `uri` is not a published folder, or cannot be read.
     """
     source = Source.at(uri)
     if (path := source.path) is not None:
@@ -129,7 +129,7 @@ def _get(system: AbstractFileSystem, source: str, target: Path, most_bytes: int)
 
 
 class _Download(TqdmCallback):
-    """Progress of a download, which ends where more bytes come than are expected: a server need not say how many."""
+    """Progress bar of a download that stops at too many bytes: a server may not report the size in advance."""
 
     def __init__(self, source: str, most_bytes: int) -> None:
         name = source.rsplit("/", 1)[-1]
@@ -144,26 +144,26 @@ class _Download(TqdmCallback):
 
 
 def load_model(uri: str, *, trust: bool = False, cache: Path | None = None) -> scvi.model.SCVI:
-    """A published model, ready to embed cells; nothing that it reads can run code.
+    """Load a published model, ready to embed cells. Unless `trust` is set, no file that it reads can run code.
 
     Parameters
     ----------
     uri
-        Folder or URL (any that fsspec reads) that scvi-publish.py wrote, a run directory, or its `scvi.model`.
+        Folder that scvi-publish.py wrote (or its URL, any that fsspec reads), a run directory, or its `scvi.model`.
     trust
-        Also load a folder that holds nothing but scvi-tools' own `model.pt`. That is a pickle, and loading it runs
-        whatever code its author put into it.
+        Also load a folder that has only scvi-tools' own `model.pt`. This file is a pickle: loading it executes any code
+        that its author put into it.
     cache
-        Where fetched files are kept; None: `CENSUS_SCVI_CACHE`, or `census-scvi` in the user's cache folder.
+        Folder for fetched files; None: `CENSUS_SCVI_CACHE`, or `census-scvi` in the user's cache folder.
 
     Returns
     -------
-    A plain scvi-tools model with the batches that it was trained on.
+    A scvi-tools model with the batches that it was trained on.
 
     Raises
     ------
     UserError
-        Nothing that can be loaded is there, or a file is not the one that was published.
+        There is no model that can be loaded, or a file differs from the published one.
     """
     uri = expand_argument(uri, "uri")
     cache = None if cache is None else Path(expand_argument(cache, "cache"))
@@ -174,7 +174,7 @@ def load_model(uri: str, *, trust: bool = False, cache: Path | None = None) -> s
 
 
 def load_described(uri: str, *, cache: Path | None = None) -> tuple[scvi.model.SCVI, ModelDescription]:
-    """A model and its description, from its safe form; locations and errors as in `load_model`."""
+    """Load a model and its description from the safe form; locations and errors as in `load_model`."""
     if (model := _checked_model(Source.at(uri))) is not None:
         return load_safe(model)
     folder = fetch(uri, cache)
@@ -184,7 +184,7 @@ def load_described(uri: str, *, cache: Path | None = None) -> tuple[scvi.model.S
 
 
 def _checked_model(source: Source) -> Path | None:
-    """The folder of a model in its safe form, which is what the run that wrote it says; None for another source."""
+    """The folder of a model in its safe form, checked if it is in a run directory; None for another source."""
     path = source.path
     if path is None:
         return None
@@ -199,7 +199,7 @@ def _checked_model(source: Source) -> Path | None:
 
 
 def warn_if_running_again(workspace: Workspace, stage: str) -> None:
-    """Warn that the earlier result of a stage is used if the stage runs again and has not finished."""
+    """Warn if a stage was started again with --force and has not finished: its earlier result is used."""
     if stage in workspace.manifest().get("redoing", {}):
         script = script_of(stage)
         log.warning(

@@ -1,4 +1,4 @@
-"""Schema of a publication's record: the values that are used, their types and ranges."""
+"""Schema of the record of a publication: types and ranges of the values that are used."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class _Part(BaseModel):
-    """A part of the record; other keys are allowed and not used."""
+    """A part of the record; other keys are allowed and ignored."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -100,7 +100,7 @@ class _Record(_Part):
 
 
 def check_record(record: dict[str, Any]) -> None:
-    """ValueError where something that is read is missing, of another type or out of its range: one line."""
+    """ValueError, in one line, if a value is missing, has another type or is out of range."""
     try:
         _Record.model_validate(record)
     except ValidationError as error:
@@ -108,7 +108,7 @@ def check_record(record: dict[str, Any]) -> None:
 
 
 def first_problem(error: ValidationError) -> str:
-    """The first problem found by pydantic, in words, with the beginning of the value."""
+    """The first problem that pydantic found, in words, with the beginning of the value."""
     detail = error.errors(include_url=False, include_context=False)[0]
     where = ".".join(map(str, detail["loc"])) or "it"
     if detail["type"] == "missing":

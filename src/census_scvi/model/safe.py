@@ -1,6 +1,6 @@
 """The safe form of a model: safetensors and JSON, which cannot run code, unlike scvi-tools' pickle.
 
-`weights.safetensors` holds the module's state dict; `model.json` all else that rebuilds it.
+`weights.safetensors` has the state dict of the module, `model.json` everything else that is needed to rebuild it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from census_scvi.model.families import SCVI, family_of
 from census_scvi.model.published_record import first_problem
 
 _FORMAT = 1
-_BYTES = 4  # of a weight, float32
+_BYTES = 4  # per weight, float32
 _AGAIN = "train it again with scvi-train.py --force, or fetch the published folder again"
 
 
@@ -39,17 +39,17 @@ class ModelDescription:
     genes
         feature_ids, in the order of the columns.
     batches
-        Trained batches, in the order of the codes.
+        Batches that the model was trained on, in the order of the codes.
     arguments
         Init arguments of the model's class.
     organism
-        Census organism it was trained on.
+        Census organism that it was trained on.
     batch_key
-        obs columns that make the batch.
+        obs columns that define the batch.
     n_cells
-        Cells it was prepared from (training and validation).
+        Number of prepared cells (training and validation).
     symbols
-        Symbols (feature_name) of the genes, in their order; empty where they are not known.
+        Symbols (feature_name) of the genes, in their order; empty if they are not known.
     model
         Kind of model, as in `families`.
     """
@@ -80,7 +80,7 @@ def save_safe(model: scvi.model.SCVI, description: ModelDescription, folder: Pat
 
 
 def save_for_scvi_tools(model: scvi.model.SCVI, folder: Path) -> None:
-    """Write scvi-tools' own form, model.pt; OSError where the disk is full, which torch calls a RuntimeError."""
+    """Write scvi-tools' own form, model.pt; OSError if the disk is full (torch raises RuntimeError)."""
     try:
         model.save(str(folder), overwrite=True)
     except RuntimeError as error:
@@ -90,7 +90,7 @@ def save_for_scvi_tools(model: scvi.model.SCVI, folder: Path) -> None:
 
 
 def read_description(folder: Path) -> ModelDescription:
-    """The description of the model in a folder; UserError where it is missing or damaged."""
+    """The description of the model in a folder; UserError if it is missing or damaged."""
     path = folder / DESCRIPTION
     try:
         values = read_json(path)
@@ -99,7 +99,7 @@ def read_description(folder: Path) -> ModelDescription:
                 f"{path} has format {str(values['format'])[:40]}, this version reads {_FORMAT}; update census-scvi"
             )
         if isinstance(values, dict) and isinstance(kind := values.get("model", SCVI), str):
-            family_of(kind, str(folder))  # first: other kinds have other arguments
+            family_of(kind, str(folder))  # checked first, because other kinds have other arguments
         description = _DESCRIPTION.validate_json(path.read_bytes())
         _check(description)
     except FileNotFoundError:
@@ -112,7 +112,7 @@ def read_description(folder: Path) -> ModelDescription:
 
 
 def _check(description: ModelDescription) -> None:
-    """ValueError where no model can be built from it."""
+    """ValueError if no model can be built from the description."""
     for name, values in (("genes", description.genes), ("batches", description.batches)):
         if not values or len(set(values)) < len(values):
             raise ValueError(f"{name} are empty or not unique")
@@ -152,7 +152,7 @@ def load_safe(folder: Path) -> tuple[scvi.model.SCVI, ModelDescription]:
 
 
 def _check_size(path: Path, description: ModelDescription) -> None:
-    """ValueError where the file is too small for the description: one that asks for all memory stops here."""
+    """ValueError if the file is too small for the description, which could otherwise allocate any amount of memory."""
     needed = least_parameters(description.arguments, len(description.genes), len(description.batches))
     if (size := path.stat().st_size) < _BYTES * needed:
         raise ValueError(f"it has {size:,} bytes, and the model of {DESCRIPTION} at least {needed:,} parameters")

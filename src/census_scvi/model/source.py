@@ -1,4 +1,4 @@
-"""What lies at a path or URL that people name as the source of a model or an embedding."""
+"""Find out what kind of source a path or URL of a model or an embedding is."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ _PICKLE = "model.pt"
 
 
 class Kind(Enum):
-    """Kinds of sources; a folder that is several of them is the first."""
+    """Kinds of sources; the first one applies to a folder of several kinds."""
 
     RUN = auto()
-    """A run directory, whose manifest says what is in it."""
+    """A run directory; its manifest lists its contents."""
     PUBLISHED = auto()
-    """A folder that publish wrote."""
+    """A folder that scvi-publish.py wrote."""
     MODEL = auto()
     """A folder with a model in its safe form, such as `scvi.model` in a run directory."""
     PICKLE = auto()
-    """A folder with nothing but scvi-tools' own form of a model."""
+    """A folder with a model only in scvi-tools' own form."""
     FOLDER = auto()
-    """Something else on a disk: an Experiment, or nothing of ours."""
+    """Another local path: an Experiment, or something unknown."""
     MISSING = auto()
-    """Nothing is there."""
+    """A local path that does not exist."""
     REMOTE = auto()
-    """A URL, which says nothing of what is there before it is opened."""
+    """A URL; its contents are not known before it is opened."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A place and what is there.
+    """A source of a model or an embedding.
 
     Attributes
     ----------
     kind
-        What is there.
+        Its kind.
     path
-        Where; None for a URL that leads elsewhere.
+        Its local path; None for a URL that is not local.
     """
 
     kind: Kind
@@ -54,12 +54,12 @@ class Source:
 
     @property
     def run(self) -> Path | None:
-        """The run directory; None where it is none."""
+        """The run directory; None for other kinds."""
         return self.path if self.kind is Kind.RUN else None
 
     @property
     def is_published(self) -> bool:
-        """Whether it is a published folder, or may be one that is to be fetched."""
+        """Whether it is a published folder, or a URL that may be one."""
         return self.kind in (Kind.PUBLISHED, Kind.REMOTE)
 
 

@@ -1,4 +1,4 @@
-"""Raw counts of some cells that a model was trained on: from its published folder, or its run directory."""
+"""Raw counts of some of the cells that a model was trained on, from its published folder or its run directory."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from census_scvi.workspace import Workspace
 
 
 def typical_counts(uri: str, genes: list[str]) -> sp.csr_matrix | None:
-    """Cells of the sealed sample, or of the prepared ones; None if neither is available.
+    """Raw counts of cells from the sealed sample or from the prepared cells; None if neither is available.
 
     Parameters
     ----------
     uri
-        Published folder or its URL, or run directory, that the model was read from.
+        Published folder, its URL, or run directory from which the model was read.
     genes
         feature_ids of the model.
 
@@ -33,7 +33,7 @@ def typical_counts(uri: str, genes: list[str]) -> sp.csr_matrix | None:
     try:
         file = _file(uri)
         return None if file is None else _read(file, genes)
-    except (UserError, OSError, KeyError):  # optional: the model works without them
+    except (UserError, OSError, KeyError):  # the counts are optional
         return None
 
 

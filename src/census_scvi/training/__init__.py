@@ -1,1 +1,1 @@
-"""Training: fit, callbacks, checkpoints; fast/ is the exact fast step."""
+"""Training: fit, callbacks, checkpoints; fast/ has the fast implementation of the training step."""

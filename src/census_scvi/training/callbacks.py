@@ -1,4 +1,4 @@
-"""Callbacks of the training: train mode, signals, learning curves, early stopping."""
+"""Callbacks of the training: training mode, signals, reuse of minibatches, learning curves, early stopping."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Module: TypeAlias = lightning.LightningModule
 
 
 class TrainMode(lightning.Callback):
-    """Train in training mode, whatever mode the module was left in.
+    """Switch the module to training mode before training.
 
-    Lightning 2.2 and newer keep the mode that a module has when `fit` begins, and scvi-tools leaves a trained or loaded
-    model in eval mode: its next training would run without dropout and with frozen BatchNorm.
+    Lightning 2.2 and newer keep the mode that a module has when `fit` starts, and scvi-tools leaves a trained or loaded
+    model in eval mode: the next training would run without dropout and with frozen BatchNorm.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: Module) -> None:
@@ -30,30 +30,30 @@ class TrainMode(lightning.Callback):
 
 
 class Stoppable(lightning.Callback):
-    """SIGTERM ends a training, in all of its processes, as it ends any other stage.
+    """Let SIGTERM stop all processes of a training, as it stops any other stage.
 
-    Lightning's own handler of SIGTERM lets the process exit with 0, as after a complete training, and in several
-    processes it waits for the others, which may wait for this one.
+    With Lightning's own SIGTERM handler the process exits with 0, as after a complete training. With several processes
+    the handler also waits for the others, which may wait for this process.
     """
 
     def __init__(self) -> None:
         self._handler = signal.getsignal(signal.SIGTERM)
 
     def on_train_start(self, trainer: Trainer, pl_module: Module) -> None:
-        """Take Lightning's handler away."""
+        """Replace Lightning's handler by the previous one."""
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._handler)
 
     def on_exception(self, trainer: Trainer, pl_module: Module, exception: BaseException) -> None:
-        """End the other processes."""
+        """Stop the other processes."""
         if trainer.strategy.launcher is not None:
             trainer.strategy.launcher.kill(signal.SIGTERM)
 
 
 class GiveBack(lightning.Callback):
-    """Returns each minibatch to the data module after its step, so that its memory is used again.
+    """Return each minibatch to the data module after its step, so that its memory is used again.
 
-    The last of the callbacks that look at a minibatch: afterwards it has no X.
+    It must be the last of the callbacks that read a minibatch, because it removes X from it.
     """
 
     def on_train_batch_end(
@@ -81,12 +81,12 @@ class GiveBack(lightning.Callback):
 
 
 class LearningCurves(lightning.Callback):
-    """The metrics of every epoch, kept through a resume: `curves["elbo_train"][epoch]`.
+    """The metrics of every epoch, `curves["elbo_train"][epoch]`; a resumed run continues them.
 
     Parameters
     ----------
     engine
-        The implementation that computes the steps, for the record.
+        The implementation of the training step, for the record.
 
     Attributes
     ----------
@@ -101,14 +101,14 @@ class LearningCurves(lightning.Callback):
         self.libraries: dict[str, str] | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: Module) -> None:
-        """Note how many processes train."""
+        """Record the number of processes."""
         self.processes = trainer.world_size
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Module) -> None:
         """Append this epoch's metrics."""
         for name, value in trainer.callback_metrics.items():
             series = self.curves.setdefault(name, [])
-            # A metric that is not measured every epoch keeps its place.
+            # NaN for the epochs in which the metric was not measured.
             series.extend([math.nan] * (trainer.current_epoch - len(series)))
             series.append(float(value))
 
@@ -122,7 +122,7 @@ class LearningCurves(lightning.Callback):
 
 
 class EarlyStopping(LoudEarlyStopping):
-    """scvi-tools' early stopping, whose count of warm-up epochs survives a resume."""
+    """scvi-tools' early stopping that also saves and restores its count of warm-up epochs."""
 
     def state_dict(self) -> dict[str, Any]:
         """Lightning's state and the number of checks so far."""
@@ -136,9 +136,9 @@ class EarlyStopping(LoudEarlyStopping):
 
 
 def early_stopping_callbacks(arguments: dict[str, Any], *, wanted: bool) -> list[lightning.Callback]:
-    """The callback for `train.early_stopping`; takes its arguments out of the Trainer's.
+    """The callback for `train.early_stopping`; removes its arguments from the Trainer's `arguments`.
 
-    scvi-tools' Trainer would add it itself, but not with several devices.
+    scvi-tools' Trainer would add this callback itself, but not with several devices.
     """
     defaults = {"monitor": "elbo_validation", "min_delta": 0.0, "patience": 45, "mode": "min", "warmup_epochs": 0}
     chosen = {key: arguments.pop(f"early_stopping_{key}", default) for key, default in defaults.items()}

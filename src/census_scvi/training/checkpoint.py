@@ -1,4 +1,4 @@
-"""Save the complete state of a training, so that a killed one resumes as if it had not been interrupted."""
+"""Save the complete state of a training, so that a killed training resumes as if it had not been interrupted."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from census_scvi.files.atomic import sync
 Trainer: TypeAlias = lightning.Trainer
 Module: TypeAlias = lightning.LightningModule
 
-# Several processes agree on the moment of a checkpoint, by a message that every this many minibatches can afford.
+# Several processes agree every this many minibatches whether a checkpoint is due; more often would slow down training.
 _AGREED_EVERY = 16
 
 
 class StagedIO(TorchCheckpointIO):
-    """Writes a checkpoint to its place: Lightning's own way takes a copy in memory and one in the temporary folder."""
+    """Write a checkpoint directly to its file: Lightning would copy it in memory and in the temporary folder first."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write a local file; the caller replaces the old one when it is complete."""
+        """Write a local file; the caller replaces the old file when the new one is complete."""
         with Path(path).open("wb") as file:
             torch.save(checkpoint, file)
 
 
 class Checkpoint(lightning.Callback):
-    """Writes a checkpoint after each epoch and from time to time within one; the file is replaced in one step.
+    """Write a checkpoint after each epoch and at intervals within an epoch; the file is replaced atomically.
 
-    Lightning saves weights, optimiser and progress, and the loader its position. Added here is each process'
-    random state and metrics: their sums over the epoch so far, and the last ones logged. It must be the last callback,
-    to save the state that the others have at the same moment.
+    Lightning saves weights, optimiser and progress, and the loader saves its position. This callback adds the random
+    state and the metrics of each process: their sums over the epoch so far, and the last logged values. It must run
+    after the callbacks that have a state, so that the checkpoint has their state after the same step.
 
     Parameters
     ----------
     path
-        The file.
+        The checkpoint file.
     minutes
-        Between checkpoints within an epoch.
+        Minutes between checkpoints within an epoch.
     """
 
     def __init__(self, path: Path, minutes: float) -> None:
@@ -53,7 +53,7 @@ class Checkpoint(lightning.Callback):
         self._restored: dict[str, Any] = {}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Module, batch: Any, batch_idx: int) -> None:
-        """Restore the random state as the last thing before the first step of a resumed run."""
+        """Restore the random state immediately before the first step of a resumed run."""
         trainer.callback_metrics.update(self._restored.pop("logged", {}))
         if random := self._restored.pop("random", None):
             torch.set_rng_state(random["cpu"].cpu())
@@ -61,12 +61,12 @@ class Checkpoint(lightning.Callback):
                 torch.cuda.set_rng_state(random["cuda"].cpu(), pl_module.device)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Complete the metrics after the first step of a resumed run; write a checkpoint where one is due."""
+        """Add the saved sums to the metrics after the first step of a resumed run; write a checkpoint if one is due."""
         for name, sums in self._restored.pop("sums", {}).items():
             metric = _epoch_metrics(trainer)[name]
             for state, value in sums.items():
                 setattr(metric, state, getattr(metric, state) + value.to(pl_module.device))
-        last = batch_idx + 1 == trainer.num_training_batches  # the epoch's end saves it
+        last = batch_idx + 1 == trainer.num_training_batches  # saved at the end of the epoch
         accumulating = (batch_idx + 1) % trainer.accumulate_grad_batches  # gradients are not saved
         if not last and not accumulating and self._due(trainer, batch_idx):
             self._within_epoch = True
@@ -95,7 +95,7 @@ class Checkpoint(lightning.Callback):
         checkpoint["processes"] = states
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Module, checkpoint: dict[str, Any]) -> None:
-        """Keep this process' state until the first step."""
+        """Keep the saved state of this process until the first step."""
         states = checkpoint["processes"]
         if len(states) != trainer.world_size:
             raise UserError(
@@ -111,7 +111,7 @@ class Checkpoint(lightning.Callback):
         return (batch_idx + 1) % _AGREED_EVERY == 0 and trainer.strategy.broadcast(due)
 
     def _write(self, trainer: Trainer) -> None:
-        """Runs in every process, since their states are gathered."""
+        """Write the file; called in every process, because the states of all processes are gathered."""
         partial = self._path.with_suffix(".partial")
         trainer.save_checkpoint(partial, weights_only=False)
         if trainer.is_global_zero:
@@ -121,8 +121,8 @@ class Checkpoint(lightning.Callback):
 
 
 def _epoch_metrics(trainer: Trainer) -> dict[str, Metric]:
-    """Sums over an epoch: Lightning's means of logged numbers, and scvi-tools' metrics."""
-    results = trainer.fit_loop.epoch_loop._results  # Lightning has no public way to them
+    """Metrics summed over an epoch: Lightning's means of logged numbers, and scvi-tools' metrics."""
+    results = trainer.fit_loop.epoch_loop._results  # Lightning has no public access to them
     return {
         name: result if result.is_tensor else result.value for name, result in results.items() if result.meta.on_epoch
     }

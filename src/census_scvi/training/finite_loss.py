@@ -1,4 +1,4 @@
-"""Training stops at the first loss or gradient that is not a finite number."""
+"""Stop training at the first loss or gradient that is not a finite number."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ from census_scvi.errors import UserError
 Trainer: TypeAlias = lightning.Trainer
 Module: TypeAlias = lightning.LightningModule
 
-# How far a GPU may be ahead of the look at its losses: it must not wait, but the minibatches are kept as long.
+# Number of steps that a GPU may be ahead of the check of its losses. The GPU does not wait for the check, but each
+# minibatch stays in memory until it is checked.
 _STEPS_BEHIND = 4
 
 
 @dataclass(frozen=True)
 class _Step:
-    """A step whose numbers are not looked at yet."""
+    """A step that is not checked yet."""
 
     number: int
     epoch: int
     index: int
     minibatch: Minibatch
-    numbers: torch.Tensor  # float32 (2,) on the CPU: loss and a sum of gradients
+    numbers: torch.Tensor  # float32 (2,) on the CPU: loss and sum of the gradients
     arrived: torch.cuda.Event | None
 
 
 class FiniteLoss(lightning.Callback):
-    """Stop at the first step whose loss or gradients are not finite numbers, and say where and why.
+    """Stop at the first step whose loss or gradients are not finite numbers, and report the step and the likely cause.
 
-    A GPU is not waited for: its numbers are looked at a few steps later, and always before anything is saved.
+    The check does not wait for a GPU: it reads the numbers a few steps later, and always before a checkpoint is saved.
     """
 
     def __init__(self) -> None:
@@ -49,16 +50,16 @@ class FiniteLoss(lightning.Callback):
         self._minibatch, self._index, self._gradients = batch, batch_idx, None
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Module, optimizer: torch.optim.Optimizer) -> None:
-        """Add the gradients up."""
+        """Sum the gradients."""
         if getattr(trainer.precision_plugin, "scaler", None):
-            return  # the scaler checks them itself, and skips a step that overflowed
+            return  # the gradient scaler checks them itself, and skips a step that overflowed
         gradients = [value.grad.sum() for value in pl_module.parameters() if value.grad is not None]
         self._gradients = torch.stack(gradients).sum()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Minibatch, batch_idx: int
     ) -> None:
-        """Look at the loss of each step."""
+        """Check the loss and gradients of each step."""
         loss = (outputs["loss"] if isinstance(outputs, dict) else outputs).detach()
         gradients = torch.zeros_like(loss) if self._gradients is None else self._gradients
         numbers = torch.stack([loss.float(), gradients.float()])
@@ -71,11 +72,11 @@ class FiniteLoss(lightning.Callback):
         self._look(trainer, leave=_STEPS_BEHIND if arrived else 0)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Module) -> None:
-        """Look at the last steps."""
+        """Check the last steps."""
         self._look(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Module, checkpoint: dict[str, Any]) -> None:
-        """Save nothing that is spoilt."""
+        """Check all steps before the checkpoint is saved."""
         self._look(trainer)
 
     def _look(self, trainer: Trainer, leave: int = 0) -> None:
@@ -90,14 +91,14 @@ class FiniteLoss(lightning.Callback):
                 raise _report(trainer, step, f"the loss is {loss:.6g}, but its gradients are not finite")
 
     def report(self, trainer: Trainer, found: str) -> UserError:
-        """The error for the step that is being computed."""
+        """The error for the current step."""
         nothing = torch.zeros(2)
         step = _Step(trainer.global_step + 1, trainer.current_epoch, self._index, self._minibatch, nothing, None)
         return _report(trainer, step, found)
 
 
 def _report(trainer: Trainer, step: _Step, found: str) -> UserError:
-    """The error: step, epoch, minibatch, cells, the likely cause and what to do."""
+    """The error, with step, epoch, minibatch, cells, likely cause and what to do."""
     x, rows = step.minibatch["X"], step.minibatch["row"].tolist()
     counts = x if isinstance(x, torch.Tensor) else x.dense()
     bad = torch.nonzero(~torch.isfinite(counts).all(dim=1)).flatten().tolist()

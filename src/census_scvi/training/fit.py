@@ -1,4 +1,4 @@
-"""Train an scVI model: scvi-tools' own training plan, on any loader, resumable."""
+"""Train an scVI model on prepared cells, with this project's or scvi-tools' training plan; training can be resumed."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ def choose_devices(settings: TrainSection) -> dict[str, Any]:
     Raises
     ------
     UserError
-        No number of devices, more than there are, or of a kind that is not there.
+        The number of devices is invalid or larger than the number that torch finds, or torch does not find the
+        accelerator.
     """
     if not settings.multi_gpu and settings.devices != "auto":
         log.info(
@@ -87,7 +88,7 @@ def _devices(settings: TrainSection) -> dict[str, Any]:
             " lower train.devices, or set train.accelerator to cpu to train in several CPU processes"
         )
     if settings.accelerator == "cpu":
-        asked = None  # Lightning expects a number of processes there
+        asked = None  # on a CPU, Lightning expects a number of processes
     return {"accelerator": settings.accelerator, "devices": asked or number, "strategy": "ddp"}
 
 
@@ -107,7 +108,7 @@ def choose_precision(settings: TrainSection) -> str:
     Raises
     ------
     UserError
-        The device cannot compute in `train.precision`.
+        The device does not support `train.precision`.
     """
     gpu = _on_gpu(settings)
     if settings.precision == "fp16" and not gpu:
@@ -121,9 +122,9 @@ def choose_precision(settings: TrainSection) -> str:
 
 
 def slow_precision(settings: TrainSection, n_genes: int, n_hidden: int) -> str:
-    """Why `train.precision` does not suit this processor, measured on products of the model's shapes; "" where it does.
+    """Why `train.precision` is slower than float32 here, measured on products of the model's shapes; "" if it is not.
 
-    A processor without instructions for bf16 computes in it all the same, many times slower than in float32.
+    A processor without bf16 instructions can still compute in bf16, but many times slower than in float32.
     """
     if settings.precision == "float32" or _on_gpu(settings):
         return ""
@@ -143,9 +144,9 @@ def _on_gpu(settings: TrainSection) -> bool:
 def make_plan(
     settings: TrainSection, module: scvi.module.VAE, data: PreparedDataModule, arguments: dict[str, Any]
 ) -> TrainingPlan:
-    """The training plan of `train.engine`, or of scvi-tools where the fast one cannot train the module.
+    """The training plan of `train.engine`; scvi-tools' plan if the fast one does not support the module.
 
-    `data` then gives the minibatches that it takes: sparse ones to the fast one.
+    Also sets `data.sparse`: the fast plan takes sparse minibatches, scvi-tools' plan dense ones.
     """
     reason = reason_against(module)
     if arguments.get("compile"):
@@ -169,7 +170,7 @@ def _plan_arguments(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_arguments(settings: TrainSection, plan_arguments: dict[str, Any], data: PreparedDataModule) -> None:
-    """UserError where the libraries do not train with `train.trainer` and `training_plan`."""
+    """UserError if the libraries cannot train with `train.trainer` and `training_plan`."""
     require_known_arguments(settings.trainer or {}, plan_arguments)
     processes = n_processes(settings)
     minibatches = [-(-n_cells // (settings.batch_size * processes)) for n_cells in (data.n_train, data.n_val)]
@@ -183,23 +184,23 @@ def check_arguments(settings: TrainSection, plan_arguments: dict[str, Any], data
 
 
 def n_nodes(settings: TrainSection) -> int:
-    """On how many machines processes train together, `train.trainer`'s `num_nodes`."""
+    """Number of nodes: `num_nodes` of `train.trainer`, default 1."""
     return int((settings.trainer or {}).get("num_nodes", 1))
 
 
 def n_processes(settings: TrainSection) -> int:
-    """How many processes train together, on all nodes."""
+    """Number of training processes on all nodes."""
     devices = _devices(settings)["devices"]
     return n_nodes(settings) * (len(devices) if isinstance(devices, list) else int(devices))
 
 
 def engine_of(plan: TrainingPlan) -> str:
-    """The `train.engine` that a plan is of."""
+    """The `train.engine` that a plan implements."""
     return "fast" if isinstance(plan, FastTrainingPlan) else "scvi-tools"
 
 
 def libraries_of(plan: TrainingPlan) -> dict[str, str] | None:
-    """Libraries of the float32 matrix products, for the record; None if only torch's was used."""
+    """Libraries of the float32 matrix products, for the record; None if only torch's library was used."""
     libraries = plan.libraries if isinstance(plan, FastTrainingPlan) else None
     return asdict(libraries) if libraries else None
 
@@ -214,12 +215,12 @@ def fit(
     checkpoint: Path,
     tensorboard: Path,
 ) -> LearningCurves:
-    """Train a model in place; resumes from `checkpoint` where that file exists.
+    """Train a model in place; resume from `checkpoint` if that file exists.
 
     Parameters
     ----------
     model
-        The model; trained or not.
+        The model, trained or untrained.
     data
         Training and validation minibatches.
     settings
@@ -227,20 +228,20 @@ def fit(
     plan_arguments
         Arguments of scvi-tools' TrainingPlan.
     seed
-        Seed of dropout and of the latent samples (plus the rank, with several processes).
+        Seed of dropout and of the latent samples; with several processes, each adds its rank.
     checkpoint
-        Written after each epoch, and every `settings.checkpoint_minutes` within one.
+        File written after each epoch, and every `settings.checkpoint_minutes` within an epoch.
     tensorboard
         Folder of the TensorBoard logs.
 
     Returns
     -------
-    The learning curves, those of the epochs before a resume included.
+    The learning curves, including the epochs before a resume.
 
     Raises
     ------
     UserError
-        Unsuitable devices or checkpoint, or a loss that is not finite.
+        The devices or the checkpoint cannot be used, or the loss is not finite.
     """
     plan = make_plan(settings, model.module, data, plan_arguments)
     curves, finite = LearningCurves(engine_of(plan)), FiniteLoss()
@@ -288,7 +289,7 @@ def fit(
 
 
 def _of_lightning(error: Exception) -> bool:
-    """Whether Lightning itself raised an error, and not this project or, for example, a disk."""
+    """Whether Lightning itself raised an error (not this project or, for example, a full disk)."""
     frames = traceback.extract_tb(error.__traceback__)
     return f"{os.sep}lightning{os.sep}" in frames[-1].filename
 
@@ -301,7 +302,7 @@ def _trainer_arguments(settings: TrainSection, data: PreparedDataModule) -> dict
         "precision": choose_precision(settings),
         "check_val_every_n_epoch": 1,
         "limit_val_batches": None if data.n_val else 0,
-        "enable_progress_bar": False,  # ours counts cells over all epochs
+        "enable_progress_bar": False,  # our own progress bar counts cells over all epochs
         "enable_model_summary": False,
     }
 
@@ -309,18 +310,18 @@ def _trainer_arguments(settings: TrainSection, data: PreparedDataModule) -> dict
 def _resumable(checkpoint: Path) -> Path | None:
     if not checkpoint.exists():
         return None
-    if not zipfile.is_zipfile(checkpoint):  # its directory is at the end: a truncated file is not a zip file
+    if not zipfile.is_zipfile(checkpoint):  # a zip file ends with its directory, so this finds truncated files
         raise UserError(f"{checkpoint} is damaged; start again with --force")
     return checkpoint
 
 
 def _ignore_known_warnings() -> None:
     for message in (
-        "The '.*_dataloader' does not have many workers",  # ours reads ahead in threads
+        "The '.*_dataloader' does not have many workers",  # our loader reads ahead in threads
         "The number of training batches",
-        "early_stopping was automatically disabled",  # ours is not
+        "early_stopping was automatically disabled",  # our own callback does it
         "Checkpoint directory .* exists",
-        "Found .* in eval mode",  # TrainMode sees to it
+        "Found .* in eval mode",  # TrainMode switches to training mode
         ".isinstance.treespec, LeafSpec.. is deprecated",
     ):
         warnings.filterwarnings("ignore", message=message)

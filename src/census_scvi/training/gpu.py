@@ -1,4 +1,4 @@
-"""Which GPU torch can use here, in one line: `python -m census_scvi.training.gpu`."""
+"""Report in one line which GPUs torch can use: `python -m census_scvi.training.gpu`."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Facts:
-    """Information from driver and torch about the GPUs of this machine."""
+    """Information about the GPUs of this machine, from the driver and from torch."""
 
     torch: str  # version of torch
     torch_cuda: str = ""  # CUDA version torch is built for; "" for a CPU-only build
     cards: tuple[str, ...] = ()  # names of the GPUs that nvidia-smi lists
-    driver: str = ""  # version of the NVIDIA driver; "" when nvidia-smi does not tell
-    driver_error: str = ""  # message of nvidia-smi when it fails
-    usable: tuple[str, ...] = ()  # names of the GPUs that computed something for torch
-    complaint: str = ""  # why torch could not use one
+    driver: str = ""  # version of the NVIDIA driver; "" if nvidia-smi does not report it
+    driver_error: str = ""  # message of nvidia-smi if it fails
+    usable: tuple[str, ...] = ()  # names of the GPUs on which torch computed a test sum
+    complaint: str = ""  # why torch could not use a GPU
 
 
 def describe(facts: Facts) -> str:
@@ -39,7 +39,7 @@ def _reason(facts: Facts) -> str:
         return f"torch {facts.torch} is a CPU-only build; {_install('a CUDA build of torch')}"
     too_old = re.search(r"driver .*too old \(found version (\d+)\)", facts.complaint)
     if too_old:
-        number = int(too_old[1])  # 12040 stands for 12.4
+        number = int(too_old[1])  # 12040 means CUDA 12.4
         major, minor = number // 1000, number % 1000 // 10
         return (
             f"driver {facts.driver} is too old: it supports CUDA up to {major}.{minor}, but torch {facts.torch}"
@@ -63,7 +63,7 @@ def _count(names: tuple[str, ...]) -> str:
 
 
 def probe() -> Facts:
-    """The facts of this machine; imports torch, which takes seconds."""
+    """Information about this machine; imports torch, which takes seconds."""
     import torch
 
     cards, driver, driver_error = _nvidia_smi()
@@ -99,9 +99,9 @@ def _nvidia_smi() -> tuple[tuple[str, ...], str, str]:
 
 
 def _try_torch() -> tuple[tuple[str, ...], str]:
-    """Names of the GPUs that add two numbers, and the first complaint.
+    """Names of the GPUs on which torch can add two numbers, and the first error or CUDA warning.
 
-    torch.cuda.is_available() alone says yes to a GPU whose architecture the build has no code for.
+    torch.cuda.is_available() is not enough: it is also true if torch was built without code for the GPU's architecture.
     """
     import torch
 

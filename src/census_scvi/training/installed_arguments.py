@@ -1,6 +1,7 @@
-"""Arguments that the installed Lightning and scvi-tools take, asked of the libraries themselves.
+"""Arguments of the installed Lightning and scvi-tools, read from the signatures of their functions.
 
-`python -m census_scvi.training.installed_arguments` adds their versions to the table that configs are checked against.
+`python -m census_scvi.training.installed_arguments` adds the installed versions to the table that is used to check
+configs.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def installed() -> Listing:
 
 
 def arguments_of(method: Callable[..., Any]) -> Arguments:
-    """Arguments of a method that can be given by name, with their types."""
+    """Named arguments of a method, with their types."""
     try:
         types = typing.get_type_hints(method)
     except NameError:  # a name that the library imports for type checkers only
@@ -53,13 +54,13 @@ def arguments_of(method: Callable[..., Any]) -> Arguments:
 
 def _types(annotation: Any, default: Any) -> str:
     found = [_SIMPLE.get(kind, "other") if isinstance(kind, type) else "other" for kind in members(annotation)]
-    # Sorted: which of two equal unions typing keeps, and so their order, depends on what was imported before.
+    # Sorted, because typing caches equal unions: their order depends on which modules were imported before.
     kinds = {*found, *(["None"] if default is None else [])}
     return " | ".join(sorted(kinds, key=lambda kind: (kind in ("None", "other"), kind)))
 
 
 def require_known_arguments(trainer: dict[str, Any], plan: dict[str, Any]) -> None:
-    """UserError where the installed libraries do not take an argument of `train.trainer` or `training_plan`."""
+    """UserError if `train.trainer` or `training_plan` has an argument that the installed libraries do not accept."""
     listing = installed()
     try:
         check_trainer(trainer, listing)

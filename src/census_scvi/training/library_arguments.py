@@ -1,8 +1,9 @@
-"""Arguments of Lightning's Trainer and of scvi-tools' TrainingPlan and loss: which there are, and which values train.
+"""Check the arguments of Lightning's Trainer and of scvi-tools' TrainingPlan and loss: names, types and values.
 
-Importing torch, Lightning and scvi-tools takes six seconds, and a misspelt setting should be answered at once: the
-names come from a table by version, library_arguments.json, which `census_scvi.training.installed_arguments` writes.
-With a version that is not in it they are checked when training starts.
+Importing torch, Lightning and scvi-tools takes six seconds, but a misspelt setting should be reported at once. The
+names and types therefore come from a table by version, library_arguments.json, which
+`census_scvi.training.installed_arguments` writes. For a version that is not in the table they are checked when training
+starts.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from pydantic import TypeAdapter, ValidationError
 
 from census_scvi.config.messages import shown, suggestion
 
-# Name of an argument, and its types: `int | None`; `other` for a type that only the library understands.
+# Name of each argument and its types, such as `int | None`; `other` is a type that only the library can check.
 Arguments = dict[str, str]
-# Of one version of each library: name of the package, of what takes the arguments, and these.
+# Arguments of one version of each library, by package and by class or function.
 Listing = dict[str, dict[str, Arguments]]
 LIBRARIES = ("lightning", "scvi-tools")
 TABLE = "library_arguments.json"
 
-# Arguments that another setting or the pipeline itself decides, with the setting to use instead.
+# Arguments that may not be set here, and the setting to use instead (None: the pipeline sets the argument).
 _TRAINER_RESERVED = {
     "max_epochs": "train.max_epochs",
     "accelerator": "train.accelerator",
@@ -55,7 +56,7 @@ _PLAN_RESERVED = {
     "generative_outputs": None,
     "kl_weight": "training_plan.max_kl_weight",
 }
-# What training measures, for early stopping and for the learning rate.
+# Metrics of the training that early stopping and the learning rate schedule can monitor.
 MEASURED = (
     *(f"{name}_validation" for name in ("elbo", "reconstruction_loss", "kl_local", "kl_global")),
     *(f"{name}_train" for name in ("elbo", "reconstruction_loss", "kl_local", "kl_global")),
@@ -64,7 +65,7 @@ MEASURED = (
 
 
 def _number(least: float, *, more: bool = False) -> tuple[str, Callable[[Any], bool]]:
-    """A finite number from `least` on, or above it."""
+    """Description and check of a finite number: `least` or more, or above `least` if `more`."""
     words = f"a finite number above {least:g}" if more else f"a finite number, {least:g} or more"
     return words, lambda value: math.isfinite(value) and (value > least if more else value >= least)
 
@@ -77,7 +78,7 @@ def _one_of(*values: Any) -> tuple[str, Callable[[Any], bool]]:
     return "one of " + ", ".join(map(str, values)), lambda value: value in values
 
 
-# Values that the libraries would take, and then not train, or train something else, without a word.
+# Required values. The libraries accept other values without an error, but then do not train, or train differently.
 _TRAINER_VALUES = {
     "accumulate_grad_batches": _whole(1),
     "check_val_every_n_epoch": _whole(1),
@@ -109,7 +110,8 @@ _PLAN_VALUES = {
     "lr_scheduler_metric": _one_of(*MEASURED),
     "lr_min": _number(0),
 }
-# Which their annotation does not say; n_steps_kl_warmup counts without the epochs' warm-up only.
+# None is allowed although the type annotation does not include it: n_steps_kl_warmup is used only if
+# n_epochs_kl_warmup is None.
 _MAY_BE_NULL = {"n_epochs_kl_warmup", "num_sanity_val_steps"}
 _SIMPLE_TYPES = {
     "int": (int, "a whole number"), "float": (float, "a number"), "bool": (bool, "true or false"), "str": (str, "text"),
@@ -118,7 +120,7 @@ _SIMPLE_TYPES = {
 
 
 def listed(versions: dict[str, str] | None = None) -> Listing | None:
-    """What the table has of these versions, by default the installed ones; None where it lacks one."""
+    """Arguments of these versions (default: the installed ones) from the table; None if the table lacks one."""
     table = _table()
     try:
         return {name: table[name][versions[name] if versions else version(name)] for name in LIBRARIES}
@@ -133,9 +135,9 @@ def _table() -> dict[str, dict[str, dict[str, Arguments]]]:
 
 
 def check_trainer(arguments: dict[str, Any], listing: Listing | None) -> None:
-    """ValueError for a key of `train.trainer` that is no argument of the Trainer, or that another setting decides.
+    """ValueError if a key of `train.trainer` is not an argument of the Trainer or may not be set here.
 
-    And for a value of the wrong type or range. Where `listing` is None, names and types are not checked.
+    Also if a value has the wrong type or is out of range. If `listing` is None, names and types are not checked.
     """
     known = listing["lightning"]["Trainer"] | listing["scvi-tools"]["Trainer"] if listing else None
     _check("train.trainer", arguments, known, _TRAINER_RESERVED, "Lightning's Trainer")
@@ -143,9 +145,9 @@ def check_trainer(arguments: dict[str, Any], listing: Listing | None) -> None:
 
 
 def check_training_plan(arguments: dict[str, Any], listing: Listing | None) -> None:
-    """ValueError for a key of `training_plan` that TrainingPlan and the loss do not take, or a wrong type or range.
+    """ValueError if a key of `training_plan` is not an argument of TrainingPlan or of the loss, or may not be set here.
 
-    Where `listing` is None, names and types are not checked.
+    Also if a value has the wrong type or is out of range. If `listing` is None, names and types are not checked.
     """
     known = listing["scvi-tools"]["TrainingPlan"] | listing["scvi-tools"]["VAE.loss"] if listing else None
     _check("training_plan", arguments, known, _PLAN_RESERVED, "scvi-tools' TrainingPlan")
@@ -190,7 +192,7 @@ def _check_values(
 def _check_type(key: str, value: Any, annotation: str) -> None:
     parts = [part.strip() for part in annotation.split("|")]
     if value is None or not set(parts) <= _SIMPLE_TYPES.keys():
-        return  # a type only the library understands: it will say
+        return  # only the library can check this type
     if not any(_is(value, _SIMPLE_TYPES[part][0]) for part in parts):
         expected = " or ".join(_SIMPLE_TYPES[part][1] for part in parts if part != "int" or "float" not in parts)
         raise ValueError(f"{key} is {shown(value)}, expected {expected}")
@@ -207,5 +209,5 @@ def _is(value: Any, kind: type) -> bool:
 def _holds(holds: Callable[[Any], bool], value: Any) -> bool:
     try:
         return holds(value)
-    except TypeError:  # text for a number, where types were not checked
+    except TypeError:  # for example text instead of a number, if types were not checked
         return False

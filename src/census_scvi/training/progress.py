@@ -1,4 +1,4 @@
-"""How far training is: on a progress bar or in a log, and in TensorBoard."""
+"""Progress of the training, on a progress bar or in the log, and in TensorBoard."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ _LONGEST = 10**12  # seconds that timedelta can represent
 
 
 class EventLog(TensorBoardLogger):
-    """TensorBoard's events, without Lightning's hparams.yaml: manifest.json has the settings.
+    """TensorBoard logger that writes events but no hparams.yaml: manifest.json has the settings.
 
-    To see whether its folder is one, Lightning would import each cloud's file system that is installed, for half a
+    Lightning's own `save` also imports every installed cloud file system to check its folder, which takes half a
     second.
     """
 
     @rank_zero_only
     def save(self) -> None:
-        """Write the log so far."""
+        """Write buffered events to disk."""
         self.experiment.flush()
 
 
 class Progress(lightning.Callback):
-    """Cells per second, time left and memory: on a bar over all cells of all epochs, in a log, and in TensorBoard.
+    """Cells/s, time left and memory, on a progress bar over all cells of all epochs, in the log and in TensorBoard.
 
-    A log gets one line per epoch, and one every ten minutes of a longer epoch.
+    Without a progress bar, the log gets one line per epoch, and one every ten minutes within a longer epoch.
     """
 
     def __init__(self, n_train: int) -> None:
@@ -53,7 +53,7 @@ class Progress(lightning.Callback):
         self._logged, self._said = _Pace(0), _Pace(0)
 
     def on_train_start(self, trainer: Trainer, pl_module: Module) -> None:
-        """Show the bar, at the place where a resumed run continues."""
+        """Show the bar; a resumed run starts it at the cells done so far."""
         self._total = self._n_train * (trainer.max_epochs or 1)
         self._done = self._n_train * (trainer.fit_loop.total_batch_idx + 1) // trainer.num_training_batches
         self._logged, self._said = _Pace(self._done), _Pace(self._done)
@@ -62,7 +62,7 @@ class Progress(lightning.Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Minibatch, batch_idx: int
     ) -> None:
-        """Advance by the cells of all ranks' minibatches."""
+        """Advance the bar by the cells of the minibatch, times the number of processes."""
         cells = len(batch["row"]) * trainer.world_size
         self._done += cells
         if self._bar is not None:
@@ -89,7 +89,7 @@ class Progress(lightning.Callback):
             self._bar.close()
 
     def _log(self, trainer: Trainer, pl_module: Module) -> None:
-        """Speed and memory, to TensorBoard only: they are not metrics of the model."""
+        """Log speed and memory to TensorBoard only, because they are not metrics of the model."""
         memory = _gpu_memory(pl_module.device)
         if memory:
             self._shown["GPU"] = f"{memory:.1f} GB"
@@ -108,7 +108,7 @@ class Progress(lightning.Callback):
             self._logged = _Pace(self._done)
 
     def _say(self, trainer: Trainer, what: list[str]) -> None:
-        """A line in the log if there is no progress bar."""
+        """Write a line to the log if there is no progress bar."""
         if speed := self._said.cells_per_second(self._done):
             left = timedelta(seconds=min(round((self._total - self._done) / speed), _LONGEST))
             what = [*what, f"{speed:,.0f} cells/s"] + [f"{left} left"] * bool(left)
@@ -118,7 +118,7 @@ class Progress(lightning.Callback):
 
 
 class _Pace:
-    """Cells per second since a moment."""
+    """Cells per second since this object was created."""
 
     def __init__(self, done: int) -> None:
         self._done, self._at = done, time.monotonic()
@@ -135,5 +135,5 @@ def _epoch(trainer: Trainer) -> str:
 
 
 def _gpu_memory(device: torch.device) -> float:
-    """Peak GPU memory of torch in GB; 0 on a CPU."""
+    """Peak GPU memory reserved by torch, in GB; 0 on a CPU."""
     return torch.cuda.max_memory_reserved(device) / 1e9 if device.type == "cuda" else 0.0

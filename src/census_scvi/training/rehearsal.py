@@ -1,4 +1,4 @@
-"""Try `train.trainer` and `training_plan` on a model of two genes, so that invalid arguments are found early."""
+"""Try `train.trainer` and `training_plan` on a model of two genes, to find invalid arguments early."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _Setting: TypeAlias = tuple[str, str]  # section and key
 _TRAINER, _PLAN = "train.trainer", "training_plan"
 _LONGEST = 300
 _MINIBATCHES = 2
-# Excluded in a rehearsal: waiting for other machines, writing profiles, output.
+# Arguments not used in a rehearsal: it does not wait for other nodes, write profiles or print output.
 _NOT_RUN = ("num_nodes", "profiler", "enable_progress_bar", "enable_model_summary")
-# Arguments without meaning for an epoch of two minibatches, unless they are 0.
+# Arguments that do not apply to an epoch of two minibatches, unless they are 0.
 _OF_REAL_LENGTH = (
     "max_time", "max_steps", "min_steps", "min_epochs", "val_check_interval", "overfit_batches",
     "limit_train_batches", "limit_val_batches",
@@ -36,18 +36,18 @@ _OF_REAL_LENGTH = (
 def require_trainable(
     trainer: Arguments, plan: Arguments, fixed: Arguments, *, minibatches: tuple[int, int], early_stopping: bool
 ) -> None:
-    """UserError where Lightning, torch or scvi-tools do not train with the settings: names the setting and says why.
+    """UserError if Lightning, torch or scvi-tools cannot train with the settings: names the setting and the reason.
 
     Parameters
     ----------
     trainer
         The setting `train.trainer`.
     plan
-        Arguments of scvi-tools' TrainingPlan, as the setting `training_plan` gives them.
+        Arguments of scvi-tools' TrainingPlan: the setting `training_plan`.
     fixed
         Trainer arguments set by the pipeline, for one device.
     minibatches
-        How many there are for training and validation.
+        Number of training minibatches and of validation minibatches.
     early_stopping
         The setting `train.early_stopping`.
     """
@@ -55,15 +55,15 @@ def require_trainable(
     def refusal(trainer: Arguments, plan: Arguments) -> Exception | None:
         try:
             _rehearse(trainer, plan, fixed, minibatches, early_stopping=early_stopping)
-        except Exception as error:  # of any kind: they are the libraries'
-            return None if diverged(error) else error  # which would depend on the cells
+        except Exception as error:  # the libraries raise exceptions of any kind
+            return None if diverged(error) else error  # divergence depends on the cells, not on the arguments
         return None
 
     with quiet("lightning.pytorch"), quiet("lightning.fabric"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if (error := refusal(trainer, plan)) is None:
             return
-        if unrelated := refusal({}, {}):  # a defect, whatever the settings are
+        if unrelated := refusal({}, {}):  # a bug that does not depend on the settings
             raise unrelated
         named = _blamed([(_TRAINER, key) for key in trainer] + [(_PLAN, key) for key in plan], trainer, plan, refusal)
     values = {_TRAINER: trainer, _PLAN: plan}
@@ -77,7 +77,10 @@ def _blamed(
     plan: Arguments,
     refusal: Callable[[Arguments, Arguments], Exception | None],
 ) -> list[_Setting]:
-    """The setting that is refused alone, or those without any of which the others are not; else all."""
+    """The settings to report in the error.
+
+    The first setting that fails alone; else each setting whose removal makes the others work; else all settings.
+    """
 
     def some(chosen: list[_Setting]) -> tuple[Arguments, Arguments]:
         return (
@@ -91,18 +94,18 @@ def _blamed(
 
 
 def diverged(error: Exception) -> bool:
-    """Whether the numbers of a step were not finite: torch's distributions meet that before the loss does."""
+    """Whether a step failed because its numbers are not finite: torch's distributions raise before the loss exists."""
     return isinstance(error, ValueError) and "satisfy the constraint" in str(error)
 
 
 def one_line(error: BaseException) -> str:
-    """Text of an exception for a message."""
+    """Text of an exception in one line, for a message."""
     text = " ".join(str(error).split()).rstrip(".")
     return text[:_LONGEST] if " " in text else f"{type(error).__name__} {text[:_LONGEST]}"
 
 
 class _Ready(Exception):
-    """All is built and checked; the first minibatch would come."""
+    """Everything is built and checked; the first minibatch would follow."""
 
 
 class _StopAtFirstMinibatch(lightning.Callback):
@@ -111,7 +114,7 @@ class _StopAtFirstMinibatch(lightning.Callback):
 
 
 class _Minibatches:
-    """The same four cells again and again."""
+    """Minibatches that all hold the same four cells."""
 
     def __init__(self, number: int) -> None:
         self._number = number
@@ -128,7 +131,7 @@ class _Minibatches:
 def _rehearse(
     trainer: Arguments, plan: Arguments, fixed: Arguments, minibatches: tuple[int, int], *, early_stopping: bool
 ) -> None:
-    """Build everything; come to the first of as many minibatches as there are; train one epoch of two."""
+    """Build everything, start training with the real number of minibatches, then train one epoch of two minibatches."""
     built = _trainer(trainer, fixed, [], early_stopping=early_stopping)
     for timer in (callback for callback in built.callbacks if isinstance(callback, Timer)):
         if (timer.time_remaining() or 0) <= 0:
@@ -159,8 +162,8 @@ def _trainer(
 def _fit(trainer: Trainer, plan: Arguments, minibatches: tuple[int, int]) -> None:
     model = build_model(["a", "b"], ["x"], {"n_hidden": 2, "n_latent": 2})
     if plan.get("compile"):
-        TrainingPlan(model.module, **copy.deepcopy(plan))  # which writes into compile_kwargs
-    plan = {key: value for key, value in plan.items() if not key.startswith("compile")}  # which would take minutes
+        TrainingPlan(model.module, **copy.deepcopy(plan))  # copied, because it writes into compile_kwargs
+    plan = {key: value for key, value in plan.items() if not key.startswith("compile")}  # compiling takes minutes
     training = TrainingPlan(model.module, **plan)
     training.n_obs_training = training.n_obs_validation = 4
     validation = _Minibatches(minibatches[1]) if minibatches[1] else None

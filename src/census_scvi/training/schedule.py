@@ -6,21 +6,21 @@ from typing import Any
 
 from census_scvi.training.settings import TrainSection
 
-# In docs/publishing.md, trainings with a thousand steps or more had converged, shorter ones had not.
+# In the trainings of docs/publishing.md, those with 1,000 steps or more had converged, shorter ones had not.
 LEAST_STEPS = 1000
-_BATCH_SIZE = 128  # scvi-tools' own
-_KL_WARMUP_EPOCHS = 400  # scvi-tools' own
+_BATCH_SIZE = 128  # default of scvi-tools
+_KL_WARMUP_EPOCHS = 400  # default of scvi-tools
 
 
 def warnings_before(settings: TrainSection, plan: dict[str, Any], n_train: int, processes: int) -> list[str]:
-    """Reasons why the model may not converge, and settings that help; empty if there are none.
+    """Reasons why the model may not converge, each with settings that help; empty if there are none.
 
     Parameters
     ----------
     settings, plan
         The sections `train` and `training_plan`.
     n_train
-        Training cells.
+        Number of training cells.
     processes
         Number of processes, each with its own minibatches.
     """
@@ -50,6 +50,6 @@ def warnings_before(settings: TrainSection, plan: dict[str, Any], n_train: int, 
 
 
 def proposed_epochs(n_train: int, cells_a_step: int) -> int:
-    """scvi-tools' rule (20,000 cells 400 epochs, more cells fewer), and epochs enough for `LEAST_STEPS`."""
+    """Number of epochs by scvi-tools' rule (400 up to 20,000 cells, then fewer), but enough for `LEAST_STEPS`."""
     rule = min(round(20_000 / n_train * 400), 400)
     return max(rule, -(-LEAST_STEPS // -(-n_train // cells_a_step)))

@@ -1,1 +1,1 @@
-"""The training step of scvi-tools' VAE in less work."""
+"""Fast implementation of the training step of scvi-tools' VAE."""

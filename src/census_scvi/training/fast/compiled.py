@@ -1,4 +1,4 @@
-"""Compiled code: whether it can be used on this machine, and the threads it runs in."""
+"""Check whether compiled code works on this machine, and run it in threads."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ log = logging.getLogger(__name__)
 
 
 def works(compare: Callable[[], None], name: str) -> bool:
-    """Whether `compare`, which compiles something and compares it with torch, succeeds; the log says why not.
+    """Whether `compare` succeeds: it compiles code and compares its results with torch's. A failure is logged.
 
     Parameters
     ----------
     compare
-        Raises ArithmeticError where the results differ, or whatever the compiler raises.
+        Raises ArithmeticError if the results differ, or any exception of the compiler.
     name
         Name of the compared implementation, for the log.
     """
     try:
         compare()
-    except Exception as error:  # whatever compilers raise: torch does without them
+    except Exception as error:  # compilers raise exceptions of any kind; torch's operations are used instead
         log.warning(
             "%s cannot be used here (%s: %s); torch's own, slower operations are used instead",
             name,
@@ -37,7 +37,7 @@ def works(compare: Callable[[], None], name: str) -> bool:
 
 
 def require_equal(found: torch.Tensor | None, expected: torch.Tensor | None, tolerance: float) -> None:
-    """ArithmeticError where a result differs from torch's by more than this share of the largest."""
+    """ArithmeticError if a result differs from torch's by `tolerance` or more, relative to the largest value."""
     if found is None or expected is None:
         return
     difference = ((found - expected).abs().max() / expected.abs().max()).item()
@@ -46,7 +46,7 @@ def require_equal(found: torch.Tensor | None, expected: torch.Tensor | None, tol
 
 
 def in_threads(work: Callable[[int], None], parts: int) -> None:
-    """`work(part)` for each of `range(parts)`, each in its own thread; returns when all are done."""
+    """Call `work(part)` for each of `range(parts)`, each in its own thread; returns when all are done."""
     if parts == 1:
         work(0)
     else:
@@ -55,5 +55,5 @@ def in_threads(work: Callable[[int], None], parts: int) -> None:
 
 @cache
 def _threads(number: int, process: int) -> ThreadPoolExecutor:
-    """Threads of this process: a forked process does not inherit its parent's."""
+    """Thread pool of this process: a forked process does not inherit the threads of its parent."""
     return ThreadPoolExecutor(number, thread_name_prefix="step")

@@ -1,9 +1,9 @@
-"""`negative_binomial.loss_and_slopes` for float32 on a CPU: one cell's row at a time, so that it stays in the cache.
+"""`negative_binomial.loss_and_slopes` for float32 on a CPU, one cell's row at a time, so that it stays in the cache.
 
-Compiled by numba. The loops are short, each over few arrays and without branches, so that LLVM makes vector
-instructions of them; exp and log are polynomials for the same reason (the C library's take one number at a time).
-Sums have separate loops: only there may the compiler change the order of additions. All of it is in one file: numba
-caches compiled functions until their own file changes, and would not notice a change in another file.
+numba compiles the functions. Each loop is short, uses few arrays and has no branches, so that LLVM can vectorise it.
+For the same reason exp and log are polynomials: the functions of the C library take one number at a time. Sums have
+separate loops, because the compiler may change the order of additions in these only. All functions are in one file:
+numba caches a compiled function until its own file changes, and does not notice changes of functions in other files.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _EPS = np.float32(1e-8)
 
 
 def loss_and_slopes(decoded: Decoded, *, slopes: bool = True) -> LossAndSlopes:
-    """Loss of each cell and, where wanted, its derivatives; in as many threads as torch uses."""
+    """Loss of each cell and, if `slopes`, its derivatives, which overwrite the logits; in torch's number of threads."""
     logits, dropout, counts = decoded.logits, decoded.dropout, decoded.counts
     theta, row_of_cell = decoded.theta, decoded.row_of_cell
     n_cells, n_genes = logits.shape
@@ -33,7 +33,7 @@ def loss_and_slopes(decoded: Decoded, *, slopes: bool = True) -> LossAndSlopes:
     loss = torch.empty(n_cells)
     parts = min(torch.get_num_threads(), n_cells)
     one_row = len(theta) == 1
-    # Sums of a thread where all cells have one theta; else those of a cell, to be added where it has its theta from.
+    # One row per thread if all cells share one theta; else one row per cell, added to its row of theta at the end.
     of_theta = torch.zeros(parts if one_row else n_cells, n_genes)
     inflated = dropout is not None
     missed = logits if dropout is None else dropout
@@ -58,7 +58,7 @@ def _cells(  # type: ignore[no-untyped-def]
     logits, dropout, first, last, library, row_of_cell, genes, counts, theta, loss, of_theta, inflated, slopes
 ):
     n_genes = logits.shape[1]
-    # Separate arrays: the compiler would not know that rows of one array are contiguous.
+    # Separate arrays, because the compiler does not know that rows of one array are contiguous.
     share, mu, fall = np.empty(n_genes, np.float32), np.empty(n_genes, np.float32), np.empty(n_genes, np.float32)
     odds, weight = np.empty(n_genes, np.float32), np.empty(n_genes, np.float32)
     all_x, all_mu = np.empty(n_genes, np.float32), np.empty(n_genes, np.float32)
@@ -112,7 +112,7 @@ def _divide(share, total, library, mu):  # type: ignore[no-untyped-def]
 
 @_each
 def _fall(mu, theta, out):  # type: ignore[no-untyped-def]
-    """log(theta + eps) - log t, which is -log(1 + mu / (theta + eps)) and so keeps the digits of a small mu."""
+    """log(theta + eps) - log t, computed as -log(1 + mu / (theta + eps)), which is accurate for small mu."""
     for i in range(len(mu)):
         out[i] = -_log_above_one(mu[i] / (theta[i] + _EPS))
 
@@ -152,7 +152,7 @@ def _scatter(genes, slope_of_mu, slope_of_theta, row, of_theta):  # type: ignore
 
 @_each
 def _gain(x, mu, theta, out):  # type: ignore[no-untyped-def]
-    """Contribution of a count to the log-likelihood."""
+    """Additional terms of the log-likelihood for non-zero counts."""
     for i in range(len(x)):
         some = mu[i] + _EPS
         out[i] = x[i] * _log(some / (theta[i] + some)) + _lgamma_rise(theta[i], x[i]) - _lgamma_rise(_ONE, x[i])
@@ -160,7 +160,7 @@ def _gain(x, mu, theta, out):  # type: ignore[no-untyped-def]
 
 @_each
 def _slopes_of_counts(x, mu, theta, of_mu):  # type: ignore[no-untyped-def]
-    """Contribution of a count to the gradients; that of theta overwrites theta."""
+    """Additional terms of the gradients for non-zero counts; the terms of theta overwrite theta."""
     for i in range(len(x)):
         some = mu[i] + _EPS
         by_total = x[i] / (theta[i] + some)
@@ -245,7 +245,7 @@ def _dot(some, others):  # type: ignore[no-untyped-def]
 
 @_inlined
 def _exp(x):  # type: ignore[no-untyped-def]
-    """E to the x <= 0 within 2 units of the last place (Cephes' expf); 1e-38 below -87; NaN stays NaN."""
+    """Exponential of x <= 0 within 2 units in the last place (Cephes' expf); 1e-38 for x < -87; NaN stays NaN."""
     x = np.float32(-87) if x < np.float32(-87) else x
     n = np.floor(x * np.float32(1.44269504088896341) + np.float32(0.5))
     r = x - n * np.float32(0.693359375) - n * np.float32(-2.12194440e-4)
@@ -261,7 +261,7 @@ def _exp(x):  # type: ignore[no-untyped-def]
 
 @_inlined
 def _log(x):  # type: ignore[no-untyped-def]
-    """Natural logarithm of x > 1e-38 within 2 units of the last place (Cephes' logf); NaN and infinity become NaN."""
+    """Natural logarithm of x > 1e-38 within 2 units in the last place (Cephes' logf); NaN and infinity give NaN."""
     bits = np.float32(x).view(np.int32)
     exponent = np.int32((bits - np.int32(0x3F3504F3)) >> np.int32(23))
     m = np.int32(bits - (exponent << np.int32(23))).view(np.float32) - _ONE
@@ -280,14 +280,14 @@ def _log(x):  # type: ignore[no-untyped-def]
 
 @_inlined
 def _log_above_one(y):  # type: ignore[no-untyped-def]
-    """log(1 + y) for y >= 0, to the last places of a small y too."""
+    """log(1 + y) for y >= 0, accurate for small y too."""
     rounded = _ONE + y
     return _log(rounded) + (y - (rounded - _ONE)) / rounded
 
 
 @_inlined
 def _softplus(a):  # type: ignore[no-untyped-def]
-    """log(1 + e to the a)."""
+    """log(1 + exp(a))."""
     below = -a if a > 0 else a
     return (a if a > 0 else np.float32(0)) + _log_above_one(_exp(below))
 
@@ -302,8 +302,8 @@ def _sigmoid(a):  # type: ignore[no-untyped-def]
 def _lgamma_rise(z, x):  # type: ignore[no-untyped-def]
     """lgamma(z + x) - lgamma(z) for z > 0 and x >= 0.
 
-    Both by Stirling's series at 4 more, from where lgamma(z) = lgamma(z + 4) - log(z (z + 1) (z + 2) (z + 3)); what the
-    two have in common is taken out before rounding, so that a large z loses no digits.
+    Both are computed by Stirling's series at z + 4, with lgamma(z) = lgamma(z + 4) - log(z (z + 1) (z + 2) (z + 3)).
+    Terms that both have in common are cancelled before rounding, so that a large z loses no digits.
     """
     low, high = z + np.float32(4), z + x + np.float32(4)
     steps = (z + x) * (z + x + np.float32(1)) / (z * (z + np.float32(1)))
@@ -321,7 +321,7 @@ def _stirling(y):  # type: ignore[no-untyped-def]
 
 @_inlined
 def _digamma_rise(z, x):  # type: ignore[no-untyped-def]
-    """digamma(z + x) - digamma(z), the derivative of `_lgamma_rise` by z."""
+    """digamma(z + x) - digamma(z), the derivative of `_lgamma_rise` with respect to z."""
     low, high = z + np.float32(4), z + x + np.float32(4)
     return _log_above_one(x / low) + _digamma_series(high) - _digamma_series(low) + _steps(z) - _steps(z + x)
 

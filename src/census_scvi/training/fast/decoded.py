@@ -1,4 +1,4 @@
-"""Inputs and outputs of a kernel of the loss; `negative_binomial` has the names and the derivation."""
+"""Inputs and outputs of a loss kernel; `negative_binomial` explains the symbols and the derivation."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from census_scvi.counts.minibatch import SparseCounts
 
 @dataclass(frozen=True)
 class Decoded:
-    """A minibatch behind the decoder.
+    """Decoder outputs and counts of a minibatch.
 
     Attributes
     ----------
     logits
         float (cells, genes), contiguous; a kernel may overwrite them.
     theta
-        Inverse dispersion, float (rows, genes): one row for all cells, or one a batch, label or cell.
+        Inverse dispersion, float (rows, genes): one row for all cells, or one row per batch, label or cell.
     row_of_cell
-        int64 (cells,): the row of theta that is a cell's.
+        int64 (cells,): the row of theta of each cell.
     counts
         Counts of the cells.
     dropout
-        Logits of dropout, like `logits`; None without zero inflation.
+        Logits of dropout, float (cells, genes), contiguous; a kernel may overwrite them. None without zero inflation.
     """
 
     logits: torch.Tensor
@@ -36,10 +36,10 @@ class Decoded:
 
 
 class LossAndSlopes(NamedTuple):
-    """Loss of each cell and the derivatives of their sum.
+    """Loss of each cell, and the derivatives of the sum of these losses.
 
-    `loss` (cells,); the derivatives by `logits` (cells, genes), `theta` (rows, genes) and `dropout` (cells, genes) are
-    None if they are not needed, or without dropout.
+    `loss` is (cells,). The derivatives with respect to `logits` (cells, genes), `theta` (rows, genes) and `dropout`
+    (cells, genes) are None if they are not requested; `dropout` is also None without zero inflation.
     """
 
     loss: torch.Tensor

@@ -1,9 +1,10 @@
-"""`negative_binomial.loss_and_slopes` for float32 on a GPU, in one kernel of Triton.
+"""`negative_binomial.loss_and_slopes` for float32 on a GPU, in one Triton kernel.
 
-A program takes a few cells, one after another. It goes over a cell's genes in blocks: for the softmax, for the loss and
-the mean slope, and to write the slopes, the later times from the cache; torch's operations pass over all cells some
-twenty times. Between, it goes over the cell's non-zeros, which alone need the gamma functions; what they add to the
-slopes waits in `extra` until those of all genes are written.
+A Triton program processes a few cells one after another. For each cell it passes over the genes in blocks, several
+times: for the softmax, for the loss and the mean slope, and to write the slopes. Only the first pass reads from GPU
+memory, the later ones read from the cache; torch's operations would pass over all cells about twenty times. Before the
+slopes are written, the program passes over the cell's non-zeros, because only these need the gamma functions. Their
+contribution to the slopes is kept in `extra` until the slopes of all genes are written.
 """
 
 from __future__ import annotations
@@ -15,19 +16,19 @@ import triton.language as tl
 from census_scvi.training.fast.decoded import Decoded, LossAndSlopes
 
 _CELLS_A_PROGRAM = 4
-# Four genes a thread: their numbers fit its registers.
+# Four genes per thread: their values fit into its registers.
 _BLOCK, _WARPS = 1024, 8
 
 
 def loss_and_slopes(decoded: Decoded, *, slopes: bool = True) -> LossAndSlopes:
-    """Loss of each cell and, where wanted, its derivatives."""
+    """Loss of each cell and, if `slopes`, its derivatives, which overwrite the logits."""
     logits, dropout, counts = decoded.logits, decoded.dropout, decoded.counts
     theta, row_of_cell = decoded.theta.contiguous(), decoded.row_of_cell
     n_cells, n_genes = logits.shape
     loss = torch.empty(n_cells, device=logits.device)
     programs = triton.cdiv(n_cells, _CELLS_A_PROGRAM)
     one_row = len(theta) == 1
-    # Sums of a program where all cells have one theta; else those of a cell.
+    # One row per program if all cells share one theta, else one row per cell.
     of_theta = torch.zeros(programs if one_row else n_cells, n_genes, device=logits.device)
     last = counts.n_detected.cumsum(0)
     _cells[(programs,)](
@@ -134,7 +135,7 @@ def _cells(  # type: ignore[no-untyped-def]
                 if INFLATED:
                     odds = inverse * fall - tl.load(missed_row + gene, mask=there, other=0.0)
                     gain -= _softplus(-odds)
-                    rest = tl.sigmoid(-odds)  # weight 1: not part of the pass over all genes
+                    rest = tl.sigmoid(-odds)  # adds up to weight 1 with the sigmoid(odds) of the pass over all genes
                     more += rest * of_mu
                     of_theta_more += rest * (of_mu - fall - inverse / (inverse + 1e-8))
                     tl.store(extra + n_non_zeros + place, rest, mask=there)
@@ -147,7 +148,7 @@ def _cells(  # type: ignore[no-untyped-def]
 
             if SLOPES:
                 mean = tl.sum(means, 0)
-                tl.debug_barrier()  # the same memory, from here on by other threads
+                tl.debug_barrier()  # other threads access the same memory from here on
                 for start in range(0, n_genes, BLOCK):
                     gene = start + lane
                     there = gene < n_genes
@@ -176,14 +177,14 @@ def _cells(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _gene(row, theta_row, gene, there, most, scale, depth):  # type: ignore[no-untyped-def]
-    """Share, theta, log(theta + eps) - log t and slope of mu of some genes."""
+    """Share p, theta, log(theta + eps) - log t, and derivative with respect to mu, of some genes."""
     share = tl.exp(tl.load(row + gene, mask=there, other=-float("inf")) - most) * scale
     inverse = tl.load(theta_row + gene, mask=there, other=1.0)
     mu = share * depth
     return share, inverse, -_log_above_one(mu / (inverse + 1e-8)), inverse / (inverse + mu + 1e-8)
 
 
-# The same series as in `cpu_kernel`, where they are explained.
+# The same series as in `cpu_kernel`, which explains them.
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""How fast this processor multiplies, by library and by precision: measured on products of the model's own shapes."""
+"""Measure the speed of matrix products on this processor, by library and by precision, with the model's shapes."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ from census_scvi.training.fast.products import Libraries, Library, times_transpo
 Operands: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 _LIBRARIES: tuple[Library, ...] = ("torch", "onednn")
-# Required speedup over torch's own library: so that the next training with the same seed makes the same choice.
+# Required speedup over torch's default: a clear difference gives the same choice in the next training with the same
+# seed.
 _FASTER = 1.2
-# Layers of fewer weights are multiplied in no time that would matter, or could be measured.
+# Products with fewer weights than this take too little time to matter or to be measured.
 _FEW_WEIGHTS = 20_000
-# Seconds for one kind of product, and for a precision that turns out to be very slow.
+# Seconds to measure one kind of product; after a first turn longer than _LONG the measurement stops.
 _SECONDS, _LONG = 0.1, 1.0
 
 
 class Precision(NamedTuple):
-    """Seconds that the same products take: `float32`, and `reduced` in another dtype."""
+    """Seconds for the same products in float32 (`float32`) and in another dtype (`reduced`)."""
 
     float32: float
     reduced: float
 
 
 def shape_of(module: VAE) -> tuple[int, int]:
-    """Genes and hidden units of the two large layers, the encoder's first and the decoder's last."""
+    """Number of genes and of hidden units of the two large layers: the encoder's first and the decoder's last."""
     n_genes, n_hidden = module.decoder.px_scale_decoder[0].weight.shape
     return n_genes, n_hidden
 
@@ -41,14 +42,14 @@ def shape_of(module: VAE) -> tuple[int, int]:
 def faster_libraries(n_genes: int, n_hidden: int, density: float) -> Libraries:
     """The faster library for each kind of float32 product, with the number of threads that torch uses.
 
-    Takes a second or two, and no random numbers.
+    Takes one to two seconds and draws no random numbers.
 
     Parameters
     ----------
     n_genes, n_hidden
         Shape of the two large layers.
     density
-        Share of the counts that are not 0.
+        Share of non-zero counts.
     """
     if n_genes * n_hidden < _FEW_WEIGHTS:
         return Libraries()
@@ -71,12 +72,12 @@ def _faster_library(operands: list[Operands]) -> Library:
 
 
 def _sparse_is_faster(libraries: Libraries, n_genes: int, n_hidden: int, density: float) -> bool:
-    """Whether the encoder's first layer and its gradient are, on the counts that are not 0."""
-    n_cells = 512  # with fewer, the constant cost per minibatch would weigh too much
-    # The same number in each cell, evenly spread, other genes from cell to cell.
+    """Whether the encoder's first layer and its gradient are faster on the non-zero counts only."""
+    n_cells = 512  # with fewer cells, the constant cost per minibatch would dominate
+    # Each cell has the same number of non-zeros, evenly spread over the genes and shifted by one gene per cell.
     n_detected = max(1, round(density * n_genes))
     genes = (torch.arange(n_detected) * n_genes // n_detected + torch.arange(n_cells).unsqueeze(1)) % n_genes
-    dtype = torch.uint16 if n_genes <= 2**16 else torch.int32  # as the loader gives them
+    dtype = torch.uint16 if n_genes <= 2**16 else torch.int32  # the loader's dtypes
     counts = SparseCounts(
         torch.full((n_cells,), n_detected), genes.flatten().to(dtype), torch.ones(genes.numel()), n_genes
     )
@@ -93,13 +94,13 @@ def _sparse_is_faster(libraries: Libraries, n_genes: int, n_hidden: int, density
         with torch.enable_grad():
             torch.autograd.grad(sparse_layer.sparse_layer(counts, None, weight, bias), weight, slopes)
 
-    sparse()  # compiles
+    sparse()  # compiles the functions
     seconds = _least_seconds({"dense": dense, "sparse": sparse})
     return _FASTER * seconds["sparse"] < seconds["dense"]
 
 
 def measure_precision(n_genes: int, n_hidden: int, dtype: torch.dtype) -> Precision | None:
-    """Time of all products of a step in float32 and in `dtype`, on the CPU; None if they are too small to matter."""
+    """Seconds for all products of a step on the CPU in float32 and in `dtype`; None if they are too small to matter."""
     if n_genes * n_hidden < _FEW_WEIGHTS:
         return None
     exact, reduced = (_products(n_genes, n_hidden, kind) for kind in (torch.float32, dtype))
@@ -117,7 +118,7 @@ def measure_precision(n_genes: int, n_hidden: int, dtype: torch.dtype) -> Precis
 
 def _products(n_genes: int, n_hidden: int, dtype: torch.dtype) -> dict[str, list[Operands]]:
     """For each kind of product, the arguments of `times_transposed` for the two large layers."""
-    # Enough for the rates of a minibatch, few enough for a fraction of a second.
+    # Enough cells for the speed of a real minibatch, but few enough for a fraction of a second.
     n_cells = min(max(2**27 // (n_genes * n_hidden), 128), 1024)
 
     def ones(*shape: int) -> torch.Tensor:
@@ -138,8 +139,8 @@ def _multiply(library: Library, operands: list[Operands]) -> None:
 
 
 def _least_seconds(works: Mapping[str, Callable[[], None]]) -> dict[str, float]:
-    """The shortest time of each, measured alternately: other processes can only make a measurement longer."""
-    # Other processes do not count for one thread; the time of several says nothing of how long they take together.
+    """The shortest time of each, measured in turns: other processes can only make a measurement longer."""
+    # With one thread, CPU time excludes other processes. With several, CPU time is not the elapsed time.
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     least = dict.fromkeys(works, float("inf"))
     started, turns = time.perf_counter(), 0

@@ -1,39 +1,40 @@
-"""The reconstruction loss of scVI for counts that are mostly 0: the same number, without the work that cancels.
+"""The reconstruction loss of scVI for counts that are mostly 0: the same value, without computing terms that cancel.
 
-A cell with counts x_g and library size l = sum of x_g, whose decoder gives the logits a_g, has the expected counts
-mu_g = l p_g with p = softmax(a), and with the inverse dispersion theta_g the log-likelihood of scvi-tools'
-`log_nb_positive` (eps = 1e-8, t_g = theta_g + mu_g + eps)
+A cell has counts x_g and library size l = sum of x_g. The decoder gives the logits a_g, so the expected counts are
+mu_g = l p_g with p = softmax(a). With the inverse dispersion theta_g, eps = 1e-8 and t_g = theta_g + mu_g + eps, the
+log-likelihood of scvi-tools' `log_nb_positive` is
 
     log p(x) = sum over all genes of    theta_g (log(theta_g + eps) - log t_g)
              + sum over x_g > 0   of    x_g (log(mu_g + eps) - log t_g)
                                         + lgamma(x_g + theta_g) - lgamma(theta_g) - lgamma(x_g + 1).
 
-The second sum of scvi-tools runs over all genes too; where x_g = 0 each of its terms is exactly 0, for lgamma(theta) -
-lgamma(theta) = 0 and lgamma(1) = 0. So the gamma functions, the dearest part, are left to the counts that are there.
-The derivatives split in the same way. With the loss = -log p(x):
+In scvi-tools the second sum runs over all genes too. If x_g = 0, each of its terms is exactly 0, because
+lgamma(theta) - lgamma(theta) = 0 and lgamma(1) = 0. So the gamma functions, the most expensive part, are computed for
+non-zero counts only. The derivatives split in the same way. With loss = -log p(x):
 
     d loss / d mu_g    = theta_g / t_g                                            all genes
-                       + x_g / t_g - x_g / (mu_g + eps)                           where x_g > 0
+                       + x_g / t_g - x_g / (mu_g + eps)                           if x_g > 0
     d loss / d theta_g = log t_g - log(theta_g + eps) - theta_g / (theta_g + eps) + theta_g / t_g
-                       + x_g / t_g - digamma(x_g + theta_g) + digamma(theta_g)    where x_g > 0
+                       + x_g / t_g - digamma(x_g + theta_g) + digamma(theta_g)    if x_g > 0
 
 and through mu = l softmax(a), with s_g = d loss / d mu_g,
 
     d loss / d a_g     = l p_g (s_g - sum over h of p_h s_h).
 
-With zero inflation (zinb) a second head of the decoder gives the logits b_g of dropout. With A_g = theta_g
-(log(theta_g + eps) - log t_g) - b_g, scvi-tools' `log_zinb_positive` is, put in the same way,
+With zero inflation (zinb), a second head of the decoder gives the logits b_g of dropout. With A_g = theta_g
+(log(theta_g + eps) - log t_g) - b_g, scvi-tools' `log_zinb_positive` is, split in the same way,
 
     log p(x) = sum over all genes of    softplus(A_g) - softplus(-b_g)
              + sum over x_g > 0   of    x_g (...) + lgamma(...) ... as above, - softplus(-A_g)
 
-and its derivatives are those above, the parts for all genes weighted with w_g = sigmoid(A_g), but 1 where x_g > 0, and
+Its derivatives are those above, with the parts for all genes multiplied by w_g = sigmoid(A_g), or by w_g = 1 if
+x_g > 0, and
 
     d loss / d b_g     = w_g - sigmoid(-b_g).
 
-All of it needs one row of logits at a time, so that loss and derivatives are made in one go, the latter in the memory
-of the logits; a cell without counts (l = 0) has mu = 0 and no derivative by it, as in scvi-tools. What is left for
-autograd are the matrix products around it.
+The computation needs one row of logits at a time. So loss and derivatives are computed together, and the derivatives
+overwrite the logits. A cell without counts (l = 0) has mu = 0 and no derivative with respect to mu, as in scvi-tools.
+The matrix products before and after are computed by `products`.
 """
 
 from __future__ import annotations
@@ -79,23 +80,23 @@ def reconstruction_loss(
     scale
         `px_scale_decoder`'s layer, which gives the logits.
     dispersion
-        theta of the genes.
+        Inverse dispersion of the genes.
     counts
         Counts of the cells.
     dropout
-        `px_dropout_decoder`: with it the distribution is zero-inflated.
+        Layer `px_dropout_decoder` of a zero-inflated distribution; None without zero inflation.
 
     Returns
     -------
-    The mean over cells, which carries gradients to all but the counts, and the loss of each cell (cells,), which does
-    not.
+    The mean over cells, with gradients with respect to all inputs except the counts, and the loss of each cell
+    (cells,), without gradients.
     """
     heads = (*scale, *(dropout or (None, None)))
     return _ReconstructionLoss.apply(hidden, *heads, *dispersion, counts)
 
 
 class _ReconstructionLoss(torch.autograd.Function):
-    """The decoder's last products and the loss in one, so that the logits' memory serves their derivatives too."""
+    """The decoder's last matrix products and the loss together, so that the derivatives can overwrite the logits."""
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -119,7 +120,7 @@ class _ReconstructionLoss(torch.autograd.Function):
         hidden, theta, *rest = ctx.saved_tensors
         weights, of_products = rest[: len(rest) // 2], rest[len(rest) // 2 :]
         scale = of_mean / len(hidden)
-        # The scale is applied to the smaller factor: float16 represents gradients of single cells only.
+        # The scale is applied to `hidden`, not to the slopes: scaled slopes may be outside the range of float16.
         scaled = hidden * scale.to(hidden.dtype)
         of_hidden = sum(input_gradient(slopes, weight) for weight, slopes in zip(weights, of_products, strict=True))
         of_heads: list[torch.Tensor | None] = []
@@ -130,20 +131,20 @@ class _ReconstructionLoss(torch.autograd.Function):
 
 
 def _narrow(slopes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """In the dtype of the products; float16 ends at 65,504, which the slope of a larger count may exceed."""
+    """Convert slopes to the dtype of the products; clipped, because the slope of a large count may exceed float16."""
     most = torch.finfo(dtype).max
     return slopes if slopes.dtype == dtype else slopes.clamp_(-most, most).to(dtype)
 
 
 def loss_and_slopes(decoded: Decoded, *, slopes: bool = True) -> LossAndSlopes:
-    """Loss of each cell and, where wanted, the derivatives of their sum, by the kernel for the device and dtype."""
+    """Loss of each cell and, if `slopes`, the derivatives of their sum, by the kernel for the device and dtype."""
     kernel = _kernel(decoded.logits.device.type) if decoded.logits.dtype == torch.float32 else None
     return (kernel or torch_kernel).loss_and_slopes(decoded, slopes=slopes)
 
 
 @cache
 def _kernel(device: str) -> ModuleType | None:
-    """The kernel for a kind of device, if there is one and its results here equal torch's."""
+    """The kernel for a kind of device; None if there is none or its results on this machine differ from torch's."""
     name = {"cpu": "cpu_kernel", "cuda": "gpu_kernel"}.get(device)
     if name is None:
         return None
@@ -153,7 +154,7 @@ def _kernel(device: str) -> ModuleType | None:
 
 
 def _compare(kernel: ModuleType, device: str) -> None:
-    """ArithmeticError where the kernel differs from torch on a few cells."""
+    """ArithmeticError if the kernel's results differ from torch's on a few cells."""
     genes = torch.arange(50, device=device)
     logits = (genes * torch.tensor([[0.7], [0.1], [0.3]], device=device)).sin()
     n_detected = torch.tensor([5, 0, 45], device=device)

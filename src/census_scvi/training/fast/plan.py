@@ -1,4 +1,4 @@
-"""scvi-tools' training plan with this project's step in place of the module's own."""
+"""scvi-tools' training plan with this project's training step instead of the module's own."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ log = logging.getLogger(__name__)
 
 
 class FastTrainingPlan(TrainingPlan):
-    """Metrics, schedules and optimiser of scvi-tools; the loss by `step`, Adam in one pass over the parameters.
+    """Metrics, schedules and optimiser of scvi-tools, with the loss computed by `step` and a fused optimiser.
 
     Attributes
     ----------
     libraries
-        Libraries of the float32 matrix products on a CPU: measured when a training starts and kept in checkpoints, as
-        the libraries round differently; None if they are not known yet, or only torch's is used.
+        Libraries of the float32 matrix products on a CPU. They are measured when a training starts and saved in
+        checkpoints, because the libraries round differently. None before the measurement, or if only torch's library
+        is used.
     """
 
     libraries: Libraries | None = None
 
     def on_train_start(self) -> None:
-        """Choose the libraries: one choice for all processes, and for all of a training that is resumed."""
+        """Choose the libraries: the same for all processes; a resumed training keeps its libraries."""
         if self.device.type != "cpu" or self.trainer.precision != "32-true":
             return
         if self.libraries is None:
@@ -47,21 +48,21 @@ class FastTrainingPlan(TrainingPlan):
         products.use(self.libraries)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the choice."""
+        """Save the chosen libraries."""
         checkpoint["libraries"] = asdict(self.libraries) if self.libraries else None
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the choice; before there was one, oneDNN multiplied."""
+        """Restore the chosen libraries; a checkpoint without this key is from a version that always used oneDNN."""
         saved = checkpoint.get("libraries", asdict(Libraries("onednn", "onednn", "onednn")))
         self.libraries = Libraries(**saved) if saved else None
 
     def forward(self, minibatch: Minibatch, loss_kwargs: dict[str, Any]) -> tuple[None, None, LossOutput]:
-        """Called by scvi-tools' training and validation steps."""
+        """Compute the loss; scvi-tools' training and validation steps call this."""
         return None, None, step(self.module, minibatch, loss_kwargs["kl_weight"])
 
     @property
     def kl_weight(self) -> float:
-        """The weight as a number: scvi-tools' tensor would be copied to the GPU in each step."""
+        """The KL weight as a number: scvi-tools' tensor would be copied to the GPU in each step."""
         return float(
             _compute_kl_weight(
                 self.current_epoch,
@@ -75,7 +76,7 @@ class FastTrainingPlan(TrainingPlan):
 
     def _optimizer_creator_fn(self, optimizer_cls: type[torch.optim.Adam]) -> Callable[..., torch.optim.Optimizer]:
         trainer = self._trainer
-        # Lightning clips gradients of a reduced precision only where it unscales them, not a fused optimiser.
+        # In reduced precision, Lightning cannot clip the gradients of a fused optimiser, which unscales them itself.
         clipped = trainer is not None and bool(trainer.gradient_clip_val) and trainer.precision != "32-true"
         return lambda parameters: optimizer_cls(
             parameters, lr=self.lr, eps=self.eps, weight_decay=self.weight_decay, fused=not clipped

@@ -1,7 +1,8 @@
-"""Matrix products of the network, those of float32 on a CPU by the library that is faster there.
+"""Matrix products of the network; float32 products on a CPU use the library that is faster on the processor.
 
-torch multiplies float32 matrices on a CPU with its BLAS, MKL in its builds for x86. oneDNN, which is in these builds as
-well, takes less than half of the time on some processors and more on others: `measure` finds out which.
+torch multiplies float32 matrices on a CPU with its BLAS library, which is MKL in its x86 builds. These builds also
+include oneDNN, which takes less than half of the time on some processors and more time on others. `measure` finds the
+faster library.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch.nn import functional
 
-# torch's compiler makes linear layers of it.
+# The oneDNN operator that torch.compile uses for linear layers.
 _onednn: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 Library = Literal["torch", "onednn"]
@@ -20,15 +21,15 @@ Library = Literal["torch", "onednn"]
 
 @dataclass(frozen=True)
 class Libraries:
-    """The library for each kind of product.
+    """The library for each kind of matrix product.
 
     Attributes
     ----------
     forward, input_gradient, weight_gradient
-        The library; "torch" is the one that torch itself takes.
+        The library; "torch" is torch's default.
     counts
-        Whether the encoder's first layer multiplies the dense matrix of counts, with these libraries, or only the
-        non-zeros, with `sparse_layer`.
+        Input of the encoder's first layer: "dense" multiplies the dense matrix with the libraries above, "sparse" only
+        the non-zero counts with `sparse_layer`.
     """
 
     forward: Library = "torch"
@@ -44,43 +45,43 @@ _used = Libraries()
 
 
 def use(libraries: Libraries) -> None:
-    """Multiply with these libraries in this process from now on."""
+    """Use these libraries in this process from now on."""
     global _used
     _used = libraries
 
 
 def used() -> Libraries:
-    """The libraries that multiply now."""
+    """The libraries that are in use."""
     return _used
 
 
 def onednn_available() -> bool:
-    """Whether torch offers oneDNN's products here."""
+    """Whether torch provides oneDNN's matrix products on this machine."""
     return _onednn is not None and torch.backends.mkldnn.is_available()
 
 
 def layer_output(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """`x @ weight.T + bias`, (cells, outputs) of (cells, inputs), (outputs, inputs) and (outputs,).
+    """`x @ weight.T + bias`: (cells, outputs) from (cells, inputs), (outputs, inputs) and (outputs,).
 
-    Here and below the matrices may be views, and no gradients are kept.
+    In this and the next functions the matrices may be views, and autograd records nothing.
     """
     return times_transposed(_used.forward, x, weight, bias)
 
 
 def input_gradient(slopes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`slopes @ weight`, (cells, inputs) of (cells, outputs) and (outputs, inputs)."""
+    """`slopes @ weight`: (cells, inputs) from (cells, outputs) and (outputs, inputs)."""
     return times_transposed(_used.input_gradient, slopes, weight.T)
 
 
 def weight_gradient(slopes: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """`slopes.T @ x`, (outputs, inputs) of (cells, outputs) and (cells, inputs)."""
+    """`slopes.T @ x`: (outputs, inputs) from (cells, outputs) and (cells, inputs)."""
     return times_transposed(_used.weight_gradient, slopes.T, x.T)
 
 
 def times_transposed(
     library: Library, left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """`left @ right.T + bias`, (n, m) of (n, k), (m, k) and (m,), by a library where it can."""
+    """`left @ right.T + bias`: (n, m) from (n, k), (m, k) and (m,); by torch if oneDNN cannot multiply the operands."""
     if (
         library == "torch"
         or left.device.type != "cpu"
@@ -90,25 +91,25 @@ def times_transposed(
         or not _plain(right)
     ):
         return functional.linear(left, right, bias)
-    if bias is None and not left.is_contiguous() and len(left) > len(right):  # it would be copied first
+    if bias is None and not left.is_contiguous() and len(left) > len(right):  # oneDNN would copy `left` first
         return _onednn(right, left, None, "none", [], "").T.contiguous()
     return _onednn(left, right, bias, "none", [], "")
 
 
 def _plain(matrix: torch.Tensor) -> bool:
-    """Whether oneDNN has a routine for the layout; for others it has a slow one."""
+    """Whether oneDNN has a fast routine for the memory layout of a matrix."""
     return matrix.is_contiguous() or matrix.T.is_contiguous()
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """`torch.nn.functional.linear` for matrices, gradients included."""
+    """`torch.nn.functional.linear` for matrices, with gradients."""
     if torch.is_autocast_enabled(x.device.type):
-        return functional.linear(x, weight, bias)  # autocast has its own gradients
+        return functional.linear(x, weight, bias)  # autocast needs torch's own gradients
     return _Linear.apply(x, weight, bias)
 
 
 def product_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype of matrix products with `x`: autocast's if it is active."""
+    """The dtype of matrix products with `x`: autocast's dtype if autocast is active."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 

@@ -1,15 +1,15 @@
-"""The encoder's first layer for float32 on a CPU, computed from the non-zero counts alone.
+"""The encoder's first layer for float32 on a CPU, computed from the non-zero counts only.
 
 In `log1p(counts) @ weight.T` and in the gradient of the weights, `slopes.T @ log1p(counts)`, a count of 0 adds nothing.
-If a tenth of the counts are not 0, a tenth of the multiplications remain. Each takes longer than in a dense product:
-`measure` finds out which is faster.
+If a tenth of the counts are non-zero, a tenth of the multiplications remain. Each multiplication takes longer than in a
+dense product, so `measure` finds the faster of the two.
 
-The weights are processed in tiles of 128 inputs x 64 hidden units: a tile stays in the cache while all cells are
-multiplied with it. So the non-zeros of a minibatch are first sorted by tile, and within a tile by cell. The batch is an
-input like a gene, with the value 1: the one-hot matrix of scvi-tools without its zeros.
+The weights are processed in tiles of 128 inputs x 64 hidden units: a tile stays in the cache while it is multiplied
+with all cells. For this, the non-zeros of a minibatch are first sorted by tile, and within a tile by cell. The batch is
+an input like a gene, with the value 1. This equals scvi-tools' one-hot matrix without its zeros.
 
-Compiled by numba, the innermost loops from vector instructions of LLVM: of a loop in Python LLVM does not keep the sums
-in registers, because the arrays might overlap.
+numba compiles the functions. The innermost loops are written as LLVM vector instructions: LLVM would not keep the sums
+of a Python loop in registers, because the arrays might overlap.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ _compiled = numba.njit(error_model="numpy", nogil=True, cache=True)
 def sparse_layer(
     counts: SparseCounts, batch: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor
 ) -> torch.Tensor:
-    """`log1p(counts) @ weight.T + bias`, with gradients of weight and bias.
+    """`log1p(counts) @ weight.T + bias`, with gradients with respect to weight and bias.
 
     Parameters
     ----------
     counts
         Counts of the cells, on the CPU.
     batch
-        int64 (cells,): the batch of each cell, whose one-hot matrix the layer takes after the genes; None where it
-        takes none.
+        int64 (cells,): the batch of each cell, if the inputs of the layer are genes and one-hot batches; None if they
+        are genes only.
     weight
         float32 (n_hidden, genes + batches), or (n_hidden, genes).
     bias
@@ -61,12 +61,12 @@ def sparse_layer(
 
 
 class _Inputs(NamedTuple):
-    """Non-zero inputs of some cells, sorted by tile and, within a tile, by cell.
+    """Non-zero inputs of some cells, sorted by tile and within a tile by cell.
 
     Attributes
     ----------
     starts
-        int64 (tiles, cells + 1): first input of each cell, and the end of the last cell's.
+        int64 (tiles, cells + 1): position of each cell's first input, and the end of the last cell's inputs.
     places
         uint8 (inputs,): column within the tile.
     values
@@ -121,7 +121,7 @@ class _SparseLayer(torch.autograd.Function):
 
 @_compiled
 def _sorted(first, last, genes, values, codes, n_inputs):  # type: ignore[no-untyped-def]
-    """`_Inputs` of cells with the non-zeros `first` to `last`, and a 1 in the column `codes`, if there are codes."""
+    """`_Inputs` of cells: their non-zeros `first` to before `last`, and a 1 in column `codes` if there are codes."""
     n_cells, n_tiles = len(first), (n_inputs + _TILE - 1) // _TILE
     starts = np.zeros((n_tiles, n_cells + 1), np.int64)
     for cell in range(n_cells):
@@ -170,7 +170,7 @@ def _outputs(starts, places, values, weight, bias, out):  # type: ignore[no-unty
 
 @_compiled
 def _weight_gradient(starts, places, values, slopes, first, last, add, out):  # type: ignore[no-untyped-def]
-    """`slopes.T @ inputs` for the tiles `first` to `last`, written to `out` or added to it."""
+    """`slopes.T @ inputs` for the tiles `first` to before `last`, written to `out`, or added to it if `add`."""
     n_cells, n_hidden = slopes.shape
     tile, some_slopes = np.zeros((_TILE, _WIDTH), np.float32), np.zeros((n_cells, _WIDTH), np.float32)
     for left in range(0, n_hidden, _WIDTH):
@@ -189,10 +189,11 @@ def _weight_gradient(starts, places, values, slopes, first, last, add, out):  # 
 
 
 def _loop_over_inputs(body: Callable[..., ir.Value]) -> Any:
-    """A function `(cell, tile, places, values, first, last)` of the inputs from `first` to before `last`.
+    """A function `(cell, tile, places, values, first, last)` that loops over the inputs `first` to before `last`.
 
-    `cell` is float32 (64,), `tile` float32 (128, 64). `body` is given the instruction builder, an input's value (64
-    times), its row of the tile (values and pointer), and the cell's values, and returns the cell's new values.
+    `cell` is float32 (64,), `tile` float32 (128, 64). The arguments of `body` are the instruction builder, the value of
+    an input (repeated 64 times), its row of the tile (values and pointer), and the cell's values. It returns the new
+    values of the cell.
     """
     vector, index = ir.VectorType(ir.FloatType(), _WIDTH), ir.IntType(64)
 
@@ -236,7 +237,7 @@ def _loop_over_inputs(body: Callable[..., ir.Value]) -> Any:
 
 
 def _multiply_add(builder: ir.IRBuilder, one: ir.Value, other: ir.Value, summand: ir.Value) -> ir.Value:
-    """`one * other + summand`, in one instruction where the processor has it."""
+    """`one * other + summand`, in one instruction if the processor has it."""
     fused = ("contract",)
     return builder.fadd(builder.fmul(one, other, flags=fused), summand, flags=fused)
 
@@ -250,18 +251,18 @@ def _add_to_row(builder: ir.IRBuilder, value: ir.Value, row: ir.Value, place: ir
     return cell
 
 
-# cell += value * tile[place], and tile[place] += value * cell.
+# They compute cell += value * tile[place], and tile[place] += value * cell.
 _add_rows, _add_to_rows = _loop_over_inputs(_add_row), _loop_over_inputs(_add_to_row)
 
 
 @cache
 def usable() -> bool:
-    """Whether the layer compiles here and gives the results of torch's dense products."""
+    """Whether the layer compiles on this machine and its results equal torch's dense products."""
     return works(_compare, "the encoder's layer for sparse counts")
 
 
 def _compare() -> None:
-    """ArithmeticError where the layer differs from dense products on a few cells."""
+    """ArithmeticError if the layer's results differ from dense products on a few cells."""
     n_genes, n_batches, n_hidden = _TILE + 20, 3, _WIDTH + 5
     genes = torch.arange(n_genes)
     few = SparseCounts(

@@ -1,9 +1,13 @@
-"""The training step of scvi-tools' VAE in less work: same parameters, same random numbers, same loss and gradients.
+"""Fast training step of scvi-tools' VAE: same parameters, same random numbers, same loss and gradients.
 
-Differences from `VAE.forward`: log1p is computed for non-zero counts only; matrix products are computed by the library
-that is faster on the processor (`products`), those of the counts from the non-zeros where that is faster
-(`sparse_layer`); a batch is a row of weights that is looked up, where scvi-tools appends a one-hot matrix to its
-inputs; the loss is that of `negative_binomial`; layers that the loss does not depend on are not computed.
+Differences from `VAE.forward`:
+
+- log1p is computed for non-zero counts only;
+- matrix products are computed by the library that is faster on the processor (`products`);
+- the encoder's first layer is computed from the non-zero counts only, if that is faster (`sparse_layer`);
+- the weights of a batch are looked up as a row, whereas scvi-tools appends a one-hot matrix to the inputs;
+- the loss is computed by `negative_binomial`;
+- layers that do not affect the loss are not computed.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ from census_scvi.training.fast.sparse_layer import sparse_layer, usable
 
 
 def reason_against(module: VAE) -> str:
-    """Why the step cannot train this module; "" where it can."""
+    """Why the fast step cannot train this module; "" if it can."""
     if type(module) is not VAE:
         return f"its class is {type(module).__name__}"
     decoder = module.decoder.px_decoder
@@ -48,7 +52,7 @@ def step(module: VAE, minibatch: Minibatch, kl_weight: float) -> LossOutput:
     Parameters
     ----------
     module
-        A module that nothing is `reason_against`.
+        A module for which `reason_against` returns "".
     minibatch
         `{"X": SparseCounts, "batch": int64 (cells, 1), "labels": int64 (cells, 1)}` on the module's device.
     kl_weight
@@ -57,7 +61,7 @@ def step(module: VAE, minibatch: Minibatch, kl_weight: float) -> LossOutput:
     Raises
     ------
     ValueError
-        One cell alone in training mode, which BatchNorm cannot normalise.
+        The minibatch has one cell in training mode: BatchNorm cannot normalise it.
     """
     counts, batch = minibatch["X"], minibatch["batch"].squeeze(1)
     posterior, latent = encode(module, counts, batch)
@@ -85,21 +89,21 @@ def encode(module: VAE, counts: SparseCounts, batch: torch.Tensor) -> tuple[Norm
     dtype = encoder.mean_encoder.weight.dtype
     inputs = counts if _stay_sparse(counts, dtype) else counts.dense(dtype, log1p=True)
     hidden = _hidden(encoder.encoder, inputs, batch)
-    mean = encoder.mean_encoder(hidden).to(dtype)  # a reduced precision is for products alone
+    mean = encoder.mean_encoder(hidden).to(dtype)  # reduced precision is used for matrix products only
     variance = encoder.var_activation(encoder.var_encoder(hidden).to(dtype)) + encoder.var_eps
-    posterior = Normal(mean, variance.sqrt(), validate_args=False)  # validating would stop a GPU to look at it
+    posterior = Normal(mean, variance.sqrt(), validate_args=False)  # validation would wait for the GPU
     return posterior, encoder.z_transformation(posterior.rsample())
 
 
 def _stay_sparse(counts: SparseCounts, dtype: torch.dtype) -> bool:
-    """Whether the encoder's first layer takes the counts that are not 0 alone."""
+    """Whether the encoder's first layer is computed from the non-zero counts only."""
     device = counts.counts.device.type
     float32_on_cpu = device == "cpu" and dtype == torch.float32 and not torch.is_autocast_enabled(device)
     return float32_on_cpu and products.used().counts == "sparse" and usable()
 
 
 def _hidden(layers: FCLayers, x: Any, batch: torch.Tensor) -> torch.Tensor:
-    """`layers(x, batch)`, of sparse counts `layers(log1p(x), batch)`; one-hot batch times weights is a row of them."""
+    """`layers(x, batch)`, or `layers(log1p(x), batch)` for sparse counts; the weights of the batch are looked up."""
     for number, (first, *others) in enumerate(layers.fc_layers):
         takes_batch = layers.n_cov and layers.inject_into_layer(number)
         if isinstance(x, SparseCounts):
@@ -127,9 +131,9 @@ def _dispersion(module: VAE, hidden: torch.Tensor, batch: torch.Tensor, labels: 
 
 @contextmanager
 def unused_frozen(module: VAE) -> Iterator[None]:
-    """Without gradients for the parameters that the loss of this module does not depend on.
+    """Disable the gradients of the parameters that do not affect the loss of this module.
 
-    The optimiser and DDP would otherwise wait for them: they are more than half of scVI's.
+    Otherwise the optimiser and DDP would process them: they are more than half of scVI's parameters.
     """
     decoder = module.decoder
     unused: list[torch.nn.Parameter] = []

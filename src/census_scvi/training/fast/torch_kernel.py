@@ -1,4 +1,4 @@
-"""`negative_binomial.loss_and_slopes` in torch's own operations, for any device and float dtype."""
+"""`negative_binomial.loss_and_slopes` with torch's operations, for any device and float dtype."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from torch.nn.functional import softplus
 
 from census_scvi.training.fast.decoded import Decoded, LossAndSlopes
 
-_EPS = 1e-8  # scvi-tools'
+_EPS = 1e-8  # as in scvi-tools
 
 
 def loss_and_slopes(decoded: Decoded, *, slopes: bool = True) -> LossAndSlopes:
-    """Loss of each cell and, where wanted, its derivatives; the logits are left as they are."""
+    """Loss of each cell and, if `slopes`, its derivatives; does not overwrite the logits."""
     logits, dropout, counts = decoded.logits, decoded.dropout, decoded.counts
     theta, row_of_cell = decoded.theta, decoded.row_of_cell
     share = torch.softmax(logits, dim=-1)
     mu = share * counts.library_size(logits.dtype).unsqueeze(1)
     of_cell = theta if len(theta) == 1 else theta[row_of_cell]
     total = (mu + of_cell).add_(_EPS)
-    fall = (mu / (of_cell + _EPS)).log1p_().neg_()  # log(theta + eps) - log t, with the digits of a small mu
+    fall = (mu / (of_cell + _EPS)).log1p_().neg_()  # log(theta + eps) - log t, accurate for small mu
 
     cells, places = counts.cells(), counts.places()
     x = counts.counts.to(logits.dtype)
