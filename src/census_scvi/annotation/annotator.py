@@ -1,4 +1,4 @@
-"""Label transfer to a user's cells: labels in their obs, next to baselines and held-out accuracy."""
+"""Label transfer to a user's cells: writes labels, labels of baselines and held-out accuracy."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TITLES = {MODEL: "model", PCA_NEIGHBORS: "PCA", REGRESSION: "logistic regression
 _VAGUE = ("unknown", "na", "nan", "None", "")
 _STUDY, _DONOR = "dataset_id", "donor_id"
 STUDY_COLUMNS = [_STUDY, _DONOR]
-# By how much the accuracy of a baseline must exceed the model's for a warning.
+# Warn if the accuracy of a baseline exceeds the model's by more than this.
 _BETTER = 0.02
 
 
@@ -34,13 +34,14 @@ class Annotator:
     Parameters
     ----------
     reference
-        obs with `labels`, dataset_id and donor_id; cells whose label says nothing ("unknown") are excluded.
+        Reference cells; obs has the column `labels`, dataset_id and donor_id. Cells with an uninformative label such as
+        "unknown" are excluded.
     latent
-        Name of its embedding in obsm.
+        Name of the embedding in the reference's obsm.
     labels
-        obs column of the reference.
+        obs column of the labels.
     method, n_neighbors, seed
-        As `LabelTransfer` takes them.
+        Arguments of `LabelTransfer`.
 
     Raises
     ------
@@ -65,7 +66,7 @@ class Annotator:
         self._known, self._points, self._column = known, reference.obsm[latent], labels
         self._labels = reference.obs[labels].astype(str).to_numpy(dtype=object)
         self._method, self._n_neighbors, self._seed = method, n_neighbors, seed
-        # A query comes from another study than its neighbors; where the reference is one study, from another donor.
+        # A query is from another study than its neighbors, or from another donor if the reference is one study.
         self._differ = next((name for name in STUDY_COLUMNS if reference.obs[name][known].nunique() > 1), None)
         self._studies = None if self._differ is None else reference.obs[self._differ].astype(str).to_numpy(dtype=object)
         self._transfer = LabelTransfer(
@@ -78,7 +79,7 @@ class Annotator:
         )
 
     def annotate(self, cells: ad.AnnData, latent: str) -> None:
-        """Write labels, probability, uncertainty and unknown into the obs of cells, by their embedding in obsm."""
+        """Write labels, probability, uncertainty and unknown into the obs of `cells`, from the embedding in obsm."""
         transfer, column = self._transfer, self._column
         empty = cells.obs[EMPTY].to_numpy(dtype=bool)
         found = transfer.predict(cells.obsm[latent], empty=empty)
@@ -113,18 +114,18 @@ class Annotator:
         Parameters
         ----------
         cells
-            The cells, annotated by `annotate`.
+            The cells, after `annotate`.
         blocks
-            Their raw counts, CSR (some cells, genes), one after the other.
+            Raw counts of these cells in blocks, CSR (some cells, genes), in their order.
         counts, rows
-            CSR (cells, genes) of raw counts of some reference cells, and int64 (cells,) which.
+            Raw counts of some reference cells, CSR (cells, genes), and their rows in the reference, int64 (cells,).
         genes
-            bool (genes,): those that the query has.
+            bool (genes,): genes that the query has.
         """
         kept = self._known[rows]
         counts, rows = counts[np.flatnonzero(kept)], rows[kept]
         labels = self._labels[rows]
-        filled = np.asarray(counts[:, genes].sum(axis=1)).ravel() > 0  # a cell without counts is like any other
+        filled = np.asarray(counts[:, genes].sum(axis=1)).ravel() > 0  # all cells without counts look the same
         counts, rows, labels = _of_several(counts[np.flatnonzero(filled)], rows[filled], labels[filled])
         if len(np.unique(labels.astype(str))) < 2:
             log.info("%s: no baselines, fewer than two labels have two reference cells", self._column)
@@ -167,7 +168,7 @@ class Annotator:
 
 
 def _of_several(counts: sp.csr_matrix, rows: Any, labels: Labels) -> tuple[sp.csr_matrix, Any, Labels]:
-    """Without labels of a single cell, which cannot be in training and held-out cells."""
+    """Exclude labels with one cell, which cannot be in both training and held-out cells."""
     names, numbers = np.unique(labels.astype(str), return_counts=True)
     several = np.isin(labels.astype(str), names[numbers > 1])
     return counts[np.flatnonzero(several)], rows[several], labels[several]

@@ -1,4 +1,4 @@
-"""Labels of cells from their counts alone: the baselines that a model should exceed."""
+"""Baselines without the model: cell labels predicted from the counts alone."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ Named = tuple[Labels, npt.NDArray[np.float32]]
 
 
 class Baselines:
-    """Nearest neighbours in a PCA, and logistic regression, both on log-normalised counts.
+    """Nearest neighbors in a PCA, and logistic regression, both on log-normalised counts.
 
     Parameters
     ----------
     counts
         CSR (cells, genes): raw counts of the reference.
     labels
-        (cells,): label of each; at least two different ones.
+        (cells,): label of each cell; at least two different labels.
     genes
-        bool (genes,): those to use. Genes that the query's study has not measured only separate studies.
+        bool (genes,): genes to use. Genes that the query did not measure would only separate studies.
     n_neighbors
-        Neighbours a cell.
+        Neighbors per cell.
     seed
-        Of the PCA.
+        Seed of the PCA.
     """
 
     def __init__(
@@ -54,11 +54,11 @@ class Baselines:
         self._pca, positions = fit_pca(logged, seed=seed)
         self._index = NeighborIndex(positions, exact_cells=len(positions))
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # what it names hardly changes any more
+            warnings.simplefilter("ignore", ConvergenceWarning)  # more iterations hardly change the labels
             self._regression = LogisticRegression(C=_PENALTY, max_iter=_ITERATIONS).fit(logged, names)
 
     def predict(self, counts: sp.csr_matrix) -> dict[str, Named]:
-        """Likeliest label and its probability, (cells,) each, of raw counts (cells, genes), by each of the two."""
+        """Most likely label and its probability, (cells,) each, for raw counts (cells, genes), by each baseline."""
         logged = self._log(counts)
         shares = {
             PCA_NEIGHBORS: self._of_neighbors(logged),
@@ -74,7 +74,7 @@ class Baselines:
         return log_normalized(sp.csr_matrix(counts[:, self._genes], dtype=np.float64))
 
     def _of_neighbors(self, logged: sp.csr_matrix) -> npt.NDArray[np.float64]:
-        """Shares of the labels, neighbors weighed by 1 / distance; those at the same place, if any, count alone."""
+        """Label shares, neighbors weighted by 1 / distance; if neighbors have distance 0, only these count."""
         distances, positions = self._index.query(self._pca.transform(logged), self._n_neighbors)
         same = distances == 0
         weights = np.where(same.any(axis=1, keepdims=True), same, 1 / np.where(same, 1, distances.astype(np.float64)))

@@ -24,19 +24,19 @@ _COVERAGE = np.linspace(0.05, 1, 20)
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Predicted labels of held-out cells, compared with their true ones.
+    """Quality of the predicted labels of held-out cells.
 
     Attributes
     ----------
     accuracy
-        Share of the cells that got the right label.
+        Share of the cells with the correct label.
     mean_over_types
-        The same, mean over types, however rare.
+        Macro-averaged recall: the same share per type, mean over types.
     calibration_error
-        Expected calibration error: mean absolute difference of `right` and `probability`.
+        Expected calibration error: mean absolute difference of `right` and `probability` over bins.
     probability, right
-        (bins,): mean probability of the cells of a bin, and share of them that got the right label; ten bins of equal
-        size, fewer where many cells have the same probability.
+        (bins,): mean probability of the cells in a bin, and share of them with the correct label; ten bins of equal
+        size, fewer if many cells have the same probability.
     coverage, risk
         (20,): share of the cells that are kept, the most confident first, and share of these with a wrong label.
     """
@@ -51,11 +51,11 @@ class HeldOut:
 
     @classmethod
     def of(cls, truth: Labels, named: Named, seed: int = 0) -> HeldOut:
-        """Of true labels, and labels with their probabilities."""
+        """Compare true labels with predicted labels and their probabilities."""
         labels, probability = named
         right = labels == truth
         bins = calibration_curve(right, np.clip(probability, 0, 1), n_bins=_BINS, strategy="quantile")
-        # Cells that are equally sure come in any order.
+        # Cells with equal probability are in random order.
         order = np.lexsort((np.random.default_rng(seed).random(len(right)), -probability))
         wrong = np.cumsum(~right[order])
         named_cells = np.maximum((_COVERAGE * len(right)).round().astype(int), 1)
@@ -84,27 +84,27 @@ def hold_out(
     n_neighbors: int = 15,
     seed: int = 0,
 ) -> dict[str, HeldOut]:
-    """Predict the labels of each third of the studies from the others: in the latent space, and without the model.
+    """Predict the labels of each third of the studies from the other studies, in the latent space and by the baselines.
 
-    The model was trained on the counts of all of them, without labels; the PCA was not. On a study that the model was
-    not trained on its accuracy is lower.
+    The model was trained on the counts of all studies (without labels), but the PCA was fitted without the held-out
+    studies. The accuracy of the model is lower for a study that it was not trained on.
 
     Parameters
     ----------
     latent, counts
-        (cells, n_latent), and CSR (cells, genes) of raw counts: the reference.
+        The reference: (cells, n_latent), and CSR (cells, genes) of raw counts.
     labels, studies
-        (cells,) each; studies None: thirds of the cells, at random.
+        (cells,) each; studies None: random thirds of the cells.
     genes
-        bool (genes,): those that `Baselines` look at.
+        bool (genes,): the genes that `Baselines` uses.
     method, n_neighbors
-        As `LabelTransfer` takes them.
+        Arguments of `LabelTransfer`.
     seed
-        Of everything random.
+        Random seed.
 
     Returns
     -------
-    `scvi`, `pca` and `logistic_regression`; empty where no type is in two studies, or where the cells are too few.
+    Results for `scvi`, `pca` and `logistic_regression`; empty if no type is in two studies, or there are too few cells.
     """
     truth: list[Labels] = []
     found: dict[str, list[Named]] = {}
@@ -112,7 +112,7 @@ def hold_out(
         try:
             transfer = LabelTransfer(latent[train], labels[train], n_neighbors=n_neighbors, method=method, seed=seed)
         except UserError:
-            continue  # too few different cells to learn from
+            continue  # too few different cells in the training part
         named = transfer.predict(latent[test], warn=False)
         baselines = Baselines(counts[train], labels[train], genes, n_neighbors=n_neighbors, seed=seed)
         truth.append(labels[test])
@@ -125,7 +125,7 @@ def hold_out(
 
 
 def _folds(labels: Labels, studies: Labels | None, seed: int) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
-    """Training rows and held-out rows; the latter only of types that the former have."""
+    """Training rows and held-out rows; held-out cells of types without training cells are excluded."""
     if studies is None:
         parts = KFold(_FOLDS, shuffle=True, random_state=seed).split(labels)
     else:

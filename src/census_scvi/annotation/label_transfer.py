@@ -1,4 +1,4 @@
-"""Labels of reference cells for other cells, by nearest neighbors in an embedding; cells far from all are `unknown`."""
+"""Label transfer by nearest neighbors in an embedding; cells far from the reference are `unknown`."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ class Prediction:
     Attributes
     ----------
     labels
-        object (cells,): the likeliest label, whether the cell is unknown or not.
+        object (cells,): the most likely label, also for unknown cells.
     probability
-        float32 (cells,): share of the neighbors' weight with this label; with another method, its probability.
+        float32 (cells,): share of this label in the weight of the neighbors, or its probability by the classifier.
     uncertainty
-        float32 (cells,), 0 to 1: scaled distance of the cell from its neighbors; 0.5 at the threshold of `unknown`.
+        float32 (cells,), 0 to 1: scaled distance of the cell to its neighbors; 0.5 at the threshold of `unknown`.
     unknown
         bool (cells,): uncertainty above 0.5.
     shift
-        Distance ratio: distance of the cells from the reference, divided by that of the reference's own cells; 1 if
-        it is not larger, or if there are too few cells.
+        Distance ratio: distance of the cells to the reference, divided by the distance of the reference's own cells;
+        1 if it is smaller than 1, or if there are too few cells.
     corrected_by
-        Divisor of the distances before the comparison with the threshold; 1: no correction.
+        The distances are divided by this number before the comparison with the threshold; 1: no correction.
     far
-        Whether the ratio is larger than between the reference's own studies: then nothing is corrected, and neither
-        labels nor `unknown` are reliable.
+        Whether the ratio is larger than between the reference's own studies. The distances are then not corrected, and
+        neither labels nor `unknown` are reliable.
     """
 
     labels: npt.NDArray[np.object_]
@@ -61,37 +61,37 @@ class Prediction:
 
 
 class LabelTransfer:
-    """Labels by the nearest neighbors in an embedding, or by a classifier on it; `unknown` by distance in either case.
+    """Label transfer by nearest neighbors in an embedding or by a classifier on it; `unknown` always uses the distance.
 
     Parameters
     ----------
     points
         (cells, dimensions): the reference. Copies of a cell (equal position and label) count once.
     labels
-        (cells,): label of each; missing ones are not admitted.
+        (cells,): label of each cell; missing labels are not allowed.
     groups
-        (cells,): study or donor of each reference cell. A query comes from another study than its neighbors; with
-        groups the threshold of `unknown` is set in that situation. None: all one group.
+        (cells,): study or donor of each reference cell. A query is from another study than its neighbors, so the
+        threshold of `unknown` is set with neighbors from other groups. None: all cells are one group.
     n_neighbors
         Neighbors per cell, 1 or more.
     exact_cells
-        Up to how many reference cells the search is exact.
+        Maximum number of reference cells for an exact search.
     method
         `neighbors`, `random_forest` or `logistic_regression` (on standardised dimensions).
     seed
-        Of the probes, of an approximate index and of the forest.
+        Seed of the probes, the approximate index and the forest.
 
     Attributes
     ----------
     classes
         The labels, sorted.
     bound
-        How `unknown` is decided, and how well that works.
+        The threshold of `unknown` and its measured quality.
 
     Raises
     ------
     UserError
-        No more cells than neighbors, a cell without a label or a finite position, or no such method.
+        There are not more cells than neighbors, a cell has no label or no finite position, or the method is unknown.
     """
 
     def __init__(
@@ -132,21 +132,21 @@ class LabelTransfer:
             self._classifier = _classifier(method, seed).fit(self._points, self._codes)
 
     def predict(self, points: Points, *, empty: npt.NDArray[np.bool_] | None = None, warn: bool = True) -> Prediction:
-        """Labels of the cells of a study.
+        """Predict the labels of the cells of one study.
 
-        A study may be farther from the reference than the reference's own studies from each other, because of another
-        chemistry or treatment: the distances are divided by this ratio, as long as it is not larger than between the
-        reference's own studies. A study with a larger ratio is not corrected, and `warn` reports it: cells of
-        types that the reference lacks look the same.
+        The cells of a study may be farther from the reference than the reference's own cells, for example because of
+        another chemistry or treatment. The distances are divided by this ratio if it is not larger than between the
+        reference's own studies. A larger ratio is not corrected, because cells of types that the reference lacks have
+        the same effect; it gives a warning.
 
         Parameters
         ----------
         points
             (cells, dimensions) in the same embedding.
         empty
-            bool (cells,): cells without counts, whose position means nothing. They are unknown, with probability 0.
+            bool (cells,): cells without counts, whose position is meaningless. They are unknown, with probability 0.
         warn
-            Whether to warn where the cells are far.
+            Whether to warn if the cells are far from the reference.
         """
         empty = np.zeros(len(points), bool) if empty is None else empty
         best, probability = np.empty(len(points), np.int64), np.empty(len(points), np.float32)
@@ -162,7 +162,7 @@ class LabelTransfer:
         if warn and found.far:
             log.warning("%s", self.bound.warning(found.ratio))
         excess = distance / found.divisor / self.bound.distance
-        uncertainty = (excess / (excess + 1)).astype(np.float32)  # half at the threshold, towards one with the distance
+        uncertainty = (excess / (excess + 1)).astype(np.float32)  # 0.5 at the threshold, approaches 1 with the distance
         return Prediction(
             labels=np.array(self.classes, dtype=object)[best],
             probability=np.where(empty, np.float32(0), probability),
@@ -174,13 +174,13 @@ class LabelTransfer:
         )
 
     def _vote(self, distances: npt.NDArray[Any], positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """Shares of the labels, nearer neighbors weighing more."""
+        """Label shares; nearer neighbors have a larger weight."""
         weights = np.exp(-np.square(distances / np.maximum(distances.mean(axis=1, keepdims=True), 1e-12)))
         return label_shares(weights, self._codes[positions], len(self.classes))
 
 
 def check_method(method: str) -> None:
-    """UserError if it is not a method."""
+    """UserError if the method is unknown."""
     if method not in METHODS:
         raise UserError(f"method is {method!r}{suggestion(method, list(METHODS))}; choose {', '.join(METHODS)}")
 
@@ -194,8 +194,8 @@ def _too_few(different: int, cells: int, n_neighbors: int) -> str:
 
 
 def _without_copies(points: Points, codes: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
-    """Rows of the first of all cells with the same position and label, ascending."""
-    rows = np.column_stack([points + np.float32(0), codes.astype(np.float32)])  # -0.0 is 0.0
+    """Rows of the cells without copies, ascending: the first cell of each position and label."""
+    rows = np.column_stack([points + np.float32(0), codes.astype(np.float32)])  # changes -0.0 to 0.0
     bytes_of = np.ascontiguousarray(rows).view(np.dtype((np.void, rows.itemsize * rows.shape[1]))).ravel()
     return np.sort(np.unique(bytes_of, return_index=True)[1])
 

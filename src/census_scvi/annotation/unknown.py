@@ -1,7 +1,8 @@
-"""From which distance to the reference on a cell is `unknown`, and how well that finds types that the reference lacks.
+"""Set the distance to the reference above which a cell is `unknown`, and measure how well it finds missing cell types.
 
-Both are measured on the reference itself. Each probe, a cell of the reference, is compared with the cells of the other
-studies, as a query's will be: with all of them, and with those of other labels, as if its own label were missing there.
+Both use the reference only. Probes are cells of the reference. Each probe is compared with the cells of the other
+studies, as a query cell would be: once with all of these cells, and once with those of other labels only, as if the
+probe's own label were missing in the reference.
 """
 
 from __future__ import annotations
@@ -11,16 +12,16 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-# Probes per label and in all, and the fewest cells of a label that is probed.
+# Maximum number of probes per label and in total, and minimum number of cells of a label with probes.
 _PROBES, _MOST_PROBES, _FEWEST = 200, 5000, 10
 # Minimum share of the known cells that keep their label.
 _LEAST_KEPT = 0.9
-# Fewest cells of a study, and fewest probes among them, from which its distance ratio is measured.
+# Minimum number of cells of a study, and of probes among them, for its distance ratio to be measured.
 _FEWEST_OF_A_STUDY, _FEWEST_PROBES = 100, 20
-# How far a study lies is measured on its nearest quarter: these are cells of known types even where half of the cells
-# are of missing ones.
+# The distance of a study is the first quartile over its cells: these nearest cells are of known types, even if half of
+# the cells are of missing types.
 _QUARTER = 0.25
-# A study is far if its ratio exceeds that of 90 % of the reference's own studies by more than 10 % (chance).
+# A study is far if its ratio exceeds the 90 % quantile over the reference's own studies by more than 10 % (chance).
 _USUAL, _CHANCE = 0.9, 1.1
 _BLOCK_DISTANCES, _LEAST_DISTANCE = 2**23, 1e-12
 
@@ -35,12 +36,12 @@ class Correction:
     Attributes
     ----------
     ratio
-        Distance ratio: distance of its cells from the reference, divided by that of the reference's own cells; 1 if it
-        is not larger, or if there are too few cells.
+        Distance ratio: distance of the study's cells to the reference, divided by the distance of the reference's own
+        cells; 1 if it is smaller than 1, or if there are too few cells.
     divisor
-        Divisor of its distances.
+        The distances are divided by this number.
     far
-        The ratio is larger than between the reference's own studies, so that nothing is divided.
+        Whether the ratio is larger than between the reference's own studies; the divisor is then 1.
     """
 
     ratio: float
@@ -50,22 +51,23 @@ class Correction:
 
 @dataclass(frozen=True)
 class UnknownThreshold:
-    """How `unknown` is decided, and how well it finds cells of types that the reference lacks.
+    """The threshold of `unknown`, and how well it finds cells of types that the reference lacks.
 
     Attributes
     ----------
     distance
         Mean distance to the neighbors above which a cell is unknown.
     scales
-        float64 (labels,): distance of the nearest quarter of a label's cells to the cells of other studies.
+        float64 (labels,): first quartile of the distances of a label's cells to the cells of other studies.
     usual_ratio
-        Largest distance ratio that is corrected: that between the reference's own studies; NaN where it has one.
+        Usual distance ratio between the reference's own studies (90 % quantile); larger ratios are not corrected. NaN
+        if fewer than two studies have enough cells.
     known_kept
         Share of the cells of known types that are not unknown, mean over types.
     left_out_found
-        Share of the cells of a type that the reference lacks that are unknown, mean over types; NaN where there are too
-        few types. Both are measured as they are applied: one study of the reference after the other is the query, with
-        its cells of the missing type among the others, and its distances are corrected as a query's.
+        Share of the cells of a missing type that are unknown, mean over types; NaN if there are too few types. For this
+        and `known_kept`, each study of the reference is the query once and its distances are corrected like those of a
+        query; for `left_out_found`, this query includes the cells of the missing type.
     """
 
     distance: float
@@ -89,7 +91,7 @@ class UnknownThreshold:
         return _correct(float(np.quantile(distance / self.scales[nearest], _QUARTER)), self.usual_ratio)
 
     def warning(self, ratio: float) -> str:
-        """The warning for a study that is far."""
+        """The warning for a study that is far from the reference."""
         usual = (
             "it has one study, so the usual ratio is not known"
             if np.isnan(self.usual_ratio)
@@ -103,7 +105,7 @@ class UnknownThreshold:
 
 
 def _correct(ratio: float, usual: float) -> Correction:
-    """Divide by a ratio that is usual; `usual` is NaN where nothing is known."""
+    """The correction for a distance ratio, compared with the `usual` ratio; NaN if that is not known."""
     if ratio > _CHANCE * max(np.nan_to_num(usual, nan=1.0), 1.0):
         return Correction(ratio, 1.0, True)
     return Correction(max(ratio, 1.0), max(ratio, 1.0), False)
@@ -111,20 +113,21 @@ def _correct(ratio: float, usual: float) -> Correction:
 
 @dataclass(frozen=True)
 class _Probes:
-    """Cells of the reference that represent a query's.
+    """Cells of the reference that represent cells of a query.
 
     Attributes
     ----------
     labels, groups
         (probes,): code of label and study.
     weight
-        (probes,): cells of the reference that each stands for, of its label and study.
+        (probes,): number of reference cells of the same label and study that each probe represents.
     known, known_nearest
-        (probes,): distance to the other cells, and the nearest one's label; of other studies, where `across`.
+        (probes,): mean distance to the nearest other cells, and label of the nearest one; cells of other studies only
+        if `across`.
     missing, missing_nearest
-        (probes,): the same to cells of other labels; NaN where these are too few.
+        (probes,): the same for cells of other labels only; the distance is NaN if there are too few.
     across
-        bool (probes,): whether another study has the label.
+        bool (probes,): whether another study has the label, and the other studies have enough cells.
     """
 
     labels: Codes
@@ -140,20 +143,20 @@ class _Probes:
 def set_threshold(
     points: npt.NDArray[np.float32], codes: Codes, groups: Codes, *, n_neighbors: int, seed: int
 ) -> UnknownThreshold:
-    """The distance that best separates cells of missing types from cells of known ones.
+    """The distance that best separates cells of missing types from cells of known types.
 
-    Of those at which nine in ten of the latter keep their label, mean over types.
+    Only distances at which at least 90 % of the cells of known types (mean over types) keep their label are considered.
 
     Parameters
     ----------
     points
-        float32 (cells, dimensions): the reference, more cells than `n_neighbors`.
+        float32 (cells, dimensions): the reference, with more cells than `n_neighbors`.
     codes, groups
-        (cells,): code of the label, and of the study.
+        (cells,): code of the label and of the study.
     n_neighbors
         Neighbors per cell.
     seed
-        Of the draw of the probes.
+        Seed of the random choice of the probes.
     """
     rows = _draw(codes, np.random.default_rng(seed))
     probes = _compare(points, codes, groups, rows, n_neighbors)
@@ -170,7 +173,7 @@ def set_threshold(
 
 
 def _draw(codes: Codes, generator: np.random.Generator) -> npt.NDArray[np.int64]:
-    """Rows of the probes: some of each label with enough cells, or of every label if none has enough."""
+    """Rows of the probes: some cells of each label with enough cells; if none has enough, of the largest labels."""
     numbers = np.bincount(codes)
     counted = np.flatnonzero(numbers >= min(_FEWEST, numbers.max()))
     most = max(min(_PROBES, _MOST_PROBES // len(counted)), _FEWEST)
@@ -181,7 +184,7 @@ def _draw(codes: Codes, generator: np.random.Generator) -> npt.NDArray[np.int64]
 def _compare(
     points: npt.NDArray[np.float32], codes: Codes, groups: Codes, rows: npt.NDArray[np.int64], n_neighbors: int
 ) -> _Probes:
-    """Distances of the probes to the other cells."""
+    """The probes with their distances to the other cells."""
     pairs = codes.astype(np.int64) * (int(groups.max()) + 1) + groups
     _, pair_of, cells = np.unique(pairs, return_inverse=True, return_counts=True)
     probes_of = np.bincount(pair_of[rows], minlength=len(cells))
@@ -193,13 +196,13 @@ def _compare(
     size = max(_BLOCK_DISTANCES // len(points), 1)
     for start in range(0, len(rows), size):
         block = rows[start : start + size]
-        squared = squares[block][:, None] + squares - 2 * points[block] @ points.T  # to within rounding
-        squared[np.arange(len(block)), block] = np.inf  # not itself
+        squared = squares[block][:, None] + squares - 2 * points[block] @ points.T  # with rounding errors
+        squared[np.arange(len(block)), block] = np.inf  # not the cell itself
         away = np.where(groups[block][:, None] == groups, np.inf, squared)
         known.append(_nearest(points, block, np.where(across[start : start + size, None], away, squared), n_neighbors))
         same = codes[block][:, None] == codes
         other, at = _nearest(points, block, np.where(same, np.inf, away), n_neighbors)
-        if (few := np.isnan(other)).any():  # too few cells of other labels elsewhere: use its own study
+        if (few := np.isnan(other)).any():  # too few cells of other labels in other studies: use its own study too
             near = np.where(same[few], np.inf, squared[few])
             other[few], at[few] = _nearest(points, block[few], near, n_neighbors)
         missing.append((other, at))
@@ -221,7 +224,7 @@ def _compare(
 def _nearest(
     points: npt.NDArray[np.float32], rows: npt.NDArray[np.int64], squared: npt.NDArray[np.float32], n_neighbors: int
 ) -> tuple[Distances, npt.NDArray[np.int64]]:
-    """Mean distance to the nearest cells, NaN if fewer are allowed (not infinite), and the nearest one."""
+    """Mean distance to the nearest cells, and the nearest cell; NaN if fewer than `n_neighbors` have a finite value."""
     at = np.argpartition(squared, n_neighbors - 1, axis=1)[:, :n_neighbors]
     exact = np.linalg.norm(points[at].astype(np.float64) - points[rows][:, None], axis=2)
     exact[~np.isfinite(np.take_along_axis(squared, at, axis=1))] = np.nan
@@ -230,7 +233,7 @@ def _nearest(
 
 
 def _scales(probes: _Probes, n_labels: int) -> Distances:
-    """Distance of the nearest quarter of each label's cells; of all cells for a label without probes."""
+    """First quartile of the distances of each label's probes; of all probes for a label without probes."""
     scales = np.full(n_labels, np.quantile(probes.known, _QUARTER))
     for label in np.unique(probes.labels):
         scales[label] = np.quantile(probes.known[probes.labels == label], _QUARTER)
@@ -250,17 +253,17 @@ def _quarter(values: Distances, weight: Distances) -> float:
 
 
 def _usual(ratios: dict[int, float]) -> float:
-    """90 % quantile of the studies' ratios; NaN for a single study."""
+    """90 % quantile of the studies' ratios; NaN for fewer than two studies."""
     return float(np.quantile(list(ratios.values()), _USUAL, method="higher")) if len(ratios) > 1 else float("nan")
 
 
 def _best_distance(probes: _Probes) -> float:
-    """The threshold, on distances that are not corrected."""
+    """The threshold, computed from uncorrected distances."""
     missing = ~np.isnan(probes.missing)
     if not missing.any():
         return max(float(np.quantile(probes.known, 0.99)), _LEAST_DISTANCE)
     levels = np.quantile(np.concatenate([probes.known, probes.missing[missing]]), np.linspace(0, 1, 501))
-    candidates = np.append((levels[1:] + levels[:-1]) / 2, levels[-1])  # a gap is divided in the middle
+    candidates = np.append((levels[1:] + levels[:-1]) / 2, levels[-1])  # thresholds in the middle of gaps
     kept = _share_above(probes.known, probes.labels, candidates)
     found = _share_above(probes.missing[missing], probes.labels[missing], candidates)
     score = np.where(1 - kept >= _LEAST_KEPT, found - kept, -np.inf)
@@ -269,19 +272,19 @@ def _best_distance(probes: _Probes) -> float:
 
 
 def _share_above(values: Distances, labels: Codes, candidates: Distances) -> Distances:
-    """Share of values above each candidate, mean over labels."""
+    """Share of the values above each candidate, mean over labels."""
     shares = [(values[labels == label][:, None] > candidates).mean(axis=0) for label in np.unique(labels)]
     return np.asarray(np.mean(shares, axis=0))
 
 
 def _as_applied(probes: _Probes, threshold: float, scales: Distances, ratios: dict[int, float]) -> tuple[float, float]:
-    """`known_kept` and `left_out_found`: each study is the query once, with all labels and with each one missing."""
+    """`known_kept` and `left_out_found`: each study is the query, once with all labels and once per missing label."""
     kept: dict[int, list[npt.NDArray[np.bool_]]] = {}
     found: dict[int, list[npt.NDArray[np.bool_]]] = {}
     known, missing = probes.known / scales[probes.known_nearest], probes.missing / scales[probes.missing_nearest]
     for group in np.unique(probes.groups):
         usual = _usual({other: ratio for other, ratio in ratios.items() if other != group})
-        corrected = group in ratios  # a smaller study is not
+        corrected = group in ratios  # small studies are not corrected
         mine = probes.groups == group
         others = mine & probes.across if (mine & probes.across).any() else mine
         divisor = _divisor(known[others], probes.weight[others], usual) if corrected else 1.0
@@ -301,7 +304,7 @@ def _divisor(relative: Distances, weight: Distances, usual: float) -> float:
 
 
 def _mean_over_labels(parts: dict[int, list[npt.NDArray[np.bool_]]]) -> float:
-    """NaN if there is no cell."""
+    """Share of true values, mean over labels; NaN if there are no cells."""
     cells = [np.concatenate(values) for values in parts.values()]
     shares = [values.mean() for values in cells if len(values)]
     return float(np.mean(shares)) if shares else float("nan")

@@ -1,1 +1,1 @@
-"""Pure functions, arrays in, numbers out: integration and biology of an embedding."""
+"""Metrics of an embedding (batch integration and biology) as pure functions from arrays to numbers."""

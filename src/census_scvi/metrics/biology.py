@@ -1,4 +1,4 @@
-"""Metrics of how well an embedding keeps a label."""
+"""Metrics of biological conservation: how well an embedding separates the values of a label."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from census_scvi.metrics.space import Space
 
 
 def biology(space: Space, column: str, labels: Names, donors: Names | None, batches: Names) -> list[Score]:
-    """How well an embedding keeps a label.
+    """Scores of how well an embedding separates the values of a label.
 
     Parameters
     ----------
@@ -40,14 +40,14 @@ def biology(space: Space, column: str, labels: Names, donors: Names | None, batc
     column
         Name of the label.
     labels, batches
-        (measured cells,): the label, missing (None) if uninformative, and the batch.
+        (measured cells,): the label (None if it is missing or uninformative), and the batch.
     donors
-        (measured cells,): groups that are held out and resampled as a whole; None: there are none.
+        (measured cells,): groups that are held out and resampled as a whole; None: no groups.
 
     Raises
     ------
     UserError
-        Fewer than two labels of ten cells or more.
+        Fewer than two labels have ten or more cells.
     """
     known = usable(labels)
     names, codes = np.unique(labels[known].astype(str), return_inverse=True)
@@ -88,7 +88,7 @@ def _agreement(measure: Callable[[Codes, Codes], float], labels: Codes, clusters
 
 
 def _isolated(points: Points, column: str, labels: Names, shuffled: Names, batches: Names, note: str) -> Score:
-    """Silhouette of the labels that are in the fewest batches."""
+    """Isolated label score: silhouette of the labels that occur in the fewest batches."""
     value, chance = (
         float(scib_metrics.isolated_labels(points, values.astype(str), batches.astype(str)))
         for values in (labels, shuffled)

@@ -1,4 +1,4 @@
-"""Where an embedding fails: the same measures for each cell type, and for each batch."""
+"""Metrics per cell type and per batch, to find the cells for which an embedding fails."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ Names = npt.NDArray[np.object_]
 
 
 def break_down(space: Space, labels: Names, batches: Names, of: Names) -> pd.DataFrame:
-    """Means over the measured cells of each type, or batch.
+    """Mean metrics over the measured cells of each type or batch.
 
     Parameters
     ----------
     space
         The embedding.
     labels, batches
-        (cells,): label, missing where None, and batch of all cells of the slice.
+        (cells,): label (None if missing) and batch of all cells of the slice.
     of
-        (cells,): the values by which rows are made; missing if None.
+        (cells,): types or batches that define the rows of the table; None if missing.
 
     Returns
     -------
-    One row per value, the most frequent first, indexed by name: `cells`; `same_type`, share of the 15 nearest
-    neighbors with the cell's label; `silhouette`, 0 to 1, of the label; `mixing`, entropy of the batches among
-    200 neighbours, of that of all cells of its type.
+    One row per value, the most frequent first, indexed by name: `cells`, number of cells of the slice; `same_type`,
+    share of the 15 nearest neighbors with the cell's label; `silhouette` of the label, 0 to 1; `mixing`, entropy of the
+    batches among 200 neighbors, divided by the entropy of the batches of all cells of the same type.
     """
     rows = space.measured
     known = np.array([label is not None for label in labels])

@@ -1,4 +1,4 @@
-"""Accuracy of classifiers of labels on an embedding with held-out donors."""
+"""Accuracy of classifiers of a label on an embedding, with held-out donors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sklearn.svm import SVC
 
 NAMES = ("svm", "forest", "lr")
 _FOLDS = 5
-# Minimum share of cells whose labels are in several groups, for whole groups to be held out.
+# Whole groups are held out if at least this share of the cells have labels that occur in several groups.
 _SHARED = 0.9
 
 Points = npt.NDArray[np.float32]
@@ -26,18 +26,18 @@ Codes = npt.NDArray[np.integer]
 
 @dataclass(frozen=True)
 class OutOfFold:
-    """Labels of cells by classifiers that have not seen them.
+    """Predictions for held-out cells.
 
     Attributes
     ----------
     rows
-        int64 (cells,): which cells.
+        int64 (cells,): rows of the held-out cells.
     right
-        bool (cells,) for each of `svm`, `forest` and `lr`.
+        bool (cells,) for each of `svm`, `forest` and `lr`: whether the predicted label is correct.
     majority
         Accuracy of always predicting the most frequent label.
     held_out
-        The groups that were held out as a whole: the given name, or `cells`.
+        Name of the groups that were held out as a whole, or `cells`.
     """
 
     rows: npt.NDArray[np.int64]
@@ -49,9 +49,10 @@ class OutOfFold:
 def held_out(
     points: Points, codes: Codes, groups: npt.NDArray[np.object_] | None, what: str, *, seed: int = 0
 ) -> OutOfFold | None:
-    """Five folds, stratified and seeded, whole groups held out if labels occur in several; standardised dimensions.
+    """Stratified cross-validation with up to five folds, on standardised dimensions.
 
-    None if no fold has two labels for training.
+    Whole groups are held out if nearly all cells have labels that occur in several groups, else single cells. None if
+    no fold has two labels for training.
 
     Parameters
     ----------
@@ -60,11 +61,11 @@ def held_out(
     codes
         Integer (cells,): the labels.
     groups
-        (cells,): donors; cells of one are never in both parts; None: cells are held out.
+        (cells,): donors; cells of a donor are never in both training and test cells. None: single cells are held out.
     what
         Name of the groups.
     seed
-        Of folds and forest.
+        Seed of the folds and the forest.
     """
     grouped = groups is not None and _several_groups(codes, groups)
     parts = StratifiedGroupKFold if grouped else StratifiedKFold
@@ -98,7 +99,7 @@ def _fit(classifier: ClassifierMixin, points: Points, codes: Codes) -> Classifie
 
 
 def _several_groups(codes: Codes, groups: npt.NDArray[np.object_]) -> bool:
-    """Whether nearly all cells are of labels that two or more groups have."""
+    """Whether nearly all cells have labels that occur in two or more groups."""
     pairs = np.unique(np.column_stack([codes.astype(str), groups.astype(str)]), axis=0)
     labels, numbers = np.unique(pairs[:, 0], return_counts=True)
     return bool(np.isin(codes.astype(str), labels[numbers > 1]).mean() >= _SHARED)

@@ -1,4 +1,4 @@
-"""Entropy of the batches among a cell's nearest neighbours."""
+"""Entropy of the batches among a cell's nearest neighbors."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ N_NEIGHBORS = 200
 
 
 def neighbor_entropy(neighbors: npt.NDArray[np.int64], batches: npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:
-    """Entropy of the batches among the neighbours of each cell, in nats, float64 (cells,).
+    """Entropy of the batches among the neighbors of each cell, in nats, float64 (cells,).
 
-    0: all of one batch; ln(batches): all batches alike often. Mixed perfectly, it is somewhat below the
-    entropy of their shares among all cells, for the neighbours are few.
+    It is 0 if all neighbors are of one batch, and ln(number of batches) if all batches are equally frequent. With
+    perfect mixing it is slightly below the entropy of the batches of all cells, because there are few neighbors.
 
     Parameters
     ----------
     neighbors
-        int64 (cells, neighbors): rows of each cell's neighbours, itself among them.
+        int64 (cells, neighbors): rows of the neighbors of each cell, including the cell itself.
     batches
         Integer (all cells,): batch of each cell.
 
-    Source: the entropy of the Census' embedding benchmark, which counts the cell itself among 200 neighbours.
+    Source: the entropy of the Census' embedding benchmark, which includes the cell itself in the 200 neighbors.
     """
     n_neighbors = neighbors.shape[1]
     codes = np.sort(batches[neighbors], axis=1)

@@ -1,4 +1,4 @@
-"""Intervals of scores, by a bootstrap over donors."""
+"""Confidence intervals of scores by a bootstrap over donors."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ Rows = npt.NDArray[np.int64]
 def interval(
     statistic: Callable[[Rows], float], groups: npt.NDArray[np.object_] | None, n_cells: int, *, seed: int = 0
 ) -> tuple[float, float]:
-    """Interval of 95 % of a statistic of cells, by the bootstrap.
+    """95 % confidence interval of a statistic of cells, by the bootstrap.
 
     Parameters
     ----------
     statistic
-        Of rows, int64, in which a cell may occur more than once; NaN where it cannot be taken.
+        Function of rows, int64, in which a cell may occur more than once; returns NaN if it cannot be computed.
     groups
-        (cells,): groups resampled as a whole, since cells of a donor are similar; None, or fewer than five: cells are.
+        (cells,): groups that are resampled as a whole, because cells of a donor are similar; single cells are resampled
+        if it is None or there are fewer than five groups.
     n_cells
         Number of cells.
     seed
-        Of the draws.
+        Seed of the resampling.
     """
     generator = np.random.default_rng(seed)
     members = _members(groups)

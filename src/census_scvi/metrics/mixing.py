@@ -32,14 +32,14 @@ from census_scvi.metrics.score import (
 )  # fmt: skip
 from census_scvi.metrics.space import Space
 
-# As scib-metrics' own benchmark takes them.
+# As in scib-metrics' own benchmark.
 _KBET_NEIGHBORS, _KBET_ALPHA = 50, 0.05
 
 
 def mixing(
     space: Space, column: str, batches: Names, all_batches: Names, label: str, labels: Names, donors: Names | None,
 ) -> list[Score]:  # fmt: skip
-    """How well an embedding mixes batches.
+    """Scores of how well an embedding mixes batches.
 
     Parameters
     ----------
@@ -48,16 +48,16 @@ def mixing(
     column
         Name of the batch.
     batches, all_batches
-        (measured cells,) and (cells,): the batch.
+        (measured cells,) and (cells,): batch of the measured cells and of all cells.
     label, labels
-        Name of the label within which batches are mixed, and (measured cells,): the label, missing where None.
+        Name of the label within which batches should mix, and (measured cells,): the label, None if missing.
     donors
-        (measured cells,): groups that are held out and resampled as a whole; None: there are none.
+        (measured cells,): groups that are held out and resampled as a whole; None: no groups.
 
     Raises
     ------
     UserError
-        Fewer than two batches.
+        There are fewer than two batches.
     """
     every, all_codes = np.unique(all_batches.astype(str), return_inverse=True)
     codes = all_codes[space.measured]
@@ -95,7 +95,7 @@ def mixing(
 
 
 def _graph_mixing(graph: NeighborsResults, codes: Codes) -> dict[str, Callable[[Any], float]]:
-    """iLISI, and kBET: share of the cells whose neighbours are of batches as all cells are (at 5 %)."""
+    """iLISI, and kBET: share of the cells for which it does not reject (at 5 %) that their neighbors are well mixed."""
     compact = np.unique(codes, return_inverse=True)[1]
     lisi = scib_metrics.lisi_knn(graph, compact)
     nearer = graph.subset_neighbors(min(_KBET_NEIGHBORS, graph.n_neighbors))
@@ -110,7 +110,7 @@ def _silhouette_batch(
     score: Callable[..., Score], points: Points, types: Codes, codes: Codes, label: str, groups: Names | None,
     numbers: np.random.Generator,
 ) -> list[Score]:  # fmt: skip
-    """Mean over types of how little the silhouettes of batches differ from 0 within each."""
+    """Batch silhouette score: mean over types of 1 - |silhouette of the batch| within a type."""
     widths = _batch_widths(points, types, codes)
     if np.isnan(widths).all():
         return []
@@ -125,7 +125,7 @@ def _silhouette_batch(
 
 
 def _batch_widths(points: Points, types: Codes, codes: Codes) -> npt.NDArray[np.float64]:
-    """1 - |silhouette of the batch| within each type; NaN in a type of one batch, or of as many as cells."""
+    """1 - |silhouette of the batch| within each type; NaN for types with one batch, or as many batches as cells."""
     widths = np.full(len(types), np.nan)
     for value in np.unique(types):
         rows = types == value
@@ -146,7 +146,7 @@ def _mean_over_types(widths: npt.NDArray[np.float64], types: Codes, rows: Any) -
 
 
 def _entropy_within(codes: Codes, types: Codes, n_neighbors: int) -> float:
-    """Entropy if the batches of each type were mixed, and the types apart: as mixed as biology allows."""
+    """Expected entropy if batches are perfectly mixed within each type and types are separated."""
     total = 0.0
     for value in np.unique(types):
         shares = np.bincount(codes[types == value]) / (types == value).sum()

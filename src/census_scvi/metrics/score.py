@@ -1,4 +1,4 @@
-"""A row of the tables, and functions shared by the metrics of biology and of batches."""
+"""A row of the tables of metrics, and functions that the metrics of biology and of batches share."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from census_scvi.neighbors.index import NeighborIndex
 BIOLOGY, BATCH = "biology", "batch"
 CHANCE, MIXED, WITHIN = "chance", "perfectly mixed", "mixed within types"
 FEWEST_CELLS = 10
-# Neighbours of LISI, as scib-metrics' own benchmark takes them.
+# Neighbors of LISI, as in scib-metrics' own benchmark.
 _LISI_NEIGHBORS = 90
-# Maximum number of classes for classifiers, the most frequent ones: the SVM trains on every pair of them.
+# Classifiers use this number of classes at most, the most frequent ones: the SVM trains on each pair of classes.
 MOST_CLASSES = 100
 
 Points = npt.NDArray[np.float32]
@@ -34,21 +34,21 @@ class Score:
     Attributes
     ----------
     metric
-        Its name in the published tables.
+        Name of the metric in the published tables.
     about
         `biology` or `batch`.
     column
-        The label, or the batch, that it is of.
+        Name of the label or the batch.
     value
-        The higher, the better: biology kept, batches mixed.
+        The score; higher is better: biology is kept, or batches are mixed.
     low, high
-        95 % interval, by a bootstrap over donors (cells, where there are fewer than five); None: without.
+        95 % interval by a bootstrap over donors (over cells if there are fewer than five donors); None: no interval.
     levels
-        Levels to compare it with: `chance`, or `perfectly mixed` and `mixed within types`.
+        Values to compare it with: `chance`, or `perfectly mixed` and `mixed within types`.
     cells
-        How many it was measured on.
+        Number of cells.
     note
-        For the reader: held-out groups and excluded cells.
+        Held-out groups and excluded cells, for the reader.
     """
 
     metric: str
@@ -66,19 +66,19 @@ def scored(
     metric: str, statistic: Callable[[Any], float], n_cells: int, levels: dict[str, float], *, about: str, column: str,
     groups: Names | None, seed: int, note: str = "",
 ) -> Score:  # fmt: skip
-    """The score of a statistic of rows, int64, with its interval."""
+    """The score of a statistic (a function of rows, int64), with its interval."""
     value = statistic(np.arange(n_cells))
     low, high = interval(statistic, groups, n_cells, seed=seed)
     return Score(metric, about, column, value, low, high, levels, n_cells, note)
 
 
 def mean_of(values: npt.NDArray[np.floating]) -> Callable[[Any], float]:
-    """The mean over rows as a statistic."""
+    """A statistic: the mean of `values` over rows."""
     return lambda rows: float(values[rows].mean())
 
 
 def usable(labels: Names) -> npt.NDArray[np.bool_]:
-    """Cells whose label is there and has ten cells or more."""
+    """Cells whose label is not None and has ten cells or more, bool (cells,)."""
     there = np.array([label is not None for label in labels])
     names, numbers = np.unique(labels[there].astype(str), return_counts=True)
     there[there] = np.isin(labels[there].astype(str), names[numbers >= FEWEST_CELLS])
@@ -86,14 +86,14 @@ def usable(labels: Names) -> npt.NDArray[np.bool_]:
 
 
 def neighbor_graph(points: Points) -> NeighborsResults:
-    """The 90 nearest neighbours of each cell, as scib-metrics takes them."""
+    """The 90 nearest neighbors of each cell, in the form that scib-metrics takes."""
     n_neighbors = min(_LISI_NEIGHBORS, len(points) - 1)
     distances, positions = NeighborIndex(points, exact_cells=len(points)).query(points, n_neighbors)
     return NeighborsResults(indices=positions, distances=distances)
 
 
 def scaled_lisi(lisi: npt.NDArray[np.floating], n_values: int, rows: Any, *, keep: bool) -> float:
-    """Median over cells, 0 to 1; the higher, the better labels are kept apart (`keep`), or mixed."""
+    """Median over cells, scaled to 0 to 1; higher means that labels are better separated (`keep`), or better mixed."""
     median = float(np.nanmedian(lisi[rows]))
     return (n_values - median) / (n_values - 1) if keep else (median - 1) / (n_values - 1)
 
@@ -107,7 +107,7 @@ def classified(
     mixed: bool,
     seed: int,
 ) -> list[Score]:  # fmt: skip
-    """Accuracy of three classifiers, or one minus it where the label should not be told."""
+    """Accuracy of three classifiers; 1 - accuracy if `mixed`, because the label should not be predictable."""
     numbers = np.bincount(codes)
     kept = np.isin(codes, np.argsort(-numbers, kind="stable")[:MOST_CLASSES])
     notes = [f"classifiers: the {MOST_CLASSES} most frequent of {len(numbers):,} values"] if not kept.all() else []

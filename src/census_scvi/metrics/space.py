@@ -1,4 +1,4 @@
-"""An embedding of the cells of a slice, with the neighbours and clusters that several metrics look at."""
+"""An embedding of the cells of a slice, with the neighbors and clusters that several metrics use."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ class Space:
     points
         float32 (cells, dimensions).
     measured
-        int64 (measured cells,): rows of those whose metrics are taken; neighbours of the entropy are sought among all.
+        int64 (measured cells,): rows of the cells that are measured; the neighbors for the entropy are searched among
+        all cells.
     seed
-        Of whatever is random.
+        Random seed.
     """
 
     def __init__(self, points: Points, measured: npt.NDArray[np.int64], seed: int) -> None:
@@ -37,7 +38,7 @@ class Space:
 
     @cached_property
     def neighbors(self) -> npt.NDArray[np.int64]:
-        """int64 (measured cells, 200): rows of the neighbours among all cells, the cell itself among them."""
+        """int64 (measured cells, 200): rows of the nearest neighbors among all cells, including the cell itself."""
         index = NeighborIndex(self._all, exact_cells=len(self._all), seed=self.seed)
         blocks = np.array_split(self.points, max(len(self.points) // 1000, 1))
         return np.concatenate([index.query(block, N_NEIGHBORS)[1] for block in blocks])

@@ -18,28 +18,28 @@ _NEIGHBORS = 15
 
 
 def leiden(points: Points, resolution: float, seed: int) -> pd.Categorical:
-    """Clusters of cells, as scanpy makes them: Leiden with modularity on UMAP's graph of 15 neighbours.
+    """Leiden clusters of cells, as in scanpy: modularity on UMAP's graph of 15 neighbors.
 
-    Not through scanpy, whose neighbours of more than 8,192 cells fail with the newest pynndescent.
+    scanpy is not used, because its neighbor search of more than 8,192 cells fails with the newest pynndescent.
 
     Parameters
     ----------
     points
         (cells, dimensions).
     resolution
-        The higher, the more clusters.
+        A higher resolution gives more clusters.
     seed
-        Of the clustering.
+        Seed of the neighbor search, the graph and the clustering.
 
     Returns
     -------
-    "0", "1", ... for each cell, the largest cluster first.
+    Cluster of each cell, "0", "1", ...; "0" is the largest cluster.
     """
     return LeidenGraph(points, seed).clusters(resolution)
 
 
 class LeidenGraph:
-    """UMAP's graph of 15 neighbours, to be clustered at several resolutions; parameters as of `leiden`."""
+    """UMAP's graph of 15 neighbors, for clusterings at several resolutions; parameters as in `leiden`."""
 
     def __init__(self, points: Points, seed: int) -> None:
         graph = _graph(points, seed)
@@ -50,7 +50,7 @@ class LeidenGraph:
         self._seed = seed
 
     def clusters(self, resolution: float) -> pd.Categorical:
-        """As `leiden`."""
+        """Leiden clusters at a resolution, as in `leiden`."""
         igraph.set_random_number_generator(random.Random(self._seed))
         try:
             found = self._network.community_leiden(
@@ -71,15 +71,16 @@ def composition(obs: pd.DataFrame, groups: str, columns: Sequence[str]) -> pd.Da
     Parameters
     ----------
     obs
-        Of the cells.
+        obs of the cells.
     groups
         obs column of the groups.
     columns
-        Columns to describe them by; those that obs has not are passed over.
+        obs columns to summarise; columns that obs does not have are ignored.
 
     Returns
     -------
-    One row per group, in its order: `n_cells`, and for each column the most frequent value and its share.
+    One row per group, in the order of the groups: `n_cells`, and for each column its most frequent value and
+    `<column>_share`, the share of this value.
     """
     rows = []
     for group, some in obs.groupby(groups, observed=True):

@@ -1,4 +1,4 @@
-"""Nearest neighbours in an embedding: exact among few cells, through an approximate index among many."""
+"""Nearest neighbors in an embedding: an exact search for few reference cells, an approximate index for many."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from sklearn.neighbors import NearestNeighbors
 from census_scvi.config.arguments import require_whole
 from census_scvi.errors import UserError
 
-# Up to here the exact search of a thousand cells takes a second, and building the index takes longer.
+# Up to this number of reference cells, the exact search for 1,000 cells takes at most a second, less than building the
+# index.
 EXACT_CELLS = 50_000
-# Of the graph that is searched, and how far around a path the search looks.
+# Neighbors per cell in the graph of the approximate index, and `epsilon` of its search (larger: slower, more accurate).
 _GRAPH_NEIGHBORS, _EPSILON = 30, 0.3
 
 Points = npt.NDArray[np.floating]
@@ -20,21 +21,21 @@ Positions = npt.NDArray[np.int64]
 
 
 class NeighborIndex:
-    """Finds the nearest of some reference cells, by Euclidean distance.
+    """Finds nearest neighbors among reference cells, by Euclidean distance.
 
     Parameters
     ----------
     points
         (cells, dimensions): the reference.
     exact_cells
-        Up to how many cells the search is exact.
+        Maximum number of reference cells for an exact search.
     seed
-        Of the approximate index.
+        Seed of the approximate index.
 
     Raises
     ------
     UserError
-        No cells.
+        There are no reference cells.
     """
 
     def __init__(self, points: Points, *, exact_cells: int = EXACT_CELLS, seed: int = 0) -> None:
@@ -46,7 +47,7 @@ class NeighborIndex:
         if self.exact:
             self._search = NearestNeighbors(algorithm="brute").fit(points)
         else:
-            from pynndescent import NNDescent  # takes seconds to import, and is not needed for few cells
+            from pynndescent import NNDescent  # its import takes seconds, and few cells do not need it
 
             self._index = NNDescent(points, n_neighbors=_GRAPH_NEIGHBORS, random_state=seed)
             self._index.prepare()
@@ -57,7 +58,7 @@ class NeighborIndex:
     def query(self, points: Points, n_neighbors: int) -> tuple[Distances, Positions]:
         """Distances, float32, and positions in the reference, int64, both (cells, neighbors), nearest first.
 
-        Of a reference of fewer cells than `n_neighbors`, all are neighbors. UserError for fewer than one neighbor.
+        All reference cells are neighbors if there are fewer than `n_neighbors`. UserError if `n_neighbors` is below 1.
         """
         require_whole("n_neighbors", n_neighbors, 1)
         n_neighbors = min(n_neighbors, self._n_cells)
@@ -71,11 +72,11 @@ class NeighborIndex:
         return distances.astype(np.float32), positions.astype(np.int64)
 
     def others(self, n_neighbors: int) -> Positions:
-        """Positions of the nearest neighbors of each reference cell, without itself: int64 (cells, neighbors).
+        """Positions of the nearest neighbors of each reference cell, without the cell itself: int64 (cells, neighbors).
 
-        Of a reference of no more cells than `n_neighbors`, all others are neighbors.
+        All other cells are neighbors if the reference has `n_neighbors` cells or fewer.
         """
         _, positions = self.query(self._points, n_neighbors + 1)
         itself = positions == np.arange(self._n_cells)[:, None]
-        itself[~itself.any(axis=1), 0] = True  # more copies than neighbors: one of them is the cell itself
+        itself[~itself.any(axis=1), 0] = True  # more copies than neighbors: remove one copy instead
         return positions[~itself].reshape(self._n_cells, -1)

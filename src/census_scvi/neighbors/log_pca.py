@@ -1,4 +1,4 @@
-"""PCA of log-normalised counts: the space that people use without a model, and that a model is compared with."""
+"""PCA of log-normalised counts: the usual embedding without a model, and the baseline for a model."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ _COMPONENTS = 50
 
 
 def log_normalized(counts: Any, counts_per_cell: float | None = COUNTS_PER_CELL) -> Any:
-    """log1p of counts scaled to the same total in every cell, as scanpy does it; cells without counts stay 0.
+    """log1p of counts scaled to the same total in every cell, as in scanpy; cells without counts stay 0.
 
     Parameters
     ----------
     counts
         Sparse or dense (cells, genes): raw counts; not changed.
     counts_per_cell
-        The total; None: the median of the cells.
+        Total count per cell; None: the median over cells.
 
     Returns
     -------
-    The same kind of matrix: float64 for float64, else float32.
+    A matrix of the same kind: float64 if the counts are float64, else float32.
     """
     plain = ad.AnnData(counts.copy())
     with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
@@ -39,7 +39,7 @@ def log_normalized(counts: Any, counts_per_cell: float | None = COUNTS_PER_CELL)
 
 
 def fit_pca(logged: Any, n_components: int = _COMPONENTS, *, seed: int = 0) -> tuple[PCA, npt.NDArray[np.floating]]:
-    """scikit-learn's PCA, fitted, and the positions (cells, components); of few cells or genes there are fewer."""
+    """scikit-learn's fitted PCA, and the positions (cells, components); fewer components for few cells or genes."""
     pca = PCA(min(n_components, min(logged.shape) - 1), svd_solver="arpack", random_state=seed)
     return pca, pca.fit_transform(logged)
 
@@ -58,11 +58,11 @@ def log_pca(
     counts
         Sparse or dense (cells, genes): raw counts; not changed.
     n_components
-        Dimensions. Of few cells or genes there are fewer; of cells that do not differ there is one, which is 0.
+        Number of components. Few cells or genes give fewer; cells that do not differ give one, which is 0.
     counts_per_cell
-        As of `log_normalized`.
+        As in `log_normalized`.
     seed
-        Of the PCA.
+        Seed of the PCA.
 
     Returns
     -------
@@ -78,6 +78,6 @@ def log_pca(
 
 
 def _vary(values: Any) -> bool:
-    """Whether a column of a matrix has two values."""
+    """Whether any column of a matrix has two or more different values."""
     least, most = (sp.csr_matrix(extreme(axis=0)).toarray() for extreme in (values.min, values.max))
     return bool((least != most).any())

@@ -15,25 +15,25 @@ from census_scvi.neighbors.index import NeighborIndex, Points
 keep_compiled("umap")
 
 _NEIGHBORS = 15
-# Of fewer cells UMAP makes no map.
+# UMAP needs at least this many cells.
 _FEWEST = 4
 _BLOCK_CELLS = 2**14
 
 
 class UmapMap:
-    """UMAP fitted on reference cells; of fewer than four, their first two principal components.
+    """UMAP fitted on reference cells; for fewer than four cells, the first two principal components.
 
     Parameters
     ----------
     points
         (cells, dimensions): the reference.
     seed
-        Of UMAP, which is then repeatable.
+        Seed of UMAP, which makes the result reproducible.
 
     Attributes
     ----------
     positions
-        float32 (cells, 2): the reference on the map.
+        float32 (cells, 2): positions of the reference cells on the UMAP.
     """
 
     def __init__(self, points: Points, *, seed: int = 0) -> None:
@@ -42,15 +42,15 @@ class UmapMap:
             self.positions = _principal(self._points)
             return
         n_neighbors = min(_NEIGHBORS, len(points) - 1)
-        # Exact neighbors where the index is: UMAP's own search compares fewer than 4,096 cells pair by pair in Python,
-        # and compiles pynndescent for more, which takes longer than all the rest.
+        # Neighbors from the index, which is exact for few cells. UMAP's own search compares fewer than 4,096 cells in
+        # pairs in Python; for more cells it compiles pynndescent, which takes longer than everything else.
         distances, neighbors = self._index.query(self._points, n_neighbors)
         reducer = umap.UMAP(
             n_neighbors=n_neighbors, min_dist=0.5, random_state=seed, precomputed_knn=(neighbors, distances, None)
         )
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="n_jobs value")  # a seed means one thread, as we want
-            warnings.filterwarnings("ignore", message="precomputed_knn")  # of `transform`, which is not used
+            warnings.filterwarnings("ignore", message="n_jobs value")  # with a seed UMAP uses one thread, as intended
+            warnings.filterwarnings("ignore", message="precomputed_knn")  # concerns `transform`, which is not used
             self.positions = np.asarray(reducer.fit_transform(self._points), np.float32)
 
     @cached_property
@@ -58,10 +58,11 @@ class UmapMap:
         return NeighborIndex(self._points, seed=self._seed)
 
     def place(self, points: Points) -> npt.NDArray[np.float32]:
-        """Other cells on the map, float32 (cells, 2): each in the middle of its 15 nearest reference cells.
+        """Positions of other cells on the UMAP, float32 (cells, 2): median of their 15 nearest reference cells.
 
-        In the median, not the mean: neighbours on two islands would put it into the sea. UMAP's own `transform` seeks
-        neighbours approximately, and among cells that lie far from all it finds them on the wrong island.
+        The median is used because the mean of neighbors in two clusters lies in the empty space between them. UMAP's
+        own `transform` searches neighbors approximately, and finds them in the wrong cluster for cells far from the
+        reference.
         """
         if not len(points):
             return np.empty((0, 2), np.float32)
@@ -71,7 +72,7 @@ class UmapMap:
 
 
 def _principal(points: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """First two principal components, float32 (cells, 2); 0 where there are fewer."""
+    """First two principal components, float32 (cells, 2); components that do not exist are 0."""
     positions = np.zeros((len(points), 2), np.float32)
     if len(points):
         left, sizes, _ = np.linalg.svd(points - points.mean(axis=0), full_matrices=False)

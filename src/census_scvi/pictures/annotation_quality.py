@@ -10,7 +10,7 @@ from census_scvi.annotation.annotator import TITLES
 from census_scvi.errors import UserError
 from census_scvi.pictures.canvas import Picture
 
-# Okabe and Ito's, which colour-blind readers can separate.
+# Okabe and Ito's colours, which colour-blind readers can distinguish.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73")
 
 

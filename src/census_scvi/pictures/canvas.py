@@ -1,4 +1,4 @@
-"""A picture that a notebook shows."""
+"""A figure that a notebook displays."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _DPI = 90
 
 
 class Picture(Figure):
-    """A matplotlib Figure that shows itself at the end of a notebook's cell, whatever pyplot is set up for."""
+    """A matplotlib Figure that a notebook displays at the end of a cell, with any pyplot backend."""
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""A picture of cells before and after integration."""
+"""UMAP pictures: cells before and after integration, cells by label, and a user's cells on a reference."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from census_scvi.neighbors.log_pca import log_pca
 from census_scvi.neighbors.umap_map import UmapMap
 from census_scvi.pictures.canvas import Picture
 
-_POINTS = 30_000.0  # marker area times cells: dense where there are many, visible where there are few
+_POINTS = 30_000.0  # marker area times number of cells: the fewer cells, the larger the markers
 _SMALLEST, _LARGEST = 0.5, 30.0
 _NO_LABEL = "unknown"
-# A user's cells on the UMAP of a reference: with few cells, each should be visible.
+# Marker areas and numbers of cells for a user's cells on the UMAP of a reference: each of few cells should be visible.
 _LEAST_OWN, _EDGED, _LARGE_OWN, _VERY_FEW = 8.0, 2_000, 70.0, 50
 _LEGEND_ENTRIES = 24
 
@@ -32,7 +32,7 @@ def draw_before_and_after(
     Parameters
     ----------
     cells
-        Raw counts (cells, genes); obs has `cell_type` and the column `batch` names.
+        Raw counts (cells, genes); obs has the column `cell_type` and the column given by `batch`.
     latent
         float32 (cells, n_latent), one row per cell.
     path
@@ -58,7 +58,7 @@ def draw_before_and_after(
 
 
 def draw_map(positions: npt.NDArray[np.float32], labels: pd.Series, title: str) -> Figure:
-    """Cells on a UMAP, (cells, 2), coloured by label, the most frequent first in the legend."""
+    """Cells on a UMAP, positions (cells, 2), coloured by label; the legend starts with the most frequent label."""
     figure = Picture(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
     order = np.random.default_rng(0).permutation(len(positions))  # no group is drawn on top of the others
@@ -75,29 +75,29 @@ def draw_on_reference(
     query_labels: pd.Series,
     title: str,
 ) -> Figure:
-    """Cells on the map of a reference: the reference by its labels, then the others by theirs on top of it in grey.
+    """Two UMAPs: the reference coloured by its labels, and the query by its labels on top of the reference in grey.
 
-    The fewer these are, the larger they are drawn.
+    The fewer query cells there are, the larger they are drawn.
 
     Parameters
     ----------
     reference, query
-        float32 (cells, 2): positions on the same map.
+        float32 (cells, 2): positions on the same UMAP.
     reference_labels, query_labels
-        A categorical each, one row per cell; equal labels get equal colours.
+        Labels, one row per cell; equal labels get equal colours.
     title
         Name of the labels.
     """
     figure = Picture(figsize=(15, 6), layout="constrained")
     axes = figure.subplots(1, 2, sharex=True, sharey=True)
-    # The most frequent first: the legend has space for these only.
+    # The most frequent labels first, because the legend has space for some labels only.
     names = pd.concat([reference_labels.astype(str), query_labels.astype(str)]).value_counts().index
     order = np.random.default_rng(0).permutation(len(reference))  # no group is drawn on top of the others
     scatter(axes[0], reference[order], _categorical(reference_labels, names).iloc[order], legend=False)
     axes[0].set_title(f"reference, {len(reference):,} cells, by {title}", fontsize=12, loc="left")
     axes[1].scatter(reference[:, 0], reference[:, 1], s=_size(len(reference)), c="0.88", linewidths=0, rasterized=True)
     order = np.random.default_rng(0).permutation(len(query))
-    few = len(query) <= _EDGED  # a dark edge shows single cells, and blackens a crowd
+    few = len(query) <= _EDGED  # a dark edge makes single cells visible, but many cells black
     scatter(
         axes[1], query[order], _categorical(query_labels, names).iloc[order], legend=True,
         size=_own_size(len(query)), edge=0.4 if few else 0.0,
@@ -116,7 +116,7 @@ def _size(n_cells: int) -> float:
 
 
 def _own_size(n_cells: int) -> float:
-    """Area of a marker of a user's cells, which are drawn on top of others."""
+    """Area of a marker of a user's cell, which is drawn on top of the reference."""
     if n_cells <= _VERY_FEW:
         return _LARGE_OWN
     return max(_size(n_cells), _LEAST_OWN) if n_cells <= _EDGED else _size(n_cells)
@@ -131,20 +131,20 @@ def scatter(
     size: float | None = None,
     edge: float = 0.0,
 ) -> None:
-    """Points coloured by a categorical; the legend stands next to them.
+    """Scatter plot of cells coloured by a categorical, with the legend next to it.
 
     Parameters
     ----------
     axes, positions, labels
-        Positions, float32 (cells, 2), and a categorical, one row per cell.
+        Axes to draw on, positions, float32 (cells, 2), and a categorical, one row per cell.
     legend
-        Whether there is one: of the values that are there, in their order.
+        Whether to draw a legend: the first 24 categories, in their order.
     size, edge
         Area of a marker (None: by the number of cells), and width of its dark edge.
     """
     categories = list(labels.cat.categories)
     colours = _colours(len(categories))
-    colours[[str(name) == _NO_LABEL for name in categories]] = (0.35, 0.35, 0.35, 1)  # not as if it were a type
+    colours[[str(name) == _NO_LABEL for name in categories]] = (0.35, 0.35, 0.35, 1)  # unknown is not a type
     codes = labels.cat.codes.to_numpy()
     axes.scatter(
         positions[:, 0], positions[:, 1], s=size or _size(len(labels)), c=colours[codes], linewidths=edge,
@@ -159,7 +159,7 @@ def scatter(
 
 
 def _colours(number: int) -> npt.NDArray[np.float64]:
-    """RGBA (number, 4)."""
+    """RGBA colours, float64 (number, 4)."""
     if number <= 20:
         return np.array([mpl.colormaps["tab20"](i) for i in range(number)])
     return np.asarray(mpl.colormaps["gist_ncar"](np.linspace(0.02, 0.95, number)))

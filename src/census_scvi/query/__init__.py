@@ -1,1 +1,1 @@
-"""The user's cells: matching their genes, embedding them, expected expression."""
+"""The user's cells: match their genes and embed them. The cells of the Census: embedding, counts and expression."""

@@ -1,4 +1,4 @@
-"""A user's counts in the genes of a model: matched by name, reported, and refused where too few genes match."""
+"""A user's counts for the genes of a model: matched by name, with a report, and an error if too few genes match."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ class AlignmentReport:
     Attributes
     ----------
     counts
-        Where the raw counts were: `X`, `raw` or `layers/<name>`.
+        Place of the raw counts: `X`, `raw` or `layers/<name>`.
     names
-        Where the names were: `var_names`, or a column of var.
+        Place of the gene names: `var_names`, or a column of var.
     n_genes, n_shared
-        Genes of the model, and of these in the query.
+        Number of the model's genes, and number of these in the query.
     by_id, by_symbol
-        Columns of the query that were matched, by Ensembl id or by symbol.
+        Number of columns of the query matched by Ensembl id, and by symbol.
     summed
-        Of these, columns added to another one of the same gene.
+        Number of matched columns that were added to another column of the same gene.
     ambiguous
-        Ignored columns: their symbol is that of several genes.
+        Number of ignored columns with a symbol that several genes share.
     extra
-        Columns of the query that the model does not use.
+        Number of other columns of genes that the model does not use.
     not_genes
-        Ignored columns that are not genes of the organism: proteins, guides, hashtags, peaks, spike-ins,
-        another genome; how many of each.
+        Number of ignored columns of each kind: proteins, guides, hashtags, peaks, spike-ins, another genome, and
+        symbols of a gene that another column has by id.
     missing
-        Genes of the model that the query has not; they count as 0.
+        Genes of the model that the query does not have; they count as 0.
     expected_share
-        Share of the expected counts of such cells in genes that the query has; NaN if none are expected.
+        Share of the expected counts of such cells in genes that the query has; NaN if there is no estimate.
     n_cells, n_empty
-        Cells read so far, and of these without any count in the model's genes.
+        Number of cells read so far, and number of these without counts in the model's genes.
     counts_share
-        Share of the counts read so far in genes of the model.
+        Share of the counts read so far in genes of the model; NaN if there are no counts.
     """
 
     counts: str
@@ -122,12 +122,12 @@ class AlignmentReport:
         return f", with {1 - self.expected_share:.1%} of the counts expected in these cells"
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it, for JSON."""
+        """All attributes and `share`, for JSON."""
         return asdict(self) | {"share": self.share}
 
 
 class AlignedCells:
-    """A query's raw counts in the genes of a model.
+    """A query's raw counts for the genes of a model.
 
     Parameters
     ----------
@@ -136,29 +136,29 @@ class AlignedCells:
     genes
         feature_ids of the model, in the order of the columns.
     symbols
-        Symbol of every gene that is known, by feature_id; the model's at least, where the query has symbols.
+        Symbols of genes by feature_id. To match symbols, those of the model's genes are needed.
     organism
-        Of the model, for messages.
+        Organism of the model.
     min_share
-        Share of the model's genes that must be there. Fewer will do where hardly any counts are expected in those that
-        are not, as in a table without the genes that no cell had: half of what `min_share` lets miss.
+        Required share of the model's genes. A smaller share is sufficient if at most (1 - `min_share`) / 2 of the
+        counts are expected in the missing genes, for example in a table without genes that no cell expresses.
     counts
-        Place of the raw counts; None: search them.
+        Place of the raw counts; None: search all places.
     expected
-        From counts of some cells in the model's genes, and which genes there are, to the share of the counts expected
-        in such cells that lies in these genes (`ExpectedCounts.share`).
+        Function of raw counts of some cells (model's genes) and of the genes that the query has, bool (genes,). It
+        returns the share of the expected counts in these genes (`ExpectedCounts.share`).
 
     Attributes
     ----------
     report
-        Grows while `blocks` is read.
+        Report on the genes and cells; `blocks` updates the numbers of cells and counts.
 
     Raises
     ------
     UserError
-        No raw counts.
+        There are no raw counts.
     TooFewGenes
-        Too few of the model's genes: what was found where, and the likely reason.
+        The query has too few of the model's genes; the message has the matches in each place and the likely reason.
     """
 
     def __init__(
@@ -197,7 +197,7 @@ class AlignedCells:
     def _expected_share(
         self, best: Match, expected: Callable[[sp.csr_matrix, npt.NDArray[np.bool_]], float] | None
     ) -> float:
-        """Share of the expected counts in genes that the query has."""
+        """Share of the expected counts in genes that the query has; NaN if there is no estimate."""
         if expected is None or not best.n_shared:
             return float("nan")
         aligned = self._aligned(self._cells.sample(self._place))
@@ -219,11 +219,11 @@ class AlignedCells:
 
     @property
     def obs(self) -> pd.DataFrame:
-        """Obs of the query."""
+        """The query's obs."""
         return self._cells.obs
 
     def blocks(self, rows: int) -> Iterator[tuple[int, sp.csr_matrix]]:
-        """First row and raw counts, CSR float32 (cells, genes of the model), of at most `rows` cells at a time.
+        """Blocks of at most `rows` cells: first row, and raw counts, CSR float32 (cells, genes of the model).
 
         Raises
         ------

@@ -1,4 +1,4 @@
-"""The cells of a Census as a model sees them: chosen by a filter, with obs, embedding and counts in its genes."""
+"""Cells of a Census selected by a filter, with obs, embedding, and counts of a model's genes."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ Model = tuple[scvi.model.SCVI, ModelDescription]
 
 
 class AtlasCells:
-    """Reads cells of a Census; what is missing is opened when it is needed, and said where there is none.
+    """Reads cells of a Census. Census and embedding are opened when they are first needed.
 
     Parameters
     ----------
     model
-        The trained model and its description; None without one.
+        The trained model and its description; None: no model.
     section
-        The Census to open; None without one.
+        The Census to open; None: no Census.
     find_embedding
-        Finds the embedding of the Census' cells.
+        Function that returns the embedding of the Census' cells.
     """
 
     def __init__(
@@ -65,21 +65,21 @@ class AtlasCells:
 
     @property
     def model(self) -> Model:
-        """Model and description; UserError without one."""
+        """Model and description; UserError without a model."""
         if self._model is None:
             raise UserError("this needs a model: Atlas.open(model=...)")
         return self._model
 
     @property
     def census(self) -> Census:
-        """The open Census; UserError without one."""
+        """The open Census; UserError without a Census."""
         if self.section is None:
             raise UserError("this needs the Census: Atlas.open(..., census=...)")
         return self._census
 
     @property
     def embedding(self) -> Embedding:
-        """The embedding of the Census' cells; UserError without one."""
+        """The embedding of the Census' cells; UserError without a Census or an embedding."""
         _ = self.census
         return self._embedding
 
@@ -95,7 +95,7 @@ class AtlasCells:
         return found
 
     def embedded(self, obs_filter: str | None, columns: list[str] | None, max_cells: int, seed: int) -> ad.AnnData:
-        """Cells with obs and embedding, as `Atlas.embeddings` returns them."""
+        """Cells with obs and embedding; the result of `Atlas.embeddings`."""
         census, embedding = self.census, self.embedding
         require_columns(census, columns or [], "obs_columns")
         joinids, _ = choose_cells(census, obs_filter, max_cells=max_cells, numbers=np.random.default_rng(seed))
@@ -111,7 +111,7 @@ class AtlasCells:
         )
 
     def with_batches(self, obs_filter: str | None, max_cells: int, seed: int, argument: str) -> Cells:
-        """Cells with their batches, at most `max_cells`; errors name the `argument` of the filter."""
+        """At most `max_cells` cells with their batches; error messages use `argument` as the name of the filter."""
         return choose_cells_and_batches(
             self.census,
             obs_filter,
@@ -122,12 +122,12 @@ class AtlasCells:
         )
 
     def counts(self, joinids: npt.NDArray[np.int64]) -> Iterator[Block]:
-        """Raw counts of cells, ascending, in the model's genes."""
+        """Raw counts of the model's genes in blocks; `joinids` must be ascending."""
         census, (_, description) = self.census, self.model
         return read_counts_of(census, joinids, locate_genes(census, description.genes, MIN_SHARE))
 
     def obs(self, joinids: npt.NDArray[np.int64], columns: list[str] | None = None) -> pd.DataFrame:
-        """Obs of cells, ascending, indexed by soma_joinid."""
+        """Obs of cells, indexed by soma_joinid as text; `joinids` must be ascending."""
         obs = read_obs_of(self.census, joinids, columns)
         obs.index = obs["soma_joinid"].astype(str)
         obs.index.name = None
@@ -136,7 +136,7 @@ class AtlasCells:
         return obs
 
     def require_embedding_of_model(self) -> None:
-        """UserError where the embedding is not this model's; looked at once."""
+        """UserError if the embedding was not computed by this model; checked once."""
         if self._proven:
             return
         census = self.census

@@ -1,4 +1,4 @@
-"""Expression of cells of a Census, and differences between groups of them, by the model that embedded them."""
+"""Normalised expression of cells of a Census, and differential expression between groups, by the model."""
 
 from __future__ import annotations
 

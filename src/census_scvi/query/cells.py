@@ -1,4 +1,4 @@
-"""A user's cells, from memory or from a file of any size: candidate matrices, and the raw counts in blocks."""
+"""A user's cells, from memory or from a file of any size: finds the raw counts and reads them in blocks."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from census_scvi.files.paths import expand_argument
 
 
 class QueryCells:
-    """Cells that a user brings, as an AnnData or as an .h5ad file.
+    """A user's cells, from an AnnData or an .h5ad file.
 
     Parameters
     ----------
     source
-        AnnData in memory, or the path of an .h5ad; nothing of it is changed.
+        AnnData, or the path of an .h5ad; it is not changed.
 
     Attributes
     ----------
     name
-        Its name in messages.
+        Name of the source in messages.
     obs
-        Its obs.
+        obs of the source.
 
     Raises
     ------
     UserError
-        Neither of both, not a complete .h5ad, or without cells.
+        The source is neither an AnnData nor a complete .h5ad, or has no cells.
     """
 
     def __init__(self, source: ad.AnnData | str | Path) -> None:
@@ -71,19 +71,19 @@ class QueryCells:
         return len(self.obs)
 
     def find_counts(self, asked: str | None = None, *, setting: str = "counts=") -> str:
-        """Where the raw counts are: `X`, `raw` or `layers/<name>`.
+        """Find the place of the raw counts: `X`, `raw` or `layers/<name>`.
 
         Parameters
         ----------
         asked
-            The only place to use; None: judge all (`census_scvi.counts.raw_counts`).
+            The place to use; None: search all places (`census_scvi.counts.raw_counts`).
         setting
             The setting or argument that selects a place, for messages.
 
         Raises
         ------
         UserError
-            No place holds raw counts, or several may; the error describes each.
+            No place has raw counts, or several may have them; the error describes each place.
         """
         if asked is None:
             return find_raw_counts(
@@ -95,12 +95,12 @@ class QueryCells:
         return asked
 
     def sample(self, place: str) -> sp.csr_matrix:
-        """Raw counts of some cells, spread over all, CSR (cells, columns of the place)."""
+        """Raw counts of a sample of cells from all parts of the matrix, CSR (cells, columns of the place)."""
         return sp.vstack([part for _, part in self._matrices[place].sample(sample_spans(len(self)))], format="csr")
 
     @property
     def places(self) -> list[str]:
-        """All matrices there are."""
+        """Places of all matrices."""
         return list(self._matrices)
 
     def var(self, place: str) -> pd.DataFrame:
@@ -108,7 +108,7 @@ class QueryCells:
         return self._vars["raw" if place == "raw" else "X"]
 
     def blocks(self, place: str, rows: int) -> Iterator[tuple[int, sp.csr_matrix]]:
-        """Raw counts, (first row, CSR) of at most `rows` cells; UserError for values that are not raw counts."""
+        """Blocks of (first row, raw counts of at most `rows` cells as CSR); UserError if a value is not a raw count."""
         matrix = self._matrices[place]
         if matrix.shape != (len(self.obs), len(self.var(place))):
             raise UserError(
@@ -123,7 +123,7 @@ class QueryCells:
 
 
 class _ArrayInMemory:
-    """A matrix of an AnnData, dense or sparse, in memory, backed or of dask."""
+    """A dense or sparse matrix of an AnnData: in memory, backed, or a dask array."""
 
     def __init__(self, values: Any, where: str) -> None:
         self._values, self._where = _computable(values, where), where
@@ -135,7 +135,7 @@ class _ArrayInMemory:
     def blocks(self, rows: int) -> Iterator[tuple[int, sp.csr_matrix]]:
         sparse = sp.issparse(self._values)
         if sparse and self._values.format != "csr":
-            # By columns a block of rows would be sought in all of it.
+            # In CSC, each block of rows would need a search through the whole matrix.
             self._values = self._values.tocsr()
         for start in range(0, self.shape[0], rows):
             yield start, self._rows(start, min(start + rows, self.shape[0]))
@@ -152,7 +152,7 @@ class _ArrayInMemory:
 
 
 def _computable(values: Any, where: str) -> Any:
-    """A sparse matrix of a type that scipy computes with; anything else as it is."""
+    """Convert a sparse matrix to a dtype that scipy can compute with; other values are returned unchanged."""
     sparse = sp.issparse(values)
     if not sparse or values.format not in ("csr", "csc"):
         return values

@@ -1,4 +1,4 @@
-"""The share of a query's expected counts in the genes that it lacks."""
+"""Estimate the share of a query's expected counts in the genes that it has."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ import torch
 from census_scvi.model.encode import Encoder
 from census_scvi.neighbors.index import NeighborIndex
 
-# Cells of the query that are used, trained batches that are decoded, reference neighbors per cell.
+# Maximum numbers of query cells and of trained batches that are used, and reference neighbors per cell.
 _CELLS, _BATCHES, _NEIGHBORS = 256, 8, 15
 
 
 class ExpectedCounts:
-    """Estimates the counts in genes that a query lacks from its nearest reference cells.
+    """Estimates the counts in genes that a query lacks from the nearest reference cells.
 
-    These are nearest in the latent space, with the same genes set to 0 in the reference. Without reference cells the
-    model's decoder gives the estimate, which is less accurate after a short training.
+    Neighbors are searched in the latent space, with the missing genes set to 0 in the reference. Without reference
+    cells the model's decoder gives the estimate, which is less accurate after a short training.
 
     Parameters
     ----------
     model
         The trained model.
     n_trained
-        Its trained batches.
+        Number of batches that it was trained on.
     reference
-        Gives CSR float32 (cells, genes): raw counts of some cells of the kind that the model was trained on, or None.
+        Function that returns raw counts of some cells like those that the model was trained on, CSR float32 (cells,
+        genes), or None.
     """
 
     def __init__(
@@ -40,14 +41,14 @@ class ExpectedCounts:
         self._reference = reference
 
     def share(self, counts: sp.csr_matrix, there: npt.NDArray[np.bool_]) -> float:
-        """Share of the expected counts in genes that the query has.
+        """Share of the expected counts in genes that the query has; NaN if no counts are expected.
 
         Parameters
         ----------
         counts
-            CSR float32 (cells, genes of the model): raw counts of some cells, none empty.
+            CSR float32 (cells, genes of the model): raw counts of some cells, without empty cells.
         there
-            bool (genes,): which genes the query has.
+            bool (genes,): genes that the query has.
         """
         latent = self._latent(counts[:: -(-counts.shape[0] // _CELLS)])
         reference = self._reference() if self._reference is not None else None

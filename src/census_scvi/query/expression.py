@@ -1,4 +1,4 @@
-"""Normalised expression and differential expression of a Census' cells, for batches that the model knows alone."""
+"""Normalised and differential expression of cells of a Census, only for batches that the model was trained on."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from census_scvi.model.safe import ModelDescription
 
 log = logging.getLogger(__name__)
 
-# Of untrained batches, named in a message.
+# Maximum number of untrained batches listed in a message.
 _MOST_NAMED = 3
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """Expression according to a model, whose decoder uses the batch.
+    """Expression decoded by a model; the decoder uses the batch.
 
     Attributes
     ----------
@@ -40,7 +40,7 @@ class Decoder:
     description: ModelDescription
 
     def check_genes(self, genes: list[str]) -> list[str]:
-        """feature_ids of genes named by id or symbol; UserError for one that the model has not."""
+        """feature_ids of genes given by id or symbol; UserError for a gene that the model does not have."""
         if not genes or isinstance(genes, str):
             raise UserError(f"genes is {genes!r}; expected a list of one or more, by feature_id or symbol")
         by_symbol = dict(zip(self.description.symbols, self.description.genes, strict=False))
@@ -68,11 +68,11 @@ class Decoder:
                 )
 
     def untrained(self, labels: npt.NDArray[np.object_]) -> npt.NDArray[np.bool_]:
-        """Which cells are of batches that the model was not trained on, bool (cells,)."""
+        """Cells of batches that the model was not trained on, bool (cells,)."""
         return ~pd.Series(labels).isin(self.description.batches).to_numpy()
 
     def refuse_untrained(self, labels: npt.NDArray[np.object_], way_out: str) -> None:
-        """UserError where a cell is of a batch that the model was not trained on."""
+        """UserError if a cell is of a batch that the model was not trained on; `way_out` says what to do."""
         unknown = self.untrained(labels)
         if unknown.any():
             names = sorted(set(labels[unknown]))
@@ -101,19 +101,19 @@ class Decoder:
         counts
             CSR float32 (cells, genes of the model).
         labels
-            Batch of each cell; one that is not trained needs `transform_batch`.
+            Batch of each cell; cells of untrained batches require `transform_batch`.
         genes
-            feature_ids wanted.
+            feature_ids of the genes to return.
         transform_batch
-            The batches with which the expression is decoded and averaged; None: each cell's own.
+            Batches to decode with; the result is their mean. None: the batch of each cell.
         library_size
-            Counts per cell to scale to.
+            Library size to scale the expression to, in counts per cell.
         n_samples
-            Draws from the posterior, averaged.
+            Number of draws from the posterior, which are averaged.
         seed
-            Of these draws.
+            Seed of these draws.
         """
-        if transform_batch is not None:  # the encoder does not use the batch; the decoder gets another one
+        if transform_batch is not None:  # any trained label: the encoder ignores it, the decoder gets transform_batch
             labels = np.where(self.untrained(labels), transform_batch[0], labels)
         with _drawing(seed), without_training():
             found = self.model.get_normalized_expression(
@@ -137,11 +137,12 @@ class Decoder:
         delta: float,
         seed: int,
     ) -> pd.DataFrame:
-        """scvi-tools' `differential_expression`, mode change: the first group compared with the other cells.
+        """scvi-tools' `differential_expression` in mode "change": the first group compared with the other cells.
 
         Returns
         -------
-        One row per gene, indexed by feature_id, the most probable first, with `symbol`.
+        scvi-tools' table with the additional column `symbol`: one row per gene, indexed by feature_id, the most
+        probable first.
         """
         with _drawing(seed), without_training():
             found = self.model.differential_expression(
@@ -185,7 +186,7 @@ def warn_where_groups_are_batches(
 
 @contextmanager
 def _drawing(seed: int) -> Iterator[None]:
-    """Random numbers of torch and numpy from a seed, and as they were before afterwards."""
+    """Seed the random numbers of torch and numpy, and restore their states afterwards."""
     state = np.random.get_state()
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Which columns of a query are which genes of a model, by the names of one place."""
+"""Match the columns of a query with the genes of a model, by names from one place of the file."""
 
 from __future__ import annotations
 
@@ -31,26 +31,27 @@ class KnownGenes:
 
 @dataclass
 class Match:
-    """Which columns of a query are which genes of the model.
+    """Columns of a query and the genes of the model that they match.
 
     Attributes
     ----------
     where
-        Where the names were: `var_names`, or a column of var.
+        Place of the names: `var_names`, or a column of var.
     names
-        They, without versions and genome prefixes.
+        Cleaned names of all columns (`clean_names`).
     shown
         The first name as in the file, for messages.
     columns
         int64 (columns of the query,): column of the model, or `ABSENT`.
     by_symbol
-        bool (columns of the query,): not matched by id.
+        bool (columns of the query,): the column was not matched by id.
     ambiguous
-        Columns whose symbol is that of several genes.
+        Number of columns with a symbol that several genes share.
     twice
-    XX
+        Number of columns that are not used, because their symbol is that of a gene that another column has by id
+        (`named_twice`).
     n_shared
-        Genes of the model that a column has.
+        Number of the model's genes that the query has.
     """
 
     where: str
@@ -64,16 +65,16 @@ class Match:
 
     @property
     def used(self) -> npt.NDArray[np.bool_]:
-        """Which columns of the query are genes of the model."""
+        """Whether each column of the query matches a gene of the model, bool (columns of the query,)."""
         return self.columns != ABSENT
 
     def missing(self, genes: list[str]) -> list[str]:
-        """Genes of the model that no column has."""
+        """Genes of the model that no column matches."""
         found = set(self.columns.tolist())
         return [gene for number, gene in enumerate(genes) if number not in found]
 
     def selection(self, n_genes: int) -> sp.csr_matrix:
-        """(columns of the query, genes): float64, so that sums are exact before they are narrowed."""
+        """CSR float64 (columns of the query, genes) of 0 and 1; float64 keeps sums exact before the cast to float32."""
         rows = np.flatnonzero(self.used)
         return sp.csr_matrix((np.ones(len(rows)), (rows, self.columns[rows])), shape=(len(self.columns), n_genes))
 
@@ -84,11 +85,11 @@ def match_names(where: str, names: pd.Series, is_gene: npt.NDArray[np.bool_], kn
     Parameters
     ----------
     where
-        Where the names were, for messages.
+        Place of the names, for messages.
     names
-        One for each column of the query: Ensembl ids, symbols, or neither.
+        Name of each column of the query: Ensembl id, symbol or something else.
     is_gene
-        bool (columns of the query,): genes; others are not matched.
+        bool (columns of the query,): columns that are genes; others are not matched.
     known
         The model's genes.
     """

@@ -1,4 +1,4 @@
-"""A user's own cells in a model's latent space, in blocks."""
+"""Embed a user's cells in the latent space of a model, in blocks."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from census_scvi.query.cells import QueryCells
 from census_scvi.query.expected import ExpectedCounts
 from census_scvi.terminal.progress import progress_bar
 
-# Default of query.min_share and of min_share=: a tenth of the genes costs little, half costs much.
+# Default of query.min_share and of min_share=. A tenth of the genes missing costs little quality, half of them costs
+# much.
 MIN_SHARE = 0.8
 _BLOCK_CELLS = 4096
-# The batch that an encoder which looks at it is told for cells of batches that it does not know.
+# Batch of the query's cells for an encoder that uses the batch.
 _QUERY_BATCH = "query"
 
 
@@ -35,13 +36,13 @@ class Mapped:
     Attributes
     ----------
     obs
-        The user's obs, in its order.
+        obs of the user's cells, in their order.
     latent
         float32 (cells, n_latent): posterior means.
     empty
-        bool (cells,): cells without any count in the model's genes; their position is meaningless.
+        bool (cells,): cells without counts in the model's genes; their position is meaningless.
     report
-        Report on the genes.
+        Report on the match of the genes.
     """
 
     obs: pd.DataFrame
@@ -51,17 +52,17 @@ class Mapped:
 
 
 class Mapper:
-    """Embeds cells that a user brings.
+    """Embeds a user's cells.
 
     Parameters
     ----------
     model, description
         The trained model.
     symbols
-        Symbols of genes by feature_id, in addition to those that the model knows.
+        Symbols of genes by feature_id, in addition to those of the model.
     typical
-        Gives CSR float32 (cells, genes of the model): raw counts of some cells of the kind that the model was trained
-        on, or None. They give the share of the counts in genes that a query lacks.
+        Function that returns raw counts of some cells like those that the model was trained on, CSR float32 (cells,
+        genes of the model), or None. They are used to estimate the share of the counts in genes that a query lacks.
     """
 
     def __init__(
@@ -90,15 +91,15 @@ class Mapper:
         source
             AnnData, or the path of an .h5ad of any size, with raw counts; it is not changed.
         counts
-            Place of the raw counts: `X`, `raw` or `layers/<name>`; None: search them.
+            Place of the raw counts: `X`, `raw` or `layers/<name>`; None: search all places.
         min_share
-            Share of the model's genes that must be there; fewer will do where hardly any counts are expected in the
-            others (`AlignedCells`).
+            Required share of the model's genes; a smaller share is sufficient if few counts are expected in the missing
+            genes (`AlignedCells`).
 
         Raises
         ------
         UserError
-            No raw counts, too few of the model's genes, another organism: what was found, and what to do.
+            There are no raw counts or too few of the model's genes, or the organism differs.
         """
         latent, empty = [], []
         with self.align(source, counts=counts, min_share=min_share) as aligned:
@@ -110,7 +111,7 @@ class Mapper:
     def counts(
         self, source: ad.AnnData | str | Path, *, counts: str | None = None, min_share: float = MIN_SHARE
     ) -> Iterator[sp.csr_matrix]:
-        """Raw counts of cells, CSR float32 (some cells, genes of the model), one block after the other."""
+        """Raw counts of the cells in blocks, CSR float32 (some cells, genes of the model)."""
         with self.align(source, counts=counts, min_share=min_share) as aligned:
             yield from _shown(aligned, "baselines")
 
@@ -118,7 +119,7 @@ class Mapper:
     def align(
         self, source: ad.AnnData | str | Path, *, counts: str | None = None, min_share: float = MIN_SHARE
     ) -> Iterator[AlignedCells]:
-        """Cells in the model's genes; parameters and errors as of `__call__`."""
+        """The cells with the model's genes; parameters and errors as in `__call__`."""
         with QueryCells(source) as cells:
             yield AlignedCells(
                 cells,

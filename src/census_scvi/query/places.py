@@ -1,4 +1,4 @@
-"""Locations of a user's cells and of the results for them."""
+"""Locations of a user's cells and of their results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from census_scvi.query.settings import QuerySection
 from census_scvi.workspace import Workspace
 from census_scvi.workspace.beside import Beside
 
-# Endings of the report and the pictures next to the .h5ad.
+# Suffixes of the report and the pictures next to the .h5ad.
 _SUFFIXES = (".json", ".png")
 
 
@@ -26,12 +26,12 @@ def query_source(settings: QuerySection) -> Path:
 
 
 def query_results(settings: QuerySection, directory: Path) -> Beside:
-    """The .h5ad that is written and the files next to it.
+    """The .h5ad to write and the report next to it.
 
     Raises
     ------
     UserError
-        One cannot be written, or is the file with the cells; or there is no model.
+        A file cannot be written or is the file with the cells, or there is no model.
     """
     source = query_source(settings)
     target = Path(settings.output) if settings.output else source.with_name(f"{source.stem}-mapped.h5ad")
@@ -48,7 +48,7 @@ def query_results(settings: QuerySection, directory: Path) -> Beside:
 
 
 def files_beside(settings: QuerySection, target: Path) -> list[Path]:
-    """The files that are written next to the .h5ad: pictures and the report."""
+    """The files to write next to the .h5ad: pictures and the report."""
     pictures = [quality_picture(target, labels) for labels in settings.labels] if settings.baseline_cells else []
     if settings.umap_cells:
         pictures.append(target.with_suffix(".png"))
@@ -56,5 +56,5 @@ def files_beside(settings: QuerySection, target: Path) -> list[Path]:
 
 
 def quality_picture(target: Path, labels: str) -> Path:
-    """Picture of how well a column of labels is predicted."""
+    """Path of the picture of the annotation quality of a label column."""
     return target.with_name(f"{target.stem}-{labels.replace('/', '_')}.png")

@@ -1,4 +1,4 @@
-"""The embedding of an atlas' own cells: published in an Experiment, or in the run directory that made it."""
+"""The embedding of an atlas' own cells, from an Experiment or from the run directory that computed it."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ log = logging.getLogger(__name__)
 
 _STAGE, _FILES = "create-latent-update", (Artifacts.latent, Artifacts.latent_joinids)
 _READ_CELLS = 2**15
-# Cells with which the embedding is compared with the model's, and how far they may differ.
+# Number of cells that are embedded again to check an embedding, and the largest difference allowed.
 _PROVEN_CELLS, _TOLERANCE = 64, 1e-3
 _SAME_CENSUS = ("schema", "created_on", "organism", "cells")
 
 
 class _NotThereError(UserError):
-    """There is no such embedding, or none of this Census."""
+    """The embedding does not exist, or is of another Census."""
 
 
 class PublishedEmbedding:
-    """`ms["RNA"].obsm[name]` of an Experiment."""
+    """An embedding that is `ms["RNA"].obsm[name]` of an Experiment."""
 
     def __init__(self, experiment_uri: str, name: str = "scvi") -> None:
         uri = published_uri(experiment_uri, name)
@@ -61,7 +61,7 @@ class PublishedEmbedding:
 
 
 class RunEmbedding:
-    """`latent.npy` of a run directory, checked against its manifest."""
+    """An embedding that is `latent.npy` of a run directory, checked against the manifest."""
 
     def __init__(self, directory: Path, census: Census) -> None:
         workspace = Workspace(directory)
@@ -93,9 +93,10 @@ class Origin:
     identity
         The Census, as in `Census.identity`; None if there is no record.
     published
-        Experiment (None: that of the Census) and name of the embedding that was published with it.
+        Experiment (None: that of the Census) and name of the embedding that was published with the model; None for a
+        run directory or without a record.
     directory
-        The run directory.
+        The run directory; None for a published folder or without a record.
     """
 
     identity: dict[str, Any] | None = None
@@ -104,7 +105,7 @@ class Origin:
 
     @classmethod
     def of(cls, model: str | None) -> Origin:
-        """Of a published folder, its URL, or a run directory; of anything else nothing is known."""
+        """The origin of a model in a published folder (or its URL) or a run directory; empty for anything else."""
         if model is None:
             return cls()
         source = Source.at(model)
@@ -123,7 +124,7 @@ class Origin:
 
     @property
     def section(self) -> CensusSection | None:
-        """The Census, to be opened."""
+        """Settings to open the Census; None if its location is not known."""
         if self.identity is None:
             return None
         where = "version" if self.identity["version"] else "uri"
@@ -132,7 +133,7 @@ class Origin:
         return CensusSection(organism=self.identity["organism"], **{where: self.identity[where]})
 
     def open_embedding(self, census: Census) -> Embedding:
-        """The embedding that was made with the model, else `obsm["scvi"]` of the Census; UserError without both."""
+        """The embedding computed with the model, else `obsm["scvi"]` of the Census; UserError if neither exists."""
         try:
             if self.directory is not None:
                 return RunEmbedding(self.directory, census)
@@ -142,15 +143,15 @@ class Origin:
                 return PublishedEmbedding(experiment or census.experiment.uri, name)
         except UserError as error:
             if self.directory is not None and not isinstance(error, _NotThereError):
-                raise  # it is there, and damaged
+                raise  # it exists, but is damaged
             log.warning("%s. Using obsm['scvi'] of the Census instead, if it exists", error)
         return PublishedEmbedding(census.experiment.uri)
 
 
 def _place(recorded: str | None, folder: Path | None) -> str | None:
-    """A location in the record of a published folder; None if nothing is there.
+    """Resolve a location in the record of a published folder; None if the path does not exist.
 
-    A path is relative to the folder; fetched files (folder None) have no relative paths.
+    Paths are relative to the folder. For a fetched record (folder None), only absolute paths and URLs are used.
     """
     place = resolved(recorded, folder or Path("/"))
     path = None if place is None else local_path(place)
@@ -158,7 +159,7 @@ def _place(recorded: str | None, folder: Path | None) -> str | None:
 
 
 def _run_around(folder: Path, record: dict[str, Any]) -> tuple[str | None, str | None]:
-    """Census and Experiment of the run directory, if the folder is still in the one that published it."""
+    """Census and Experiment according to the run directory, if the published folder is still in its run directory."""
     publish = Workspace(folder.absolute().parent).record("publish") or {}
     if publish.get("publication") != record["publication"]:
         return None, None
@@ -167,19 +168,19 @@ def _run_around(folder: Path, record: dict[str, Any]) -> tuple[str | None, str |
 
 
 def open_embedding(place: str, census: Census) -> Embedding:
-    """The embedding that a user names.
+    """Open the embedding that a user specifies.
 
     Parameters
     ----------
     place
         A name in the Census' obsm, a run directory, or the URI of an Experiment with `obsm["scvi"]`.
     census
-        The Census that it is of.
+        The Census of the embedding.
 
     Raises
     ------
     UserError
-        None is there, or it is of another Census.
+        The embedding does not exist, or is of another Census.
     """
     source = Source.at(place)
     if source.run is not None:
@@ -194,12 +195,14 @@ def open_embedding(place: str, census: Census) -> Embedding:
 def prove_embedding(
     embedding: Embedding, joinids: Joinids, census: Census, model: scvi.model.SCVI, description: ModelDescription
 ) -> None:
-    """UserError where the embedding is not this model's: its first cells are embedded again and compared.
+    """UserError if the embedding was not computed by this model: embeds its first cells again and compares them.
+
+    If the encoder uses the batch, only the number of dimensions and the presence of cells are checked.
 
     Parameters
     ----------
     embedding
-        Of the Census' cells.
+        The embedding of the Census' cells.
     joinids
         int64 (cells,), ascending: cells of the Census.
     census
@@ -217,7 +220,7 @@ def prove_embedding(
     if not len(there):
         raise UserError(f"{embedding.name} has no cell of {census.identity['uri']}")
     if description.arguments["encode_covariates"]:
-        return  # the encoder looks at a batch, and which it was told is not known
+        return  # the encoder uses the batch, and the batches that were used are not known
     there, published = there[:_PROVEN_CELLS], published[:_PROVEN_CELLS]
     genes = locate_genes(census, description.genes, MIN_SHARE)
     (block,) = stream_blocks(census, there, genes, blocks=[(0, len(there))])

@@ -1,4 +1,4 @@
-"""The error for a query that has too few of a model's genes: what was found where, and the likely reason."""
+"""The error for a query with too few of a model's genes: matches in each place, the likely reason, what to do."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from census_scvi.query.cells import QueryCells
 from census_scvi.query.gene_match import KnownGenes, Match, match_names
 
 _ENSEMBL = r"^(ENS[A-Z]*G)\d{11}"
-# This many matching names are not accidental.
+# This number of matching names is not accidental.
 _SOME = 10
 _OF_STYLE = {"Upper": "human gene symbols are", "Capital": "mouse and rat gene symbols are"}
 
 
 def enough_counts(min_share: float) -> float:
-    """Share of the expected counts with which fewer genes than `min_share` will do."""
+    """Share of the expected counts that is sufficient if a query has fewer genes than `min_share`."""
     return 1 - (1 - min_share) / 2
 
 
 class TooFewGenes(UserError):
-    """Too few of a model's genes are in a query; `named` says it with the caller's own name of `min_share`."""
+    """A query has too few of a model's genes; `named` gives the message with the caller's name of `min_share`."""
 
     def __init__(self, refusal: Refusal, setting: str = "min_share=") -> None:
         self._refusal = refusal
         super().__init__(refusal.words(setting))
 
     def named(self, setting: str) -> TooFewGenes:
-        """The same error with another name of the threshold."""
+        """The same error with another name of the setting `min_share`."""
         return TooFewGenes(self._refusal, setting)
 
 
@@ -51,7 +51,7 @@ class Refusal:
     expected_share: float
 
     def words(self, setting: str) -> str:
-        """All of it, in one line."""
+        """The whole message, in one line."""
         n_genes, best = len(self.known.genes), self.best
         of_counts = ""
         if not np.isnan(self.expected_share):
@@ -84,7 +84,7 @@ class Refusal:
         return f"{self.rows} (the model is of {self.organism})"
 
     def _in_obs(self) -> str:
-        """The genes are cells, and the cells genes."""
+        """Rows and columns are exchanged: obs_names are genes."""
         names = pd.Series(self.cells.obs.index.astype(str), dtype=object)
         match = match_names("obs_names", names, np.ones(len(names), bool), self.known)
         if match.n_shared < max(_SOME, 2 * self.best.n_shared):
@@ -109,7 +109,7 @@ class Refusal:
         return ""
 
     def _other_capitals(self) -> str:
-        """Symbols that differ from the model's only in capitals, as those of orthologs."""
+        """Symbols differ from the model's only in capitals, like those of orthologs."""
         symbols = [*self.known.id_of_symbol]
         exact = {*symbols, *self.known.genes}
         folded = {name.casefold() for name in exact}
@@ -158,13 +158,13 @@ class Refusal:
 
 
 def _capitals(names: pd.Series) -> str:
-    """How most symbols are written: `Upper` (TP53, human), `Capital` (Trp53, mouse), `lower`, or "" where mixed."""
+    """Style of most symbols: `Upper` (TP53, human), `Capital` (Trp53, mouse), `lower`, or "" if they are mixed."""
     words = names[names.str.fullmatch(r"[A-Za-z][A-Za-z0-9.-]*[A-Za-z][A-Za-z0-9.-]*")]
     styles = {"Upper": r"[^a-z]+", "Capital": r"[A-Z][^A-Z]+", "lower": r"[^A-Z]+"}
     return next((name for name, form in styles.items() if len(words) and words.str.fullmatch(form).mean() > 0.6), "")
 
 
 def listed(names: list[str], most: int = 5) -> str:
-    """The first names, and how many more there are."""
+    """The first names, and the number of the others."""
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
