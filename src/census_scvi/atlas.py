@@ -1,4 +1,4 @@
-"""A trained model and the embedding of a Census, for people in a notebook."""
+"""Interactive analysis with a trained model and the embedding of a Census, e.g. in a notebook."""
 
 from __future__ import annotations
 
@@ -52,24 +52,24 @@ log = logging.getLogger(__name__)
 
 OWN_EMBEDDING = "X_scvi"
 _MODEL = "scvi_model"
-# Default size of a reference (some 100 MB of positions), and of a slice.
+# Default numbers of cells of a reference (some 100 MB of latent positions) and of a slice.
 REFERENCE_CELLS, SLICE_CELLS = 200_000, 1_000_000
-# Cells whose counts are read for the comparison; more would change little.
+# Default number of reference cells whose counts are read for the baselines; more change the result little.
 BASELINE_CELLS = 10_000
 
 
 @dataclass(frozen=True)
 class Neighbors:
-    """The atlas' cells that lie next to some other cells.
+    """Nearest neighbors of query cells among the cells of the atlas.
 
     Attributes
     ----------
     joinids
         int64 (cells, neighbors): soma_joinids, nearest first.
     distances
-        float32 (cells, neighbors).
+        float32 (cells, neighbors): distances in the latent space.
     obs
-        The neighbours' obs, a row each, indexed by soma_joinid.
+        obs of the neighbors, one row per cell of the atlas, indexed by soma_joinid.
     """
 
     joinids: npt.NDArray[np.int64]
@@ -78,9 +78,9 @@ class Neighbors:
 
 
 class Atlas:
-    """A model, a Census and its embedding; any of them may be missing; methods that need it then raise UserError.
+    """A model, a Census and its embedding. Any of them may be missing; methods that need it then raise UserError.
 
-    Use `Atlas.open` to make one.
+    Use `Atlas.open` to create one.
 
     Attributes
     ----------
@@ -121,21 +121,21 @@ class Atlas:
         model
             Published folder or its URL, run directory, or its `scvi.model`.
         census
-            URI of the Census, or the version of a release such as `stable` or `2025-11-08`; None takes the one that the
-            record of the model names, and opens it when it is needed.
+            URI of the Census, or a release such as `stable` or `2025-11-08`. None: the Census in the model's record;
+            it is opened when it is needed.
         embedding
-            Of the Census' cells: a name in its obsm, a run directory, or the URI of an Experiment; None takes what was
-            published with the model, `latent.npy` of its run directory, or `obsm["scvi"]` of the Census.
+            Embedding of the Census' cells: a name in obsm, a run directory, or the URI of an Experiment. None: the
+            embedding published with the model, `latent.npy` of its run directory, or `obsm["scvi"]` of the Census.
         organism
-            Such as `homo_sapiens`; None takes the model's.
+            For example `homo_sapiens`; None: the model's organism.
         tiledb
-            Settings of TileDB, such as `{"vfs.s3.region": "eu-west-1"}`, for a Census in a private bucket; they win
-            over the AWS environment, and hold in this process until another Census is opened.
+            TileDB settings, such as `{"vfs.s3.region": "eu-west-1"}`, for a Census in a private bucket. They override
+            the AWS environment, and apply in this process until another Census is opened.
 
         Raises
         ------
         UserError
-            Nothing can be opened there, or the embedding is of another Census.
+            A model, Census or embedding cannot be opened, or the embedding belongs to another Census.
         """
         if model is None and census is None:
             raise UserError("an atlas needs a model, a Census or both: Atlas.open(model=..., census=...)")
@@ -193,7 +193,7 @@ class Atlas:
         )
         return f"Atlas\n  model   {model}\n  census  {where}"
 
-    # --- the atlas' own cells
+    # --- cells of the atlas
 
     def embeddings(
         self,
@@ -203,23 +203,23 @@ class Atlas:
         max_cells: int = SLICE_CELLS,
         seed: int = 0,
     ) -> ad.AnnData:
-        """Cells of the Census with their embedding; no counts are read.
+        """Read cells of the Census with their embedding, without counts.
 
         Parameters
         ----------
         obs_filter
-            Such as `tissue_general == 'blood' and is_primary_data == True`; None: all cells.
+            For example `tissue_general == 'blood' and is_primary_data == True`; None: all cells.
         obs_columns
             obs columns to read in addition to soma_joinid; None: all.
         max_cells
-            Of more matching cells, that many are drawn at random.
+            Maximum number of cells; if more match, this number is sampled at random.
         seed
-            Of that draw.
+            Seed of the sampling.
 
         Returns
         -------
-        AnnData with obs, `obsm["scvi"]` float32 (cells, dimensions) and no X, in the order of the Census. Cells that
-        match and have no embedding are excluded, with a warning.
+        AnnData with obs, `obsm["scvi"]` float32 (cells, dimensions) and no X, in the order of the Census. Matching
+        cells without an embedding are excluded, with a warning.
         """
         require_whole("max_cells", max_cells, 1)
         require_whole("seed", seed, 0)
@@ -228,18 +228,18 @@ class Atlas:
     def umap(
         self, cells: ad.AnnData | str | None = None, color: str = "cell_type", *, max_cells: int = 50_000, seed: int = 0
     ) -> Figure:
-        """A picture of cells.
+        """Plot a UMAP of cells.
 
         Parameters
         ----------
         cells
-            Result of `embeddings`, `embed` or `predict`, which gets `obsm["X_umap"]`; or an obs_filter.
+            Result of `embeddings`, `embed` or `predict`, to which `obsm["X_umap"]` is added; or an obs_filter.
         color
-            obs column that colours them.
+            obs column for the colors.
         max_cells
-            Cells drawn of those that match an obs_filter.
+            Maximum number of cells that are sampled for an obs_filter.
         seed
-            Of that draw and of UMAP.
+            Seed of the sampling and of UMAP.
         """
         chosen = self._slice(cells, [color], max_cells, seed)
         if color not in chosen.obs:
@@ -256,24 +256,24 @@ class Atlas:
         max_cells: int = 50_000,
         seed: int = 0,
     ) -> pd.DataFrame:
-        """Leiden clusters of cells, and their composition.
+        """Compute Leiden clusters of cells, and describe their composition.
 
         Parameters
         ----------
         cells
-            Result of `embeddings`, `embed` or `predict`, which gets `obs["leiden"]`; or an obs_filter.
+            Result of `embeddings`, `embed` or `predict`, to which `obs["leiden"]` is added; or an obs_filter.
         resolution
-            The higher, the more clusters.
+            Leiden resolution; a higher value gives more clusters.
         columns
-            obs columns to describe the clusters by; those that obs lacks are skipped.
+            obs columns that describe the clusters; columns that obs lacks are skipped.
         max_cells
-            Cells drawn of those that match an obs_filter.
+            Maximum number of cells that are sampled for an obs_filter.
         seed
-            Of that draw and of the clustering.
+            Seed of the sampling and of the clustering.
 
         Returns
         -------
-        One row per cluster, the largest first: `n_cells`, and for each column its most frequent value and its share.
+        One row per cluster, largest first: `n_cells`, and the most frequent value of each column with its share.
         """
         require_number("resolution", resolution, above=0)
         chosen = self._slice(cells, list(columns), max_cells, seed)
@@ -281,7 +281,7 @@ class Atlas:
         return composition(chosen.obs, "leiden", columns)
 
     def _slice(self, cells: ad.AnnData | str | None, columns: list[str], max_cells: int, seed: int) -> ad.AnnData:
-        """Cells as they are given, or those of the Census that match a filter."""
+        """The given AnnData, or cells of the Census that match the filter."""
         require_whole("seed", seed, 0)
         if isinstance(cells, ad.AnnData):
             if not cells.n_obs:
@@ -300,35 +300,35 @@ class Atlas:
         max_cells: int = 100_000,
         seed: int = 0,
     ) -> ad.AnnData:
-        """Expression of cells of the Census as the model sees it without noise, and without batches if you say so.
+        """Compute the expression of Census cells as decoded by the model: denoised, and optionally batch-corrected.
 
         Parameters
         ----------
         obs_filter
             Cells of the Census; None: all.
         genes
-            By feature_id or symbol.
+            feature_ids or symbols.
         transform_batch
-            The trained batches as whose cells the expression is decoded, and averaged; None decodes each cell as of its
+            Trained batches: the expression is decoded for each of them and averaged. None: each cell is decoded for its
             own batch, which must be a trained one.
         library_size
             Total counts per cell to scale to.
         n_samples
-            Draws from the posterior, averaged.
+            Number of posterior samples, which are averaged.
         max_cells
-            Of more matching cells, that many are drawn at random.
+            Maximum number of cells; if more match, this number is sampled at random.
         seed
-            Of both draws.
+            Seed of the cells and of the posterior samples.
 
         Returns
         -------
-        AnnData, X float32 (cells, genes), var index as in `genes`: scvi-tools' `get_normalized_expression`, read and
-        decoded in blocks.
+        AnnData, X float32 (cells, genes), var index as in `genes`. The values are those of scvi-tools'
+        `get_normalized_expression`, read and decoded in blocks.
 
         Raises
         ------
         UserError
-            A gene or batch is not the model's, or a cell's batch was not trained and `transform_batch` is None.
+            The model lacks a gene or batch, or `transform_batch` is None and a cell's batch was not trained.
         """
         require_number("library_size", library_size, above=0)
         for name, value, least in (("n_samples", n_samples, 1), ("max_cells", max_cells, 1), ("seed", seed, 0)):
@@ -355,32 +355,32 @@ class Atlas:
         max_cells: int = 5_000,
         seed: int = 0,
     ) -> pd.DataFrame:
-        """Genes whose expression differs between two groups of the Census' cells.
+        """Compute differential expression between two groups of the Census' cells.
 
         Parameters
         ----------
         group_a, group_b
-            obs filters, such as `cell_type == 'B cell'`; no cell may be in both.
+            obs filters, such as `cell_type == 'B cell'`; the groups must not overlap.
         batch_correction
-            Decode each group as of all its batches, averaged.
+            Decode each group for all its batches, and average over them.
         fdr
             False discovery rate of the column `is_de_fdr_<fdr>`.
         delta
-            Minimum change, in log2.
+            Minimum log2 fold change.
         max_cells
-            Cells drawn of each group.
+            Maximum number of cells per group; from a larger group, this number is sampled.
         seed
-            Of that draw, and of the posterior's.
+            Seed of the cells and of the posterior samples.
 
         Returns
         -------
-        scvi-tools' `differential_expression(mode="change")` of these cells: one row per gene, indexed by
-        feature_id, the likeliest first, with `symbol`; group 1 is `group_a`.
+        Result of scvi-tools' `differential_expression(mode="change")`: one row per gene, indexed by feature_id, most
+        probable first, with the column `symbol`. Group 1 is `group_a`.
 
         Raises
         ------
         UserError
-            The groups overlap, or hold cells of batches that the model was not trained on.
+            The groups overlap, or have cells of batches that the model was not trained on.
         """
         require_number("fdr", fdr, above=0, most=1)
         require_number("delta", delta)
@@ -397,7 +397,7 @@ class Atlas:
             seed=seed,
         )
 
-    # --- a user's own cells
+    # --- the user's cells
 
     def embed(
         self, source: ad.AnnData | str | Path, *, counts: str | None = None, min_share: float = MIN_SHARE
@@ -407,23 +407,23 @@ class Atlas:
         Parameters
         ----------
         source
-            AnnData, or the path of an .h5ad of any size, with raw counts; it is not changed. Genes by Ensembl id or
-            symbol, in var_names or a column of var.
+            AnnData, or path of an .h5ad of any size, with raw counts. It is not changed. Genes are identified by
+            Ensembl id or symbol, in var_names or a column of var.
         counts
-            Place of the raw counts: `X`, `raw` or `layers/<name>`; None: search them.
+            Location of the raw counts: `X`, `raw` or `layers/<name>`; None: search for them.
         min_share
-            Share of the model's genes that must be there; fewer will do where hardly any counts are expected in the
-            others, as in a table without the genes that no cell had.
+            Minimum share of the model's genes in the data. Fewer are accepted if the missing genes are expected to
+            have hardly any counts, for example if genes without counts were removed.
 
         Returns
         -------
-        AnnData without X: your obs and `scvi_empty` (cells without any count in the model's genes),
-        `obsm["X_scvi"]` float32 (cells, n_latent), `uns["scvi_alignment"]` a report on the genes.
+        AnnData without X: your obs with `scvi_empty` (True for cells without counts in the model's genes),
+        `obsm["X_scvi"]` float32 (cells, n_latent), and a report on the genes in `uns["scvi_alignment"]`.
 
         Raises
         ------
         UserError
-            No raw counts, too few of the model's genes, another organism: what was found, and what to do.
+            The data has no raw counts, too few of the model's genes, or another organism.
         """
         require_number("min_share", min_share, most=1)
         mapped = self._mapper(source, counts=counts, min_share=min_share)
@@ -448,12 +448,12 @@ class Atlas:
         counts: str | None = None,
         min_share: float = MIN_SHARE,
     ) -> ad.AnnData:
-        """Transfer labels of the atlas to your own cells, next to baselines that do without the model.
+        """Transfer labels of the atlas to your own cells, and compare with baselines that do not use the model.
 
         Parameters
         ----------
         source
-            Input of `embed`, or its result.
+            Input or result of `embed`.
         labels
             obs columns of the Census, one or more: `cell_type`, `tissue`, `disease`, ...
         obs_filter
@@ -463,29 +463,29 @@ class Atlas:
         n_neighbors
             Neighbors per cell.
         baseline_cells
-            Cells of the reference whose counts are read for the baselines and for the accuracy on held-out studies;
-            0 does neither.
+            Number of reference cells whose counts are read for the baselines and for the accuracy on held-out studies;
+            0: neither is computed.
         max_cells
-            Cells of the reference; of more, that many are drawn at random.
+            Maximum size of the reference; if more cells match, this number is sampled at random.
         seed
-            Of these draws, and of all else that is random.
+            Seed of all random numbers.
         counts, min_share
-            As `embed` takes them.
+            See `embed`.
 
         Returns
         -------
-        As `embed`, with `<labels>_predicted`, `_best`, `_probability`, `_uncertainty` and `_unknown` in obs. A cell
-        that is too far from the reference is "unknown" in `_predicted`; `_best` keeps its most probable label. A cell
-        without counts is "unknown" in every column. `<labels>_pca` and `<labels>_logistic_regression` are what nearest
-        neighbors in a PCA and logistic regression predict, both from log-normalised counts without the model.
-        `uns["scvi_prediction"][<labels>]` describes their quality: `agreement` of the three, and the
-        accuracy of each on `held_out` studies of the reference (`HeldOut`; `draw_quality` draws it).
+        Result of `embed` with `<labels>_predicted`, `_best`, `_probability`, `_uncertainty` and `_unknown` in obs. A
+        cell that is too far from the reference is "unknown" in `_predicted`; `_best` keeps its most probable label. A
+        cell without counts is "unknown" in every column. `<labels>_pca` and `<labels>_logistic_regression` are the
+        baselines: nearest neighbors in a PCA and logistic regression, both on log-normalised counts without the model.
+        `uns["scvi_prediction"][<labels>]` describes the quality: `agreement` of the three methods, and the accuracy of
+        each on `held_out` studies of the reference (see `HeldOut`; `draw_quality` plots it).
 
         Raises
         ------
         UserError
-            As `embed`; or the embedding is not this model's; or fewer cells have a label than `n_neighbors` needs; or
-            no such method.
+            See `embed`; or another model computed the embedding; or fewer cells than `n_neighbors` needs have a label;
+            or `method` is unknown.
         """
         columns = [labels] if isinstance(labels, str) else list(dict.fromkeys(labels))
         for name, value, least in (("n_neighbors", n_neighbors, 1), ("baseline_cells", baseline_cells, 0)):
@@ -494,7 +494,7 @@ class Atlas:
         check_method(method)
         if not columns:
             return self._embedded(source, counts, min_share)
-        _ = self._cells.embedding  # damage and another Census are errors before the cells are embedded
+        _ = self._cells.embedding  # reports a damaged or foreign embedding before the cells are embedded
         mapped = self._embedded(source, counts, min_share)
         reference = self.reference(obs_filter, columns, max_cells, seed)
         annotators = [
@@ -517,7 +517,7 @@ class Atlas:
         return mapped
 
     def quality(self, cells: ad.AnnData, labels: str = "cell_type") -> Figure:
-        """Quality of the labels that `predict` gave: calibration and risk-coverage curves."""
+        """Plot the quality of labels from `predict`: calibration and risk-coverage curves."""
         if labels not in (found := cells.uns.get(PREDICTION, {})):
             raise UserError(
                 f"these cells have no predicted {labels}; predict it first: atlas.predict(cells, {labels!r})"
@@ -536,24 +536,24 @@ class Atlas:
         counts: str | None = None,
         min_share: float = MIN_SHARE,
     ) -> Neighbors:
-        """The atlas' cells that are most like your own.
+        """Find the nearest neighbors of your own cells in the atlas.
 
         Parameters
         ----------
         source
-            Input of `embed`, or its result.
+            Input or result of `embed`.
         obs_filter
             Cells of the Census to search; None: all.
         obs_columns
             obs columns of the neighbors to read; None: all.
         n_neighbors
-            Neighbors per cell; all cells of the atlas where it has fewer.
+            Neighbors per cell; if the atlas has fewer cells, all of them.
         max_cells
-            Cells of the atlas to search; of more, that many are drawn at random.
+            Maximum number of cells to search; if more match, this number is sampled at random.
         seed
-            Of that draw.
+            Seed of the sampling and of the neighbor index.
         counts, min_share
-            As `embed` takes them.
+            See `embed`.
         """
         require_whole("n_neighbors", n_neighbors, 1)
         mapped = self._embedded(source, counts, min_share)
@@ -565,7 +565,7 @@ class Atlas:
         return Neighbors(joinids, distances, obs)
 
     def _embedded(self, source: ad.AnnData | str | Path, counts: str | None, min_share: float) -> ad.AnnData:
-        """The cells in the latent space: as this model's `embed` gave them before, or embedded now."""
+        """The embedded cells; a result of `embed` by this model is copied, everything else is embedded."""
         if isinstance(source, ad.AnnData) and OWN_EMBEDDING in source.obsm and EMPTY in source.obs:
             if str(source.uns.get(_MODEL)) == self._model_identity:
                 require_number("min_share", min_share, most=1)
@@ -592,12 +592,12 @@ class Atlas:
         max_cells: int = REFERENCE_CELLS,
         seed: int = 0,
     ) -> ad.AnnData:
-        """Cells of the Census to compare others with: as `embeddings`, after a check that the model embedded them.
+        """Read reference cells with `embeddings`, after a check that this model computed the embedding.
 
         Raises
         ------
         UserError
-            The embedding is another model's: distances in it would mean nothing.
+            Another model computed the embedding: distances to your cells would be meaningless.
         """
         self._cells.require_embedding_of_model()
         columns = None if obs_columns is None else list(dict.fromkeys([*obs_columns, *STUDY_COLUMNS]))
@@ -607,14 +607,14 @@ class Atlas:
     def _mapper(self) -> Mapper:
         model, description = self._cells.model
         symbols = {}
-        if self._census_given:  # it has the symbols of all genes, the model only its own
+        if self._census_given:  # the Census has symbols of all genes, the model only of its own
             var = read_var(self._cells.census)
             symbols = dict(zip(var["feature_id"].astype(str), var["feature_name"].astype(str), strict=True))
         return Mapper(model, description, symbols, self._typical)
 
 
 def _census_section(census: str, organism: str) -> CensusSection:
-    """A path or URL, or else the name of a release."""
+    """Census section for a path or URL, or else for a release."""
     if "/" in census or Path(census).exists():
         return CensusSection(organism=organism, uri=census)
     return CensusSection(organism=organism, version=census)
@@ -625,7 +625,7 @@ def _holds_counts(source: ad.AnnData | str | Path) -> bool:
 
 
 def _latent_of(cells: ad.AnnData) -> npt.NDArray[np.float32]:
-    """The embedding of the Census' cells, or of own ones."""
+    """Embedding of cells of the Census or of the user's cells, float32; UserError if there is none."""
     for name in (EMBEDDING, OWN_EMBEDDING):
         if name in cells.obsm:
             return np.asarray(cells.obsm[name], np.float32)

@@ -1,4 +1,4 @@
-"""The command line of all commands: arguments, logging, exit codes, errors of one line."""
+"""Command line of all commands: arguments, logging, exit codes, one-line error messages."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ exit codes: 0 done, 2 something for you to fix (one line says what), 1 a defect 
 130 or 143 stopped by Ctrl-C or SIGTERM: the same command resumes"""
 
 
-# A stage with arguments of its own may have other texts than these.
+# Default help texts; a stage with its own arguments may replace them.
 _EXAMPLE = "--config configs/demo.yaml hvg.top_n_hvg=2000 output.directory=run2"
 _CONFIG_HELP = f"YAML file (default: {DEFAULT_CONFIG})"
 
@@ -57,7 +57,7 @@ Each command is a script as well: scvi-COMMAND.py."""
 
 
 def main(name: str, argv: Sequence[str] | None = None, *, program: str | None = None) -> int:
-    """Run a command as its script does.
+    """Run a command; the scripts call this function.
 
     Parameters
     ----------
@@ -66,7 +66,7 @@ def main(name: str, argv: Sequence[str] | None = None, *, program: str | None = 
     argv
         Arguments; None: those of the process.
     program
-        Its name in help and errors; None: the script.
+        Program name in help and errors; None: the name of the script.
 
     Returns
     -------
@@ -79,7 +79,7 @@ def main(name: str, argv: Sequence[str] | None = None, *, program: str | None = 
 
 
 def console(argv: Sequence[str] | None = None) -> int:
-    """The program `census-scvi`: runs the command that its first argument names; returns the exit code."""
+    """Entry point of `census-scvi`: run the command given as first argument; return the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments:
         return _fail("expected a command; census-scvi --help lists them")
@@ -97,14 +97,14 @@ def console(argv: Sequence[str] | None = None) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """Arguments in any order; an error is one line."""
+    """Argument parser that accepts arguments in any order and prints errors on one line."""
 
     def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
-        """Options before, between and after the others; leaves the process with exit code 2 where one is wrong."""
+        """Parse options before, between and after positional arguments; exit with code 2 if one is wrong."""
         return self.parse_intermixed_args(argv)
 
     def error(self, message: str) -> NoReturn:
-        """Print the line and leave with exit code 2."""
+        """Print the error on one line and exit with code 2."""
         hint = "; settings have no dashes: section.key=value" if _DASHED_SETTING.search(message) else ""
         self.exit(USER_ERROR, f"error: {message}{hint} ({self.prog} --help shows the arguments)\n")
 
@@ -113,21 +113,21 @@ _DASHED_SETTING = re.compile(r"unrecognized arguments: .*--?\w+(\.\w+)+")
 
 
 def guarded(work: Callable[[], None]) -> int:
-    """Exit code of some work; an error that the user can fix is one line on stderr, a defect a traceback.
+    """Run `work` and return the exit code; a UserError prints one line on stderr, a defect prints a traceback.
 
-    A signal to stop (Ctrl-C, SIGTERM, SIGHUP) ends it with 128 + its number, and the line that says how to resume.
+    After a stop signal (Ctrl-C, SIGTERM, SIGHUP), the exit code is 128 + its number, and a line tells how to resume.
     """
     configure_logging()
     stopping = Stopping()
     try:
         with stopping:
             work()
-    except KeyboardInterrupt:  # which no signal brought
+    except KeyboardInterrupt:  # raised without a signal
         stopping.exit_code = 128 + signal.SIGINT
     except (Stopped, SystemExit, Exception) as error:
         if not stopping.exit_code:
             return _exit_code(error)
-    if stopping.exit_code:  # whatever a library made of it on the way
+    if stopping.exit_code:  # a library may have replaced the exception of the signal
         say(stopping.line)
     return stopping.exit_code
 
@@ -144,15 +144,15 @@ def _exit_code(error: BaseException) -> int:
 
 
 class _Printable(logging.Formatter):
-    """Removes credentials, and escapes characters that would act on the terminal."""
+    """Formatter that removes credentials and escapes terminal control characters."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line without them."""
+        """Format a record as one safe line."""
         return printable(super().format(record))
 
 
 def configure_logging() -> None:
-    """Times and messages of this project on stderr; of libraries, warnings only."""
+    """Log this project's messages with the time to stderr; of libraries, log only warnings and errors."""
     handler = logging.StreamHandler()
     handler.setFormatter(_Printable("%(asctime)s %(message)s", "%H:%M:%S"))
     project = logging.getLogger("census_scvi")
@@ -161,9 +161,9 @@ def configure_logging() -> None:
     project.propagate = False
     for name in ("lightning", "lightning.pytorch", "lightning.fabric", "cellxgene_census", "scvi"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # Appended: PYTHONWARNINGS and tests, where these are errors, come first.
-    warnings.filterwarnings("ignore", category=FutureWarning, append=True)  # of libraries, to who calls them
-    # Genes are matched by their ids, which are checked.
+    # Appended, so that PYTHONWARNINGS and the tests, which turn warnings into errors, take precedence.
+    warnings.filterwarnings("ignore", category=FutureWarning, append=True)  # addressed to developers of the libraries
+    # Not a problem here: genes are matched by their ids, which are checked.
     warnings.filterwarnings("ignore", "Variable names are not unique", UserWarning, append=True)
 
 
@@ -191,7 +191,7 @@ def _parser(stage: Stage, program: str | None, own: Any) -> Parser:
 
 
 def is_setting(argument: str) -> bool:
-    """Whether an argument is `section.key=value`, and not the path of a file."""
+    """Whether an argument is `section.key=value`; otherwise it is a file path."""
     return _SETTING.match(argument) is not None
 
 
@@ -199,7 +199,7 @@ _SETTING = re.compile(r"\w+(\.[\w-]+)*=")
 
 
 def read_config(arguments: argparse.Namespace) -> Config:
-    """The config that the arguments name."""
+    """Load the config file and overrides given in the arguments."""
     path = Path(expand_argument(arguments.config or DEFAULT_CONFIG, "--config"))
     if not path.exists():
         raise UserError(f"{path}: no such file; give the YAML file with your settings: --config FILE")
@@ -213,7 +213,7 @@ def _run(stage: Stage, arguments: argparse.Namespace, own: Any, program: str) ->
     config = read_config(arguments)
     if stage.extra:
         require_extra(stage.extra, program)
-    protocol = importlib.import_module("census_scvi.stages.protocol")  # a wrong setting is answered before it
+    protocol = importlib.import_module("census_scvi.stages.protocol")  # imported after settings are checked
     if arguments.dry_run:
         print(printable(protocol.plan_stage(stage.name, config).text(config)))
         return
@@ -234,7 +234,7 @@ _HDF5_FILE = re.compile(r"filename = '([^']*)'")
 
 
 def _free_space(error: BaseException, cause: BaseException) -> str:
-    """Free space for the file that could not be written, or in the run directory; and for temporary files."""
+    """Free space on the disk of the failed file (or of the run directory), and for temporary files."""
     notes = [note.removeprefix(_IN_FOLDER) for note in getattr(error, "__notes__", []) if note.startswith(_IN_FOLDER)]
     named = _HDF5_FILE.search(str(cause))
     file = getattr(cause, "filename", None) or (named[1] if named else None)
@@ -245,12 +245,12 @@ def _free_space(error: BaseException, cause: BaseException) -> str:
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, or the nearest existing one above it."""
+    """The folder, or its nearest existing parent."""
     return next(place for place in (folder, *folder.parents) if place.exists())
 
 
 def _storage_problem(error: BaseException) -> str | None:
-    """A line for a full disk, a missing permission or a vanished file, anywhere in the chain of causes."""
+    """Message for a full disk, missing permission or read-only file system, anywhere in the chain of causes."""
     seen: BaseException | None = error
     while seen is not None:
         text = str(seen)

@@ -1,1 +1,1 @@
-"""Writes a local Census that the real API reads: from .h5ad files, or simulated cells."""
+"""Builds a local Census from .h5ad files or simulated cells; the Census API can read it."""

@@ -1,4 +1,4 @@
-"""Write one organism of a Census: counts in blocks, then the tables computed from them (obs, var, presence)."""
+"""Write one organism of a Census: the counts in blocks, then the tables derived from them (obs, var, presence)."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -21,16 +21,16 @@ from census_scvi.local_census.sources import Source
 
 log = logging.getLogger(__name__)
 
-# Genes that a cell must have detected for equal counts to be no accident.
+# Minimum number of detected genes: equal counts of cells with fewer genes may be a coincidence.
 _TELLING_GENES = 10
-# Rows of obs or var turned into Arrow at a time.
+# Rows of obs or var that are converted to Arrow at a time.
 _TABLE_ROWS = 2**16
 _LENGTH_IF_UNKNOWN = 1000.0
 
 
 @dataclass
 class ObsStatistics:
-    """Numbers of every cell, arrays of shape (cells of the organism,), filled while the counts pass by."""
+    """Statistics per cell, arrays of shape (cells of the organism,), filled block by block."""
 
     raw_sum: npt.NDArray[np.float64]
     nnz: npt.NDArray[np.int64]
@@ -39,13 +39,13 @@ class ObsStatistics:
 
     @classmethod
     def empty(cls, n_obs: int) -> "ObsStatistics":
-        """All zero; float64 but for nnz, int64."""
+        """Statistics of zeros; float64, except for nnz (int64)."""
         return cls(np.zeros(n_obs), np.zeros(n_obs, dtype=np.int64), np.zeros(n_obs), np.zeros(n_obs))
 
     def add(self, start: int, counts: sp.csr_matrix) -> None:
-        """Take in the cells from `start` on; counts (cells x genes, float32) without explicit zeros.
+        """Add the cells from position `start` on; counts (cells x genes, float32) have no explicit zeros.
 
-        The variance over the non-zeros has ddof 1 and is 0 for fewer than two of them, as in the Census.
+        As in the Census, the variance over the non-zeros has ddof 1, and is 0 for fewer than two non-zeros.
         """
         cells = slice(start, start + counts.shape[0])
         nnz = np.diff(counts.indptr)
@@ -60,7 +60,7 @@ class ObsStatistics:
 
 @dataclass(frozen=True)
 class Repeated:
-    """Primary cells of a dataset whose counts equal those of an earlier primary cell, here or in another dataset."""
+    """Primary cells of a dataset with the same counts as an earlier primary cell of this or another dataset."""
 
     dataset_id: str
     same_as: str
@@ -72,7 +72,7 @@ class Repeated:
 
 
 def find_repeated(sources: Sequence[Source], hashes: npt.NDArray[np.uint64]) -> list[Repeated]:
-    """Cells that are primary more than once, from the hash of each cell's counts, uint64; 0 for too few to tell."""
+    """Find repeated primary cells by the hash of each cell's counts, uint64; cells with hash 0 are ignored."""
     ids = np.repeat([source.dataset_id for source in sources], [len(source.obs) for source in sources])
     primary = np.concatenate([source.obs["is_primary_data"].to_numpy(bool) for source in sources])
     cells = pd.DataFrame({"hash": hashes, "dataset": ids})[primary & (hashes != 0)]
@@ -83,11 +83,11 @@ def find_repeated(sources: Sequence[Source], hashes: npt.NDArray[np.uint64]) -> 
 
 
 def join_genes(sources: Sequence[Source]) -> pd.DataFrame:
-    """The genes of several sources, each feature_id once, in order of appearance, described by who knows it first."""
+    """Genes of several sources, each feature_id once, in order of appearance; the first known description is used."""
     var = pd.concat([source.var for source in sources], ignore_index=True)
     length = var["feature_length"].where(var["feature_length"] > 0)
     known_length = length.groupby(var["feature_id"], sort=False).first().fillna(0).astype(np.int64)
-    # A name that only repeats the id is not a symbol.
+    # A feature_name equal to the feature_id is not a symbol.
     name = var["feature_name"].where(var["feature_name"] != var["feature_id"])
     known_name = name.groupby(var["feature_id"], sort=False).first()
     kind = var["feature_type"].where(var["feature_type"] != "unknown")
@@ -104,9 +104,9 @@ def write_experiment(
 ) -> tuple[int, int, list[Repeated]]:
     """Write the experiment `organism` from (soma_joinid of the dataset, source) pairs.
 
-    Returns (cells, genes, cells that are primary more than once).
+    Returns (number of cells, number of genes, repeated primary cells).
 
-    Cells get contiguous soma_joinids, source by source. Holds `rows` cells' counts at a time.
+    Cells get contiguous soma_joinids, source by source. The counts of `rows` cells are in memory at a time.
     """
     var = join_genes([source for _, source in sources])
     n_obs = sum(len(source.obs) for _, source in sources)
@@ -143,7 +143,7 @@ def write_experiment(
 def write_table(
     parent: soma.Collection, name: str, table_schema: pa.Schema, length: int, tables: Iterator[pd.DataFrame]
 ) -> None:
-    """Write a SOMA DataFrame indexed by soma_joinid from parts that together hold `length` rows.
+    """Write a SOMA DataFrame, indexed by soma_joinid, from parts with `length` rows in total.
 
     The columns of all parts must have the same categories.
     """
@@ -155,7 +155,7 @@ def write_table(
         platform_config=schema.table_platform_config(table_schema),
     )
     uri = frame.uri
-    # Dictionary columns written through the handle that creates a DataFrame come out unreadable.
+    # Reopen the DataFrame: dictionary columns written through the handle that created it are unreadable.
     frame.close()
     with soma.DataFrame.open(uri, "w") as frame:
         for table in tables:
@@ -177,7 +177,7 @@ def _new_layer(layers: soma.Collection, name: str, shape: tuple[int, int]) -> so
 
 
 def _census_blocks(source: Source, var: pd.DataFrame, rows: int) -> Iterator[tuple[int, sp.csr_matrix]]:
-    """Blocks of a source as float32 CSR over the genes of the Census, sorted, without explicit zeros."""
+    """Blocks of a source as float32 CSR over the genes of the Census; indices sorted, no explicit zeros."""
     column = pd.Index(var["feature_id"]).get_indexer(pd.Index(source.var["feature_id"])).astype(np.int32)
     expected = 0
     for start, block in source.blocks(rows):
@@ -199,9 +199,9 @@ def _census_blocks(source: Source, var: pd.DataFrame, rows: int) -> Iterator[tup
 
 
 def _write_block(layer: soma.SparseNDArray, first_cell: int, block: sp.csr_matrix) -> None:
-    """Write the cells from `first_cell` on, in the order in which TileDB stores them: tile by tile.
+    """Write the cells from `first_cell` on, tile by tile, which is TileDB's storage order.
 
-    TileDB's own sort of the coordinates takes four times as long as all the rest of the build.
+    TileDB's own sort of the coordinates takes four times as long as the rest of the build.
     """
     if block.nnz == 0:
         return
@@ -209,14 +209,14 @@ def _write_block(layer: soma.SparseNDArray, first_cell: int, block: sp.csr_matri
     genes = block.indices.astype(np.int64)
     tile = cells // schema.X_TILE - first_cell // schema.X_TILE
     tile = tile * (block.shape[1] // schema.X_TILE + 1) + genes // schema.X_TILE
-    # numpy sorts 16-bit numbers by radix; there are far fewer tiles than that in a block.
+    # numpy uses radix sort for 16-bit integers; a block has far fewer than 2**15 tiles.
     order = np.argsort(tile.astype(np.uint16) if tile[-1] < 2**15 else tile, kind="stable")
     table = pa.table({"soma_dim_0": cells[order], "soma_dim_1": genes[order], "soma_data": block.data[order]})
     layer.write(table, platform_config={"tiledb": {"write": {"sort_coords": False}}})
 
 
 def _normalize(counts: sp.csr_matrix, source: Source, start: int, var: pd.DataFrame) -> sp.csr_matrix:
-    """Counts as a share of the cell's; those of full-length assays are divided by the gene's length first."""
+    """Counts divided by the cell's total; for full-length assays they are divided by gene length first."""
     values = counts.data.astype(np.float64)
     row = np.repeat(np.arange(counts.shape[0]), np.diff(counts.indptr))
     cells = source.obs.iloc[start : start + counts.shape[0]]
@@ -253,7 +253,7 @@ def _write_presence(
 def _obs_tables(
     sources: Sequence[Source], statistics: ObsStatistics, n_measured: npt.NDArray[Any]
 ) -> Iterator[pd.DataFrame]:
-    """The cells of one source after the other, with the same categories throughout."""
+    """Obs tables, one source after the other, with the same categories in all of them."""
     text = ["dataset_id", *schema.LABEL_COLUMNS]
     labels = {name: _categories(sources, name) for name in schema.LABEL_COLUMNS}
     labels["dataset_id"] = pd.Index([source.dataset_id for source in sources])
@@ -274,12 +274,12 @@ def _obs_tables(
 
 
 def _categories(sources: Sequence[Source], column: str) -> pd.Index:
-    """All labels of a column, sorted, so that their order does not depend on the order of the files."""
+    """All labels of a column, sorted, so that the result does not depend on the order of the files."""
     return pd.Index(sorted({str(label) for source in sources for label in source.obs[column].unique()}))
 
 
 def observation_joinids(dataset_id: str, n_cells: int) -> list[str]:
-    """20 hex digits a cell (str), from the dataset's id and the cell's place in it: unique, the same in every build."""
+    """20 hex digits per cell (str), from dataset_id and position in the dataset: unique, and equal in every build."""
     seed = blake2b(dataset_id.encode(), digest_size=10)
 
     def of_cell(cell: int) -> str:

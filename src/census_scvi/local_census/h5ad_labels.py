@@ -1,4 +1,4 @@
-"""From the obs table of a file to the label columns of the Census."""
+"""Conversion of a file's obs table to the label columns of the Census."""
 
 import logging
 from collections.abc import Mapping
@@ -24,15 +24,15 @@ def census_labels(
     columns: Mapping[str, str],
     values: Mapping[str, str | bool],
 ) -> pd.DataFrame:
-    """The Census' label columns for the cells of a file, made from its obs `table` (same rows)."""
+    """Label columns of the Census for the cells of a file, from its obs `table` (same rows)."""
     given = {census: table_column(table, name, f"{path}: obs") for census, name in columns.items()}
     own = [name for name in SETTABLE_COLUMNS if name in table and name not in columns and name not in values]
-    # A term id belongs to the file's own label; it does not follow a label that comes from elsewhere.
+    # Use a term id of the file only with the label of the same file, not with a label from the settings.
     own = [name for name in own if (label := name.removesuffix("_ontology_term_id")) == name or label in own]
     if own:
         log.info("%s: used under their own names: %s", path, ", ".join(own))
     given |= {name: table[name] for name in own}
-    # A cell without a general tissue gets its tissue and that term id.
+    # If the general tissue is not given, tissue and its term id are used.
     general = {"tissue_general", "tissue_general_ontology_term_id"}.isdisjoint({*given, *values})
     labels = pd.DataFrame(index=pd.RangeIndex(len(table)))
     for name in LABEL_COLUMNS:
@@ -53,7 +53,7 @@ def census_labels(
 
 
 def table_column(table: pd.DataFrame, name: str, where: str) -> pd.Series:
-    """A column of a file's table, with a plain index; UserError naming the nearest and all there are."""
+    """Column of a file's table, with a default index; UserError with the nearest and all names if it is missing."""
     if name not in table:
         known = [str(column) for column in table.columns]
         raise UserError(
@@ -67,19 +67,19 @@ def _constant(value: str, length: int) -> pd.Series:
 
 
 def _label(values: pd.Series, default: str, where: str) -> pd.Series:
-    """Text labels; missing and empty ones become the default."""
+    """Labels as text; missing and empty labels become the default."""
     codes, found = pd.factorize(values)
     missing = int((codes < 0).sum())
     if missing:
         log.warning("%s: %s cells without a value get %r", where, f"{missing:,}", default)
-    # Values that differ only in type, 1 and "1", are one label; code -1 (missing) picks the last, the default.
+    # Values that differ only in type (1 and "1") are one label. Code -1 (missing) selects the last entry, the default.
     text = np.array([label_text(value) or default for value in found] + [default], dtype=object)
     label, names = pd.factorize(text)
     return pd.Series(pd.Categorical.from_codes(label[codes], categories=pd.Index(names)))
 
 
 def label_text(value: object) -> str:
-    """A label as text. A missing value turns a column of integers into floats: 1.0 is the label 1."""
+    """Label as text; 1.0 becomes "1", because a missing value converts a column of integers to floats."""
     if isinstance(value, float | np.floating) and float(value).is_integer():
         return str(int(value))
     return str(value)

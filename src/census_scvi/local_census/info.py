@@ -11,12 +11,12 @@ from census_scvi.census import schema
 from census_scvi.local_census.experiment import write_table
 from census_scvi.local_census.sources import Source
 
-# Not donors: cells whose donor is not known, or of several donors.
+# Values of donor_id that are not donors: unknown or several donors.
 _NO_DONOR = ("unknown", "pooled", "na")
 
 
 def write_info(info: soma.Collection, sources: Sequence[Source]) -> None:
-    """Fill the collection `census_info`; the soma_joinid of a dataset is its place in `sources`."""
+    """Fill the collection `census_info`; the soma_joinid of a dataset is its position in `sources`."""
     tables = (
         ("summary", schema.SUMMARY_SCHEMA, _summary(sources)),
         ("datasets", schema.DATASETS_SCHEMA, _datasets(sources)),
@@ -42,7 +42,7 @@ def _summary(sources: Sequence[Source]) -> pd.DataFrame:
         "unique_cell_count": sum(int(source.obs["is_primary_data"].sum()) for source in sources),
     }
     for organism in _used_organisms(sources):
-        # Donors are the same person only within a dataset.
+        # The same donor_id means the same person only within a dataset.
         rows[f"number_donors_{organism.name}"] = sum(
             int((~source.obs["donor_id"].drop_duplicates().isin(_NO_DONOR)).sum())
             for source in sources
@@ -95,7 +95,7 @@ def _summary_cell_counts(sources: Sequence[Source]) -> pd.DataFrame:
 
 
 def _counts(tables: Sequence[pd.DataFrame], category: str) -> Iterator[tuple[str, str, int, int]]:
-    """(label, ontology term id, cells, unique cells) of each value of a label column."""
+    """(label, ontology term id, cells, unique cells) for each value of a label column."""
     term = f"{category}_ontology_term_id"
     parts = []
     for table in tables:

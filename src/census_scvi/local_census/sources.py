@@ -1,4 +1,4 @@
-"""Where the cells of a local Census come from: a `Source` is one dataset, its labels, its genes and its counts."""
+"""Sources of the cells of a local Census: a `Source` is one dataset with its labels, genes and counts."""
 
 import logging
 import re
@@ -41,17 +41,17 @@ class Source(Protocol):
     organism
         Experiment of the Census, such as `homo_sapiens`.
     path
-        File of the cells, "" if there is none.
+        File of the cells; "" if there is none.
     genes
-        Counts of kept and dropped genes of the file.
+        Numbers of kept and dropped genes of the file.
     var
         feature_id (unique), feature_name, feature_length (int64), feature_type; one row per gene.
     obs
         One row per cell: the Census' label columns (categorical or str, no missing values), is_primary_data (bool),
-        and observation_joinid where the file has one.
+        and observation_joinid if the file has it.
     kept_counts
-        float64 (cells,): share of each cell's counts that the genes of `var` hold, filled by `blocks`; 1 for a cell
-        without counts.
+        float64 (cells,): share of each cell's counts that are in the genes of `var`, filled by `blocks`; 1 for a
+        cell without counts.
     """
 
     dataset_id: str
@@ -66,15 +66,15 @@ class Source(Protocol):
     def blocks(self, rows: int) -> Iterator[tuple[int, sp.csr_matrix]]:
         """Yield (first row, raw counts of at most `rows` cells x genes of `var`) in the order of `obs`.
 
-        The CSR holds no duplicates; it may hold explicit zeros. Any number of passes is allowed.
+        The CSR matrix has no duplicates; it may have explicit zeros. May be called several times.
         """
         ...
 
 
 class H5adSource:
-    """The cells of an .h5ad, or those in `rows`, read in blocks of rows.
+    """All cells of an .h5ad, or those in `rows`, read in blocks of rows.
 
-    Use `open_h5ad` to make one.
+    Use `open_h5ad` to create one.
     """
 
     def __init__(
@@ -97,11 +97,11 @@ class H5adSource:
         self._column_to_gene, self._counted = genes.column_to_gene, counted.astype(np.float64)
 
     def blocks(self, rows: int) -> Iterator[tuple[int, sp.csr_matrix]]:
-        """Yield (first row, raw counts of at most `rows` cells x genes); UserError for other values."""
+        """Yield (first row, raw counts of at most `rows` cells x genes); UserError if they are not raw counts."""
         return regroup(self._selected(rows), rows)
 
     def _selected(self, rows: int) -> Iterator[sp.csr_matrix]:
-        """The dataset's own cells of each block of the file, columns already turned into genes."""
+        """The cells of this dataset in each block of the file, with columns mapped to genes."""
         with open_file(Path(self.path)) as file:
             matrix = CountMatrix(file, matrix_key(file, self._counts))
             try:
@@ -117,23 +117,23 @@ class H5adSource:
                 raise unreadable(self.path, error) from error
 
     def _share_kept(self, block: sp.csr_matrix) -> npt.NDArray[np.float64]:
-        """Of each cell's counts of genes, those of genes that stay."""
+        """Share of each cell's gene counts that are in kept genes; 1 for a cell without counts."""
         total = block @ self._counted
         kept = block @ (self._column_to_gene >= 0).astype(np.float64)
         return np.where(total > 0, kept / np.where(total > 0, total, 1.0), 1.0)
 
     def _to_genes(self, block: sp.csr_matrix) -> sp.csr_matrix:
-        """Columns of the file -> genes: dropped ones leave, those of the same gene are summed."""
+        """Map columns of the file to genes: drop columns without a gene, and sum columns of the same gene."""
         gene = self._column_to_gene[block.indices]
         row = np.repeat(np.arange(block.shape[0]), np.diff(block.indptr))
         keep = gene >= 0
-        # float64, so that a sum is exact before it is compared with the limit of X/raw.
+        # float64, so that sums are exact when they are compared with the limit of X/raw.
         entries = (block.data[keep].astype(np.float64), (row[keep], gene[keep]))
         return sp.csr_matrix(entries, shape=(block.shape[0], len(self.var)))
 
 
 def regroup(blocks: Iterable[sp.csr_matrix], rows: int) -> Iterator[tuple[int, sp.csr_matrix]]:
-    """Yield (first row, block) of exactly `rows` rows, the last one fewer, from blocks of any size in their order."""
+    """Yield (first row, block) with `rows` rows each (the last may have fewer), from blocks of any size, in order."""
     start = n_waiting = 0
     waiting: list[sp.csr_matrix] = []
     for block in blocks:
@@ -165,13 +165,13 @@ def open_h5ad(
     keep_without_id: bool = False,
     min_recognised: float = 0.5,
 ) -> list[H5adSource]:
-    """Open an .h5ad with raw counts as one dataset, or as one a value of the obs column `dataset_column`.
+    """Open an .h5ad with raw counts as one dataset, or as one dataset per value of the obs column `dataset_column`.
 
-    `obs_columns` maps Census columns to columns of the file, `values` gives Census columns one value for all cells.
-    A column of the file that has a Census name is taken as it is, unless either says otherwise; all others get
-    "unknown" or "na", and is_primary_data True. `counts` is X, raw or layers/<name>, None judges all of them
-    (`census_scvi.counts.raw_counts`); `gene_id` is index or a column of var, None takes the one in which most genes are
-    recognised. Raises UserError for a missing, damaged or unsuitable file, naming it.
+    `obs_columns` maps Census columns to columns of the file. `values` sets Census columns to one value for all cells.
+    Without either, a column of the file with a Census name is used as it is. All other columns are "unknown" or "na",
+    and is_primary_data is True. `counts` is X, raw or layers/<name>; None: the raw counts are searched in all of them
+    (`census_scvi.counts.raw_counts`). `gene_id` is index or a column of var; None: the one with the most recognised
+    genes. Raises UserError, with the name of the file, if the file is missing, damaged or unsuitable.
     """
     try:
         with open_file(path) as file:
@@ -211,7 +211,7 @@ def open_h5ad(
 
 
 def _find_counts(file: h5py.File, path: Path, asked: str | None, n_cells: int) -> str:
-    """The requested matrix, or the one with the raw counts; UserError if there is none."""
+    """Name of the requested matrix, or of the one with raw counts; UserError if there is none."""
     matrices, setting = matrices_in(file), "counts: "
     if not matrices:
         raise UserError(f"{path}: has no X, raw or layers; nothing to build from")
@@ -241,9 +241,9 @@ def _find_genes(
     keep_without_id: bool,
     min_recognised: float,
 ) -> tuple[Genes, npt.NDArray[Any]]:
-    """Which gene each column of the file is, and, bool (columns,), which count genes of any organism.
+    """The gene of each column of the file, and bool (columns,): whether the column counts a gene of any organism.
 
-    UserError, naming the file, where too few are recognised.
+    UserError, with the name of the file, if too few genes are recognised.
     """
     rows = find_gene_rows(var, organism)
     if rows.left_out:
@@ -282,7 +282,7 @@ def _find_genes(
 def _gene_names(
     path: Path, var: pd.DataFrame, gene_id: str | None, recognised: Mapping[str, int], n_genes: int
 ) -> tuple[str, pd.Series]:
-    """Where the genes are named, as asked for or where most are `recognised`, and the names there, (rows of var,)."""
+    """Location of the gene names (requested, or with the most `recognised` genes), and the names, (rows of var,)."""
     asked = _best_place(recognised) if gene_id is None else "var_names" if gene_id == "index" else f"var[{gene_id!r}]"
     if gene_id is None and asked != "var_names":
         numbers = f"{recognised[asked]:,} of {n_genes:,} genes, var_names {recognised['var_names']:,}"
@@ -298,7 +298,7 @@ def _best_place(recognised: Mapping[str, int]) -> str:
 
 
 def _recognised(names: pd.Series, organism: str, gene_map: GeneMap | None) -> pd.Series:
-    """Which names are Ensembl ids of the organism, or symbols of the map."""
+    """Bool per name: an Ensembl id of the organism or a symbol in the gene map."""
     ids = strip_version(clean_names(names))
     found = ids.str.fullmatch(re.escape(ORGANISMS[organism].gene_id_prefix) + r"\d{11}")
     return found if gene_map is None else found | ids.isin(gene_map.id_of_symbol)
@@ -311,7 +311,7 @@ def _proposal(
     organism: str,
     gene_map: GeneMap | None,
 ) -> str:
-    """Where more genes would be recognised than in the place that was asked for, or ""."""
+    """Advice if another location has more recognised genes than `asked`; else ""."""
     here, best = recognised.get(asked, 0), _best_place(recognised)
     if recognised[best] > here:
         column = "index" if best == "var_names" else best.removeprefix("var['").removesuffix("']")
@@ -323,8 +323,8 @@ def _proposal(
 
 
 def _attributes(var: pd.DataFrame, names_from: str) -> pd.DataFrame:
-    """The file's gene columns: those of the Census, and the index as symbols if a column has the ids."""
-    if "feature_type" in var and holds_kinds(var["feature_type"]):  # "Gene Expression", where the Census has biotypes
+    """Var with the gene columns of the Census; if a column has the ids, the index is used as symbols."""
+    if "feature_type" in var and holds_kinds(var["feature_type"]):  # e.g. "Gene Expression"; the Census has biotypes
         var = var.drop(columns="feature_type")
     if names_from == "var_names" or "feature_name" in var or var.index.astype(str).str.isdigit().any():
         return var

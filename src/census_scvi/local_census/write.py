@@ -1,4 +1,4 @@
-"""Write a local Census (SOMA) from sources of cells, in blocks, completely or not at all."""
+"""Write a local Census (SOMA) from sources, in blocks, completely or not at all."""
 
 import json
 import logging
@@ -26,12 +26,12 @@ from census_scvi.workspace.provenance import code_state
 
 log = logging.getLogger(__name__)
 
-# Cells whose counts are in memory at a time: 2,048 cells with 3,000 genes each are a table of 0.12 GB.
+# Cells whose counts are in memory at a time. 2,048 cells with 3,000 genes each need a table of 0.12 GB.
 BLOCK_ROWS = 2048
 
-# Share of a cell's counts below which it has lost most of them.
+# A cell has lost most of its counts if the kept share is below this value.
 _MOST = 0.5
-# The record of a build: metadata of the Census, JSON.
+# Key of the build record (JSON) in the metadata of the Census.
 BUILD = "census_scvi_build"
 
 
@@ -44,12 +44,12 @@ class DatasetReport:
     n_cells: int
     n_primary: int
     genes: GeneReport
-    n_lost_most: int = 0  # cells that lost more than half of their counts with genes that were dropped
-    n_emptied: int = 0  # of these: cells that lost all
+    n_lost_most: int = 0  # cells with more than half of their counts in dropped genes
+    n_emptied: int = 0  # cells with all counts in dropped genes
 
     @classmethod
     def of(cls, source: Source) -> "DatasetReport":
-        """Of a source whose counts were read."""
+        """Create the report of a source whose counts were read."""
         lost, emptied = source.kept_counts < _MOST, source.kept_counts == 0
         n_primary = int(source.obs["is_primary_data"].sum())
         numbers = (len(source.obs), n_primary, source.genes, int(lost.sum()), int(emptied.sum()))
@@ -61,7 +61,7 @@ class DatasetReport:
 
     @property
     def losses(self) -> str:
-        """Text about cells that lost most of their counts; empty if there are none."""
+        """Text on cells that lost most of their counts; empty if there are none."""
         if not self.n_lost_most:
             return ""
         return f"; {self.n_lost_most:,} cells lost most of their counts with them, {self.n_emptied:,} lost all"
@@ -84,9 +84,9 @@ def build_census(
 ) -> BuildReport:
     """Write the cells of `sources` as a new Census in the folder `uri`.
 
-    The Census is written in the folder `<uri>.partial`, and gets its place when it is complete: a build that fails or
-    is killed leaves nothing that opens, and an old Census at `uri` is removed only after the new one was read there.
-    Memory holds the labels of all cells and the counts of `block_rows`.
+    The Census is written to the folder `<uri>.partial` and moved to `uri` when it is complete. A build that fails or
+    is killed leaves no partial Census at `uri`. An old Census at `uri` is removed only after the new one was opened
+    there. The labels of all cells and the counts of `block_rows` cells are in memory.
 
     Raises
     ------
@@ -98,7 +98,7 @@ def build_census(
     target = check_target(uri, force=force)
     _check_sources(sources)
     with partial_folder(target, "scvi-build-census.py") as partial:
-        check_target(uri, force=force)  # a killed build's may be back
+        check_target(uri, force=force)  # again: the lock may have restored the Census of a killed build
         new = partial / "new"
         new.mkdir()
         with plain_name(new) as folder:
@@ -121,7 +121,7 @@ def build_census(
 
 
 def _warn(report: BuildReport, sources: Sequence[Source]) -> None:
-    """Warn about contents of the Census that may be unintended."""
+    """Warn about probable mistakes in the contents of the Census."""
     for dataset, source in zip(report.datasets, sources, strict=True):
         if dataset.n_lost_most:
             log.warning(
@@ -142,7 +142,7 @@ def _warn(report: BuildReport, sources: Sequence[Source]) -> None:
 
 
 def check_target(uri: str | Path, *, force: bool) -> Path:
-    """The folder to build in; UserError unless it is free, or holds a Census and `force` is set."""
+    """The target folder; UserError unless it is free, or holds a Census and `force` is set."""
     path = local_path(str(uri))
     if path is None:
         raise UserError(f"{uri}: a Census can only be built in a local folder; build it there and copy the folder")
@@ -181,7 +181,7 @@ def _check_sources(sources: Sequence[Source]) -> None:
 def _write_census(
     partial: Path, sources: Sequence[Source], block_rows: int
 ) -> tuple[dict[str, tuple[int, int]], list[Repeated]]:
-    """Returns {organism: (cells, genes)}, and cells that are primary more than once."""
+    """Write all parts of the Census; return {organism: (cells, genes)} and the repeated primary cells."""
     sizes, repeated = {}, []
     with soma.Collection.create(str(partial / "census_data")) as census_data:
         for organism in schema.ORGANISMS:
@@ -200,13 +200,13 @@ def _write_census(
 
 
 def _record(sources: Sequence[Source], repeated: Sequence[Repeated]) -> str:
-    """Record of the build, JSON, stored in the Census."""
+    """Record of the build as JSON, stored in the metadata of the Census."""
     datasets = [{"file": Path(source.path).name, **asdict(DatasetReport.of(source))} for source in sources]
     return json.dumps({"datasets": datasets, "repeated": [asdict(cells) for cells in repeated]})
 
 
 def _write_root(partial: Path, record: str) -> None:
-    """The root comes last: without it the folder does not open as a Census."""
+    """Write the root last: without it, the folder cannot be opened as a Census."""
     with soma.Collection.create(str(partial)) as root:
         for name in ("census_info", "census_data"):
             with soma.Collection.open(str(partial / name), "w") as member:
@@ -217,7 +217,7 @@ def _write_root(partial: Path, record: str) -> None:
 
 
 def _check_census(folder: Path, sources: Sequence[Source]) -> None:
-    """Read the sizes of the written Census as a user opens it."""
+    """Open the written Census as a user does, and check its sizes."""
     with soma.open(str(folder)) as root:
         for organism in {source.organism for source in sources}:
             experiment = root["census_data"][organism]
@@ -231,8 +231,8 @@ def _check_census(folder: Path, sources: Sequence[Source]) -> None:
 
 
 def _put_in_place(new: Path, target: Path, sources: Sequence[Source]) -> None:
-    """Move the new Census to its place; restore the old one if the new one cannot be read there."""
-    # A Census is a thousand small files: one call for all is a hundred times faster than one each.
+    """Move the new Census to the target; restore the old one if the new one cannot be read there."""
+    # A Census has about a thousand small files: one sync for all is a hundred times faster than one per file.
     os.sync()
     old = new.with_name(OLD)
     _swap(new, target, old)
@@ -247,7 +247,7 @@ def _put_in_place(new: Path, target: Path, sources: Sequence[Source]) -> None:
 
 
 def _swap(new: Path, target: Path, old: Path) -> None:
-    """`new` becomes `target`, and the earlier target `old`: in one step if the file system supports it."""
+    """Rename `target` to `old` and `new` to `target`, in one step if the file system supports it."""
     if not target.exists():
         new.rename(target)
     elif exchange(new, target):

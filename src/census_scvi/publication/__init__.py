@@ -1,1 +1,1 @@
-"""Publishing: measuring the gates, model card, hub folder, obsm, provenance, verification."""
+"""Publishing: gate measurements, model card, hub folder, obsm, provenance, verification."""

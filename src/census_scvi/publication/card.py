@@ -1,4 +1,4 @@
-"""The model card, computed from the built module and its provenance."""
+"""The model card, generated from the built module and its provenance."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PICTURE = "training-curve.png"
 
 
 def model_card(record: Mapping[str, Any], description: ModelDescription, n_sample: int) -> str:
-    """The card in Markdown, with the header that model hubs read.
+    """Model card in Markdown, with the header that model hubs read.
 
     Parameters
     ----------
@@ -32,7 +32,7 @@ def model_card(record: Mapping[str, Any], description: ModelDescription, n_sampl
     description
         The model.
     n_sample
-        Cells in the hub's `adata.h5ad`.
+        Number of cells in the hub's `adata.h5ad`.
     """
     family = family_of(description.model)
     config, stages = record["config"], record["stages"]
@@ -91,7 +91,7 @@ def _rounded(value: float | None) -> str:
 
 
 def _others(evaluation: Mapping[str, Any] | None) -> list[str]:
-    """Names of the embeddings and baselines that were measured for comparison."""
+    """Names of the other embeddings and baselines in the evaluation."""
     scores = evaluation["scores"] if evaluation else []
     return list(dict.fromkeys(name for score in scores for name in score["others"]))
 
@@ -114,7 +114,7 @@ def _header(record: Mapping[str, Any], family: Family) -> str:
 
 
 def learning_curve(curves: Mapping[str, list[float]]) -> bytes:
-    """PNG of the ELBO of training and validation cells by epoch."""
+    """PNG of the ELBO per epoch, for training and validation cells."""
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

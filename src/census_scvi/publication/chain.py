@@ -1,4 +1,4 @@
-"""The chain from a published embedding back to the counts, link by link."""
+"""Verification of a published embedding: a chain of checks from the embedding back to the counts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from census_scvi.publication.sealed import COUNT_HASH, SEALED_EMBEDDING, read_se
 from census_scvi.publication.settings import GatesSection
 from census_scvi.publication.summary import provenance_of
 
-# Gates that every record has, written by any version.
+# Gates that every record contains, whichever version wrote it.
 _ALWAYS = (
     "cells", "finite", "variance", "duplicate_dimensions", "effective_rank", "genes", "counts", "architecture",
     "re_embedding", "order", "active_units",
@@ -44,7 +44,7 @@ _MAX_DIFFERENCE = GatesSection().max_difference
 
 @dataclass(frozen=True)
 class Link:
-    """One check of the chain: whether it is valid, and the finding."""
+    """Result of one check of the chain: valid or not, and the finding."""
 
     name: str
     valid: bool
@@ -52,35 +52,35 @@ class Link:
 
 
 def verify(published: str, census: str | None = None, *, n_cells: int = 500, seed: int | None = None) -> list[Link]:
-    """Check every link.
+    """Check every link of the chain.
 
     Parameters
     ----------
     published
-        Folder or URL that was published with the embedding.
+        Folder or URL of the model that was published with the embedding.
     census
-        URI of the Census with the embedding; None: check the folder only.
+        URI of the Census that holds the embedding; None: check only the folder.
     n_cells
-        Cells to read again.
+        Number of cells to read again from the Census.
     seed
-        Seed of that sample; None: another one each time.
+        Seed of that sample; None: a new random sample on each call.
 
     Returns
     -------
-    The links in their order; those that depend on a broken one may be missing. Without a Census they show that the
-    folder is consistent; a folder whose files were all forged together, model and cells included, is not detected.
+    The links in order. Links that depend on a broken one may be missing. Without a Census, the links only show that
+    the folder is consistent: a forgery of all files together, including model and cells, is not detected.
 
     Raises
     ------
     UserError
-        There is no published folder or no Census, or `n_cells` or `seed` is negative.
+        The published folder or the Census does not exist, or `n_cells` or `seed` is negative.
     """
     if n_cells < 1 or (seed is not None and seed < 0):
         raise UserError(f"--sample is {n_cells} and --seed {seed}; expected 1 or more cells, and a seed of 0 or more")
     published = expand_argument(published, "PUBLISHED")
     census = None if census is None else expand_argument(census, "--census")
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
-        folder = fetch(published, Path(scratch))  # not from the cache: the place itself is checked
+        folder = fetch(published, Path(scratch))  # not from the cache: the published files themselves are checked
         try:
             record = read_provenance(folder)
         except UserError as error:
@@ -102,14 +102,14 @@ def verify(published: str, census: str | None = None, *, n_cells: int = 500, see
             return [*links, _damaged("census", error)]
         online = _InCensus(offline, opened, n_cells, seed)
         links.append(_looked_at(online.census))
-        if links[-1].valid:  # soma_joinids of another Census mean other cells
+        if links[-1].valid:  # in another Census, the same soma_joinids refer to other cells
             looks = (online.publication, online.embedding, online.sealed_cells, online.fresh_sample)
             links += [_looked_at(look) for look in looks]
         return links
 
 
 def _looked_at(look: Callable[[], tuple[bool, str]]) -> Link:
-    """A link; one that cannot be checked is broken."""
+    """Run one check; a check that raises an error is a broken link."""
     try:
         return Link(look.__name__, *look())
     except UserError as error:
@@ -119,37 +119,37 @@ def _looked_at(look: Callable[[], tuple[bool, str]]) -> Link:
 
 
 def _damaged(name: str, error: Exception) -> Link:
-    """A broken link; libraries fail in many ways on damaged or forged files."""
+    """A broken link for an error; libraries raise many kinds of errors on damaged or forged files."""
     reason = str(error).strip().partition("\n")[0]
     return Link(name, False, f"cannot be checked ({type(error).__name__}: {reason})")
 
 
 class _Folder:
-    """The links of the published folder alone: each method returns whether it is valid, and the finding."""
+    """The links that need only the published folder; each method returns (valid, finding)."""
 
     def __init__(self, folder: Path, record: dict[str, Any]) -> None:
         self.path, self.record = folder, record
 
     def files(self) -> tuple[bool, str]:
-        """The files are those that were written."""
+        """The files are the ones that were published."""
         wrong = damaged_files(self.path, self.record)
         return not wrong, "; ".join(wrong) or f"{len(self.record['files'])} files, unchanged"
 
     def model(self) -> tuple[bool, str]:
-        """The model is built as its provenance says."""
+        """The model is built as recorded in its provenance."""
         model, description = load_safe(self.path)
         stated = {name: value for name, value in self.record["model"].items() if name not in ("sha256", "uri")}
         gate = architecture(stated, built_facts(model, description.genes))
         return gate.passed, gate.detail
 
     def sealed_counts(self) -> tuple[bool, str]:
-        """The counts of the sealed cells are those that were sealed."""
+        """The counts of the sealed cells match their sealed hashes."""
         cells = self.sealed()
         wrong = int((row_hashes(cells.X) != cells.obs[COUNT_HASH].to_numpy()).sum())
         return not wrong, f"{wrong:,} of {cells.n_obs:,} sealed cells have changed counts"
 
     def sealed_embedding(self) -> tuple[bool, str]:
-        """scvi-tools embeds the sealed cells as they are published."""
+        """scvi-tools reproduces the published embedding of the sealed cells."""
         cells = self.sealed()
         return self.re_embedded(cells, cells.obsm[SEALED_EMBEDDING])
 
@@ -166,14 +166,14 @@ class _Folder:
         return read_sealed(self.path, self.record["model"]["genes"], self.record["embedding"]["n_features"])
 
     def re_embedded(self, cells: ad.AnnData, published: Any) -> tuple[bool, str]:
-        """Whether the published model gives the published embedding of cells (obs: soma_joinid, batch)."""
+        """The published model reproduces the published embedding of cells (obs: soma_joinid, batch)."""
         model, description = load_safe(self.path)
-        if description.arguments["encode_covariates"]:  # scvi-tools has random weights for other batches
+        if description.arguments["encode_covariates"]:  # scvi-tools has random weights for batches outside training
             trained = cells.obs["batch"].isin(description.batches).to_numpy()
             cells, published = cells[trained], published[trained]
         batches = cells.obs["batch"].to_numpy(dtype=object)
         mean, _ = reference_latent(model, description.genes, cells.X, batches)
-        # A record that was forged would allow any difference.
+        # The record is untrusted: a forged one could allow any difference.
         bound = min(float(translate_recorded_config(self.record["config"])["gates"]["max_difference"]), _MAX_DIFFERENCE)
         gate = re_embedding(cells.obs["soma_joinid"].to_numpy(), np.asarray(published), mean, bound)
         words = f"{len(mean):,} cells, largest difference to scvi-tools' own {gate.value:.1e}"
@@ -190,7 +190,7 @@ class _InCensus:
         self._name = str(self._record["embedding"]["name"])
 
     def census(self) -> tuple[bool, str]:
-        """The Census is the one that was embedded."""
+        """The Census is the one that the embedding was computed from."""
         stated, found = self._record["census"], self._census.identity
         names = ("schema", "created_on", "organism", "cells")
         differing = [
@@ -210,7 +210,7 @@ class _InCensus:
         return same, "as in scvi_summary" if same else "scvi_summary has another provenance of this publication"
 
     def embedding(self) -> tuple[bool, str]:
-        """Every value is the one that was published."""
+        """Every value of the embedding is the published one."""
         digest, found = EmbeddingHash(), [np.empty(0, np.int64)]
         for joinids, values in read_embedding(self._embedding_uri()):
             digest.update(joinids, values)
@@ -226,14 +226,14 @@ class _InCensus:
         return not wrong, "; ".join([f"{len(cells):,} cells", *wrong])
 
     def sealed_cells(self) -> tuple[bool, str]:
-        """The sealed cells have in the Census the embedding that they were sealed with."""
+        """The embedding of the sealed cells in the Census equals their sealed embedding."""
         cells = self._folder.sealed()
         published = read_cells(self._embedding_uri(), cells.obs["soma_joinid"].to_numpy())
         wrong = int((published != np.asarray(cells.obsm[SEALED_EMBEDDING])).any(axis=1).sum())
         return not wrong, f"{wrong:,} of {cells.n_obs:,} sealed cells have another embedding in the Census"
 
     def fresh_sample(self) -> tuple[bool, str]:
-        """Cells read again from the Census are embedded as published."""
+        """The model reproduces the published embedding of random cells that are read again from the Census."""
         cells, genes = self._cells(), self._record["model"]["genes"]
         rows = draw_rows(len(cells), self._n_cells, self._seed)
         sample = read_sample(self._census, cells, rows, genes, locate_genes(self._census, genes, 0.0))
@@ -247,7 +247,7 @@ class _InCensus:
         return select_cells(self._census, config["census"]["obs_query"], config["anndata"]["batch_key"])
 
     def _experiment_uri(self) -> str:
-        """Of this Census, or, where it has no such embedding, the one that was published to."""
+        """URI of this Census' Experiment; if it lacks the embedding, of the recorded Experiment if that exists."""
         here = str(self._census.experiment.uri)
         there = resolved(self._record["embedding"]["experiment_uri"], self._folder.path)
         path = None if there is None else local_path(there)

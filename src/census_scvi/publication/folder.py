@@ -1,7 +1,7 @@
 """Writes the folder that is published with an embedding, and copies it elsewhere.
 
-It holds the model, a sealed sample of cells, and how both were made. The model is there twice: in its safe form, which
-is all that this project reads, and as scvi-tools' model hub wants it.
+The folder holds the model, a sealed sample of cells, and their provenance. The model is stored twice: in the safe form,
+the only one that this project reads, and in the format of scvi-tools' model hub.
 """
 
 from __future__ import annotations
@@ -42,20 +42,20 @@ def write_published(
     latent: npt.NDArray[np.float32],
     record: dict[str, Any],
 ) -> None:
-    """Make the folder, completely or not at all.
+    """Write the folder, completely or not at all.
 
     Parameters
     ----------
     folder
-        Where.
+        Path of the folder.
     model, description
         The trained model.
     counts, obs
-        The cells that are sealed: CSR float32 (cells, genes), and their obs with soma_joinid and batch.
+        The sealed cells: CSR float32 (cells, genes), and their obs with soma_joinid and batch.
     latent
-        float32 (cells, n_latent): their embedding, as it is published.
+        float32 (cells, n_latent): their embedding, as published.
     record
-        The provenance; identities of the files and a seal are added.
+        The provenance; the identities of the files and a seal are added to it.
     """
     partial = folder.with_name(folder.name + ".partial")
     remove(partial)
@@ -79,12 +79,12 @@ def write_published(
 def copy_to(folder: Path, uri: str, *, replace: bool) -> None:
     """Copy the published folder to another folder or URL.
 
-    On a local disk it appears in one step; elsewhere the provenance comes last.
+    On a local disk the folder appears in one step. Elsewhere the provenance is copied last.
 
     Raises
     ------
     UserError
-        A published model is there and `replace` is false, anything else is there, or the place cannot be written.
+        The target holds a published model and `replace` is false, it holds anything else, or it is not writable.
     """
     try:
         system, target = file_system(uri)
@@ -105,12 +105,12 @@ def copy_to(folder: Path, uri: str, *, replace: bool) -> None:
         raise UserError(f"publish.model_uri {uri} cannot be written: {error}") from None
 
 
-# A full disk, a missing permission: the same line wherever they occur.
+# Full disk or missing permission: these errors are reported elsewhere, with the same message for every stage.
 _SAID_ELSEWHERE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def _require_free(system: AbstractFileSystem, target: str, uri: str, files: set[str], *, replace: bool) -> None:
-    """UserError unless nothing is there, or a published model, or part of one, that may be replaced."""
+    """UserError unless the target is empty, or holds a (partial) published model that may be replaced."""
     if not system.exists(target):
         return
     there = [Path(entry).name for entry in system.ls(target, detail=False)] if system.isdir(target) else [target]
@@ -126,7 +126,7 @@ def _require_free(system: AbstractFileSystem, target: str, uri: str, files: set[
 
 def _copy_local(folder: Path, target: Path) -> None:
     partial, aside = (target.with_name(f".{target.name}.census-scvi-{what}") for what in ("partial", "old"))
-    if aside.is_dir() and not target.exists():  # killed between the two renames below: the old one comes back first
+    if aside.is_dir() and not target.exists():  # killed between the two renames below: restore the old folder
         aside.rename(target)
     for leftover in (partial, aside):
         remove(leftover)

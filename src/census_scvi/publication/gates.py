@@ -1,4 +1,4 @@
-"""The gates that an embedding must pass before it is published: arrays in; value, limit and verdict out."""
+"""Quality gates of an embedding before publication: functions from arrays to value, limit and verdict."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.floating]
-# Fewest measured epochs for which a fall of the ELBO can be told.
+# Minimum number of measured epochs to estimate the fall of the ELBO.
 _FEWEST_EPOCHS = 5
 
 
@@ -22,13 +22,13 @@ class Gate:
     Attributes
     ----------
     name
-        Of the property, as in the config's `gates.waived`.
+        Name of the property, as in the config's `gates.waived`.
     value
-        The findings.
+        The measured value.
     side, bound
-        The value must be `at most` or `at least` the bound.
+        The value must be `at most` or `at least` this limit.
     stops
-        Whether a failure stops publishing; else it is a warning.
+        Whether a failure stops publishing; otherwise it is a warning.
     detail
         The finding in words.
     """
@@ -42,21 +42,21 @@ class Gate:
 
     @property
     def passed(self) -> bool:
-        """The verdict; a value that is not a number fails."""
+        """The verdict; NaN fails."""
         return self.value <= self.bound if self.side == "at most" else self.value >= self.bound
 
     def record(self) -> dict[str, Any]:
-        """For `qa.json`; a value that is not a number is null."""
+        """Entry of `qa.json`; a value that is not finite is null."""
         return {**asdict(self), "value": self.value if math.isfinite(self.value) else None, "passed": self.passed}
 
 
 def same_cells(expected: npt.NDArray[np.int64], found: npt.NDArray[np.int64]) -> Gate:
-    """Every cell of the query exactly once, in its order.
+    """The embedding has every cell of the query exactly once, in the order of the query.
 
     Parameters
     ----------
     expected, found
-        int64 (cells,): soma_joinids of the query, ascending, and of the rows of the embedding.
+        int64 (cells,): soma_joinids of the query, ascending, and of the embedding's rows.
     """
     distinct, times = np.unique(found, return_counts=True)
     missing, additional = np.setdiff1d(expected, distinct), np.setdiff1d(distinct, expected)
@@ -72,12 +72,12 @@ def same_cells(expected: npt.NDArray[np.int64], found: npt.NDArray[np.int64]) ->
 
 
 class LatentMoments:
-    """First and second moments of an embedding, summed block by block in float64.
+    """First and second moments of an embedding, accumulated block by block in float64.
 
     Parameters
     ----------
     n_latent
-        Dimensions.
+        Number of dimensions.
     """
 
     def __init__(self, n_latent: int) -> None:
@@ -86,7 +86,7 @@ class LatentMoments:
         self.first_not_finite: int | None = None
         self._sum = np.zeros(n_latent)
         self._products = np.zeros((n_latent, n_latent))
-        self._origin: Floats | None = None  # sums of squares are computed around it, to avoid cancellation
+        self._origin: Floats | None = None  # subtracted before squaring, to avoid cancellation
 
     def add(self, mean: Floats) -> None:
         """Add cells: posterior means, (cells, n_latent)."""
@@ -107,13 +107,13 @@ class LatentMoments:
 
     @property
     def covariance(self) -> npt.NDArray[np.float64]:
-        """Float64 (n_latent, n_latent), of the posterior means over cells."""
+        """Covariance of the posterior means over cells, float64 (n_latent, n_latent)."""
         n_cells = max(self.n_cells - self.not_finite, 1)
         return self._products / n_cells - np.outer(self._sum, self._sum) / n_cells**2
 
 
 def finite(moments: LatentMoments) -> Gate:
-    """No NaN and no infinity."""
+    """The embedding has no NaN and no infinity."""
     detail = f"all {moments.n_cells:,} cells"
     if moments.not_finite:
         detail = f"{moments.not_finite:,} cells are not finite, the first in row {moments.first_not_finite:,}"
@@ -121,21 +121,21 @@ def finite(moments: LatentMoments) -> Gate:
 
 
 def variance(moments: LatentMoments, bound: float) -> Gate:
-    """Every dimension varies between cells: the smallest variance of the posterior means."""
+    """Every dimension varies between cells: smallest variance of the posterior means."""
     variances = moments.covariance.diagonal()
     least = int(variances.argmin())
     return Gate("variance", float(variances[least]), "at least", bound, f"least in dimension {least}")
 
 
 def active_units(variance: Floats, bound: float) -> Gate:
-    """Share of dimensions that say something of a cell: whose posterior is narrower than the prior, of variance 1.
+    """Share of active dimensions: those whose posterior is narrower than the prior (variance 1).
 
     Parameters
     ----------
     variance
         (cells, n_latent): posterior variances of a sample of cells.
     bound
-        Minimum share.
+        Minimum share of active dimensions.
     """
     active = variance.mean(axis=0) < _ACTIVE_BELOW
     return Gate("active_units", float(active.mean()), "at least", bound, f"{active.sum()} of {len(active)} dimensions")
@@ -145,7 +145,7 @@ _ACTIVE_BELOW = 0.9
 
 
 def duplicate_dimensions(moments: LatentMoments, bound: float) -> Gate:
-    """No dimension repeats another: the largest absolute correlation of two that say something of a cell."""
+    """No dimension repeats another: largest absolute correlation of two used dimensions."""
     covariance = moments.covariance
     used = np.flatnonzero(covariance.diagonal() > _USED_ABOVE)
     if len(used) < 2:
@@ -158,12 +158,13 @@ def duplicate_dimensions(moments: LatentMoments, bound: float) -> Gate:
     return Gate("duplicate_dimensions", float(correlation[one, other]), "at most", bound, detail)
 
 
-# Variance of the means from which a dimension counts as used (Burda et al. 2016); others follow these by accident.
+# A dimension counts as used above this variance of the posterior means (Burda et al. 2016). Unused dimensions can
+# correlate with used ones by chance.
 _USED_ABOVE = 0.01
 
 
 def effective_rank(moments: LatentMoments, bound: float) -> Gate:
-    """How many dimensions the cells fill (Roy & Vetterli 2007): exp of the entropy of the covariance's eigenvalues."""
+    """Effective rank (Roy & Vetterli 2007): exp of the entropy of the covariance's eigenvalues."""
     eigenvalues = np.clip(np.linalg.eigvalsh(moments.covariance), 0.0, None)
     shares = eigenvalues / max(eigenvalues.sum(), np.finfo(float).tiny)
     entropy = -float((shares * np.log(np.clip(shares, np.finfo(float).tiny, None))).sum())
@@ -171,16 +172,16 @@ def effective_rank(moments: LatentMoments, bound: float) -> Gate:
 
 
 def gene_coverage(found: npt.NDArray[np.bool_], counts: Floats, bound: float) -> list[Gate]:
-    """Share of the model's genes that the Census has, and of the training cells' counts in these genes.
+    """Share of the model's genes that the Census has, and share of the training cells' counts in these genes.
 
     Parameters
     ----------
     found
         Bool (genes,): whether the Census has the gene.
     counts
-        (genes,): counts of each gene over training cells.
+        (genes,): sum of the counts of each gene over training cells, or over a sample of them.
     bound
-        `genes.min_share`.
+        Minimum of both shares: `genes.min_share`.
     """
     detail = f"{int(found.sum()):,} of {len(found):,} genes of the model are in the Census"
     of_counts = float(counts[found].sum() / max(counts.sum(), 1.0))
@@ -191,16 +192,16 @@ def gene_coverage(found: npt.NDArray[np.bool_], counts: Floats, bound: float) ->
 
 
 def re_embedding(joinids: npt.NDArray[np.int64], published: Floats, recomputed: Floats, bound: float) -> Gate:
-    """The published embedding equals the one that scvi-tools computes from counts that are read again.
+    """The published embedding equals the one that scvi-tools computes from counts read again from the Census.
 
     Parameters
     ----------
     joinids
         int64 (cells,): the sampled cells.
     published, recomputed
-        (cells, n_latent): of the embedding, and by scvi-tools.
+        (cells, n_latent): the published embedding, and the one by scvi-tools.
     bound
-        Largest difference.
+        Maximum absolute difference.
     """
     differences = np.abs(published.astype(np.float64) - recomputed).max(axis=1)
     differences[np.isnan(differences)] = np.inf
@@ -218,13 +219,13 @@ def order(hashes: npt.NDArray[np.uint64], latent: Floats, joinids: npt.NDArray[n
     Parameters
     ----------
     hashes
-        uint64 (cells,): hash of a cell's counts in the model's genes.
+        uint64 (cells,): hash of each cell's counts in the model's genes.
     latent
-        (cells, n_latent): the embedding; may be a memory map, of which only copies are read.
+        (cells, n_latent): the embedding. It may be a memory map: only rows of copies are read.
     joinids
         int64 (cells,): soma_joinids, for the report.
     bound
-        Largest difference.
+        Maximum absolute difference.
     """
     by_hash = np.argsort(hashes, kind="stable")
     ordered = hashes[by_hash]
@@ -254,7 +255,7 @@ def architecture(expected: dict[str, Any], found: dict[str, Any]) -> Gate:
     Parameters
     ----------
     expected, found
-        Widths, number of parameters, gene list and other properties, by name.
+        Layer widths, number of parameters, gene list and other properties, by name.
     """
     differing = [name for name in expected | found if expected.get(name) != found.get(name)]
     words = [f"{name} is {_short(found.get(name))}, expected {_short(expected.get(name))}" for name in differing]
@@ -271,22 +272,22 @@ _SHOWN = 4
 
 
 def training_gates(curves: dict[str, list[float]], most_fall: float, most_gap: float) -> list[Gate]:
-    """Whether the training converged: the ELBO no longer falls, and is similar for training and validation cells.
+    """Check convergence: the ELBO no longer falls, and is similar for training and validation cells.
 
     Parameters
     ----------
     curves
-        Metrics of each epoch, `elbo_train` and, where there are validation cells, `elbo_validation`; not finite where
-        an epoch was not validated.
+        Metrics per epoch: `elbo_train` and, if there are validation cells, `elbo_validation`. Values of epochs without
+        validation are not finite.
     most_fall
-        Largest fall of the ELBO over the last fifth of the epochs, as a share of it.
+        Maximum relative fall of the ELBO over the last fifth of the epochs.
     most_gap
-        Largest difference of the validation cells' ELBO to that of the training cells, as a share of it.
+        Maximum relative excess of the validation ELBO (a loss) over the training ELBO.
 
     Returns
     -------
-    `convergence` and `overfitting`. Each alone is a warning: the ELBO still falls at the end of a short training of
-    very many cells, and few training cells always fit better than others. Both at once stop publishing: the model
+    `convergence` and `overfitting`. Each alone is a warning: after a short training on very many cells the ELBO still
+    falls, and a small training set always fits better than other cells. Both together stop publishing: the model
     overfits before it has converged.
     """
     validated = "elbo_validation" in curves
@@ -312,21 +313,21 @@ def training_gates(curves: dict[str, list[float]], most_fall: float, most_gap: f
 
 
 def stopped_by(gates: Iterable[Gate], waived: dict[str, str]) -> list[Gate]:
-    """Gates that stop publishing: failed, no mere warnings, and not waived with a reason."""
+    """Gates that stop publishing: failed, more than a warning, and not waived."""
     return [gate for gate in gates if gate.stops and not gate.passed and gate.name not in waived]
 
 
 def broken_verdicts(record: dict[str, Any], names: Iterable[str], max_difference: float) -> list[str]:
-    """Verdicts of a published record of gates that do not hold, one line each.
+    """Problems in a published record of gates: missing gates, wrong verdicts, failures without waiver; one line each.
 
     Parameters
     ----------
     record
-        As in `qa.json`.
+        Content of `qa.json`.
     names
-        Gates that every record has.
+        Gates that every record must contain.
     max_difference
-        Our own limit of a difference; a laxer one in the record does not count.
+        Our own limit for differences; a larger limit in the record is ignored.
     """
     found = {gate["name"]: gate for gate in record["gates"]}
     lines = [f"{name} is missing" for name in names if name not in found]

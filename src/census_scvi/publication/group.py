@@ -1,11 +1,11 @@
-"""New members of a TileDB group in one step: readers see the group without the member, or with all of it.
+"""Atomic addition of members to a TileDB group: readers see either no new member or the complete one.
 
-tiledbsoma writes the record of a group's members in place and in two appends. A reader between them, or any reader
-after a kill or a full disk there, cannot open the group any more. And what it made of a member before that stays in the
-way of the next attempt. But a group is a folder of records, each adding members, of which a later one wins: so a member
-is made elsewhere and renamed to its place, and so is the one record that names it, which TileDB itself makes in a
-group in a temporary folder. In a bucket an object is there or not, and objects are put in the order in
-which they are needed.
+tiledbsoma writes the record of a group's members in place, in two appends. A reader between the two cannot open the
+group. After a kill or a full disk between the two, no reader can, and the files of the new member block the next
+attempt. A group is a folder of records, each of which adds members; later records win. Therefore this module writes the
+member elsewhere and renames it into place. It does the same with the record, which TileDB itself writes to a group in a
+temporary folder. In a bucket every object appears atomically, and the objects are put in the order in which readers
+need them.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ from census_scvi.errors import UserError
 from census_scvi.files.atomic import new_file, remove, sync, sync_tree
 from census_scvi.files.uri import local_path
 
-# Where a TileDB group keeps its records: __<first ms>_<last ms>_<32 hexadecimal digits>_<version of the format>.
+# Folder of the records of a TileDB group, named __<first ms>_<last ms>_<32 hexadecimal digits>_<format version>.
 _RECORDS = "__group"
 _RECORD_NAME = re.compile(r"__\d+_(\d+)_[0-9a-f]{32}_\d+")
-# How far a clock may be ahead of ours, in seconds.
+# Maximum seconds by which the clock of another writer may be ahead of ours.
 _MOST_AHEAD = 10.0
 
 Kind = type[tiledbsoma.Collection] | type[tiledbsoma.DataFrame] | type[tiledbsoma.SparseNDArray]
 
 
 def make_member(group_uri: str, member: str, kind: Kind, create: Callable[[str], Any]) -> str:
-    """Create a collection or array in the folder of a group, not yet a member of it; a complete one is kept.
+    """Create a collection or array in the folder of a group, not yet as a member; keep an existing complete one.
 
     Parameters
     ----------
     group_uri
         The group.
     member
-        Name of the folder to make.
+        Name of the folder to create.
     kind
-        The class of the member.
+        Class of the member.
     create
-        Makes an empty one at a URI and returns it open.
+        Creates an empty member at a URI and returns it open.
 
     Returns
     -------
@@ -57,7 +57,7 @@ def make_member(group_uri: str, member: str, kind: Kind, create: Callable[[str],
     Raises
     ------
     UserError
-        A folder of that name holds something else.
+        A folder of that name exists and holds something else.
     """
     uri = f"{group_uri.rstrip('/')}/{member}"
     if kind.exists(uri, context=soma_context(uri)):
@@ -76,7 +76,7 @@ def make_member(group_uri: str, member: str, kind: Kind, create: Callable[[str],
 
 
 def _put_made(uri: str, create: Callable[[str], Any]) -> None:
-    """Make it here and put its files there: whatever a killed or another publisher has put, they complete it."""
+    """Create the member locally and upload its files; this completes a partial upload by any publisher."""
     system, target = storage(uri)
     with tempfile.TemporaryDirectory() as scratch:
         made = Path(scratch) / "made"
@@ -86,7 +86,7 @@ def _put_made(uri: str, create: Callable[[str], Any]) -> None:
 
 
 def _clear_half_made(path: Path) -> None:
-    """Remove the empty member that a killed writer left; UserError if it has contents."""
+    """Remove the empty member that a killed writer left; UserError if it is not empty."""
     if not path.exists():
         return
     if any(path.glob("__commits/*")) or any(path.glob("[!_]*/__schema")):
@@ -95,7 +95,7 @@ def _clear_half_made(path: Path) -> None:
 
 
 def name_member(group_uri: str, name: str, member: str, kind: Kind) -> str:
-    """Let a name in a group mean a member of its folder, in one step, whether the name was there or not.
+    """Point a name in a group to a member in its folder, in one step; the name may be new or existing.
 
     Parameters
     ----------
@@ -104,18 +104,18 @@ def name_member(group_uri: str, name: str, member: str, kind: Kind) -> str:
     name
         The name that readers use.
     member
-        The folder in the group's that it means from now on.
+        The subfolder of the group that the name points to from now on.
     kind
-        The class of the member.
+        Class of the member.
 
     Returns
     -------
-    Path of the record that says so, for `withdraw`.
+    Path of the new record, for `withdraw`.
 
     Raises
     ------
     UserError
-        The group was written by a clock that is ahead of this one.
+        The group has a record from a clock that is ahead of this one.
     """
     version, data = _record(name, member, kind)
     system, group = storage(group_uri)
@@ -137,7 +137,7 @@ def name_member(group_uri: str, name: str, member: str, kind: Kind) -> str:
         sync(aside)
         aside.rename(record)
         sync(path / _RECORDS)
-    time.sleep(max(when / 1000 - time.time(), 0))  # until then readers do not see it
+    time.sleep(max(when / 1000 - time.time(), 0))  # readers ignore records from the future
     return record
 
 
@@ -147,7 +147,7 @@ def withdraw(group_uri: str, record: str) -> None:
 
 
 def _times(system: AbstractFileSystem, group: str) -> list[int]:
-    """When each record of a group was written, in ms since 1970."""
+    """Time of each record of a group, in ms since 1970."""
     try:
         paths = system.ls(f"{group}/{_RECORDS}", detail=False, refresh=True)
     except FileNotFoundError:  # a bucket has no empty folders
@@ -156,12 +156,12 @@ def _times(system: AbstractFileSystem, group: str) -> list[int]:
 
 
 def _record(name: str, member: str, kind: Kind) -> tuple[str, bytes]:
-    """TileDB's entry in a group for a member of its folder: version of the format, and the record."""
+    """TileDB's group record for a member in the folder of the group: format version, and the record."""
     with tempfile.TemporaryDirectory() as scratch:
         with tiledbsoma.Collection.create(f"{scratch}/group") as group:
             if kind is tiledbsoma.Collection:
                 group.add_new_collection(name, uri=member)
-            else:  # to a group all arrays are the same
+            else:  # a group does not distinguish kinds of arrays
                 group.add_new_sparse_ndarray(name, uri=member, type=pa.float32(), shape=(1, 1))
         (record,) = (Path(scratch) / "group" / _RECORDS).iterdir()
         return record.name.rpartition("_")[2], record.read_bytes()

@@ -18,19 +18,19 @@ _METADATA = "_scvi_required_metadata.json"
 
 
 def write_hub(folder: Path, model: scvi.model.SCVI, genes: list[str], obs: pd.DataFrame, latent: Latent) -> list[str]:
-    """Write `model.pt`, `adata.h5ad` (minified) and the hub's metadata; returns their names.
+    """Write `model.pt`, `adata.h5ad` (minified) and the hub's metadata; return their names.
 
     Parameters
     ----------
     folder
         An existing folder.
     model
-        The trained model; it is left minified.
+        The trained model; it is minified in place.
     genes
         Its genes.
     obs
-        Cells with the column `batch`; those of batches that the model was not trained on are excluded, since its
-        decoder has no weights for them.
+        Cells, with the column `batch`. Cells of batches outside training are excluded: the decoder has no weights for
+        them.
     latent
         Their posterior.
     """

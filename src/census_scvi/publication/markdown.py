@@ -1,4 +1,4 @@
-"""Values in a Markdown document: as text, whatever they hold, never as markup."""
+"""Escaping of values in a Markdown document: any content is rendered as text, never as markup."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _HTML = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
 
 def text(value: Any) -> Any:
-    """A value on one line, without a character that Markdown or HTML would read; `Markup` stays as it is."""
+    """Value on one line, with all Markdown and HTML characters escaped; `Markup` stays as it is."""
     if isinstance(value, Markup) or not isinstance(value, str):
         return value
     escaped = _MARKUP.sub(r"\\\1", on_one_line(value))
@@ -25,12 +25,12 @@ def text(value: Any) -> Any:
 
 
 def paragraphs(value: str) -> Markup:
-    """The same, with empty lines between paragraphs kept."""
+    """Like `text`, but keeps the empty lines between paragraphs."""
     return Markup("\n\n".join(str(text(part)) for part in re.split(r"\n\s*\n", value) if part.strip()))
 
 
 def code(value: Any) -> Markup:
-    """A value as code within a line, in a table too."""
+    """Value as inline code, also valid in a table."""
     shown = on_one_line(str(value)).replace("|", "\\|")
     longest = max((len(run) for run in re.findall("`+", shown)), default=0)
     fence = "`" * (longest + 1)
@@ -39,5 +39,5 @@ def code(value: Any) -> Markup:
 
 
 def literal(value: str) -> Markup:
-    """A value as a string of Python, in a block of code."""
+    """Value as a Python string literal, for a code block."""
     return Markup(json.dumps(on_one_line(value), ensure_ascii=False).replace("`", "\\x60"))

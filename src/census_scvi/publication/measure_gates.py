@@ -44,26 +44,26 @@ def measure(
     min_share: float,
     seed: int,
 ) -> list[Gate]:
-    """All gates of an embedding.
+    """Measure all gates of an embedding.
 
     Parameters
     ----------
     directory, artifacts
-        The run directory, and the names of what is in it.
+        The run directory, and the names of its artifacts.
     bounds, settings
         The sections `gates` and `model`.
     cells
         The cells of `obs_query` in the Census.
     gene_joinids
-        int64 (genes,): where the Census has the model's genes, -1 where it lacks one.
+        int64 (genes,): soma_joinids of the model's genes in the Census, -1 for a missing gene.
     model, description
         The trained model in its safe form.
     sample
-        Cells read again.
+        Cells that were read again from the Census.
     min_share
         `genes.min_share`.
     seed
-        Seed of the PCA and of intervals.
+        Seed of the PCA and of the bootstrap intervals.
     """
     latent = np.load(directory / artifacts.latent, mmap_mode="r")
     joinids = np.load(directory / artifacts.latent_joinids)
@@ -83,12 +83,12 @@ def measure(
     found.append(gates.architecture(expected, built_facts(model, description.genes)))
     trained = Workspace(directory).record("train") or {}
     found += gates.training_gates(trained.get("learning_curves", {}), bounds.max_elbo_fall, bounds.max_elbo_gap)
-    if not found[0].passed:  # rows and cells do not belong together: nothing below could be compared
+    if not found[0].passed:  # rows and cells do not match: nothing below can be compared
         return found
     mean, variance = sample.embed(model, description.genes)
     comparable = _comparable(sample, description)
     published = np.asarray(latent[sample.rows])
-    if description.arguments["encode_covariates"]:  # then a copy in another batch is another input
+    if description.arguments["encode_covariates"]:  # then the same counts in another batch are another input
         hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + cells.batch_codes.astype(np.uint64)
     found += [
         gates.re_embedding(sample.joinids[comparable], published[comparable], mean[comparable], bounds.max_difference),
@@ -99,7 +99,7 @@ def measure(
 
 
 def _comparable(sample: Sample, description: ModelDescription) -> npt.NDArray[np.bool_]:
-    """Cells whose embedding scvi-tools gives: all, or where the encoder sees the batch those of trained ones."""
+    """Cells that scvi-tools can embed: all, or only those of trained batches if the encoder sees the batch."""
     if not description.arguments["encode_covariates"]:
         return np.ones(len(sample.rows), bool)
     return sample.obs["batch"].isin(description.batches).to_numpy()
@@ -113,7 +113,7 @@ def _moments(latent: npt.NDArray[np.float32]) -> LatentMoments:
 
 
 def _gene_counts(prepared: Path) -> npt.NDArray[np.float64]:
-    """Counts of each gene over some blocks of the prepared cells, which are shuffled."""
+    """Counts of each gene over some blocks of the prepared cells; the cells are shuffled."""
     cells = PreparedCells(prepared)
     counts = np.zeros(cells.n_genes)
     starts = range(0, cells.n_cells, BLOCK_ROWS)
@@ -156,7 +156,7 @@ def _pca(sample: Sample, seed: int) -> npt.NDArray[np.float32]:
 
 
 def table(found: Iterable[Gate], waived: dict[str, str]) -> str:
-    """The gates for people: name, value, bound, verdict, finding."""
+    """Table of the gates for the log: name, value, limit, verdict, finding."""
     rows = []
     for gate in found:
         verdict = (
@@ -170,7 +170,7 @@ def table(found: Iterable[Gate], waived: dict[str, str]) -> str:
 
 
 def record(found: Iterable[Gate], waived: dict[str, str]) -> dict[str, Any]:
-    """For `qa.json`: every gate with its verdict, and the reasons of those that were waived."""
+    """Content of `qa.json`: every gate with its verdict, and the reasons for waived gates."""
     listed = [
         {**gate.record(), **({"waived": waived[gate.name]} if gate.name in waived and not gate.passed else {})}
         for gate in found

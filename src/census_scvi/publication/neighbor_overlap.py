@@ -1,4 +1,4 @@
-"""How far groups of cells lie apart in a space: shares of labels among nearest neighbours, with chance and interval."""
+"""Separation of groups of cells: share of nearest neighbours with the same label, with chance level and interval."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _RESAMPLES = 500
 
 @dataclass(frozen=True)
 class Share:
-    """A mean over cells.
+    """Mean share over cells.
 
     Attributes
     ----------
     value
-        Mean share of a cell's nearest neighbours that have its label.
+        Mean share of a cell's nearest neighbours that have the cell's label.
     low, high
-        Interval of 95 % (bootstrap over cells).
+        95 % interval (bootstrap over cells).
     chance
-        What neighbours drawn at random would give.
+        Expected share for random neighbours.
     """
 
     value: float
@@ -51,17 +51,17 @@ def label_share(
     points
         (cells, dimensions).
     labels
-        (cells,): the label, of any kind.
+        (cells,): labels of any type.
     within
-        (cells,): neighbours are sought, and chance is counted, among cells of the same value only; None: all cells.
+        (cells,): groups; neighbours and chance level are restricted to cells of the same group. None: all cells.
     n_neighbors
-        Neighbors per cell; fewer if its group is small. Cells alone in their group are excluded.
+        Neighbours per cell; fewer in a small group. Cells that are alone in their group are excluded.
     seed
-        Of the bootstrap.
+        Seed of the bootstrap.
 
     Returns
     -------
-    NaN throughout where no cell has a neighbour.
+    The share; all values are NaN if no cell has a neighbour.
     """
     groups = np.zeros(len(points), int) if within is None else np.unique(within, return_inverse=True)[1]
     shares, chances = [], []

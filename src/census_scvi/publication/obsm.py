@@ -1,7 +1,7 @@
-"""An embedding in an Experiment's obsm: written where no reader sees it, put in place in one step.
+"""Writing an embedding to an Experiment's obsm: hidden from readers at first, then published in one step.
 
-An embedding is a separate array, which readers see when the collection names it (`group.name_member`). Whoever
-opened the collection before, or the array that was replaced, continues to read that one.
+An embedding is a separate array. Readers see it once the collection points to it (`group.name_member`). Readers that
+opened the collection or the replaced array earlier continue to read the old array.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from census_scvi.files.uri import local_path
 from census_scvi.publication.group import make_member, name_member, withdraw
 
 INFO = "CxG_embedding_info"
-# Seconds after which a publisher to a bucket (no locks) checks whether another one took the name.
+# Seconds after which a publisher to a bucket (no locks) checks again that no other publisher took the name.
 _SETTLES = 10.0
 
 
 def check_target(experiment_uri: str, name: str, publication: str, *, replace: bool) -> None:
-    """UserError where the name is taken by another publication and `replace` is false."""
+    """UserError if another publication has the name and `replace` is false."""
     live = published_uri(experiment_uri, name)
     if live is not None and publication_of(live) != publication and not replace:
         raise UserError(
@@ -57,9 +57,9 @@ class EmbeddingDraft:
     name
         Its name in obsm.
     shape
-        Cells of the Experiment and dimensions.
+        Number of cells of the Experiment, and of dimensions.
     publication
-        32 hexadecimal digits; with the same ones the same draft is continued.
+        Id of the publication, 32 hexadecimal digits; the same id continues the same draft.
     replace
         Whether an embedding of that name may be replaced.
 
@@ -68,7 +68,7 @@ class EmbeddingDraft:
     uri
         The array.
     replaces
-        URI of the array that readers see before; it stays where it is.
+        URI of the array that readers saw before; it is not deleted.
     done
         Whether readers already see this publication.
     empty
@@ -77,7 +77,7 @@ class EmbeddingDraft:
     Raises
     ------
     UserError
-        As `check_target` says.
+        See `check_target`.
     """
 
     def __init__(self, experiment_uri: str, name: str, shape: tuple[int, int], publication: str, *, replace: bool):
@@ -100,7 +100,7 @@ class EmbeddingDraft:
             ).close()
 
     def write(self, joinids: Joinids, values: Values) -> None:
-        """Write cells; writing them again changes nothing.
+        """Write cells; writing the same cells again changes nothing.
 
         Parameters
         ----------
@@ -111,7 +111,7 @@ class EmbeddingDraft:
         """
         rows = np.repeat(joinids, values.shape[1])
         columns = np.tile(np.arange(values.shape[1]), len(joinids))
-        # Ascending cells are in the order of the array's tiles: sorting would take six times as long.
+        # Ascending cells are already in the order of the array's tiles; with sorting, writing takes six times as long.
         ordered = tiledbsoma.TileDBWriteOptions(sort_coords=False)
         with tiledbsoma.SparseNDArray.open(self.uri, "w", context=soma_context(self.uri)) as array:
             table = pa.table({"soma_dim_0": rows, "soma_dim_1": columns, "soma_data": values.ravel()})
@@ -130,10 +130,10 @@ class EmbeddingDraft:
         self.done = True
 
     def _put_in_place(self) -> None:
-        """Let the name mean this array; UserError where another publisher takes it at the same time.
+        """Point the name to this array; UserError if another publisher takes it at the same time.
 
-        On a disk a lock keeps others away. A bucket has none: a publisher looks whether the name is free, takes it,
-        and looks again after a while that is longer than another one needs from its first look to its taking.
+        On a disk a lock excludes other publishers. A bucket has no locks: a publisher checks that the name is free,
+        takes it, waits for longer than another publisher needs between these two steps, and checks again.
         """
         shared, looked = local_path(self.uri) is None, time.monotonic()
         if (live := published_uri(self._experiment_uri, self._name)) != self.replaces:
@@ -163,14 +163,14 @@ class EmbeddingDraft:
 
 
 def _clear(uri: str) -> None:
-    """Remove the remains of an array whose writer was killed."""
+    """Remove the partial array of a killed writer."""
     system, path = storage(uri)
     if system.exists(path):
         system.rm(path, recursive=True)
 
 
 def _obsm_uri(experiment_uri: str) -> str:
-    """URI of ms["RNA"].obsm, which is made where it is missing."""
+    """URI of ms["RNA"].obsm; creates the collection if it is missing."""
     with open_experiment(experiment_uri) as experiment:
         measurement = experiment.ms[MEASUREMENT]
         if OBSM in measurement:
@@ -184,7 +184,7 @@ def _obsm_uri(experiment_uri: str) -> str:
 def _platform_config(n_features: int) -> dict[str, Any]:
     zstd = {"_type": "ZstdFilter", "level": 5}
     create = {
-        "allows_duplicates": False,  # a block that is written again after a kill is there once
+        "allows_duplicates": False,  # a block that is written again after a kill is stored once
         "dims": {
             "soma_dim_0": {"tile": TILE_CELLS, "filters": ["DoubleDeltaFilter", zstd, CHECKSUM]},
             "soma_dim_1": {"tile": n_features, "filters": ["DoubleDeltaFilter", zstd, CHECKSUM]},

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 THIS_FOLDER = "."
 _BLOCK_CELLS = 2**16
-_NOT_OURS = ("config", "fingerprint")  # of a stage's record: the record has the whole config once
+_NOT_OURS = ("config", "fingerprint")  # keys of a stage's record to drop: the provenance has the whole config once
 
 
 def publication_record(
@@ -45,38 +45,38 @@ def publication_record(
     data: dict[str, Any],
     evaluation: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """The provenance of a publication, without credentials, paths of this machine, and other people's names.
+    """Provenance of a publication, without credentials, paths of this machine, and other people's names.
 
     Parameters
     ----------
     settings
         The section `publish`.
     publication
-        Its id.
+        Id of the publication.
     config
         All settings of the run.
     folder
-        The folder that is published with the embedding: paths are recorded relative to it.
+        The folder that is published with the embedding; paths are recorded relative to it.
     experiment_uri
-        Where it is published.
+        URI of the Experiment that it is published to.
     census
         Identity of the Census.
     joinids, latent
         The embedding: int64 (cells,), float32 (cells, n_latent); may be memory maps.
     n_batches
-        Batches among its cells.
+        Number of batches among its cells.
     model
         Facts of the built module.
     weights
         Identity of the model's weights.
     stages
-        Records of the stages before.
+        Records of the earlier stages.
     gates
         Record of the gates.
     data
-        As `describe_data` says.
+        Result of `describe_data`.
     evaluation
-        As `evaluation_of` says.
+        Result of `evaluation_of`.
     """
     digest = EmbeddingHash()
     for start in range(0, len(joinids), _BLOCK_CELLS):
@@ -129,7 +129,7 @@ def _title(data: dict[str, Any], organism: str, n_cells: int) -> str:
 
 
 def evaluation_of(folder: Path, latent: Identity) -> dict[str, Any] | None:
-    """Results of scvi-evaluate.py for an embedding; None if there are none, or they are of another one.
+    """Results of scvi-evaluate.py for an embedding; None if there are none or they belong to another embedding.
 
     Parameters
     ----------
@@ -140,14 +140,14 @@ def evaluation_of(folder: Path, latent: Identity) -> dict[str, Any] | None:
 
     Returns
     -------
-    `cells` that were measured, `obs_filter`, and `scores`: a list of metric, column, value, its interval, and
+    `cells` (the number of measured cells), `obs_filter`, and `scores`: a list of metric, column, value, interval, and
     the values of the other embeddings and baselines.
     """
     path = folder / "metrics.json"
     try:
         found = read_json(path)
         names = [name for name, identity in found.get("latents", {}).items() if identity == latent]
-        if names and found.get("mode", "sound") == "sound":  # an earlier version had metrics with flaws, too
+        if names and found.get("mode", "sound") == "sound":  # an earlier version also had flawed metrics
             return _measured(found, names[0])
         log.info("%s is of another embedding or an earlier version; it is not published", path)
     except FileNotFoundError:
@@ -177,13 +177,13 @@ def _measured(found: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _whole(identity: Identity) -> str:
-    """One digest for a file: its only block's, or one of the digests of its blocks."""
+    """One digest per file: the digest of its only block, or a digest over the digests of its blocks."""
     blocks = identity["sha256"]
     return str(blocks[0]) if len(blocks) == 1 else hashlib.sha256("".join(blocks).encode()).hexdigest()
 
 
 def embedding_info(record: dict[str, Any]) -> dict[str, Any]:
-    """The metadata that the Census API expects of an embedding."""
+    """Metadata of an embedding, as the Census API expects it."""
     census, embedding = record["census"], record["embedding"]
     return {
         "id": record["publication"],
@@ -206,7 +206,7 @@ def embedding_info(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def summary_row(record: dict[str, Any]) -> dict[str, Any]:
-    """The columns of `scvi_summary`."""
+    """One row of `scvi_summary`, by column."""
     census, embedding = record["census"], record["embedding"]
     return {
         "publication": record["publication"],
@@ -227,6 +227,6 @@ def summary_row(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _link(record: dict[str, Any]) -> str:
-    """Where readers of the Census find the model; empty where it is on a disk."""
+    """URL of the model for readers of the Census; empty if the model is on a local disk."""
     uri = str(record["model"]["uri"])
     return "" if uri == THIS_FOLDER else uri

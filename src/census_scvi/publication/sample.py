@@ -1,4 +1,4 @@
-"""Cells read again through the Census API and embedded by scvi-tools alone: the independent check of an embedding."""
+"""Independent check of an embedding: cells are read again with the Census API and embedded with scvi-tools alone."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from census_scvi.model.encode import reference_latent
 
 @dataclass(frozen=True)
 class Sample:
-    """Some cells of a Census.
+    """A sample of the cells of a Census.
 
     Attributes
     ----------
     rows
-        int64 (cells,): their places among the cells of the query, ascending.
+        int64 (cells,): positions among the cells of the query, ascending.
     joinids
         int64 (cells,): soma_joinids.
     counts
@@ -48,7 +48,7 @@ class Sample:
 
 
 def draw_rows(n_cells: int, size: int, seed: int) -> npt.NDArray[np.int64]:
-    """Random places among cells, ascending."""
+    """Random positions among cells, ascending."""
     return draw(n_cells, size, generator(seed, Stream.GATE_CELLS))
 
 
@@ -64,11 +64,11 @@ def read_sample(
     cells
         The cells of the query.
     rows
-        int64 (cells,): which of them, ascending.
+        int64 (cells,): positions among these cells, ascending.
     genes
-        feature_ids of the model.
+        feature_ids of the model's genes.
     gene_joinids
-        int64 (genes,): their soma_joinids, -1 for one that the Census lacks: its counts are 0.
+        int64 (genes,): their soma_joinids, -1 for a gene that the Census lacks; its counts are 0.
     """
     joinids = cells.joinids[rows]
     with warnings.catch_warnings():
@@ -86,7 +86,7 @@ def read_sample(
 
 
 def _in_order(found: ad.AnnData, genes: list[str]) -> sp.csr_matrix:
-    """Counts in the model's genes: one sparse product, by name."""
+    """Counts in the model's genes and order, by a sparse matrix product."""
     places = pd.Index(genes).get_indexer(found.var["feature_id"].astype(str))
     shape = (found.n_vars, len(genes))
     selection = sp.csr_matrix((np.ones(found.n_vars, np.float32), (np.arange(found.n_vars), places)), shape=shape)

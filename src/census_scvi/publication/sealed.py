@@ -1,7 +1,7 @@
-"""The sealed sample of a publication: counts, their hashes and the embedding of some cells, and how they are read.
+"""The sealed sample of a publication: counts, hashes of the counts, and embedding of some cells.
 
-It is read as untrusted input, so everything is checked: from where HDF5 would read values, how large
-they are, and whether the parts fit each other.
+The file is read as untrusted input. Therefore everything is checked: the files that HDF5 would read values from, the
+sizes, and the consistency of the parts.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ COLUMNS = ("soma_joinid", "observation_joinid", "dataset_id", "cell_type", "batc
 def write_sealed(
     folder: Path, genes: list[str], counts: sp.csr_matrix, obs: pd.DataFrame, latent: npt.NDArray[np.float32]
 ) -> None:
-    """Write cells with the hash of their counts.
+    """Write cells with the hashes of their counts.
 
     Parameters
     ----------
@@ -36,9 +36,9 @@ def write_sealed(
     genes
         feature_ids.
     counts, obs
-        CSR float32 (cells, genes); `COLUMNS` that there are.
+        CSR float32 (cells, genes), and obs with the available columns of `COLUMNS`.
     latent
-        float32 (cells, n_latent): their embedding, as it is published.
+        float32 (cells, n_latent): their embedding, as published.
     """
     var = pd.DataFrame(index=pd.Index(genes, name="feature_id"))
     sealed = ad.AnnData(
@@ -48,7 +48,7 @@ def write_sealed(
 
 
 def read_sealed(folder: Path, genes: list[str], n_latent: int) -> ad.AnnData:
-    """The sample, checked against the model's genes and dimensions; UserError where they do not agree."""
+    """Read the sample; UserError if it does not match the model's genes and dimensions."""
     path = folder / SEALED
     try:
         with h5py.File(path) as file:
@@ -64,7 +64,7 @@ def read_sealed(folder: Path, genes: list[str], n_latent: int) -> ad.AnnData:
 
 
 def _check(cells: ad.AnnData, genes: list[str], n_latent: int) -> None:
-    """ValueError where the parts cannot be used; scipy does not check the indices of a sparse matrix by itself."""
+    """ValueError if a part is invalid; scipy does not check the indices of a sparse matrix by itself."""
     counts = sp.csr_matrix(cells.X)
     counts.check_format(full_check=True)
     if list(cells.var_names) != genes:

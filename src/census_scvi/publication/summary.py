@@ -1,4 +1,4 @@
-"""The table `scvi_summary` next to the embeddings of an Experiment: one row per publication, never changed."""
+"""The table `scvi_summary` of an Experiment: one row per publication; rows are never changed."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ _MOST_ROWS = 2**31
 
 
 def read_summary(experiment_uri: str) -> pd.DataFrame:
-    """All publications in an Experiment, the oldest first; empty if there is none.
+    """All publications in an Experiment, oldest first; empty if there are none.
 
-    `provenance` holds the whole record as JSON.
+    The column `provenance` holds the whole record as JSON.
     """
     with tiledbsoma.Experiment.open(experiment_uri, context=soma_context(experiment_uri)) as experiment:
         measurement = experiment.ms[MEASUREMENT]
@@ -59,16 +59,16 @@ def read_summary(experiment_uri: str) -> pd.DataFrame:
 
 
 def append_summary(experiment_uri: str, row: dict[str, Any], provenance: dict[str, Any]) -> None:
-    """Add a publication; one that is there already stays as it is.
+    """Add a publication; an existing row of the same publication is kept unchanged.
 
     Parameters
     ----------
     experiment_uri
         The Experiment.
     row
-        Values of the columns.
+        Values by column.
     provenance
-        All that is known of it.
+        Its full provenance.
     """
     table_uri = _table_uri(experiment_uri)
     present = read_summary(experiment_uri)
@@ -85,7 +85,7 @@ def append_summary(experiment_uri: str, row: dict[str, Any], provenance: dict[st
 
 
 def _free_joinid(publication: str, taken: set[int]) -> int:
-    """A unique row: two independent publishers would both take the next one."""
+    """A soma_joinid from the publication id: with the next free one, two publishers would write the same row."""
     joinid = int.from_bytes(hashlib.sha256(publication.encode()).digest()[:8]) % (_MOST_ROWS - 1)
     while joinid in taken:
         joinid = (joinid + 1) % (_MOST_ROWS - 1)
@@ -93,7 +93,7 @@ def _free_joinid(publication: str, taken: set[int]) -> int:
 
 
 def provenance_of(experiment_uri: str, publication: str) -> dict[str, Any]:
-    """The record of a publication; UserError if there is none."""
+    """The provenance of a publication; UserError if there is none."""
     rows = read_summary(experiment_uri).set_index("publication")
     if publication not in rows.index:
         raise UserError(f"{experiment_uri}: {SUMMARY} has no publication {publication}")

@@ -1,4 +1,4 @@
-"""Where an embedding is published: that it may be written, and that it means the same cells."""
+"""The Experiment that an embedding is published to: checks of write access and of matching cells."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def experiment_uri(settings: PublishSection, census: Census) -> str:
 
 
 def target_lock(experiment_uri: str) -> AbstractContextManager[None]:
-    """One publisher at a time where the target is on a disk."""
+    """Lock against other publishers if the target is on a local disk."""
     path = local_path(experiment_uri)
     if path is None or not path.is_dir():
         return nullcontext()
@@ -44,8 +44,8 @@ def target_lock(experiment_uri: str) -> AbstractContextManager[None]:
 
 
 def require_free(settings: PublishSection, census: Census, experiment_uri: str, publication: str) -> None:
-    """The Experiment holds the cells that the embedding is of, and the name is free or may be replaced."""
-    published_uri(experiment_uri, settings.name)  # raises UserError if it is not an Experiment
+    """UserError unless the Experiment has the embedded cells and the name is free or may be replaced."""
+    published_uri(experiment_uri, settings.name)  # UserError if it is not an Experiment
     with tiledbsoma.Experiment.open(experiment_uri, context=soma_context(experiment_uri)) as experiment:
         n_cells = int(experiment.obs.count)
     if n_cells != census.identity["cells"]:
@@ -57,7 +57,7 @@ def require_free(settings: PublishSection, census: Census, experiment_uri: str, 
 
 
 def require_same_cells(experiment_uri: str, sample: Sample) -> None:
-    """UserError where the Experiment means other cells by the same soma_joinids."""
+    """UserError if the same soma_joinids refer to other cells in the Experiment."""
     with tiledbsoma.Experiment.open(experiment_uri, context=soma_context(experiment_uri)) as experiment:
         names = [name for name in _IDENTIFYING if name in experiment.obs.schema.names and name in sample.obs]
         obs = experiment.obs.read(coords=(sample.joinids.tolist(),), column_names=["soma_joinid", *names]).concat()
@@ -73,7 +73,7 @@ def require_same_cells(experiment_uri: str, sample: Sample) -> None:
 
 
 def n_rows(census: Census) -> int:
-    """Rows of an embedding of a Census: one for each soma_joinid there can be."""
+    """Number of rows of an embedding of a Census: one per possible soma_joinid."""
     return int(census.experiment.ms[MEASUREMENT].X["raw"].shape[0])
 
 

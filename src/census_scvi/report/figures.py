@@ -1,4 +1,4 @@
-"""The pictures of the report, as PNGs in data URLs: maps of the cells, and learning curves."""
+"""Figures of the report as PNG data URLs: UMAPs of the cells, and learning curves."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pandas as pd
 from matplotlib.figure import Figure
 
-# Okabe and Ito's colours without black, which colour-blind readers can separate; numbers on the map do the rest.
+# Okabe and Ito's palette without black: colour-blind readers can separate these colours. Numbers on the map help.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#B8A800", "#7F7F7F")
 MOST_NAMED = 24
 _OTHER = "#D9D9D9"
@@ -21,14 +21,14 @@ _POINTS, _DPI = 30_000.0, 110
 
 @dataclass(frozen=True)
 class Legend:
-    """Legend of a UMAP's numbers and colours.
+    """Legend of the numbers and colours of a UMAP.
 
     Attributes
     ----------
     entries
-        Number, colour, name and cells, the most frequent first.
+        Number, colour, label and number of cells, most frequent first.
     others
-        Values that have neither, and are drawn in grey.
+        Labels without number and colour; their cells are drawn in grey.
     """
 
     entries: list[tuple[int, str, str, int]]
@@ -46,13 +46,13 @@ def legend_of(labels: pd.Series) -> Legend:
 
 
 def map_image(positions: npt.NDArray[np.float32], labels: pd.Series, legend: Legend, *, seed: int = 0) -> str:
-    """Cells on a map, (cells, 2), coloured by label, each label's number in the middle of its cells."""
+    """Scatter plot of cells, (cells, 2), coloured by label, with the number of each label amid its cells."""
     figure = Figure(figsize=(5, 4.4))
     axes = figure.add_axes((0.01, 0.01, 0.98, 0.98))
     axes.set_axis_off()
     names = labels.astype(str).to_numpy()
     colours = {name: colour for _, colour, name, _ in legend.entries}
-    order = np.random.default_rng(seed).permutation(len(names))  # no group is drawn on top of the others
+    order = np.random.default_rng(seed).permutation(len(names))  # random order, so that no group covers the others
     size = min(max(_POINTS / max(len(names), 1), 0.5), 30)
     shown = [colours.get(names[row], _OTHER) for row in order]
     axes.scatter(positions[order, 0], positions[order, 1], s=size, c=shown, linewidths=0)
@@ -64,7 +64,7 @@ def map_image(positions: npt.NDArray[np.float32], labels: pd.Series, legend: Leg
 
 
 def _densest(points: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """The cell that is nearest to the median of a label's cells."""
+    """Position of the cell nearest to the median of a label's cells."""
     middle = np.median(points, axis=0)
     nearest: npt.NDArray[np.float32] = points[np.square(points - middle).sum(axis=1).argmin()]
     return nearest

@@ -1,4 +1,4 @@
-"""Columns that divide the cells in the same way, so that no table and no map is repeated."""
+"""Columns that group the cells identically, so that the report shows each grouping once."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import pandas as pd
 
 
 def same_groups(columns: Mapping[str, npt.ArrayLike | pd.Series]) -> dict[str, str]:
-    """Columns that divide the cells as an earlier one does, under whatever names: each with the first of these.
+    """Map each column that groups the cells like an earlier one to the first such column; labels may differ.
 
     Parameters
     ----------
     columns
-        (cells,) by name; missing values are a separate group.
+        Values (cells,) by column name; missing values are a separate group.
     """
     found: dict[str, str] = {}
     first: dict[str, npt.NDArray[np.int64]] = {}
@@ -31,6 +31,6 @@ def same_groups(columns: Mapping[str, npt.ArrayLike | pd.Series]) -> dict[str, s
 
 
 def _codes(values: Any) -> npt.NDArray[np.int64]:
-    """Groups numbered in the order of their first cells: equal for columns with the same groups of cells."""
+    """Group numbers in order of first occurrence: equal for columns that group the cells identically."""
     codes, _ = pd.factorize(pd.Series(values, dtype=object).to_numpy(), use_na_sentinel=False)
     return np.asarray(codes, np.int64)

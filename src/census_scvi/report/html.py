@@ -1,4 +1,4 @@
-"""report.html: one file, no network, with the scores of an embedding, by cell type and batch."""
+"""report.html: a self-contained file with the scores of embeddings, by cell type and batch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from census_scvi.workspace import Workspace
 
 _COLOURED_BY = ("cell_type", "dataset_id", "assay", "donor_id")
 _CURVES = ("elbo_train", "elbo_validation")
-# Of a breakdown with more rows, those with the most cells are shown; metrics.json has all.
+# Maximum number of rows shown of a breakdown, those with the most cells; metrics.json has all rows.
 MOST_ROWS = 60
 
 
@@ -42,22 +42,22 @@ def write_report(
     record: dict[str, Any],
     config: dict[str, Any],
 ) -> None:
-    """Draw the maps and write the page.
+    """Draw the UMAPs and write the page.
 
     Parameters
     ----------
     path
-        report.html.
+        Path of report.html.
     settings, directory
         The section `evaluate`, and the run directory.
     cells, measured
-        The slice, and int64 rows of the cells that were measured.
+        The slice, and int64 (cells,): rows of the measured cells.
     found
-        The findings.
+        The results.
     record
-        metrics.json.
+        Content of metrics.json.
     config
-        Sections that repeat the evaluation, to be shown.
+        Config sections that reproduce the evaluation; the page shows them.
     """
     template = files("census_scvi.report").joinpath("report.html.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=True, trim_blocks=True)
@@ -83,9 +83,9 @@ def write_report(
 def _maps(
     settings: EvaluateSection, cells: Slice, measured: npt.NDArray[np.int64], seed: int
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """For each column that cells are coloured by: its legend, and a picture of each embedding; and one-valued columns.
+    """Legend, and one picture per embedding, of each colour column; and the columns that have a single value.
 
-    Columns with the same groups of cells share their pictures.
+    Columns that group the cells identically share their pictures.
     """
     positions = {name: UmapMap(points[measured], seed=seed).positions for name, points in cells.spaces.items()}
     columns = dict.fromkeys([*settings.labels, *_COLOURED_BY, *settings.batches])
@@ -148,7 +148,7 @@ def _breakdowns(found: Evaluation, spaces: list[str]) -> list[dict[str, Any]]:
 
 
 def _training(directory: Path) -> dict[str, Any] | None:
-    """The training of the model according to the run directory."""
+    """Training of the model, as recorded in the run directory."""
     workspace = Workspace(directory)
     prepare, train = workspace.whole_record("prepare"), workspace.whole_record("train")
     if not prepare or not train:
@@ -174,7 +174,7 @@ def _gates(directory: Path) -> list[dict[str, Any]]:
 
 
 def _shown(value: Any) -> str:
-    """A number with three digits, or a dash."""
+    """Number with three digits, or a dash."""
     if value is None or not math.isfinite(value):
         return "–"
     return f"{value:.3f}"

@@ -1,4 +1,4 @@
-"""Which embeddings are evaluated, and where the report goes."""
+"""The embeddings to evaluate, and the folder of the report."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from census_scvi.workspace import Workspace
 
 
 def embeddings_of(settings: EvaluateSection, directory: Path) -> dict[str, str]:
-    """Name in the report, and place, of each embedding: those named, or that of the run directory.
+    """Location of each embedding, by its name in the report: the configured ones, or that of the run directory.
 
-    UserError where none is named and nothing was run.
+    UserError if none is configured and no stage ran in the run directory.
     """
     if settings.embeddings:
         return dict(settings.embeddings)
@@ -26,7 +26,7 @@ def embeddings_of(settings: EvaluateSection, directory: Path) -> dict[str, str]:
 
 
 def evaluation_place(settings: EvaluateSection, folder: Path) -> Workspace:
-    """The folder that the report goes to; UserError where it cannot be written."""
+    """The folder of the report; UserError if it cannot be written."""
     setting = "evaluate.folder" if settings.folder else "output.directory"
     require_writable_folder(folder, [METRICS, REPORT], setting)
     return Workspace(folder, setting)

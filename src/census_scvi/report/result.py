@@ -16,13 +16,13 @@ class Evaluation:
     Attributes
     ----------
     scores
-        By embedding.
+        Scores by embedding.
     breakdowns
-        By embedding, then by column: a table of `break_down`.
+        Tables of `break_down`, by embedding and column.
     problems
-        Measurements that failed, and why, for the reader of the report.
+        Failed measurements with their reasons, for the report.
     same_as
-        Columns that divide the cells as another column does, by name, and the name of that one; only that is measured.
+        Maps a column to another one that groups the cells identically; only the latter is measured.
     """
 
     scores: dict[str, list[Score]] = field(default_factory=dict)

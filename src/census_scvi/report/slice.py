@@ -32,10 +32,10 @@ from census_scvi.workspace import Workspace
 log = logging.getLogger(__name__)
 
 PCA, BATCH = "PCA", "batch"
-# Labels that say nothing. The published script lists the middle three, and does not apply the list.
+# Uninformative labels. The published script lists the middle three, but does not use its list.
 VAGUE = ("unknown", "native cell", "animal cell", "eukaryotic cell", "cell", "na", "nan", "None", "")
 _TERMS = "cell_type_ontology_term_id"
-# Columns that colour the maps, in addition to labels and batches.
+# Columns that colour the UMAPs, in addition to labels and batches.
 _SHOWN = ("cell_type", "dataset_id", "assay", "donor_id")
 _GENE_CELLS = 20_000
 
@@ -44,18 +44,18 @@ Names = npt.NDArray[np.object_]
 
 @dataclass
 class Slice:
-    """Cells to evaluate embeddings on.
+    """The cells on which embeddings are evaluated.
 
     Attributes
     ----------
     obs
         Labels, batches and other columns, one row per cell; indexed by soma_joinid, ascending.
     spaces
-        float32 (cells, dimensions) by name; PCA first, where there is one.
+        float32 (cells, dimensions) by name; the PCA, if there is one, is first.
     n_matching
-        Cells of the Census that match the filter; of more than `evaluate.max_cells`, that many are drawn.
+        Number of cells of the Census that match the filter; at most `evaluate.max_cells` of them are drawn.
     problems
-        Inputs that could not be read, for the reader of the report.
+        Inputs that could not be read, for the report.
     """
 
     obs: pd.DataFrame
@@ -64,7 +64,7 @@ class Slice:
     problems: list[str] = field(default_factory=list)
 
     def names(self, column: str, *, vague: bool) -> Names:
-        """A column as object (cells,); None if it is missing or, unless `vague`, uninformative."""
+        """Column as object (cells,); None for missing and, unless `vague`, uninformative values."""
         values = self.obs[column].astype(object).where(self.obs[column].notna(), None).to_numpy(dtype=object)
         if vague:
             return values
@@ -74,27 +74,27 @@ class Slice:
 def read_slice(
     census: Census, settings: EvaluateSection, directory: Path, *, batch_key: list[str], n_genes: int, seed: int
 ) -> Slice:
-    """Read what the settings name.
+    """Read the cells and embeddings that the settings name.
 
     Parameters
     ----------
     census
-        Where the cells are.
+        The open Census.
     settings
         The section `evaluate`.
     directory
-        The run directory: its embedding where none is named, and its genes for the PCA where it has them.
+        The run directory. Its embedding is used if none is named, and its genes, if it has any, for the PCA.
     batch_key
         obs columns whose combination is the batch.
     n_genes
-        Number of variable genes for the PCA, where the run directory has none.
+        Number of highly variable genes for the PCA if the run directory has no genes.
     seed
-        Seed of what is drawn at random.
+        Seed of the random sampling of cells.
 
     Raises
     ------
     UserError
-        No cell matches, or no embedding is there.
+        No cell matches the filter, or no embedding exists.
     """
     joinids, n_matching = choose_cells(
         census,
@@ -116,7 +116,7 @@ def read_slice(
 def _embeddings(
     census: Census, joinids: npt.NDArray[np.int64], named: dict[str, str], problems: list[str]
 ) -> tuple[dict[str, npt.NDArray[np.float32]], npt.NDArray[np.int64]]:
-    """Each embedding, of the cells that are in all of them; an embedding that cannot be read is skipped."""
+    """Embeddings of the cells that are in all of them; an embedding that cannot be read is skipped."""
     read = {}
     for name, place in named.items():
         try:
@@ -175,7 +175,7 @@ def _obs(
 def _genes(
     census: Census, joinids: npt.NDArray[np.int64], directory: Path, n_genes: int, seed: int
 ) -> npt.NDArray[np.int64]:
-    """soma_joinids of the genes of the run, or where there is no run of variable genes."""
+    """soma_joinids of the genes of the run, or of highly variable genes if there is no run."""
     path = directory / GENES
     if path.exists():
         Workspace(directory).check("prepare", [GENES])

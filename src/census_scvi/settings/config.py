@@ -1,4 +1,4 @@
-"""Every setting of the YAML file: the sections of all rooms, read and checked before anything heavy is imported."""
+"""The whole config file: the sections of all packages, validated before any slow import."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Config(Section):
 
     @property
     def training_filter(self) -> str | None:
-        """Value filter of the cells to train on: `(obs_query) and (obs_query_model)`, and the minimum of genes."""
+        """Value filter of the training cells: `(obs_query) and (obs_query_model)`, and the minimum number of genes."""
         parts = [self.census.obs_query, self.census.obs_query_model]
         if self.hvg.min_genes:
             parts.append(f"nnz >= {self.hvg.min_genes}")
@@ -82,11 +82,11 @@ class Config(Section):
 
     @property
     def evaluation_folder(self) -> Path:
-        """Where scvi-evaluate.py writes."""
+        """Output folder of scvi-evaluate.py."""
         return Path(self.evaluate.folder) if self.evaluate.folder else self.directory / run_names.EVALUATION
 
     def of_stage(self, stage: str) -> dict[str, Any]:
-        """Values of all settings that change the result of a stage, flat, as `select` gives them."""
+        """Values of all settings that change the result of a stage, flat as in `select`."""
         return self.select(tuple(key for key, stages in stages_changed(type(self)) if stage in stages))
 
     def select(self, keys: tuple[str, ...]) -> dict[str, Any]:
@@ -103,12 +103,13 @@ def load_config(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -
     path
         The YAML file.
     overrides
-        `section.key=value` strings that win over the file; values are YAML.
+        `section.key=value` strings that override the file; values are YAML.
 
     Raises
     ------
     UserError
-        Missing or malformed file, unknown key, wrong type or contradiction: file, key and nearest right name.
+        Missing or malformed file, unknown key, wrong type or contradictory values. The message names file and key, and
+        suggests the most similar valid name.
     """
     written = read_settings(Path(expand_argument(path, "--config")), overrides)
     try:

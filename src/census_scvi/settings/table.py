@@ -1,6 +1,6 @@
-"""Tables of the settings for documents and help: name, type, default, meaning; the usual ones first.
+"""Tables of the settings for documentation and help: name, type, default, meaning; usual settings first.
 
-`python -m census_scvi.settings.table docs/settings.md` brings the tables in that file up to date.
+`python -m census_scvi.settings.table docs/settings.md` updates the tables in that file.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _LEAST_WIDTH, _MOST_WIDTH = 60, 120
 
 
 def tables(config: type[Section]) -> str:
-    """Tables of the usual settings and of all others, in Markdown."""
+    """Markdown tables of the usual settings and of all others."""
     rows = [(name, field, _row(name, field)) for name, field, _ in settings_of(config)]
     usual = [row for _, field, row in rows if mark_of(field, Usual)]
     expert = [row for _, field, row in rows if not mark_of(field, Usual)]
@@ -35,7 +35,7 @@ def tables(config: type[Section]) -> str:
 
 
 def with_tables(document: str, config: type[Section]) -> str:
-    """A document whose last part are the tables, with the tables of today."""
+    """The document with its last part, the tables, replaced by current ones."""
     return document.partition(FIRST_HEADING)[0] + tables(config)
 
 
@@ -53,7 +53,7 @@ def _meaning(field: FieldInfo) -> str:
 
 
 def help_of_stage(config: type[Section], stage: str) -> str:
-    """The usual settings of a stage and their meaning, for `--help`; as wide as the terminal, at most 120."""
+    """Usual settings of a stage and their meaning, for `--help`, wrapped to the width of the terminal."""
     width = min(max(shutil.get_terminal_size().columns, _LEAST_WIDTH), _MOST_WIDTH)
     usual = [
         (name, _meaning(field))
@@ -69,20 +69,20 @@ def help_of_stage(config: type[Section], stage: str) -> str:
 
 
 def _concerns(field: FieldInfo, section: type[Section], stage: str) -> bool:
-    """Whether a setting changes the result of a stage, or how it works; one of no stage in particular does."""
+    """Whether a setting belongs to a stage; a setting without stages belongs to all."""
     mark = mark_of(field, Changes)
     stages = mark.stages if mark and mark.stages else section.changes
     return not stages or stage in stages
 
 
 def kind_of(field: FieldInfo) -> str:
-    """The type of a setting in words."""
+    """Description of the type of a setting."""
     return _joined(list(dict.fromkeys(_kinds(field.annotation, field.metadata))), "or")
 
 
 def _kinds(annotation: Any, marks: Iterable[Any] = ()) -> Iterator[str]:
     named = [mark.words for mark in marks if isinstance(mark, Kind)]
-    if named:  # the last, which the outermost alias gives
+    if named:  # the last one is from the outermost alias
         yield named[-1]
     elif get_origin(annotation) is Annotated:
         yield from _kinds(get_args(annotation)[0], annotation.__metadata__)
@@ -116,7 +116,7 @@ def _joined(words: list[str], last: str) -> str:
 
 
 def main() -> None:
-    """Update the file that the first argument names."""
+    """Update the tables in the file given as first argument."""
     from census_scvi.settings.config import Config
 
     path = Path(sys.argv[1])

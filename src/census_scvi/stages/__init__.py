@@ -1,1 +1,1 @@
-"""One file per command: its work, and its --dry-run."""
+"""The commands: one module each, with the work and the plan for --dry-run."""

@@ -1,4 +1,4 @@
-"""Stage build-census: a local Census from .h5ad files, or a small one of simulated cells to try the pipeline on."""
+"""Command build-census: builds a local Census from .h5ad files, or a small demo Census of simulated cells."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ then open it:
   cellxgene_census.open_soma(uri="my-census")"""
 CONFIG_HELP = "YAML file, as CONFIG.yaml"
 EXAMPLE = "my-build.yaml uri=my-census genes.min_recognised=0.3"
-# For --dry-run, from builds on two cores: the imports, and the counts of a block; time for each cell and non-zero; size
-# of a non-zero, which a Census keeps twice, raw and normalized.
+# Constants for --dry-run, measured on two cores. Memory: of the imports, per cell, and per non-zero of a block.
+# Time: fixed, per cell, per non-zero. Disk: bytes per non-zero; a Census stores each twice, raw and normalized.
 _BASE_MEMORY, _BYTES_A_CELL, _BYTES_A_NONZERO_READ = 0.5e9, 2000.0, 120.0
 _FIXED_SECONDS, _SECONDS_A_CELL, _SECONDS_A_NONZERO, _BYTES_A_NONZERO = 3.0, 1e-5, 3e-7, 4.0
 
 
 def add_arguments(parser: Parser) -> None:
-    """The arguments of this stage alone."""
+    """Add the arguments that only this command has."""
     parser.add_argument("source", nargs="?", metavar="CONFIG.yaml", help="YAML file: which files, which columns")
     parser.add_argument("--demo", metavar="URI", help="write a Census of simulated cells there (human and mouse)")
     parser.add_argument("--data", metavar="DIR", help="folder of the .h5ad files and gene maps (replaces `data`)")
@@ -51,7 +51,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Build the Census, and print its datasets."""
+    """Build the Census and print its datasets."""
     if arguments.source and is_setting(arguments.source):
         arguments.settings.insert(0, arguments.source)
         arguments.source = None
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.demo:
         _run_demo(arguments)
         return
-    # The YAML first: a wrong key is answered before the heavy imports.
+    # Read the YAML first: a wrong key is reported before the slow imports.
     from census_scvi.local_census.settings import load_build_config
 
     config = load_build_config(arguments.source or arguments.config, data=arguments.data, overrides=arguments.settings)
@@ -95,7 +95,7 @@ def _run_demo(arguments: argparse.Namespace) -> None:
 
 
 def build_from_config(config: BuildConfig, *, force: bool = False) -> BuildReport:
-    """Build the Census that a config describes; UserError for files that are missing or unsuitable."""
+    """Build the Census that a config describes; UserError if a file is missing or unsuitable."""
     from census_scvi.local_census.write import build_census, check_target
 
     check_target(config.uri, force=force)
@@ -128,7 +128,7 @@ def _sources(config: BuildConfig) -> list[H5adSource]:
 
 
 def plan(config: BuildConfig, *, force: bool = False) -> Plan:
-    """Cells and genes from the files, the rest from the first block of counts of each."""
+    """Plan of a build: cells and genes from the files, cost estimated from the first block of counts of each file."""
     from census_scvi.local_census.write import BLOCK_ROWS, check_target
 
     target = check_target(config.uri, force=force)

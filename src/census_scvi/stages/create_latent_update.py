@@ -1,4 +1,4 @@
-"""Stage create-latent-update: every cell of the Census through the encoder."""
+"""Stage create-latent-update: embeds all cells of `obs_query` with the trained encoder."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ log = logging.getLogger(__name__)
 
 _PROVEN_CELLS = 256
 _TOLERANCE = 1e-5
-# For --dry-run, checked by benchmarks/stages.py: the imports; bytes for each non-zero of a block; what is done once,
-# and for each cell of the minified model.
+# Constants for --dry-run, checked by benchmarks/stages.py. Memory: of the imports, and per non-zero of a block.
+# Time: fixed, and per cell of the minified model.
 _BASE_MEMORY, _BYTES_A_NONZERO, _FIXED_SECONDS, _MINIFIED_SECONDS = 1.05e9, 125.0, 1.5, 11e-6
 _SAMPLE_BLOCKS = 4
 
 
 def run(task: Task) -> None:
-    """Embed all cells of `obs_query`: `latent.npy`, `latent-idx.npy`, `final_scvi_optimized/`."""
+    """Embed all cells of `obs_query`; write latent, soma_joinids, count hashes and optionally the minified model."""
     config, artifacts, census = task.config, task.artifacts, task.census
     description = _fitting_description(config, artifacts)
     gene_joinids = locate_genes(census, description.genes, config.genes.min_share, "genes.min_share")
@@ -60,7 +60,7 @@ def run(task: Task) -> None:
 
 
 def _fitting_description(config: Config, artifacts: Artifacts) -> ModelDescription:
-    """Description of the model; UserError if genes or config differ from those of its training."""
+    """Description of the model; UserError if the genes or the config differ from those of the training."""
     description = read_description(config.directory / artifacts.model)
     path = config.directory / artifacts.genes
     genes = read_genes(path)
@@ -84,7 +84,7 @@ def _fitting_description(config: Config, artifacts: Artifacts) -> ModelDescripti
 
 
 class _Embedding:
-    """The work of one run: encode the cells that are not encoded yet, then write the artifacts."""
+    """One run of the stage: encode the remaining cells, then write the artifacts."""
 
     def __init__(
         self,
@@ -104,7 +104,7 @@ class _Embedding:
         self._difference: float | None = None
 
     def embed(self, part: Part = WHOLE) -> None:
-        """Encode the cells of a part that an earlier run has not; any process may, as long as each has another part."""
+        """Encode the remaining cells of a part; different processes may encode different parts."""
         every = _blocks(self._cells, self._config.latent.block_size, part)
         store = LatentStore(self._stage.staging, _size(every), self.n_latent, part)
         done, total = store.cells_done, store.n_cells
@@ -112,7 +112,7 @@ class _Embedding:
             log.info("%s of %s cells were embedded before", f"{done:,}", f"{total:,}")
         if done == total:
             return
-        # The extended model takes as much memory again; most encoders do not look at the batch.
+        # The extended model takes as much memory again. Most encoders do not use the batch, so they do not need it.
         sees_batch = self._description.arguments["encode_covariates"]
         encode = Encoder(_on_device(self._extended() if sees_batch else self._trained, self._config))
         blocks = stream_blocks(
@@ -131,11 +131,11 @@ class _Embedding:
                 bar.update(len(latent.mean))
 
     def _prove(self, block: Block, latent: Latent) -> float:
-        """Largest difference to scvi-tools' own way on cells of a block; an error where it is more than rounding."""
+        """Largest difference from scvi-tools' latent on cells of a block; RuntimeError if it exceeds rounding."""
         codes = self._codes[block.start : block.start + block.counts.shape[0]]
         rows = np.arange(len(codes))
         if self._description.arguments["encode_covariates"]:
-            # scvi-tools gives batches that it was not trained on random weights: there is nothing to compare with.
+            # scvi-tools initializes untrained batches with random weights, so they cannot be compared.
             rows = rows[codes < len(self._description.batches)]
         rows = rows[:_PROVEN_CELLS]
         if not len(rows):
@@ -152,7 +152,7 @@ class _Embedding:
         return difference
 
     def finish(self, n_parts: int = 1) -> list[str]:
-        """Join the parts and write the artifacts to staging; returns their names."""
+        """Join the parts and write the artifacts to staging; return their names."""
         names = self._artifacts
         sizes = [_size(_blocks(self._cells, self._config.latent.block_size, part)) for part in parts(n_parts)]
         store = join_latent(self._stage.staging, sizes, self.n_latent)
@@ -166,7 +166,7 @@ class _Embedding:
         return written
 
     def _extended(self) -> scvi.model.SCVI:
-        """The model with a place for every batch, on the CPU."""
+        """The model, extended to all batches of the cells, on the CPU."""
         self._trained.to_device("cpu")
         return extend_batches(self._trained, self._description.genes, self._labels)
 
@@ -187,7 +187,7 @@ class _Embedding:
             yield obs, self._codes[rows], store.read(rows)
 
     def counts(self) -> dict[str, Any]:
-        """The entry of the manifest."""
+        """Counts for the manifest."""
         trained = self._codes < len(self._description.batches)
         return {
             "cells": len(self._cells),
@@ -201,9 +201,9 @@ class _Embedding:
 
 
 def _blocks(cells: Cells, block_size: int, part: Part = WHOLE) -> list[tuple[int, int]]:
-    """Positions (first, after the last) of blocks of up to `block_size` cells; where it allows, whole rows of tiles.
+    """Positions (first, last + 1) of blocks of up to `block_size` cells, in whole rows of tiles if the size allows.
 
-    The blocks of all parts are those of the whole, and no two parts have cells in the same rows of tiles.
+    Together, the parts have the same blocks as the whole. No two parts have cells in the same row of tiles.
     """
     runs = part.take(tile_runs(cells.joinids, block_size))
     return [block for run in runs for block in consecutive(*run, block_size)]
@@ -214,7 +214,7 @@ def _size(blocks: list[tuple[int, int]]) -> int:
 
 
 def _codes_in(labels: list[str], cells: Cells) -> npt.NDArray[np.int32]:
-    """Code of each cell's batch in a list of all."""
+    """Code of each cell's batch: its index in `labels`."""
     position = {label: code for code, label in enumerate(labels)}
     return np.array([position[label] for label in cells.batches], dtype=np.int32)[cells.batch_codes]
 
@@ -226,7 +226,7 @@ def _on_device(model: scvi.model.SCVI, config: Config) -> scvi.model.SCVI:
 
 
 def plan(config: Config) -> Plan:
-    """Cells from the Census, time from a block that is read and encoded."""
+    """Plan of the stage: number of cells from the Census, time from some blocks that are read and encoded."""
     artifacts = config.artifacts
     inputs_of(STAGES["create-latent-update"], config)
     description = _fitting_description(config, artifacts)
@@ -235,7 +235,7 @@ def plan(config: Config) -> Plan:
         cells = select_cells(census, config.census.obs_query, config.anndata.batch_key)
         model, _ = load_safe(config.directory / artifacts.model)
         encode = Encoder(_on_device(model, config))
-        # The first block opens and compiles; from the second on, one is read while another is encoded.
+        # The first block includes opening and compilation. After it, reading and encoding overlap as in a real run.
         size = min(config.latent.block_size, -(-len(cells) // _SAMPLE_BLOCKS))
         sample = _blocks(cells, size)[-_SAMPLE_BLOCKS:]
         started, n_sampled = time.monotonic(), 0

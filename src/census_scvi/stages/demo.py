@@ -1,4 +1,4 @@
-"""`make demo`: a small simulated Census, every stage on it, verification, and the artifacts."""
+"""`make demo`: builds a small simulated Census, runs and verifies all stages, and lists the artifacts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CONFIG = "configs/demo.yaml"
 
 
 def run_demo(argv: Sequence[str] | None = None) -> int:
-    """Build the demo Census where it is missing, run the stages, verify, show the artifacts; returns the exit code."""
+    """Build the demo Census if it is missing, run the stages, verify, list the artifacts; return the exit code."""
     overrides = list(sys.argv[1:] if argv is None else argv)
     return guarded(lambda: _run(overrides))
 
@@ -49,7 +49,7 @@ def _run(overrides: list[str]) -> None:
 
 
 def _require_done(exit_code: int, where: str) -> None:
-    if exit_code > 128:  # a signal to stop, which the stage has reported
+    if exit_code > 128:  # stopped by a signal; the stage has reported it
         raise SystemExit(exit_code)
     if exit_code:
         raise UserError(f"the demo stopped {where}")
@@ -84,7 +84,7 @@ def _draw(config: Config, picture: Path) -> None:
 
 
 def artifact_table(config: Config, more: Sequence[Path] = ()) -> str:
-    """Every artifact of a run: path, size, content."""
+    """Table of the artifacts of a run: path, size, content."""
     workspace = Workspace(config.directory)
     names = config.artifacts
     prepared, trained, embedded, _ = ((workspace.whole_record(stage) or {})["counts"] for stage in PIPELINE)

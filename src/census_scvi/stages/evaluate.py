@@ -1,4 +1,4 @@
-"""The command scvi-evaluate.py: measures embeddings of a slice, and writes metrics.json and report.html."""
+"""Command evaluate: computes metrics of embeddings on a slice of cells, and writes metrics.json and report.html."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ from census_scvi.workspace import Workspace
 log = logging.getLogger(__name__)
 
 _PACKAGES = ("census-scvi", "scib-metrics", "scikit-learn", "scanpy", "igraph", "numpy")
-# For --dry-run, from runs on two cores: imports and report; a cell of the slice read and embedded by PCA; a measured
-# cell in one column of one embedding.
+# Constants for --dry-run, measured on two cores. Time: of imports and report; per cell of the slice (reading and PCA);
+# per measured cell, column and embedding. Memory: of the imports, and per cell of the slice.
 _FIXED_SECONDS, _CELL_SECONDS, _MEASURED_SECONDS = 30.0, 6e-4, 2e-3
 _BASE_MEMORY, _BYTES_A_CELL = 1.2e9, 12_000.0
 
@@ -47,10 +47,10 @@ Names = npt.NDArray[np.object_]
 
 
 def run(task: Task) -> None:
-    """Measure, and write metrics.json and report.html."""
+    """Compute the metrics and write metrics.json and report.html."""
     config, stage = task.config, task.run
     folder = task.directory
-    if (folder / REPORT).is_file() and not stage.forced:  # of an earlier version, which kept no record
+    if (folder / REPORT).is_file() and not stage.forced:  # from an earlier version, which kept no record
         raise UserError(f"{folder / REPORT} exists; set another evaluate.folder, or replace it with --force")
     stage.start()
     cells = read_slice(
@@ -96,16 +96,16 @@ def run(task: Task) -> None:
 
 
 def evaluate(config: Config, cells: Slice, measured: npt.NDArray[np.int64]) -> Evaluation:
-    """Scores and breakdowns of every embedding of a slice.
+    """Compute scores and breakdowns of every embedding of a slice.
 
     Parameters
     ----------
     config
-        Its section `evaluate` names the columns.
+        The config; its section `evaluate` names the columns.
     cells
         The slice.
     measured
-        int64: rows of the cells that are measured.
+        int64 (cells,): rows of the measured cells.
     """
     settings = config.evaluate
     found = Evaluation(problems=list(cells.problems))
@@ -145,7 +145,7 @@ def evaluate(config: Config, cells: Slice, measured: npt.NDArray[np.int64]) -> E
 
 @dataclass
 class _Measure:
-    """Collects the scores of a column, or the reason why there are none."""
+    """Collects the scores of each measurement, or the reason if it fails."""
 
     scores: list[Score]
     problems: list[str]
@@ -159,7 +159,7 @@ class _Measure:
 
 
 def _donors(cells: Slice, column: str | None, problems: list[str]) -> Names | None:
-    """Donors, named with their dataset: the names of two studies' donors may be the same."""
+    """Donor of each cell, prefixed with its dataset: two studies may use the same donor names."""
     if column is None:
         return None
     if column not in cells.obs:
@@ -177,13 +177,13 @@ def _measured_rows(config: Config, cells: Slice) -> npt.NDArray[np.int64]:
 
 
 def _shown_settings(config: Config) -> dict[str, Any]:
-    """The sections that an evaluation reads, without credentials."""
+    """The config sections that an evaluation reads, without credentials."""
     values = without_credentials(config.model_dump(mode="json"))
     return {name: values[name] for name in ("census", "anndata", "hvg", "evaluate", "output", "seed")}
 
 
 def _latents(config: Config) -> dict[str, Any]:
-    """Identity of each embedding in a run directory: that of latent.npy."""
+    """Identity of `latent.npy` for each embedding in a run directory."""
     found = {}
     for name, place in embeddings_of(config.evaluate, config.directory).items():
         path = local_path(place)
@@ -193,7 +193,7 @@ def _latents(config: Config) -> dict[str, Any]:
 
 
 def plan(config: Config) -> Plan:
-    """Size from the Census; the time is that of two cores."""
+    """Plan of an evaluation: number of cells from the Census, time for two cores."""
     settings = config.evaluate
     folder = evaluation_place(settings, config.evaluation_folder).directory
     places = embeddings_of(settings, config.directory).values()

@@ -1,6 +1,6 @@
-"""Identities of a stage's inputs: with the settings they decide whether its result already exists.
+"""Identities of a stage's inputs. Inputs and settings determine the result of a stage.
 
-Imports nothing heavy, since a finished stage is answered at once.
+This module has no slow imports, so that a finished stage is reported immediately.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _NAMING = {"uri", "version", "organism"}
 
 
 def inputs_of(stage: Stage, config: Config, census: Census | None = None) -> Inputs:
-    """Identity of everything that a stage reads, by name.
+    """Identities of all inputs of a stage, by name.
 
     Raises
     ------
@@ -34,7 +34,7 @@ def inputs_of(stage: Stage, config: Config, census: Census | None = None) -> Inp
         An earlier stage has not run, or a file is missing or was changed.
     """
     if stage.name == "map-query":
-        # Only a Census that the config names counts; the model's own is part of its identity.
+        # Only a Census that the config names is included: the model's Census is part of the model's identity.
         named = config.census.model_dump(mode="json", include=config.census.model_fields_set & _NAMING)
         return {"query.file": file_identity(query_source(config.query)), "model": _model(config), "census": named}
     found: Inputs = {}
@@ -52,7 +52,7 @@ def inputs_of(stage: Stage, config: Config, census: Census | None = None) -> Inp
 
 
 def _embedding(place: str, census: Census) -> Any:
-    """Identity of an embedding that a user gives; None if it cannot be read."""
+    """Identity of a user's embedding; None if it cannot be read."""
     from census_scvi.census.embedding import publication_of, published_uri
 
     try:
@@ -67,7 +67,7 @@ def _embedding(place: str, census: Census) -> Any:
 
 
 def _model(config: Config) -> Any:
-    """Identity of the model that embeds a user's cells; of a URL, its address."""
+    """Identity of the model that embeds a user's cells; for a URL, the URL itself."""
     place = config.query.model or config.output.directory
     source = Source.at(place)
     if source.path is None:

@@ -1,4 +1,4 @@
-"""The command scvi-map-query.py: writes a user's .h5ad with embedding, map and predicted labels."""
+"""Command map-query: adds embedding, UMAP and predicted labels to a user's .h5ad."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from census_scvi.stages.protocol import Task
 log = logging.getLogger(__name__)
 
 MAP = "X_umap"
-_COUNTS = "query.counts="  # the setting of the place of the raw counts, for messages
-# For --dry-run, from runs on two cores: memory of the imports, and of a cell of query or reference; time that does not
-# depend on cells; cells/s that are embedded and annotated; the index of a large reference; the map.
+_COUNTS = "query.counts="  # setting for the location of the raw counts, for messages
+# Constants for --dry-run, measured on two cores. Memory: of the imports, and per cell of query or reference.
+# Time: fixed; embedded and annotated cells/s; the index of a large reference; the UMAP.
 _BASE_MEMORY, _BYTES_A_CELL = 1.0e9, 1500.0
 _FIXED_SECONDS, _CELLS_A_SECOND, _INDEX_SECONDS, _MAP_SECONDS = 12.0, 1500.0, 40.0, 50.0
 
@@ -71,7 +71,7 @@ def run(task: Task) -> None:
 
 
 def _predict(atlas: Atlas, source: Path, config: Config) -> ad.AnnData:
-    """The cells as `Atlas.predict` gives them; its errors name the settings of the config."""
+    """Result of `Atlas.predict` for the cells; errors name the settings of the config."""
     settings, (setting, min_share) = config.query, _min_share(config)
     with QueryCells(source) as cells:
         counts = cells.find_counts(settings.counts, setting=_COUNTS)
@@ -93,13 +93,13 @@ def _predict(atlas: Atlas, source: Path, config: Config) -> ad.AnnData:
 
 
 def _census(config: Config) -> str | None:
-    """The Census that the config names, or that of the model."""
+    """URI or version of the Census in the config; None if the config names none: the model's Census is used."""
     named = config.census.model_fields_set & {"uri", "version"}
     return config.census.uri or config.census.version if named else None
 
 
 def _min_share(config: Config) -> tuple[str, float]:
-    """The setting that decides, and its value: query.min_share, or genes.min_share where that alone is set."""
+    """Name and value of the effective setting: query.min_share, or genes.min_share if only that is set."""
     set_for_census = "min_share" in config.genes.model_fields_set and "min_share" not in config.query.model_fields_set
     section = "genes" if set_for_census else "query"
     return f"{section}.min_share", getattr(config, section).min_share
@@ -126,7 +126,7 @@ def _summary(mapped: ad.AnnData, labels: str) -> str:
 
 
 def _place(atlas: Atlas, mapped: ad.AnnData, config: Config, picture: Path) -> None:
-    """Map of the reference, the cells on it, and the picture."""
+    """Compute a UMAP of the reference, place the cells on it, and save the picture."""
     settings = config.query
     labels = settings.labels[0] if settings.labels else "cell_type"
     reference = atlas.reference(settings.obs_filter, [labels], settings.umap_cells, config.seed)
@@ -139,7 +139,7 @@ def _place(atlas: Atlas, mapped: ad.AnnData, config: Config, picture: Path) -> N
 
 
 def _report(mapped: ad.AnnData, labels: list[str]) -> dict[str, Any]:
-    """Report on the genes, and the number of cells per label."""
+    """Content of the report: gene alignment, quality of the predictions, and number of cells per label."""
     return {
         "cells": mapped.n_obs,
         "alignment": mapped.uns["scvi_alignment"],
@@ -155,7 +155,7 @@ def _report(mapped: ad.AnnData, labels: list[str]) -> dict[str, Any]:
 
 
 def _write(source: Path, target: Path, mapped: ad.AnnData) -> None:
-    """The user's file with the results added."""
+    """Write a copy of the user's file with the results added."""
     shutil.copyfile(source, target)
     with h5py.File(target, "r+") as file:
         write_elem(file, "obs", portable_frame(mapped.obs))
@@ -175,14 +175,14 @@ def _write(source: Path, target: Path, mapped: ad.AnnData) -> None:
 
 
 def _storable(values: Any) -> Any:
-    """Lists of text as arrays, which .h5ad files hold."""
+    """Convert lists of strings to arrays, as .h5ad files require."""
     if isinstance(values, Mapping):
         return {name: _storable(value) for name, value in values.items()}
     return np.array(values, dtype=object) if isinstance(values, list) else values
 
 
 def plan(config: Config) -> Plan:
-    """Size from the file; the time is that of two cores."""
+    """Plan of the command: number of cells from the file, time for two cores."""
     source, target = query_source(config.query), query_results(config.query, config.directory).target
     settings = config.query
     with QueryCells(source) as cells:

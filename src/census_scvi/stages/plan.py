@@ -1,4 +1,4 @@
-"""The plan of a stage, which --dry-run shows."""
+"""The plan of a stage, as printed by --dry-run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Plan:
     notes: list[str] = field(default_factory=list)
 
     def text(self, config: BaseModel) -> str:
-        """The resolved config without credentials and the plan, for people."""
+        """Text of the resolved config (without credentials) and the plan."""
         settings = without_credentials(config.model_dump(mode="json"))
         lines = [
             "# resolved config",
@@ -42,7 +42,7 @@ class Plan:
 
 
 def human_bytes(number: float) -> str:
-    """Bytes with a unit, e.g. 1.3 GB."""
+    """Format bytes with a unit, e.g. 1.3 GB."""
     for unit in ("B", "kB", "MB", "GB"):
         if number < 1000:
             return f"{number:.0f} {unit}" if unit in ("B", "kB") else f"{number:.1f} {unit}"
@@ -51,7 +51,7 @@ def human_bytes(number: float) -> str:
 
 
 def human_time(seconds: float) -> str:
-    """Seconds as s, min, h or days."""
+    """Format seconds as s, min, h or days."""
     for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"

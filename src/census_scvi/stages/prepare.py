@@ -1,4 +1,4 @@
-"""Stage prepare: the unique cells and the highly variable genes, as one .h5ad of raw counts."""
+"""Stage prepare: writes raw counts of the training cells and highly variable genes to one .h5ad."""
 
 from __future__ import annotations
 
@@ -32,15 +32,16 @@ from census_scvi.workspace import StageRun
 
 log = logging.getLogger(__name__)
 
-# For --dry-run, checked by benchmarks/stages.py. Resident before the first cell: the imports of this stage, and
+# Constants for --dry-run, checked by benchmarks/stages.py. Memory before the first cell: the imports of this stage and
 # TileDB's buffers.
 _BASE_MEMORY = 0.4e9
-# Bytes per non-zero while it is read (in two rows of tiles, twice), and in the pool that is shuffled.
+# Bytes per non-zero while it is read (two rows of tiles, two copies), and in the shuffle pool.
 _BYTES_READ, _BYTES_POOLED = 96.0, 16.0
 _SAMPLE_RUNS = 12
 _VARIABLE = 0.6
 _BYTES_A_NONZERO = {"gzip": 1.9, "none": 8.0}
-# Time of the stage, in passes over all counts: one selects genes, one writes; the rest is work that does not overlap.
+# Time of the stage, in passes over all counts: one for gene selection, one for writing, the rest for work that does not
+# overlap with reading.
 _PASSES, _FIXED_SECONDS = 2.3, 1.5
 
 
@@ -59,7 +60,7 @@ def run(task: Task) -> None:
 
 
 def _check_columns(census: Census, config: Config) -> None:
-    """Every column that a list or a filter names is there, before anything in the run directory changes."""
+    """UserError if a configured obs column is missing; checked before anything in the run directory changes."""
     require_columns(census, config.anndata.batch_key, "anndata.batch_key")
     require_columns(census, config.hvg.hvg_batch, "hvg.hvg_batch")
     require_columns(census, config.anndata.obs_columns or [], "anndata.obs_columns")
@@ -90,12 +91,12 @@ def _report_cells(cells: Cells) -> None:
 
 
 def _genes(stage: StageRun, census: Census, config: Config, path: Path) -> Selection:
-    """The genes of an earlier run that was killed after it had selected them, or a new selection."""
+    """Select genes, or read the selection of a killed run."""
     record = stage.path("selection.json")
     if stage.resumed:
         genes = read_genes(path)
         log.info("resuming with %d genes that were selected before", len(genes))
-        # Without the record, the run is of a version that had no genes.min_cells and excluded none.
+        # A version without genes.min_cells wrote no record; it excluded no genes.
         return Selection(genes, **(json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}))
     selection = select_genes(census, config.training_filter, config.hvg, config.seed, config.genes.min_cells)
     log.info("%d highly variable genes", len(selection.feature_ids))
@@ -106,12 +107,12 @@ def _genes(stage: StageRun, census: Census, config: Config, path: Path) -> Selec
             f"{config.genes.min_cells:,}",
         )
     write_json(record, {"below_min_cells": selection.below_min_cells})
-    write_genes(path, selection.feature_ids)  # last: its presence says that there is something to resume
+    write_genes(path, selection.feature_ids)  # last: if this file exists, the stage can resume
     return selection
 
 
 def _write(census: Census, cells: Cells, genes: list[str], config: Config, path: Path) -> dict[str, Any]:
-    """Stream the cells to the file; returns the counts."""
+    """Stream the cells to the file; return the counts for the manifest."""
     store = _fill(census, cells, genes, config, path)
     store.join()
     nonzeros, empty = count_nonzeros(path)
@@ -132,7 +133,7 @@ def _write(census: Census, cells: Cells, genes: list[str], config: Config, path:
 def _fill(
     census: Census, cells: Cells, genes: list[str], config: Config, path: Path, part: Part = WHOLE
 ) -> PreparedStore:
-    """Write a part of the cells; any process may, as long as each has another part."""
+    """Write a part of the cells; different processes may write different parts."""
     var = read_var(census).set_index("feature_id").loc[genes]
     writer = partial(H5adWriter, var=var, compression=config.anndata.compression)
     store = PreparedStore(path, tile_runs(cells.joinids), config.seed, writer)
@@ -153,13 +154,13 @@ def _fill(
 
 
 def _with_batch(obs: pd.DataFrame, places: npt.NDArray[np.int64], cells: Cells) -> pd.DataFrame:
-    """Obs with the batch of each cell, indexed by its number among the selected cells."""
+    """Obs with the column `batch`, indexed by the position among the selected cells."""
     batch = pd.Categorical.from_codes(cells.batch_codes[places], categories=cells.batches)
     return obs.assign(batch=batch).set_axis(pd.Index(places.astype(str)))
 
 
 def plan(config: Config) -> Plan:
-    """Cells and genes from the Census, the rest from some runs of cells that are read and timed."""
+    """Plan of the stage: cells and genes from the Census, cost from some runs of cells that are read and timed."""
     with open_census(config.census) as census:
         _check_columns(census, config)
         cells = select_cells(census, config.training_filter, config.anndata.batch_key)
@@ -169,7 +170,7 @@ def plan(config: Config) -> Plan:
         runs = tile_runs(cells.joinids)
         sample = [runs[len(runs) * place // _SAMPLE_RUNS] for place in range(min(_SAMPLE_RUNS, len(runs)))]
         joinids, genes = cells.joinids, var["soma_joinid"].to_numpy()
-        next(iter(stream_blocks(census, joinids, genes, blocks=sample[:1])))  # opens and compiles
+        next(iter(stream_blocks(census, joinids, genes, blocks=sample[:1])))  # opens files and compiles code
         started = time.monotonic()
         detected = np.zeros(len(var))
         for block in stream_blocks(census, joinids, genes, blocks=sample):
@@ -179,7 +180,7 @@ def plan(config: Config) -> Plan:
         n_sampled = len(sampled)
         ((_, obs),) = stream_obs(census, joinids, [sampled], config.anndata.obs_columns)
     n_cells = len(cells)
-    # Of the genes detected most often, variable ones are not all.
+    # Upper limit: the genes detected most often. Only part of them are highly variable.
     nonzeros = (_VARIABLE if n_genes < len(var) else 1.0) * np.sort(detected)[::-1][:n_genes].sum() / n_sampled
     kept = n_cells * (nonzeros * _BYTES_A_NONZERO[config.anndata.compression] + _stored_bytes(obs) / n_sampled)
     artifacts = config.artifacts
@@ -207,8 +208,8 @@ def plan(config: Config) -> Plan:
 
 
 def _stored_bytes(obs: pd.DataFrame) -> float:
-    """About what obs takes in the file: labels compress well, text and numbers that differ from cell to cell do not."""
-    stored = 1.0 * len(obs)  # the names
+    """Estimated bytes of obs in the file: labels compress well, text and numbers unique to each cell do not."""
+    stored = 1.0 * len(obs)  # the obs names
     for _, column in obs.items():
         if isinstance(column.dtype, pd.CategoricalDtype):
             stored += 0.5 * len(obs)

@@ -1,6 +1,6 @@
-"""How every stage runs: lock, inputs, done or refused or resumed, then its work, then its record.
+"""Common procedure of all stages: lock, check inputs, decide (done, refuse, resume, start), work, record.
 
-Nothing heavy is imported before it is known that there is work to do.
+Slow modules are imported only if there is work to do.
 """
 
 from __future__ import annotations
@@ -32,30 +32,30 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# As Lightning reads them: the number of this process among those that train together.
+# Environment variables that Lightning reads for the rank of this process in a distributed training.
 _RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
-# And how many there are.
+# Environment variables for the number of processes.
 _SIZES = ("WORLD_SIZE", "SLURM_NTASKS", "JSM_NAMESPACE_SIZE")
 
 
 @dataclass
 class Task:
-    """Inputs and places of a stage's work.
+    """Everything that the work of a stage needs.
 
     Attributes
     ----------
     config
-        Its settings.
+        The settings.
     artifacts
         Names of files and folders in the run directory.
     run
-        Where it writes, whether it resumes; `start` it before anything is written.
+        The run: where the stage writes, whether it resumes. Call `start` before anything is written.
     place
-        The place of its results, which this process has locked.
+        The location of the results, locked by this process.
     census
-        The open `Census`, for a stage whose inputs it is among; else None.
+        The open `Census` if the stage reads it; else None.
     first
-        Where several processes do the work, what this one, the first, tells the others.
+        Signals from this process, the first, to the others, if several processes train; else None.
     """
 
     config: Config
@@ -67,11 +67,11 @@ class Task:
 
     @property
     def directory(self) -> Path:
-        """The folder of its results."""
+        """The folder of the results."""
         return Path(self.place.directory)
 
     def start(self) -> None:
-        """Begin to write, see `StageRun.start`; other processes may then join."""
+        """Begin to write, see `StageRun.start`; then let other processes join."""
         self.run.start()
         if self.first is not None:
             self.first.open()
@@ -88,7 +88,7 @@ def run_stage(name: str, config: Config, *, force: bool = False) -> None:
     Raises
     ------
     UserError
-        Its place is in use, or holds results of other settings or inputs; or the stage's own errors.
+        The location is locked or holds results of other settings or inputs; or the stage itself fails.
     """
     stage = STAGES[name]
     if stage.several_processes and is_follower():
@@ -123,13 +123,13 @@ def run_stage(name: str, config: Config, *, force: bool = False) -> None:
 
 
 def plan_stage(name: str, config: Config) -> Plan:
-    """The plan of a stage; changes nothing."""
+    """Plan of a stage; changes nothing."""
     plan: Plan = _module(STAGES[name]).plan(config)
     return plan
 
 
 def _place(stage: Stage, config: Config) -> tuple[Workspace | Beside, bool]:
-    """The place of the results, and whether the folder may be new."""
+    """Location of the results, and whether its folder may be created."""
     if stage.name == "map-query":
         return query_results(config.query, config.directory), False
     if stage.name == "evaluate":
@@ -146,7 +146,7 @@ def _open_census(stage: Stage, config: Config, stack: ExitStack) -> Census | Non
 
 
 def _require_published(config: Config, workspace: Any, census: Any) -> None:
-    """UserError where what a finished run published is there no longer."""
+    """UserError if the publication of a finished run no longer exists."""
     from census_scvi.publication import target
 
     publication = str((workspace.whole_record("publish") or {}).get("publication"))
@@ -158,12 +158,12 @@ def _module(stage: Stage) -> Any:
 
 
 def is_follower() -> bool:
-    """Whether this process is one of several of a training and not the first, which keeps the run directory."""
+    """Whether this process has a rank above 0; rank 0 manages the run directory."""
     return any(_number(name) > 0 for name in _RANKS)
 
 
 def _is_one_of_several(config: Config) -> bool:
-    """Whether other processes train, too: by the settings, or by the launcher that started this one."""
+    """Whether several processes train, according to the settings or the launcher's environment."""
     n_nodes = (config.train.trainer or {}).get("num_nodes", 1)
     return config.train.multi_gpu or n_nodes > 1 or any(_number(name) > 1 for name in _SIZES)
 
@@ -178,10 +178,10 @@ def _first_process(config: Config) -> FirstProcess:
 
 
 def _follow(stage: Stage, config: Config, *, force: bool) -> None:
-    """Do a stage's work as one of several processes, once the first has opened it; nothing where it is done."""
+    """Do a stage's work in a process of rank above 0, after the first process opens it; nothing if it is done."""
     run = StageRun(stage=stage.name, fingerprint={}, workspace=Workspace(config.directory))
     if any(run.workspace.record(earlier) is None for earlier in stage.reads):
-        inputs_of(stage, config)  # says what is missing
+        inputs_of(stage, config)  # raises a UserError for the missing input
     if (_is_done(run, config) and not force) or not _first_process(config).wait():
         log.info("%s is done for these settings in %s", stage.name, config.directory)
         return
@@ -204,6 +204,6 @@ def _is_done(run: StageRun, config: Config) -> bool:
 
 
 def _other_settings(fingerprint: Fingerprint, name: str, config: Config) -> str:
-    """Settings of this process that differ from those of a fingerprint, in words."""
+    """Text on settings of this process that differ from a fingerprint; empty if none differs."""
     own = fingerprint_of(config.of_stage(name), fingerprint["inputs"])
     return changes(fingerprint, own, Config().of_stage(name))

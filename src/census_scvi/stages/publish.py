@@ -1,4 +1,4 @@
-"""Stage publish: the gates, then the embedding in the Experiment, the model and how both were made."""
+"""Stage publish: measures the gates, then publishes the embedding, the model and their provenance."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ from census_scvi.terminal.progress import progress_bar
 log = logging.getLogger(__name__)
 
 _BLOCK_CELLS = 2**16
-# For --dry-run, from one publication of 200,000 cells and one of 6,000: the imports; a gene of a sampled cell, which is
-# embedded and compared with a PCA; what is done once; reading a sampled cell; cells written.
+# Constants for --dry-run, measured on publications of 200,000 and 6,000 cells. Memory: of the imports, and per gene and
+# sampled cell (embedding and PCA). Time: fixed, per sampled cell that is read again, and written cells/s.
 _BASE_MEMORY, _BYTES_A_GENE, _FIXED_SECONDS, _SAMPLE_SECONDS = 0.85e9, 80.0, 3.0, 0.005
 _CELLS_A_SECOND = 80_000.0
 
@@ -60,7 +60,7 @@ def run(task: Task) -> None:
 
 
 class _Progress:
-    """State that a killed run leaves for the next: the publication, and the number of written cells."""
+    """State from which a killed run resumes: id of the publication, and number of written cells."""
 
     def __init__(self, path: Path, *, resumes: bool) -> None:
         self._path = path
@@ -69,13 +69,13 @@ class _Progress:
         self.cells: int = values.get("cells", 0)
 
     def save(self, cells: int) -> None:
-        """Note how many cells are written."""
+        """Record the number of written cells."""
         self.cells = cells
         write_json(self._path, {"publication": self.publication, "cells": cells})
 
 
 class _Publishing:
-    """The work of one run: write the publication, then move it to its place."""
+    """One run of the stage: prepare the publication, then publish it."""
 
     def __init__(self, task: Task, experiment_uri: str, progress: _Progress) -> None:
         self._config, self._workspace, self._stage, self._census = task.config, task.place, task.run, task.census
@@ -88,7 +88,7 @@ class _Publishing:
         self.n_latent = int(self._latent.shape[1])
 
     def prepare(self) -> None:
-        """Measure the gates and make the folder that is published with the embedding."""
+        """Measure the gates and write the folder that is published with the embedding."""
         if self._stage.resumed:
             log.info("continuing publication %s, whose gates are measured", self._progress.publication)
             return
@@ -141,10 +141,10 @@ class _Publishing:
             np.asarray(self._latent[sample.rows]),
             record,
         )
-        self._progress.save(0)  # from here on there is something to go on with
+        self._progress.save(0)  # from here on the stage can resume
 
     def _judge(self, found: list[Gate]) -> None:
-        """Show the gates and write them down; UserError where one stops publishing."""
+        """Log the gates and write `qa.json`; UserError if a gate stops publishing."""
         waived = self._config.gates.reasons
         log.info("gates:\n%s", measure_gates.table(found, waived))
         write_json(self._config.directory / self._artifacts.qa, measure_gates.record(found, waived))
@@ -156,7 +156,7 @@ class _Publishing:
             )
 
     def publish(self) -> None:
-        """Write the cells, the model and the summary, and let readers see them."""
+        """Write the model, the embedding and the summary, then show the embedding to readers."""
         record = json.loads((self._folder / PROVENANCE).read_text(encoding="utf-8"))
         name, shape = self._config.publish.name, (target.n_rows(self._census), self.n_latent)
         try:
@@ -164,7 +164,7 @@ class _Publishing:
                 self._experiment_uri, name, shape, self._progress.publication, replace=self._config.publish.replace
             )
             if not draft.done:
-                if self._config.publish.model_uri:  # first, since it may be refused
+                if self._config.publish.model_uri:  # first, since it may fail
                     copy_to(self._folder, self._config.publish.model_uri, replace=self._config.publish.replace)
                 self._write(draft)
                 append_summary(self._experiment_uri, summary_row(record), record)
@@ -191,12 +191,12 @@ class _Publishing:
                 bar.update(stop - start)
 
     def counts(self) -> dict[str, Any]:
-        """The entry of the manifest."""
+        """Counts for the manifest."""
         return {"cells": len(self._joinids), "n_latent": self.n_latent}
 
 
 def plan(config: Config) -> Plan:
-    """Size from the embedding; the time of reading the sample is not known beforehand."""
+    """Plan of the stage: size from the embedding, time from typical rates."""
     artifacts = config.artifacts
     inputs_of(STAGES["publish"], config)
     latent = np.load(config.directory / artifacts.latent, mmap_mode="r")

@@ -1,4 +1,4 @@
-"""Stage train: scVI on the prepared cells."""
+"""Stage train: trains scVI on the prepared cells."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ from census_scvi.workspace import StageRun, Workspace
 
 log = logging.getLogger(__name__)
 
-# For --dry-run, checked by benchmarks/stages.py: the imports; what is done once; bytes for each entry of a minibatch.
+# Constants for --dry-run, checked by benchmarks/stages.py: memory of the imports; fixed time; bytes per entry (cell x
+# gene) of a minibatch.
 _BASE_MEMORY, _FIXED_SECONDS = 0.75e9, 3.0
 _BYTES_AN_ENTRY = {"fast": 45.0, "scvi-tools": 140.0}
 _SAMPLE_SECONDS = 5.0
@@ -87,7 +88,7 @@ def run(task: Task) -> None:
 
 
 def follow(config: Config, stage: StageRun) -> None:
-    """Train as one of several processes that is not the first: that one keeps the run directory."""
+    """Train in a process of rank above 0; rank 0 manages the run directory."""
     data = _data(config)
     model = _build(config, data)
     _fit(config, model, data, stage.staging, digest(stage.staged_fingerprint))
@@ -126,7 +127,7 @@ def _fit(
         config.training_plan,
         seed=config.seed,
         checkpoint=staging / CHECKPOINT,
-        # One folder per fingerprint: a resumed run continues its own curves, another run adds its own.
+        # One folder per fingerprint: a resumed run continues its curves, and another run adds separate ones.
         tensorboard=config.directory / config.artifacts.tensorboard / run_id[:12],
     )
 
@@ -134,9 +135,9 @@ def _fit(
 def _save(
     config: Config, model: scvi.model.SCVI, data: PreparedDataModule, curves: LearningCurves, stage: StageRun
 ) -> None:
-    """scvi-tools' own form and the safe form, in one folder."""
+    """Write the model in scvi-tools' format and in the safe form, in one folder."""
     folder = stage.path(config.artifacts.model)
-    remove(folder)  # a kill leaves temporary files of safetensors
+    remove(folder)  # a killed run may leave temporary files of safetensors
     model.history_ = {name: _history(name, values) for name, values in curves.curves.items()}
     save_for_scvi_tools(model, folder)
     description = ModelDescription(
@@ -152,7 +153,7 @@ def _save(
 
 
 def _history(name: str, values: list[float]) -> pd.DataFrame:
-    """A learning curve in the form of scvi-tools' `model.history`."""
+    """Learning curve in the format of scvi-tools' `model.history`."""
     return pd.DataFrame({name: values}, index=pd.RangeIndex(len(values), name="epoch"))
 
 
@@ -174,7 +175,7 @@ def _counts(model: scvi.model.SCVI, data: PreparedDataModule, curves: LearningCu
 
 
 def plan(config: Config) -> Plan:
-    """Size from the prepared file, time from a few training steps on its cells."""
+    """Plan of the stage: size from the prepared file, time from a few training steps on its cells."""
     artifacts = config.artifacts
     devices = choose_devices(config.train)
     choose_precision(config.train)
@@ -193,7 +194,7 @@ def plan(config: Config) -> Plan:
     entries = config.train.batch_size * data.cells.n_genes
     processes = n_processes(config.train)
     nodes = f" on each of {n_nodes(config.train)} nodes" if n_nodes(config.train) > 1 else ""
-    validation = 0.4 * data.n_val  # forward only
+    validation = 0.4 * data.n_val  # forward pass only
     return Plan(
         "train",
         reads=[str(config.directory / artifacts.prepared)],
@@ -215,7 +216,7 @@ def plan(config: Config) -> Plan:
 
 
 def _libraries(config: Config, plan: TrainingPlan, data: PreparedDataModule) -> products.Libraries | None:
-    """Choose the CPU libraries as the training will; None if only torch's is used."""
+    """Choose the CPU libraries for matrix products as the training does; None if only torch is used."""
     if engine_of(plan) != "fast" or config.train.precision != "float32" or _device(config) != "cpu":
         return None
     libraries = faster_libraries(*shape_of(plan.module), data.cells.density)
@@ -224,14 +225,14 @@ def _libraries(config: Config, plan: TrainingPlan, data: PreparedDataModule) -> 
 
 
 def _seconds_per_cell(config: Config, plan: TrainingPlan, data: PreparedDataModule) -> float:
-    """Time of training steps on the CPU or the first GPU, reading included."""
+    """Seconds per cell of training steps on the CPU or the first GPU, including reading."""
     device = _device(config)
     module = plan.module.to(device).train()
     minibatches = itertools.chain.from_iterable(itertools.repeat(data.train_dataloader()))
     reduced = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.precision)
     with unused_frozen(module), torch.autocast(device, reduced, enabled=reduced is not None):
         optimiser = plan.get_optimizer_creator()(filter(lambda parameter: parameter.requires_grad, module.parameters()))
-        for minibatch in itertools.islice(minibatches, 2):  # warms up, and fills the first window
+        for minibatch in itertools.islice(minibatches, 2):  # warm-up; fills the first window
             _step(plan, optimiser, minibatch, device)
             data.give_back(minibatch)
         started, cells = time.monotonic(), 0

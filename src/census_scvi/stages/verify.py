@@ -1,4 +1,4 @@
-"""Command: check the chain from a published embedding back to the counts, and name broken links."""
+"""Command verify: checks the chain from a published embedding back to the counts, and reports broken links."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EXAMPLE = "--config configs/demo.yaml output.directory=run2"
 
 
 def add_arguments(parser: Parser) -> None:
-    """The arguments of this stage alone."""
+    """Add the arguments that only this command has."""
     parser.add_argument(
         "published",
         nargs="?",
@@ -32,13 +32,13 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Check every link, and print the findings."""
+    """Check every link and print the findings."""
     published, census = _places(arguments)
     if arguments.dry_run:
         cells = f"and {arguments.sample:,} cells of {census}" if census else "and no Census"
         print(printable(f"would check {published} {cells}; writes nothing"))
         return
-    # Imported only now: torch, scvi-tools and TileDB take seconds, and --help is answered at once.
+    # Imported here, because torch, scvi-tools and TileDB take seconds to import and --help must be fast.
     from census_scvi.publication.chain import verify
 
     links = verify(published, census, n_cells=arguments.sample, seed=arguments.seed)
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _places(arguments: argparse.Namespace) -> tuple[str, str | None]:
-    """The published folder and the Census: those of the arguments, or those of the config."""
+    """Published folder and Census, from the arguments or from the config."""
     if arguments.published and not is_setting(arguments.published):
         if arguments.config or arguments.settings:
             raise UserError(
@@ -72,4 +72,4 @@ _CONSISTENT = (
     " is consistent: its files, record, model and sealed cells agree. --census URI also checks that the cells and the"
     " embedding are those of the Census"
 )
-_MOST_SHOWN = 1000  # characters of a finding
+_MOST_SHOWN = 1000  # maximum characters of a finding

@@ -24,10 +24,10 @@ class Artifacts:
 
     @property
     def weights(self) -> str:
-        """The model's weights, in its safe form."""
+        """Weights of the model in its safe form."""
         return f"{self.model}/{run_names.WEIGHTS}"
 
     @property
     def description(self) -> str:
-        """The model in its safe form."""
+        """Description of the model in its safe form."""
         return f"{self.model}/{run_names.DESCRIPTION}"

@@ -1,6 +1,6 @@
-"""Results in a user's folder instead of a run directory: written completely, and recorded in their report.
+"""Results in a user's folder instead of a run directory: written completely or not at all, and recorded in a report.
 
-They are written into the folder `<name>.partial` next to their places, which holds the lock while the stage runs.
+The stage writes them to the folder `<name>.partial` next to the target. The lock is also in that folder.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ RUN = "run"
 
 @dataclass
 class Beside:
-    """The results of a stage: a file, and others next to it, among them a JSON report.
+    """Results of a stage: a target file and other files next to it, one of them a JSON report.
 
     Attributes
     ----------
     target
-        The file; it takes its place last.
+        The target file; it is moved into place last.
     report
         The report, which holds the stage's record as `run`.
     setting
-        The setting that names the file.
+        Name of the setting for the target.
     """
 
     target: Path
@@ -45,17 +45,17 @@ class Beside:
 
     @property
     def directory(self) -> Path:
-        """Where the results lie."""
+        """Folder of the results."""
         return self.target.parent
 
     @contextmanager
     def locked(self, stage: str, *, new: bool = False) -> Iterator[Beside]:
-        """Lock the place of the results; removes unfinished files at the end."""
+        """Lock the results; unfinished files are removed at the end."""
         with partial_folder(self.target, script_of(stage)):
             yield self
 
     def record(self) -> dict[str, Any] | None:
-        """The record of existing results; None if there is none."""
+        """Record of existing results; None if there is none."""
         try:
             record = read_json(self.report)[RUN]
             return record if isinstance(record["fingerprint"]["inputs"], dict) else None
@@ -72,12 +72,12 @@ class Beside:
         progress: str | None = None,
         defaults: Mapping[str, Any] | None = None,
     ) -> BesideRun:
-        """Decide whether the results are there for these settings, are to be made, or must be refused.
+        """Decide if the results for these settings exist, must be computed, or must be refused.
 
         Raises
         ------
         UserError
-            There are others, and `force` is not set: names the setting or the input that differs.
+            Other results exist and `force` is false; the message names the setting or input that differs.
         """
         fingerprint = fingerprint_of(settings, inputs)
         run = BesideRun(stage=stage, fingerprint=fingerprint, forced=force, place=self)
@@ -98,31 +98,31 @@ class Beside:
 
 @dataclass(kw_only=True)
 class BesideRun(RecordedRun):
-    """One run of such a stage."""
+    """One run of a stage with results in a user's folder."""
 
     place: Beside
 
     def start(self) -> None:
-        """Nothing is to be noted: the folder is empty, and what is there stays until the end."""
+        """Do nothing: the partial folder is empty, and existing results stay until the commit."""
 
     def discard(self) -> None:
-        """Nothing is to be done: the folder goes with the lock."""
+        """Do nothing: the partial folder is removed with the lock."""
 
     def path(self, name: str) -> Path:
-        """Where to write an output before it takes its place."""
+        """Path to write an output to before it is moved into place."""
         return partial_of(self.place.target) / name
 
     def commit(
         self, artifacts: Sequence[str], counts: dict[str, Any], *, config: dict[str, Any], seed: int, **details: Any
     ) -> None:
-        """Put the files in place, the target last, and the record into the report.
+        """Add the record to the report and move the files into place, the target last.
 
         Parameters
         ----------
         artifacts
-            Names of the files, the report and the target among them.
+            Names of all files, including the report and the target.
         counts, config, seed, details
-            As `StageRun.commit` says.
+            See `StageRun.commit`.
         """
         staging = partial_of(self.place.target)
         report = staging / self.place.report.name

@@ -1,7 +1,7 @@
-"""Several processes of one training: the first holds the run directory, the others wait until it opens the training.
+"""Synchronization of several training processes: the first locks the run directory, the others wait for its signal.
 
-Processes that a launcher starts on several nodes begin at the same time. What lies in the run directory then may be of
-an earlier run that the first process will resume, refuse or replace: the others read nothing before it says so.
+A launcher starts the processes on all nodes at the same time. The run directory may then hold an earlier run, which the
+first process will resume, refuse or replace. Therefore the others read nothing before its signal.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from census_scvi.errors import UserError
 from census_scvi.files.atomic import write_json
 from census_scvi.files.json_file import read_json
 
-# Seconds between two signs of life of the first process, and how long the others wait for one.
+# Heartbeat interval of the first process, and timeout of the others without a heartbeat, in seconds.
 _BEAT, PATIENCE = 1.0, 600.0
 _LOOK = 0.2
 
@@ -25,12 +25,12 @@ _PREPARING, _OPEN, _ENDED = "preparing", "open", "ended"
 
 
 class FirstProcess:
-    """What the first process tells the others.
+    """Signals from the first process to the others, through a file.
 
     Parameters
     ----------
     path
-        A file in the run directory.
+        The file, in the run directory.
     """
 
     def __init__(self, path: Path) -> None:
@@ -38,7 +38,7 @@ class FirstProcess:
 
     @contextmanager
     def leading(self) -> Iterator[None]:
-        """Give signs of life while the block runs, and then say how it ended."""
+        """Write heartbeats while the block runs, then record how it ended."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._tell(_PREPARING)
         over = threading.Event()
@@ -60,18 +60,18 @@ class FirstProcess:
             self._tell(_ENDED, reason)
 
     def open(self) -> None:
-        """Let the others in: what lies in staging is what they train with."""
+        """Let the other processes start: staging now holds the state that they train with."""
         self._tell(_OPEN)
 
     def wait(self) -> bool:
-        """Wait, as another process of the training, until the first opens it; False where it ended and all was done.
+        """Wait in another process until the first one opens the training; False if it ended because all was done.
 
         Raises
         ------
         UserError
-            The first process ended with an error, or gives no sign of life.
+            The first process ended with an error, or sent no heartbeat for `PATIENCE` seconds.
         """
-        # What was written before this process started is of an earlier training.
+        # A signal from before the start of this process belongs to an earlier training.
         began = _process_start()
         heard, last = time.monotonic(), 0.0
         while time.monotonic() - heard < PATIENCE:
@@ -108,7 +108,7 @@ class FirstProcess:
 
 
 def _process_start() -> float:
-    """When this process started, seconds since 1970; where the system does not say, not before it used its CPU time."""
+    """Start of this process, seconds since 1970; without /proc an upper limit: now minus the CPU time used."""
     try:
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")

@@ -14,15 +14,15 @@ from typing import Any
 from census_scvi.files.json_file import read_json
 from census_scvi.files.paths import expand_argument
 
-# Blocks are hashed side by side (hashlib releases the GIL) and name the place of a damage; 256 MiB keeps the list
-# short for files of a terabyte. A file of one block has the digest that `sha256sum` prints.
+# Blocks are hashed in parallel (hashlib releases the GIL). With 256 MiB per block, the list of digests stays short for
+# files of a terabyte. The digest of a file of one block equals the output of `sha256sum`.
 BLOCK_BYTES = 256 * 2**20
 _READ_BYTES = 2**20
 _THREADS = 4
 
-# Files of at least this size are hashed once and then remembered by size and times, this number of them at most.
+# Checked files of at least this size are remembered by size and times, and not hashed again; maximum number of them.
 REMEMBERED_BYTES, _REMEMBERED_FILES = 64 * 2**20, 1000
-# A file that was just written may be written again within the same tick of its clock.
+# Younger files are not remembered: another write within the same clock tick would leave their times unchanged.
 _SETTLED_SECONDS = 2.0
 _MEMORY = "checked-files.json"
 
@@ -49,7 +49,7 @@ def _block_digest(path: Path, offset: int) -> str:
 
 
 def identities(root: Path, names: Iterable[str]) -> dict[str, Identity]:
-    """Identity of each file, folders walked: `{"scvi.model/model.pt": {...}}`, keyed relative to `root`."""
+    """Identity of each file, recursing into folders, by path relative to `root`: `{"scvi.model/model.pt": {...}}`."""
     found: dict[str, Identity] = {}
     for name in names:
         path = root / name
@@ -59,7 +59,7 @@ def identities(root: Path, names: Iterable[str]) -> dict[str, Identity]:
 
 
 def damage(path: Path, expected: Identity, *, contents: bool = True, remember: bool = False) -> str | None:
-    """Damage of a file, in words, or None if it equals the record.
+    """Describe how a file differs from its record; None if it does not.
 
     Parameters
     ----------
@@ -68,9 +68,9 @@ def damage(path: Path, expected: Identity, *, contents: bool = True, remember: b
     expected
         Its recorded identity.
     contents
-        Whether to hash it, or to look at presence and size only.
+        Whether to hash the file; otherwise only its presence and size are checked.
     remember
-        Whether a large file that was found whole before, and has the same size and times as then, is taken for whole.
+        Whether to skip hashing of a large file that passed an earlier check and has the same size and times since.
     """
     if not path.is_file():
         return "is missing"
@@ -91,14 +91,14 @@ def damage(path: Path, expected: Identity, *, contents: bool = True, remember: b
 
 
 def cache_folder() -> Path:
-    """Where copies and notes are kept: `CENSUS_SCVI_CACHE`, or `census-scvi` in the user's cache folder."""
+    """Folder of cached files: `CENSUS_SCVI_CACHE`, or `census-scvi` in the user's cache folder."""
     if given := os.environ.get("CENSUS_SCVI_CACHE"):
         return Path(expand_argument(given, "CENSUS_SCVI_CACHE"))
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "census-scvi"
 
 
 def _state(path: Path, expected: Identity) -> list[Any]:
-    """Values that change when a file is written, and its recorded identity."""
+    """Size, times and inode of a file, which change when it is written, and a digest of its recorded identity."""
     found = path.stat()
     digest = hashlib.sha256(json.dumps(expected["sha256"]).encode()).hexdigest()
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev, digest]
@@ -107,12 +107,12 @@ def _state(path: Path, expected: Identity) -> list[Any]:
 def _remembered() -> dict[str, list[Any]]:
     try:
         return dict(read_json(cache_folder() / _MEMORY))
-    except (OSError, ValueError, TypeError, RuntimeError):  # RuntimeError: there is no home folder
+    except (OSError, ValueError, TypeError, RuntimeError):  # RuntimeError: no home folder
         return {}
 
 
 def _keep(path: str, state: list[Any]) -> None:
-    """Remember a file; where nothing can be written, it is hashed again the next time."""
+    """Remember a checked file; if the cache is not writable, the file is hashed again next time."""
     files = {name: known for name, known in _remembered().items() if name != path} | {path: state}
     try:
         cache_folder().mkdir(parents=True, exist_ok=True)

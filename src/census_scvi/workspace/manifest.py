@@ -1,4 +1,4 @@
-"""Schema of a manifest: the keys that every record must have."""
+"""Schema of the manifest: the required keys of each record."""
 
 from __future__ import annotations
 
@@ -101,14 +101,14 @@ _RECORDS: dict[str, type[_Record]] = {
 
 
 def incomplete(record: Any, stage: str | None = None) -> str | None:
-    """The missing parts of a record, in words; None if it is complete.
+    """Describe the missing parts of a record; None if it is complete.
 
     Parameters
     ----------
     record
-        Of a finished or committing stage.
+        Record of a finished or committing stage.
     stage
-        Look for what this stage records as well, not only for what every stage does.
+        Also require the keys that are specific to this stage; None: only those common to all stages.
     """
     try:
         _RECORDS.get(stage or "", _Record).model_validate(record)

@@ -15,7 +15,7 @@ PACKAGES = (
     "census-scvi", "cellxgene-census", "tiledbsoma", "scvi-tools", "torch", "lightning", "anndata", "scanpy", "h5py",
     "numpy", "pandas", "scipy", "pyarrow", "scikit-misc", "safetensors",
 )  # fmt: skip
-# By their names in /proc/cpuinfo.
+# Keys are the names in /proc/cpuinfo.
 _INSTRUCTIONS = {
     "avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "AVX-512 BF16", "amx_bf16": "AMX BF16",
     "asimd": "NEON", "sve": "SVE", "bf16": "BF16",
@@ -23,7 +23,7 @@ _INSTRUCTIONS = {
 
 
 def package_versions() -> dict[str, str]:
-    """Installed version of every package that can change a number, and Python's own."""
+    """Versions of Python and of every installed package that can change a result."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -34,7 +34,7 @@ def package_versions() -> dict[str, str]:
 
 
 def code_state() -> dict[str, Any]:
-    """Commit of the checkout the package runs from and whether it was clean; empty for an installed copy."""
+    """Commit of the checkout that the package runs from, and whether it is clean; empty for an installed package."""
     folder = Path(__file__).resolve().parents[3]
     if not (folder / ".git").exists():
         return {}
@@ -53,7 +53,7 @@ def _git(folder: Path, *arguments: str) -> str:
 
 
 def hardware() -> dict[str, Any]:
-    """Processor, cores, memory in bytes and, where torch is already imported, GPUs."""
+    """Processor, cores, memory in bytes and, if torch is already imported, GPUs."""
     found: dict[str, Any] = {
         "machine": platform.machine(),
         "processor": processor(),
@@ -67,7 +67,7 @@ def hardware() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """Name of the processor and those of its instruction sets that decide how fast it multiplies."""
+    """Name of the processor, and its instruction sets that affect the speed of matrix products."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
@@ -77,9 +77,9 @@ def processor() -> str:
 
 
 def peak_memory_bytes() -> int:
-    """Largest resident set of this process so far."""
+    """Peak resident set size of this process so far, in bytes."""
     status = Path("/proc/self/status")
-    if status.exists():  # Linux, where ru_maxrss begins with the memory of the process that started this one
+    if status.exists():  # Linux: ru_maxrss would include the parent process
         for line in status.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024

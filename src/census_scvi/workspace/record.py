@@ -1,4 +1,4 @@
-"""One run of a stage: its request, and the record of its results."""
+"""One run of a stage: its fingerprint, and the record of its results."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ Fingerprint = dict[str, Any]
 
 
 def fingerprint_of(settings: Mapping[str, Any], inputs: Mapping[str, Any]) -> Fingerprint:
-    """Request of a stage, which determines its result: settings by dotted key, and identities of its inputs."""
+    """Fingerprint that determines the result of a stage: settings by dotted key, and identities of the inputs."""
     fingerprint: Fingerprint = without_credentials({"config": dict(settings), "inputs": dict(inputs)})
     return fingerprint
 
 
 def changes(before: Fingerprint, now: Fingerprint, defaults: Mapping[str, Any]) -> str:
-    """Settings and inputs that differ, in words; empty if none differs.
+    """Describe the settings and inputs that differ; empty if none differs.
 
-    A setting that is newer than the earlier run did then what it does by default; one that is gone no longer counts.
+    A setting that the earlier run did not have yet is compared by its default. Removed settings are ignored.
     """
     words = []
     old, new = translate_record(before["config"]), now["config"]
@@ -44,7 +44,7 @@ def changes(before: Fingerprint, now: Fingerprint, defaults: Mapping[str, Any]) 
 
 
 def _is_known(key: str, settings: Set[str]) -> bool:
-    """Whether there is such a setting, or one that holds a mapping with this key."""
+    """Whether the key is a setting, or an entry of a setting that is a mapping."""
     parts = key.split(".")
     return any(".".join(parts[:n]) in settings for n in range(1, len(parts) + 1))
 
@@ -56,15 +56,15 @@ class RecordedRun:
     Attributes
     ----------
     stage
-        Its name.
+        Name of the stage.
     fingerprint
-        What decides its result.
+        Settings and inputs that determine the result.
     forced
-        Whether it runs again although it may be done.
+        Whether to run even if the stage is done.
     done
-        Whether its result is there already.
+        Whether the result already exists.
     resumed
-        Whether it continues unfinished work.
+        Whether the run continues unfinished work.
     """
 
     stage: str
@@ -86,7 +86,7 @@ class RecordedRun:
         seed: int,
         **details: Any,
     ) -> dict[str, Any]:
-        """Record of a run: code, inputs and outputs."""
+        """Record of the run: code, inputs and outputs."""
         return {
             "stage": self.stage,
             "artifacts": list(artifacts),

@@ -1,10 +1,11 @@
-"""A stage's way through the run directory: skip when done, refuse if something has changed, resume, commit atomically.
+"""A stage in a run directory: skip if done, refuse if settings or inputs changed, resume, commit atomically.
 
-A stage writes into `.partial/<stage>/`. To commit, its record is put into the manifest as `committing`, with the
-identities of its outputs; then each output is renamed into place; then the record becomes `done`. Whoever opens the
-directory next carries an interrupted commit to its end, so a kill at any moment leaves the old artifacts or the new.
-A finished stage that runs again with --force is noted as `redoing` until it commits: other stages refuse to read what
-it wrote before, and the same command without --force resumes.
+A stage writes into `.partial/<stage>/`. A commit has three steps. First, the record is added to the manifest under
+`committing`, with the identities of the outputs. Second, each output is renamed into place. Third, the record moves to
+`stages`. The next process that opens the directory completes an interrupted commit. Therefore a kill at any moment
+leaves either the old artifacts or the new ones. A finished stage that runs again with --force is recorded under
+`redoing` until it commits: meanwhile other stages refuse to read its old outputs, and the same command without --force
+resumes.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ from census_scvi.workspace.record import RecordedRun, changes, fingerprint_of
 
 log = logging.getLogger(__name__)
 
-_LARGE = 5_000_000_000  # bytes from which hashing takes long enough to be announced
+_LARGE = 5_000_000_000  # bytes; hashing of a larger file is slow and therefore logged
 
 
 @dataclass
 class Workspace:
-    """A run directory and its manifest; `setting` names it in messages."""
+    """A run directory and its manifest; messages refer to it by `setting`."""
 
     directory: Path
     setting: str = "output.directory"
@@ -46,15 +47,15 @@ class Workspace:
 
     @contextmanager
     def locked(self, stage: str, *, new: bool = False) -> Iterator[Workspace]:
-        """Hold the directory for a stage; finishes a commit that a killed run left open.
+        """Lock the directory for a stage, and finish a commit that a killed run left open.
 
         Parameters
         ----------
         stage
-            Who holds it.
+            The stage that holds the lock.
         new
-            Make the directory where it does not exist, as the first stage does; for another there is nothing to hold
-            then, and `require` says what is missing.
+            Create the directory if it does not exist, as the first stage does. Other stages do not lock a missing
+            directory; `require` then reports the missing input.
         """
         if "::" in str(self.directory.absolute()):
             raise UserError(
@@ -73,7 +74,7 @@ class Workspace:
             yield self
 
     def manifest(self) -> dict[str, Any]:
-        """`{"stages": {stage: record}}`; empty where nothing has run."""
+        """Content of the manifest, `{"stages": {stage: record}}`; empty if no stage has run."""
         path = self.directory / MANIFEST
         if not path.exists():
             return {"stages": {}}
@@ -97,11 +98,11 @@ class Workspace:
         return manifest
 
     def record(self, stage: str) -> dict[str, Any] | None:
-        """Record of a finished stage."""
+        """Record of a finished stage; None if there is none."""
         return self.manifest()["stages"].get(stage)
 
     def whole_record(self, stage: str) -> dict[str, Any] | None:
-        """Record of a finished stage, with all that this stage itself writes into it; UserError where some is gone."""
+        """Record of a finished stage; UserError if a key specific to the stage is missing."""
         record = self.record(stage)
         if record is not None:
             self._require_whole(stage, incomplete(record, stage))
@@ -120,7 +121,7 @@ class Workspace:
         Raises
         ------
         UserError
-            The stage has not run or was interrupted while it ran again, or a file is missing or not what it wrote.
+            The stage has not run, a forced rerun was interrupted, or a file is missing or was changed.
         """
         record = self.record(stage)
         if record is None:
@@ -143,8 +144,8 @@ class Workspace:
     def check(self, stage: str, names: Sequence[str]) -> None:
         """UserError if a file of a finished stage is missing or was changed.
 
-        For those who read a run without changing it: large files are hashed once, and then remembered by size and
-        times; a file that the stage did not write is passed over.
+        For readers that do not change the run. Large files are hashed once and then remembered by size and times.
+        Files that the stage did not write are ignored.
         """
         record = self.record(stage)
         for name in names:
@@ -152,7 +153,7 @@ class Workspace:
                 self._require_sound(stage, name, record["outputs"][name], remember=True)
 
     def require_run(self, way_out: str) -> None:
-        """UserError if no stage ran in the directory; `way_out` says what to do instead."""
+        """UserError if no stage ran in the directory; `way_out` ends the message and says what to do."""
         if not self.directory.is_dir():
             raise UserError(f"run directory {self.directory} does not exist; {way_out}")
         if not (self.directory / MANIFEST).exists():
@@ -168,7 +169,7 @@ class Workspace:
         progress: str | None = None,
         defaults: Mapping[str, Any] | None = None,
     ) -> StageRun:
-        """Decide whether a stage is done, resumes, starts, or must be refused; changes no file of it yet.
+        """Decide if a stage is done, resumes, starts or must be refused; changes no files.
 
         Parameters
         ----------
@@ -181,15 +182,15 @@ class Workspace:
         force
             Start again even if the stage is done.
         progress
-            File in staging whose presence, or that of a part's own, means that there is work to resume; None for a
-            stage that starts over.
+            File in staging (or in a part's staging) that exists if there is work to resume; None for a stage that
+            always starts over.
         defaults
-            Defaults of the settings, for those that are newer than a finished run.
+            Default values, used for settings that an earlier run did not have yet.
 
         Raises
         ------
         UserError
-            The directory holds a finished or unfinished stage of another fingerprint: names the setting or the input.
+            The directory holds this stage with another fingerprint; the message names the setting or input.
         """
         fingerprint = fingerprint_of(settings, inputs)
         run = StageRun(stage=stage, fingerprint=fingerprint, forced=force, workspace=self)
@@ -210,13 +211,13 @@ class Workspace:
     def _require_unchanged(
         self, stage: str, record: dict[str, Any], fingerprint: dict[str, Any], defaults: Mapping[str, Any]
     ) -> None:
-        """UserError where a finished stage is of other settings or inputs, or its outputs are damaged."""
+        """UserError if a finished stage had other settings or inputs, or its outputs are damaged."""
         self._refuse_changes(stage, "a finished", record["fingerprint"], fingerprint, defaults)
         for name, identity in record["outputs"].items():
             self._require_sound(stage, name, identity)
 
     def note_redoing(self, stage: str, fingerprint: str | None) -> None:
-        """Note that a finished stage runs again, so that what it wrote before is not taken for its result; None: no."""
+        """Record that a finished stage runs again, so that its old outputs are not used; None removes the record."""
         manifest = self.manifest()
         redoing = manifest.pop("redoing", {})
         if redoing.get(stage) == fingerprint:
@@ -254,7 +255,7 @@ class Workspace:
             staged, target = staging / name, self.directory / name
             if not staged.exists():
                 continue  # renamed before the kill
-            if target.is_dir():  # a folder cannot be replaced in one step: the old one steps aside first
+            if target.is_dir():  # a folder cannot be replaced in one step: move the old one first
                 aside = staging / f"{name}.old"
                 remove(aside)
                 target.rename(aside)
@@ -270,7 +271,7 @@ class Workspace:
 
 @dataclass(kw_only=True)
 class StageRun(RecordedRun):
-    """One run of a stage in a run directory: where it writes, whether it resumes earlier work, how it ends."""
+    """One run of a stage in a run directory: start, staging, commit."""
 
     workspace: Workspace
 
@@ -281,7 +282,7 @@ class StageRun(RecordedRun):
 
     @property
     def staged_fingerprint(self) -> dict[str, Any] | None:
-        """Fingerprint of the unfinished work in `staging`, if there is any."""
+        """Fingerprint of the unfinished work in `staging`; None if there is none."""
         path = self.staging / FINGERPRINT
         if not path.exists():
             return None
@@ -293,7 +294,7 @@ class StageRun(RecordedRun):
         return fingerprint
 
     def start(self) -> None:
-        """Note that the stage runs again, and make an empty `staging` unless it resumes."""
+        """Record a forced rerun in the manifest, and create an empty `staging` unless the stage resumes."""
         if self.forced and self.workspace.record(self.stage) is not None:
             self.workspace.note_redoing(self.stage, digest(self.fingerprint))
         if not self.resumed:
@@ -302,32 +303,32 @@ class StageRun(RecordedRun):
             write_json(self.staging / FINGERPRINT, self.fingerprint)
 
     def discard(self) -> None:
-        """Remove what is unfinished."""
+        """Remove unfinished work."""
         remove(self.staging)
         if self.staging.parent.exists() and not any(self.staging.parent.iterdir()):
             remove(self.staging.parent)
 
     def path(self, name: str) -> Path:
-        """Where to write an output before it is committed."""
+        """Path to write an output to before the commit."""
         return self.staging / name
 
     def commit(
         self, artifacts: Sequence[str], counts: dict[str, Any], *, config: dict[str, Any], seed: int, **details: Any
     ) -> None:
-        """Put the outputs in place and record the stage as done.
+        """Move the outputs into place and record the stage as done.
 
         Parameters
         ----------
         artifacts
-            Names of files and folders in `staging` to put in place, relative to the run directory.
+            Names of the files and folders in `staging` to move, relative to the run directory.
         counts
-            What the stage counted: cells, genes, ...
+            Counts for the record: cells, genes, ...
         config
             The whole config, without credentials.
         seed
-            Its seed.
+            The seed.
         details
-            More JSON-able facts for the record.
+            More JSON-serializable entries of the record.
         """
         sync_tree(self.staging)
         outputs = identities(self.staging, artifacts)
