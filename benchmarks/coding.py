@@ -1,8 +1,9 @@
-"""Codings of the counts in the prepared file: size, and speed of writing and reading on one core.
+"""Compression of the counts in the prepared file: size, and speed of writing and reading on one core.
 
     python benchmarks/coding.py PREPARED.h5ad
 
-Rewrites some millions of the file's non-zeros in each coding and reads them back, in turn, three times; medians.
+Writes some millions of the file's non-zeros in each coding and reads them back. The codings alternate; medians of three
+runs are printed.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Whether training by this project ends at the ELBO that scvi-tools' own ends at.
+"""Final ELBO of training with this project, compared with scvi-tools.
 
     python benchmarks/elbo.py PREPARED.h5ad [--epochs 20] [--seeds 0 1 2] [--window ROWS] [key=value ...]
 
-For each seed one model is trained on the same cells three times, from the same weights: by `SCVI.train` on the AnnData
-in memory, whose loader shuffles all cells; by this project from the file with `train.engine: scvi-tools`; and with
-`train.engine: fast`, which meets the same minibatches and random numbers as the one before. Printed is the ELBO
-(negative, lower is better) of the same validation cells after every fifth of the epochs. Cells up to one window are
-shuffled fully on all sides: --window makes it smaller, for the order that many cells get.
+For each seed, one model is trained three times, on the same cells and from the same weights: with `SCVI.train` on the
+AnnData in memory, whose loader shuffles all cells; with this project from the file and `train.engine: scvi-tools`; and
+with `train.engine: fast`, which gets the same minibatches and random numbers as `train.engine: scvi-tools`. The script
+prints the ELBO (negative, lower is better) of the same validation cells after every fifth of the epochs. Data of up to
+one window of cells is shuffled fully by all three. A smaller --window shows the effect of the shuffle of larger data.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prepared", type=Path)
     parser.add_argument("--epochs", type=int, default=20)

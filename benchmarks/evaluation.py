@@ -1,9 +1,9 @@
-"""The metrics on real cells: PCA, this project's scVI, scvi-tools' own on the same cells, and shuffled cells.
+"""Evaluation metrics on real cells: PCA, scVI by this project, scVI by scvi-tools, and shuffled cells.
 
     python benchmarks/evaluation.py --data FOLDER [--seeds 0 1 2] [--folder KEEP]
 
-FOLDER holds pbmc_multi_human.h5ad, pancreas_baron_mouse.h5ad and the gene maps. Both models are trained at the
-published settings (configs/blood.yaml, configs/pancreas.yaml); docs/evaluation.md has the table.
+FOLDER holds pbmc_multi_human.h5ad, pancreas_baron_mouse.h5ad and the gene maps. Both models are trained with the
+published settings (configs/blood.yaml, configs/pancreas.yaml). docs/evaluation.md has the table.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def one_seed(folder: Path, tissue: str, seed: int) -> list[dict[str, object]]:
-    """Every score of one seed."""
+    """Compute all scores for one seed."""
     kept = folder / f"{tissue}-{seed}.json"
     if not kept.exists():
         directory = folder / f"{tissue}-{seed}"
@@ -95,7 +95,7 @@ def one_seed(folder: Path, tissue: str, seed: int) -> list[dict[str, object]]:
 def plain_latent(
     config: Config, joinids: npt.NDArray[np.int64], batches: npt.NDArray[np.object_]
 ) -> npt.NDArray[np.float32]:
-    """scvi-tools alone, in memory, on the prepared cells; then the latent of every cell of the slice."""
+    """Train with scvi-tools alone, in memory, on the prepared cells; return the latent of all cells of the slice."""
     torch.set_num_threads(1)
     scvi.settings.seed = config.seed
     prepared = ad.read_h5ad(config.directory / config.artifacts.prepared)
@@ -122,7 +122,7 @@ def plain_latent(
 
 
 def report(rows: pd.DataFrame) -> str:
-    """Markdown: a row a metric; mean over seeds, with the lowest and the highest."""
+    """Markdown table with one row per metric: mean, minimum and maximum over seeds."""
     lines = []
     order = ["PCA", OURS, THEIRS, SHUFFLED]
     for (about, column), some in rows.groupby(["about", "column"], sort=False):

@@ -1,9 +1,9 @@
-"""Cell types of one study found by their neighbours in two others: on the latent of scVI and on a PCA of the counts.
+"""Transfer of cell types from two studies to a third by nearest neighbours, in the scVI latent and in a PCA.
 
     python benchmarks/label_transfer.py --data FOLDER [--seeds 0 1 2] [--picture docs/blood-umap.png]
 
-FOLDER holds pbmc_multi_human.h5ad and gene_map_human.tsv.gz. The Census is built and the three stages run in a
-temporary folder, once a seed, from configs/build-blood.yaml and configs/blood.yaml; docs/blood.md has the results.
+FOLDER holds pbmc_multi_human.h5ad and gene_map_human.tsv.gz. For each seed, the script builds the Census and runs the
+three stages in a temporary folder, with configs/build-blood.yaml and configs/blood.yaml. docs/blood.md has the results.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ ROWS = {
 
 @dataclass(frozen=True)
 class Transfer:
-    """Which cells give labels and which get them; labels are str, masks bool, all (cells,)."""
+    """Reference and query cells of a label transfer; labels are str, masks bool, all (cells,)."""
 
     labels: npt.NDArray[np.object_]
     reference: npt.NDArray[np.bool_]
@@ -61,7 +61,7 @@ class Transfer:
 
     @classmethod
     def of(cls, obs: pd.DataFrame) -> Transfer:
-        """Labelled cells of the reference studies, and cells of the query whose label the reference knows."""
+        """Use labelled cells of the reference studies, and query cells whose label is in the reference."""
         labels = obs["cell_type"].astype(str).to_numpy(dtype=object)
         reference = (obs["dataset_id"].isin(REFERENCE) & (labels != "unknown")).to_numpy()
         known = np.isin(labels.astype(str), np.unique(labels[reference].astype(str)))
@@ -104,7 +104,7 @@ def main() -> None:
 
 
 def one_run(config: Config, overrides: list[str]) -> pd.Series:
-    """The three stages, and the scores of what they wrote: a Series indexed by (row, measure)."""
+    """Run the three stages and score their results: a Series indexed by (row, measure)."""
     seconds = {stage: timed_stage(stage, overrides) for stage in STAGES}
     cells, latent = embedded_cells(config)
     transfer = Transfer.of(cells.obs)
@@ -121,8 +121,8 @@ def one_run(config: Config, overrides: list[str]) -> pd.Series:
 
 
 def timed_stage(stage: str, overrides: list[str]) -> tuple[float, float]:
-    """Run a stage as its script does; wall and CPU seconds."""
-    torch.set_num_threads(THREADS)  # scanpy's compiled functions set it to the number of cores
+    """Run a stage as its script does; return wall and CPU seconds."""
+    torch.set_num_threads(THREADS)  # scanpy's compiled functions reset it to the number of cores
     wall, cpu = time.perf_counter(), time.process_time()
     if run_stage(stage, ["--config", str(CONFIGS / "blood.yaml"), *overrides]):
         raise SystemExit(f"{stage} failed; the line above says why")
@@ -130,7 +130,7 @@ def timed_stage(stage: str, overrides: list[str]) -> tuple[float, float]:
 
 
 def embedded_cells(config: Config) -> tuple[ad.AnnData, npt.NDArray[np.float32]]:
-    """Raw counts of all genes of the embedded cells, as the Census has them, and the latent, row by row the same."""
+    """Raw counts of all genes of the embedded cells from the Census, and their latent in the same order."""
     names = config.artifacts
     joinids = np.load(config.directory / names.latent_joinids)
     with cellxgene_census.open_soma(uri=config.census.uri) as census:
@@ -142,10 +142,10 @@ def embedded_cells(config: Config) -> tuple[ad.AnnData, npt.NDArray[np.float32]]
 
 
 def spaces(cells: ad.AnnData, config: Config) -> dict[str, npt.NDArray[np.float32]]:
-    """PCAs of log-normalised counts of the genes that scVI saw, fitted on all cells.
+    """PCAs of log-normalised counts of scVI's genes, fitted on all cells.
 
-    Scaling each cell by its counts in all genes is what most tutorials do, by those in the selected genes what the
-    model sees; neither is better everywhere, so both are shown.
+    Most tutorials scale each cell by its counts in all genes. The model sees only the counts in the selected genes.
+    Neither scaling is always better, so both are shown.
     """
     genes = read_genes(config.directory / config.artifacts.genes)
     selected = ad.AnnData(cells[:, genes].X.copy())
@@ -163,19 +163,19 @@ def pca(cells: ad.AnnData) -> npt.NDArray[np.float32]:
 
 
 def draw(config: Config, path: Path) -> None:
-    """The cells before and after integration, coloured by cell type and by donor (the batches of blood.yaml)."""
+    """Plot the cells before and after integration, coloured by cell type and by donor (the batches of blood.yaml)."""
     cells, latent = embedded_cells(config)
     genes = read_genes(config.directory / config.artifacts.genes)
     chosen = cells[:, genes].copy()
     chosen.obs["batch"] = chosen.obs["donor_id"]
     draw_before_and_after(chosen, latent, path, seed=config.seed)
-    # A palette makes the file a quarter as large; this method keeps the colours of rare types, the default does not.
+    # A palette reduces the file to a quarter. Unlike the default, this method keeps the colours of rare cell types.
     picture = Image.open(path).convert("RGB").quantize(method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
     picture.save(path, optimize=True)
 
 
 def report(runs: list[pd.Series]) -> str:
-    """The table in Markdown, and what it was measured with."""
+    """Markdown table of the results, and the setup of the measurement."""
     table = pd.DataFrame(runs)
     seeds = list(table.index)
     header = ["15-nearest-neighbour transfer", *(f"seed {seed}" for seed in seeds), "mean (range)", "mean by cell type"]
@@ -198,7 +198,7 @@ def report(runs: list[pd.Series]) -> str:
 
 
 def device() -> str:
-    """What the model was trained on."""
+    """Name of the device that the model was trained on."""
     return torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"
 
 

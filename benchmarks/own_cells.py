@@ -1,10 +1,11 @@
-"""Cell types of one study's file by a model of other studies: `Atlas.predict`, PCA and logistic regression compared.
+"""Label transfer to a new study: `Atlas.predict` compared with PCA and logistic regression.
 
     python benchmarks/own_cells.py --data FOLDER [--seeds 0 1 2] [--epochs 100]
 
-FOLDER holds pbmc_multi_human.h5ad and gene_map_human.tsv.gz. Blood, in both directions: pbmc3k and FACS-sorted cells
-name Kang's, and the reverse. The query is a file with the genes that its study measured. Each model is trained from
-configs/blood.yaml, once on the reference alone and once on all studies; docs/label-transfer.md has the results.
+FOLDER holds pbmc_multi_human.h5ad and gene_map_human.tsv.gz. Labels of blood cells are transferred in both directions:
+from pbmc3k and FACS-sorted cells to Kang's cells, and the reverse. The query is a file with the genes that its study
+measured. Models are trained with configs/blood.yaml, once on the reference alone and once on all studies.
+docs/label-transfer.md has the results.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ COMPONENTS, RESAMPLES = 50, 1000
 
 @dataclass(frozen=True)
 class Case:
-    """A reference and a query in the same space: positions, labels and groups; `truth` is of the query."""
+    """Reference and query in the same space: positions, labels and groups; `truth` are the labels of the query."""
 
     points: npt.NDArray[np.float32]
     labels: npt.NDArray[np.object_]
@@ -52,12 +53,12 @@ class Case:
     truth: npt.NDArray[np.object_]
 
     def transfer(self, without: str | None = None, method: str = NEIGHBORS) -> LabelTransfer:
-        """What `Atlas.predict` predicts with; `without` takes a type out of the reference."""
+        """The classifier of `Atlas.predict`; cells of the type `without` are excluded from the reference."""
         kept = self.labels != without
         return LabelTransfer(self.points[kept], self.labels[kept], self.groups[kept], method=method)
 
     def predict(self, method: str = NEIGHBORS) -> Prediction:
-        """Labels of the query, as `Atlas.predict` gives them."""
+        """Predict labels of the query, as `Atlas.predict` does."""
         return self.transfer(method=method).predict(self.query)
 
 
@@ -102,7 +103,7 @@ def main() -> None:
 
 
 def measured(everything: ad.AnnData, studies: tuple[str, ...]) -> ad.AnnData:
-    """Labelled cells of some studies, with the genes that all of these measured."""
+    """Labelled cells of some studies, with the genes that all of these studies measured."""
     genes = np.all([everything.var[f"measured_in_{study}"] for study in studies], axis=0)
     cells = everything.obs["dataset"].isin(studies) & (everything.obs["cell_type_coarse"] != "unknown")
     chosen = everything[cells.to_numpy(), genes]
@@ -110,7 +111,7 @@ def measured(everything: ad.AnnData, studies: tuple[str, ...]) -> ad.AnnData:
 
 
 def train(folder: Path, name: str, seed: int, epochs: int, studies: tuple[str, ...]) -> Path:
-    """Run directory of a model of some studies."""
+    """Train a model on some studies; return its run directory."""
     directory = folder / f"{name}-{seed}"
     settings = [
         f"census.uri={folder}/census",
@@ -126,7 +127,7 @@ def train(folder: Path, name: str, seed: int, epochs: int, studies: tuple[str, .
 
 
 def scvi_case(folder: Path, run: Path, file: Path, studies: tuple[str, ...]) -> Case:
-    """Reference and query as the Atlas embeds them."""
+    """Reference and query in the latent space, as `Atlas` embeds them."""
     with Atlas.open(run, census=folder / "census") as atlas:
         mapped = atlas.embed(file, min_share=0.5)
         reference = atlas.reference(f"dataset_id in {list(studies)} and cell_type != 'unknown'", [LABELS])
@@ -139,7 +140,7 @@ def scvi_case(folder: Path, run: Path, file: Path, studies: tuple[str, ...]) -> 
 
 
 def counts_case(folder: Path, run: Path, file: Path, studies: tuple[str, ...]) -> Case:
-    """The same cells as log-normalised counts of those of the model's genes that the query has."""
+    """The same cells as log-normalised counts, in those genes of the model that the query has."""
     with Atlas.open(run, census=folder / "census") as atlas, QueryCells(file) as cells:
         assert atlas.description is not None
         genes = atlas.description.genes
@@ -151,20 +152,20 @@ def counts_case(folder: Path, run: Path, file: Path, studies: tuple[str, ...]) -
             root, ORGANISM, obs_value_filter=f"dataset_id in {list(studies)} and cell_type != 'unknown'"
         )
     found.var_names = found.var["feature_id"].astype(str)
-    # Genes that the query's study has not measured only separate studies.
+    # Exclude genes that the query's study did not measure: they would only separate the studies.
     shared = ~np.isin(genes, aligned.report.missing)
     reference = found[:, genes].X.toarray()[:, shared]
     return Case(log_normalised(reference), *labels_and_groups(found.obs), log_normalised(query[:, shared]), truth)
 
 
 def labels_and_groups(obs: pd.DataFrame) -> tuple[npt.NDArray[np.object_], npt.NDArray[np.object_]]:
-    """Cell type of each cell, and its dataset, or its donor where there is one dataset."""
+    """Cell type of each cell, and its dataset (or its donor, if there is only one dataset)."""
     groups = next(name for name in STUDY_COLUMNS if obs[name].nunique() > 1)
     return tuple(obs[name].astype(str).to_numpy(dtype=object) for name in (LABELS, groups))
 
 
 def log_normalised(counts: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """log1p of counts, 10,000 a cell."""
+    """log1p of counts scaled to 10,000 per cell."""
     cells = ad.AnnData(counts.astype(np.float32))
     sc.pp.normalize_total(cells, target_sum=1e4)
     sc.pp.log1p(cells)
@@ -172,7 +173,7 @@ def log_normalised(counts: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 
 def pca_case(counts: Case) -> Case:
-    """A PCA fitted on the reference, the query projected onto it."""
+    """Fit a PCA on the reference and project the query onto it."""
     fitted = PCA(COMPONENTS, random_state=0).fit(counts.points)
     points, query = (fitted.transform(values).astype(np.float32) for values in (counts.points, counts.query))
     return Case(points, counts.labels, counts.groups, query, counts.truth)
@@ -187,12 +188,12 @@ def logistic(counts: Case) -> dict[str, object]:
 
 
 def agreement(case: Case, found: Prediction) -> dict[str, float]:
-    """As `_agreement`."""
+    """`_agreement` of a prediction."""
     return _agreement(case, found.labels, found.probability)
 
 
 def _agreement(case: Case, labels: npt.NDArray[np.object_], probability: npt.NDArray[np.floating]) -> dict[str, float]:
-    """Accuracy on the types that the reference knows, with its interval; calibration; risk at some coverages."""
+    """Accuracy on cell types of the reference, with interval; calibration error; risk at some coverages."""
     shared = np.isin(case.truth.astype(str), np.unique(case.labels.astype(str)))
     right = (case.truth == labels)[shared]
     drawn = np.random.default_rng(0).integers(0, len(right), (RESAMPLES, len(right)))
@@ -210,7 +211,7 @@ def _agreement(case: Case, labels: npt.NDArray[np.object_], probability: npt.NDA
 
 
 def unknown(case: Case, found: Prediction) -> dict[str, float]:
-    """What `unknown` does, and how well excluded types are detected."""
+    """Effect of `unknown`, and detection of types that are excluded from the reference."""
     shared = np.isin(case.truth.astype(str), np.unique(case.labels.astype(str)))
     right = (case.truth == found.labels)[shared]
     names = ("uncertainty", "improbability", "found", "kept", "found alone", "found, expected", "kept, expected")

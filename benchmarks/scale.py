@@ -1,11 +1,11 @@
-"""Speed and memory at scale, compared with what people use today.
+"""Speed and memory on a large Census, compared with common alternatives.
 
     python benchmarks/scale.py --folder FOLDER [--cells 200000] [--genes 60000] [--selected 8000] [--repeats 3]
                                [--annbatch PYTHON]
 
-Makes a Census of simulated cells in FOLDER (once), then runs each side of each comparison in a process of its own, in
-turn, and prints medians of CPU-seconds, wall time and peak memory as a table; FOLDER/results.json has every run.
-annbatch needs Python 3.12: PYTHON is one that has `annbatch[torch,zarrs]` installed; without it that side is skipped.
+Builds a Census of simulated cells in FOLDER (once). Then runs each side of each comparison in a separate process, in
+turn, and prints a table of medians of CPU-seconds, wall time and peak memory. FOLDER/results.json has every run.
+annbatch needs Python 3.12: PYTHON is an interpreter with `annbatch[torch,zarrs]`. Without it, that side is skipped.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _build(folder: Path, arguments: argparse.Namespace) -> None:
-    """The Census, a model trained a little on a few of its cells, and all its cells prepared."""
+    """Build the Census, train a model for one epoch on a few of its cells, and prepare all its cells."""
     from scale_sides import Folder, run_stage
 
     from census_scvi.local_census.demo.cells import demo_sources
@@ -85,7 +85,7 @@ def _build(folder: Path, arguments: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     paths = Folder(folder, arguments.selected)
     if not Path(paths.census).exists():
-        # 1,770 genes per cell, as in the tissues of the Census; 38 % of them among the 8,000 selected.
+        # 1,770 detected genes per cell, as in the tissues of the Census; 38 % of them are among the 8,000 selected.
         sources = demo_sources(seed=0, scale=arguments.cells / 6000, n_genes=arguments.genes, depth=1.35, type_sd=0.8)
         build_census(paths.census, [source for source in sources if source.organism == "homo_sapiens"])
     if not (Path(paths.model) / "scvi.model").exists():
@@ -130,7 +130,7 @@ def _medians(runs: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def _agreement(folder: Path) -> str:
-    """That both sides did the same work."""
+    """Agreement of the results of both sides: shared genes, and difference of the latents."""
     words = []
     results = {name: folder / f"{name}.npy" for name in ("hvg_ours", "hvg_library", "latent_ours", "latent_library")}
     loaded = {name: np.load(path) for name, path in results.items() if path.exists()}

@@ -1,7 +1,7 @@
-"""One measured side of benchmarks/scale.py: does its work in a fresh process and prints what it took as JSON.
+"""One measured side of benchmarks/scale.py: runs in a new process and prints time and memory as JSON.
 
-Peer code is called as its users call it. Each side imports what it needs, then starts the clock: imports are not timed,
-and peak memory is that of the whole process with its own libraries.
+Other libraries are called as their users call them. Each side starts the clock after its imports, so imports are not
+timed. Peak memory is that of the whole process, including its libraries.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ MINIBATCH, MINIBATCHES = 1024, 150
 
 
 class Clock:
-    """CPU-seconds and wall time since the last start."""
+    """Clock for CPU-seconds and wall time."""
 
     def __init__(self) -> None:
         self.start()
 
     def start(self) -> None:
-        """Forget what was before."""
+        """Start again from zero."""
         self._cpu, self._wall = time.process_time(), time.monotonic()
 
     def taken(self) -> dict[str, float]:
-        """Since the start."""
+        """Seconds since the start: `cpu` and `wall`."""
         return {"cpu": time.process_time() - self._cpu, "wall": time.monotonic() - self._wall}
 
 
@@ -40,7 +40,7 @@ CLOCK = Clock()
 
 
 class Folder:
-    """Where the Census, a prepared run and a trained model lie."""
+    """Paths of the Census, a prepared run and a trained model."""
 
     def __init__(self, path: Path, n_genes: int) -> None:
         self.census, self.model, self.prepared = (str(path / name) for name in ("census", "model", "prepared"))
@@ -49,7 +49,7 @@ class Folder:
         self.n_genes = n_genes
 
     def settings(self, directory: str) -> list[str]:
-        """Settings of a run on the Census; the config file is an empty one."""
+        """Settings of a run on the Census; the config file is empty."""
         return [
             f"census.uri={self.census}",
             f"output.directory={directory}",
@@ -61,7 +61,7 @@ class Folder:
 
 
 def run_stage(stage: str, folder: Folder, directory: str, *more: str) -> None:
-    """A stage of this project, as its script runs it."""
+    """Run a stage of this project as its script does."""
     from census_scvi.cli import main
 
     import_module(f"census_scvi.stages.{stage.replace('-', '_')}")
@@ -122,7 +122,7 @@ def prepare_library(folder: Folder) -> Any:
 
 
 def latent_ours(folder: Folder) -> Any:
-    """Without the minified model, which the other side does not write either."""
+    """Embed without writing a minified model, like the other side."""
     settings = ("census.obs_query_model='soma_joinid < 5000'", "latent.minified=none")
     run_stage("create-latent-update", folder, folder.model, *settings)
     return np.load(Path(folder.model) / "latent.npy")
@@ -153,7 +153,7 @@ def latent_library(folder: Folder) -> Any:
 
 
 def _consume(minibatches: Iterator[Any]) -> int:
-    """Cells of some minibatches; the clock starts after the first, for which files are opened and code is compiled."""
+    """Count cells of some minibatches; the clock starts after the first one, which opens files and compiles code."""
     cells = 0
     next(minibatches)
     CLOCK.start()
@@ -175,7 +175,7 @@ def loader_ours_uncompressed(folder: Folder) -> Any:
 
 
 def loader_ours_sparse(folder: Folder) -> Any:
-    """As they are sent to a GPU, where they are made dense."""
+    """Load sparse minibatches, as for a GPU, which converts them to dense."""
     return _consume(_ours(folder.prepared, "meta"))
 
 
@@ -227,7 +227,7 @@ def loader_scdataset(folder: Folder) -> Any:
 
 
 def _training_query(folder: Folder) -> Any:
-    """The training cells and the selected genes, as the Census' loaders take them."""
+    """Query of the training cells and selected genes, the input of the Census' loaders."""
     import cellxgene_census
     import tiledbsoma
 
@@ -255,7 +255,7 @@ def loader_tiledbsoma_ml(folder: Folder) -> Any:
 
 
 def loader_scvi_tiledb(folder: Folder) -> Any:
-    """scvi-tools' TileDBDataModule on the Census."""
+    """Load from the Census with scvi-tools' TileDBDataModule."""
     import scvi
 
     module = scvi.dataloaders.TileDBDataModule(
@@ -273,7 +273,7 @@ def loader_scvi_tiledb(folder: Folder) -> Any:
 
 
 def loader_annbatch(folder: Folder) -> Any:
-    """From its own store, made of the prepared file beforehand; settings of its README, dense on the CPU."""
+    """Load from annbatch's store, converted from the prepared file; settings of its README, dense on the CPU."""
     import zarr
     from annbatch import DatasetCollection, Loader
 
@@ -296,13 +296,13 @@ SIDES: dict[str, Callable[[Folder], Any]] = {
 
 
 def _peak_memory_bytes() -> int:
-    """Of this process; read here, since some sides run without this project."""
+    """Peak memory of this process; not imported from this project, since some sides run without it."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) * 1024
 
 
 def measure(name: str, folder: Folder) -> dict[str, Any]:
-    """Run one side; its result goes to a file for the comparison."""
+    """Run one side, save its result for the comparison, and return time and memory."""
     np.random.seed(0)
     shutil.rmtree(folder.scratch, ignore_errors=True)
     CLOCK.start()

@@ -1,9 +1,10 @@
-"""How well minibatches are mixed: the share of each batch label in them, compared with a full shuffle.
+"""Mixing of minibatches: share of each batch label per minibatch, compared with a full shuffle.
 
     python benchmarks/shuffle.py PREPARED.h5ad [--epochs 3]
 
-For each label the variance of its share over the minibatches, divided by what a full shuffle gives (1.0 is one); the
-mean over labels. For comparison: the same loader on cells in the order of the Census.
+For each label, the variance of its share over minibatches is divided by the expected variance for a full shuffle. The
+script prints the mean over labels; 1.0 equals a full shuffle. For comparison, it also runs the same loader on cells in
+the order of the Census.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def main() -> None:
 
 
 def _rows(n_cells: int, epoch: int) -> np.ndarray:
-    """Rows of the file in the order in which an epoch meets them."""
+    """Rows of the file in the order of an epoch."""
     windows = CellOrder(np.ones(n_cells, bool), seed=0).windows(epoch)
     return np.concatenate(
         [np.concatenate([np.arange(*block) for block in window.blocks])[window.chosen] for window in windows]
@@ -51,7 +52,7 @@ def _rows(n_cells: int, epoch: int) -> np.ndarray:
 
 
 def _inflation(labels: np.ndarray) -> float:
-    """Variance of the labels' shares in minibatches over that of a full shuffle, mean over labels."""
+    """Variance of label shares over minibatches, relative to a full shuffle; mean over labels."""
     sizes = minibatch_sizes(len(labels), MINIBATCH)
     full = labels[: MINIBATCH * (len(sizes) - 1)].reshape(-1, MINIBATCH)
     ratios = []

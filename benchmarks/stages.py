@@ -1,10 +1,10 @@
-"""What each stage takes at growing numbers of cells, compared with what its --dry-run predicts.
+"""Cost of each stage for increasing numbers of cells, compared with the prediction of --dry-run.
 
     python benchmarks/stages.py --census FOLDER --folder FOLDER --cells 50000 200000 [--genes 8000]
 
-Runs prepare, train (one epoch of a small network) and create-latent-update of the first cells of a Census, each in a
-process of its own, and prints peak memory, time and disk, predicted and taken; FOLDER/stages.json has every run.
-`benchmarks/scale.py` makes such a Census.
+Runs prepare, train (one epoch of a small network) and create-latent-update on the first cells of a Census, each in a
+separate process. Prints predicted and measured peak memory, time and disk; FOLDER/stages.json has every run.
+`benchmarks/scale.py` builds a suitable Census.
 """
 
 from __future__ import annotations

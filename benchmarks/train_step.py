@@ -1,19 +1,20 @@
-"""A training step and a whole training, compared with scvi-tools' own, on whatever device there is.
+"""Speed of a training step and of a whole training, compared with scvi-tools, on the available device.
 
     python benchmarks/train_step.py --folder FOLDER [--hidden 512 128] [--cells 40000] [--genes 8000] [--repeats 3]
                                     [--epochs 3] [--threads 1] [--prepared FILE.h5ad]
 
-Makes up cells in FOLDER (once), or takes those of FILE. Then, for each number of hidden nodes:
+Simulates cells in FOLDER (once), or uses the cells of FILE. Then, for each number of hidden units per layer:
 
-1. steps: the same minibatches are processed by scvi-tools' step and, improvement by improvement, by this project's,
-   alternately; medians. The lower bound is the time of the matrix products and of the memory traffic at the measured
-   rates of this device, on a CPU with the faster library: with all counts in the encoder's products, and, if the step
-   skips the zeros, with the non-zeros only. A reduced precision that is slower is skipped.
-2. end to end: `SCVI.train` with all cells in memory, and this project's training from the file, each in its own
-   process, alternately: Lightning, metrics, validation and loader included, imports and reading into memory not.
+1. steps: scvi-tools' step and this project's step, with one improvement after the other, process the same minibatches
+   alternately; medians. The lower limit is the time of the matrix products and of the memory traffic at the measured
+   rates of this device (on a CPU, of the faster library). There are two limits: with all counts in the encoder's
+   products, and with the non-zeros only, for steps that skip zeros. A slower reduced precision is skipped.
+2. end to end: `SCVI.train` with all cells in memory, and this project's training from the file, alternately and each in
+   a separate process. Lightning, metrics, validation and the loader are included; imports and reading into memory are
+   not.
 
-Printed as tables, with the processor, its instruction sets and the libraries that were chosen; FOLDER/train_step.json
-has every figure.
+Prints tables, with the processor, its instruction sets and the chosen libraries. FOLDER/train_step.json has all
+numbers.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def make_up_cells(path: Path, n_cells: int, n_genes: int) -> None:
-    """Cells of ten types and four batches; counts are gamma-Poisson."""
+    """Simulate cells of ten types and four batches, with gamma-Poisson counts."""
     import numpy as np
     import pandas as pd
     import scipy.sparse as sp
@@ -143,7 +144,7 @@ def _steps(prepared: Path, hidden: int, threads: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Rung:
-    """A training step and what it has of this project."""
+    """A training step, and the improvements of this project that it uses."""
 
     name: str
     shipped: bool = False
@@ -154,7 +155,7 @@ class Rung:
 
 
 def _measured(module: Any, density: float, device: Any) -> dict[str, Any]:
-    """What a training would measure first: the faster libraries, and whether a reduced precision is slower."""
+    """The measurements at the start of a training: the faster libraries, and whether reduced precision is slower."""
     import torch
 
     from census_scvi.training.fast.measure import faster_libraries, measure_precision, shape_of
@@ -193,7 +194,7 @@ def _ladder(device: Any, measured: dict[str, Any]) -> list[Rung]:
 
 
 def _reduced(device: Any) -> tuple[str, Any]:
-    """The reduced precision of this device."""
+    """Name and dtype of the reduced precision of this device."""
     import torch
 
     half = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
@@ -201,7 +202,7 @@ def _reduced(device: Any) -> tuple[str, Any]:
 
 
 def _minibatches(data: Any, device: Any, *, sparse: bool) -> list[dict[str, Any]]:
-    """A few, so that no cache holds them; on the CPU, as the loader gives them."""
+    """Several minibatches, too large for a cache; on the CPU in the loader's format."""
     data.sparse = sparse
     loader = iter(data.train_dataloader())
     few = [{name: _kept(value) for name, value in next(loader).items()} for _ in range(4)]
@@ -215,7 +216,7 @@ def _kept(value: Any) -> Any:
 
 
 def _prepare(module: Any, rung: Rung, minibatches: list[dict[str, Any]]) -> Callable[[int], Any]:
-    """A training step, minibatch to updated weights, as `step(number) -> loss`."""
+    """Return a function `step(number) -> loss` for a whole training step, from minibatch to updated weights."""
     import torch
 
     from census_scvi.training.fast import negative_binomial, products
@@ -245,7 +246,7 @@ def _prepare(module: Any, rung: Rung, minibatches: list[dict[str, Any]]) -> Call
 
 
 def _timed(work: Callable[[], Any], device: Any) -> tuple[float, float]:
-    """Seconds, on a CPU those of its cores, and what the work returns."""
+    """Seconds (CPU-seconds on a CPU) and the result of the work."""
     import torch
 
     if device.type == "cuda":
@@ -260,9 +261,9 @@ def _timed(work: Callable[[], Any], device: Any) -> tuple[float, float]:
 
 
 def _roofline(hidden: int, n_genes: int, density: float, device: Any) -> dict[str, float]:
-    """What a step cannot go below: five products of genes x hidden, and each large array moved as little as can be.
+    """Lower limit of the time of a step: five products of genes x hidden, and minimum traffic of the large arrays.
 
-    `without zeros ms`: two of the products with the counts that are not 0 alone, of which no dense matrix is made.
+    `without zeros ms`: two of the products use only the non-zeros, and no dense matrix of counts is created.
     """
     import torch
 
@@ -272,9 +273,9 @@ def _roofline(hidden: int, n_genes: int, density: float, device: Any) -> dict[st
     large = torch.randn(BATCH_SIZE * n_genes * 2, device=device)
     other = torch.empty_like(large)
     product = 2 * BATCH_SIZE * n_genes * hidden
-    flops = 5 * product  # the encoder's and its weights' gradient; the decoder's, and two gradients
-    # The dense input is written and read twice; logits are written, become slopes, and these are read twice; weights
-    # are read, read again, and updated with their gradients and Adam's two averages.
+    flops = 5 * product  # encoder and its weights' gradient; decoder and its two gradients
+    # The dense input is written once and read twice. Logits are written and replaced by slopes, which are read twice.
+    # Weights are read twice, and updated with their gradients and Adam's two averages.
     moved = 4 * (8 * BATCH_SIZE * n_genes + 2 * 10 * n_genes * hidden)
     rates = {}
     for name, work, size in (
@@ -319,7 +320,7 @@ def _step_table(result: dict[str, Any]) -> str:
 
 # --- end to end
 
-# Trains; returns elbo_validation and the libraries that multiplied.
+# A function that trains, and returns elbo_validation and the libraries of the matrix products.
 Work = Callable[[], tuple[float, Any]]
 
 SIDES = {
@@ -387,7 +388,7 @@ def _theirs(side: str, prepared: Path, hidden: int, epochs: int) -> Iterator[tup
 @contextmanager
 def _ours(side: str, prepared: Path, hidden: int, epochs: int) -> Iterator[tuple[Work, int]]:
     import lightning
-    import torch.utils.tensorboard  # noqa: F401 - imports are not timed, and Lightning would import it in the training
+    import torch.utils.tensorboard  # noqa: F401 - Lightning would import it during the timed training
 
     from census_scvi.counts.data_module import PreparedDataModule
     from census_scvi.model.build import build_model
@@ -395,7 +396,7 @@ def _ours(side: str, prepared: Path, hidden: int, epochs: int) -> Iterator[tuple
     from census_scvi.training.fast import negative_binomial
     from census_scvi.training.fit import fit
 
-    negative_binomial._kernel("cpu")  # nor what compiles it
+    negative_binomial._kernel("cpu")  # compile the kernel before the timed training
     settings = Config().train.model_copy(
         update={"max_epochs": epochs, "batch_size": BATCH_SIZE, "engine": side.removeprefix("ours-")}
     )
@@ -441,7 +442,7 @@ def _training_table(runs: dict[str, list[dict[str, Any]]], hidden: int) -> str:
     return "\n".join(lines)
 
 
-# With these the libraries are kept from instructions that the processor has, to see what they do without.
+# Environment variables that restrict the instruction sets of the libraries, to measure without them.
 LIMITS = (
     "ATEN_CPU_CAPABILITY",
     "ONEDNN_MAX_CPU_ISA",

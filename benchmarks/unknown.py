@@ -1,10 +1,11 @@
-"""How many cells of a type that the reference lacks are called unknown: simulated latents, where the truth is known.
+"""Detection of cell types that the reference lacks as "unknown", on simulated latents with known truth.
 
     python benchmarks/unknown.py [--seeds 5]
 
-Types are Gaussian clusters in ten dimensions, their centres 6 standard deviations from the origin; studies differ by an
-offset of one standard deviation. The query has one more type than the reference, which is a share of its cells, and its
-cells scatter as the reference's, or 1.3 times as widely (another chemistry). docs/label-transfer.md has the results.
+Cell types are Gaussian clusters in ten dimensions, with centres 6 standard deviations from the origin. Studies differ
+by an offset of one standard deviation. A share of the query's cells has a type that the reference lacks. The standard
+deviation of the query is that of the reference, or 1.3 times as large (another chemistry). docs/label-transfer.md has
+the results.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def main() -> None:
 
 
 def measure(seed: int) -> Iterator[dict[str, float]]:
-    """A row for each kind of reference and query."""
+    """Yield one row per combination of reference and query."""
     for n_types, n_studies in itertools.product((2, 5), (1, 3)):
         generator = np.random.default_rng([seed, n_types, n_studies])
         centres = generator.normal(size=(n_types + 1, DIMENSIONS))
@@ -72,7 +73,7 @@ def draw(
     offset: float,
     spread: float = 1.0,
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.object_]]:
-    """Cells of a study: positions and types."""
+    """Draw the cells of a study: positions and types."""
     types = generator.choice(len(centres), n_cells, p=shares)
     moved = generator.normal(size=centres.shape[1])
     moved *= offset / np.linalg.norm(moved)

@@ -1,4 +1,4 @@
-"""GPU measurements that the other benchmarks lack: equality of results, where the time goes, cells per second.
+"""GPU benchmarks: equality of results, profile of the training, cells per second.
 
     python measure.py RESULTS cells   --prepared FILE.h5ad [--cells 100000] [--genes 8000]   makes the file
     python measure.py RESULTS check                         the step compared with scvi-tools' on the GPU, every variant
@@ -7,9 +7,9 @@
     python measure.py RESULTS rates   --prepared FILE.h5ad [--hidden 512 128]                cells/s of training
     python measure.py RESULTS latent  --prepared FILE.h5ad                                   cells/s of embedding
 
-Run in the repository's root with census_scvi importable; several of them can be given. Tables are printed;
-RESULTS/measure.json keeps every figure. Without a GPU all of it runs on the CPU, in small: that shows that the script
-works, and nothing else.
+Run it in the root of the repository with census_scvi importable. Several measurements can be given. The script prints
+tables; RESULTS/measure.json has all numbers. Without a GPU, everything runs on the CPU at a small size, which tests
+only the script.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ LATENT, MINIBATCH = 50, 1024
 
 
 def main() -> None:
-    """Measure, one after another."""
+    """Run the measurements one after another."""
     arguments = parse_arguments()
     if not GPU:
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
     parser.add_argument("what", nargs="+", choices=("cells", "check", "kernel", "profile", "rates", "latent"))
@@ -75,7 +75,7 @@ def table(title: str, header: list[str], rows: list[list[Any]]) -> None:
 
 
 def wait() -> None:
-    """Until the GPU has done all it was given."""
+    """Wait until the GPU has finished all work."""
     if GPU:
         torch.cuda.synchronize()
 
@@ -84,7 +84,7 @@ def wait() -> None:
 
 
 def cells(arguments: argparse.Namespace) -> dict[str, Any]:
-    """A prepared file of any number of cells: 12,000 simulated ones, again and again in other orders."""
+    """Write a prepared file of any number of cells: 12,000 simulated cells, repeated in different orders."""
     import anndata as ad
     import numpy as np
     import pandas as pd
@@ -109,11 +109,11 @@ def cells(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"cells": arguments.cells, "genes": arguments.genes, "seconds": seconds}
 
 
-# --- the same results
+# --- equality of results
 
 
 def check(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Loss, gradients and random numbers of the step and of scvi-tools' module, both in float32 on the device."""
+    """Compare loss, gradients and random numbers of the step with scvi-tools' module, both in float32 on the device."""
     import test_fast_step as tests
 
     from census_scvi.training.fast.step import step
@@ -139,7 +139,7 @@ def check(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             worst = 0.0
             for key, gradient in gradients.items():
                 difference, norm = (gradient - wanted_gradients[key]).norm(), wanted_gradients[key].norm()
-                if difference > 1e-6 * whole:  # less is rounding: what goes into a BatchNorm has no gradient
+                if difference > 1e-6 * whole:  # less is rounding: inputs of a BatchNorm have zero gradient
                     worst = max(worst, (difference / norm).item())
             of_loss, same = abs(loss - wanted) / abs(wanted), torch.equal(random, wanted_random)
             good = of_loss < 1e-5 + largest * 6e-8 / abs(wanted) and worst < 1e-3 and same
@@ -155,7 +155,7 @@ def check(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def kernel(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The loss kernel compared with torch in float64, its time and other shapes of it, and the rates of the GPU."""
+    """Compare the loss kernel with torch in float64; measure its time, other block sizes, and rates of the GPU."""
     from census_scvi.counts.minibatch import SparseCounts
     from census_scvi.training.fast import gpu_kernel, torch_kernel
     from census_scvi.training.fast.decoded import Decoded
@@ -214,7 +214,7 @@ def _milliseconds(work: Callable[[], Any]) -> float:
 
 
 def _shapes(module: Any, make: Callable[[], Any]) -> dict[str, float]:
-    """Milliseconds of the kernel (nb, one row) by cells a program, genes a block and warps."""
+    """Milliseconds of the kernel (nb, one row) by cells per program, genes per block and warps."""
     if not GPU:
         return {}
     taken: dict[str, float] = {}
@@ -248,7 +248,7 @@ def rates_of_gpu(n_genes: int) -> dict[str, Any]:
             narrow = torch.randn(MINIBATCH, hidden, device=DEVICE, dtype=dtype)
             weight = torch.randn(n_genes, hidden, device=DEVICE, dtype=dtype)
             wide = torch.randn(MINIBATCH, n_genes, device=DEVICE, dtype=dtype)
-            # Encoder and its weights' gradient; decoder, its weights' gradient and its input's.
+            # Encoder and its weights' gradient; decoder, its weights' gradient and its input's gradient.
             taken = 2 * _milliseconds(lambda a=wide, b=weight: a @ b) + _milliseconds(
                 lambda a=narrow, b=weight: a @ b.T
             )
@@ -268,12 +268,12 @@ def rates_of_gpu(n_genes: int) -> dict[str, Any]:
 
 
 def warm(n_genes: int) -> None:
-    """Compile the kernel for all that trainings call it with, or the first ones would be measured with it."""
+    """Compile the kernel for all arguments of a training, so that compilation is not measured."""
     from census_scvi.counts.minibatch import SparseCounts
     from census_scvi.training.fast.decoded import Decoded
     from census_scvi.training.fast.negative_binomial import loss_and_slopes
 
-    for n_cells in (MINIBATCH, MINIBATCH - 1):  # Triton tells numbers that 16 divides from others
+    for n_cells in (MINIBATCH, MINIBATCH - 1):  # Triton compiles separately for multiples of 16
         for more in (0, 1):
             n_detected = torch.full((n_cells,), 16, device=DEVICE)
             n_detected[0] += more
@@ -321,7 +321,7 @@ def _n_genes(prepared: Path) -> int:
 
 
 def probe_class() -> type:
-    """Replaces the callback `TrainMode`: measures cells per second within epochs, and calls a function at a step."""
+    """Callback class that replaces `TrainMode`: measures cells/s within epochs, and calls functions at given steps."""
     import lightning
 
     class Probe(lightning.Callback):
@@ -353,7 +353,7 @@ def probe_class() -> type:
 
 
 def rates(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Cells per second within epochs: `SCVI.train` from memory, this project from the file in many settings."""
+    """Cells/s within epochs: `SCVI.train` from memory, and this project from the file with many settings."""
     Probe = probe_class()
     warm(_n_genes(arguments.prepared))
     kinds: dict[str, dict[str, Any]] = {
@@ -383,7 +383,7 @@ def rates(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 else:
                     epochs = 1 if settings.get("engine") else 2
                     seconds = training(arguments.prepared, hidden, probe, max_epochs=epochs, **settings)
-            except Exception as error:  # the others are wanted all the same
+            except Exception as error:  # continue with the other settings
                 print(f"{name}: {type(error).__name__}: {str(error)[:300]}", file=sys.stderr)
                 continue
             memory = torch.cuda.max_memory_allocated() / 1e9 if GPU else 0.0
@@ -426,11 +426,11 @@ def _scvi_tools(prepared: Path, hidden: int, probe: Any) -> float:
     return time.perf_counter() - started
 
 
-# --- where the time goes
+# --- profile
 
 
 def profile(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Twenty steps of a whole training: without a profiler for the time, with it for its parts, then what waits."""
+    """Measure 20 steps of a training without profiler (time), 20 with profiler (parts), and 5 for CPU waits."""
     from census_scvi.counts import loader
 
     Probe = probe_class()
@@ -510,7 +510,7 @@ def profile(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _parts(trace: Path, n: int) -> dict[str, Any]:
-    """GPU busy, kernels, copies, waits and the loader's time in a trace, ms and calls a step."""
+    """GPU busy time, kernels, copies, waits and loader time in a trace, as ms and calls per step."""
     with gzip.open(trace) as file:
         events = [e for e in json.load(file)["traceEvents"] if e.get("ph") == "X"]
     on_gpu = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]

@@ -241,7 +241,7 @@ def _find_genes(
     keep_without_id: bool,
     min_recognised: float,
 ) -> tuple[Genes, npt.NDArray[Any]]:
-    """The gene of each column of the file, and bool (columns,): whether the column counts a gene of any organism.
+    """The gene of each column of the file, and bool (columns,): whether the column counts as a gene of any organism.
 
     UserError, with the name of the file, if too few genes are recognised.
     """
