@@ -21,7 +21,7 @@ from census_scvi.census.embedding import published_uri
 from census_scvi.census.open import open_census
 from census_scvi.census.settings import CensusSection
 from census_scvi.errors import UserError
-from census_scvi.files.place import recorded, resolved
+from census_scvi.files.place import recorded, resolved, without_paths
 from census_scvi.publication import markdown
 from census_scvi.publication.chain import verify
 from census_scvi.publication.record import evaluation_of
@@ -113,6 +113,10 @@ def test_a_place_is_said_from_the_folder(place: str, folder: str, said: str | No
     if place.startswith(str(Path.home().parent / "alice")) and Path.home().parent == Path("/"):
         said = None
     assert recorded(place, Path(folder)) == said
+    if place.startswith("/"):
+        deep = {"stage": {"places": [place, {"again": place}], "number": 1}}
+        expected = {"stage": {"places": [said, {"again": said}], "number": 1}}
+        assert without_paths(deep, Path(folder)) == expected
     if said and "://" not in said:
         assert resolved(said, Path(folder)) == place.removeprefix("file://")
     assert resolved(None, Path(folder)) is None

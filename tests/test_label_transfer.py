@@ -90,7 +90,7 @@ def test_a_study_that_is_farther_than_usual_is_not_corrected_and_it_is_said(
     assert (found.far, found.corrected_by) == (True, 1.0)
     assert found.shift > 1.5
     assert f"the distance ratio of the cells to the reference is {found.shift:.1f}" in messages.text
-    assert ("it has one study" in messages.text) == (groups is None)
+    assert ("it has one study with enough cells" in messages.text) == (groups is None)
     quiet = LabelTransfer(*blobs(800, 0)).predict(blobs(400, 3)[0])
     assert (quiet.far, round(quiet.shift, 1)) == (False, 1.0)
     assert messages.text.count("the distance ratio of the cells") == 1

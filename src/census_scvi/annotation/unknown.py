@@ -93,7 +93,7 @@ class UnknownThreshold:
     def warning(self, ratio: float) -> str:
         """The warning for a study that is far from the reference."""
         usual = (
-            "it has one study, so the usual ratio is not known"
+            "it has one study with enough cells, so the usual ratio is not known"
             if np.isnan(self.usual_ratio)
             else f"the distance ratio between its own studies is up to {max(self.usual_ratio, 1.0):.1f}"
         )

@@ -41,13 +41,15 @@ def resolved(place: str | None, folder: Path) -> str | None:
 
 
 def without_paths(values: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Apply `recorded` to every absolute path in settings or in the record of a stage, at any depth of mappings."""
+    """Apply `recorded` to every absolute path in settings or in the record of a stage, at any depth."""
     return {key: _without_paths(value, folder) for key, value in values.items()}
 
 
 def _without_paths(value: Any, folder: Path) -> Any:
     if isinstance(value, dict):
         return without_paths(value, folder)
+    if isinstance(value, list):
+        return [_without_paths(each, folder) for each in value]
     if isinstance(value, str) and value.startswith(("/", "file:/")):
         return recorded(value, folder)
     return value

@@ -32,7 +32,7 @@ from census_scvi.workspace import Workspace
 log = logging.getLogger(__name__)
 
 PCA, BATCH = "PCA", "batch"
-# Uninformative labels. The published script lists the middle three, but does not use its list.
+# Uninformative labels. The published script has a list of some, but does not use it.
 VAGUE = ("unknown", "native cell", "animal cell", "eukaryotic cell", "cell", "na", "nan", "None", "")
 _TERMS = "cell_type_ontology_term_id"
 # Columns that colour the UMAPs, in addition to labels and batches.
