@@ -34,7 +34,7 @@ EXAMPLE = "my-build.yaml uri=my-census genes.min_recognised=0.3"
 # Constants for --dry-run, measured on two cores. Memory: of the imports, per cell, and per non-zero of a block.
 # Time: fixed, per cell, per non-zero. Disk: bytes per non-zero; a Census stores each twice, raw and normalized.
 _BASE_MEMORY, _BYTES_A_CELL, _BYTES_A_NONZERO_READ = 0.5e9, 2000.0, 120.0
-_FIXED_SECONDS, _SECONDS_A_CELL, _SECONDS_A_NONZERO, _BYTES_A_NONZERO = 3.0, 1e-5, 3e-7, 4.0
+_FIXED_SECONDS, _SECONDS_A_CELL, _SECONDS_A_NONZERO, _BYTES_A_NONZERO = 3.5, 1e-5, 4.5e-7, 4.5
 
 
 def add_arguments(parser: Parser) -> None:
