@@ -81,15 +81,20 @@ def test_run_again(finished_run: Run, query: Path, capsys: pytest.CaptureFixture
     assert {path: path.stat().st_mtime_ns for path in query.parent.iterdir()} == written
     assert map_query(finished_run, *settings, "query.min_share=0.7") == 2
     assert (
-        "out.h5ad exists and was made with other settings: query.min_share was 0.8 and is 0.7; name another"
+        "out.h5ad exists and was made with other settings: query.min_share was 0.8 and is 0.7; set another"
         " query.output, or replace it with --force" in capsys.readouterr().err
     )
     (query.parent / "out.h5ad").write_bytes(b"cut")
     assert map_query(finished_run, *settings) == 2
     assert "out.h5ad has 3 bytes, expected" in capsys.readouterr().err
+    report = json.loads((query.parent / "out.json").read_text())
+    for damaged in ({}, {**report["run"], "outputs": []}, {**report["run"], "fingerprint": None}):
+        (query.parent / "out.json").write_text(json.dumps(report | {"run": damaged}))
+        assert map_query(finished_run, *settings) == 2
+        assert "out.h5ad exists; set another query.output" in capsys.readouterr().err
     (query.parent / "out.json").unlink()
     assert map_query(finished_run, *settings) == 2
-    assert "out.h5ad exists; name another query.output, or replace it with --force" in capsys.readouterr().err
+    assert "out.h5ad exists; set another query.output, or replace it with --force" in capsys.readouterr().err
     assert map_query(finished_run, *settings, "--force") == 0
     record = json.loads((query.parent / "out.json").read_text())["run"]
     assert record["stage"] == "map-query"

@@ -134,8 +134,8 @@ def _seeded_highly_variable_genes(seed: int) -> Callable[..., pd.DataFrame]:
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     seeded = ModuleType("numpy")
-    seeded.random = SimpleNamespace(default_rng=lambda: np.random.default_rng(seed))  # type: ignore[attr-defined]
-    seeded.__getattr__ = lambda name: getattr(np, name)  # type: ignore[method-assign]
+    random = SimpleNamespace(default_rng=lambda: np.random.default_rng(seed))
+    vars(seeded).update(random=random, __getattr__=lambda name: getattr(np, name))
     vars(module)["np"] = seeded
     select: Callable[..., pd.DataFrame] = module.highly_variable_genes
     return select

@@ -209,7 +209,7 @@ def _read_counts(
 
 
 @numba.njit(nogil=True, cache=True)
-def _look_up(ids, first, label_at):  # type: ignore[no-untyped-def]
+def _look_up(ids, first, label_at):  # type: ignore[no-untyped-def]  # numba infers the types
     labels = np.empty(len(ids), label_at.dtype)
     for i in range(len(ids)):
         labels[i] = label_at[ids[i] - first]
@@ -217,7 +217,7 @@ def _look_up(ids, first, label_at):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, cache=True)
-def _select(rows, genes, values, columns, row_ends):  # type: ignore[no-untyped-def]
+def _select(rows, genes, values, columns, row_ends):  # type: ignore[no-untyped-def]  # numba infers the types
     """Row, column and value of the non-zeros of requested rows and genes; adds their number to `row_ends[row + 1]`.
 
     Every non-zero is written, and the next one overwrites it if it was not requested. This avoids a branch that would
@@ -237,7 +237,7 @@ def _select(rows, genes, values, columns, row_ends):  # type: ignore[no-untyped-
 
 
 @numba.njit(nogil=True, cache=True)
-def _place(rows, genes, values, filled, row_starts, indices, data):  # type: ignore[no-untyped-def]
+def _place(rows, genes, values, filled, row_starts, indices, data):  # type: ignore[no-untyped-def]  # numba infers the types
     """Append non-zeros to those already stored in their row; returns whether the genes of each row ascend."""
     in_order = True
     for i in range(len(rows)):

@@ -145,7 +145,7 @@ def _cells(parts: list[Rows]) -> Minibatch:
 
 
 @numba.njit(nogil=True, cache=True)
-def _gather(first, last, genes, counts):  # type: ignore[no-untyped-def]
+def _gather(first, last, genes, counts):  # type: ignore[no-untyped-def]  # numba infers the types
     """Copy the non-zeros of the cells, one cell after another."""
     n = (last - first).sum()
     some_genes, some_counts = np.empty(n, genes.dtype), np.empty(n, counts.dtype)
@@ -158,7 +158,7 @@ def _gather(first, last, genes, counts):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, cache=True)
-def _scatter(n_detected, genes, values, dense):  # type: ignore[no-untyped-def]
+def _scatter(n_detected, genes, values, dense):  # type: ignore[no-untyped-def]  # numba infers the types
     """Write the non-zeros of cells into a dense matrix of zeros."""
     done = 0
     for cell in range(len(n_detected)):

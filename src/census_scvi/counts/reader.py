@@ -163,7 +163,7 @@ class PreparedCells:
 
 
 @numba.njit(nogil=True, cache=True)
-def _fill(first, last, genes, counts, dense):  # type: ignore[no-untyped-def]
+def _fill(first, last, genes, counts, dense):  # type: ignore[no-untyped-def]  # numba infers the types
     for cell in range(len(first)):
         row = dense[cell]
         row[:] = 0

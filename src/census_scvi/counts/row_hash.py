@@ -26,7 +26,7 @@ def row_hashes(counts: sp.csr_matrix) -> npt.NDArray[np.uint64]:
 
 
 @numba.njit(nogil=True, cache=True)
-def _hash_rows(indptr, indices, bits, hashes):  # type: ignore[no-untyped-def]
+def _hash_rows(indptr, indices, bits, hashes):  # type: ignore[no-untyped-def]  # numba infers the types
     for row in range(len(hashes)):
         state = np.uint64(0x9E3779B97F4A7C15)
         for i in range(indptr[row], indptr[row + 1]):

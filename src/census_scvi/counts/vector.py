@@ -216,7 +216,7 @@ def _filters(dataset: h5py.Dataset) -> list[int]:
 
 
 @numba.njit(nogil=True, cache=True)
-def _shuffle(values, planes):  # type: ignore[no-untyped-def]
+def _shuffle(values, planes):  # type: ignore[no-untyped-def]  # numba infers the types
     """Split uint32 values into four planes of bytes, lowest bytes first."""
     n = len(values)
     first, second, third, fourth = planes[:n], planes[n : 2 * n], planes[2 * n : 3 * n], planes[3 * n : 4 * n]
@@ -229,7 +229,7 @@ def _shuffle(values, planes):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, cache=True)
-def _unshuffle(planes, values):  # type: ignore[no-untyped-def]
+def _unshuffle(planes, values):  # type: ignore[no-untyped-def]  # numba infers the types
     """Join four planes of bytes, lowest bytes first, to uint32 values."""
     n = len(values)
     first, second, third, fourth = planes[:n], planes[n : 2 * n], planes[2 * n : 3 * n], planes[3 * n : 4 * n]
@@ -243,7 +243,7 @@ def _unshuffle(planes, values):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, cache=True)
-def _narrow(values, out):  # type: ignore[no-untyped-def]
+def _narrow(values, out):  # type: ignore[no-untyped-def]  # numba infers the types
     """Copy into another dtype; returns whether all values are represented exactly."""
     exact = True
     for i in range(len(values)):

@@ -10,7 +10,7 @@ from census_scvi.files.writable import require_writable
 from census_scvi.model.source import Kind, Source
 from census_scvi.query.settings import QuerySection
 from census_scvi.workspace import Workspace
-from census_scvi.workspace.beside import Beside
+from census_scvi.workspace.result_files import ResultFiles
 
 # Suffixes of the report and the pictures next to the .h5ad.
 _SUFFIXES = (".json", ".png")
@@ -25,7 +25,7 @@ def query_source(settings: QuerySection) -> Path:
     return source
 
 
-def query_results(settings: QuerySection, directory: Path) -> Beside:
+def query_results(settings: QuerySection, directory: Path) -> ResultFiles:
     """The .h5ad to write and the report next to it.
 
     Raises
@@ -37,17 +37,17 @@ def query_results(settings: QuerySection, directory: Path) -> Beside:
     target = Path(settings.output) if settings.output else source.with_name(f"{source.stem}-mapped.h5ad")
     if target.suffix in _SUFFIXES:
         raise UserError(f"query.output ends in {target.suffix}, like the report or a picture; expected NAME.h5ad")
-    for path in (target, *files_beside(settings, target)):
+    for path in (target, *companion_files(settings, target)):
         require_writable(path, "query.output")
         if path.exists() and path.samefile(source):
             raise UserError(f"query.output is query.file, {source}; give another file")
     with_model = (Kind.RUN, Kind.PUBLISHED, Kind.MODEL)
     if settings.model is None and Source.at(str(directory)).kind not in with_model:
         Workspace(directory).require_run("give it in output.directory, or a published model in query.model")
-    return Beside(target, target.with_suffix(".json"), "query.output")
+    return ResultFiles(target, target.with_suffix(".json"), "query.output")
 
 
-def files_beside(settings: QuerySection, target: Path) -> list[Path]:
+def companion_files(settings: QuerySection, target: Path) -> list[Path]:
     """The files to write next to the .h5ad: pictures and the report."""
     pictures = [quality_picture(target, labels) for labels in settings.labels] if settings.baseline_cells else []
     if settings.umap_cells:

@@ -25,7 +25,7 @@ from census_scvi.neighbors.umap_map import UmapMap
 from census_scvi.pictures.umap import draw_on_reference
 from census_scvi.query.alignment import TooFewGenes
 from census_scvi.query.cells import QueryCells
-from census_scvi.query.places import files_beside, quality_picture, query_results, query_source
+from census_scvi.query.places import companion_files, quality_picture, query_results, query_source
 from census_scvi.settings import Config
 from census_scvi.stages.plan import Plan
 from census_scvi.stages.protocol import Task
@@ -65,7 +65,7 @@ def run(task: Task) -> None:
             _place(atlas, mapped, config, run.path(target.with_suffix(".png").name))
     write_json(run.path(target.with_suffix(".json").name), json_values(_report(mapped, settings.labels)))
     _write(source, run.path(target.name), mapped)
-    written = [path for path in (target, *files_beside(config.query, target)) if run.path(path.name).exists()]
+    written = [path for path in (target, *companion_files(config.query, target)) if run.path(path.name).exists()]
     task.commit([path.name for path in written], {"cells": mapped.n_obs})
     log.info("wrote %s", ", ".join(map(str, written)))
 
@@ -196,7 +196,7 @@ def plan(config: Config) -> Plan:
             f"{_census(config) or 'the Census of the model'}: embedding and labels of up to"
             f" {settings.reference_cells:,} cells",
         ],
-        writes=[str(path) for path in (target, *files_beside(config.query, target))],
+        writes=[str(path) for path in (target, *companion_files(config.query, target))],
         cells=n_cells,
         genes=n_genes,
         memory=_BASE_MEMORY + _BYTES_A_CELL * (n_cells + settings.reference_cells),

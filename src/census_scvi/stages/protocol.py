@@ -23,9 +23,9 @@ from census_scvi.settings import Config
 from census_scvi.stages.inputs import inputs_of
 from census_scvi.stages.plan import Plan
 from census_scvi.workspace import Artifacts, StageRun, Workspace
-from census_scvi.workspace.beside import Beside
 from census_scvi.workspace.first_process import FirstProcess
 from census_scvi.workspace.record import Fingerprint, changes, fingerprint_of
+from census_scvi.workspace.result_files import ResultFiles
 
 if TYPE_CHECKING:
     from census_scvi.census.open import Census
@@ -60,8 +60,8 @@ class Task:
 
     config: Config
     artifacts: Artifacts
-    run: Any  # StageRun, or BesideRun of map-query
-    place: Any  # Workspace, or Beside of map-query
+    run: Any  # StageRun, or ResultFilesRun of map-query
+    place: Any  # Workspace, or ResultFiles of map-query
     census: Any
     first: FirstProcess | None = None
 
@@ -128,7 +128,7 @@ def plan_stage(name: str, config: Config) -> Plan:
     return plan
 
 
-def _place(stage: Stage, config: Config) -> tuple[Workspace | Beside, bool]:
+def _place(stage: Stage, config: Config) -> tuple[Workspace | ResultFiles, bool]:
     """Location of the results, and whether its folder may be created."""
     if stage.name == "map-query":
         return query_results(config.query, config.directory), False

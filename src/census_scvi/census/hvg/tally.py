@@ -98,7 +98,7 @@ def _n_kept(n_batches: int, n_genes: int) -> int:
 
 
 @numba.njit(nogil=True, cache=True)
-def _add(batch_codes, genes, counts, moments, largest, cells):  # type: ignore[no-untyped-def]
+def _add(batch_codes, genes, counts, moments, largest, cells):  # type: ignore[no-untyped-def]  # numba infers the types
     """Update the moments, and the min-heap of the largest counts if a count is larger than its smallest."""
     kept = largest.shape[2]
     for i in range(len(counts)):

@@ -54,7 +54,7 @@ def loss_and_slopes(decoded: Decoded, *, slopes: bool = True) -> LossAndSlopes:
 
 
 @numba.njit(nogil=True, cache=True)
-def _cells(  # type: ignore[no-untyped-def]
+def _cells(  # type: ignore[no-untyped-def]  # numba infers the types
     logits, dropout, first, last, library, row_of_cell, genes, counts, theta, loss, of_theta, inflated, slopes
 ):
     n_genes = logits.shape[1]
@@ -98,52 +98,52 @@ def _cells(  # type: ignore[no-untyped-def]
 
 
 @_each
-def _exp_below(row, most, out):  # type: ignore[no-untyped-def]
+def _exp_below(row, most, out):  # type: ignore[no-untyped-def]  # numba infers the types
     for i in range(len(row)):
         out[i] = _exp(row[i] - most)
 
 
 @_each
-def _divide(share, total, library, mu):  # type: ignore[no-untyped-def]
+def _divide(share, total, library, mu):  # type: ignore[no-untyped-def]  # numba infers the types
     for i in range(len(share)):
         share[i] /= total
         mu[i] = share[i] * library
 
 
 @_each
-def _fall(mu, theta, out):  # type: ignore[no-untyped-def]
+def _fall(mu, theta, out):  # type: ignore[no-untyped-def]  # numba infers the types
     """log(theta + eps) - log t, computed as -log(1 + mu / (theta + eps)), which is accurate for small mu."""
     for i in range(len(mu)):
         out[i] = -_log_above_one(mu[i] / (theta[i] + _EPS))
 
 
 @_each
-def _slope_of_mu(mu, theta, out):  # type: ignore[no-untyped-def]
+def _slope_of_mu(mu, theta, out):  # type: ignore[no-untyped-def]  # numba infers the types
     for i in range(len(mu)):
         out[i] = theta[i] / (theta[i] + mu[i] + _EPS)
 
 
 @_each
-def _add_slope_of_theta(fall, slope_of_mu, theta, out):  # type: ignore[no-untyped-def]
+def _add_slope_of_theta(fall, slope_of_mu, theta, out):  # type: ignore[no-untyped-def]  # numba infers the types
     for i in range(len(fall)):
         out[i] += slope_of_mu[i] - fall[i] - theta[i] / (theta[i] + _EPS)
 
 
 @_each
-def _slope_of_logits(mu, mean, row):  # type: ignore[no-untyped-def]
+def _slope_of_logits(mu, mean, row):  # type: ignore[no-untyped-def]  # numba infers the types
     for i in range(len(row)):
         row[i] = mu[i] * (row[i] - mean)
 
 
 @_each
-def _gather(genes, counts, mu, theta, x, mu_x, theta_x):  # type: ignore[no-untyped-def]
+def _gather(genes, counts, mu, theta, x, mu_x, theta_x):  # type: ignore[no-untyped-def]  # numba infers the types
     for i in range(len(genes)):
         gene = genes[i]
         x[i], mu_x[i], theta_x[i] = counts[i], mu[gene], theta[gene]
 
 
 @_each
-def _scatter(genes, slope_of_mu, slope_of_theta, row, of_theta):  # type: ignore[no-untyped-def]
+def _scatter(genes, slope_of_mu, slope_of_theta, row, of_theta):  # type: ignore[no-untyped-def]  # numba infers the types
     for i in range(len(genes)):
         gene = genes[i]
         row[gene] += slope_of_mu[i]
@@ -151,7 +151,7 @@ def _scatter(genes, slope_of_mu, slope_of_theta, row, of_theta):  # type: ignore
 
 
 @_each
-def _gain(x, mu, theta, out):  # type: ignore[no-untyped-def]
+def _gain(x, mu, theta, out):  # type: ignore[no-untyped-def]  # numba infers the types
     """Additional terms of the log-likelihood for non-zero counts."""
     for i in range(len(x)):
         some = mu[i] + _EPS
@@ -159,7 +159,7 @@ def _gain(x, mu, theta, out):  # type: ignore[no-untyped-def]
 
 
 @_each
-def _slopes_of_counts(x, mu, theta, of_mu):  # type: ignore[no-untyped-def]
+def _slopes_of_counts(x, mu, theta, of_mu):  # type: ignore[no-untyped-def]  # numba infers the types
     """Additional terms of the gradients for non-zero counts; the terms of theta overwrite theta."""
     for i in range(len(x)):
         some = mu[i] + _EPS
@@ -172,55 +172,55 @@ def _slopes_of_counts(x, mu, theta, of_mu):  # type: ignore[no-untyped-def]
 
 
 @_each
-def _odds(theta, fall, dropout, out):  # type: ignore[no-untyped-def]
+def _odds(theta, fall, dropout, out):  # type: ignore[no-untyped-def]  # numba infers the types
     for i in range(len(out)):
         out[i] = theta[i] * fall[i] - dropout[i]
 
 
 @_each
-def _inflated_loss(odds, dropout, out):  # type: ignore[no-untyped-def]
+def _inflated_loss(odds, dropout, out):  # type: ignore[no-untyped-def]  # numba infers the types
     for i in range(len(out)):
         out[i] = _softplus(-dropout[i]) - _softplus(odds[i])
 
 
 @_each
-def _add_softplus_of_minus(genes, odds, out):  # type: ignore[no-untyped-def]
+def _add_softplus_of_minus(genes, odds, out):  # type: ignore[no-untyped-def]  # numba infers the types
     for i in range(len(genes)):
         out[genes[i]] += _softplus(-odds[genes[i]])
 
 
 @_each
-def _weight(odds, out):  # type: ignore[no-untyped-def]
+def _weight(odds, out):  # type: ignore[no-untyped-def]  # numba infers the types
     for i in range(len(out)):
         out[i] = _sigmoid(odds[i])
 
 
 @_each
-def _set_one(genes, out):  # type: ignore[no-untyped-def]
+def _set_one(genes, out):  # type: ignore[no-untyped-def]  # numba infers the types
     for i in range(len(genes)):
         out[genes[i]] = 1
 
 
 @_each
-def _add_weighted_slope_of_theta(weight, fall, slope_of_mu, theta, out):  # type: ignore[no-untyped-def]
+def _add_weighted_slope_of_theta(weight, fall, slope_of_mu, theta, out):  # type: ignore[no-untyped-def]  # numba infers the types
     for i in range(len(fall)):
         out[i] += weight[i] * (slope_of_mu[i] - fall[i] - theta[i] / (theta[i] + _EPS))
 
 
 @_each
-def _multiply(weight, out):  # type: ignore[no-untyped-def]
+def _multiply(weight, out):  # type: ignore[no-untyped-def]  # numba infers the types
     for i in range(len(out)):
         out[i] *= weight[i]
 
 
 @_each
-def _slope_of_dropout(weight, dropout):  # type: ignore[no-untyped-def]
+def _slope_of_dropout(weight, dropout):  # type: ignore[no-untyped-def]  # numba infers the types
     for i in range(len(dropout)):
         dropout[i] = weight[i] - _sigmoid(-dropout[i])
 
 
 @_most
-def _largest(row):  # type: ignore[no-untyped-def]
+def _largest(row):  # type: ignore[no-untyped-def]  # numba infers the types
     most = row[0]
     for i in range(len(row)):
         most = max(most, row[i])
@@ -228,7 +228,7 @@ def _largest(row):  # type: ignore[no-untyped-def]
 
 
 @_sum
-def _total(values):  # type: ignore[no-untyped-def]
+def _total(values):  # type: ignore[no-untyped-def]  # numba infers the types
     total = 0.0
     for i in range(len(values)):
         total += values[i]
@@ -236,7 +236,7 @@ def _total(values):  # type: ignore[no-untyped-def]
 
 
 @_sum
-def _dot(some, others):  # type: ignore[no-untyped-def]
+def _dot(some, others):  # type: ignore[no-untyped-def]  # numba infers the types
     total = 0.0
     for i in range(len(some)):
         total += some[i] * others[i]
@@ -244,7 +244,7 @@ def _dot(some, others):  # type: ignore[no-untyped-def]
 
 
 @_inlined
-def _exp(x):  # type: ignore[no-untyped-def]
+def _exp(x):  # type: ignore[no-untyped-def]  # numba infers the types
     """Exponential of x <= 0 within 2 units in the last place (Cephes' expf); 1e-38 for x < -87; NaN stays NaN."""
     x = np.float32(-87) if x < np.float32(-87) else x
     n = np.floor(x * np.float32(1.44269504088896341) + np.float32(0.5))
@@ -260,7 +260,7 @@ def _exp(x):  # type: ignore[no-untyped-def]
 
 
 @_inlined
-def _log(x):  # type: ignore[no-untyped-def]
+def _log(x):  # type: ignore[no-untyped-def]  # numba infers the types
     """Natural logarithm of x > 1e-38 within 2 units in the last place (Cephes' logf); NaN and infinity give NaN."""
     bits = np.float32(x).view(np.int32)
     exponent = np.int32((bits - np.int32(0x3F3504F3)) >> np.int32(23))
@@ -279,27 +279,27 @@ def _log(x):  # type: ignore[no-untyped-def]
 
 
 @_inlined
-def _log_above_one(y):  # type: ignore[no-untyped-def]
+def _log_above_one(y):  # type: ignore[no-untyped-def]  # numba infers the types
     """log(1 + y) for y >= 0, accurate for small y too."""
     rounded = _ONE + y
     return _log(rounded) + (y - (rounded - _ONE)) / rounded
 
 
 @_inlined
-def _softplus(a):  # type: ignore[no-untyped-def]
+def _softplus(a):  # type: ignore[no-untyped-def]  # numba infers the types
     """log(1 + exp(a))."""
     below = -a if a > 0 else a
     return (a if a > 0 else np.float32(0)) + _log_above_one(_exp(below))
 
 
 @_inlined
-def _sigmoid(a):  # type: ignore[no-untyped-def]
+def _sigmoid(a):  # type: ignore[no-untyped-def]  # numba infers the types
     some = _exp(-a if a > 0 else a)
     return (_ONE if a > 0 else some) / (_ONE + some)
 
 
 @_inlined
-def _lgamma_rise(z, x):  # type: ignore[no-untyped-def]
+def _lgamma_rise(z, x):  # type: ignore[no-untyped-def]  # numba infers the types
     """lgamma(z + x) - lgamma(z) for z > 0 and x >= 0.
 
     Both are computed by Stirling's series at z + 4, with lgamma(z) = lgamma(z + 4) - log(z (z + 1) (z + 2) (z + 3)).
@@ -313,21 +313,21 @@ def _lgamma_rise(z, x):  # type: ignore[no-untyped-def]
 
 
 @_inlined
-def _stirling(y):  # type: ignore[no-untyped-def]
+def _stirling(y):  # type: ignore[no-untyped-def]  # numba infers the types
     r = _ONE / y
     square = r * r
     return r * (np.float32(1 / 12) - square * (np.float32(1 / 360) - square * np.float32(1 / 1260)))
 
 
 @_inlined
-def _digamma_rise(z, x):  # type: ignore[no-untyped-def]
+def _digamma_rise(z, x):  # type: ignore[no-untyped-def]  # numba infers the types
     """digamma(z + x) - digamma(z), the derivative of `_lgamma_rise` with respect to z."""
     low, high = z + np.float32(4), z + x + np.float32(4)
     return _log_above_one(x / low) + _digamma_series(high) - _digamma_series(low) + _steps(z) - _steps(z + x)
 
 
 @_inlined
-def _digamma_series(y):  # type: ignore[no-untyped-def]
+def _digamma_series(y):  # type: ignore[no-untyped-def]  # numba infers the types
     r = _ONE / y
     square = r * r
     return -np.float32(0.5) * r - square * (
@@ -336,5 +336,5 @@ def _digamma_series(y):  # type: ignore[no-untyped-def]
 
 
 @_inlined
-def _steps(z):  # type: ignore[no-untyped-def]
+def _steps(z):  # type: ignore[no-untyped-def]  # numba infers the types
     return _ONE / z + _ONE / (z + np.float32(1)) + _ONE / (z + np.float32(2)) + _ONE / (z + np.float32(3))

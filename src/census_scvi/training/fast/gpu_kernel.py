@@ -62,7 +62,7 @@ def loss_and_slopes(decoded: Decoded, *, slopes: bool = True) -> LossAndSlopes:
 
 
 @triton.jit
-def _cells(  # type: ignore[no-untyped-def]
+def _cells(  # type: ignore[no-untyped-def]  # numba infers the types
     logits,
     dropout,
     first,
@@ -176,7 +176,7 @@ def _cells(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _gene(row, theta_row, gene, there, most, scale, depth):  # type: ignore[no-untyped-def]
+def _gene(row, theta_row, gene, there, most, scale, depth):  # type: ignore[no-untyped-def]  # numba infers the types
     """Share p, theta, log(theta + eps) - log t, and derivative with respect to mu, of some genes."""
     share = tl.exp(tl.load(row + gene, mask=there, other=-float("inf")) - most) * scale
     inverse = tl.load(theta_row + gene, mask=there, other=1.0)
@@ -188,18 +188,18 @@ def _gene(row, theta_row, gene, there, most, scale, depth):  # type: ignore[no-u
 
 
 @triton.jit
-def _log_above_one(y):  # type: ignore[no-untyped-def]
+def _log_above_one(y):  # type: ignore[no-untyped-def]  # numba infers the types
     rounded = 1.0 + y
     return tl.log(rounded) + (y - (rounded - 1.0)) / rounded
 
 
 @triton.jit
-def _softplus(a):  # type: ignore[no-untyped-def]
+def _softplus(a):  # type: ignore[no-untyped-def]  # numba infers the types
     return tl.maximum(a, 0.0) + _log_above_one(tl.exp(-tl.abs(a)))
 
 
 @triton.jit
-def _lgamma_rise(z, x):  # type: ignore[no-untyped-def]
+def _lgamma_rise(z, x):  # type: ignore[no-untyped-def]  # numba infers the types
     low, high = z + 4.0, z + x + 4.0
     steps = (z + x) * (z + x + 1.0) / (z * (z + 1.0))
     steps *= (z + x + 2.0) * (z + x + 3.0) / ((z + 2.0) * (z + 3.0))
@@ -208,24 +208,24 @@ def _lgamma_rise(z, x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _stirling(y):  # type: ignore[no-untyped-def]
+def _stirling(y):  # type: ignore[no-untyped-def]  # numba infers the types
     square = 1.0 / (y * y)
     return (1.0 / 12 - square * (1.0 / 360 - square * (1.0 / 1260))) / y
 
 
 @triton.jit
-def _digamma_rise(z, x):  # type: ignore[no-untyped-def]
+def _digamma_rise(z, x):  # type: ignore[no-untyped-def]  # numba infers the types
     low, high = z + 4.0, z + x + 4.0
     series = _digamma_series(high) - _digamma_series(low)
     return _log_above_one(x / low) + series + _steps(z) - _steps(z + x)
 
 
 @triton.jit
-def _digamma_series(y):  # type: ignore[no-untyped-def]
+def _digamma_series(y):  # type: ignore[no-untyped-def]  # numba infers the types
     square = 1.0 / (y * y)
     return -0.5 / y - square * (1.0 / 12 - square * (1.0 / 120 - square * (1.0 / 252)))
 
 
 @triton.jit
-def _steps(z):  # type: ignore[no-untyped-def]
+def _steps(z):  # type: ignore[no-untyped-def]  # numba infers the types
     return 1.0 / z + 1.0 / (z + 1.0) + 1.0 / (z + 2.0) + 1.0 / (z + 3.0)

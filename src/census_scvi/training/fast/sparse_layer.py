@@ -120,7 +120,7 @@ class _SparseLayer(torch.autograd.Function):
 
 
 @_compiled
-def _sorted(first, last, genes, values, codes, n_inputs):  # type: ignore[no-untyped-def]
+def _sorted(first, last, genes, values, codes, n_inputs):  # type: ignore[no-untyped-def]  # numba infers the types
     """`_Inputs` of cells: their non-zeros `first` to before `last`, and a 1 in column `codes` if there are codes."""
     n_cells, n_tiles = len(first), (n_inputs + _TILE - 1) // _TILE
     starts = np.zeros((n_tiles, n_cells + 1), np.int64)
@@ -150,7 +150,7 @@ def _sorted(first, last, genes, values, codes, n_inputs):  # type: ignore[no-unt
 
 
 @_compiled
-def _outputs(starts, places, values, weight, bias, out):  # type: ignore[no-untyped-def]
+def _outputs(starts, places, values, weight, bias, out):  # type: ignore[no-untyped-def]  # numba infers the types
     n_cells, n_hidden = out.shape
     tile, sums = np.zeros((_TILE, _WIDTH), np.float32), np.empty((n_cells, _WIDTH), np.float32)
     for left in range(0, n_hidden, _WIDTH):
@@ -169,7 +169,7 @@ def _outputs(starts, places, values, weight, bias, out):  # type: ignore[no-unty
 
 
 @_compiled
-def _weight_gradient(starts, places, values, slopes, first, last, add, out):  # type: ignore[no-untyped-def]
+def _weight_gradient(starts, places, values, slopes, first, last, add, out):  # type: ignore[no-untyped-def]  # numba infers the types
     """`slopes.T @ inputs` for the tiles `first` to before `last`, written to `out`, or added to it if `add`."""
     n_cells, n_hidden = slopes.shape
     tile, some_slopes = np.zeros((_TILE, _WIDTH), np.float32), np.zeros((n_cells, _WIDTH), np.float32)

@@ -17,13 +17,14 @@ from census_scvi.files.atomic import partial_of, sync, sync_tree, write_json
 from census_scvi.files.json_file import read_json
 from census_scvi.files.partial_folder import partial_folder
 from census_scvi.workspace.identity import damage, identities
+from census_scvi.workspace.manifest import incomplete
 from census_scvi.workspace.record import RecordedRun, changes, fingerprint_of
 
 RUN = "run"
 
 
 @dataclass
-class Beside:
+class ResultFiles:
     """Results of a stage: a target file and other files next to it, one of them a JSON report.
 
     Attributes
@@ -49,18 +50,18 @@ class Beside:
         return self.target.parent
 
     @contextmanager
-    def locked(self, stage: str, *, new: bool = False) -> Iterator[Beside]:
+    def locked(self, stage: str, *, new: bool = False) -> Iterator[ResultFiles]:
         """Lock the results; unfinished files are removed at the end."""
         with partial_folder(self.target, script_of(stage)):
             yield self
 
     def record(self) -> dict[str, Any] | None:
-        """Record of existing results; None if there is none."""
+        """Record of existing results; None if there is none, or a damaged one."""
         try:
-            record = read_json(self.report)[RUN]
-            return record if isinstance(record["fingerprint"]["inputs"], dict) else None
+            record: dict[str, Any] = read_json(self.report)[RUN]
         except (OSError, ValueError, KeyError, TypeError):
             return None
+        return None if incomplete(record) else record
 
     def begin(
         self,
@@ -71,7 +72,7 @@ class Beside:
         force: bool,
         progress: str | None = None,
         defaults: Mapping[str, Any] | None = None,
-    ) -> BesideRun:
+    ) -> ResultFilesRun:
         """Decide if the results for these settings exist, must be computed, or must be refused.
 
         Raises
@@ -80,11 +81,11 @@ class Beside:
             Other results exist and `force` is false; the message names the setting or input that differs.
         """
         fingerprint = fingerprint_of(settings, inputs)
-        run = BesideRun(stage=stage, fingerprint=fingerprint, forced=force, place=self)
+        run = ResultFilesRun(stage=stage, fingerprint=fingerprint, forced=force, place=self)
         if force or not self.target.exists():
             return run
         record = self.record()
-        way_out = f"name another {self.setting}, or replace it with --force"
+        way_out = f"set another {self.setting}, or replace it with --force"
         if record is None:
             raise UserError(f"{self.target} exists; {way_out}")
         if words := changes(record["fingerprint"], fingerprint, defaults or {}):
@@ -97,10 +98,10 @@ class Beside:
 
 
 @dataclass(kw_only=True)
-class BesideRun(RecordedRun):
+class ResultFilesRun(RecordedRun):
     """One run of a stage with results in a user's folder."""
 
-    place: Beside
+    place: ResultFiles
 
     def start(self) -> None:
         """Do nothing: the partial folder is empty, and existing results stay until the commit."""
