@@ -149,6 +149,17 @@ def test_a_stage_that_starts_over_does_not_mind_unfinished_work(tmp_path: Path) 
             stage.path("work").touch()
 
 
+def test_what_a_killed_force_run_of_other_settings_left_goes_with_the_settings(tmp_path: Path) -> None:
+    assert run_stage(tmp_path, "old")
+    with Workspace(tmp_path).locked("prepare") as workspace:
+        killed = workspace.begin("prepare", config_of(tmp_path, 1).select(KEYS), {}, force=True)
+        killed.start()
+        killed.path("large.tmp").touch()
+    assert not run_stage(tmp_path, "new"), "set back to the settings of the finished run, it is done"
+    assert not killed.staging.exists()
+    assert contents(tmp_path) == {"old"}
+
+
 def test_an_input_that_changed_under_a_finished_stage_is_named(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     for identity, outcome in (("a", "starts"), ("a", "done"), ("b", "refused")):

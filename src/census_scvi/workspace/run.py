@@ -169,7 +169,7 @@ class Workspace:
         progress: str | None = None,
         defaults: Mapping[str, Any] | None = None,
     ) -> StageRun:
-        """Decide if a stage is done, resumes, starts or must be refused; changes no files.
+        """Decide if a stage is done, resumes, starts or must be refused; a finished stage loses its leftovers, nothing else changes.
 
         Parameters
         ----------
@@ -203,6 +203,8 @@ class Workspace:
         elif record is not None and self.manifest().get("redoing", {}).get(stage) != digest_now:
             self._require_unchanged(stage, record, fingerprint, defaults or {})
             self.note_redoing(stage, None)
+            if unfinished is None:  # a run with --force that was killed before there was anything to resume
+                remove(run.staging)
             run.done = True
         elif unfinished is not None:
             self._refuse_changes(stage, "an unfinished", unfinished, fingerprint, defaults or {})
