@@ -169,7 +169,7 @@ class Workspace:
         progress: str | None = None,
         defaults: Mapping[str, Any] | None = None,
     ) -> StageRun:
-        """Decide if a stage is done, resumes, starts or must be refused; a finished stage loses its leftovers, nothing else changes.
+        """Decide if a stage is done, resumes, starts or must be refused; only leftovers of a done stage are removed.
 
         Parameters
         ----------
