@@ -19,7 +19,7 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
-from census_scvi.annotation.annotator import EMPTY, PREDICTION, Annotator
+from census_scvi.annotation.annotator import EMPTY, PREDICTION, TITLES, Annotator
 from census_scvi.annotation.baselines import Baselines
 from census_scvi.annotation.held_out import HeldOut, hold_out
 from census_scvi.annotation.label_transfer import METHODS
@@ -158,7 +158,7 @@ def test_a_user_sees_whether_the_model_helps(
         assert right["scvi"] < 0.5 < right["pca"]
         assert max(prediction["agreement"].values()) < 0.6
         assert "compare with obs['cell_type_" in caplog.text
-    draw_quality(prediction, "cell type").savefig(tmp_path / "quality.png")
+    draw_quality(prediction, "cell type", TITLES).savefig(tmp_path / "quality.png")
     assert matplotlib.image.imread(tmp_path / "quality.png").std() > 0.05
     mine.write_h5ad(tmp_path / "mine.h5ad")
     assert sc.read_h5ad(tmp_path / "mine.h5ad").obs["cell_type_pca"].equals(mine.obs["cell_type_pca"])
@@ -172,7 +172,7 @@ def test_one_label_has_nothing_beside_it() -> None:
     annotator.compare(mine, [query], counts, np.arange(400), ALL)
     assert "held_out" not in mine.uns[PREDICTION]["cell_type"]
     with pytest.raises(UserError, match="there are no held-out cells to measure accuracy"):
-        draw_quality(mine.uns[PREDICTION]["cell_type"], "cell type")
+        draw_quality(mine.uns[PREDICTION]["cell_type"], "cell type", TITLES)
 
 
 @pytest.mark.parametrize("missing", [None, np.nan, pd.NA, "unknown", "nan", ""], ids=repr)

@@ -20,7 +20,7 @@ import scipy.sparse as sp
 import scvi
 from matplotlib.figure import Figure
 
-from census_scvi.annotation.annotator import EMPTY, PREDICTION, STUDY_COLUMNS, Annotator
+from census_scvi.annotation.annotator import EMPTY, PREDICTION, STUDY_COLUMNS, TITLES, Annotator
 from census_scvi.annotation.label_transfer import NEIGHBORS, check_method
 from census_scvi.census.cells import require_columns
 from census_scvi.census.genes import read_var
@@ -522,7 +522,7 @@ class Atlas:
             raise UserError(
                 f"these cells have no predicted {labels}; predict it first: atlas.predict(cells, {labels!r})"
             )
-        return draw_quality(found[labels], labels.replace("_", " "))
+        return draw_quality(found[labels], labels.replace("_", " "), TITLES)
 
     def neighbors(
         self,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from census_scvi.annotation.annotator import TITLES
 from census_scvi.errors import UserError
 from census_scvi.pictures.canvas import Picture
 
@@ -14,7 +14,7 @@ from census_scvi.pictures.canvas import Picture
 _COLOURS = ("#0072B2", "#E69F00", "#009E73")
 
 
-def draw_quality(prediction: dict[str, Any], title: str) -> Figure:
+def draw_quality(prediction: Mapping[str, Any], title: str, methods: Mapping[str, str]) -> Figure:
     """Calibration and risk-coverage curves of the model and the baselines, on held-out reference cells.
 
     Parameters
@@ -23,6 +23,8 @@ def draw_quality(prediction: dict[str, Any], title: str) -> Figure:
         The entry `uns["scvi_prediction"][<labels>]` of `Atlas.predict`.
     title
         Name of the labels.
+    methods
+        Titles of the methods by name.
 
     Raises
     ------
@@ -38,7 +40,10 @@ def draw_quality(prediction: dict[str, Any], title: str) -> Figure:
     figure = Picture(figsize=(11, 4.5), layout="constrained")
     calibration, risk = figure.subplots(1, 2)
     for colour, (name, score) in zip(_COLOURS, scores.items(), strict=False):
-        label = f"{TITLES[name]}: accuracy {score['accuracy']:.1%}, mean over types {score['mean_over_types']:.1%}"
+        label = (
+            f"{methods.get(name, name)}: accuracy {score['accuracy']:.1%},"
+            f" mean over types {score['mean_over_types']:.1%}"
+        )
         calibration.plot(score["probability"], score["right"], marker="o", ms=4, color=colour, label=label)
         risk.plot(score["coverage"], score["risk"], marker="o", ms=4, color=colour)
     calibration.plot([0, 1], [0, 1], color="0.7", lw=1, zorder=0)

@@ -1,0 +1,144 @@
+"""What annotators share: the cells they get, their interface, and the annotation of a query."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import scipy.sparse as sp
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Reference and query together, without labels. The rows of the reference come first.
+
+    Attributes
+    ----------
+    counts
+        CSR (cells, genes): raw counts, the genes that reference and query have in common.
+    batch
+        object (cells,): technical batch of each cell.
+    n_reference
+        Number of reference cells: rows 0 to `n_reference` - 1; the others are the query.
+    genes
+        feature_ids of the columns.
+    embedding
+        float32 (cells, dimensions): the embedding by a trained model; None: there is no model.
+    """
+
+    counts: sp.csr_matrix
+    batch: npt.NDArray[np.object_]
+    n_reference: int
+    genes: list[str]
+    embedding: npt.NDArray[np.float32] | None = None
+
+    def __len__(self) -> int:
+        return len(self.batch)
+
+    @property
+    def reference(self) -> npt.NDArray[np.int64]:
+        """Rows of the reference."""
+        return np.arange(self.n_reference)
+
+    @property
+    def query(self) -> npt.NDArray[np.int64]:
+        """Rows of the query."""
+        return np.arange(self.n_reference, len(self))
+
+
+class Annotator(Protocol):
+    """A method that predicts labels of cells from labels of other cells.
+
+    Held-out studies, excluded types and the query itself only differ in the rows passed to `predict`, so that what
+    needs no labels is computed once.
+
+    Attributes
+    ----------
+    name
+        Name in settings, tables and columns.
+    refits
+        Whether `predict` trains a network, and is therefore expensive.
+    space
+        float32 (cells, dimensions): embedding of all cells that `fit` computed; None: the method has none.
+    """
+
+    name: str
+    refits: bool
+    space: npt.NDArray[np.float32] | None
+
+    def fit(self, cells: Cells) -> None:
+        """Compute what needs no labels: log-normalised counts, PCA, a joint embedding."""
+
+    def predict(
+        self,
+        train: npt.NDArray[np.int64],
+        codes: npt.NDArray[np.int64],
+        n_classes: int,
+        test: npt.NDArray[np.int64],
+    ) -> npt.NDArray[np.float32]:
+        """Probabilities of the classes for some cells.
+
+        Parameters
+        ----------
+        train
+            (training cells,): rows of labelled cells.
+        codes
+            (training cells,): their classes, 0 to `n_classes` - 1.
+        n_classes
+            Number of classes; a class without training cells gets probability 0.
+        test
+            (test cells,): rows of the cells to annotate.
+
+        Returns
+        -------
+        float32 (test cells, n_classes); the rows sum to 1.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """Annotation of the cells of a query.
+
+    Attributes
+    ----------
+    classes
+        The labels of the reference, sorted.
+    probability
+        float32 (cells, classes): calibrated probabilities of the method.
+    members
+        The same for each annotator of which the method consists, by name.
+    unknown
+        bool (cells,): cells of a type that the reference probably lacks.
+    uncertainty
+        float32 (cells,), 0 to 1: scaled distance score; 0.5 at the threshold of `unknown`.
+    groups
+        int64 (cells,): groups of similar query cells.
+    embedding
+        float32 (cells, dimensions): joint embedding of the query cells; without one, the PCA.
+    validation
+        Accuracy on held-out cells of the reference, one row per method; empty if nothing can be held out.
+    warnings
+        What the user should know, one sentence each.
+    facts
+        Other measured numbers: expected quality of `unknown`, state of each batch, costs.
+    """
+
+    classes: list[str]
+    probability: npt.NDArray[np.float32]
+    members: dict[str, npt.NDArray[np.float32]]
+    unknown: npt.NDArray[np.bool_]
+    uncertainty: npt.NDArray[np.float32]
+    groups: npt.NDArray[np.int64]
+    embedding: npt.NDArray[np.float32]
+    validation: pd.DataFrame
+    warnings: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def labels(self) -> npt.NDArray[np.object_]:
+        """The most probable label of each cell: object (cells,)."""
+        return np.array(self.classes, dtype=object)[self.probability.argmax(axis=1)]
