@@ -1,0 +1,32 @@
+"""Annotation of groups of cells: the label of most of their cells, and its share."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from census_scvi.annotation.label_transfer import UNKNOWN
+
+
+def label_groups(
+    groups: npt.NDArray[np.integer], labels: npt.NDArray[np.object_], unknown: npt.NDArray[np.bool_]
+) -> pd.DataFrame:
+    """The two most frequent labels of each group.
+
+    Parameters
+    ----------
+    groups, labels, unknown
+        (cells,): group and label of each cell, and whether it is unknown, which counts as a label.
+
+    Returns
+    -------
+    One row per group, indexed by group: `cells`, `label` and its `share` of the cells, `second` and `second_share`
+    (empty and 0 if all cells have one label).
+    """
+    rows = {}
+    for group, found in pd.Series(np.where(unknown, UNKNOWN, labels)).groupby(groups):
+        (label, share), (second, second_share) = [*found.value_counts(normalize=True).items(), ("", 0.0)][:2]
+        rows[group] = (len(found), label, share, second, second_share)
+    columns = ["cells", "label", "share", "second", "second_share"]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("group")

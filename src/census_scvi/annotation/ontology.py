@@ -1,0 +1,213 @@
+"""Back-off along the Cell Ontology: the most specific cell type that is certain enough, "T cell" for CD4 or CD8."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from sklearn.isotonic import IsotonicRegression
+
+from census_scvi.census.ontology import ROOT, CellOntology, cell_ontology
+
+log = logging.getLogger(__name__)
+
+# A name is given if it is right with this probability.
+LEVEL = 0.7
+_LOWEST, _HIGHEST, _FEWEST_CELLS = 0.5, 0.95, 100
+_TERM_ID = "ontology_term_id"
+NO_TERM = "unknown"  # as the CELLxGENE schema has it
+
+
+@dataclass(frozen=True)
+class Hierarchy:
+    """Labels of a reference, and the terms of the Cell Ontology that are above at least two of them.
+
+    Attributes
+    ----------
+    classes
+        The labels.
+    terms
+        Term id of each label; None: the label has no term and no ancestor but the root.
+    names, term_ids
+        Name and term id of each node. First the labels, in their order; then the terms above them, those of the fewest
+        labels first; last the root, a term above every label, or else "cell". Terms above the same labels are one node.
+    members
+        bool (nodes, classes): the labels of each node.
+    lineage
+        bool (nodes, terms): the terms that a node is or has above it, without the root; see `metrics.hierarchy`.
+    """
+
+    classes: list[str]
+    terms: list[str | None]
+    names: list[str]
+    term_ids: list[str | None]
+    members: npt.NDArray[np.bool_]
+    lineage: npt.NDArray[np.bool_]
+
+    @property
+    def flat(self) -> list[str]:
+        """Labels without a term."""
+        return [label for label, term in zip(self.classes, self.terms, strict=True) if term is None]
+
+    @property
+    def has_terms(self) -> bool:
+        """Whether at least one label has a term."""
+        return any(term is not None for term in self.terms)
+
+    def probability(self, probability: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
+        """Probability of each node, float32 (cells, nodes): the sum over its labels, from (cells, classes)."""
+        summed = np.asarray(probability, np.float32) @ self.members.T.astype(np.float32)
+        summed[:, -1] = 1  # every cell is a cell
+        return np.minimum(summed, np.float32(1))
+
+
+def build_hierarchy(classes: Sequence[str], terms: Mapping[str, str] | None = None) -> Hierarchy:
+    """The terms above some labels.
+
+    Parameters
+    ----------
+    classes
+        The labels.
+    terms
+        Term ids by label, for example from `terms_in`. A label that has none is searched by its exact name.
+    """
+    ontology, given = cell_ontology(), terms or {}
+    own = [ontology.current(given.get(label)) or ontology.term(label) for label in classes]
+    above = [ontology.ancestors(term) if term else set() for term in own]
+    groups: dict[tuple[int, ...], list[str]] = {}  # terms by the labels below them
+    for term in sorted(set().union(*above)):
+        groups.setdefault(tuple(i for i, terms_above in enumerate(above) if term in terms_above), []).append(term)
+    names = {below: _most_informative(ontology, same, own) for below, same in groups.items()}
+    every = tuple(range(len(classes)))
+    ordered = sorted((below for below, name in names.items() if name), key=lambda below: (len(below), below))
+    inner = [below for below in ordered if 1 < len(below) < len(every)]
+    ids = [*own, *(names[below] for below in inner), names.get(every) or ROOT]
+    members = np.vstack([np.eye(len(every), dtype=bool), *(_mask(below, len(every)) for below in [*inner, every])])
+    # A term above every label is a column only if it is a label itself.
+    columns = [below for below in ordered if below != every or set(own) & set(groups[below])]
+    columns += [(i,) for i, term in enumerate(own) if term is None]
+    outside = ~np.vstack([_mask(below, len(every)) for below in columns]).T
+    return Hierarchy(
+        classes=list(classes),
+        terms=own,
+        names=[*classes, *(ontology.name(str(term)) for term in ids[len(every) :])],
+        term_ids=ids,
+        members=members,
+        lineage=~(members @ outside),
+    )
+
+
+def _most_informative(ontology: CellOntology, terms: list[str], own: list[str | None]) -> str | None:
+    """Of the terms above the same labels: a curated class, or else the deepest one that is below a curated class.
+
+    Terms such as "nucleate cell", which are neither, are not names of cell types, unless a label is called so.
+    """
+    classes = ontology.classes
+    curated = [term for term in terms if term in classes]
+    below = [term for term in terms if term in own or not ontology.ancestors(term).isdisjoint(classes)]
+    return max(curated or below, key=lambda term: (len(ontology.ancestors(term)), term), default=None)
+
+
+def _mask(below: tuple[int, ...], n_classes: int) -> npt.NDArray[np.bool_]:
+    return np.isin(np.arange(n_classes), below)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Answer for each cell: int64 `nodes` of a hierarchy and their float32 `probability`, (cells,) each."""
+
+    nodes: npt.NDArray[np.int64]
+    probability: npt.NDArray[np.float32]
+
+
+def back_off(hierarchy: Hierarchy, probability: npt.NDArray[np.floating], threshold: float = LEVEL) -> Terms:
+    """The node with the fewest labels whose probability reaches the threshold; the most probable one of several.
+
+    Parameters
+    ----------
+    probability
+        (cells, classes): calibrated probabilities of the labels.
+    threshold
+        Above 0, at most 1.
+    """
+    summed = hierarchy.probability(probability)
+    sizes = hierarchy.members.sum(axis=1)
+    # Fewer labels first; of as many labels, the more probable node.
+    order = np.where(summed >= np.float32(threshold) - np.float32(1e-6), sizes - summed / 2, np.inf)
+    nodes = order.argmin(axis=1)
+    return Terms(nodes.astype(np.int64), summed[np.arange(len(nodes)), nodes])
+
+
+def calibrated_threshold(
+    hierarchy: Hierarchy,
+    probability: npt.NDArray[np.floating],
+    truth: npt.NDArray[np.integer],
+    level: float = LEVEL,
+) -> float:
+    """Probability at which a term is right in the share `level` of the held-out cells.
+
+    Isotonic regression of "this node contains the cell's label" on the probability of the node, over all cells and
+    nodes but the root. With well calibrated probabilities the result is close to `level`.
+
+    Parameters
+    ----------
+    probability
+        (held-out cells, classes), predicted without these cells.
+    truth
+        int (held-out cells,): the class of each cell.
+
+    Returns
+    -------
+    A threshold between 0.5 and 0.95; `level` if there are fewer than 100 cells.
+    """
+    if len(truth) < _FEWEST_CELLS:
+        return level
+    summed = hierarchy.probability(probability)[:, :-1].astype(np.float64)
+    right = hierarchy.members[:-1, truth].T
+    fit = IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip").fit(summed.ravel(), right.ravel())
+    grid = np.linspace(_LOWEST, _HIGHEST, 91)
+    reached = grid[fit.predict(grid) >= level]
+    return float(reached[0].round(3)) if len(reached) else _HIGHEST
+
+
+def terms_in(obs: pd.DataFrame, labels: str) -> dict[str, str]:
+    """Term id of each label, from the column `<labels>_ontology_term_id` as in the Census; the most frequent one.
+
+    Empty if obs has no such column.
+    """
+    column = f"{labels}_{_TERM_ID}"
+    if column not in obs:
+        return {}
+    pairs = pd.DataFrame({"label": obs[labels].astype(str), "term": obs[column].astype(str)})
+    counts = pairs.value_counts(sort=False).reset_index(name="cells").sort_values(["cells", "term"])
+    return dict(zip(counts["label"], counts["term"], strict=True))  # the last of each label: the most frequent
+
+
+def term_columns(
+    hierarchy: Hierarchy, labels: str, probability: npt.NDArray[np.floating], unknown: npt.NDArray[np.bool_],
+    threshold: float = LEVEL,
+) -> dict[str, pd.Categorical | npt.NDArray[np.float32]]:  # fmt: skip
+    """Columns for obs with the term of each cell; empty if no label has a term.
+
+    `<labels>_ontology`, `<labels>_ontology_id` and `<labels>_ontology_probability` are the most specific name that is
+    certain enough, its term id and probability; `<labels>_predicted_ontology_term_id` is the term of the most probable
+    label. The names leave `<labels>_ontology_term_id` to the cells' own annotation. Unknown cells have the value
+    "unknown"; a label without a term has the term id "".
+    """
+    if not hierarchy.has_terms:
+        log.info("%s: none of the %d labels is a term of the Cell Ontology", labels, len(hierarchy.classes))
+        return {}
+    found = back_off(hierarchy, probability, threshold)
+    ids = np.array([term or "" for term in hierarchy.term_ids], dtype=object)
+    names = np.array(hierarchy.names, dtype=object)
+    flat = ids[np.asarray(probability).argmax(axis=1)]
+    return {
+        f"{labels}_ontology": pd.Categorical(np.where(unknown, NO_TERM, names[found.nodes])),
+        f"{labels}_ontology_id": pd.Categorical(np.where(unknown, NO_TERM, ids[found.nodes])),
+        f"{labels}_ontology_probability": found.probability,
+        f"{labels}_predicted_{_TERM_ID}": pd.Categorical(np.where(unknown, NO_TERM, flat)),
+    }

@@ -1,0 +1,67 @@
+"""Metrics of predicted cell types that know which type is an ancestor of which."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Codes = npt.NDArray[np.integer]
+Lineage = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class HierarchicalScores:
+    """Agreement of predicted types with the true ones.
+
+    Attributes
+    ----------
+    precision, recall, f1
+        Hierarchical precision and recall, and their harmonic mean: a predicted and a true type are compared by the
+        sets of terms that they are or have above them, summed over the cells (Kiritchenko and others, 2006). NaN if no
+        cell has such a term.
+    right
+        Share of the cells whose predicted type is the true one.
+    right_or_ancestor
+        Share of the cells whose predicted type is the true one or an ancestor of it, the root excluded.
+    """
+
+    precision: float
+    recall: float
+    f1: float
+    right: float
+    right_or_ancestor: float
+
+
+def hierarchical_scores(lineage: Lineage, truth: Codes, predicted: Codes) -> HierarchicalScores:
+    """Compare predicted types with true types.
+
+    Parameters
+    ----------
+    lineage
+        bool (types, terms): the terms that each type is or has above it. The root, which tells nothing, is no column:
+        a prediction of the root has no term.
+    truth, predicted
+        int (cells,): rows of `lineage`.
+    """
+    common = (lineage[truth] & lineage[predicted]).sum()
+    of_truth, of_predicted = lineage[truth].sum(), lineage[predicted].sum()
+    return HierarchicalScores(
+        precision=_ratio(common, of_predicted),
+        recall=_ratio(common, of_truth),
+        f1=_ratio(2 * common, of_truth + of_predicted),
+        right=_ratio((truth == predicted).sum(), len(truth)),
+        right_or_ancestor=_ratio(right_or_ancestor(lineage, truth, predicted).sum(), len(truth)),
+    )
+
+
+def right_or_ancestor(lineage: Lineage, truth: Codes, predicted: Codes) -> npt.NDArray[np.bool_]:
+    """Whether each predicted type is the true one or an ancestor of it, bool (cells,); the root is neither."""
+    above = lineage[predicted].any(axis=1) & ~(lineage[predicted] & ~lineage[truth]).any(axis=1)
+    found: npt.NDArray[np.bool_] = above | (truth == predicted)
+    return found
+
+
+def _ratio(part: np.integer | int, whole: np.integer | int) -> float:
+    return float(part / whole) if whole else float("nan")
