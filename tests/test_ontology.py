@@ -152,15 +152,18 @@ def test_a_near_miss_scores_higher_than_a_far_one(blood: Hierarchy) -> None:
     assert (root.recall, root.right_or_ancestor) == (0, 0)
 
 
-def test_the_threshold_follows_the_calibration_of_held_out_cells(blood: Hierarchy) -> None:
+def test_the_threshold_follows_the_calibration_of_held_out_cells() -> None:
     generator = np.random.default_rng(0)
-    sharp = generator.dirichlet(np.full(9, 0.3), 4000).astype(np.float32)
-    truth = np.array([generator.choice(9, p=row / row.sum()) for row in sharp.astype(float)])
-    assert calibrated_threshold(blood, sharp, truth) == pytest.approx(0.7, abs=0.06)
-    overconfident = sharp**3 / (sharp**3).sum(axis=1, keepdims=True)
-    assert calibrated_threshold(blood, overconfident, truth) > 0.8
-    assert calibrated_threshold(blood, sharp[:99], truth[:99]) == 0.7  # too few cells
-    assert calibrated_threshold(blood, sharp, generator.permutation(truth)) == 0.95  # nothing helps
+    sharp = generator.dirichlet(np.full(9, 0.3), 4000)
+    truth = np.array([generator.choice(9, p=row) for row in sharp])
+    power = {name: sharp**e / (sharp**e).sum(axis=1, keepdims=True) for name, e in (("over", 3), ("under", 0.6))}
+    assert calibrated_threshold(sharp, truth) == pytest.approx(0.7, abs=0.03)
+    assert calibrated_threshold(power["over"], truth) == pytest.approx(0.9, abs=0.05)
+    assert calibrated_threshold(power["under"], truth) == pytest.approx(0.52, abs=0.03)
+    assert calibrated_threshold(sharp[:99], truth[:99]) == 0.7  # too few cells
+    assert calibrated_threshold(sharp, generator.permutation(truth)) == 0.95  # no threshold is high enough
+    assert calibrated_threshold(sharp, sharp.argmin(axis=1)) == 0.95
+    assert calibrated_threshold(sharp, sharp.argmax(axis=1)) == 0.5
 
 
 def test_terms_in_obs() -> None:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from sklearn.isotonic import IsotonicRegression
+from scipy.special import expit, logit
+from sklearn.linear_model import LogisticRegression
 
 from census_scvi.census.ontology import ROOT, CellOntology, cell_ontology
 
@@ -143,15 +144,13 @@ def back_off(hierarchy: Hierarchy, probability: npt.NDArray[np.floating], thresh
 
 
 def calibrated_threshold(
-    hierarchy: Hierarchy,
-    probability: npt.NDArray[np.floating],
-    truth: npt.NDArray[np.integer],
-    level: float = LEVEL,
+    probability: npt.NDArray[np.floating], truth: npt.NDArray[np.integer], level: float = LEVEL
 ) -> float:
-    """Probability at which a term is right in the share `level` of the held-out cells.
+    """Probability at which the most probable label of a held-out cell is right in the share `level` of the cells.
 
-    Isotonic regression of "this node contains the cell's label" on the probability of the node, over all cells and
-    nodes but the root. With well calibrated probabilities the result is close to `level`.
+    By logistic regression of "the label is right" on the log odds of its probability. With well calibrated
+    probabilities the result is close to `level`. Terms above labels are right more often than labels of the same
+    probability.
 
     Parameters
     ----------
@@ -166,12 +165,15 @@ def calibrated_threshold(
     """
     if len(truth) < _FEWEST_CELLS:
         return level
-    summed = hierarchy.probability(probability)[:, :-1].astype(np.float64)
-    right = hierarchy.members[:-1, truth].T
-    fit = IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip").fit(summed.ravel(), right.ravel())
-    grid = np.linspace(_LOWEST, _HIGHEST, 91)
-    reached = grid[fit.predict(grid) >= level]
-    return float(reached[0].round(3)) if len(reached) else _HIGHEST
+    right = np.asarray(probability).argmax(axis=1) == truth
+    if right.all():
+        return _LOWEST
+    odds = logit(np.clip(np.asarray(probability, np.float64).max(axis=1), 1e-3, 1 - 1e-3))
+    fit = LogisticRegression(C=np.inf).fit(odds[:, None], right) if right.any() else None
+    if fit is None or fit.coef_[0, 0] <= 0:  # more probable labels are not more often right
+        return _HIGHEST
+    reached = expit((logit(level) - fit.intercept_[0]) / fit.coef_[0, 0])
+    return float(np.clip(reached, _LOWEST, _HIGHEST).round(3))
 
 
 def terms_in(obs: pd.DataFrame, labels: str) -> dict[str, str]:
