@@ -527,7 +527,7 @@ OTHER_FORMATS: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_files_of_other_formats_say_how_to_convert_them(name: str, tmp_path: Path) -> None:
     make, message = OTHER_FORMATS[name]
     make(tmp_path / name)
-    for opened in (open_file, QueryCells, lambda path: open_h5ad(path, organism=ORGANISM)):
+    for opened in (open_file, lambda path: open_h5ad(path, organism=ORGANISM)):
         with pytest.raises(UserError, match=message) as error:
             opened(tmp_path / name)
         assert "\n" not in str(error.value)

@@ -70,6 +70,18 @@ def test_from_file_to_file(finished_run: Run, query: Path, capsys: pytest.Captur
     assert "cell_type: " in capsys.readouterr().err
 
 
+def test_a_table_of_log_values_gives_what_the_counts_give(finished_run: Run, query: Path) -> None:
+    cells = ad.read_h5ad(query)
+    cells.to_df().to_csv(query.with_name("logged.csv"))  # X is normalised
+    quick = ("query.umap_cells=0", "query.baseline_cells=0")
+    assert map_query(finished_run, f"query.file={query}", *quick) == 0
+    assert map_query(finished_run, f"query.file={query.parent}/logged.csv", "query.values=log_normalized", *quick) == 0
+    counted, logged = (ad.read_h5ad(query.with_name(f"{name}-mapped.h5ad")) for name in ("cells", "logged"))
+    np.testing.assert_allclose(logged.obsm["X_scvi"], counted.obsm["X_scvi"], atol=1e-4)
+    np.testing.assert_allclose(logged.X.toarray(), cells.X.toarray(), rtol=1e-6)
+    assert (logged.obs["cell_type_predicted"] == counted.obs["cell_type_predicted"]).all()
+
+
 def test_run_again(finished_run: Run, query: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = (f"query.file={query}", f"query.output={query.parent}/out.h5ad", "query.umap_cells=0")
     assert map_query(finished_run, *settings) == 0
@@ -119,7 +131,7 @@ def test_dry_run_changes_nothing(finished_run: Run, query: Path, capsys: pytest.
 
 def test_mistakes(finished_run: Run, query: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for settings, message in {
-        (): "query.file is not set; give the .h5ad with your cells",
+        (): "query.file is not set; give the file with your cells",
         (f"query.file={query}", f"query.output={query}"): "query.output is query.file",
         (f"query.file={query}", f"query.output={tmp_path}/no/such/folder.h5ad"): "does not exist; create the folder",
         ("query.file=none.h5ad",): "none.h5ad: no such file",

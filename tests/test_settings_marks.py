@@ -32,9 +32,9 @@ SETTINGS_OF_STAGES = {
     ),
     "map-query": (
         "census.organism", "census.uri", "census.version", "genes.min_share", "seed",
-        "query.file", "query.model", "query.embedding", "query.counts", "query.min_share", "query.labels",
-        "query.obs_filter", "query.reference_cells", "query.method", "query.n_neighbors", "query.baseline_cells",
-        "query.umap_cells",
+        "query.file", "query.model", "query.embedding", "query.counts", "query.values", "query.min_share",
+        "query.labels", "query.obs_filter", "query.reference_cells", "query.method", "query.n_neighbors",
+        "query.baseline_cells", "query.umap_cells",
     ),
 }  # fmt: skip
 MAPPINGS = [

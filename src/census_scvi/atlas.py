@@ -43,7 +43,7 @@ from census_scvi.pictures.annotation_quality import draw_quality
 from census_scvi.pictures.umap import draw_map
 from census_scvi.query.atlas_cells import EMBEDDING, AtlasCells
 from census_scvi.query.atlas_expression import differential_expression, normalized_expression
-from census_scvi.query.cells import QueryCells
+from census_scvi.query.cells import QuerySource, opened
 from census_scvi.query.mapping import MIN_SHARE, Mapper
 from census_scvi.query.reference import Origin, open_embedding
 from census_scvi.terminal.progress import show_messages
@@ -399,16 +399,14 @@ class Atlas:
 
     # --- the user's cells
 
-    def embed(
-        self, source: ad.AnnData | str | Path, *, counts: str | None = None, min_share: float = MIN_SHARE
-    ) -> ad.AnnData:
+    def embed(self, source: QuerySource, *, counts: str | None = None, min_share: float = MIN_SHARE) -> ad.AnnData:
         """Embed your own cells.
 
         Parameters
         ----------
         source
-            AnnData, or path of an .h5ad of any size, with raw counts. It is not changed. Genes are identified by
-            Ensembl id or symbol, in var_names or a column of var.
+            AnnData, or path of a file of any size (.h5ad, zarr, 10x, Loom, CSV), with raw counts. It is not changed.
+            Genes are identified by Ensembl id or symbol, in var_names or a column of var.
         counts
             Location of the raw counts: `X`, `raw` or `layers/<name>`; None: search for them.
         min_share
@@ -436,7 +434,7 @@ class Atlas:
 
     def predict(
         self,
-        source: ad.AnnData | str | Path,
+        source: QuerySource,
         labels: str | Sequence[str] = "cell_type",
         *,
         obs_filter: str | None = None,
@@ -526,7 +524,7 @@ class Atlas:
 
     def neighbors(
         self,
-        source: ad.AnnData | str | Path,
+        source: QuerySource,
         *,
         obs_filter: str | None = None,
         obs_columns: list[str] | None = None,
@@ -564,13 +562,13 @@ class Atlas:
         obs = reference.obs.set_index("soma_joinid").loc[np.unique(joinids)]
         return Neighbors(joinids, distances, obs)
 
-    def _embedded(self, source: ad.AnnData | str | Path, counts: str | None, min_share: float) -> ad.AnnData:
+    def _embedded(self, source: QuerySource, counts: str | None, min_share: float) -> ad.AnnData:
         """The embedded cells; a result of `embed` by this model is copied, everything else is embedded."""
         if isinstance(source, ad.AnnData) and OWN_EMBEDDING in source.obsm and EMPTY in source.obs:
             if str(source.uns.get(_MODEL)) == self._model_identity:
                 require_number("min_share", min_share, most=1)
                 if counts is not None and _holds_counts(source):
-                    with QueryCells(source) as cells:
+                    with opened(source) as cells:
                         cells.find_counts(counts)
                 return source.copy()
             if source.X is None:
@@ -620,7 +618,7 @@ def _census_section(census: str, organism: str) -> CensusSection:
     return CensusSection(organism=organism, version=census)
 
 
-def _holds_counts(source: ad.AnnData | str | Path) -> bool:
+def _holds_counts(source: QuerySource) -> bool:
     return not isinstance(source, ad.AnnData) or source.X is not None or bool(source.layers) or source.raw is not None
 
 

@@ -41,8 +41,25 @@ def open_file(path: Path) -> h5py.File:
     Raises
     ------
     UserError
-        The file is missing, incomplete or of another format (the error says how to convert it), or it refers to other
-        files or declares absurd sizes (`census_scvi.counts.untrusted`).
+        The file is of another format (the error says how to convert it), or cannot be opened (`open_hdf5`).
+    """
+    file = open_hdf5(path)
+    try:
+        require_h5ad(file)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def open_hdf5(path: Path) -> h5py.File:
+    """Open an HDF5 file for reading.
+
+    Raises
+    ------
+    UserError
+        The file is missing, incomplete or not HDF5 (the error says how to convert it), or it refers to other files or
+        declares absurd sizes (`census_scvi.counts.untrusted`).
     """
     check_path(path)
     try:
@@ -52,12 +69,21 @@ def open_file(path: Path) -> h5py.File:
         raise UserError(f"{path}: {explained}") from error
     try:
         check_file(file)
-        if "mod" in file or not {"obs", "var"} <= set(file):
-            raise UserError(f"{path}: {explain_hdf5(file) or f'has no obs and var; {_EXPECTED}'}")
     except BaseException:
         file.close()
         raise
     return file
+
+
+def require_h5ad(file: h5py.File) -> None:
+    """UserError unless an HDF5 file is an .h5ad; the error says how to convert it."""
+    if "mod" in file or not {"obs", "var"} <= set(file):
+        raise UserError(f"{file.filename}: {explain_hdf5(file) or f'has no obs and var; {_EXPECTED}'}")
+
+
+def name_of(file: Any) -> str:
+    """Path of an open HDF5 file or zarr store, for messages."""
+    return str(file.filename) if isinstance(file, h5py.File) else str(file.store_path)
 
 
 _EXPECTED = "expected an .h5ad as anndata writes it"
@@ -75,9 +101,9 @@ def unreadable(name: str, error: Exception) -> UserError:
     return UserError(f"{name}: the file is damaged or truncated ({text})")
 
 
-def read_frame(file: h5py.File, key: str) -> pd.DataFrame:
-    """The table at `key` (obs, var or raw/var); UserError if it is missing or anndata cannot read it."""
-    path = file.filename
+def read_frame(file: Any, key: str) -> pd.DataFrame:
+    """The table at `key` (obs, var or raw/var) of an .h5ad or a zarr store; UserError if anndata cannot read it."""
+    path = name_of(file)
     if key not in file:
         raise UserError(f"{path}: has no {key}; {_EXPECTED}")
     try:
@@ -137,12 +163,23 @@ def _portable(values: pd.Series) -> pd.Series:
 
 
 class CountMatrix:
-    """The matrix at `key` of an open .h5ad (CSR, CSC or dense), cells x genes, read in blocks of rows."""
+    """The matrix at `key` of an open .h5ad or zarr store (CSR, CSC or dense), cells x genes, read in blocks of rows.
 
-    def __init__(self, file: h5py.File, key: str) -> None:
+    Parameters
+    ----------
+    file, key
+        Open h5py.File or zarr.Group, and the place of the matrix in it.
+    csr_shape
+        Shape of a CSR matrix whose group does not state it as anndata does; None: the group states it.
+    """
+
+    def __init__(self, file: Any, key: str, csr_shape: tuple[int, int] | None = None) -> None:
         self._node: Any = file[key]
-        self._name = f"{file.filename}: {key}"
-        if isinstance(self._node, h5py.Dataset):
+        self._name = f"{name_of(file)}: {key}"
+        shape: Any
+        if csr_shape is not None:
+            self._encoding, shape = "csr", csr_shape
+        elif not hasattr(self._node, "keys"):
             # anndata before 0.7 wrote the matrix of one gene as a vector.
             self._encoding, shape = "array", self._node.shape
             shape = (*shape, 1) if len(shape) == 1 else shape
@@ -248,7 +285,7 @@ class CountMatrix:
     def _csc_chunks(self) -> Iterator[tuple[int, npt.NDArray[Any]]]:
         """Yield the entries in stored order, in chunks: position of the first entry, row indices."""
         values, step = self._node["indices"], 2**22
-        for first in range(0, max(len(values), 1), step):
+        for first in range(0, max(values.shape[0], 1), step):
             indices = values[first : first + step]
             self._check_indices(indices, self.shape[0])
             yield first, indices
@@ -258,7 +295,7 @@ class CountMatrix:
         n_entries = np.diff(indptr)
         if (
             int(indptr[0]) < 0
-            or int(indptr[-1]) > len(self._node["data"])
+            or int(indptr[-1]) > self._node["data"].shape[0]
             or (n_entries < 0).any()
             or int(n_entries.max(initial=0)) > _MOST_DUPLICATES * width
         ):

@@ -17,6 +17,7 @@ _READERS = {
     ".parquet": "anndata.AnnData(pandas.read_parquet({path!r}))",
 }
 _TRANSPOSE = " (add .T if the rows are genes)"
+FORMATS = "an .h5ad, a zarr store, a 10x .h5, a folder with matrix.mtx, a Loom file, or a .csv or .tsv of cells x genes"
 _IN_R = {".rds", ".rda", ".rdata", ".qs", ".h5seurat"}
 
 
@@ -28,6 +29,39 @@ def check_path(path: Path) -> None:
         raise UserError(f"{path}: {explain_path(path)}")
     if not path.is_file():  # reading a pipe or a device could block forever
         raise UserError(f"{path}: is not a regular file; expected an .h5ad")
+
+
+def is_zarr(path: Path) -> bool:
+    """Whether a folder is a zarr store."""
+    return any((path / name).exists() for name in (".zgroup", "zarr.json", ".zattrs", ".zmetadata"))
+
+
+def find_named(folder: Path, name: str) -> list[Path]:
+    """Files of this name, which may be gzipped and have the prefix of a sample (GSM123_matrix.mtx.gz)."""
+    return sorted(path for packed in ("", ".gz") for path in folder.glob(f"*{name}{packed}"))
+
+
+def folder_of_mtx(path: Path) -> Path | None:
+    """The folder of 10x files that a path names, itself or by its matrix.mtx; None if it names none."""
+    if path.is_dir():
+        return path if find_named(path, "matrix.mtx") else None
+    return path.parent if path.name.removesuffix(".gz").endswith(".mtx") else None
+
+
+def check_cells_path(path: Path) -> None:
+    """UserError unless there is a file or folder at the path that may hold cells."""
+    if not path.is_dir():
+        check_path(path)
+    elif not (is_zarr(path) or folder_of_mtx(path)):
+        raise UserError(f"{path}: is a folder without cells; expected {FORMATS}")
+
+
+def files_of(path: Path) -> list[Path]:
+    """All files with the cells of a file or folder."""
+    if folder := folder_of_mtx(path):
+        names = ("matrix.mtx", "barcodes.tsv", "features.tsv", "genes.tsv")
+        return [file for name in names for file in find_named(folder, name)]
+    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
 
 
 def explain_path(path: Path) -> str:
@@ -51,7 +85,7 @@ def explain_path(path: Path) -> str:
 
 
 def _explain_folder(path: Path) -> str:
-    if any((path / name).exists() for name in (".zgroup", "zarr.json", ".zattrs", ".zmetadata")):
+    if is_zarr(path):
         return f"is a zarr store; {_convert(f'anndata.read_zarr({str(path)!r})')}"
     if any((path / f"matrix.mtx{packed}").exists() for packed in ("", ".gz")):
         return f"is a folder of 10x files; {_convert(f'scanpy.read_10x_mtx({str(path)!r})')}"

@@ -7,15 +7,14 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
-import h5py
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import scipy.sparse as sp
 
-from census_scvi.counts.h5ad import CountMatrix, check_counts, require_place, unreadable
+from census_scvi.counts.h5ad import CountMatrix, check_counts, name_of, require_place, unreadable
 from census_scvi.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -68,32 +67,32 @@ class UnreadableMatrix:
         raise UserError(self._reason)
 
 
-def matrices_in(file: h5py.File) -> dict[str, Matrix]:
-    """The matrices of an .h5ad by place: `X`, `raw` and `layers/<name>`."""
+def matrices_in(file: Any) -> dict[str, Matrix]:
+    """The matrices of an .h5ad or a zarr store by place: `X`, `raw` and `layers/<name>`."""
     return {place: _matrix(file, key) for place, key in _keys(file).items()}
 
 
-def _keys(file: h5py.File) -> dict[str, str]:
+def _keys(file: Any) -> dict[str, str]:
     raw = "raw.X" if "raw.X" in file else "raw/X"  # anndata before 0.7 wrote raw.X and raw.var
     found = {place: key for place, key in {"X": "X", "raw": raw}.items() if key in file}
     return found | {f"layers/{name}": f"layers/{name}" for name in file.get("layers", {})}
 
 
-def matrix_key(file: h5py.File, place: str) -> str:
+def matrix_key(file: Any, place: str) -> str:
     """HDF5 key of a matrix; UserError if there is none, with a list of the existing ones."""
     keys = _keys(file)
-    require_place(place, list(keys), file.filename)
+    require_place(place, list(keys), name_of(file))
     return keys[place]
 
 
-def var_key(file: h5py.File, place: str) -> str:
+def var_key(file: Any, place: str) -> str:
     """HDF5 key of the var that belongs to a matrix."""
     if place != "raw":
         return "var"
     return "raw.var" if "raw.var" in file else "raw/var"
 
 
-def _matrix(file: h5py.File, key: str) -> Matrix:
+def _matrix(file: Any, key: str) -> Matrix:
     try:
         return CountMatrix(file, key)
     except UserError as error:

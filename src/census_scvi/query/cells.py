@@ -2,31 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self, TypeAlias
 
 import anndata as ad
-import h5py
-import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from census_scvi.counts.h5ad import check_counts, open_file, plain_numbers, read_frame, require_place, unreadable
-from census_scvi.counts.raw_counts import Matrix, check_place, find_raw_counts, matrices_in, sample_spans, var_key
+from census_scvi.counts.array_matrix import ArrayMatrix
+from census_scvi.counts.formats.open_cells import open_cells
+from census_scvi.counts.h5ad import check_counts, require_place, unreadable
+from census_scvi.counts.log_normalized import Normalization, RecoveredCounts, find_log_normalized, inspect
+from census_scvi.counts.raw_counts import Matrix, check_place, find_raw_counts, sample_spans
 from census_scvi.errors import UserError
 from census_scvi.files.paths import expand_argument
 
+# What `query.values` may say of the values.
+COUNTS, LOG_NORMALIZED = VALUES = ("counts", "log_normalized")
+
+QuerySource: TypeAlias = "ad.AnnData | str | Path | QueryCells"
+
+
+def opened(source: QuerySource) -> AbstractContextManager[QueryCells]:
+    """The cells of a source; cells that are already open stay open."""
+    return nullcontext(source) if isinstance(source, QueryCells) else QueryCells(source)
+
 
 class QueryCells:
-    """A user's cells, from an AnnData or an .h5ad file.
+    """A user's cells, from an AnnData or a file.
 
     Parameters
     ----------
     source
-        AnnData, or the path of an .h5ad; it is not changed.
+        AnnData, or the path of a file or folder of any format of `census_scvi.counts.formats`; it is not changed.
+    values
+        What the matrices hold: `counts`, raw counts; or `log_normalized`, logarithms of normalised counts, from which
+        the raw counts are recovered (`census_scvi.counts.log_normalized`).
 
     Attributes
     ----------
@@ -38,11 +52,14 @@ class QueryCells:
     Raises
     ------
     UserError
-        The source is neither an AnnData nor a complete .h5ad, or has no cells.
+        The source is neither an AnnData nor a complete file of a known format, or has no cells.
     """
 
-    def __init__(self, source: ad.AnnData | str | Path) -> None:
-        self._stack = ExitStack()
+    def __init__(self, source: ad.AnnData | str | Path, values: str = COUNTS) -> None:
+        if values not in VALUES:
+            raise UserError(f"values is {values!r}; expected {' or '.join(VALUES)}")
+        self._stack, self._values = ExitStack(), values
+        self._recovered: dict[str, Matrix] = {}
         if isinstance(source, ad.AnnData):
             self.name = "the query"
             self.obs = source.obs
@@ -50,12 +67,12 @@ class QueryCells:
         elif isinstance(source, str | Path):
             self.name = expand_argument(source, "the file of the query")
             with ExitStack() as stack:
-                file = stack.enter_context(open_file(Path(self.name)))
-                self.obs = read_frame(file, "obs")
-                self._matrices, self._vars = _in_file(file)
+                stored = open_cells(Path(self.name), stack)
+                self.obs, self._matrices = stored.obs, stored.matrices
+                self._vars = {"X": stored.var, "raw": stored.raw_var}
                 self._stack = stack.pop_all()
         else:
-            raise UserError(f"the query is a {type(source).__name__}; expected an AnnData or the path of an .h5ad")
+            raise UserError(f"the query is a {type(source).__name__}; expected an AnnData or the path of a file")
         if not len(self.obs):
             raise UserError(f"{self.name} has no cells")
 
@@ -85,18 +102,43 @@ class QueryCells:
         UserError
             No place has raw counts, or several may have them; the error describes each place.
         """
-        if asked is None:
-            return find_raw_counts(
-                self._matrices, lambda place: self.var(place).index, len(self), name=self.name, setting=setting
-            )
-        require_place(asked, list(self._matrices), self.name)
-        n_genes = len(self.var(asked))
-        check_place(asked, self._matrices, len(self), n_genes, name=self.name, setting=setting)
+        if asked is not None:
+            require_place(asked, list(self._matrices), self.name)
+        if self._values == LOG_NORMALIZED:
+            return self._find_log_normalized(asked)
+        try:
+            if asked is None:
+                return find_raw_counts(
+                    self._matrices, lambda place: self.var(place).index, len(self), name=self.name, setting=setting
+                )
+            check_place(asked, self._matrices, len(self), len(self.var(asked)), name=self.name, setting=setting)
+        except UserError as error:
+            if hint := self._logarithms(asked):
+                raise UserError(f"{error}; {hint}") from None
+            raise
         return asked
+
+    def _find_log_normalized(self, asked: str | None) -> str:
+        place, normalization = find_log_normalized(self._matrices, asked, len(self), name=self.name)
+        self._recovered[place] = RecoveredCounts(self._matrices[place], normalization)
+        return place
+
+    def _logarithms(self, asked: str | None) -> str:
+        """What to do if a matrix without raw counts holds log-normalised values; "" if none does."""
+        for place in [asked] if asked else self._matrices:
+            if isinstance(found := inspect(self._matrices[place], len(self)), Normalization):
+                return f"{place} holds {found.name} of normalised counts: to use these, set query.values=log_normalized"
+        return ""
+
+    def _matrix(self, place: str) -> Matrix:
+        """The matrix of raw counts, recovered if the place holds log-normalised values."""
+        if self._values == LOG_NORMALIZED and place not in self._recovered:
+            self._find_log_normalized(place)
+        return self._recovered.get(place, self._matrices[place])
 
     def sample(self, place: str) -> sp.csr_matrix:
         """Raw counts of a sample of cells from all parts of the matrix, CSR (cells, columns of the place)."""
-        return sp.vstack([part for _, part in self._matrices[place].sample(sample_spans(len(self)))], format="csr")
+        return sp.vstack([part for _, part in self._matrix(place).sample(sample_spans(len(self)))], format="csr")
 
     @property
     def places(self) -> list[str]:
@@ -109,7 +151,7 @@ class QueryCells:
 
     def blocks(self, place: str, rows: int) -> Iterator[tuple[int, sp.csr_matrix]]:
         """Blocks of (first row, raw counts of at most `rows` cells as CSR); UserError if a value is not a raw count."""
-        matrix = self._matrices[place]
+        matrix = self._matrix(place)
         if matrix.shape != (len(self.obs), len(self.var(place))):
             raise UserError(
                 f"{self.name}: {place} is {matrix.shape}, obs x var {(len(self.obs), len(self.var(place)))}"
@@ -122,53 +164,10 @@ class QueryCells:
             raise unreadable(self.name, error) from error
 
 
-class _ArrayInMemory:
-    """A dense or sparse matrix of an AnnData: in memory, backed, or a dask array."""
-
-    def __init__(self, values: Any, where: str) -> None:
-        self._values, self._where = _computable(values, where), where
-        self.shape = (int(values.shape[0]), int(values.shape[1]))
-
-    def sample(self, spans: Sequence[tuple[int, int]]) -> list[tuple[int, sp.csr_matrix]]:
-        return [(start, self._rows(start, stop)) for start, stop in spans]
-
-    def blocks(self, rows: int) -> Iterator[tuple[int, sp.csr_matrix]]:
-        sparse = sp.issparse(self._values)
-        if sparse and self._values.format != "csr":
-            # In CSC, each block of rows would need a search through the whole matrix.
-            self._values = self._values.tocsr()
-        for start in range(0, self.shape[0], rows):
-            yield start, self._rows(start, min(start + rows, self.shape[0]))
-
-    def _rows(self, start: int, stop: int) -> sp.csr_matrix:
-        rows = self._values[start:stop]
-        if hasattr(rows, "compute"):  # dask
-            rows = rows.compute()
-        if isinstance(rows, np.ma.MaskedArray):
-            rows = np.ma.filled(rows.astype(np.float64), np.nan)
-        if sp.issparse(rows):
-            return sp.csr_matrix(_computable(rows, self._where))
-        return sp.csr_matrix(plain_numbers(np.asarray(rows), self._where))
-
-
-def _computable(values: Any, where: str) -> Any:
-    """Convert a sparse matrix to a dtype that scipy can compute with; other values are returned unchanged."""
-    sparse = sp.issparse(values)
-    if not sparse or values.format not in ("csr", "csc"):
-        return values
-    data = plain_numbers(values.data, where)
-    return values if data is values.data else type(values)((data, values.indices, values.indptr), shape=values.shape)
-
-
 def _in_memory(adata: ad.AnnData, name: str) -> tuple[Mapping[str, Matrix], Mapping[str, pd.DataFrame]]:
     held = {} if adata.X is None else {"X": adata.X}
     if adata.raw is not None:
         held["raw"] = adata.raw.X
     held |= {f"layers/{layer}": values for layer, values in adata.layers.items()}
-    matrices = {place: _ArrayInMemory(values, f"{name}: {place}") for place, values in held.items()}
+    matrices = {place: ArrayMatrix(values, f"{name}: {place}") for place, values in held.items()}
     return matrices, {"X": adata.var, "raw": adata.var if adata.raw is None else adata.raw.var}
-
-
-def _in_file(file: h5py.File) -> tuple[Mapping[str, Matrix], Mapping[str, pd.DataFrame]]:
-    matrices, var = matrices_in(file), read_frame(file, "var")
-    return matrices, {"X": var, "raw": read_frame(file, var_key(file, "raw")) if "raw" in matrices else var}

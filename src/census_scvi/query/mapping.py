@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
-import anndata as ad
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
@@ -17,7 +15,7 @@ import scvi
 from census_scvi.model.encode import Encoder, extend_batches
 from census_scvi.model.safe import ModelDescription
 from census_scvi.query.alignment import AlignedCells, AlignmentReport
-from census_scvi.query.cells import QueryCells
+from census_scvi.query.cells import QuerySource, opened
 from census_scvi.query.expected import ExpectedCounts
 from census_scvi.terminal.progress import progress_bar
 
@@ -81,15 +79,13 @@ class Mapper:
         self._encode = Encoder(model)
         self._expected = ExpectedCounts(model, self._n_trained, typical)
 
-    def __call__(
-        self, source: ad.AnnData | str | Path, *, counts: str | None = None, min_share: float = MIN_SHARE
-    ) -> Mapped:
+    def __call__(self, source: QuerySource, *, counts: str | None = None, min_share: float = MIN_SHARE) -> Mapped:
         """Embed cells.
 
         Parameters
         ----------
         source
-            AnnData, or the path of an .h5ad of any size, with raw counts; it is not changed.
+            AnnData, path of a file of any size, or open cells, with raw counts; it is not changed.
         counts
             Place of the raw counts: `X`, `raw` or `layers/<name>`; None: search all places.
         min_share
@@ -109,7 +105,7 @@ class Mapper:
             return Mapped(aligned.obs.copy(), np.concatenate(latent), np.concatenate(empty), aligned.report)
 
     def counts(
-        self, source: ad.AnnData | str | Path, *, counts: str | None = None, min_share: float = MIN_SHARE
+        self, source: QuerySource, *, counts: str | None = None, min_share: float = MIN_SHARE
     ) -> Iterator[sp.csr_matrix]:
         """Raw counts of the cells in blocks, CSR float32 (some cells, genes of the model)."""
         with self.align(source, counts=counts, min_share=min_share) as aligned:
@@ -117,10 +113,10 @@ class Mapper:
 
     @contextmanager
     def align(
-        self, source: ad.AnnData | str | Path, *, counts: str | None = None, min_share: float = MIN_SHARE
+        self, source: QuerySource, *, counts: str | None = None, min_share: float = MIN_SHARE
     ) -> Iterator[AlignedCells]:
         """The cells with the model's genes; parameters and errors as in `__call__`."""
-        with QueryCells(source) as cells:
+        with opened(source) as cells:
             yield AlignedCells(
                 cells,
                 self._description.genes,

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from census_scvi.counts.other_formats import check_path
+from census_scvi.counts.other_formats import check_cells_path, files_of, folder_of_mtx
 from census_scvi.errors import UserError
 from census_scvi.files.writable import require_writable
 from census_scvi.model.source import Kind, Source
 from census_scvi.query.settings import QuerySection
 from census_scvi.workspace import Workspace
+from census_scvi.workspace.identity import file_identity
 from census_scvi.workspace.result_files import ResultFiles
 
 # Suffixes of the report and the pictures next to the .h5ad.
@@ -19,10 +21,23 @@ _SUFFIXES = (".json", ".png")
 def query_source(settings: QuerySection) -> Path:
     """The file with the cells; UserError if none is given or it does not exist."""
     if settings.file is None:
-        raise UserError("query.file is not set; give the .h5ad with your cells: query.file=my-cells.h5ad")
+        raise UserError("query.file is not set; give the file with your cells: query.file=my-cells.h5ad")
     source = Path(settings.file)
-    check_path(source)
+    check_cells_path(source)
     return source
+
+
+def query_size(source: Path) -> int:
+    """Size of the file or folder with the cells, in bytes."""
+    return sum(file.stat().st_size for file in files_of(source))
+
+
+def query_identity(source: Path) -> dict[str, Any]:
+    """Identity of the file with the cells, or of each file of a folder by name."""
+    files = files_of(source)
+    if files == [source]:
+        return file_identity(source)
+    return {str(file.relative_to(source if source.is_dir() else source.parent)): file_identity(file) for file in files}
 
 
 def query_results(settings: QuerySection, directory: Path) -> ResultFiles:
@@ -34,7 +49,7 @@ def query_results(settings: QuerySection, directory: Path) -> ResultFiles:
         A file cannot be written or is the file with the cells, or there is no model.
     """
     source = query_source(settings)
-    target = Path(settings.output) if settings.output else source.with_name(f"{source.stem}-mapped.h5ad")
+    target = Path(settings.output) if settings.output else default_output(source, "mapped")
     if target.suffix in _SUFFIXES:
         raise UserError(f"query.output ends in {target.suffix}, like the report or a picture; expected NAME.h5ad")
     for path in (target, *companion_files(settings, target)):
@@ -45,6 +60,15 @@ def query_results(settings: QuerySection, directory: Path) -> ResultFiles:
     if settings.model is None and Source.at(str(directory)).kind not in with_model:
         Workspace(directory).require_run("give it in output.directory, or a published model in query.model")
     return ResultFiles(target, target.with_suffix(".json"), "query.output")
+
+
+def default_output(source: Path, what: str) -> Path:
+    """The .h5ad next to the file with the cells: `cells-mapped.h5ad`; next to a folder of 10x files for these."""
+    place = (source.parent if folder_of_mtx(source) and source.is_file() else source).absolute()
+    stem = place.name
+    for suffix in (".gz", ".h5ad", ".zarr", ".h5", ".loom", ".csv", ".tsv", ".txt"):
+        stem = stem.removesuffix(suffix)
+    return (source.parent if place == source.absolute() else source.parent.parent) / f"{stem}-{what}.h5ad"
 
 
 def companion_files(settings: QuerySection, target: Path) -> list[Path]:

@@ -15,7 +15,9 @@ class QuerySection(Section):
 
     changes: ClassVar[tuple[str, ...]] = ("map-query",)
     file: Annotated[LocalPath | None, USUAL] = None
-    """Your cells: an .h5ad file with raw counts, genes by Ensembl id or symbol."""
+    """Your cells: .h5ad, zarr, 10x .h5, folder with matrix.mtx, Loom, or CSV/TSV of cells x genes; genes by Ensembl id
+    or symbol.
+    """
     output: Annotated[LocalPath | None, Changes(), USUAL] = None
     """The .h5ad to write: your cells with embedding, UMAP and predicted labels; null: `<file>-mapped.h5ad`."""
     model: Annotated[PathName | None, USUAL] = None
@@ -27,6 +29,10 @@ class QuerySection(Section):
     counts: Name | None = None
     """Where the raw counts are: X, raw or layers/<name>; null: detected, and an error where several places may hold
     them.
+    """
+    values: Literal["counts", "log_normalized"] = "counts"
+    """What the file holds: raw counts, or logarithms of normalised counts (log(CPM + 1), log1p(CP10k)), from which the
+    counts are recovered.
     """
     min_share: Share = 0.8
     """Minimum fraction of the model's genes that your file must have; fewer are accepted where the others have few

@@ -12,7 +12,7 @@ from census_scvi.config.stages import Stage
 from census_scvi.errors import UserError
 from census_scvi.files.uri import tiledb_place, without_credentials
 from census_scvi.model.source import Kind, Source
-from census_scvi.query.places import query_source
+from census_scvi.query.places import query_identity, query_source
 from census_scvi.report.named import embeddings_of
 from census_scvi.settings import Config
 from census_scvi.workspace import Artifacts, Workspace
@@ -36,7 +36,7 @@ def inputs_of(stage: Stage, config: Config, census: Census | None = None) -> Inp
     if stage.name == "map-query":
         # Only a Census that the config names is included: the model's Census is part of the model's identity.
         named = config.census.model_dump(mode="json", include=config.census.model_fields_set & _NAMING)
-        return {"query.file": file_identity(query_source(config.query)), "model": _model(config), "census": named}
+        return {"query.file": query_identity(query_source(config.query)), "model": _model(config), "census": named}
     found: Inputs = {}
     artifacts, workspace = config.artifacts, Workspace(config.directory)
     for earlier, names in stage.reads.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from anndata.io import write_elem
 from census_scvi.annotation.annotator import EMPTY, PREDICTION
 from census_scvi.atlas import EMBEDDING, OWN_EMBEDDING, Atlas
 from census_scvi.config.obs_filter import in_section
+from census_scvi.counts.formats.copy_cells import copy_as_h5ad
 from census_scvi.counts.h5ad import portable_frame
 from census_scvi.files.atomic import write_json
 from census_scvi.files.json_values import json_values
@@ -25,7 +25,7 @@ from census_scvi.neighbors.umap_map import UmapMap
 from census_scvi.pictures.umap import draw_on_reference
 from census_scvi.query.alignment import TooFewGenes
 from census_scvi.query.cells import QueryCells
-from census_scvi.query.places import companion_files, quality_picture, query_results, query_source
+from census_scvi.query.places import companion_files, quality_picture, query_results, query_size, query_source
 from census_scvi.settings import Config
 from census_scvi.stages.plan import Plan
 from census_scvi.stages.protocol import Task
@@ -55,7 +55,8 @@ def run(task: Task) -> None:
             tiledb=config.census.tiledb,
         ) as atlas,
     ):
-        mapped = _predict(atlas, source, config)
+        with QueryCells(source, settings.values) as cells:
+            mapped = _predict(atlas, cells, config)
         for labels in settings.labels:
             log.info("%s", _summary(mapped, labels))
             if mapped.uns[PREDICTION][labels].get("held_out"):
@@ -70,14 +71,13 @@ def run(task: Task) -> None:
     log.info("wrote %s", ", ".join(map(str, written)))
 
 
-def _predict(atlas: Atlas, source: Path, config: Config) -> ad.AnnData:
+def _predict(atlas: Atlas, cells: QueryCells, config: Config) -> ad.AnnData:
     """Result of `Atlas.predict` for the cells; errors name the settings of the config."""
     settings, (setting, min_share) = config.query, _min_share(config)
-    with QueryCells(source) as cells:
-        counts = cells.find_counts(settings.counts, setting=_COUNTS)
+    counts = cells.find_counts(settings.counts, setting=_COUNTS)
     try:
         return atlas.predict(
-            source,
+            cells,
             settings.labels,
             obs_filter=settings.obs_filter,
             method=settings.method,
@@ -156,7 +156,7 @@ def _report(mapped: ad.AnnData, labels: list[str]) -> dict[str, Any]:
 
 def _write(source: Path, target: Path, mapped: ad.AnnData) -> None:
     """Write a copy of the user's file with the results added."""
-    shutil.copyfile(source, target)
+    copy_as_h5ad(source, target)
     with h5py.File(target, "r+") as file:
         write_elem(file, "obs", portable_frame(mapped.obs))
         if "obsm" not in file:
@@ -185,7 +185,7 @@ def plan(config: Config) -> Plan:
     """Plan of the command: number of cells from the file, time for two cores."""
     source, target = query_source(config.query), query_results(config.query, config.directory).target
     settings = config.query
-    with QueryCells(source) as cells:
+    with QueryCells(source, settings.values) as cells:
         n_cells, place = len(cells), cells.find_counts(settings.counts, setting=_COUNTS)
         n_genes = len(cells.var(place))
     return Plan(
@@ -200,7 +200,7 @@ def plan(config: Config) -> Plan:
         cells=n_cells,
         genes=n_genes,
         memory=_BASE_MEMORY + _BYTES_A_CELL * (n_cells + settings.reference_cells),
-        disk=source.stat().st_size + 300.0 * n_cells,
+        disk=query_size(source) + 300.0 * n_cells,
         seconds=_FIXED_SECONDS
         + n_cells / _CELLS_A_SECOND
         + _INDEX_SECONDS * (settings.reference_cells > EXACT_CELLS)
