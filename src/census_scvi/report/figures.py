@@ -11,12 +11,16 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from census_scvi.annotation.markers import Dots
 
 # Okabe and Ito's palette without black: colour-blind readers can separate these colours. Numbers on the map help.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#B8A800", "#7F7F7F")
 MOST_NAMED = 24
 _OTHER = "#D9D9D9"
 _POINTS, _DPI = 30_000.0, 110
+_ABREAST = 3  # heat maps next to each other
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,88 @@ def draw_curves(curves: Mapping[str, Sequence[float]], names: Sequence[str]) -> 
     return _data_url(figure)
 
 
-def _data_url(figure: Figure) -> str:
+def dot_plot(panels: Mapping[str, Dots], types: Sequence[str], genes: Sequence[str], owners: Sequence[str]) -> str:
+    """Dot plots of the same genes in the same types: area by share of cells with the gene, colour by mean expression.
+
+    Parameters
+    ----------
+    panels
+        Expression by title, (types, genes) each.
+    types, genes
+        Names of rows and columns.
+    owners
+        Type of which each gene is a marker; brackets mark its genes.
+    """
+    width, height = 1.4 + 0.24 * len(genes) + _text(types), 0.5 + 0.26 * len(types) + _text(genes)
+    figure = Figure(figsize=(width, height * len(panels)), layout="constrained")
+    rows, columns = np.indices((len(types), len(genes)))
+    top = max(float(np.nanmax(dots.mean)) for dots in panels.values())
+    for axes, (title, dots) in zip(np.atleast_1d(figure.subplots(len(panels), 1)), panels.items(), strict=True):
+        shown = np.isfinite(dots.mean)
+        drawn = axes.scatter(
+            columns[shown], rows[shown], s=110 * dots.share[shown], c=dots.mean[shown], cmap="Blues", vmin=0, vmax=top,
+            edgecolors="#5b6875", linewidths=0.3,
+        )  # fmt: skip
+        for type_ in dict.fromkeys(owners):
+            places = [place for place, owner in enumerate(owners) if owner == type_]
+            row = list(types).index(type_)
+            axes.add_patch(
+                Rectangle((places[0] - 0.5, row - 0.5), len(places), 1, fill=False, edgecolor="#D55E00", lw=0.9)
+            )
+        axes.set_xticks(range(len(genes)), genes, rotation=90, fontsize=8)
+        axes.set_yticks(range(len(types)), types, fontsize=8)
+        axes.set(xlim=(-0.7, len(genes) - 0.3), ylim=(len(types) - 0.4, -0.6))
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
+        axes.tick_params(length=0)
+        figure.colorbar(drawn, ax=axes, fraction=0.02, aspect=12).set_label("mean log expression", fontsize=8)
+    return _data_url(figure)
+
+
+def table_of_labels(shares: Mapping[str, pd.DataFrame]) -> str:
+    """Heat maps of shares, one per title: rows are labels of the annotation, columns those of an annotator."""
+    frames = list(shares.values())
+    names = [name for frame in frames for name in (*frame.index, *frame.columns)]
+    side = 0.5 + 0.24 * max(max(frame.shape) for frame in frames) + _text(names)
+    n_rows, n_columns = -(-len(frames) // _ABREAST), min(len(frames), _ABREAST)
+    figure = Figure(figsize=(side * n_columns, side * n_rows), layout="constrained")
+    grid = figure.subplots(n_rows, n_columns, squeeze=False).ravel()
+    for axes in grid[len(frames) :]:
+        axes.set_axis_off()
+    for axes, (title, frame) in zip(grid, shares.items(), strict=False):
+        axes.imshow(frame.to_numpy(), cmap="Blues", vmin=0, vmax=1)
+        axes.set_xticks(range(frame.shape[1]), frame.columns, rotation=90, fontsize=8)
+        axes.set_yticks(range(frame.shape[0]), frame.index, fontsize=8)
+        for row, column in zip(*np.nonzero(frame.to_numpy() >= 0.05), strict=True):
+            share = frame.iloc[row, column]
+            colour = "white" if share > 0.6 else "#1d2733"
+            axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=6.5, color=colour)
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.tick_params(length=0)
+        axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
+    return _data_url(figure, tight=True)
+
+
+def value_map(positions: npt.NDArray[np.float32], values: npt.NDArray[np.floating], title: str) -> str:
+    """Scatter plot of cells, (cells, 2), coloured by a number from 0 to 1; low values on top."""
+    figure = Figure(figsize=(5, 4.4))
+    axes = figure.add_axes((0.01, 0.01, 0.84, 0.98))
+    axes.set_axis_off()
+    order = np.argsort(-values, kind="stable")
+    size = min(max(_POINTS / max(len(values), 1), 0.5), 30)
+    drawn = axes.scatter(
+        positions[order, 0], positions[order, 1], s=size, c=values[order], cmap="cividis", vmin=0, vmax=1, linewidths=0
+    )
+    figure.colorbar(drawn, cax=figure.add_axes((0.87, 0.3, 0.025, 0.4))).set_label(title, fontsize=9)
+    return _data_url(figure)
+
+
+def _text(names: Sequence[str]) -> float:
+    """Inches for the longest of some names as labels of an axis."""
+    return 0.3 + 0.075 * max(map(len, names))
+
+
+def _data_url(figure: Figure, *, tight: bool = False) -> str:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DPI)
+    figure.savefig(buffer, format="png", dpi=_DPI, bbox_inches="tight" if tight else None)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
@@ -21,6 +18,7 @@ from census_scvi.metrics.score import BATCH, BIOLOGY, CHANCE, MIXED, WITHIN, Sco
 from census_scvi.neighbors.umap_map import UmapMap
 from census_scvi.report import figures
 from census_scvi.report.groups import same_groups
+from census_scvi.report.page import render
 from census_scvi.report.result import Evaluation
 from census_scvi.report.settings import EvaluateSection
 from census_scvi.report.slice import PCA, Slice
@@ -59,12 +57,10 @@ def write_report(
     config
         Config sections that reproduce the evaluation; the page shows them.
     """
-    template = files("census_scvi.report").joinpath("report.html.jinja").read_text(encoding="utf-8")
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=True, trim_blocks=True)
-    environment.filters |= {"shown": _shown, "place": _place}
     spaces = [*cells.spaces]
     maps, unmapped = _maps(settings, cells, measured, record["seed"])
-    page = environment.from_string(template).render(
+    page = render(
+        "report.html.jinja",
         record=record,
         spaces=spaces,
         best=[name for name in spaces if name != PCA],
@@ -171,15 +167,3 @@ def _gates(directory: Path) -> list[dict[str, Any]]:
         return list(json.loads(path.read_text(encoding="utf-8"))["gates"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}); remove it, or run scvi-publish.py again") from None
-
-
-def _shown(value: Any) -> str:
-    """Number with three digits, or a dash."""
-    if value is None or not math.isfinite(value):
-        return "–"
-    return f"{value:.3f}"
-
-
-def _place(value: Any, width: float) -> float:
-    """Position of a value on a bar from 0 to `width`."""
-    return round(min(max(float(value), 0.0), 1.0) * width, 1)
