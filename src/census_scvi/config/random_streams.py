@@ -22,6 +22,9 @@ class Stream(IntEnum):
     MEASURED_CELLS = 8
     SHUFFLED_LABELS = 9
     MINIFIED_CELLS = 10
+    CLASSIFIER_CELLS = 21
+    CLASSIFIER_VALIDATION = 22
+    CLASSIFIER_INTERPRETATION = 23
 
 
 def generator(seed: int, stream: Stream, *numbers: int) -> np.random.Generator:
