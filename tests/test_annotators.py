@@ -28,7 +28,9 @@ def simulated(n_cells: int = 360, seed: int = 0) -> tuple[Cells, np.ndarray]:
     return Cells(counts, batch, n_cells * 2 // 3, [f"gene{n}" for n in genes], embedding), codes
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "scanvi")) for name in SINGLE])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("scanvi", "scnym"))) for name in SINGLE]
+)
 def test_an_annotator_finds_the_types_and_nothing_in_permuted_labels(name: str) -> None:
     cells, codes = simulated()
     reference, query = cells.reference, cells.query

@@ -12,6 +12,7 @@ from census_scvi.annotation.annotators.neighbors import Neighbors
 from census_scvi.annotation.annotators.pca import Pca
 from census_scvi.annotation.annotators.random_forest import RandomForest
 from census_scvi.annotation.annotators.scanvi import Scanvi
+from census_scvi.annotation.annotators.scnym import ScNym
 from census_scvi.annotation.joint_model import STEPS
 from census_scvi.annotation.neighbor_vote import NEIGHBORS
 from census_scvi.annotation.protocol import Annotator
@@ -28,6 +29,7 @@ _CLASSES: dict[str, Any] = {
     LinearSvm.name: LinearSvm,
     RandomForest.name: RandomForest,
     Scanvi.name: Scanvi,
+    ScNym.name: ScNym,
 }
 TITLES = {
     CONSENSUS: "consensus",
