@@ -68,7 +68,10 @@ def test_every_row_of_the_benchmark(evaluated: Path, finished_run: Run) -> None:
         of_label, of_batch = values(record, space, "cell_type"), values(record, space, "dataset_id")
         classifiers = {"classifier_svm", "classifier_forest", "classifier_lr"}
         biology = {"leiden_nmi", "leiden_ari", "silhouette_label", "clisi", "isolated_labels"}
-        assert set(of_label) == biology | classifiers
+        of_terms = {"hierarchical_precision", "hierarchical_recall", "hierarchical_f1", "right_or_ancestor"}
+        assert set(of_label) == biology | classifiers | of_terms
+        assert of_label["classifier_lr"] <= of_label["right_or_ancestor"] <= 1
+        assert of_label["hierarchical_f1"] > of_label["classifier_lr"] or of_label["classifier_lr"] == 1
         assert {"silhouette_batch", "entropy", "entropy_scaled", "ilisi", "kbet"} | classifiers == set(of_batch)
         assert set(values(record, space, "batch")) == set(of_batch)
     for scores in record["scores"].values():

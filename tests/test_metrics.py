@@ -155,6 +155,29 @@ def test_donors_are_never_on_both_sides() -> None:
     assert classify.held_out(points, donors % 3, (donors % 3).astype(str).astype(object), "donors").held_out == "cells"
 
 
+def test_hierarchical_metrics_see_how_far_a_wrong_label_is() -> None:
+    """Types one and two overlap; the same mistakes weigh less if the two have an ancestor in common."""
+    points, types, studies = cells(900)
+    generator = np.random.default_rng(1)
+    mixed = np.isin(types, TYPES[:2])
+    types[mixed] = TYPES[generator.integers(0, 2, mixed.sum())]
+    # Columns: the three types, an ancestor of the first two.
+    above = np.array([[1, 0, 0, 1], [0, 1, 0, 1], [0, 0, 1, 0]], bool)
+    found = {s.metric: s for s in biology(space_of(points), "t", types, None, studies, lambda names: above)}
+    accuracy = found["classifier_lr"].value
+    assert 0.5 < accuracy < 0.8
+    assert found["right_or_ancestor"].value == accuracy  # all labels are leaves
+    wrong, terms = 1 - accuracy, 2 - (types == TYPES[2]).mean()
+    assert found["hierarchical_f1"].value == pytest.approx((terms - wrong) / terms)
+    assert found["hierarchical_precision"].value == found["hierarchical_recall"].value
+    flat = {
+        s.metric: s for s in biology(space_of(points), "t", types, None, studies, lambda names: np.eye(3, dtype=bool))
+    }
+    assert flat["hierarchical_f1"].value == pytest.approx(accuracy)
+    assert flat["hierarchical_f1"].levels[CHANCE] == pytest.approx(flat["classifier_lr"].levels[CHANCE])
+    assert not {"hierarchical_f1", "right_or_ancestor"} & set(measured(points, types, studies))
+
+
 def test_intervals() -> None:
     values = np.random.default_rng(0).normal(size=2000)
     low, high = interval(lambda rows: float(values[rows].mean()), None, 2000)

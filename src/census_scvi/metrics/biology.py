@@ -12,6 +12,7 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, s
 
 from census_scvi.config.random_streams import Stream, generator
 from census_scvi.errors import UserError
+from census_scvi.metrics.hierarchy import Lineage
 from census_scvi.metrics.score import (
     BIOLOGY,
     CHANCE,
@@ -30,7 +31,14 @@ from census_scvi.metrics.score import (
 from census_scvi.metrics.space import Space
 
 
-def biology(space: Space, column: str, labels: Names, donors: Names | None, batches: Names) -> list[Score]:
+def biology(
+    space: Space,
+    column: str,
+    labels: Names,
+    donors: Names | None,
+    batches: Names,
+    lineage_of: Callable[[list[str]], Lineage | None] | None = None,
+) -> list[Score]:
     """Scores of how well an embedding separates the values of a label.
 
     Parameters
@@ -43,6 +51,9 @@ def biology(space: Space, column: str, labels: Names, donors: Names | None, batc
         (measured cells,): the label (None if it is missing or uninformative), and the batch.
     donors
         (measured cells,): groups that are held out and resampled as a whole; None: no groups.
+    lineage_of
+        Function from labels to the terms above each, bool (labels, terms), or None if they have none; see
+        `metrics.hierarchy`. None: no hierarchical metrics.
 
     Raises
     ------
@@ -71,7 +82,8 @@ def biology(space: Space, column: str, labels: Names, donors: Names | None, batc
     widths = (silhouette_samples(points, codes) + 1) / 2
     chance = float(((silhouette_samples(points, shuffled) + 1) / 2).mean())
     found.append(score("silhouette_label", mean_of(widths), len(codes), {CHANCE: chance}))
-    found += classified(score, points, codes, groups, mixed=False, seed=space.seed)
+    lineage = lineage_of(names.tolist()) if lineage_of else None
+    found += classified(score, points, codes, groups, mixed=False, seed=space.seed, lineage=lineage)
     graph = neighbor_graph(points)
     real, random = (
         partial(scaled_lisi, scib_metrics.lisi_knn(graph, values), len(names), keep=True)

@@ -32,8 +32,8 @@ class OutOfFold:
     ----------
     rows
         int64 (cells,): rows of the held-out cells.
-    right
-        bool (cells,) for each of `svm`, `forest` and `lr`: whether the predicted label is correct.
+    right, predicted
+        (cells,) for each of `svm`, `forest` and `lr`: bool, whether the predicted label is right; int64, its code.
     majority
         Accuracy of always predicting the most frequent label.
     held_out
@@ -42,6 +42,7 @@ class OutOfFold:
 
     rows: npt.NDArray[np.int64]
     right: dict[str, npt.NDArray[np.bool_]]
+    predicted: dict[str, npt.NDArray[np.int64]]
     majority: float
     held_out: str
 
@@ -72,7 +73,7 @@ def held_out(
     n_folds = min(_FOLDS, len(np.unique(groups.astype(str))) if grouped and groups is not None else _rarest(codes))
     folds = parts(max(n_folds, 2), shuffle=True, random_state=seed).split(points, codes, groups if grouped else None)
     rows = []
-    right: dict[str, list[npt.NDArray[np.bool_]]] = {name: [] for name in NAMES}
+    predicted: dict[str, list[npt.NDArray[np.int64]]] = {name: [] for name in NAMES}
     for train, test in folds:
         if len(np.unique(codes[train])) < 2 or not len(test):
             continue
@@ -80,13 +81,15 @@ def held_out(
         learnt, asked = scale.transform(points[train]), scale.transform(points[test])
         models = (SVC(), RandomForestClassifier(random_state=seed, n_jobs=-1), LogisticRegression(max_iter=300))
         for name, classifier in zip(NAMES, models, strict=True):
-            right[name].append(_fit(classifier, learnt, codes[train]).predict(asked) == codes[test])
+            predicted[name].append(_fit(classifier, learnt, codes[train]).predict(asked))
         rows.append(test)
     if not rows:
         return None
+    tested, named = np.concatenate(rows), {name: np.concatenate(parts) for name, parts in predicted.items()}
     return OutOfFold(
-        np.concatenate(rows),
-        {name: np.concatenate(parts) for name, parts in right.items()},
+        tested,
+        {name: found == codes[tested] for name, found in named.items()},
+        named,
         _commonest(codes),
         what if grouped else "cells",
     )

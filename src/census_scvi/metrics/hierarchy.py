@@ -45,8 +45,8 @@ def hierarchical_scores(lineage: Lineage, truth: Codes, predicted: Codes) -> Hie
     truth, predicted
         int (cells,): rows of `lineage`.
     """
-    common = (lineage[truth] & lineage[predicted]).sum()
-    of_truth, of_predicted = lineage[truth].sum(), lineage[predicted].sum()
+    sizes, common = lineage.sum(axis=1), _common(lineage)[truth, predicted].sum()
+    of_truth, of_predicted = sizes[truth].sum(), sizes[predicted].sum()
     return HierarchicalScores(
         precision=_ratio(common, of_predicted),
         recall=_ratio(common, of_truth),
@@ -58,10 +58,17 @@ def hierarchical_scores(lineage: Lineage, truth: Codes, predicted: Codes) -> Hie
 
 def right_or_ancestor(lineage: Lineage, truth: Codes, predicted: Codes) -> npt.NDArray[np.bool_]:
     """Whether each predicted type is the true one or an ancestor of it, bool (cells,); the root is neither."""
-    above = lineage[predicted].any(axis=1) & ~(lineage[predicted] & ~lineage[truth]).any(axis=1)
+    sizes = lineage.sum(axis=1)[predicted]
+    above = (sizes > 0) & (_common(lineage)[truth, predicted] == sizes)
     found: npt.NDArray[np.bool_] = above | (truth == predicted)
     return found
 
 
-def _ratio(part: np.integer | int, whole: np.integer | int) -> float:
+def _common(lineage: Lineage) -> npt.NDArray[np.float32]:
+    """Number of terms that each pair of types has in common, (types, types)."""
+    counted = lineage.astype(np.float32)
+    return counted @ counted.T
+
+
+def _ratio(part: np.number | int, whole: np.integer | int) -> float:
     return float(part / whole) if whole else float("nan")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,20 @@ import numpy.typing as npt
 from scib_metrics.nearest_neighbors import NeighborsResults
 
 from census_scvi.metrics import classify
+from census_scvi.metrics.hierarchy import Lineage, hierarchical_scores
 from census_scvi.metrics.interval import interval
 from census_scvi.neighbors.index import NeighborIndex
 
 BIOLOGY, BATCH = "biology", "batch"
 CHANCE, MIXED, WITHIN = "chance", "perfectly mixed", "mixed within types"
 FEWEST_CELLS = 10
+# Metrics of labels that are terms of the Cell Ontology, and attributes of `HierarchicalScores`.
+HIERARCHICAL = {
+    "hierarchical_precision": "precision",
+    "hierarchical_recall": "recall",
+    "hierarchical_f1": "f1",
+    "right_or_ancestor": "right_or_ancestor",
+}
 # Neighbors of LISI, as in scib-metrics' own benchmark.
 _LISI_NEIGHBORS = 90
 # Classifiers use this number of classes at most, the most frequent ones: the SVM trains on each pair of classes.
@@ -106,12 +115,17 @@ def classified(
     *,
     mixed: bool,
     seed: int,
+    lineage: Lineage | None = None,
 ) -> list[Score]:  # fmt: skip
-    """Accuracy of three classifiers; 1 - accuracy if `mixed`, because the label should not be predictable."""
+    """Accuracy of three classifiers; 1 - accuracy if `mixed`, because the label should not be predictable.
+
+    With the terms above each label, bool (labels, terms), also the hierarchical metrics of logistic regression.
+    """
     numbers = np.bincount(codes)
     kept = np.isin(codes, np.argsort(-numbers, kind="stable")[:MOST_CLASSES])
     notes = [f"classifiers: the {MOST_CLASSES} most frequent of {len(numbers):,} values"] if not kept.all() else []
-    points, codes = points[kept], np.unique(codes[kept], return_inverse=True)[1]
+    values, codes = np.unique(codes[kept], return_inverse=True)
+    points = points[kept]
     groups = None if groups is None else groups[kept]
     found = classify.held_out(points, codes, groups, "donors", seed=seed)
     if found is None:
@@ -124,4 +138,30 @@ def classified(
         drawn = None if groups is None else groups[found.rows]
         options = {"groups": drawn, "note": "; ".join(notes)}
         scores.append(score(f"classifier_{name}", statistic, len(right), level, **options))
+    if lineage is not None:
+        drawn = None if groups is None else groups[found.rows]
+        options = {"groups": drawn, "note": "; ".join(notes)}
+        scores += _hierarchical(score, lineage[values], codes[found.rows], found.predicted["lr"], options)
     return scores
+
+
+def _hierarchical(
+    score: Callable[..., Score], lineage: Lineage, truth: Codes, predicted: Codes, options: dict[str, Any]
+) -> list[Score]:
+    """Hierarchical metrics; chance is the most frequent label for every cell."""
+    commonest = np.full(len(truth), np.bincount(truth).argmax())
+
+    def statistic(name: str, answers: Codes, rows: Any) -> float:
+        return float(getattr(hierarchical_scores(lineage, truth[rows], answers[rows]), name))
+
+    every = np.arange(len(truth))
+    return [
+        score(
+            metric,
+            partial(statistic, name, predicted),
+            len(truth),
+            {CHANCE: statistic(name, commonest, every)},
+            **options,
+        )
+        for metric, name in HIERARCHICAL.items()
+    ]

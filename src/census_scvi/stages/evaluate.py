@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from census_scvi.annotation.ontology import build_hierarchy, terms_in
 from census_scvi.census.cells import read_obs
 from census_scvi.census.open import open_census
 from census_scvi.config.random_streams import Stream, draw, generator
@@ -126,7 +128,15 @@ def evaluate(config: Config, cells: Slice, measured: npt.NDArray[np.int64]) -> E
             of_measured = None if donors is None else donors[measured]
             for column, values in labels.items():
                 log.info("%s: %s", name, column)
-                measure(biology, space, column, values[measured], of_measured, whole[measured])
+                measure(
+                    biology,
+                    space,
+                    column,
+                    values[measured],
+                    of_measured,
+                    whole[measured],
+                    partial(_lineage, cells, column),
+                )
                 bar.update()
             for column, values in batches.items():
                 log.info("%s: %s", name, column)
@@ -141,6 +151,12 @@ def evaluate(config: Config, cells: Slice, measured: npt.NDArray[np.int64]) -> E
                 if not same_groups({inner: within, first: whole}):
                     found.breakdowns[name][first] = break_down(space, within, whole, whole)
     return found
+
+
+def _lineage(cells: Slice, column: str, names: list[str]) -> npt.NDArray[np.bool_] | None:
+    """Terms of the Cell Ontology above each label, bool (labels, terms); None if none of the labels is a term."""
+    hierarchy = build_hierarchy(names, terms_in(cells.obs, column))
+    return hierarchy.lineage[: len(names)] if hierarchy.has_terms else None
 
 
 @dataclass
