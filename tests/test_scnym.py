@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import anndata as ad
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -326,8 +327,6 @@ def test_regrouped_cells_stay_in_order(parts: list[int], sizes: list[int], data:
 
 
 def test_cells_of_a_file_and_of_several_sources_are_those_in_memory(tmp_path: Path) -> None:
-    import anndata as ad
-
     counts, _ = simulated(700)
     path = tmp_path / "cells.h5ad"
     ad.AnnData(counts[:500]).write_h5ad(path)
@@ -339,6 +338,15 @@ def test_cells_of_a_file_and_of_several_sources_are_those_in_memory(tmp_path: Pa
             assert sorted(rows) == np.flatnonzero(wanted).tolist()
             assert (found != counts[rows]).nnz == 0
             assert seed is not None or (np.diff(rows) > 0).all()
+
+
+def test_a_training_from_a_file_is_that_from_memory(tmp_path: Path) -> None:
+    counts, labels, _ = both(90, 60)
+    path = tmp_path / "cells.h5ad"
+    ad.AnnData(counts).write_h5ad(path)
+    with open_file(path) as file:
+        from_file = fit(InFile(CountMatrix(file, "X")), labels, overrides={"n_epochs": 2})
+    assert torch.equal(weights_of(from_file), weights_of(fit(counts, labels, overrides={"n_epochs": 2})))
 
 
 def test_normalisation_leaves_cells_without_counts_at_zero() -> None:
@@ -539,7 +547,7 @@ def test_missing_and_damaged_files_are_named(trained: Trained, tmp_path: Path) -
         Classifier.load(tmp_path)
 
 
-def test_genes_are_matched_by_name_and_missing_ones_leave_the_others_as_they_were(
+def test_genes_are_matched_by_name_and_cells_are_normalised_over_the_genes_that_they_have(
     trained: Trained, caplog: pytest.LogCaptureFixture
 ) -> None:
     counts, truth = simulated(200, seed=4)
@@ -556,10 +564,10 @@ def test_genes_are_matched_by_name_and_missing_ones_leave_the_others_as_they_wer
         )
     assert f"60 of the classifier's {N_GENES} genes are missing" in caplog.text
     assert (half.labels == truth).mean() > 0.8
-    aligned, total = trained.classifier.align(InMemory(sp.csr_matrix(counts[:, kept])), list(np.array(GENES)[kept]))
-    values = log_cpm(to_tensor(aligned.read([(0, 200)])), total).numpy()
-    ratio = np.expm1(values[:, kept]).sum() / np.expm1(log_cpm(to_tensor(counts)).numpy()[:, kept]).sum()
-    assert ratio == pytest.approx(1, abs=0.05)
+    aligned = trained.classifier.align(InMemory(sp.csr_matrix(counts[:, kept])), list(np.array(GENES)[kept]))
+    values = log_cpm(to_tensor(aligned.read([(0, 200)]))).numpy()
+    np.testing.assert_allclose(np.expm1(values).sum(axis=1), 1e6, rtol=1e-4)
+    assert (values[:, ~kept] == 0).all()
 
 
 def test_cells_without_a_gene_of_the_classifier_are_refused(trained: Trained) -> None:
@@ -573,7 +581,7 @@ def test_twenty_thousand_genes_are_aligned_quickly(trained: Trained) -> None:
     genes = [*(f"gene {number}" for number in range(20_000)), *GENES]
     counts = sp.random(500, len(genes), density=0.05, format="csr", dtype=np.float32, random_state=0)
     started = time.process_time()
-    aligned, _ = trained.classifier.align(InMemory(counts), genes)
+    aligned = trained.classifier.align(InMemory(counts), genes)
     found = aligned.read([(0, 500)])
     assert time.process_time() - started < 3
     assert found.dtype == np.float32
@@ -623,6 +631,26 @@ def test_one_class_with_few_cells_can_be_the_reference(trained: Trained) -> None
     picture = found.draw(10, symbols={found.saliency.index[0]: "CD3E"})
     assert picture.axes[0].get_yticklabels()[-1].get_text() == "CD3E"
     assert picture.axes[0].get_title() == "type 0, compared with type 2"
+
+
+@pytest.mark.slow
+def test_real_blood_cells_are_annotated_by_their_known_markers(real_data: Path) -> None:
+    blood = ad.read_h5ad(real_data / "pbmc_multi_human.h5ad")
+    cells = blood[(blood.obs["dataset"] == "pbmc3k") & (blood.obs["cell_type_coarse"] != "unknown")]
+    counts = sp.csr_matrix(cells.X, dtype=np.float32)
+    used = np.argsort(-np.asarray((counts > 0).sum(axis=0)).ravel())[:3000]
+    symbols = cells.var["feature_name"].astype(str).to_numpy()[used].tolist()
+    source, labels = InMemory(counts[:, used]), cells.obs["cell_type_coarse"].astype(str).to_numpy(dtype=object)
+    settings = hyperparameters("supervised", {"n_epochs": 12, "min_epochs": 5})
+    classifier = train(source, symbols, labels, settings, accelerator="cpu").classifier
+    for name, markers in {
+        "B cell": {"CD79A", "CD79B", "MS4A1", "CD74", "HLA-DRA", "CD37"},
+        "NK cell": {"NKG7", "GNLY", "GZMB", "PRF1", "CST7", "CTSW"},
+        "CD14 monocyte": {"LYZ", "S100A8", "S100A9", "CST3", "FCN1", "TYROBP"},
+    }.items():
+        found = expected_gradients(classifier, source, symbols, labels, name, n_samples=20)
+        assert len(markers & set(found.top(30).index)) >= 3, (name, found.top(30))
+        assert found.completeness == pytest.approx(1, abs=0.05)
 
 
 @pytest.mark.parametrize(

@@ -142,16 +142,10 @@ def to_tensor(counts: sp.csr_matrix) -> SparseCounts:
     )
 
 
-def log_cpm(counts: SparseCounts, total: float = TOTAL) -> torch.Tensor:
-    """log(1 + counts per million), float32 (cells, genes); a cell without counts stays 0.
-
-    Parameters
-    ----------
-    total
-        Counts per cell after normalisation.
-    """
+def log_cpm(counts: SparseCounts) -> torch.Tensor:
+    """log(1 + counts per million), float32 (cells, genes); a cell without counts stays 0."""
     sums = counts.library_size()
-    scale = torch.where(sums > 0, total / sums, 0.0)
+    scale = torch.where(sums > 0, TOTAL / sums, 0.0)
     values = (counts.counts * scale[counts.cells()]).log1p()
     return SparseCounts(counts.n_detected, counts.genes, values, counts.n_genes).dense()
 

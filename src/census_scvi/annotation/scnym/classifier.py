@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from census_scvi.annotation.scnym.cells import CellSource, Selected, in_order, log_cpm, regrouped, to_tensor
-from census_scvi.annotation.scnym.network import TOTAL, CellTypeClassifier
+from census_scvi.annotation.scnym.network import CellTypeClassifier
 from census_scvi.annotation.scnym.settings import Hyperparameters
 from census_scvi.census.gene_ids import strip_version
 from census_scvi.errors import UserError
@@ -107,15 +107,11 @@ class Classifier:
         self.network = network.eval().requires_grad_(False)
         self.genes, self.classes, self.settings, self.profile = genes, classes, settings, profile
 
-    def align(self, source: CellSource, genes: list[str]) -> tuple[CellSource, float]:
+    def align(self, source: CellSource, genes: list[str]) -> CellSource:
         """Bring the genes of some cells into the order of the classifier, by name.
 
-        Missing genes are 0. Columns of the same gene are summed. Without its version, an Ensembl id matches, too.
-
-        Returns
-        -------
-        The cells, and the counts per cell after normalisation: a million, less what a training cell has in the missing
-        genes, so that the values of the other genes stay what they would be.
+        Missing genes are 0, so that cells are normalised over the genes that they have. Columns of the same gene are
+        summed. Without its version, an Ensembl id matches, too.
 
         Raises
         ------
@@ -123,7 +119,7 @@ class Classifier:
             No gene has the name of one of the classifier's.
         """
         if list(genes) == self.genes:
-            return source, TOTAL
+            return source
         column = {gene: number for number, gene in enumerate(self.genes)}
         named = pd.Series(genes, dtype=str)
         found = strip_version(named).map(column).where(~named.isin(column), named.map(column))
@@ -146,7 +142,7 @@ class Classifier:
         )
         ones = np.ones(len(rows), np.float32)
         selection = sp.csr_matrix((ones, (rows, columns)), shape=(len(genes), len(self.genes)))
-        return Selected(source, selection), TOTAL * share
+        return Selected(source, selection)
 
     @torch.no_grad()
     def predict(self, source: CellSource, genes: list[str], *, accelerator: str = "auto") -> Prediction:
@@ -166,7 +162,7 @@ class Classifier:
         UserError
             No gene is one of the classifier's, or there is no GPU.
         """
-        aligned, total = self.align(source, genes)
+        aligned = self.align(source, genes)
         n_cells, device = source.shape[0], device_of(accelerator)
         network = self.network.to(device)
         probability = np.full((n_cells, len(self.classes)), 1 / len(self.classes), np.float32)
@@ -177,7 +173,7 @@ class Classifier:
         for _, counts in regrouped(in_order(aligned, np.ones(n_cells, bool), None), sizes):
             place = slice(done, done := done + counts.shape[0])
             empty[place] = np.asarray(counts.sum(axis=1)).ravel() == 0
-            hidden = network.penultimate(log_cpm(to_tensor(counts).to(device), total))
+            hidden = network.penultimate(log_cpm(to_tensor(counts).to(device)))
             filled = ~empty[place]
             logits = network.classify(hidden.relu()).softmax(dim=1).cpu().numpy()
             probability[place][filled] = logits[filled]

@@ -122,13 +122,13 @@ def expected_gradients(
             )
     if against == target:
         raise UserError(f"{target!r} is compared with itself; choose another class")
-    aligned, total = classifier.align(source, genes)
+    aligned = classifier.align(source, genes)
     references = labels != target if against is None else labels == against
     numbers = generator(seed, Stream.CLASSIFIER_INTERPRETATION)
     device = device_of(accelerator)
-    cells, rows = _values(aligned, labels == target, n_cells, total, numbers, device, f"of class {target!r}")
+    cells, rows = _values(aligned, labels == target, n_cells, numbers, device, f"of class {target!r}")
     words = "of other classes" if against is None else f"of class {against!r}"
-    reference, _ = _values(aligned, references, _REFERENCE_CELLS, total, numbers, device, words)
+    reference, _ = _values(aligned, references, _REFERENCE_CELLS, numbers, device, words)
     code = classifier.classes.index(target)
     network = classifier.network.to(device)
     with _seeded(int(numbers.integers(2**32))):
@@ -156,7 +156,6 @@ def _values(
     source: CellSource,
     wanted: npt.NDArray[np.bool_],
     n_cells: int,
-    total: float,
     numbers: np.random.Generator,
     device: torch.device,
     words: str,
@@ -168,7 +167,7 @@ def _values(
     values = torch.zeros(0, source.shape[1], device=device)
     if chosen.any():
         found, counts = next(regrouped(in_order(source, chosen, None), [int(chosen.sum())]))
-        values = log_cpm(to_tensor(counts).to(device), total)
+        values = log_cpm(to_tensor(counts).to(device))
         filled = values.sum(dim=1) > 0
         values, rows = values[filled], found[filled.cpu().numpy()]
     if not len(values):
