@@ -35,9 +35,8 @@ from sklearn.metrics import accuracy_score, f1_score
 from sklearn.model_selection import train_test_split
 
 from census_scvi.annotation.scnym.cells import InMemory, log_cpm, to_tensor
-from census_scvi.annotation.scnym.classifier import Classifier
 from census_scvi.annotation.scnym.interpret import expected_gradients
-from census_scvi.annotation.scnym.mixmatch import sharpen
+from census_scvi.annotation.scnym.mixmatch import cross_entropy, sharpen
 from census_scvi.annotation.scnym.module import ScNymModule
 from census_scvi.annotation.scnym.network import CellTypeClassifier, normalized
 from census_scvi.annotation.scnym.settings import PRESETS, Hyperparameters, hyperparameters
@@ -95,13 +94,13 @@ class Row:
 
 
 def compare(quantity: str, ours: Any, theirs: Any, exception: str = "") -> Row:
-    """Largest difference, relative to the largest value."""
+    """Largest difference, relative to the largest value of both."""
     one, other = (
         np.asarray(values.detach() if isinstance(values, torch.Tensor) else values) for values in (ours, theirs)
     )
     if one.shape != other.shape:
         return Row(f"{quantity}, shape {one.shape} and {other.shape}", float("nan"), exception)
-    scale = max(float(np.abs(other).max()), 1e-30)
+    scale = max(float(np.abs(other).max()), float(np.abs(one).max()), 1e-30)
     return Row(quantity, float(np.abs(one.astype(float) - other.astype(float)).max()) / scale, exception)
 
 
@@ -323,7 +322,8 @@ def rows_of_defects(
     torch.manual_seed(0)
     other = scnym.model.CellTypeCLF(N_GENES, N_CLASSES)
     network = CellTypeClassifier(N_GENES, N_CLASSES, settings)
-    network.load_state_dict(renamed(other.state_dict()))
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    network.load_state_dict(renamed(before))
     other.eval(), network.eval()
 
     labels = torch.nn.functional.one_hot(torch.from_numpy(codes), N_CLASSES).float()
@@ -341,10 +341,30 @@ def rows_of_defects(
     loss = [float(adversary(labeled_sample=sample, unlabeled_sample=unlabelled)) for sample in (raw, augmented)]
     yield compare("loss of the adversary with augmentation", *loss, "14: the original augments one domain only")
 
+    one = {"input": values[:N_CELLS], "output": labels[:N_CELLS]}
+    supervised = float(scnym.losses.scNymCrossEntropy()(labeled_sample=one, unlabeled_sample=None, model=other))
+    mine = float(cross_entropy(network(values[:N_CELLS]), labels[:N_CELLS]).mean())
+    twice = "the original applies softmax twice"
+    yield compare("supervised loss with domains and without unlabelled cells", mine, supervised, twice)
+
+    average = scnym.losses.MixMatchLoss(
+        unsup_criterion=None, sup_criterion=None, mean_teacher=True, augment=scnym.dataprep.identity
+    )
+    average._update_teacher(other)
+    other.train()(values)
+    average._update_teacher(other)
+    other.eval()
+    kept = "the original keeps those of the first step"
+    teacher = average.teacher.embed[1].running_mean
+    yield compare("mean teacher, second step: batch statistics", other.embed[1].running_mean, teacher, kept)
+
     names = np.array([f"type {code}" for code in codes], dtype=object)
     classes = sorted(set(names))
     genes = [f"gene {number}" for number in range(N_GENES)]
-    classifier = Classifier(network, genes, classes, settings, np.full(N_GENES, 1 / N_GENES))
+    short = hyperparameters("supervised", {"n_epochs": 20, "batch_size": 64})
+    classifier = train(InMemory(counts), genes, names, short, accelerator="cpu").classifier
+    mine = classifier.network.state_dict()
+    other.load_state_dict({name: mine[next(iter(renamed({name: value})))] for name, value in before.items()})
     found = expected_gradients(classifier, InMemory(counts), genes, names, classes[0], n_samples=200)
     explainer = scnym.interpret.ExpectedGradient(model=other, gene_names=np.array(genes), class_names=np.array(classes))
     obs = pd.DataFrame({"type": names.astype(str)}, index=[str(number) for number in range(len(names))])
@@ -451,7 +471,7 @@ def main() -> None:
     parser.add_argument("--original", type=Path, required=True, help="checkout of calico/scnym")
     parser.add_argument("--data", type=Path, help="folder of pbmc_multi_human.h5ad; without it, only the step")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--presets", nargs="+", default=["no_new_identity"])
+    parser.add_argument("--presets", nargs="+", default=["no_new_identity", "new_identity_discovery"])
     parser.add_argument("--cells", type=int, default=3000, help="reference cells, with the same shares of the types")
     parser.add_argument("--genes", type=int, default=1500)
     options = parser.parse_args()

@@ -70,7 +70,7 @@ def both(n_labelled: int, n_unlabelled: int) -> tuple[sp.csr_matrix, npt.NDArray
 def fit(counts: Any, labels: npt.NDArray[np.object_], preset: str = "no_new_identity", **arguments: Any) -> Trained:
     overrides = SMALL | arguments.pop("overrides", {})
     source = counts if hasattr(counts, "read") else InMemory(counts)
-    return train(source, GENES, labels, hyperparameters(preset, overrides), accelerator="cpu", **arguments)
+    return train(source, GENES, labels, hyperparameters(preset, overrides), **{"accelerator": "cpu"} | arguments)
 
 
 def weights_of(trained: Trained) -> torch.Tensor:
@@ -575,6 +575,14 @@ def test_cells_without_a_gene_of_the_classifier_are_refused(trained: Trained) ->
     message = r"none of the 120 genes of these cells \(such as Gapdh0\) is one of the classifier's 120 \(such as ENSG0"
     with pytest.raises(UserError, match=message):
         trained.classifier.predict(InMemory(counts), [f"Gapdh{number}" for number in range(N_GENES)])
+
+
+def test_no_cells_have_no_labels_and_a_gpu_that_is_not_there_is_refused(trained: Trained) -> None:
+    none = InMemory(sp.csr_matrix((0, N_GENES), dtype=np.float32))
+    assert trained.classifier.predict(none, GENES).probability.shape == (0, 3)
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="accelerator is gpu, but torch finds no GPU here"):
+            fit(*simulated(30), accelerator="gpu")
 
 
 def test_twenty_thousand_genes_are_aligned_quickly(trained: Trained) -> None:

@@ -180,12 +180,12 @@ def regrouped(
 ) -> Iterator[tuple[npt.NDArray[np.int64], sp.csr_matrix]]:
     """Yield the cells of `parts` in groups of the given sizes, until the sizes end."""
     remaining = iter(parts)
-    rows, counts = next(remaining)
-    done = 0
+    rows, counts, done = np.zeros(0, np.int64), None, 0
     for size in sizes:
-        while len(rows) - done < size:
+        while counts is None or len(rows) - done < size:
             more = next(remaining)
-            rows, counts = np.concatenate([rows[done:], more[0]]), sp.vstack([counts[done:], more[1]], format="csr")
+            rows = np.concatenate([rows[done:], more[0]])
+            counts = more[1] if counts is None else sp.vstack([counts[done:], more[1]], format="csr")
             done = 0
         yield rows[done : done + size], counts[done : done + size]
         done += size

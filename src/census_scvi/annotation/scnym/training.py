@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 
 from census_scvi.annotation.scnym.cells import CellSource, overview
-from census_scvi.annotation.scnym.classifier import Classifier
+from census_scvi.annotation.scnym.classifier import Classifier, device_of
 from census_scvi.annotation.scnym.minibatches import TrainingCells, TrainingMinibatches, ValidationMinibatches
 from census_scvi.annotation.scnym.module import VALIDATION_LOSS, ScNymModule
 from census_scvi.annotation.scnym.network import CellTypeClassifier
@@ -99,12 +99,12 @@ def train(
     folder
         Folder of the checkpoint, from which a killed training resumes, and of the TensorBoard log; None: neither.
     accelerator
-        Lightning's: auto, cpu, gpu.
+        auto, cpu or gpu.
 
     Raises
     ------
     UserError
-        The labels cannot be used, or the checkpoint is of another training.
+        The labels cannot be used, the checkpoint is of another training, or there is no GPU.
     """
     cells, classes, profile = _cells(source, labels, domains, donors, validation, seed)
     _say(cells, classes)
@@ -210,7 +210,7 @@ def _fit(
         for message in _EXPECTED_WARNINGS:
             warnings.filterwarnings("ignore", message=message)
         trainer = Trainer(
-            accelerator=accelerator,
+            accelerator=device_of(accelerator).type,
             devices=1,
             max_epochs=settings.n_epochs,
             num_sanity_val_steps=0,
