@@ -125,11 +125,19 @@ def _minibatches(
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Random numbers of torch from a seed; those of the process are not changed."""
+    """Random numbers of torch from a seed, and one thread; those of the process are not changed.
+
+    The minibatches are so small that more threads help little, and wait for each other on a busy machine.
+    """
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    threads = torch.get_num_threads()
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
-        yield
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from census_scvi.annotation.label_shares import label_shares
-from census_scvi.annotation.unknown import UnknownThreshold, set_threshold
+from census_scvi.annotation.unknown_old import UnknownThreshold, set_threshold
 from census_scvi.config.arguments import require_whole
 from census_scvi.config.messages import suggestion
 from census_scvi.errors import UserError

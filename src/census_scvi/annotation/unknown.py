@@ -1,310 +1,346 @@
-"""Set the distance to the reference above which a cell is `unknown`, and measure how well it finds missing cell types.
+"""Cells of types that the reference lacks: a score from distances, its threshold, and the measured quality of both.
 
-Both use the reference only. Probes are cells of the reference. Each probe is compared with the cells of the other
-studies, as a query cell would be: once with all of these cells, and once with those of other labels only, as if the
-probe's own label were missing in the reference.
+The score of a cell is the log of its distance to the nearest type, relative to the distances within this type, mean
+over the embeddings of the method. Per embedding it is scaled so that held-out reference cells have median 0 and a 95 %
+quantile of 1. The cells of a batch to which all annotators give one label with high probability show how much farther
+than the reference all cells of the batch are; up to 1, this shift is subtracted. A cell is judged by the median over
+the query cells around it.
+
+The threshold is set on held-out studies of the reference, each annotated from the others, with and without each type.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-# Maximum number of probes per label and in total, and minimum number of cells of a label with probes.
-_PROBES, _MOST_PROBES, _FEWEST = 200, 5000, 10
-# Minimum share of the known cells that keep their label.
-_LEAST_KEPT = 0.9
-# Minimum number of cells of a study, and of probes among them, for its distance ratio to be measured.
-_FEWEST_OF_A_STUDY, _FEWEST_PROBES = 100, 20
-# The distance of a study is the first quartile over its cells: these nearest cells are of known types, even if half of
-# the cells are of missing types.
-_QUARTER = 0.25
-# A study is far if its ratio exceeds the 90 % quantile over the reference's own studies by more than 10 % (chance).
-_USUAL, _CHANCE = 0.9, 1.1
-_BLOCK_DISTANCES, _LEAST_DISTANCE = 2**23, 1e-12
+from census_scvi.annotation.type_distances import TypeDistances
+from census_scvi.neighbors.index import NeighborIndex
 
-Distances = npt.NDArray[np.float64]
-Codes = npt.NDArray[np.integer]
+# Query cells around a cell whose median counts: at most this number, and of a small query this share.
+_AROUND, _SHARE_AROUND, _FEWEST_AROUND = 30, 0.02, 4
+# Probability above which a label is certain, and the fewest such cells that show a shift; the largest shift.
+_CERTAIN, _FEWEST_CERTAIN, _LARGEST_SHIFT = 0.8, 10, 1.0
+# Least share of held-out cells of known types that keep their label at the threshold.
+_LEAST_KEPT = 0.93
+# Held-out cells per study, excluded types per study (the most frequent), and fewest cells of an excluded type.
+_MOST_CELLS, _MOST_TYPES, _FEWEST_CELLS = 2_000, 10, 10
+# Share of an excluded type in the study, where it is tested as a frequent type.
+_FREQUENT = 0.6
+_CANDIDATES = 200
+
+Rows = npt.NDArray[np.int64]
+Scores = dict[str, npt.NDArray[np.float64]]
+Spaces = Mapping[str, npt.NDArray[np.float32]]
+Probabilities = Mapping[str, npt.NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
-class Correction:
-    """Correction of the distances of a study.
+class HeldOutCells:
+    """Cells of a held-out part of the reference, annotated from the other parts.
 
     Attributes
     ----------
-    ratio
-        Distance ratio: distance of the study's cells to the reference, divided by the distance of the reference's own
-        cells; 1 if it is smaller than 1, or if there are too few cells.
-    divisor
-        The distances are divided by this number.
-    far
-        Whether the ratio is larger than between the reference's own studies; the divisor is then 1.
+    train, codes
+        int64 (training cells,): rows and types of the other parts.
+    test, truth
+        int64 (cells,): rows and types of the held-out cells, all of types among the training cells.
+    probability
+        By annotator, float32 (cells, types).
+    without
+        Function of a type: `probability`, if the training cells of this type are excluded.
     """
 
-    ratio: float
-    divisor: float
-    far: bool
+    train: Rows
+    codes: Rows
+    test: Rows
+    truth: Rows
+    probability: Probabilities
+    without: Callable[[int], Probabilities]
 
 
 @dataclass(frozen=True)
-class UnknownThreshold:
-    """The threshold of `unknown`, and how well it finds cells of types that the reference lacks.
+class UnknownRule:
+    """How cells of missing types are recognised, and how well on held-out reference cells.
 
     Attributes
     ----------
-    distance
-        Mean distance to the neighbors above which a cell is unknown.
     scales
-        float64 (labels,): first quartile of the distances of a label's cells to the cells of other studies.
-    usual_ratio
-        Usual distance ratio between the reference's own studies (90 % quantile); larger ratios are not corrected. NaN
-        if fewer than two studies have enough cells.
+        By embedding: median and 95 % quantile of the scores of held-out cells.
+    threshold
+        Score above which a cell is unknown.
     known_kept
-        Share of the cells of known types that are not unknown, mean over types.
+        Share of held-out cells of known types that are not unknown, mean over types; NaN without held-out cells.
     left_out_found
-        Share of the cells of a missing type that are unknown, mean over types; NaN if there are too few types. For this
-        and `known_kept`, each study of the reference is the query once and its distances are corrected like those of a
-        query; for `left_out_found`, this query includes the cells of the missing type.
+        Share of cells of an excluded type that are unknown, mean over types; NaN if no type could be excluded.
+    frequent_found
+        The same, if the excluded type is 60 % of the cells.
+    found_by_type
+        `left_out_found` of each type that was excluded, by code.
     """
 
-    distance: float
-    scales: Distances
-    usual_ratio: float
+    scales: dict[str, tuple[float, float]]
+    threshold: float
     known_kept: float
     left_out_found: float
-
-    def apply(self, distance: Distances, nearest: Codes) -> Correction:
-        """The correction for cells of one study.
-
-        Parameters
-        ----------
-        distance
-            (cells,): mean distance to the neighbors.
-        nearest
-            (cells,): code of the nearest neighbor's label.
-        """
-        if len(distance) < _FEWEST_OF_A_STUDY:
-            return Correction(1.0, 1.0, False)
-        return _correct(float(np.quantile(distance / self.scales[nearest], _QUARTER)), self.usual_ratio)
-
-    def warning(self, ratio: float) -> str:
-        """The warning for a study that is far from the reference."""
-        usual = (
-            "it has one study with enough cells, so the usual ratio is not known"
-            if np.isnan(self.usual_ratio)
-            else f"the distance ratio between its own studies is up to {max(self.usual_ratio, 1.0):.1f}"
-        )
-        return (
-            f"the distance ratio of the cells to the reference is {ratio:.1f} ({usual}): they are of another chemistry"
-            " or treatment, or many are of types that the reference lacks. Check their labels with marker genes. The"
-            " distance is not corrected, so cells of known types may become unknown, too"
-        )
-
-
-def _correct(ratio: float, usual: float) -> Correction:
-    """The correction for a distance ratio, compared with the `usual` ratio; NaN if that is not known."""
-    if ratio > _CHANCE * max(np.nan_to_num(usual, nan=1.0), 1.0):
-        return Correction(ratio, 1.0, True)
-    return Correction(max(ratio, 1.0), max(ratio, 1.0), False)
+    frequent_found: float
+    found_by_type: dict[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class _Probes:
-    """Cells of the reference that represent cells of a query.
+class Batch:
+    """State of a batch of the query.
 
     Attributes
     ----------
-    labels, groups
-        (probes,): code of label and study.
-    weight
-        (probes,): number of reference cells of the same label and study that each probe represents.
-    known, known_nearest
-        (probes,): mean distance to the nearest other cells, and label of the nearest one; cells of other studies only
-        if `across`.
-    missing, missing_nearest
-        (probes,): the same for cells of other labels only; the distance is NaN if there are too few.
-    across
-        bool (probes,): whether another study has the label, and the other studies have enough cells.
+    cells
+        Number of its cells.
+    agreed
+        Share of them to which all annotators give one label with a probability above 0.8.
+    beyond
+        Share of them with a score, before any shift, beyond the 95 % quantile of held-out cells.
+    shift
+        The subtracted shift, mean over embeddings.
     """
 
-    labels: Codes
-    groups: Codes
-    weight: Distances
-    known: Distances
-    known_nearest: Codes
-    missing: Distances
-    missing_nearest: Codes
-    across: npt.NDArray[np.bool_]
+    cells: int
+    agreed: float
+    beyond: float
+    shift: float
+
+    @property
+    def far(self) -> bool:
+        """Whether most cells may be of types that the reference lacks, or of very different samples."""
+        return self.agreed < 0.5 or self.beyond > 0.5
 
 
-def set_threshold(
-    points: npt.NDArray[np.float32], codes: Codes, groups: Codes, *, n_neighbors: int, seed: int
-) -> UnknownThreshold:
-    """The distance that best separates cells of missing types from cells of known types.
+def agree(probability: Probabilities) -> npt.NDArray[np.bool_]:
+    """Cells to which all annotators give the same label with high probability, bool (cells,)."""
+    labels = np.stack([each.argmax(axis=1) for each in probability.values()])
+    least = np.min([each.max(axis=1) for each in probability.values()], axis=0)
+    certain: npt.NDArray[np.bool_] = (labels == labels[0]).all(axis=0) & (least > _CERTAIN)
+    return certain
 
-    Only distances at which at least 90 % of the cells of known types (mean over types) keep their label are considered.
+
+def set_rule(
+    spaces: Spaces, held_out: list[HeldOutCells], reference: Rows, codes: Rows, n_classes: int, seed: int
+) -> UnknownRule:
+    """The rule for a query.
 
     Parameters
     ----------
-    points
-        float32 (cells, dimensions): the reference, with more cells than `n_neighbors`.
-    codes, groups
-        (cells,): code of the label and of the study.
-    n_neighbors
-        Neighbors per cell.
+    spaces
+        Embeddings of all cells by name; the first one says which cells are around a cell.
+    held_out
+        Held-out parts of the reference.
+    reference, codes, n_classes
+        Rows and types of all reference cells; used for the scales if nothing is held out.
     seed
-        Seed of the random choice of the probes.
+        Seed of the choice of cells.
     """
-    rows = _draw(codes, np.random.default_rng(seed))
-    probes = _compare(points, codes, groups, rows, n_neighbors)
-    scales = _scales(probes, int(codes.max()) + 1)
-    sizes = np.bincount(groups)
-    ratios = {
-        int(group): ratio
-        for group in np.unique(probes.groups)
-        if (ratio := _study_ratio(probes, scales, group, sizes)) is not None
-    }
-    distance = _best_distance(probes)
-    kept, found = _as_applied(probes, distance, scales, ratios)
-    return UnknownThreshold(distance, scales, _usual(ratios), kept, found)
-
-
-def _draw(codes: Codes, generator: np.random.Generator) -> npt.NDArray[np.int64]:
-    """Rows of the probes: some cells of each label with enough cells; if none has enough, of the largest labels."""
-    numbers = np.bincount(codes)
-    counted = np.flatnonzero(numbers >= min(_FEWEST, numbers.max()))
-    most = max(min(_PROBES, _MOST_PROBES // len(counted)), _FEWEST)
-    members = (np.flatnonzero(codes == label) for label in counted)
-    return np.concatenate([generator.choice(cells, min(most, len(cells)), replace=False) for cells in members])
-
-
-def _compare(
-    points: npt.NDArray[np.float32], codes: Codes, groups: Codes, rows: npt.NDArray[np.int64], n_neighbors: int
-) -> _Probes:
-    """The probes with their distances to the other cells."""
-    pairs = codes.astype(np.int64) * (int(groups.max()) + 1) + groups
-    _, pair_of, cells = np.unique(pairs, return_inverse=True, return_counts=True)
-    probes_of = np.bincount(pair_of[rows], minlength=len(cells))
-    studies_of_label = np.bincount(np.unique(pairs) // (int(groups.max()) + 1))
-    elsewhere = len(points) - np.bincount(groups)[groups[rows]]
-    across = (studies_of_label[codes[rows]] > 1) & (elsewhere >= n_neighbors)
-    known, missing = [], []
-    squares = np.square(points).sum(axis=1)
-    size = max(_BLOCK_DISTANCES // len(points), 1)
-    for start in range(0, len(rows), size):
-        block = rows[start : start + size]
-        squared = squares[block][:, None] + squares - 2 * points[block] @ points.T  # with rounding errors
-        squared[np.arange(len(block)), block] = np.inf  # not the cell itself
-        away = np.where(groups[block][:, None] == groups, np.inf, squared)
-        known.append(_nearest(points, block, np.where(across[start : start + size, None], away, squared), n_neighbors))
-        same = codes[block][:, None] == codes
-        other, at = _nearest(points, block, np.where(same, np.inf, away), n_neighbors)
-        if (few := np.isnan(other)).any():  # too few cells of other labels in other studies: use its own study too
-            near = np.where(same[few], np.inf, squared[few])
-            other[few], at[few] = _nearest(points, block[few], near, n_neighbors)
-        missing.append((other, at))
-    (known_distance, known_at), (missing_distance, missing_at) = (
-        tuple(np.concatenate(part) for part in zip(*blocks, strict=True)) for blocks in (known, missing)
-    )
-    return _Probes(
-        labels=codes[rows],
-        groups=groups[rows],
-        weight=(cells / np.maximum(probes_of, 1))[pair_of[rows]],
-        known=known_distance,
-        known_nearest=codes[known_at],
-        missing=missing_distance,
-        missing_nearest=codes[missing_at],
-        across=across,
+    numbers = np.random.default_rng(seed)
+    parts = [_sampled(part, numbers) for part in held_out]
+    if not parts:
+        scores = _scores({name: _within(space, reference, codes, n_classes) for name, space in spaces.items()})
+        scales = {name: _scale(values, codes) for name, values in scores.items()}
+        return UnknownRule(scales, 1.0, float("nan"), float("nan"), float("nan"))
+    studies = [_Study(spaces, part, n_classes) for part in parts]
+    truth = np.concatenate([study.part.truth for study in studies])
+    scales = {name: _scale(np.concatenate([study.scores()[name] for study in studies]), truth) for name in spaces}
+    known = [study.known(scales) for study in studies]
+    rare, frequent = (_excluded(studies, scales, share, numbers) for share in (None, _FREQUENT))
+    threshold = _best_threshold(np.concatenate(known), truth, rare, frequent)
+    by_type = {code: float((values > threshold).mean()) for code, values in rare.items()}
+    return UnknownRule(
+        scales,
+        threshold,
+        _mean_over_types(np.concatenate(known) <= threshold, truth),
+        _mean(list(by_type.values())),
+        _mean([float((values > threshold).mean()) for values in frequent.values()]),
+        by_type,
     )
 
 
-def _nearest(
-    points: npt.NDArray[np.float32], rows: npt.NDArray[np.int64], squared: npt.NDArray[np.float32], n_neighbors: int
-) -> tuple[Distances, npt.NDArray[np.int64]]:
-    """Mean distance to the nearest cells, and the nearest cell; NaN if fewer than `n_neighbors` have a finite value."""
-    at = np.argpartition(squared, n_neighbors - 1, axis=1)[:, :n_neighbors]
-    exact = np.linalg.norm(points[at].astype(np.float64) - points[rows][:, None], axis=2)
-    exact[~np.isfinite(np.take_along_axis(squared, at, axis=1))] = np.nan
-    first = np.where(np.isnan(exact), np.inf, exact).argmin(axis=1)
-    return exact.mean(axis=1), at[np.arange(len(at)), first]
+def apply_rule(
+    rule: UnknownRule,
+    spaces: Spaces,
+    reference: Rows,
+    codes: Rows,
+    n_classes: int,
+    query: Rows,
+    batch: npt.NDArray[np.object_],
+    agreed: npt.NDArray[np.bool_],
+) -> tuple[npt.NDArray[np.float64], dict[str, Batch]]:
+    """Scores of the query's cells, float64 (cells,), and the state of each batch.
+
+    Parameters
+    ----------
+    rule
+        Result of `set_rule` with the same embeddings.
+    spaces, reference, codes, n_classes
+        As in `set_rule`.
+    query
+        int64 (cells,): rows of the query's cells.
+    batch, agreed
+        (cells,): batch of each query cell, and whether the annotators agree on it.
+    """
+    raw = _scaled(
+        _scores({name: TypeDistances.of(space, reference, codes, n_classes, query) for name, space in spaces.items()}),
+        rule.scales,
+    )
+    total = np.mean(list(raw.values()), axis=0)
+    shifted, batches = {name: values.copy() for name, values in raw.items()}, {}
+    for name in np.unique(batch.astype(str)):
+        mine = batch.astype(str) == name
+        shifts = [_subtract_shift(values, mine, agreed) for values in shifted.values()]
+        batches[str(name)] = Batch(
+            int(mine.sum()), float(agreed[mine].mean()), float((total[mine] > 1).mean()), float(np.mean(shifts))
+        )
+    return _around(np.mean(list(shifted.values()), axis=0), next(iter(spaces.values()))[query]), batches
 
 
-def _scales(probes: _Probes, n_labels: int) -> Distances:
-    """First quartile of the distances of each label's probes; of all probes for a label without probes."""
-    scales = np.full(n_labels, np.quantile(probes.known, _QUARTER))
-    for label in np.unique(probes.labels):
-        scales[label] = np.quantile(probes.known[probes.labels == label], _QUARTER)
-    return np.maximum(scales, _LEAST_DISTANCE)
+class _Study:
+    """A held-out part, as if it were the query."""
+
+    def __init__(self, spaces: Spaces, part: HeldOutCells, n_classes: int) -> None:
+        self.part, self._space = part, next(iter(spaces.values()))[part.test]
+        self._distances = {
+            name: TypeDistances.of(space, part.train, part.codes, n_classes, part.test)
+            for name, space in spaces.items()
+        }
+
+    def scores(self, without: int | None = None) -> Scores:
+        return _scores(self._distances, without)
+
+    def known(self, scales: dict[str, tuple[float, float]]) -> npt.NDArray[np.float64]:
+        """Scores as applied to a query, of all cells."""
+        return self._applied(self.scores(), scales, agree(self.part.probability), np.ones(len(self.part.test), bool))
+
+    def excluded(
+        self, scales: dict[str, tuple[float, float]], code: int, share: float | None, numbers: np.random.Generator
+    ) -> npt.NDArray[np.float64]:
+        """Scores as applied, of the cells of a type that the training cells lack; with `share`, it is that frequent."""
+        mine = self.part.truth == code
+        kept = np.ones(len(mine), bool)
+        if share is not None:
+            others = np.flatnonzero(~mine)
+            n_kept = min(round(mine.sum() * (1 - share) / share), len(others))
+            kept[others] = False
+            kept[numbers.choice(others, n_kept, replace=False)] = True
+        found = self._applied(self.scores(code), scales, agree(self.part.without(code)), kept)
+        return found[mine[kept]]
+
+    def _applied(
+        self,
+        scores: Scores,
+        scales: dict[str, tuple[float, float]],
+        agreed: npt.NDArray[np.bool_],
+        kept: npt.NDArray[np.bool_],
+    ) -> npt.NDArray[np.float64]:
+        scaled = {name: values[kept] for name, values in _scaled(scores, scales).items()}
+        for values in scaled.values():
+            _subtract_shift(values, np.ones(len(values), bool), agreed[kept])
+        return _around(np.mean(list(scaled.values()), axis=0), self._space[kept])
 
 
-def _study_ratio(probes: _Probes, scales: Distances, group: int, sizes: npt.NDArray[np.int64]) -> float | None:
-    """Distance ratio of a study of the reference; None if it has too few cells."""
-    mine = (probes.groups == group) & probes.across
-    if sizes[group] < _FEWEST_OF_A_STUDY or mine.sum() < _FEWEST_PROBES:
-        return None
-    return _quarter(probes.known[mine] / scales[probes.known_nearest[mine]], probes.weight[mine])
+def _sampled(part: HeldOutCells, numbers: np.random.Generator) -> HeldOutCells:
+    """The part with at most 2,000 of its cells."""
+    if len(part.test) <= _MOST_CELLS:
+        return part
+    rows = np.sort(numbers.choice(len(part.test), _MOST_CELLS, replace=False))
+
+    def without(code: int) -> Probabilities:
+        return {name: values[rows] for name, values in part.without(code).items()}
+
+    probability = {name: values[rows] for name, values in part.probability.items()}
+    return HeldOutCells(part.train, part.codes, part.test[rows], part.truth[rows], probability, without)
 
 
-def _quarter(values: Distances, weight: Distances) -> float:
-    return float(np.quantile(values, _QUARTER, weights=weight, method="inverted_cdf"))
+def _excluded(
+    studies: list[_Study], scales: dict[str, tuple[float, float]], share: float | None, numbers: np.random.Generator
+) -> dict[int, npt.NDArray[np.float64]]:
+    """Scores of the cells of each excluded type, by type."""
+    found: dict[int, list[npt.NDArray[np.float64]]] = {}
+    for study in studies:
+        sizes = np.bincount(study.part.truth)
+        if len(np.unique(study.part.codes)) < 3:
+            continue  # one type would be left
+        for code in np.argsort(-sizes, kind="stable")[:_MOST_TYPES]:
+            if sizes[code] >= _FEWEST_CELLS:
+                found.setdefault(int(code), []).append(study.excluded(scales, int(code), share, numbers))
+    return {code: np.concatenate(parts) for code, parts in found.items()}
 
 
-def _usual(ratios: dict[int, float]) -> float:
-    """90 % quantile of the studies' ratios; NaN for fewer than two studies."""
-    return float(np.quantile(list(ratios.values()), _USUAL, method="higher")) if len(ratios) > 1 else float("nan")
+def _best_threshold(
+    known: npt.NDArray[np.float64],
+    truth: Rows,
+    rare: dict[int, npt.NDArray[np.float64]],
+    frequent: dict[int, npt.NDArray[np.float64]],
+) -> float:
+    """The threshold with the largest sum of kept and found shares, of those that keep most known cells."""
+    levels = np.unique(np.quantile(known, np.linspace(0.5, 1, _CANDIDATES)))
+    kept = np.array([(known <= level).mean() for level in levels])
+    found = np.zeros(len(levels))
+    for tested in (rare, frequent):
+        if tested:
+            found += [_mean([float((values > level).mean()) for values in tested.values()]) for level in levels]
+    score = np.where(kept >= _LEAST_KEPT, kept + found / 2, -np.inf)
+    return float(levels[score.argmax()])
 
 
-def _best_distance(probes: _Probes) -> float:
-    """The threshold, computed from uncorrected distances."""
-    missing = ~np.isnan(probes.missing)
-    if not missing.any():
-        return max(float(np.quantile(probes.known, 0.99)), _LEAST_DISTANCE)
-    levels = np.quantile(np.concatenate([probes.known, probes.missing[missing]]), np.linspace(0, 1, 501))
-    candidates = np.append((levels[1:] + levels[:-1]) / 2, levels[-1])  # thresholds in the middle of gaps
-    kept = _share_above(probes.known, probes.labels, candidates)
-    found = _share_above(probes.missing[missing], probes.labels[missing], candidates)
-    score = np.where(1 - kept >= _LEAST_KEPT, found - kept, -np.inf)
-    best = np.flatnonzero(score == score.max())
-    return max(float(candidates[best[len(best) // 2]]), _LEAST_DISTANCE)
+def _within(space: npt.NDArray[np.float32], rows: Rows, codes: Rows, n_classes: int) -> TypeDistances:
+    """Distances of half of the cells to the types of the other half: no cell is its own neighbor."""
+    even = np.arange(len(rows)) % 2 == 0
+    whole = TypeDistances.of(space, rows, codes, n_classes, rows)
+    to_type = np.empty_like(whole.to_type)
+    for half in (even, ~even):
+        others = ~half if len(np.unique(codes[~half])) == len(np.unique(codes)) else np.ones(len(rows), bool)
+        to_type[half] = TypeDistances.of(space, rows[others], codes[others], n_classes, rows[half]).to_type
+    return TypeDistances(to_type, whole.within)
 
 
-def _share_above(values: Distances, labels: Codes, candidates: Distances) -> Distances:
-    """Share of the values above each candidate, mean over labels."""
-    shares = [(values[labels == label][:, None] > candidates).mean(axis=0) for label in np.unique(labels)]
-    return np.asarray(np.mean(shares, axis=0))
+def _scores(distances: Mapping[str, TypeDistances], without: int | None = None) -> Scores:
+    return {name: each.score(without) for name, each in distances.items()}
 
 
-def _as_applied(probes: _Probes, threshold: float, scales: Distances, ratios: dict[int, float]) -> tuple[float, float]:
-    """`known_kept` and `left_out_found`: each study is the query, once with all labels and once per missing label."""
-    kept: dict[int, list[npt.NDArray[np.bool_]]] = {}
-    found: dict[int, list[npt.NDArray[np.bool_]]] = {}
-    known, missing = probes.known / scales[probes.known_nearest], probes.missing / scales[probes.missing_nearest]
-    for group in np.unique(probes.groups):
-        usual = _usual({other: ratio for other, ratio in ratios.items() if other != group})
-        corrected = group in ratios  # small studies are not corrected
-        mine = probes.groups == group
-        others = mine & probes.across if (mine & probes.across).any() else mine
-        divisor = _divisor(known[others], probes.weight[others], usual) if corrected else 1.0
-        for label in np.unique(probes.labels[mine]):
-            of_label = mine & (probes.labels == label)
-            kept.setdefault(label, []).append(probes.known[of_label & others] / divisor <= threshold)
-            rest, lacking = others & ~of_label, of_label & ~np.isnan(probes.missing)
-            values = np.append(known[rest], missing[lacking])
-            weight = np.append(probes.weight[rest], probes.weight[lacking])
-            by = _divisor(values, weight, usual) if corrected and len(values) else 1.0
-            found.setdefault(label, []).append(probes.missing[lacking] / by > threshold)
-    return _mean_over_labels(kept), _mean_over_labels(found)
+def _scale(values: npt.NDArray[np.float64], codes: Rows) -> tuple[float, float]:
+    """Median and 95 % quantile; every type has the same weight."""
+    weights = 1 / np.bincount(codes)[codes]
+    median, high = np.quantile(values, [0.5, 0.95], weights=weights, method="inverted_cdf")
+    return float(median), float(max(high, median + 1e-6))
 
 
-def _divisor(relative: Distances, weight: Distances, usual: float) -> float:
-    return _correct(_quarter(relative, weight), usual).divisor
+def _scaled(scores: Scores, scales: dict[str, tuple[float, float]]) -> Scores:
+    return {name: (values - scales[name][0]) / (scales[name][1] - scales[name][0]) for name, values in scores.items()}
 
 
-def _mean_over_labels(parts: dict[int, list[npt.NDArray[np.bool_]]]) -> float:
-    """Share of true values, mean over labels; NaN if there are no cells."""
-    cells = [np.concatenate(values) for values in parts.values()]
-    shares = [values.mean() for values in cells if len(values)]
-    return float(np.mean(shares)) if shares else float("nan")
+def _subtract_shift(
+    values: npt.NDArray[np.float64], mine: npt.NDArray[np.bool_], agreed: npt.NDArray[np.bool_]
+) -> float:
+    """Subtract, in place, the median of the cells on which the annotators agree; at least 0 and at most 1."""
+    certain = mine & agreed
+    if certain.sum() < _FEWEST_CERTAIN:
+        return 0.0
+    shift = float(np.clip(np.median(values[certain]), 0, _LARGEST_SHIFT))
+    values[mine] -= shift
+    return shift
+
+
+def _around(values: npt.NDArray[np.float64], points: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """Median over the cell and the cells around it."""
+    if not len(values):
+        return values
+    n_around = min(_AROUND, max(int(_SHARE_AROUND * len(values)), _FEWEST_AROUND))
+    _, positions = NeighborIndex(points).query(points, n_around + 1)
+    return np.median(values[positions], axis=1)
+
+
+def _mean_over_types(kept: npt.NDArray[np.bool_], truth: Rows) -> float:
+    return _mean([float(kept[truth == code].mean()) for code in np.unique(truth)])
+
+
+def _mean(values: list[float]) -> float:
+    return float(np.mean(values)) if values else float("nan")

@@ -1,0 +1,197 @@
+"""Annotation of a query: combined and calibrated probabilities, held-out validation, cells of missing types."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from census_scvi.annotation.annotate import FittedMethod, annotate
+from census_scvi.annotation.calibration import fit_temperature, with_temperature
+from census_scvi.annotation.protocol import Annotation, Cells
+from census_scvi.annotation.type_distances import TypeDistances
+from census_scvi.annotation.validation import held_out_folds
+from census_scvi.errors import UserError
+
+N_GENES, NAMES = 120, np.array(["B cell", "T cell", "monocyte", "NK cell"], dtype=object)
+
+
+def simulated(
+    n_cells: int = 600, seed: int = 0, query_share: tuple[float, ...] = (0.25,) * 4
+) -> tuple[Cells, np.ndarray]:
+    """Two studies and a query of two batches, four types with thirty genes of their own; labels of all cells."""
+    generator = np.random.default_rng(seed)
+    n_reference = n_cells * 2 // 3
+    codes = generator.choice(4, n_cells, p=(0.25,) * 4)
+    codes[n_reference:] = generator.choice(4, n_cells - n_reference, p=query_share)
+    batch = np.repeat(["one", "two", "lane 1", "lane 2"], [n_reference // 2, n_reference - n_reference // 2, 0, 0])
+    lanes = np.where(np.arange(n_cells - n_reference) % 2, "lane 1", "lane 2")
+    batch = np.append(batch, lanes).astype(object)
+    genes = np.arange(N_GENES)
+    rates = np.where(genes // 30 == codes[:, None], 4.0, 1.0)
+    rates *= np.where(genes[None, :] % 4 == np.unique(batch, return_inverse=True)[1][:, None], 1.5, 1.0)
+    counts = sp.csr_matrix(generator.poisson(rates * generator.uniform(0.5, 2, (n_cells, 1))).astype(np.float32))
+    return Cells(counts, batch, n_reference, [f"gene{n}" for n in genes]), NAMES[codes]
+
+
+def studies(cells: Cells) -> dict[str, np.ndarray]:
+    return {"dataset_id": cells.batch[: cells.n_reference]}
+
+
+def fast(cells: Cells, labels: np.ndarray, **units: np.ndarray) -> Annotation:
+    return annotate(cells, labels[: cells.n_reference], units or studies(cells), method="fast")
+
+
+def test_labels_members_and_the_table_of_held_out_studies() -> None:
+    cells, labels = simulated()
+    found = fast(cells, labels)
+    truth = labels[cells.n_reference :]
+    assert found.classes == sorted(NAMES)
+    assert (found.labels == truth).mean() > 0.95
+    assert set(found.members) == {"harmony", "logistic_regression"}
+    np.testing.assert_allclose(found.probability, np.mean(list(found.members.values()), axis=0), atol=1e-6)
+    np.testing.assert_allclose(found.probability.sum(axis=1), 1, atol=1e-5)
+    assert list(found.validation.index) == ["fast", "harmony", "logistic_regression", "pca"]
+    assert (found.validation["accuracy"] > 0.9).all()
+    assert (found.validation["calibration_error"] < 0.1).all()
+    assert found.facts["held_out_by"] == "dataset_id"
+    assert (~found.unknown).mean() > 0.85
+    assert found.groups.shape == found.uncertainty.shape == truth.shape
+    assert ((found.uncertainty > 0.5) == found.unknown).all()
+    assert {name: batch["cells"] for name, batch in found.facts["batches"].items()} == {"lane 1": 100, "lane 2": 100}
+    again = fast(cells, labels)
+    assert np.array_equal(found.probability, again.probability)
+    assert np.array_equal(found.unknown, again.unknown)
+
+
+@pytest.mark.parametrize(("query_share", "known"), [((0.25,) * 4, 0.85), ((0.1, 0.2, 0.1, 0.6), 0.8)])
+def test_a_type_that_the_reference_lacks_is_unknown(query_share: tuple[float, ...], known: float) -> None:
+    cells, labels = simulated(900, query_share=query_share)
+    kept = np.append(labels[:600] != "NK cell", np.ones(300, bool))
+    without = Cells(cells.counts[kept], cells.batch[kept], int(kept[:600].sum()), cells.genes)
+    found = fast(without, labels[kept])
+    missing = labels[600:] == "NK cell"
+    assert found.unknown[missing].mean() > 0.8
+    assert (~found.unknown[~missing]).mean() > known
+    assert found.facts["left_out_found"] > 0.8
+    assert found.facts["frequent_left_out_found"] > 0.6
+    assert found.facts["known_kept"] > 0.9
+
+
+def test_a_query_of_a_missing_type_alone_is_a_warning() -> None:
+    cells, labels = simulated(900, query_share=(0, 0, 0, 1))
+    kept = np.append(labels[:600] != "NK cell", np.ones(300, bool))
+    found = fast(Cells(cells.counts[kept], cells.batch[kept], int(kept[:600].sum()), cells.genes), labels[kept])
+    assert all(batch["far"] for batch in found.facts["batches"].values())
+    assert any("check their labels with marker genes" in warning for warning in found.warnings)
+    complete = fast(*simulated(900))
+    assert not any(batch["far"] for batch in complete.facts["batches"].values())
+    assert not any("marker genes" in warning for warning in complete.warnings)
+
+
+def test_permuted_labels_score_at_chance() -> None:
+    cells, labels = simulated()
+    permuted = np.append(np.random.default_rng(1).permutation(labels[:400]), labels[400:])
+    found = fast(cells, permuted)
+    assert (found.validation["accuracy"] < 0.4).all()
+    assert found.probability.max(axis=1).mean() < 0.5
+
+
+@pytest.mark.parametrize(
+    ("units", "held_out_by", "warning"),
+    [
+        ({"dataset_id": "one", "donor_id": ["a", "b"]}, "donor_id", "measured on values of donor_id of the same study"),
+        ({"dataset_id": "one", "donor_id": "a"}, "cells", "measured on random cells of the same study"),
+    ],
+)
+def test_a_single_study_is_validated_by_donors_or_cells(units: dict, held_out_by: str, warning: str) -> None:
+    cells, labels = simulated()
+    columns = {name: np.resize(np.array(values, dtype=object), 400) for name, values in units.items()}
+    found = fast(cells, labels, **columns)
+    assert found.facts["held_out_by"] == held_out_by
+    assert any(warning in text for text in found.warnings)
+
+
+def test_awkward_labels() -> None:
+    cells, labels = simulated()
+    reference = labels[:400].copy()
+    with pytest.raises(UserError, match="none of the 400 reference cells has a label"):
+        annotate(cells, np.full(400, None, dtype=object), method="fast")
+    one = annotate(cells, np.full(400, "B cell", dtype=object), studies(cells), method="fast")
+    assert set(one.labels) == {"B cell"}
+    assert one.validation.empty
+    assert any("nothing could be held out" in text for text in one.warnings)
+    reference[:] = np.where(reference == "monocyte", None, reference)  # unlabelled cells teach nothing
+    reference[0] = "platelet"  # a type with one cell
+    found = annotate(cells, reference, studies(cells), method="fast")
+    assert found.classes == ["B cell", "NK cell", "T cell", "platelet"]
+    known = np.isin(labels[400:].astype(str), found.classes)
+    assert (found.labels == labels[400:])[known].mean() > 0.95
+    assert np.isfinite(found.probability).all()
+    numbers = annotate(cells, np.unique(labels[:400].astype(str), return_inverse=True)[1].astype(object), method="fast")
+    assert numbers.classes == ["0", "1", "2", "3"]
+    apart = annotate(  # each study has types of its own: cells are held out instead
+        cells,
+        np.where(cells.batch[:400] == "one", reference == "B cell", 7).astype(object),
+        studies(cells),
+        method="fast",
+    )
+    assert apart.facts["held_out_by"] == "cells"
+
+
+def test_cells_without_counts_are_unknown() -> None:
+    cells, labels = simulated()
+    counts = cells.counts.tolil()
+    counts[410:420] = 0
+    found = fast(Cells(counts.tocsr(), cells.batch, 400, cells.genes), labels)
+    assert found.unknown[10:20].all()
+    assert (found.uncertainty[10:20] == 1).all()
+    assert np.isfinite(found.probability).all()
+
+
+def test_a_query_without_batches_gets_no_harmony() -> None:
+    cells, labels = simulated(300)
+    method = FittedMethod(cells, "fast", batches_known=False)
+    assert method.members == ("pca", "logistic_regression")
+    found = method.annotate(labels[:200], studies(cells))
+    assert any("set query.batch_key" in text for text in found.warnings)
+    # The same annotators serve another column of labels.
+    other = method.annotate(np.where(labels[:200] == "B cell", "B", "other").astype(object), studies(cells))
+    assert other.classes == ["B", "other"]
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.floats(0.4, 2.5))
+def test_a_temperature_is_found_again(temperature: float) -> None:
+    generator = np.random.default_rng(0)
+    calibrated = generator.dirichlet(np.ones(4), 20_000).astype(np.float32)
+    codes = (calibrated.cumsum(axis=1) < generator.random((20_000, 1))).sum(axis=1).clip(max=3)
+    distorted = with_temperature(calibrated, temperature)
+    assert fit_temperature(distorted, codes) == pytest.approx(1 / temperature, rel=0.1)
+    assert np.array_equal(distorted.argmax(axis=1), calibrated.argmax(axis=1))
+
+
+def test_distances_relative_to_a_type() -> None:
+    generator = np.random.default_rng(0)
+    dense, wide = generator.normal(0, 0.1, (50, 2)), generator.normal(0, 1, (50, 2)) + 20
+    space = np.concatenate([dense, wide, [[0.3, 0.3], [21.5, 21.5]]]).astype(np.float32)
+    found = TypeDistances.of(space, np.arange(100), np.repeat([0, 1], 50), 3, np.array([100, 101]))
+    assert np.isinf(found.to_type[:, 2]).all()
+    near, far = found.score()
+    assert near > far  # outside of the dense type, within the wide one
+    without = found.score(without=0)
+    assert without[0] > 1.5 + near
+    assert without[1] == far
+
+
+def test_folds_hold_out_whole_studies() -> None:
+    codes = np.tile([0, 1, 2], 40)
+    study = np.repeat(["a", "b", "c", "d"], 30).astype(object)
+    folds, by = held_out_folds(codes, {"dataset_id": study}, 0)
+    assert by == "dataset_id"
+    assert sorted(np.concatenate([fold.test for fold in folds])) == list(range(120))
+    for fold in folds:
+        assert not set(study[fold.test]) & set(study[fold.train])
+    assert held_out_folds(np.array([0, 1]), {}, 0)[0] == []
