@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+import scanpy as sc
+import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from scipy.special import expit, logit
 
 from census_scvi.annotation import ontology
 from census_scvi.annotation.groups import label_groups
+from census_scvi.annotation.methods import create
 from census_scvi.annotation.ontology import Hierarchy, back_off, build_hierarchy, calibrated_threshold, term_columns
+from census_scvi.annotation.protocol import Cells
 from census_scvi.census.ontology import cell_ontology
 from census_scvi.metrics.hierarchy import hierarchical_scores, right_or_ancestor
 
@@ -24,6 +32,17 @@ BLOOD = {
     "CD16 monocyte": "CL:0002396",
     "DC": "CL:0000451",
     "platelet": "CL:0000233",
+}
+# The labels of real blood, which are not names of terms.
+BLOOD_LABELS = {
+    "CD4 T cell": "CL:0000624",
+    "CD8 T cell": "CL:0000625",
+    "NK cell": "CL:0000623",
+    "CD14 monocyte": "CL:0001054",
+    "CD16 monocyte": "CL:0002396",
+    "platelet/megakaryocyte": "CL:0000233",
+    "CD34+ progenitor": "CL:0008001",
+    "T cell, activated": "CL:0000084",
 }
 CELLS = st.integers(1, 40)
 
@@ -154,16 +173,17 @@ def test_a_near_miss_scores_higher_than_a_far_one(blood: Hierarchy) -> None:
 
 def test_the_threshold_follows_the_calibration_of_held_out_cells() -> None:
     generator = np.random.default_rng(0)
-    sharp = generator.dirichlet(np.full(9, 0.3), 4000)
-    truth = np.array([generator.choice(9, p=row) for row in sharp])
-    power = {name: sharp**e / (sharp**e).sum(axis=1, keepdims=True) for name, e in (("over", 3), ("under", 0.6))}
-    assert calibrated_threshold(sharp, truth) == pytest.approx(0.7, abs=0.03)
-    assert calibrated_threshold(power["over"], truth) == pytest.approx(0.9, abs=0.05)
-    assert calibrated_threshold(power["under"], truth) == pytest.approx(0.52, abs=0.03)
+    sharp = generator.dirichlet((1, 1), 4000)
+    truth = (generator.random(4000) > sharp[:, 0]).astype(int)
+    over = sharp**1.5 / (sharp**1.5).sum(axis=1, keepdims=True)
+    for level in (0.7, 0.8):
+        assert calibrated_threshold(sharp, truth, level) == pytest.approx(level, abs=0.02)
+        assert calibrated_threshold(over, truth, level) == pytest.approx(expit(1.5 * logit(level)), abs=0.02)
+    assert calibrated_threshold(sharp, truth) == calibrated_threshold(sharp, truth, 0.8)
     assert calibrated_threshold(sharp[:99], truth[:99]) == 0.7  # too few cells
-    assert calibrated_threshold(sharp, generator.permutation(truth)) == 0.95  # no threshold is high enough
-    assert calibrated_threshold(sharp, sharp.argmin(axis=1)) == 0.95
-    assert calibrated_threshold(sharp, sharp.argmax(axis=1)) == 0.5
+    assert calibrated_threshold(sharp, generator.permutation(truth)) == 0.9  # no threshold is high enough
+    assert calibrated_threshold(sharp, sharp.argmin(axis=1)) == 0.9
+    assert calibrated_threshold(sharp, sharp.argmax(axis=1)) == 0.6
 
 
 def test_terms_in_obs() -> None:
@@ -204,3 +224,45 @@ def test_groups_have_the_label_of_most_of_their_cells() -> None:
         7: {"cells": 2, "label": "B", "share": 1, "second": "", "second_share": 0},
         9: {"cells": 1, "label": "unknown", "share": 1, "second": "", "second_share": 0},
     }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("query", "leaf_wrong", "coarse"),
+    [("kang_GSE96583", 0.046, 0.19), ("others", 0.076, 0.09)],
+    ids=["forward", "backward"],
+)
+def test_blood_of_other_studies(real_data: Path, query: str, leaf_wrong: float, coarse: float) -> None:
+    """Harmony and logistic regression, at 0.7: wrong names become less specific, right ones."""
+    cells = ad.read_h5ad(real_data / "pbmc_multi_human.h5ad")
+    measured = cells.var.filter(regex="measured_in_(pbmc3k|zheng_facs|kang)").all(axis=1).to_numpy()
+    cells = cells[~cells.obs["cell_type_coarse"].isin(["unknown", "unlabelled"]), measured]
+    own = (cells.obs["dataset"] == "kang_GSE96583").to_numpy() == (query == "kang_GSE96583")
+    cells = cells[np.argsort(own, kind="stable")].copy()
+    n_reference = int((~own).sum())
+    genes = sc.pp.highly_variable_genes(
+        cells[:n_reference], flavor="seurat_v3", n_top_genes=2000, batch_key="batch", inplace=False
+    )["highly_variable"].to_numpy()
+    shared = Cells(
+        sp.csr_matrix(cells.X[:, genes]), cells.obs["batch"].astype(str).to_numpy(object), n_reference,
+        cells.var_names[genes].tolist(),
+    )  # fmt: skip
+    labels = cells.obs["cell_type_coarse"].astype(str).to_numpy()
+    classes, codes = np.unique(labels[:n_reference], return_inverse=True)
+    probability = np.zeros((len(shared.query), len(classes)), np.float32)
+    for name in ("harmony", "logistic_regression"):
+        annotator = create(name)
+        annotator.fit(shared)
+        probability += annotator.predict(shared.reference, codes, len(classes), shared.query) / 2
+    named = np.isin(labels[n_reference:], classes)
+    truth = np.searchsorted(classes, labels[n_reference:][named])
+    above = build_hierarchy(classes, BLOOD_LABELS)
+    found = back_off(above, probability[named]).nodes
+    right, leaf = above.members[found, truth], found < len(classes)
+    wrong = float((probability[named].argmax(axis=1) != truth).mean())
+    assert (leaf & ~right).mean() <= leaf_wrong < wrong
+    assert (~leaf & ~right).mean() <= 0.01
+    assert (~leaf & right).mean() == pytest.approx(coarse, abs=0.02)
+    scores = hierarchical_scores(above.lineage, truth, found)
+    assert scores.precision > 0.96
+    assert scores.right_or_ancestor > 1 - wrong

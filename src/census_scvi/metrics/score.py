@@ -149,7 +149,7 @@ def _hierarchical(
     score: Callable[..., Score], lineage: Lineage, truth: Codes, predicted: Codes, options: dict[str, Any]
 ) -> list[Score]:
     """Hierarchical metrics; chance is the most frequent label for every cell."""
-    commonest = np.full(len(truth), np.bincount(truth).argmax())
+    frequent = np.full(len(truth), np.bincount(truth).argmax())
 
     def statistic(name: str, answers: Codes, rows: Any) -> float:
         return float(getattr(hierarchical_scores(lineage, truth[rows], answers[rows]), name))
@@ -160,7 +160,7 @@ def _hierarchical(
             metric,
             partial(statistic, name, predicted),
             len(truth),
-            {CHANCE: statistic(name, commonest, every)},
+            {CHANCE: statistic(name, frequent, every)},
             **options,
         )
         for metric, name in HIERARCHICAL.items()

@@ -16,7 +16,7 @@ import pandas as pd
 from census_scvi.annotation.groups import label_groups
 from census_scvi.annotation.label_transfer import UNKNOWN
 from census_scvi.annotation.markers import Markers, dots
-from census_scvi.annotation.ontology import LEVEL, Hierarchy, back_off
+from census_scvi.annotation.ontology import THRESHOLD, Hierarchy, back_off
 from census_scvi.annotation.protocol import Annotation
 from census_scvi.files.atomic import write_json, write_text
 from census_scvi.files.json_values import json_values
@@ -39,7 +39,7 @@ def write_annotation_report(
     reference: ad.AnnData | None = None,
     *,
     hierarchy: Hierarchy | None = None,
-    threshold: float = LEVEL,
+    threshold: float = THRESHOLD,
     facts: Mapping[str, Any] | None = None,
     refused: Sequence[str] = (),
     positions: npt.NDArray[np.float32] | None = None,
