@@ -103,6 +103,13 @@ def test_presets_have_the_published_values() -> None:
         assert {name: values[name] for name in published | differing} == published | differing
 
 
+def test_the_documentation_has_every_hyperparameter_and_its_default() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "scnym.md").read_text()
+    for name, field in Hyperparameters.model_fields.items():
+        default = str(field.default).lower() if isinstance(field.default, bool) else field.default
+        assert f"| `{name}` | {default} | {' '.join(str(field.description).split())} |\n" in text
+
+
 def test_overrides_change_what_they_name_and_nothing_for_others() -> None:
     before = {name: settings.model_dump() for name, settings in PRESETS.items()}
     changed = hyperparameters("new_identity_discovery", {"dan_max_weight": 0.3, "lr": 1})
@@ -249,6 +256,20 @@ def test_the_mean_teacher_averages_weights_and_has_the_classifiers_batch_statist
     torch.testing.assert_close(module.teacher.classify.weight, first + 0.5 + 0.5 * 0.003)
     torch.testing.assert_close(module.teacher.embed[1].running_mean, module.network.embed[1].running_mean)
     assert not any(value.requires_grad for value in module.teacher.parameters())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_trains_and_predicts_like_a_cpu() -> None:
+    counts, labels, truth = both(240, 150)
+    quiet_step = {"mixup_alpha": 0.0, "augment": "none", "n_epochs": 1}  # without random numbers but dropout's
+    histories = [fit(counts, labels, overrides=quiet_step, accelerator=one).history for one in ("cpu", "gpu")]
+    np.testing.assert_allclose(histories[0]["train_loss"], histories[1]["train_loss"], rtol=0.2)
+    trained = fit(counts, labels, accelerator="gpu")
+    found = [trained.classifier.predict(InMemory(counts[240:]), GENES, accelerator=one) for one in ("gpu", "cpu")]
+    np.testing.assert_allclose(found[0].probability, found[1].probability, atol=1e-4)
+    assert (found[0].labels == truth[240:]).mean() > 0.9
+    why = expected_gradients(trained.classifier, InMemory(counts), GENES, truth, "type 1", accelerator="gpu")
+    assert why.completeness == pytest.approx(1, abs=0.05)
 
 
 def test_every_validation_cell_counts_the_same() -> None:
@@ -470,10 +491,11 @@ def test_labels_that_cannot_be_used_are_refused(labels: list[str], arguments: An
 
 def test_a_class_with_one_cell_is_trained_on(caplog: pytest.LogCaptureFixture) -> None:
     counts, labels = simulated(60)
-    labels[0] = "rare"
+    labels[0], labels[1:9] = "rare", "unlabelled"
     with caplog.at_level(logging.WARNING):
         result = fit(counts, labels, overrides={"n_epochs": 2})
     assert "only one cell to train on: rare" in caplog.text
+    assert "unlabelled is trained like a cell type; label such cells 'Unlabeled' instead" in caplog.text
     assert not result.validation[0]
 
 

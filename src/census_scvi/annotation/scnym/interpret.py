@@ -118,7 +118,7 @@ def expected_gradients(
         if name is not None and name not in classifier.classes:
             raise UserError(
                 f"{name!r} is not a class of the classifier{suggestion(name, classifier.classes)} (classes:"
-                f" {', '.join(classifier.classes)})"
+                f" {', '.join(classifier.classes[:20])})"
             )
     if against == target:
         raise UserError(f"{target!r} is compared with itself; choose another class")

@@ -38,6 +38,8 @@ Trainer: TypeAlias = lightning.Trainer
 Module: TypeAlias = lightning.LightningModule
 
 UNLABELLED = "Unlabeled"  # the label that scNym gives to cells without a label
+# Labels that look like those of unlabelled cells.
+_VAGUE = ("unlabelled", "unlabeled", "unknown", "unassigned", "nan", "na", "none", "")
 _CHECKPOINT, _TENSORBOARD = "checkpoint.ckpt", "tb_logs"
 
 
@@ -155,7 +157,7 @@ def _cells(
     validation = validation & labelled
     training = labelled & ~validation
     if absent := sorted({classes[code] for code in codes[labelled]} - {classes[code] for code in codes[training]}):
-        raise UserError(f"all cells of {', '.join(absent)} are for validation; leave some of them for training")
+        raise UserError(f"all cells of {', '.join(absent[:5])} are for validation; leave some of them for training")
     unlabelled = seen.filled & ~labelled
     used = training | unlabelled
     domain_names = np.where(labelled, 0, 1) if domains is None else domains.astype(str)
@@ -176,7 +178,9 @@ def _say(cells: TrainingCells, classes: list[str]) -> None:
     )
     numbers = np.bincount(cells.codes[cells.training], minlength=len(classes))
     if few := [name for name, number in zip(classes, numbers, strict=True) if number == 1]:
-        log.warning("only one cell to train on: %s; its predictions cannot be trusted", ", ".join(few))
+        log.warning("only one cell to train on: %s; predictions of such classes cannot be trusted", ", ".join(few[:5]))
+    if vague := [name for name in classes if name.casefold() in _VAGUE]:
+        log.warning("%s is trained like a cell type; label such cells %r instead", ", ".join(vague), UNLABELLED)
 
 
 def _fit(
