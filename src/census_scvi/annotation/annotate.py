@@ -56,6 +56,8 @@ class FittedMethod:
         Neighbors per cell.
     steps
         Training steps of a joint model.
+    scnym
+        Hyper-parameters of scNym's method, as in `create`.
     seed
         Random seed.
     """
@@ -69,6 +71,7 @@ class FittedMethod:
         batches_known: bool = True,
         n_neighbors: int = NEIGHBORS,
         steps: int = STEPS,
+        scnym: Mapping[str, Any] | None = None,
         seed: int = 0,
     ) -> None:
         self.method, self.members = method, members_of(method, batches_known=batches_known)
@@ -76,7 +79,7 @@ class FittedMethod:
         names = dict.fromkeys([*self.members, *(each for name in compare for each in members_of(name))])
         self.annotators: dict[str, Annotator] = {}
         for name in names:
-            annotator = create(name, n_neighbors=n_neighbors, steps=steps, seed=seed)
+            annotator = create(name, n_neighbors=n_neighbors, steps=steps, scnym=scnym, seed=seed)
             annotator.fit(cells)
             self.annotators[name] = annotator
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from census_scvi.annotation.annotators.harmony import Harmony
@@ -78,7 +79,14 @@ def members_of(method: str, *, batches_known: bool = True) -> tuple[str, ...]:
     return _RECIPES[method][0 if batches_known else 1]
 
 
-def create(name: str, *, n_neighbors: int = NEIGHBORS, steps: int = STEPS, seed: int = 0) -> Annotator:
+def create(
+    name: str,
+    *,
+    n_neighbors: int = NEIGHBORS,
+    steps: int = STEPS,
+    scnym: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> Annotator:
     """An annotator by name.
 
     Parameters
@@ -88,10 +96,15 @@ def create(name: str, *, n_neighbors: int = NEIGHBORS, steps: int = STEPS, seed:
     n_neighbors
         Neighbors per cell, for those that vote.
     steps
-        Training steps, for those that train a network.
+        Training steps, for those that train a joint model.
+    scnym
+        Hyper-parameters of scNym's method that replace those of its preset, and the name of the `preset`.
     seed
         Random seed.
     """
-    training = {"steps": steps} if name in _TRAINED else {}
+    training: dict[str, Any] = {"steps": steps} if name in _TRAINED else {}
+    if name == ScNym.name and scnym:
+        overrides = {key: value for key, value in scnym.items() if key != "preset"}
+        training = {"overrides": overrides, **({"preset": scnym["preset"]} if "preset" in scnym else {})}
     made: Annotator = _CLASSES[name](n_neighbors=n_neighbors, seed=seed, **training)
     return made

@@ -11,6 +11,9 @@ import pandas as pd
 import scipy.sparse as sp
 
 
+UNKNOWN = "unknown"  # label of a cell of a type that the reference probably lacks
+
+
 @dataclass(frozen=True)
 class Cells:
     """Reference and query together, without labels. The rows of the reference come first.
