@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from census_scvi.annotation.annotate import FittedMethod, annotate
 from census_scvi.annotation.calibration import fit_temperature, with_temperature
+from census_scvi.annotation.ontology import build_hierarchy, term_columns
 from census_scvi.annotation.protocol import Annotation, Cells
 from census_scvi.annotation.type_distances import TypeDistances
 from census_scvi.annotation.validation import held_out_folds
@@ -64,6 +65,32 @@ def test_labels_members_and_the_table_of_held_out_studies() -> None:
     again = fast(cells, labels)
     assert np.array_equal(found.probability, again.probability)
     assert np.array_equal(found.unknown, again.unknown)
+
+
+def test_undecided_labels_get_the_name_of_what_they_have_in_common() -> None:
+    """CD4 or CD8 is chance here: the held-out labels are often wrong, their common name, "T cell", is right."""
+    cells, labels = simulated()
+    generator = np.random.default_rng(0)
+    true_t = labels == "T cell"
+    labels[true_t] = generator.choice(["CD4 T", "CD8 T"], true_t.sum())
+    terms = {"CD4 T": "CL:0000624", "CD8 T": "CL:0000625", "NK cell": "CL:0000623"}
+    found = annotate(cells, labels[: cells.n_reference], studies(cells), terms, method="fast")
+    scores = found.validation.loc["fast"]
+    assert 0.8 < scores["accuracy"] == scores["right_or_ancestor"] < 0.95
+    assert scores["hierarchical_f1"] > scores["accuracy"] + 0.03
+    columns = term_columns(
+        build_hierarchy(found.classes, terms),
+        "cell_type",
+        found.probability,
+        found.unknown,
+        found.facts["name_threshold"],
+    )
+    known = ~found.unknown
+    names = np.asarray(columns["cell_type_ontology"])[known]
+    in_common = names[true_t[cells.n_reference :][known]]
+    assert (in_common == "T cell").mean() > 0.7
+    others = names[~true_t[cells.n_reference :][known]]
+    assert (others == labels[cells.n_reference :][known & ~true_t[cells.n_reference :]]).mean() > 0.9
 
 
 @pytest.mark.parametrize(("query_share", "known"), [((0.25,) * 4, 0.85), ((0.1, 0.2, 0.1, 0.6), 0.8)])

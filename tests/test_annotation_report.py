@@ -61,7 +61,9 @@ def annotation(**changes: Any) -> Annotation:
         "uncertainty": np.where(GROUPS == 3, 0.9, 0.1).astype(np.float32),
         "groups": GROUPS,
         "embedding": np.random.default_rng(0).normal(3.0 * GROUPS[:, None], size=(100, 4)).astype(np.float32),
-        "validation": pd.DataFrame({"method": ["harmony"], "accuracy": [0.875], "macro_f1": [np.nan], "cells": [80]}),
+        "validation": pd.DataFrame(
+            {"accuracy": [0.875], "macro_f1": [np.nan], "cells": [80], "risk": [np.zeros(3)]}, index=["harmony"]
+        ),
         "warnings": ["few of the cells of batch <b> agree"],
     }
     return Annotation(**values | changes)
@@ -101,7 +103,7 @@ def test_types_found(record: dict[str, Any]) -> None:
     assert record["agreement"]["pairs"] == [
         {"first": "harmony", "second": "logistic_regression", "share": pytest.approx(0.8)}
     ]
-    assert record["validation"] == [{"method": "harmony", "accuracy": 0.875, "macro_f1": None, "cells": 80}]
+    assert record["validation"] == [{"method": "Harmony", "accuracy": 0.875, "macro_f1": None, "cells": 80}]
 
 
 def test_cells_whose_label_is_uncertain_have_a_less_specific_name(record: dict[str, Any]) -> None:

@@ -176,9 +176,9 @@ def test_the_threshold_follows_the_calibration_of_held_out_cells() -> None:
     sharp = generator.dirichlet((1, 1), 4000)
     truth = (generator.random(4000) > sharp[:, 0]).astype(int)
     over = sharp**1.5 / (sharp**1.5).sum(axis=1, keepdims=True)
-    for level in (0.7, 0.8):
-        assert calibrated_threshold(sharp, truth, level) == pytest.approx(level, abs=0.02)
-        assert calibrated_threshold(over, truth, level) == pytest.approx(expit(1.5 * logit(level)), abs=0.02)
+    for share in (0.7, 0.8):
+        assert calibrated_threshold(sharp, truth, share) == pytest.approx(share, abs=0.02)
+        assert calibrated_threshold(over, truth, share) == pytest.approx(expit(1.5 * logit(share)), abs=0.02)
     assert calibrated_threshold(sharp, truth) == calibrated_threshold(sharp, truth, 0.8)
     assert calibrated_threshold(sharp[:99], truth[:99]) == 0.7  # too few cells
     assert calibrated_threshold(sharp, generator.permutation(truth)) == 0.9  # no threshold is high enough

@@ -17,6 +17,7 @@ from census_scvi.annotation.held_out import HeldOut
 from census_scvi.annotation.joint_model import STEPS
 from census_scvi.annotation.methods import BASELINES, CONSENSUS, TITLES, create, members_of
 from census_scvi.annotation.neighbor_vote import NEIGHBORS
+from census_scvi.annotation.ontology import LEVEL, Hierarchy, build_hierarchy, calibrated_threshold
 from census_scvi.annotation.protocol import Annotation, Annotator, Cells
 from census_scvi.annotation.unknown import (
     Batch,
@@ -29,6 +30,7 @@ from census_scvi.annotation.unknown import (
 )
 from census_scvi.annotation.validation import Fold, held_out_folds
 from census_scvi.errors import UserError
+from census_scvi.metrics.hierarchy import HierarchicalScores, hierarchical_scores
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +86,10 @@ class FittedMethod:
             self.annotators[name] = annotator
 
     def annotate(
-        self, labels: npt.NDArray[np.object_], units: Mapping[str, npt.NDArray[np.object_]] | None = None
+        self,
+        labels: npt.NDArray[np.object_],
+        units: Mapping[str, npt.NDArray[np.object_]] | None = None,
+        terms: Mapping[str, str] | None = None,
     ) -> Annotation:
         """Annotate the query.
 
@@ -94,6 +99,9 @@ class FittedMethod:
             object (reference cells,): labels; None for a cell without a label.
         units
             Columns (reference cells,) of what can be held out, the best first: study, donor, batch; None: cells.
+        terms
+            Cell Ontology term id of each label; a label without one is searched by name. Labels with terms add
+            hierarchical scores to the validation.
 
         Raises
         ------
@@ -113,7 +121,8 @@ class FittedMethod:
         empty = run.empty()
         calibrated = run.query()
         warnings = list(_warnings(run, rule, batches, held_out_by, self._known_batches, classes))
-        validation = run.validation(self.method)
+        held = run.held_out(self.method)
+        validation = run.validation(held, build_hierarchy(classes.tolist(), terms))
         warnings += _better_baseline(validation, self.method)
         for warning in warnings:
             log.warning("%s", warning)
@@ -127,7 +136,10 @@ class FittedMethod:
             embedding=run.main_space()[self._cells.query],
             validation=validation,
             warnings=warnings,
-            facts=_facts(run, rule, batches, held_out_by, classes),
+            facts={
+                **_facts(run, rule, batches, held_out_by, classes),
+                "name_threshold": calibrated_threshold(held[self.method], run.truth) if held else LEVEL,
+            },
         )
 
 
@@ -135,10 +147,11 @@ def annotate(
     cells: Cells,
     labels: npt.NDArray[np.object_],
     units: Mapping[str, npt.NDArray[np.object_]] | None = None,
+    terms: Mapping[str, str] | None = None,
     **settings: Any,
 ) -> Annotation:
     """Annotate a query with one column of labels; see `FittedMethod`, which has the settings."""
-    return FittedMethod(cells, **settings).annotate(labels, units)
+    return FittedMethod(cells, **settings).annotate(labels, units, terms)
 
 
 class _Run:
@@ -177,20 +190,25 @@ class _Run:
             return 1.0
         return fit_temperature(np.concatenate([part[name] for part in self.held]), self.truth)
 
-    def validation(self, method: str) -> pd.DataFrame:
-        """Quality on held-out cells by method; each fold is calibrated on the others."""
+    def held_out(self, method: str) -> dict[str, Probability]:
+        """Calibrated probabilities of the held-out cells by method; each fold is calibrated on the others."""
         if not self.folds:
-            return pd.DataFrame()
-        calibrated = {name: self._calibrated_across([part[name] for part in self.held]) for name in self.annotators}
+            return {}
+        parts = {name: self._calibrated_across([part[name] for part in self.held]) for name in self.annotators}
+        found = {name: np.concatenate(each) for name, each in parts.items()}
         if len(self.members) > 1:
-            parts = [np.mean([calibrated[name][k] for name in self.members], axis=0) for k in range(len(self.folds))]
-            calibrated = {method: parts, **calibrated}
+            found = {method: np.mean([found[name] for name in self.members], axis=0), **found}
+        return found
+
+    def validation(self, held: Mapping[str, Probability], hierarchy: Hierarchy) -> pd.DataFrame:
+        """Quality on held-out cells by method."""
         names = np.array([str(code) for code in range(self.n_classes)], dtype=object)
         scores = {}
-        for name, found in calibrated.items():
-            whole = np.concatenate(found)
-            given = (names[whole.argmax(axis=1)], whole.max(axis=1))
-            scores[name] = asdict(HeldOut.of(names[self.truth], given, self.seed))
+        for name, found in held.items():
+            best = found.argmax(axis=1)
+            scores[name] = asdict(HeldOut.of(names[self.truth], (names[best], found.max(axis=1)), self.seed))
+            if hierarchy.has_terms:
+                scores[name] |= _of_terms(hierarchical_scores(hierarchy.lineage, self.truth, best))
         return pd.DataFrame.from_dict(scores, orient="index")
 
     def _calibrated_across(self, parts: list[Probability]) -> list[Probability]:
@@ -329,6 +347,15 @@ def _warnings(
             f"if the reference lacked {', '.join(hard)}, most of these cells would get another label and would not be"
             " unknown (measured by excluding each type)"
         )
+
+
+def _of_terms(scores: HierarchicalScores) -> dict[str, float]:
+    return {
+        "hierarchical_precision": scores.precision,
+        "hierarchical_recall": scores.recall,
+        "hierarchical_f1": scores.f1,
+        "right_or_ancestor": scores.right_or_ancestor,
+    }
 
 
 def _better_baseline(validation: pd.DataFrame, method: str) -> list[str]:

@@ -16,10 +16,11 @@ from census_scvi.census.ontology import ROOT, CellOntology, cell_ontology
 
 log = logging.getLogger(__name__)
 
-# Probability from which a name is given, if it cannot be calibrated; and the share of the held-out cells of such a
-# probability that a label should be right for. In blood, both ways, a share of 0.8 belongs to probabilities of 0.66 and
-# 0.72 of the mean of joint scVI, Harmony and logistic regression.
-THRESHOLD, LEVEL = 0.7, 0.8
+# Probability from which a name is given, if it cannot be calibrated.
+LEVEL = 0.7
+# Share of the held-out cells with the calibrated probability whose label is right. In blood, both ways, it belongs to
+# probabilities of 0.66 and 0.72 of the mean of joint scVI, Harmony and logistic regression.
+_RIGHT = 0.8
 _LOWEST, _HIGHEST, _FEWEST_CELLS = 0.6, 0.9, 100
 _TERM_ID = "ontology_term_id"
 NO_TERM = "unknown"  # as the CELLxGENE schema has it
@@ -127,7 +128,7 @@ class Terms:
     probability: npt.NDArray[np.float32]
 
 
-def back_off(hierarchy: Hierarchy, probability: npt.NDArray[np.floating], threshold: float = THRESHOLD) -> Terms:
+def back_off(hierarchy: Hierarchy, probability: npt.NDArray[np.floating], threshold: float = LEVEL) -> Terms:
     """The node with the fewest labels whose probability reaches the threshold; the most probable one of several.
 
     Parameters
@@ -146,9 +147,9 @@ def back_off(hierarchy: Hierarchy, probability: npt.NDArray[np.floating], thresh
 
 
 def calibrated_threshold(
-    probability: npt.NDArray[np.floating], truth: npt.NDArray[np.integer], level: float = LEVEL
+    probability: npt.NDArray[np.floating], truth: npt.NDArray[np.integer], share: float = _RIGHT
 ) -> float:
-    """Probability at which the most probable label of a held-out cell is right in the share `level` of the cells.
+    """Probability at which the most probable label of a held-out cell is right in this `share` of the cells.
 
     By logistic regression of "the label is right" on the log odds of its probability. Terms above labels are right more
     often than labels of the same probability.
@@ -165,7 +166,7 @@ def calibrated_threshold(
     A threshold between 0.6 and 0.9; 0.7 if there are fewer than 100 cells.
     """
     if len(truth) < _FEWEST_CELLS:
-        return THRESHOLD
+        return LEVEL
     right = np.asarray(probability).argmax(axis=1) == truth
     if right.all():
         return _LOWEST
@@ -173,7 +174,7 @@ def calibrated_threshold(
     fit = LogisticRegression(C=np.inf).fit(odds[:, None], right) if right.any() else None
     if fit is None or fit.coef_[0, 0] <= 0:  # more probable labels are not more often right
         return _HIGHEST
-    reached = expit((logit(level) - fit.intercept_[0]) / fit.coef_[0, 0])
+    reached = expit((logit(share) - fit.intercept_[0]) / fit.coef_[0, 0])
     return float(np.clip(reached, _LOWEST, _HIGHEST).round(3))
 
 
@@ -192,7 +193,7 @@ def terms_in(obs: pd.DataFrame, labels: str) -> dict[str, str]:
 
 def term_columns(
     hierarchy: Hierarchy, labels: str, probability: npt.NDArray[np.floating], unknown: npt.NDArray[np.bool_],
-    threshold: float = THRESHOLD,
+    threshold: float = LEVEL,
 ) -> dict[str, pd.Categorical | npt.NDArray[np.float32]]:  # fmt: skip
     """Columns for obs with the term of each cell; empty if no label has a term.
 

@@ -16,7 +16,8 @@ import pandas as pd
 from census_scvi.annotation.groups import label_groups
 from census_scvi.annotation.label_transfer import UNKNOWN
 from census_scvi.annotation.markers import Markers, dots
-from census_scvi.annotation.ontology import THRESHOLD, Hierarchy, back_off
+from census_scvi.annotation.methods import TITLES
+from census_scvi.annotation.ontology import LEVEL, Hierarchy, back_off
 from census_scvi.annotation.protocol import Annotation
 from census_scvi.files.atomic import write_json, write_text
 from census_scvi.files.json_values import json_values
@@ -39,7 +40,7 @@ def write_annotation_report(
     reference: ad.AnnData | None = None,
     *,
     hierarchy: Hierarchy | None = None,
-    threshold: float = THRESHOLD,
+    threshold: float | None = None,
     facts: Mapping[str, Any] | None = None,
     refused: Sequence[str] = (),
     positions: npt.NDArray[np.float32] | None = None,
@@ -59,7 +60,8 @@ def write_annotation_report(
         X: raw counts (cells, genes) of the same genes; the column `feature_name` of var has gene symbols, if there is
         one. The query's X may be None. `reference.obs` has the column `labels`; None: no markers.
     hierarchy, threshold
-        Terms of the labels, and the probability from which a name is given; None: no terms.
+        Terms of the labels, and the probability from which a name is given; None: no terms, and the calibrated
+        probability of the annotation.
     facts
         What the reader should know about the input, value by name: file, reference, method.
     refused
@@ -73,6 +75,8 @@ def write_annotation_report(
     -------
     The content of the .json.
     """
+    if threshold is None:
+        threshold = float(annotation.facts.get("name_threshold", LEVEL))
     answer = _Answer.of(annotation, hierarchy, threshold)
     markers = None if reference is None else Markers(reference.X, reference.obs[labels], seed=seed)
     symbols = None if reference is None else _symbols(reference)
@@ -88,7 +92,7 @@ def write_annotation_report(
             "not_found": [name for name in annotation.classes if name not in set(answer.shown)],
             "names": _names(answer, hierarchy),
             "threshold": threshold,
-            "validation": _rows(annotation.validation),
+            "validation": _validation(annotation.validation),
             "agreement": _agreement(annotation),
             "groups": groups,
             "refused": [*refused, *_without_term(hierarchy)],
@@ -136,9 +140,10 @@ class _Answer:
         )
 
 
-def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """The rows of a table, with its index as the first value if it has a name."""
-    return list((table if table.index.name is None else table.reset_index()).to_dict("records"))
+def _validation(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Numbers of each method, without the curves that the table holds as arrays."""
+    shown = [name for name in table if pd.api.types.is_numeric_dtype(table[name])]
+    return [{"method": TITLES.get(str(name), name), **row} for name, row in table[shown].to_dict("index").items()]
 
 
 def _types(
@@ -337,5 +342,5 @@ def _confusion(annotation: Annotation, answer: _Answer, found: list[str]) -> str
         theirs = np.array(annotation.classes, dtype=object)[probability.argmax(axis=1)]
         crossed = pd.crosstab(answer.shown, theirs, normalize="index").reindex(index=found, fill_value=0.0)
         others = [label for label in crossed.columns[crossed.max() >= 0.05] if label not in found]
-        shares[name.replace("_", " ")] = crossed.reindex(columns=[*found, *others[:MOST_TYPES]], fill_value=0.0)
+        shares[TITLES.get(name, name)] = crossed.reindex(columns=[*found, *others[:MOST_TYPES]], fill_value=0.0)
     return figures.table_of_labels(shares)
