@@ -10,7 +10,6 @@ import numpy.typing as npt
 import pandas as pd
 import scipy.sparse as sp
 
-
 UNKNOWN = "unknown"  # label of a cell of a type that the reference probably lacks
 
 
