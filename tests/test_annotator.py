@@ -1,8 +1,7 @@
-"""Label transfer, its baselines, and their accuracy on held-out studies."""
+"""Annotation of a user's cells with labels of an atlas: columns of obs, quality in uns, what is refused."""
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import anndata as ad
@@ -15,18 +14,17 @@ import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.linalg import null_space
-from sklearn.decomposition import PCA
-from sklearn.linear_model import LogisticRegression
-from sklearn.neighbors import KNeighborsClassifier
 
-from census_scvi.annotation.annotator import EMPTY, PREDICTION, TITLES, Annotator
-from census_scvi.annotation.baselines import Baselines
-from census_scvi.annotation.held_out import HeldOut, hold_out
-from census_scvi.annotation.label_transfer import METHODS
+from census_scvi.annotation.annotator import EMPTY, PREDICTION, Counts, Settings, annotate_cells
+from census_scvi.annotation.held_out import HeldOut
+from census_scvi.annotation.methods import TITLES
+from census_scvi.annotation.sample import draw_balanced
 from census_scvi.errors import UserError
 from census_scvi.pictures.annotation_quality import draw_quality
 
 N_GENES, TYPES = 60, np.array(["B cell", "T cell", "monocyte"], dtype=object)
+GENES = [f"gene{n}" for n in range(N_GENES)]
+ALL = np.ones(N_GENES, bool)
 
 
 def cells(n_cells: int, seed: int, n_types: int = 3) -> tuple[sp.csr_matrix, np.ndarray]:
@@ -36,30 +34,6 @@ def cells(n_cells: int, seed: int, n_types: int = 3) -> tuple[sp.csr_matrix, np.
     rates = np.where(np.arange(N_GENES) // 20 == codes[:, None], 3.0, 1.0)
     depth = generator.uniform(0.3, 2, (n_cells, 1))
     return sp.csr_matrix(generator.poisson(rates * depth).astype(np.float32)), TYPES[codes]
-
-
-ALL = np.ones(N_GENES, bool)
-
-
-def test_baselines_are_what_scanpy_and_scikit_learn_give() -> None:
-    (counts, labels), (query, truth) = cells(300, 0), cells(200, 1)
-    genes = np.arange(N_GENES) % 5 != 0
-    both = ad.AnnData(sp.vstack([counts, query])[:, genes].tocsr())
-    sc.pp.normalize_total(both, target_sum=1e4)
-    sc.pp.log1p(both)
-    logged, other = both.X.toarray()[:300], both.X.toarray()[300:]
-    pca = PCA(47, random_state=0).fit(logged)
-    neighbors = KNeighborsClassifier(15, weights="distance").fit(pca.transform(logged), labels.astype(str))
-    regression = LogisticRegression(C=0.1, max_iter=300).fit(logged, labels.astype(str))
-    found = Baselines(counts, labels, genes).predict(query)
-    assert (found["pca"][0] == neighbors.predict(pca.transform(other))).mean() > 0.97
-    assert (found["logistic_regression"][0] == regression.predict(other)).all()
-    np.testing.assert_allclose(
-        found["logistic_regression"][1], regression.predict_proba(other).max(axis=1), atol=1e-3, rtol=0
-    )
-    for named, sure in found.values():
-        assert (named == truth).mean() > 0.9
-        assert ((sure > 1 / 3) & (sure <= 1.00001)).all()
 
 
 @settings(deadline=None, max_examples=50)
@@ -90,31 +64,6 @@ def test_a_calibrated_and_sure_guesser() -> None:
     np.testing.assert_allclose(overconfident.risk, score.risk)
 
 
-def test_a_type_is_only_held_out_where_another_study_has_it() -> None:
-    counts, labels = cells(240, 0)
-    studies = np.repeat(np.array(["one", "two"], dtype=object), 120)
-    labels[:120][labels[:120] == "monocyte"] = "B cell"  # of the second study alone
-    latent = np.random.default_rng(0).normal(size=(240, 4)).astype(np.float32)
-    found = hold_out(latent, counts, labels, studies, ALL)
-    # One way labels of two types, the other way all: monocytes are no test case, and a label that can be given.
-    assert set(found) == {"scvi", "pca", "logistic_regression"}
-    assert found["pca"].accuracy > 0.6 > found["scvi"].accuracy
-    alone = np.where(studies == "one", "B cell", "T cell").astype(object)
-    assert hold_out(latent, counts, alone, studies, ALL) == {}
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_held_out_cells_do_not_name_themselves(method: str) -> None:
-    """A latent that tells every cell but no type: whatever names held-out cells rightly has seen them."""
-    counts, _ = cells(300, 0)
-    generator = np.random.default_rng(5)
-    labels = generator.choice(TYPES, 300)
-    latent = generator.normal(size=(300, 5)).astype(np.float32)
-    for studies in (None, generator.choice(np.array(["one", "two", "three", "four"], dtype=object), 300)):
-        for score in hold_out(latent, counts, labels, studies, ALL, method=method).values():
-            assert score.accuracy == pytest.approx(1 / 3, abs=0.1)
-
-
 def atlas_cells(latent_of: str) -> tuple[ad.AnnData, sp.csr_matrix, ad.AnnData, sp.csr_matrix]:
     """A reference of two studies and a query, with a latent that knows the type (`good`), or nothing (`poor`)."""
     generator = np.random.default_rng(0)
@@ -133,46 +82,85 @@ def atlas_cells(latent_of: str) -> tuple[ad.AnnData, sp.csr_matrix, ad.AnnData, 
     return reference, counts, mine, query
 
 
+def annotated(
+    reference: ad.AnnData,
+    mine: ad.AnnData,
+    counts: tuple[sp.csr_matrix, sp.csr_matrix] | None = None,
+    *,
+    method: str = "fast",
+    measured: np.ndarray = ALL,
+    batch_key: tuple[str, ...] = (),
+) -> dict:
+    """What `annotate_cells` writes into uns; it changes `mine`."""
+    both = None if counts is None else Counts(counts[1], lambda rows: counts[0][rows], GENES, measured)
+    options = Settings(method, batch_key, 10_000, 15, 50, 0)
+    annotate_cells(mine, reference, ["cell_type"], both, options, embedding="X_scvi", latent="scvi")
+    return mine.uns[PREDICTION]["cell_type"]
+
+
 @pytest.mark.parametrize("latent_of", ["good", "poor"])
-def test_a_user_sees_whether_the_model_helps(
-    latent_of: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(logging.getLogger("census_scvi"), "propagate", True)
+def test_a_user_sees_whether_the_model_helps(latent_of: str, tmp_path: Path) -> None:
     reference, counts, mine, query = atlas_cells(latent_of)
-    annotator = Annotator(reference, "scvi", "cell_type")
-    with caplog.at_level(logging.INFO):
-        annotator.annotate(mine, "X_scvi")
-        annotator.compare(mine, [query[:60], query[60:]], counts, np.arange(400), ALL)
-    prediction = mine.uns[PREDICTION]["cell_type"]
-    assert prediction["held_out_by"] == "dataset_id"
-    assert prediction["baseline_cells"] == 400
-    right = {name: score["accuracy"] for name, score in prediction["held_out"].items()}
+    found = annotated(reference, mine, (counts, query), method="neighbors", measured=np.arange(N_GENES) % 5 > 0)
+    assert found["held_out_by"] == "dataset_id"
+    assert found["baseline_cells"] == 400
+    right = {name: score["accuracy"] for name, score in found["held_out"].items()}
+    assert set(right) == {"neighbors", "pca", "logistic_regression"}
     for name in ("pca", "logistic_regression"):
         assert (mine.obs[f"cell_type_{name}"].astype(str) == mine.obs["truth"]).mean() > 0.9
-    assert "cell_type, accuracy on held-out reference cells (by dataset_id): model" in caplog.text
     if latent_of == "good":
-        assert right["scvi"] > 0.99
-        assert min(prediction["agreement"].values()) > 0.9
-        assert "look at" not in caplog.text
+        assert right["neighbors"] > 0.99
+        assert min(found["agreement"].values()) > 0.9
     else:
-        assert right["scvi"] < 0.5 < right["pca"]
-        assert max(prediction["agreement"].values()) < 0.6
-        assert "compare with obs['cell_type_" in caplog.text
-    draw_quality(prediction, "cell type", TITLES).savefig(tmp_path / "quality.png")
+        assert right["neighbors"] < 0.5 < right["pca"]
+        assert max(found["agreement"].values()) < 0.6
+    warned = any("on held-out reference cells" in warning for warning in found["warnings"])
+    assert warned == (latent_of == "poor")
+    draw_quality(found, "cell type", TITLES).savefig(tmp_path / "quality.png")
     assert matplotlib.image.imread(tmp_path / "quality.png").std() > 0.05
     mine.write_h5ad(tmp_path / "mine.h5ad")
-    assert sc.read_h5ad(tmp_path / "mine.h5ad").obs["cell_type_pca"].equals(mine.obs["cell_type_pca"])
+    stored = sc.read_h5ad(tmp_path / "mine.h5ad")
+    assert stored.obs["cell_type_pca"].equals(mine.obs["cell_type_pca"])
+    assert set(stored.uns[PREDICTION]["cell_type"]["batches"]["batch"]) == {"query"}
 
 
-def test_one_label_has_nothing_beside_it() -> None:
+def test_members_and_their_agreement(tmp_path: Path) -> None:
+    reference, counts, mine, query = atlas_cells("poor")
+    mine.obs["lane"] = np.where(np.arange(100) % 2, "a/b", "c")
+    found = annotated(reference, mine, (counts, query), batch_key=("lane",))
+    assert found["members"] == ["harmony", "logistic_regression"]
+    assert list(found["batches"]["batch"]) == ["query a/b", "query c"]
+    both = np.stack([mine.obs[f"cell_type_{name}"].astype(str) for name in found["members"]])
+    expected = (both == mine.obs["cell_type_best"].astype(str).to_numpy()).mean(axis=0)
+    np.testing.assert_allclose(mine.obs["cell_type_agreement"], expected)
+    assert "cell_type_neighbors" in mine.obs  # what it is compared with
+    assert (mine.obs["cell_type_best"].astype(str) == mine.obs["truth"]).mean() > 0.9
+    mine.write_h5ad(tmp_path / "mine.h5ad")
+    with pytest.raises(UserError, match=r"batch_key: the cells have no obs column 'lanes'; obs has scvi_empty, truth"):
+        annotated(reference, mine, (counts, query), batch_key=("lanes",))
+
+
+def test_without_counts_the_neighbors_in_the_embedding_annotate() -> None:
+    reference, counts, mine, query = atlas_cells("good")
+    found = annotated(reference, mine)
+    assert found["method"] == "neighbors"
+    assert "cell_type_pca" not in mine.obs
+    assert (mine.obs["cell_type_best"].astype(str) == mine.obs["truth"]).mean() > 0.95
+    # Counts that say nothing: of one gene, or none.
+    for nothing in (counts * 0, sp.csr_matrix(counts.multiply(np.arange(N_GENES) == 3))):
+        assert annotated(reference, mine, (nothing, query))["method"] == "neighbors"
+    some = sp.vstack([counts[:100] * 0, counts[100:]]).tocsr()
+    assert annotated(reference, mine, (some, query))["baseline_cells"] == 300
+
+
+def test_one_label_has_nothing_to_compare_with() -> None:
     reference, counts, mine, query = atlas_cells("good")
     reference.obs["cell_type"] = "B cell"
-    annotator = Annotator(reference, "scvi", "cell_type", method="logistic_regression")
-    annotator.annotate(mine, "X_scvi")
-    annotator.compare(mine, [query], counts, np.arange(400), ALL)
-    assert "held_out" not in mine.uns[PREDICTION]["cell_type"]
+    found = annotated(reference, mine, (counts, query))
+    assert set(mine.obs["cell_type_best"]) == {"B cell"}
+    assert "held_out" not in found
     with pytest.raises(UserError, match="there are no held-out cells to measure accuracy"):
-        draw_quality(mine.uns[PREDICTION]["cell_type"], "cell type", TITLES)
+        draw_quality(found, "cell type", TITLES)
 
 
 @pytest.mark.parametrize("missing", [None, np.nan, pd.NA, "unknown", "nan", ""], ids=repr)
@@ -181,66 +169,54 @@ def test_cells_without_a_label_teach_nothing(missing: object) -> None:
     labels = reference.obs["cell_type"].astype(object)
     labels[(labels == "monocyte").to_numpy()] = missing
     reference.obs["cell_type"] = labels
-    annotator = Annotator(reference, "scvi", "cell_type")
-    annotator.annotate(mine, "X_scvi")
-    found = mine.uns[PREDICTION]["cell_type"]
+    found = annotated(reference, mine)
     assert found["classes"] == ["B cell", "T cell"]
     assert found["reference_cells"] == labels.isin(found["classes"]).sum()
     reference.obs["cell_type"] = pd.Series(missing, index=reference.obs_names, dtype=object)
     with pytest.raises(UserError, match="none of the 400 reference cells has a cell_type; change obs_filter"):
-        Annotator(reference, "scvi", "cell_type")
+        annotated(reference, mine)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_an_unknown_cell_keeps_its_most_probable_label(method: str) -> None:
+def test_an_unknown_cell_keeps_its_most_probable_label() -> None:
     reference, _, mine, _ = atlas_cells("good")
     truth, latent = mine.obs["truth"].to_numpy(), reference.obsm["scvi"]
     middles = np.stack([latent[reference.obs["cell_type"] == name].mean(axis=0) for name in TYPES])
     mine.obsm["X_scvi"][:50] += 20 * null_space(middles)[:, 0]  # far from all types, and still nearest to their own
     mine.obs[EMPTY] = np.arange(100) >= 90
-    Annotator(reference, "scvi", "cell_type", method=method).annotate(mine, "X_scvi")
+    annotated(reference, mine)
     found = {name: mine.obs[f"cell_type_{name}"].astype(str).to_numpy() for name in ("predicted", "best")}
     assert (found["predicted"][:50] == "unknown").mean() > 0.9
-    assert (found["best"][:50] == truth[:50]).mean() > 0.6  # of three types: a forest is less sure out there
-    assert np.array_equal(found["best"][50:], found["predicted"][50:])
+    assert (found["best"][:50] == truth[:50]).mean() > 0.9
+    assert (found["best"][50:90] == truth[50:90]).mean() > 0.9
     assert set(found["best"][90:]) == {"unknown"}  # without counts there is no most probable label
+    assert (mine.obs["cell_type_probability"][90:] == 0).all()
 
 
 @pytest.mark.parametrize("n_cells", [1, 3, 15])
 def test_few_reference_cells_are_refused(n_cells: int) -> None:
-    reference, _, _, _ = atlas_cells("good")
+    reference, _, mine, _ = atlas_cells("good")
     with pytest.raises(UserError, match=f"{n_cells} labelled cells? and n_neighbors=15 needs 16 or more"):
-        Annotator(reference[:n_cells].copy(), "scvi", "cell_type")
+        annotated(reference[:n_cells].copy(), mine)
+    copies = reference[np.zeros(50, int)].copy()
+    copies.obs_names_make_unique()
+    with pytest.raises(UserError, match="50 labelled cells, 1 of them different, and n_neighbors=15 needs 16 or more"):
+        annotated(copies, mine)
 
 
-@pytest.mark.parametrize("studies", ["none", "one label each"])
-def test_what_cannot_be_held_out_is_said(studies: str, caplog: pytest.LogCaptureFixture) -> None:
-    reference, counts, mine, query = atlas_cells("good")
-    rows = np.arange(4)
-    if studies == "none":
-        reference.obs["dataset_id"], reference.obs["donor_id"] = "a", "b"
-        labels, expected = ["a", "a", "b", "b"], "the reference has too few cells"
-    else:
-        reference.obs["dataset_id"] = np.where(np.arange(reference.n_obs) % 2, "a", "b")
-        labels, expected = ["a", "b", "a", "b"], "no label is in two values of dataset_id"
-    reference.obs["cell_type"] = reference.obs["cell_type"].astype(object)
-    reference.obs.loc[reference.obs_names[:4], "cell_type"] = labels
-    annotator = Annotator(reference, "scvi", "cell_type")
-    annotator.annotate(mine, "X_scvi")
-    with caplog.at_level(logging.INFO):
-        annotator.compare(mine, [query], counts[:4], rows, ALL)
-    assert f"no accuracy on held-out cells, because {expected}" in caplog.text
-
-
-def test_counts_that_tell_nothing_are_not_compared_with(caplog: pytest.LogCaptureFixture) -> None:
-    """Cells without counts, and counts of a single gene: there is nothing to compare the model with."""
-    reference, counts, mine, query = atlas_cells("good")
-    annotator = Annotator(reference, "scvi", "cell_type")
-    annotator.annotate(mine, "X_scvi")
-    for genes in (np.zeros(N_GENES, bool), np.arange(N_GENES) == 3):
-        annotator.compare(mine, [query], counts, np.arange(400), genes)
-    annotator.compare(mine, [query], counts * 0, np.arange(400), ALL)
-    assert "held_out" not in mine.uns[PREDICTION]["cell_type"]
-    some = sp.vstack([counts[:100] * 0, counts[100:]]).tocsr()
-    annotator.compare(mine, [query], some, np.arange(400), ALL)
-    assert mine.uns[PREDICTION]["cell_type"]["baseline_cells"] == 300
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=80), st.integers(1, 90))
+def test_a_balanced_sample(codes: list[int], size: int) -> None:
+    labels = np.array([None if code == 5 else f"type {code}" for code in codes], dtype=object)
+    rows = draw_balanced(labels, size, np.random.default_rng(0))
+    labelled = np.flatnonzero([label is not None for label in labels])
+    assert len(rows) <= size
+    assert np.array_equal(rows, np.unique(rows))
+    assert set(rows) <= set(labelled)
+    if len(labelled) <= size:
+        assert len(rows) == len(labelled)
+        return
+    whole = pd.Series(labels[labelled]).value_counts()
+    drawn = pd.Series(labels[rows], dtype=object).value_counts().reindex(whole.index, fill_value=0)
+    cut = drawn < whole
+    assert drawn[cut].nunique() == 1  # what is not complete is equally large, and not smaller than the others
+    assert (drawn[~cut] <= drawn[cut].iloc[0]).all()
+    assert len(rows) > size - len(whole)

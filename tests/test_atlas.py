@@ -126,8 +126,8 @@ def test_own_cells_get_the_embedding_of_the_census(atlas: Atlas, own_cells: ad.A
 def test_own_cells_are_named(atlas: Atlas, own_cells: ad.AnnData, tmp_path: Path) -> None:
     others = "is_primary_data == True and soma_joinid > 5"
     own_cells.write_h5ad(tmp_path / "own.h5ad")
-    from_file = atlas.predict(tmp_path / "own.h5ad", obs_filter=others)
-    named = atlas.predict(own_cells, obs_filter=others)
+    from_file = atlas.predict(tmp_path / "own.h5ad", obs_filter=others, steps=30)
+    named = atlas.predict(own_cells, obs_filter=others, steps=30)
     pd.testing.assert_frame_equal(from_file.obs, named.obs)
     guess = 1 / named.obs["truth"].nunique()
     assert balanced_accuracy_score(named.obs["truth"], named.obs["cell_type_predicted"].astype(str)) > 1.5 * guess
@@ -135,9 +135,10 @@ def test_own_cells_are_named(atlas: Atlas, own_cells: ad.AnnData, tmp_path: Path
     assert (named.obs["cell_type_unknown"] == (named.obs["cell_type_predicted"] == "unknown")).all()
     known = named.obs[~named.obs["cell_type_unknown"]]
     assert known["cell_type_best"].astype(str).equals(known["cell_type_predicted"].astype(str))
-    for without_model in ("cell_type_pca", "cell_type_logistic_regression"):
+    for without_model in ("cell_type_pca", "cell_type_logistic_regression", "cell_type_joint"):
         assert balanced_accuracy_score(named.obs["truth"], named.obs[without_model].astype(str)) > 1.5 * guess
-    assert set(named.uns["scvi_prediction"]["cell_type"]["held_out"]) == {"scvi", "pca", "logistic_regression"}
+    methods = {"consensus", "joint", "logistic_regression", "neighbors", "pca"}
+    assert set(named.uns["scvi_prediction"]["cell_type"]["held_out"]) == methods
     assert len(atlas.quality(named).axes) == 2
     tissue = atlas.predict(atlas.embed(own_cells), ["tissue", "assay"])
     for column in ("predicted", "best", "probability", "uncertainty", "unknown"):
@@ -148,15 +149,28 @@ def test_own_cells_are_named(atlas: Atlas, own_cells: ad.AnnData, tmp_path: Path
     assert sc.read_h5ad(tmp_path / "named.h5ad").obs["cell_type_predicted"].equals(named.obs["cell_type_predicted"])
 
 
-@pytest.mark.parametrize("method", ["random_forest", "logistic_regression"])
-def test_the_embedding_is_read_in_other_ways(atlas: Atlas, own_cells: ad.AnnData, method: str) -> None:
-    named = atlas.predict(own_cells, method=method, baseline_cells=0)
+@pytest.mark.parametrize("method", ["fast", "harmony"])
+def test_other_methods_and_the_batches_of_the_query(atlas: Atlas, own_cells: ad.AnnData, method: str) -> None:
+    batches = own_cells.copy()
+    batches.obs["lane"] = np.where(np.arange(300) % 2, "one", "two")
+    named = atlas.predict(batches, method=method, batch_key="lane")
     guess = 1 / named.obs["truth"].nunique()
-    assert balanced_accuracy_score(named.obs["truth"], named.obs["cell_type_predicted"].astype(str)) > 1.5 * guess
-    assert named.uns["scvi_prediction"]["cell_type"]["method"] == method
+    assert balanced_accuracy_score(named.obs["truth"], named.obs["cell_type_best"].astype(str)) > 1.5 * guess
+    quality = named.uns["scvi_prediction"]["cell_type"]
+    assert quality["method"] == method
+    assert "harmony" in quality["members"]
+    assert list(quality["batches"]["batch"]) == ["query one", "query two"]
+    with pytest.raises(UserError, match="batch_key: the cells have no obs column 'lanes'"):
+        atlas.predict(batches, method=method, batch_key="lanes")
+
+
+def test_without_counts_the_embedding_annotates(atlas: Atlas, own_cells: ad.AnnData) -> None:
+    named = atlas.predict(own_cells, baseline_cells=0)
+    guess = 1 / named.obs["truth"].nunique()
+    assert balanced_accuracy_score(named.obs["truth"], named.obs["cell_type_best"].astype(str)) > 1.5 * guess
+    assert named.uns["scvi_prediction"]["cell_type"]["method"] == "neighbors"
     assert "cell_type_pca" not in named.obs
-    with pytest.raises(UserError, match="there are no held-out cells to measure accuracy"):
-        atlas.quality(named)
+    assert len(atlas.quality(named).axes) == 2
     with pytest.raises(UserError, match="these cells have no predicted tissue; predict it first"):
         atlas.quality(named, "tissue")
     with pytest.raises(UserError, match="method is 'random_forrest'; did you mean random_forest"):
@@ -167,7 +181,7 @@ def test_an_empty_cell_is_unknown(atlas: Atlas, own_cells: ad.AnnData) -> None:
     cells = own_cells.copy()
     cells.X.data[slice(*cells.X.indptr[7:9])] = 0
     cells.X.eliminate_zeros()
-    named = atlas.predict(cells)
+    named = atlas.predict(cells, method="fast")
     assert named.obs["scvi_empty"].to_numpy().nonzero()[0].tolist() == [7]
     assert named.obs.iloc[7][["cell_type_predicted", "cell_type_best"]].tolist() == ["unknown", "unknown"]
 
@@ -186,7 +200,9 @@ def test_the_embedding_of_another_model_is_refused(published: Run, own_cells: ad
         with_counts = own_cells.copy()
         with_counts.obsm["X_scvi"], with_counts.uns["scvi_model"] = theirs.obsm["X_scvi"], theirs.uns["scvi_model"]
         with_counts.obs["scvi_empty"] = False
-        np.testing.assert_array_equal(right.predict(with_counts).obsm["X_scvi"], right.embed(own_cells).obsm["X_scvi"])
+        np.testing.assert_array_equal(
+            right.predict(with_counts, method="neighbors").obsm["X_scvi"], right.embed(own_cells).obsm["X_scvi"]
+        )
     narrow = Run(tmp_path / "narrow", census_of(published), train={"max_epochs": 1}, model={"n_latent": 3})
     assert narrow("prepare") == narrow("train") == 0
     with (
@@ -393,13 +409,18 @@ def test_few_cells_of_the_census(atlas: Atlas, n_cells: int) -> None:
 
 def test_own_cells_few_or_against_few(atlas: Atlas, own_cells: ad.AnnData) -> None:
     for n_cells in (1, 2):
-        named = atlas.predict(own_cells[:n_cells].copy(), baseline_cells=100)
+        named = atlas.predict(own_cells[:n_cells].copy(), baseline_cells=100, steps=2)
         assert named.obs["cell_type_predicted"].notna().all()
     near = atlas.neighbors(own_cells[:5].copy(), obs_filter="soma_joinid < 3")
     assert near.joinids.shape == (5, 3)  # all that there are
     with pytest.raises(UserError, match=r"the reference has 3 labelled cells and n_neighbors=15 needs 16 or more"):
         atlas.predict(own_cells[:5].copy(), obs_filter="soma_joinid < 3")
-    assert atlas.predict(own_cells[:5].copy(), obs_filter="soma_joinid < 3", n_neighbors=1, baseline_cells=2).n_obs == 5
+    assert (
+        atlas.predict(
+            own_cells[:5].copy(), obs_filter="soma_joinid < 3", n_neighbors=1, baseline_cells=2, steps=2
+        ).n_obs
+        == 5
+    )
     assert "cell_type_predicted" not in atlas.predict(own_cells[:2].copy(), []).obs
 
 
@@ -437,6 +458,7 @@ CELLS = ad.AnnData(obsm={"scvi": np.zeros((5, 4), np.float32)}, obs=pd.DataFrame
         (lambda a, own: a.predict(own, n_neighbors=0), "n_neighbors is 0; expected a whole number of 1 or more"),
         (lambda a, own: a.predict(own, n_neighbors=1.5), "n_neighbors is 1.5; expected a whole number"),
         (lambda a, own: a.predict(own, baseline_cells=-1), "baseline_cells is -1; expected a whole number of 0 or"),
+        (lambda a, own: a.predict(own, steps=0), "steps is 0; expected a whole number of 1 or more"),
         (lambda a, own: a.predict(own, max_cells=0), "max_cells is 0; expected a whole number of 1 or more"),
         (lambda a, own: a.neighbors(own, n_neighbors=0), "n_neighbors is 0; expected a whole number of 1 or more"),
         (lambda a, _: a.embeddings(max_cells=0), "max_cells is 0; expected a whole number of 1 or more"),

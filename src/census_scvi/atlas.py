@@ -20,8 +20,9 @@ import scipy.sparse as sp
 import scvi
 from matplotlib.figure import Figure
 
-from census_scvi.annotation.annotator import EMPTY, PREDICTION, STUDY_COLUMNS, TITLES, Annotator
-from census_scvi.annotation.label_transfer import NEIGHBORS, check_method
+from census_scvi.annotation.annotator import EMPTY, PREDICTION, STUDY_COLUMNS, Counts, Settings, annotate_cells
+from census_scvi.annotation.joint_model import STEPS
+from census_scvi.annotation.methods import CONSENSUS, TITLES, check_method
 from census_scvi.census.cells import require_columns
 from census_scvi.census.genes import read_var
 from census_scvi.census.open import Census
@@ -29,7 +30,6 @@ from census_scvi.census.settings import CensusSection
 from census_scvi.census.slices import Embedding
 from census_scvi.config.arguments import require_number, require_whole
 from census_scvi.config.messages import suggestion
-from census_scvi.config.random_streams import draw
 from census_scvi.errors import UserError
 from census_scvi.files.paths import expand_argument
 from census_scvi.files.uri import without_credentials
@@ -438,15 +438,17 @@ class Atlas:
         labels: str | Sequence[str] = "cell_type",
         *,
         obs_filter: str | None = None,
-        method: str = NEIGHBORS,
+        method: str = CONSENSUS,
+        batch_key: str | Sequence[str] | None = None,
         n_neighbors: int = 15,
         baseline_cells: int = BASELINE_CELLS,
+        steps: int = STEPS,
         max_cells: int = REFERENCE_CELLS,
         seed: int = 0,
         counts: str | None = None,
         min_share: float = MIN_SHARE,
     ) -> ad.AnnData:
-        """Transfer labels of the atlas to your own cells, and compare with baselines that do not use the model.
+        """Annotate your own cells with labels of the atlas, and compare with simple methods.
 
         Parameters
         ----------
@@ -457,14 +459,22 @@ class Atlas:
         obs_filter
             Cells of the Census as reference; None: all. Cells with an uninformative label ("unknown") are excluded.
         method
-            Classifier on the embedding: `neighbors`, `random_forest` or `logistic_regression`.
+            `consensus`: mean of three methods, one of them trained on reference and query; `fast`: of two without
+            training; or a single method: `neighbors` (in this atlas' embedding), `pca`, `harmony`, `joint`,
+            `logistic_regression`, `linear_svm`, `random_forest` (the last three on log-normalised counts), `scanvi`,
+            `scnym`.
+        batch_key
+            obs columns of your cells whose combinations are their technical batches (sample, donor); None: not known,
+            and methods that correct batches are not part of `consensus` and `fast`.
         n_neighbors
             Neighbors per cell.
         baseline_cells
-            Number of reference cells whose counts are read for the baselines and for the accuracy on held-out studies;
-            0: neither is computed.
+            Number of reference cells whose counts are read, the same number of every label where possible; 0: none, and
+            only `neighbors` can be used.
         max_cells
             Maximum size of the reference; if more cells match, this number is sampled at random.
+        steps
+            Training steps of the methods that train a network.
         seed
             Seed of all random numbers.
         counts, min_share
@@ -473,11 +483,13 @@ class Atlas:
         Returns
         -------
         Result of `embed` with `<labels>_predicted`, `_best`, `_probability`, `_uncertainty` and `_unknown` in obs. A
-        cell that is too far from the reference is "unknown" in `_predicted`; `_best` keeps its most probable label. A
-        cell without counts is "unknown" in every column. `<labels>_pca` and `<labels>_logistic_regression` are the
-        baselines: nearest neighbors in a PCA and logistic regression, both on log-normalised counts without the model.
-        `uns["scvi_prediction"][<labels>]` describes the quality: `agreement` of the three methods, and the accuracy of
-        each on `held_out` studies of the reference (see `HeldOut`; `draw_quality` plots it).
+        cell of a type that the reference probably lacks is "unknown" in `_predicted`; `_best` keeps its most probable
+        label. A cell without counts is "unknown" in every column. The label of each member of the method, and of the
+        simple methods that it is compared with, is in `<labels>_<name>`; `<labels>_agreement` is the share of the
+        members that give the best label, `<labels>_group` a group of similar cells.
+        `uns["scvi_prediction"][<labels>]` describes the quality: `agreement` of the methods with the label, accuracy
+        of each on `held_out` studies of the reference (see `HeldOut`; `draw_quality` plots it), the measured quality
+        of "unknown", and `warnings`.
 
         Raises
         ------
@@ -486,7 +498,11 @@ class Atlas:
             or `method` is unknown.
         """
         columns = [labels] if isinstance(labels, str) else list(dict.fromkeys(labels))
-        for name, value, least in (("n_neighbors", n_neighbors, 1), ("baseline_cells", baseline_cells, 0)):
+        for name, value, least in (
+            ("n_neighbors", n_neighbors, 1),
+            ("baseline_cells", baseline_cells, 0),
+            ("steps", steps, 1),
+        ):
             require_whole(name, value, least)
         require_columns(self._cells.census, columns, "labels")
         check_method(method)
@@ -495,24 +511,26 @@ class Atlas:
         _ = self._cells.embedding  # reports a damaged or foreign embedding before the cells are embedded
         mapped = self._embedded(source, counts, min_share)
         reference = self.reference(obs_filter, columns, max_cells, seed)
-        annotators = [
-            Annotator(reference, EMBEDDING, column, method=method, n_neighbors=n_neighbors, seed=seed)
-            for column in columns
-        ]
-        for annotator in annotators:
-            annotator.annotate(mapped, OWN_EMBEDDING)
+        with_counts = None
         if baseline_cells and _holds_counts(source):
-            rows = draw(reference.n_obs, baseline_cells, np.random.default_rng(seed))
-            blocks = self._cells.counts(reference.obs["soma_joinid"].to_numpy()[rows])
-            of_reference = sp.vstack([block.counts for block in blocks], format="csr")
-            missing = mapped.uns["scvi_alignment"]["missing"]
-            genes = ~np.isin(self._cells.model[1].genes, missing)
-            for annotator in annotators:
-                own = self._mapper.counts(source, counts=counts, min_share=min_share)
-                annotator.compare(mapped, own, of_reference, rows, genes)
-        elif baseline_cells:
-            log.info("the cells have no counts, so there are no baselines; pass the file to predict")
+            with_counts = self._counts(source, mapped, reference, counts, min_share)
+        batches = [] if batch_key is None else [batch_key] if isinstance(batch_key, str) else list(batch_key)
+        settings = Settings(method, batches, baseline_cells, n_neighbors, steps, seed)
+        annotate_cells(mapped, reference, columns, with_counts, settings, embedding=OWN_EMBEDDING, latent=EMBEDDING)
         return mapped
+
+    def _counts(
+        self, source: QuerySource, mapped: ad.AnnData, reference: ad.AnnData, counts: str | None, min_share: float
+    ) -> Counts:
+        """Counts of embedded cells, and of reference cells when they are needed."""
+        genes = self._cells.model[1].genes
+
+        def read(rows: npt.NDArray[np.int64]) -> sp.csr_matrix:
+            blocks = self._cells.counts(reference.obs["soma_joinid"].to_numpy()[rows])
+            return sp.vstack([block.counts for block in blocks], format="csr")
+
+        query = sp.vstack(list(self._mapper.counts(source, counts=counts, min_share=min_share)), format="csr")
+        return Counts(query, read, genes, ~np.isin(genes, mapped.uns["scvi_alignment"]["missing"]))
 
     def quality(self, cells: ad.AnnData, labels: str = "cell_type") -> Figure:
         """Plot the quality of labels from `predict`: calibration and risk-coverage curves."""

@@ -128,8 +128,9 @@ class FittedMethod:
             log.warning("%s", warning)
         return Annotation(
             classes=[str(name) for name in classes],
-            probability=np.mean(list(calibrated.values()), axis=0),
-            members=calibrated,
+            probability=np.mean([calibrated[name] for name in self.members], axis=0),
+            members={name: calibrated[name] for name in self.members},
+            compared={name: values for name, values in calibrated.items() if name not in self.members},
             unknown=(excess > 0) | empty,
             uncertainty=np.where(empty, 1, 1 / (1 + np.exp(-np.clip(2 * excess, -30, 30)))).astype(np.float32),
             groups=run.groups(),
@@ -182,8 +183,8 @@ class _Run:
     # --- probabilities
 
     def query(self) -> dict[str, Probability]:
-        """Calibrated probabilities of the query's cells by each member."""
-        return {name: with_temperature(self.raw[name], self._temperature(name)) for name in self.members}
+        """Calibrated probabilities of the query's cells by each annotator."""
+        return {name: with_temperature(values, self._temperature(name)) for name, values in self.raw.items()}
 
     def _temperature(self, name: str) -> float:
         if not self.folds:

@@ -1,204 +1,284 @@
-"""Label transfer to a user's cells: writes labels, labels of baselines and held-out accuracy."""
+"""Annotation of a user's cells with labels of an atlas: writes labels, labels of other methods and their accuracy."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import anndata as ad
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import scipy.sparse as sp
 
-from census_scvi.annotation.baselines import PCA_NEIGHBORS, REGRESSION, Baselines, Labels
-from census_scvi.annotation.held_out import MODEL, HeldOut, hold_out
-from census_scvi.annotation.label_transfer import NEIGHBORS, UNKNOWN, LabelTransfer
+from census_scvi.annotation.annotate import FittedMethod
+from census_scvi.annotation.methods import BASELINES, TITLES
+from census_scvi.annotation.protocol import UNKNOWN, Annotation, Cells
+from census_scvi.annotation.sample import draw_balanced
 from census_scvi.errors import UserError
 
 log = logging.getLogger(__name__)
 
 PREDICTION, EMPTY = "scvi_prediction", "scvi_empty"
-TITLES = {MODEL: "model", PCA_NEIGHBORS: "PCA", REGRESSION: "logistic regression"}
+EMBEDDED = "neighbors"
 _VAGUE = ("unknown", "na", "nan", "None", "")
 _STUDY, _DONOR = "dataset_id", "donor_id"
 STUDY_COLUMNS = [_STUDY, _DONOR]
-# Warn if the accuracy of a baseline exceeds the model's by more than this.
-_BETTER = 0.02
+_MOST_MEMBERS_SHOWN = 1
 
 
-class Annotator:
-    """Annotates cells with the labels of a reference.
+@dataclass(frozen=True)
+class Counts:
+    """Raw counts of reference and query.
+
+    Attributes
+    ----------
+    query
+        CSR (query cells, genes).
+    read_reference
+        Function of ascending rows of the reference, int64 (cells,), that returns their counts, CSR (cells, genes).
+    genes
+        feature_ids.
+    measured
+        bool (genes,): genes that the query has.
+    """
+
+    query: sp.csr_matrix
+    read_reference: Callable[[npt.NDArray[np.int64]], sp.csr_matrix]
+    genes: list[str]
+    measured: npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of `annotate_cells`.
+
+    Attributes
+    ----------
+    method
+        As of `FittedMethod`.
+    batch_key
+        obs columns of the query whose combinations are its batches; empty: not known.
+    reference_cells
+        Number of reference cells whose counts are read.
+    n_neighbors, steps, seed
+        As of `FittedMethod`.
+    """
+
+    method: str
+    batch_key: Sequence[str]
+    reference_cells: int
+    n_neighbors: int
+    steps: int
+    seed: int
+
+
+def annotate_cells(
+    cells: ad.AnnData,
+    reference: ad.AnnData,
+    labels: Sequence[str],
+    counts: Counts | None,
+    settings: Settings,
+    *,
+    embedding: str,
+    latent: str,
+) -> None:
+    """Write labels, probability, uncertainty and unknown into the obs of the user's cells, and the quality into uns.
 
     Parameters
     ----------
+    cells
+        The user's cells, with `obs["scvi_empty"]` and their embedding in obsm.
     reference
-        Reference cells; obs has the column `labels`, dataset_id and donor_id. Cells with an uninformative label such as
-        "unknown" are excluded.
-    latent
-        Name of the embedding in the reference's obsm.
+        Reference cells; obs has the columns `labels`, dataset_id and donor_id. Cells with an uninformative label such
+        as "unknown" are excluded.
     labels
-        obs column of the labels.
-    method, n_neighbors, seed
-        Arguments of `LabelTransfer`.
+        obs columns of the labels.
+    counts
+        Counts of both; None: there are none, and the neighbors in the embedding are used.
+    settings
+        Method, numbers of cells and seed.
+    embedding, latent
+        Names of the embedding in the obsm of `cells` and of `reference`.
 
     Raises
     ------
     UserError
-        No cell has a label.
+        No cell has a label, or fewer cells than there are neighbors, or a column of batches does not exist.
     """
-
-    def __init__(
-        self,
-        reference: ad.AnnData,
-        latent: str,
-        labels: str,
-        *,
-        method: str = NEIGHBORS,
-        n_neighbors: int = 15,
-        seed: int = 0,
-    ) -> None:
-        values = reference.obs[labels]
-        known = (values.notna() & ~values.astype(str).isin(_VAGUE)).to_numpy(dtype=bool)
-        if not known.any():
-            raise UserError(f"none of the {reference.n_obs:,} reference cells has a {labels}; change obs_filter")
-        self._known, self._points, self._column = known, reference.obsm[latent], labels
-        self._labels = reference.obs[labels].astype(str).to_numpy(dtype=object)
-        self._method, self._n_neighbors, self._seed = method, n_neighbors, seed
-        # A query is from another study than its neighbors, or from another donor if the reference is one study.
-        self._differ = next((name for name in STUDY_COLUMNS if reference.obs[name][known].nunique() > 1), None)
-        self._studies = None if self._differ is None else reference.obs[self._differ].astype(str).to_numpy(dtype=object)
-        self._transfer = LabelTransfer(
-            self._points[known],
-            self._labels[known],
-            None if self._studies is None else self._studies[known],
-            n_neighbors=n_neighbors,
-            method=method,
-            seed=seed,
-        )
-
-    def annotate(self, cells: ad.AnnData, latent: str) -> None:
-        """Write labels, probability, uncertainty and unknown into the obs of `cells`, from the embedding in obsm."""
-        transfer, column = self._transfer, self._column
-        empty = cells.obs[EMPTY].to_numpy(dtype=bool)
-        found = transfer.predict(cells.obsm[latent], empty=empty)
-        cells.obs[f"{column}_predicted"] = pd.Categorical(np.where(found.unknown, UNKNOWN, found.labels))
-        cells.obs[f"{column}_best"] = pd.Categorical(np.where(empty, UNKNOWN, found.labels))
-        cells.obs[f"{column}_probability"] = found.probability
-        cells.obs[f"{column}_uncertainty"] = found.uncertainty
-        cells.obs[f"{column}_unknown"] = found.unknown
-        cells.uns.setdefault(PREDICTION, {})[column] = {
-            "classes": transfer.classes,
-            "reference_cells": int(self._known.sum()),
-            "method": self._method,
-            "n_neighbors": self._n_neighbors,
-            "known_kept": transfer.bound.known_kept,
-            "left_out_found": transfer.bound.left_out_found,
-            "shift": found.shift,
-            "usual_shift": transfer.bound.usual_ratio,
-            "corrected_by": found.corrected_by,
-            "far": found.far,
-        }
-
-    def compare(
-        self,
-        cells: ad.AnnData,
-        blocks: Iterable[sp.csr_matrix],
-        counts: sp.csr_matrix,
-        rows: Any,
-        genes: Any,
-    ) -> None:
-        """Write the labels of the baselines, and the accuracy of all methods on held-out studies of the reference.
-
-        Parameters
-        ----------
-        cells
-            The cells, after `annotate`.
-        blocks
-            Raw counts of these cells in blocks, CSR (some cells, genes), in their order.
-        counts, rows
-            Raw counts of some reference cells, CSR (cells, genes), and their rows in the reference, int64 (cells,).
-        genes
-            bool (genes,): genes that the query has.
-        """
-        kept = self._known[rows]
-        counts, rows = counts[np.flatnonzero(kept)], rows[kept]
-        labels = self._labels[rows]
-        filled = np.asarray(counts[:, genes].sum(axis=1)).ravel() > 0  # all cells without counts look the same
-        counts, rows, labels = _of_several(counts[np.flatnonzero(filled)], rows[filled], labels[filled])
-        if len(np.unique(labels.astype(str))) < 2:
-            log.info("%s: no baselines, fewer than two labels have two reference cells", self._column)
-            return
-        if np.count_nonzero(counts[:, genes].sum(axis=0)) < 2:
-            log.info("%s: no baselines, the reference has counts of fewer than two genes", self._column)
-            return
-        baselines = Baselines(counts, labels, genes, n_neighbors=self._n_neighbors, seed=self._seed)
-        named: dict[str, list[Labels]] = {}
-        for block in blocks:
-            for name, (found, _) in baselines.predict(block).items():
-                named.setdefault(name, []).append(found)
-        column = self._column
-        theirs = {name: np.concatenate(parts) for name, parts in named.items()}
-        empty = cells.obs[EMPTY].to_numpy(dtype=bool)
-        for name, found in theirs.items():
-            cells.obs[f"{column}_{name}"] = pd.Categorical(np.where(empty, UNKNOWN, found))
-        certain = ~cells.obs[f"{column}_unknown"].to_numpy()
-        own = cells.obs[f"{column}_predicted"].astype(str).to_numpy()
-        scores = hold_out(
-            self._points[rows],
-            counts,
-            labels,
-            None if self._studies is None else self._studies[rows],
-            genes,
-            method=self._method,
-            n_neighbors=self._n_neighbors,
-            seed=self._seed,
-        )
-        cells.uns[PREDICTION][column] |= {
-            "baseline_cells": len(rows),
-            "agreement": {
-                name: float((own == found)[certain].mean()) if certain.any() else float("nan")
-                for name, found in theirs.items()
-            },
-            "held_out_by": self._differ or "cells",
-            "held_out": {name: asdict(score) for name, score in scores.items()},
-        }
-        _say(column, self._differ, scores)
-
-
-def _of_several(counts: sp.csr_matrix, rows: Any, labels: Labels) -> tuple[sp.csr_matrix, Any, Labels]:
-    """Exclude labels with one cell, which cannot be in both training and held-out cells."""
-    names, numbers = np.unique(labels.astype(str), return_counts=True)
-    several = np.isin(labels.astype(str), names[numbers > 1])
-    return counts[np.flatnonzero(several)], rows[several], labels[several]
-
-
-def _not_held_out(differ: str | None) -> str:
-    if differ is None:
-        return "the reference has too few cells"
-    return f"no label is in two values of {differ}, or the reference has too few cells"
-
-
-def _say(column: str, differ: str | None, scores: dict[str, HeldOut]) -> None:
-    if not scores:
-        log.info("%s: no accuracy on held-out cells, because %s", column, _not_held_out(differ))
-        return
-    right = {name: score.accuracy for name, score in scores.items()}
-    log.info(
-        "%s, accuracy on held-out reference cells (by %s): %s",
-        column,
-        differ or "cell",
-        ", ".join(f"{TITLES[name]} {share:.1%}" for name, share in right.items()),
+    known = {column: informative_labels(reference.obs[column]) for column in labels}
+    for column, values in known.items():
+        _require_labels(column, values, reference.obsm[latent], settings.n_neighbors)
+    joined = _with_counts(cells, reference, known, counts, settings, embedding, latent) if counts else None
+    method = settings.method
+    if joined is None:
+        if method != EMBEDDED:
+            log.warning("there are no counts for method %s, so the neighbors in the embedding are used", method)
+        method, rows = EMBEDDED, np.arange(reference.n_obs)
+        joined = _without_counts(cells, reference, embedding, latent), rows, bool(settings.batch_key)
+    both, rows, with_batches = joined
+    fitted = FittedMethod(
+        both,
+        method,
+        compare=() if both.counts.shape[1] == 0 else (EMBEDDED, *BASELINES),
+        batches_known=with_batches,
+        n_neighbors=settings.n_neighbors,
+        steps=settings.steps,
+        seed=settings.seed,
     )
-    best = max(right, key=lambda name: right[name])
-    if right[best] > right[MODEL] + _BETTER:
-        log.warning(
-            "%s: on held-out reference cells %s has an accuracy of %.1f%%, the model %.1f%%; compare with obs['%s_%s']",
-            column,
-            TITLES[best],
-            100 * right[best],
-            100 * right[MODEL],
-            column,
-            best,
+    units = {name: reference.obs[name].astype(str).to_numpy(dtype=object)[rows] for name in STUDY_COLUMNS}
+    for column, values in known.items():
+        if not any(label is not None for label in values[rows]):
+            raise UserError(f"none of the {len(rows):,} reference cells with counts has a {column}; change obs_filter")
+        found = fitted.annotate(values[rows], units)
+        _write(cells, column, found, fitted, settings, len(rows) if both.counts.shape[1] else 0)
+
+
+def informative_labels(values: pd.Series) -> npt.NDArray[np.object_]:
+    """Labels as text, object (cells,); None for missing and uninformative ones."""
+    text = values.astype(str).to_numpy(dtype=object)
+    vague = values.isna().to_numpy(dtype=bool) | np.isin(text.astype(str), _VAGUE)
+    text[vague] = None
+    return text
+
+
+def _require_labels(
+    column: str, labels: npt.NDArray[np.object_], points: npt.NDArray[np.floating], n_neighbors: int
+) -> None:
+    known = np.flatnonzero([label is not None for label in labels])
+    if not len(known):
+        raise UserError(f"none of the {len(labels):,} reference cells has a {column}; change obs_filter")
+    different = len(np.unique(np.asarray(points)[known], axis=0))
+    if different <= n_neighbors:
+        copies = f", {different:,} of them different," if different < len(known) else ""
+        raise UserError(
+            f"the reference has {len(known):,} labelled cell{'s' * (len(known) != 1)}{copies} and"
+            f" n_neighbors={n_neighbors} needs {n_neighbors + 1} or more; take more reference cells (obs_filter), or"
+            " fewer neighbors"
         )
+
+
+def _without_counts(cells: ad.AnnData, reference: ad.AnnData, embedding: str, latent: str) -> Cells:
+    n_cells = reference.n_obs + cells.n_obs
+    return Cells(
+        sp.csr_matrix(np.empty((n_cells, 0), np.float32)),
+        np.append(_reference_batch(reference), np.full(cells.n_obs, "query", dtype=object)),
+        reference.n_obs,
+        [],
+        np.concatenate([reference.obsm[latent], cells.obsm[embedding]]).astype(np.float32),
+    )
+
+
+def _with_counts(
+    cells: ad.AnnData,
+    reference: ad.AnnData,
+    known: dict[str, npt.NDArray[np.object_]],
+    counts: Counts,
+    settings: Settings,
+    embedding: str,
+    latent: str,
+) -> tuple[Cells, npt.NDArray[np.int64], bool] | None:
+    """Reference sample and query with counts, rows of the sample, and whether batches are known; None: no counts."""
+    first = next(iter(known.values()))
+    rows = draw_balanced(first, settings.reference_cells, np.random.default_rng(settings.seed))
+    of_reference = sp.csr_matrix(counts.read_reference(rows)[:, counts.measured])
+    of_reference.eliminate_zeros()
+    filled = np.diff(of_reference.indptr) > 0  # all cells without counts look the same
+    of_reference, rows = of_reference[np.flatnonzero(filled)], rows[filled]
+    genes = np.flatnonzero(of_reference.getnnz(axis=0))
+    if len(genes) < 2 or len({label for label in first[rows] if label is not None}) < 2:
+        log.info("the reference has counts of fewer than two genes, or of fewer than two labels")
+        return None
+    query = counts.query[:, counts.measured]
+    names = np.array(counts.genes, dtype=object)[counts.measured]
+    batch = _batches(cells.obs, settings.batch_key)
+    return (
+        Cells(
+            sp.vstack([of_reference[:, genes], query[:, genes]], format="csr"),
+            np.append(_reference_batch(reference)[rows], batch),
+            len(rows),
+            [str(name) for name in names[genes]],
+            np.concatenate([reference.obsm[latent][rows], cells.obsm[embedding]]).astype(np.float32),
+        ),
+        rows,
+        bool(settings.batch_key),
+    )
+
+
+def _reference_batch(reference: ad.AnnData) -> npt.NDArray[np.object_]:
+    """Study of each reference cell; its donor, if there is one study."""
+    column = next((name for name in STUDY_COLUMNS if reference.obs[name].nunique() > 1), _STUDY)
+    return ("reference " + reference.obs[column].astype(str)).to_numpy(dtype=object)
+
+
+def _batches(obs: pd.DataFrame, batch_key: Sequence[str]) -> npt.NDArray[np.object_]:
+    """Batch of each query cell: the combination of some columns."""
+    for column in batch_key:
+        if column not in obs:
+            have = ", ".join(map(str, obs.columns[:10]))
+            raise UserError(f"batch_key: the cells have no obs column {column!r}; obs has {have}")
+    names = pd.Series("query", index=obs.index)
+    for column in batch_key:
+        names = names + " " + obs[column].astype(str)
+    return names.to_numpy(dtype=object)
+
+
+def _write(
+    cells: ad.AnnData, column: str, found: Annotation, fitted: FittedMethod, settings: Settings, n_with_counts: int
+) -> None:
+    empty = cells.obs[EMPTY].to_numpy(dtype=bool)
+    unknown, best = found.unknown | empty, np.where(empty, UNKNOWN, found.labels)
+    cells.obs[f"{column}_predicted"] = pd.Categorical(np.where(unknown, UNKNOWN, found.labels))
+    cells.obs[f"{column}_best"] = pd.Categorical(best)
+    cells.obs[f"{column}_probability"] = np.where(empty, np.float32(0), found.probability.max(axis=1))
+    cells.obs[f"{column}_uncertainty"] = np.where(empty, np.float32(1), found.uncertainty)
+    cells.obs[f"{column}_unknown"] = unknown
+    classes = np.array(found.classes, dtype=object)
+    named = {name: classes[values.argmax(axis=1)] for name, values in (found.compared | found.members).items()}
+    for name, labels in named.items():
+        if name != fitted.method:
+            cells.obs[f"{column}_{name}"] = pd.Categorical(np.where(empty, UNKNOWN, labels))
+    if len(found.members) > _MOST_MEMBERS_SHOWN:
+        agreement = np.mean([named[name] == found.labels for name in found.members], axis=0)
+        cells.obs[f"{column}_agreement"] = np.where(empty, 0, agreement).astype(np.float32)
+        cells.obs[f"{column}_group"] = pd.Categorical(found.groups.astype(str))
+    certain = ~unknown
+    batches = found.facts["batches"]
+    quality: dict[str, Any] = {
+        "classes": found.classes,
+        "method": fitted.method,
+        "n_neighbors": settings.n_neighbors,
+        **_storable(found.facts),
+        "far": any(batch["far"] for batch in batches.values()),
+        "shift": max((batch["shift"] for batch in batches.values()), default=0.0),
+        "warnings": found.warnings,
+    }
+    if n_with_counts:
+        quality["baseline_cells"] = n_with_counts
+        quality["agreement"] = {
+            name: float((labels == found.labels)[certain].mean()) if certain.any() else float("nan")
+            for name, labels in named.items()
+            if name != fitted.method
+        }
+    if len(found.validation):
+        quality["held_out"] = found.validation.to_dict(orient="index")
+        log.info(
+            "%s, accuracy on held-out reference cells (by %s): %s",
+            column,
+            found.facts["held_out_by"],
+            ", ".join(f"{TITLES[str(name)]} {row['accuracy']:.1%}" for name, row in found.validation.iterrows()),
+        )
+    cells.uns.setdefault(PREDICTION, {})[column] = quality
+
+
+def _storable(facts: dict[str, Any]) -> dict[str, Any]:
+    """Facts without names of types and batches as keys: the keys of an .h5ad must not contain a slash."""
+    tables = {
+        "found_by_type": pd.Series(facts["found_by_type"], dtype=float).rename_axis("type").reset_index(name="found"),
+        "batches": pd.DataFrame.from_dict(facts["batches"], orient="index").rename_axis("batch").reset_index(),
+    }
+    return facts | {
+        name: {str(key): values.to_numpy() for key, values in table.items()} for name, table in tables.items()
+    }

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from census_scvi.annotation.label_transfer import UNKNOWN
+from census_scvi.annotation.protocol import UNKNOWN
 
 
 def label_groups(

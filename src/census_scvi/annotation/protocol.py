@@ -123,6 +123,8 @@ class Annotation:
         float32 (cells, dimensions): joint embedding of the query cells; without one, the PCA.
     validation
         Accuracy on held-out cells of the reference, one row per method; empty if nothing can be held out.
+    compared
+        Calibrated probabilities of the methods that it is compared with, by name.
     warnings
         What the user should know, one sentence each.
     facts
@@ -137,6 +139,7 @@ class Annotation:
     groups: npt.NDArray[np.int64]
     embedding: npt.NDArray[np.float32]
     validation: pd.DataFrame
+    compared: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
 

@@ -11,7 +11,7 @@ from census_scvi.errors import UserError
 from census_scvi.pictures.canvas import Picture
 
 # Okabe and Ito's colours, which colour-blind readers can distinguish.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73")
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
 
 
 def draw_quality(prediction: Mapping[str, Any], title: str, methods: Mapping[str, str]) -> Figure:

@@ -113,10 +113,7 @@ def _summary(mapped: ad.AnnData, labels: str) -> str:
     if empty := int(mapped.obs[EMPTY].sum()):
         words += f", {empty:,} cells without counts among them"
     if quality["far"]:
-        return (
-            f"{words}; the distance ratio of the cells to the reference is {quality['shift']:.1f}: check"
-            " these labels with marker genes before you use them"
-        )
+        return f"{words}; cells of some batches are far from the reference: check their labels with marker genes"
     if np.isnan(quality["left_out_found"]):
         return words
     return (
