@@ -70,6 +70,49 @@ def test_from_file_to_file(finished_run: Run, query: Path, capsys: pytest.Captur
     assert "cell_type: " in capsys.readouterr().err
 
 
+def test_terms_of_the_cell_ontology_and_a_report_of_each_label(
+    finished_run: Run, demo_census: str, query: Path
+) -> None:
+    """The file's own term ids, as CELLxGENE's files have them, are kept; a tissue has no term of a cell type."""
+    cells = ad.read_h5ad(query)
+    cells.obs["cell_type_ontology_term_id"] = "CL:0000548"
+    cells.write_h5ad(query)
+    settings = (
+        "query.labels=[cell_type, tissue]",
+        "query.umap_cells=0",
+        "query.baseline_cells=400",
+        "query.method=fast",
+    )
+    assert map_query(finished_run, f"query.file={query}", *settings) == 0
+    obs = ad.read_h5ad(query.with_name("cells-mapped.h5ad")).obs
+    assert (obs["cell_type_ontology_term_id"] == "CL:0000548").all()
+    known = obs[~obs["cell_type_unknown"]]
+    with cellxgene_census.open_soma(uri=demo_census) as root:
+        reference = cellxgene_census.get_obs(
+            root, "homo_sapiens", column_names=["cell_type", "cell_type_ontology_term_id"]
+        ).drop_duplicates()
+    terms = dict(reference.astype(str).itertuples(index=False, name=None))
+    flat = known["cell_type_predicted"].astype(str).map(terms)
+    assert (known["cell_type_predicted_ontology_term_id"].astype(str) == flat).all()
+    same = known["cell_type_ontology"].astype(str) == known["cell_type_predicted"].astype(str)
+    assert (known["cell_type_ontology_id"].astype(str)[same] == flat[same]).all()
+    assert known["cell_type_ontology_id"].str.startswith("CL:").all()
+    assert (known["cell_type_ontology_probability"] >= 0.6).all()
+    assert not [name for name in obs if name.startswith("tissue_ontology")]
+    assert set(obs.loc[obs["cell_type_unknown"], "cell_type_ontology"].astype(str)) <= {"unknown"}
+    report = json.loads(query.with_name("cells-mapped-cell_type.json").read_text())
+    assert {row["label"]: row["cells"] for row in report["types"]} == {
+        name: number for name, number in obs["cell_type_predicted"].value_counts().items() if number
+    }
+    assert sum(row["cells"] for row in report["names"]) == (~same).sum()
+    assert {row["term"] for row in report["types"]} <= {*terms.values(), None}
+    assert "hierarchical_f1" in report["validation"][0]
+    assert any(row["markers"] for row in report["types"])
+    page = query.with_name("cells-mapped-tissue.html").read_text()
+    assert "labels have no term of the Cell Ontology" in page
+    assert "Harmony" in page or "PCA" in page
+
+
 def test_a_table_of_log_values_gives_what_the_counts_give(finished_run: Run, query: Path) -> None:
     cells = ad.read_h5ad(query)
     cells.to_df().to_csv(query.with_name("logged.csv"))  # X is normalised
@@ -111,7 +154,7 @@ def test_run_again(finished_run: Run, query: Path, capsys: pytest.CaptureFixture
     record = json.loads((query.parent / "out.json").read_text())["run"]
     assert record["stage"] == "map-query"
     assert record["fingerprint"]["config"]["query.min_share"] == 0.8
-    assert set(record["outputs"]) == {"out.h5ad", "out-cell_type.png"}
+    assert set(record["outputs"]) == {"out.h5ad", *(f"out-cell_type.{kind}" for kind in ("png", "html", "json"))}
     pd.testing.assert_frame_equal(ad.read_h5ad(query.parent / "out.h5ad").obs, first.obs)
     # the output of one run is the input of another
     again = (f"query.file={query.parent}/out.h5ad", f"query.output={query.parent}/again.h5ad", "query.umap_cells=0")
@@ -175,7 +218,8 @@ def test_a_killed_run_is_repeated_without_force(finished_run: Run, query: Path, 
     assert done.returncode == 9
     assert not query.with_name("cells-mapped.h5ad").exists()
     assert map_query(finished_run, *settings, "query.umap_cells=0") == 0
-    names = {"cells.h5ad", "cells-mapped.h5ad", "cells-mapped.json", "cells-mapped-cell_type.png"}
+    names = {"cells.h5ad", "cells-mapped.h5ad", "cells-mapped.json"}
+    names |= {f"cells-mapped-cell_type.{kind}" for kind in ("png", "html", "json")}
     assert {path.name for path in query.parent.iterdir()} == names
     report = json.loads(query.with_name("cells-mapped.json").read_text())
     assert report["cells"] == ad.read_h5ad(query.with_name("cells-mapped.h5ad")).n_obs
@@ -269,7 +313,8 @@ def test_obs_of_pandas_3_is_written_as_any_anndata_reads_it(finished_run: Run, q
     assert map_query(finished_run, f"query.file={query}", "query.umap_cells=0", "query.baseline_cells=0") == 0
     target = query.with_name("cells-mapped.h5ad")
     assert sorted(path.name for path in query.parent.glob("cells*")) == [
-        "cells-mapped.h5ad", "cells-mapped.json", "cells.h5ad",
+        "cells-mapped-cell_type.html", "cells-mapped-cell_type.json", "cells-mapped.h5ad", "cells-mapped.json",
+        "cells.h5ad",
     ]  # fmt: skip
     with h5py.File(target) as file:
         kinds: set[str] = set()

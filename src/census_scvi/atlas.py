@@ -20,7 +20,15 @@ import scipy.sparse as sp
 import scvi
 from matplotlib.figure import Figure
 
-from census_scvi.annotation.annotator import EMPTY, PREDICTION, STUDY_COLUMNS, Counts, Settings, annotate_cells
+from census_scvi.annotation.annotator import (
+    EMPTY,
+    PREDICTION,
+    STUDY_COLUMNS,
+    Annotated,
+    Counts,
+    Settings,
+    annotate_cells,
+)
 from census_scvi.annotation.joint_model import STEPS
 from census_scvi.annotation.methods import CONSENSUS, TITLES, check_method
 from census_scvi.census.cells import require_columns
@@ -45,6 +53,7 @@ from census_scvi.query.atlas_cells import EMBEDDING, AtlasCells
 from census_scvi.query.atlas_expression import differential_expression, normalized_expression
 from census_scvi.query.cells import QuerySource, opened
 from census_scvi.query.mapping import MIN_SHARE, Mapper
+from census_scvi.query.places import named_after
 from census_scvi.query.reference import Origin, open_embedding
 from census_scvi.terminal.progress import show_messages
 
@@ -447,6 +456,7 @@ class Atlas:
         seed: int = 0,
         counts: str | None = None,
         min_share: float = MIN_SHARE,
+        report: str | Path | None = None,
     ) -> ad.AnnData:
         """Annotate your own cells with labels of the atlas, and compare with simple methods.
 
@@ -479,6 +489,9 @@ class Atlas:
             Seed of all random numbers.
         counts, min_share
             See `embed`.
+        report
+            Where to write a report of each label: with NAME.html, NAME-<labels>.html, and its numbers next to it in a
+            .json; None: no report.
 
         Returns
         -------
@@ -487,6 +500,9 @@ class Atlas:
         label. A cell without counts is "unknown" in every column. The label of each member of the method, and of the
         simple methods that it is compared with, is in `<labels>_<name>`; `<labels>_agreement` is the share of the
         members that give the best label, `<labels>_group` a group of similar cells.
+        Labels that are terms of the Cell Ontology add `<labels>_ontology`, the most specific name that is certain
+        enough ("T cell" for CD4 or CD8), its term id and probability, and the term id of the label (see
+        `annotation.ontology.term_columns`).
         `uns["scvi_prediction"][<labels>]` describes the quality: `agreement` of the methods with the label, accuracy
         of each on `held_out` studies of the reference (see `HeldOut`; `draw_quality` plots it), the measured quality
         of "unknown", and `warnings`.
@@ -516,8 +532,44 @@ class Atlas:
             with_counts = self._counts(source, mapped, reference, counts, min_share)
         batches = [] if batch_key is None else [batch_key] if isinstance(batch_key, str) else list(batch_key)
         settings = Settings(method, batches, baseline_cells, n_neighbors, steps, seed)
-        annotate_cells(mapped, reference, columns, with_counts, settings, embedding=OWN_EMBEDDING, latent=EMBEDDING)
+        annotated = annotate_cells(
+            mapped, reference, columns, with_counts, settings, embedding=OWN_EMBEDDING, latent=EMBEDDING
+        )
+        if report is not None:
+            self._report(Path(expand_argument(report, "report")), mapped, annotated)
         return mapped
+
+    def _report(self, path: Path, mapped: ad.AnnData, annotated: list[Annotated]) -> None:
+        """Write a report of each label."""
+        from census_scvi.report.annotation import cells_with_counts, write_annotation_report
+
+        census = self._cells.census
+        var = read_var(census)
+        symbols = dict(zip(var["feature_id"].astype(str), var["feature_name"].astype(str), strict=True))
+        refused = []
+        if missing := len(mapped.uns["scvi_alignment"]["missing"]):
+            refused.append(
+                f"{missing:,} of {len(self._cells.model[1].genes):,} genes of the model are not in the cells' data"
+            )
+        if empty := int(mapped.obs[EMPTY].sum()):
+            refused.append(f"{empty:,} cells have no counts in the genes of the model; they are unknown")
+        for found in annotated:
+            query, reference = cells_with_counts(found.cells, found.labels, found.known, symbols)
+            facts = {
+                "cells": f"{mapped.n_obs:,}",
+                "reference": f"{found.cells.n_reference:,} cells of {without_credentials(census.identity['uri'])}",
+                "annotators": ", ".join(TITLES.get(name, name) for name in found.annotation.facts["members"]),
+            }
+            write_annotation_report(
+                named_after(path, found.labels, ".html"),
+                found.labels,
+                found.annotation,
+                query,
+                reference,
+                hierarchy=found.hierarchy,
+                facts=facts,
+                refused=refused,
+            )
 
     def _counts(
         self, source: QuerySource, mapped: ad.AnnData, reference: ad.AnnData, counts: str | None, min_share: float
@@ -616,7 +668,11 @@ class Atlas:
             Another model computed the embedding: distances to your cells would be meaningless.
         """
         self._cells.require_embedding_of_model()
-        columns = None if obs_columns is None else list(dict.fromkeys([*obs_columns, *STUDY_COLUMNS]))
+        columns = None
+        if obs_columns is not None:
+            known = self._cells.census.experiment.obs.schema.names
+            terms = [name for column in obs_columns if (name := f"{column}_ontology_term_id") in known]
+            columns = list(dict.fromkeys([*obs_columns, *terms, *STUDY_COLUMNS]))
         return self.embeddings(obs_filter, obs_columns=columns, max_cells=max_cells, seed=seed)
 
     @cached_property

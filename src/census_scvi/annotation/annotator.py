@@ -15,6 +15,7 @@ import scipy.sparse as sp
 
 from census_scvi.annotation.annotate import FittedMethod
 from census_scvi.annotation.methods import BASELINES, TITLES
+from census_scvi.annotation.ontology import Hierarchy, build_hierarchy, term_columns, terms_in
 from census_scvi.annotation.protocol import UNKNOWN, Annotation, Cells
 from census_scvi.annotation.sample import draw_balanced
 from census_scvi.errors import UserError
@@ -75,6 +76,29 @@ class Settings:
     seed: int
 
 
+@dataclass(frozen=True)
+class Annotated:
+    """One column of labels of the user's cells, and what it was predicted from.
+
+    Attributes
+    ----------
+    labels
+        Name of the column.
+    annotation, hierarchy
+        The annotation, and the terms of its labels.
+    cells
+        Reference and query.
+    known
+        object (reference cells,): labels; None for a cell without one.
+    """
+
+    labels: str
+    annotation: Annotation
+    hierarchy: Hierarchy
+    cells: Cells
+    known: npt.NDArray[np.object_]
+
+
 def annotate_cells(
     cells: ad.AnnData,
     reference: ad.AnnData,
@@ -84,7 +108,7 @@ def annotate_cells(
     *,
     embedding: str,
     latent: str,
-) -> None:
+) -> list[Annotated]:
     """Write labels, probability, uncertainty and unknown into the obs of the user's cells, and the quality into uns.
 
     Parameters
@@ -93,7 +117,7 @@ def annotate_cells(
         The user's cells, with `obs["scvi_empty"]` and their embedding in obsm.
     reference
         Reference cells; obs has the columns `labels`, dataset_id and donor_id. Cells with an uninformative label such
-        as "unknown" are excluded.
+        as "unknown" are excluded. `<labels>_ontology_term_id`, if there is such a column, has the terms of the labels.
     labels
         obs columns of the labels.
     counts
@@ -102,6 +126,10 @@ def annotate_cells(
         Method, numbers of cells and seed.
     embedding, latent
         Names of the embedding in the obsm of `cells` and of `reference`.
+
+    Returns
+    -------
+    The annotations, one per column.
 
     Raises
     ------
@@ -129,11 +157,19 @@ def annotate_cells(
         seed=settings.seed,
     )
     units = {name: reference.obs[name].astype(str).to_numpy(dtype=object)[rows] for name in STUDY_COLUMNS}
+    annotated = []
     for column, values in known.items():
         if not any(label is not None for label in values[rows]):
             raise UserError(f"none of the {len(rows):,} reference cells with counts has a {column}; change obs_filter")
-        found = fitted.annotate(values[rows], units)
+        terms = terms_in(reference.obs.iloc[rows], column)
+        found = fitted.annotate(values[rows], units, terms)
         _write(cells, column, found, fitted, settings, len(rows) if both.counts.shape[1] else 0)
+        hierarchy = build_hierarchy(found.classes, terms)
+        unknown = cells.obs[f"{column}_unknown"].to_numpy()
+        for name, each in term_columns(hierarchy, column, found.probability, unknown, found.name_threshold).items():
+            cells.obs[name] = each
+        annotated.append(Annotated(column, found, hierarchy, both, values[rows]))
+    return annotated
 
 
 def informative_labels(values: pd.Series) -> npt.NDArray[np.object_]:

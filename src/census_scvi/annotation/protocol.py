@@ -10,6 +10,8 @@ import numpy.typing as npt
 import pandas as pd
 import scipy.sparse as sp
 
+from census_scvi.annotation.ontology import LEVEL
+
 UNKNOWN = "unknown"  # label of a cell of a type that the reference probably lacks
 
 
@@ -147,3 +149,8 @@ class Annotation:
     def labels(self) -> npt.NDArray[np.object_]:
         """The most probable label of each cell: object (cells,)."""
         return np.array(self.classes, dtype=object)[self.probability.argmax(axis=1)]
+
+    @property
+    def name_threshold(self) -> float:
+        """Probability from which a label, or a term above it, is given as a name; see `ontology.back_off`."""
+        return float(self.facts.get("name_threshold", LEVEL))

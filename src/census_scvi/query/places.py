@@ -14,8 +14,8 @@ from census_scvi.workspace import Workspace
 from census_scvi.workspace.identity import file_identity
 from census_scvi.workspace.result_files import ResultFiles
 
-# Suffixes of the report and the pictures next to the .h5ad.
-_SUFFIXES = (".json", ".png")
+# Suffixes of the reports and the pictures next to the .h5ad.
+_SUFFIXES = (".json", ".html", ".png")
 
 
 def query_source(settings: QuerySection) -> Path:
@@ -72,13 +72,19 @@ def default_output(source: Path, what: str) -> Path:
 
 
 def companion_files(settings: QuerySection, target: Path) -> list[Path]:
-    """The files to write next to the .h5ad: pictures and the report."""
-    pictures = [quality_picture(target, labels) for labels in settings.labels] if settings.baseline_cells else []
+    """The files to write next to the .h5ad: pictures, a report of each label column with its numbers, the summary."""
+    files = [quality_picture(target, labels) for labels in settings.labels] if settings.baseline_cells else []
     if settings.umap_cells:
-        pictures.append(target.with_suffix(".png"))
-    return [*dict.fromkeys(pictures), target.with_suffix(".json")]
+        files.append(target.with_suffix(".png"))
+    files += [named_after(target, labels, suffix) for labels in settings.labels for suffix in (".html", ".json")]
+    return [*dict.fromkeys(files), target.with_suffix(".json")]
 
 
 def quality_picture(target: Path, labels: str) -> Path:
     """Path of the picture of the annotation quality of a label column."""
-    return target.with_name(f"{target.stem}-{labels.replace('/', '_')}.png")
+    return named_after(target, labels, ".png")
+
+
+def named_after(target: Path, labels: str, suffix: str) -> Path:
+    """NAME-<labels> with a suffix, next to NAME.h5ad."""
+    return target.with_name(f"{target.stem}-{labels.replace('/', '_')}{suffix}")

@@ -16,8 +16,8 @@ import pandas as pd
 from census_scvi.annotation.groups import label_groups
 from census_scvi.annotation.markers import Markers, dots
 from census_scvi.annotation.methods import TITLES
-from census_scvi.annotation.ontology import LEVEL, Hierarchy, back_off
-from census_scvi.annotation.protocol import UNKNOWN, Annotation
+from census_scvi.annotation.ontology import Hierarchy, back_off
+from census_scvi.annotation.protocol import UNKNOWN, Annotation, Cells
 from census_scvi.files.atomic import write_json, write_text
 from census_scvi.files.json_values import json_values
 from census_scvi.neighbors.umap_map import UmapMap
@@ -75,7 +75,7 @@ def write_annotation_report(
     The content of the .json.
     """
     if threshold is None:
-        threshold = float(annotation.facts.get("name_threshold", LEVEL))
+        threshold = annotation.name_threshold
     answer = _Answer.of(annotation, hierarchy, threshold)
     markers = None if reference is None else Markers(reference.X, reference.obs[labels], seed=seed)
     symbols = None if reference is None else _symbols(reference)
@@ -111,10 +111,37 @@ def write_annotation_report(
         dot_plot=_dot_plot(query, reference, labels, answer, of_types, symbols, found),
         confusion=_confusion(annotation, answer, found),
         most_types=MOST_TYPES,
+        titles=TITLES,
     )
     write_json(path.with_suffix(".json"), record)
     write_text(path, page)
     return record
+
+
+def cells_with_counts(
+    cells: Cells, labels: str, known: Names, symbols: Mapping[str, str]
+) -> tuple[ad.AnnData, ad.AnnData | None]:
+    """Query and labelled reference cells for `write_annotation_report`.
+
+    Parameters
+    ----------
+    cells
+        Reference and query.
+    labels, known
+        Name of the labels, and the label of each reference cell, object (cells,); None: no label.
+    symbols
+        Gene symbols by feature_id.
+
+    Returns
+    -------
+    Without counts, the query has no X, and there is no reference.
+    """
+    if not cells.genes:
+        return ad.AnnData(shape=(len(cells.query), 0)), None
+    var = pd.DataFrame({"feature_name": [symbols.get(gene, gene) for gene in cells.genes]}, index=cells.genes)
+    rows = np.flatnonzero([label is not None for label in known])
+    obs = pd.DataFrame({labels: known[rows]}, index=rows.astype(str))
+    return ad.AnnData(cells.counts[cells.n_reference :], var=var), ad.AnnData(cells.counts[rows], obs, var)
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ def run(task: Task) -> None:
         ) as atlas,
     ):
         with QueryCells(source, settings.values) as cells:
-            mapped = _predict(atlas, cells, config)
+            mapped = _predict(atlas, cells, config, run.path(target.with_suffix(".html").name))
         for labels in settings.labels:
             log.info("%s", _summary(mapped, labels))
             if mapped.uns[PREDICTION][labels].get("held_out"):
@@ -71,8 +71,8 @@ def run(task: Task) -> None:
     log.info("wrote %s", ", ".join(map(str, written)))
 
 
-def _predict(atlas: Atlas, cells: QueryCells, config: Config) -> ad.AnnData:
-    """Result of `Atlas.predict` for the cells; errors name the settings of the config."""
+def _predict(atlas: Atlas, cells: QueryCells, config: Config, report: Path) -> ad.AnnData:
+    """Result of `Atlas.predict` for the cells, with its reports; errors name the settings of the config."""
     settings, (setting, min_share) = config.query, _min_share(config)
     counts = cells.find_counts(settings.counts, setting=_COUNTS)
     try:
@@ -87,6 +87,7 @@ def _predict(atlas: Atlas, cells: QueryCells, config: Config) -> ad.AnnData:
             seed=config.seed,
             counts=counts,
             min_share=min_share,
+            report=report,
         )
     except TooFewGenes as error:
         raise error.named(setting) from None
