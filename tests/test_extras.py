@@ -201,7 +201,7 @@ def test_core_trains_and_embeds(core: Installation, tmp_path: Path) -> None:
 REFUSALS = {
     "evaluate": "evaluate needs cellxgene-ontology-guide, igraph and scib-metrics, which are not installed",
     "publish": "publish needs huggingface-hub, which is not installed",
-    "map-query": "map-query needs igraph, which is not installed",
+    "map-query": "map-query needs cellxgene-ontology-guide, harmonypy and igraph, which are not installed",
 }
 
 
@@ -217,7 +217,8 @@ def test_a_missing_extra_is_one_line_that_names_it(name: str, core: Installation
 def test_atlas_names_the_extra_that_it_needs(core: Installation, tmp_path: Path) -> None:
     done = core.run("from census_scvi import Atlas", cwd=tmp_path)
     assert done.stderr.splitlines()[-1] == (
-        "census_scvi.errors.UserError: Atlas needs igraph, which is not installed; pip install 'census-scvi[atlas]'"
+        "census_scvi.errors.UserError: Atlas needs cellxgene-ontology-guide, harmonypy and igraph, which are not"
+        " installed; pip install 'census-scvi[atlas]'"
     )
 
 
