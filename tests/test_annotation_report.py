@@ -134,6 +134,7 @@ def test_the_page_is_one_file_with_all_sections(written: Path) -> None:
     sections = ("types", "names", "map", "markers", "accuracy", "annotators", "uncertain", "input")
     assert [name for name in sections if f'<h2 id="{name}">' in page] == list(sections)
     assert "batch &lt;b&gt; agree" in page
+    assert "All 4 groups" in page
     for text in ("mine.h5ad", "2 cells have no counts", "CL:0000084", "scanpy", "<b>GENE2</b>"):
         assert text in page
 

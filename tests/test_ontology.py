@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as arrays
 from scipy.special import expit, logit
 
 from census_scvi.annotation import ontology
-from census_scvi.annotation.groups import label_groups
+from census_scvi.annotation.groups import group_columns, label_groups
 from census_scvi.annotation.methods import create
 from census_scvi.annotation.ontology import Hierarchy, back_off, build_hierarchy, calibrated_threshold, term_columns
 from census_scvi.annotation.protocol import Cells
@@ -227,6 +227,10 @@ def test_groups_have_the_label_of_most_of_their_cells() -> None:
         7: {"cells": 2, "label": "B", "share": 1, "second": "", "second_share": 0},
         9: {"cells": 1, "label": "unknown", "share": 1, "second": "", "second_share": 0},
     }
+    columns = group_columns("cell_type", groups, labels, unknown)
+    assert columns["cell_type_group"].tolist() == ["4", "4", "4", "7", "7", "9"]
+    assert columns["cell_type_group_label"].tolist() == ["T", "T", "T", "B", "B", "unknown"]
+    assert columns["cell_type_group_share"] == pytest.approx([2 / 3] * 3 + [1] * 3)
 
 
 @pytest.mark.slow

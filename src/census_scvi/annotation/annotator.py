@@ -14,6 +14,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from census_scvi.annotation.annotate import FittedMethod
+from census_scvi.annotation.groups import group_columns
 from census_scvi.annotation.methods import BASELINES, TITLES
 from census_scvi.annotation.ontology import Hierarchy, build_hierarchy, term_columns, terms_in
 from census_scvi.annotation.protocol import UNKNOWN, Annotation, Cells
@@ -279,7 +280,8 @@ def _write(
     if len(found.members) > _MOST_MEMBERS_SHOWN:
         agreement = np.mean([named[name] == found.labels for name in found.members], axis=0)
         cells.obs[f"{column}_agreement"] = np.where(empty, 0, agreement).astype(np.float32)
-        cells.obs[f"{column}_group"] = pd.Categorical(found.groups.astype(str))
+    for name, values in group_columns(column, found.groups, found.labels, unknown).items():
+        cells.obs[name] = values
     certain = ~unknown
     batches = found.facts["batches"]
     quality: dict[str, Any] = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
@@ -30,3 +32,26 @@ def label_groups(
         rows[group] = (len(found), label, share, second, second_share)
     columns = ["cells", "label", "share", "second", "second_share"]
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("group")
+
+
+def group_columns(
+    labels: str,
+    groups: npt.NDArray[np.integer],
+    best: npt.NDArray[np.object_],
+    unknown: npt.NDArray[np.bool_],
+) -> dict[str, Any]:
+    """Columns for obs: `<labels>_group`, the label of most of the group's cells, and its share of them.
+
+    Parameters
+    ----------
+    labels
+        Name of the labels.
+    groups, best, unknown
+        As in `label_groups`.
+    """
+    found = label_groups(groups, best, unknown).loc[groups]
+    return {
+        f"{labels}_group": pd.Categorical(groups.astype(str)),
+        f"{labels}_group_label": pd.Categorical(found["label"]),
+        f"{labels}_group_share": found["share"].to_numpy(np.float32),
+    }
