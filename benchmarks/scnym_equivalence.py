@@ -417,6 +417,7 @@ def blood(folder: Path, n_reference: int, n_genes: int) -> tuple[ad.AnnData, int
 def run_ours(cells: ad.AnnData, labels: npt.NDArray[np.object_], preset: str, seed: int) -> npt.NDArray[Any]:
     """Labels of the query cells."""
     counts, genes = sp.csr_matrix(cells.X, dtype=np.float32), list(cells.var_names)
+    torch.set_num_threads(1)  # scanpy's compiled functions reset it to the number of cores
     trained = train(InMemory(counts), genes, labels, PRESETS[preset], seed=seed, accelerator="cpu")
     query = InMemory(counts[labels == UNLABELLED])
     return trained.classifier.predict(query, genes, accelerator="cpu").labels
@@ -431,12 +432,20 @@ def run_original(
     sc.pp.normalize_total(cells, target_sum=1e6)
     sc.pp.log1p(cells)
     cells.obs["labels"] = labels.astype(str)
+    torch.set_num_threads(1)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+    with tempfile.TemporaryDirectory() as folder, quiet():
         scnym.api.scnym_api(cells, task="train", groupby="labels", out_path=folder, config=preset)
         scnym.api.scnym_api(cells, task="predict", trained_model=folder, config=preset)
     return cells.obs["scNym"].to_numpy(dtype=object)[labels == UNLABELLED]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without what the original prints."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
 
 
 def accuracy(scnym: Any, options: argparse.Namespace) -> list[str]:
@@ -477,9 +486,8 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.INFO)
-    torch.set_num_threads(1)
     scnym = original(options.original)
-    with contextlib.redirect_stdout(io.StringIO()):
+    with quiet():
         lines, as_expected = table_of_step(scnym)
     print("\n".join(lines))
     if options.data:
