@@ -23,7 +23,16 @@ from census_scvi.annotation.annotators.scnym import ScNym
 from census_scvi.annotation.protocol import Cells
 from census_scvi.annotation.scnym import module as module_of_step
 from census_scvi.annotation.scnym import training
-from census_scvi.annotation.scnym.cells import InFile, InMemory, Stacked, in_order, log_cpm, regrouped, to_tensor
+from census_scvi.annotation.scnym.cells import (
+    InFile,
+    InMemory,
+    Stacked,
+    in_order,
+    log_cpm,
+    overview,
+    regrouped,
+    to_tensor,
+)
 from census_scvi.annotation.scnym.classifier import DESCRIPTION, WEIGHTS, Classifier
 from census_scvi.annotation.scnym.interpret import expected_gradients
 from census_scvi.annotation.scnym.minibatches import TrainingCells, TrainingMinibatches, ValidationMinibatches
@@ -322,6 +331,28 @@ def test_minibatches_have_every_labelled_cell_once_and_enough_unlabelled_cells(
         orders.append(rows)
     assert torch.equal(orders[0], orders[2])
     assert n_labelled < 3 or not torch.equal(orders[0], orders[1])
+
+
+def test_no_more_than_a_window_of_cells_is_in_memory() -> None:
+    n_cells = 40_000
+    counts = sp.random(n_cells, 10, density=0.3, format="csr", dtype=np.float32, random_state=0)
+    read: list[int] = []
+
+    class Recorded(InMemory):
+        def read(self, blocks: list[tuple[int, int]]) -> sp.csr_matrix:
+            read.append(sum(stop - start for start, stop in blocks))
+            return super().read(blocks)
+
+    source = Recorded(counts)
+    part = np.arange(n_cells) % 2 == 0
+    overview(source, part)
+    nothing = np.zeros(n_cells, np.int64)
+    cells = TrainingCells(source, nothing, nothing, part, part, ~part)
+    training_cells = TrainingMinibatches(cells, 256, balanced=True, pseudolabelled=True, seed=0, epoch=lambda: 0)
+    assert sum(len(minibatch["codes"]) for minibatch in training_cells) == 20_000
+    assert sum(len(minibatch["codes"]) for minibatch in ValidationMinibatches(cells)) == 20_000
+    assert max(read) <= 16_384 + 256
+    assert sum(read) <= 4 * n_cells + 2 * 16_384
 
 
 def test_balanced_classes_are_drawn_equally_often() -> None:
