@@ -6,7 +6,7 @@ BENCH ?= bench
 SEEDS ?= $(shell date +%s)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test fuzz lint notebooks bench bench-train bench-blood
+.PHONY: help env demo test fuzz lint notebooks bench bench-train bench-blood bench-annotation
 
 # One worker per core, at most four: each has torch and scvi-tools in memory.
 WORKERS := $(shell n=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
@@ -50,3 +50,6 @@ bench-train: env ## speed of training compared with scvi-tools (docs/performance
 
 bench-blood: env ## label transfer on real blood cells (docs/blood.md), DATA=folder of the .h5ad files; 20 minutes
 	.venv/bin/python benchmarks/label_transfer.py --data $(DATA)
+
+bench-annotation: env ## annotation of real blood and pancreas (docs/annotation.md), DATA=folder of the .h5ad files; an hour
+	OMP_NUM_THREADS=1 .venv/bin/python benchmarks/annotation.py --data $(DATA)

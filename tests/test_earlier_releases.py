@@ -163,15 +163,15 @@ OLD_NAME = ("query.n_neighbours", "query.n_neighbors", "name")
             ],
         ),
         (
-            "query: {n_neighbors: 3, method: logistic_regression}",
+            "query: {n_neighbors: 3, method: pca}",
             ["query.n_neighbours=7", "query.method=neighbours"],
             [
                 ("command line", *OLD_NAME),
                 ("command line", "query.method=neighbours", "query.method=neighbors", "value"),
             ],
         ),
-        ("query: {n_neighbours: 3}", ["query.n_neighbors=7"], [("{file}", *OLD_NAME)]),
-        ("query: {n_neighbors: 7}", [], []),
+        ("query: {n_neighbours: 3, method: neighbors}", ["query.n_neighbors=7"], [("{file}", *OLD_NAME)]),
+        ("query: {n_neighbors: 7, method: neighbors}", [], []),
     ],
 )
 def test_the_earlier_name_of_a_setting_is_understood_and_noticed(
@@ -206,6 +206,15 @@ def test_a_setting_that_was_removed_is_noticed_or_refused(tmp_path: Path, caplog
     assert caplog.messages == [line.replace("{file}", str(tmp_path / "settings.yaml")) for line in told]
     for text, overrides in (("evaluate: {mode: legacy}", []), ("{}", ["evaluate.mode=legacy"])):
         with pytest.raises(UserError, match=r"evaluate\.mode is 'legacy' and was removed: .* remove the setting"):
+            written(tmp_path, text, *overrides)
+
+
+@pytest.mark.parametrize("method", ["random_forest", "logistic_regression"])
+def test_a_method_that_was_removed_is_not_taken_for_the_one_of_its_name(method: str, tmp_path: Path) -> None:
+    for text, overrides in ((f"query: {{method: {method}}}", []), ("{}", [f"query.method={method}"])):
+        with pytest.raises(
+            UserError, match=rf"query\.method: {method} was a classifier on the model's embedding.* use"
+        ):
             written(tmp_path, text, *overrides)
 
 

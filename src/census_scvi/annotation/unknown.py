@@ -26,6 +26,9 @@ _AROUND, _SHARE_AROUND, _FEWEST_AROUND = 30, 0.02, 4
 _CERTAIN, _FEWEST_CERTAIN, _LARGEST_SHIFT = 0.8, 10, 1.0
 # Least share of held-out cells of known types that keep their label at the threshold.
 _LEAST_KEPT = 0.93
+# Quantile of the scores of single held-out cells that the threshold must not exceed, with one held-out part and with
+# several: types of the reference that differ much would be found at a threshold that is too high for others.
+_MOST_QUANTILE = (0.9, 0.8)
 # Held-out cells per study, excluded types per study (the most frequent), and fewest cells of an excluded type.
 _MOST_CELLS, _MOST_TYPES, _FEWEST_CELLS = 2_000, 10, 10
 # Share of an excluded type in the study, where it is tested as a frequent type.
@@ -151,8 +154,10 @@ def set_rule(
     truth = np.concatenate([study.part.truth for study in studies])
     scales = {name: _scale(np.concatenate([study.scores()[name] for study in studies]), truth) for name in spaces}
     known = [study.known(scales) for study in studies]
+    single = np.concatenate([np.mean(list(_scaled(study.scores(), scales).values()), axis=0) for study in studies])
+    most = _quantile(single, truth, _MOST_QUANTILE[len(studies) > 1])
     rare, frequent = (_excluded(studies, scales, share, numbers) for share in (None, _FREQUENT))
-    threshold = _best_threshold(np.concatenate(known), truth, rare, frequent)
+    threshold = min(_best_threshold(np.concatenate(known), rare, frequent), most)
     by_type = {code: float((values > threshold).mean()) for code, values in rare.items()}
     return UnknownRule(
         scales,
@@ -276,7 +281,6 @@ def _excluded(
 
 def _best_threshold(
     known: npt.NDArray[np.float64],
-    truth: Rows,
     rare: dict[int, npt.NDArray[np.float64]],
     frequent: dict[int, npt.NDArray[np.float64]],
 ) -> float:
@@ -308,9 +312,13 @@ def _scores(distances: Mapping[str, TypeDistances], without: int | None = None) 
 
 def _scale(values: npt.NDArray[np.float64], codes: Rows) -> tuple[float, float]:
     """Median and 95 % quantile; every type has the same weight."""
-    weights = 1 / np.bincount(codes)[codes]
-    median, high = np.quantile(values, [0.5, 0.95], weights=weights, method="inverted_cdf")
-    return float(median), float(max(high, median + 1e-6))
+    median, high = (_quantile(values, codes, share) for share in (0.5, 0.95))
+    return median, max(high, median + 1e-6)
+
+
+def _quantile(values: npt.NDArray[np.float64], codes: Rows, share: float) -> float:
+    """Quantile of values; every type has the same weight."""
+    return float(np.quantile(values, share, weights=1 / np.bincount(codes)[codes], method="inverted_cdf"))
 
 
 def _scaled(scores: Scores, scales: dict[str, tuple[float, float]]) -> Scores:

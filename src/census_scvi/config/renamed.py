@@ -19,6 +19,14 @@ VALUES = {"query.method": {"neighbours": "neighbors"}}
 # Removed settings: the value that means the current behaviour and is ignored with a warning, and the reason why any
 # other value is refused.
 REMOVED = {"evaluate.mode": ("sound", "the metrics of the published script, with their flaws, are no longer computed")}
+# Removed values of a setting that still exists, and why; files and command lines with them are refused.
+_ON_EMBEDDING = (
+    "a classifier on the model's embedding, which was removed because neighbors is better; use consensus, or"
+    " Atlas.predict(method={!r}) for a classifier on log-normalised counts"
+)
+REMOVED_VALUES = {
+    "query.method": {name: _ON_EMBEDDING.format(name) for name in ("random_forest", "logistic_regression")}
+}
 # Files and command lines may use the earlier names until this release; records may always contain them.
 _UNTIL = "release 0.3"
 
@@ -29,10 +37,15 @@ def translate_file(values: dict[str, Any], source: str) -> None:
     Raises
     ------
     UserError
-        A setting is set under both names, or a removed setting has a value that is no longer supported.
+        A setting is set under both names, or has a removed value, or a removed setting has a value that is no longer
+        supported.
     """
     for old, new, what in _translate(values, source):
         _notice(source, old, new, what)
+    for key in REMOVED_VALUES:
+        section, name = _place(values, key)
+        found = None if section is None else section.get(name)
+        _refuse(source, key, found.text if isinstance(found, Plain) else found)
     for key in REMOVED:
         section, name = _place(values, key)
         if section is not None and name in section:
@@ -44,6 +57,7 @@ def translate_overrides(overrides: Sequence[str]) -> list[str]:
     """Like `translate_file`, for `section.key=value` strings; returns the translated strings."""
     translated = [_override(text) for text in overrides]
     for text in translated:
+        _refuse("command line", text.partition("=")[0].strip(), text.partition("=")[2].strip())
         if (key := text.partition("=")[0].strip()) in REMOVED:
             _drop("command line", key, text.partition("=")[2].strip())
     return [text for text in translated if text.partition("=")[0].strip() not in REMOVED]
@@ -122,6 +136,13 @@ def _drop(source: str, key: str, value: Any) -> None:
     if value != kept:
         raise UserError(f"{source}: {key} is {value!r} and was removed: {why}; remove the setting")
     log.warning("%s: %s was removed and is not needed; remove it", source, key)
+
+
+def _refuse(source: str, key: str, value: Any) -> None:
+    """UserError for a removed value of a setting."""
+    why = REMOVED_VALUES.get(key, {}).get(value) if isinstance(value, str) else None
+    if why is not None:
+        raise UserError(f"{source}: {key}: {value} was {why}")
 
 
 def _notice(source: str, old: str, new: str, what: str) -> None:

@@ -45,8 +45,7 @@ class QuerySection(Section):
     reference_cells: Annotated[int, Field(ge=100)] = 200_000
     """Maximum number of reference cells; of more, this number is drawn at random."""
     method: Literal[
-        "consensus", "fast", "neighbors", "pca", "harmony", "joint", "logistic_regression", "linear_svm",
-        "random_forest", "scanvi", "scnym",
+        "consensus", "fast", "neighbors", "pca", "harmony", "joint", "linear_svm", "scanvi", "scnym",
     ] = "consensus"  # fmt: skip
     """Method of annotation: consensus (several methods, one of them trained), fast (without training), or a single
     method; only neighbors uses the model's embedding.
