@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
+
+import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pipeline import ROOT
 
 from census_scvi.annotation.annotate import FittedMethod, annotate
 from census_scvi.annotation.calibration import fit_temperature, with_temperature
@@ -222,3 +228,31 @@ def test_folds_hold_out_whole_studies() -> None:
     for fold in folds:
         assert not set(study[fold.test]) & set(study[fold.train])
     assert held_out_folds(np.array([0, 1]), {}, 0)[0] == []
+
+
+def test_the_benchmark_reads_the_layout_of_open_problems(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cells, labels = simulated(300)
+    obs = pd.DataFrame({"label": labels, "batch": cells.batch.astype(str)}, index=[f"cell{n}" for n in range(300)])
+    whole = ad.AnnData(obs=obs, var=pd.DataFrame(index=cells.genes), layers={"counts": cells.counts}, shape=(300, 120))
+    train, solution = whole[:200].copy(), whole[200:].copy()
+    test = solution.copy()
+    del test.obs["label"]
+    for name, part in {"train": train, "test": test, "solution": solution[::-1].copy()}.items():
+        part.write_h5ad(tmp_path / f"{name}.h5ad")
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    arguments = ["annotation.py", "--open-problems", str(tmp_path), "--methods", "fast", "pca"]
+    monkeypatch.setattr("sys.argv", arguments)
+    importlib.import_module("annotation").main()
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith(("| fast", "| pca"))]
+    assert [row[0] for row in rows] == ["| fast", "| pca"]
+    assert all(float(row[1]) > 0.9 for row in rows)
+
+
+def test_the_query_is_the_reference() -> None:
+    cells, labels = simulated(600)
+    both = Cells(cells.counts[np.tile(np.arange(400), 2)], np.tile(cells.batch[:400], 2), 400, cells.genes)
+    found = fast(both, np.tile(labels[:400], 2))
+    assert (found.labels == labels[:400]).all()
+    assert (~found.unknown).mean() > 0.9

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import anndata as ad
@@ -169,6 +170,10 @@ def test_dry_run_changes_nothing(finished_run: Run, query: Path, capsys: pytest.
     out = capsys.readouterr().out
     assert f"read   {query}: raw counts from layers/counts" in out
     assert "with   250 cells x" in out
+    assert main("map-query", ["--config", str(finished_run.config), f"query.file={query}", "--dry-run"]) == 0
+    trained = capsys.readouterr().out  # by consensus
+    fast, slow = (re.search(r"and (.+) on this machine", text) for text in (out, trained))
+    assert fast and slow and fast[0] != slow[0]
     assert list(query.parent.glob("*mapped*")) == []
 
 

@@ -38,6 +38,10 @@ _COUNTS = "query.counts="  # setting for the location of the raw counts, for mes
 # Time: fixed; embedded and annotated cells/s; the index of a large reference; the UMAP.
 _BASE_MEMORY, _BYTES_A_CELL = 1.0e9, 1500.0
 _FIXED_SECONDS, _CELLS_A_SECOND, _INDEX_SECONDS, _MAP_SECONDS = 12.0, 1500.0, 40.0, 50.0
+# Methods on counts: bytes and seconds per cell with counts; seconds of the trainings of each method, one for the query,
+# and with labels one more for each of three held-out parts.
+_BYTES_OF_COUNTS, _SECONDS_OF_COUNTS = 15_000.0, 0.0007
+_TRAINING_SECONDS = {"consensus": 25.0, "joint": 25.0, "scanvi": 160.0, "scnym": 600.0}
 
 
 def run(task: Task) -> None:
@@ -186,6 +190,7 @@ def plan(config: Config) -> Plan:
     with QueryCells(source, settings.values) as cells:
         n_cells, place = len(cells), cells.find_counts(settings.counts, setting=_COUNTS)
         n_genes = len(cells.var(place))
+    with_counts = (n_cells + settings.baseline_cells) * bool(settings.baseline_cells and settings.labels)
     return Plan(
         "map-query",
         reads=[
@@ -197,10 +202,12 @@ def plan(config: Config) -> Plan:
         writes=[str(path) for path in (target, *companion_files(config.query, target))],
         cells=n_cells,
         genes=n_genes,
-        memory=_BASE_MEMORY + _BYTES_A_CELL * (n_cells + settings.reference_cells),
+        memory=_BASE_MEMORY + _BYTES_A_CELL * (n_cells + settings.reference_cells) + _BYTES_OF_COUNTS * with_counts,
         disk=query_size(source) + 300.0 * n_cells,
         seconds=_FIXED_SECONDS
         + n_cells / _CELLS_A_SECOND
+        + _SECONDS_OF_COUNTS * with_counts
+        + _TRAINING_SECONDS.get(settings.method, 0.0) * bool(with_counts)
         + _INDEX_SECONDS * (settings.reference_cells > EXACT_CELLS)
         + _MAP_SECONDS * bool(settings.umap_cells),
     )
