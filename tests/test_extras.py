@@ -86,7 +86,7 @@ USERS = {None: [command.module for command in STAGES.values() if not command.ext
 USERS |= {command.extra: [command.module] for command in STAGES.values() if command.extra}
 USERS[None] += ["census_scvi.cli", "census_scvi.model.published"]
 USERS["atlas"] += [ATLAS]
-USERS["annotate"] = ["census_scvi.annotation.scnym.interpret"]
+USERS["annotate"] += ["census_scvi.annotation.functions", "census_scvi.annotation.scnym.interpret"]
 
 
 @pytest.mark.parametrize("extra", USERS, ids=str)
@@ -202,6 +202,7 @@ REFUSALS = {
     "evaluate": "evaluate needs cellxgene-ontology-guide, igraph and scib-metrics, which are not installed",
     "publish": "publish needs huggingface-hub, which is not installed",
     "map-query": "map-query needs cellxgene-ontology-guide, harmonypy and igraph, which are not installed",
+    "annotate": "annotate needs captum, cellxgene-ontology-guide and harmonypy, which are not installed",
 }
 
 

@@ -17,6 +17,7 @@ from pipeline import ROOT, SMALL, forked, run_code, run_script
 
 from census_scvi.cli import console
 from census_scvi.config.stages import STAGES
+from census_scvi.stages.demo import write_own_cells
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # A command that needs no shell: our program or a script, and arguments without a character special to bash.
@@ -60,6 +61,7 @@ def sandbox(demo_census: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     mine.obs = mine.obs.rename(columns={"cell_type": "annotation", "donor_id": "patient"})
     mine.obs["run"] = cells.obs["dataset_id"].astype(str).to_numpy()
     mine.write_h5ad(folder / "my-cells.h5ad")
+    write_own_cells(demo_census, folder / "demo" / "my-cells.h5ad")
     for stage in ("prepare", "train", "create-latent-update", "publish"):
         done = forked(run_program, stage, "--config", "configs/demo.yaml", cwd=folder)
         assert done.returncode == 0, done.stderr

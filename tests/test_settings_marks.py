@@ -30,10 +30,17 @@ SETTINGS_OF_STAGES = {
         "evaluate.embeddings", "evaluate.obs_filter", "evaluate.labels", "evaluate.batches", "evaluate.donors",
         "evaluate.max_cells", "evaluate.measured_cells", "evaluate.baseline",
     ),
+    "annotate": (
+        "census.organism", "census.uri", "census.version", "seed", "query.file", "query.model",
+        "query.counts", "query.values", "query.min_share", "query.batch_key",
+        "query.labels", "annotate.method", "annotate.preset", "annotate.overrides", "annotate.budget",
+        "annotate.reference", "annotate.key_added", "annotate.model",
+    ),
     "map-query": (
         "census.organism", "census.uri", "census.version", "genes.min_share", "seed",
         "query.file", "query.model", "query.embedding", "query.counts", "query.values", "query.min_share",
-        "query.labels", "query.obs_filter", "query.reference_cells", "query.method", "query.n_neighbors",
+        "query.batch_key", "query.labels", "query.obs_filter", "query.reference_cells", "query.method",
+        "query.n_neighbors",
         "query.baseline_cells", "query.umap_cells",
     ),
 }  # fmt: skip

@@ -74,8 +74,14 @@ def main(name: str, argv: Sequence[str] | None = None, *, program: str | None = 
     """
     stage = STAGES[name]
     own = importlib.import_module(stage.module) if stage.own_arguments else None
-    arguments = _parser(stage, program, own).parse(argv)
+    arguments = _parser(stage, program, own).parse(_with_action(stage, argv))
     return guarded(lambda: _run(stage, arguments, own, program or stage.script))
+
+
+def _with_action(stage: Stage, argv: Sequence[str] | None) -> list[str]:
+    """The arguments, with the action of a stage as a setting: `train` becomes `annotate.action=train`."""
+    given = sys.argv[1:] if argv is None else argv
+    return [f"{stage.name}.action={argument}" if argument in stage.actions else argument for argument in given]
 
 
 def console(argv: Sequence[str] | None = None) -> int:
@@ -177,6 +183,9 @@ def _parser(stage: Stage, program: str | None, own: Any) -> Parser:
     )
     if own is not None:
         own.add_arguments(parser)
+    if stage.actions:
+        listed = f"{', '.join(stage.actions[:-1])} or {stage.actions[-1]}"
+        parser.description = f"{stage.summary} The first argument may be {listed}."
     parser.add_argument("settings", nargs="*", metavar="section.key=value", help="settings that override the file")
     parser.add_argument("--config", metavar="FILE", help=getattr(own, "CONFIG_HELP", _CONFIG_HELP))
     parser.add_argument(

@@ -11,7 +11,7 @@ from census_scvi.config.types import Columns, Name, ObsFilter, PathName, Share
 from census_scvi.errors import UserError
 
 # Stages that read the Census, whose result its settings change.
-READ_THE_CENSUS = ("prepare", "create-latent-update", "evaluate", "publish", "map-query")
+READ_THE_CENSUS = ("prepare", "create-latent-update", "evaluate", "publish", "map-query", "annotate")
 
 
 def _tiledb(values: Any, prefix: str = "") -> Any:

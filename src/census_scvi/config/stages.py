@@ -33,6 +33,8 @@ class Stage:
         Whether the stage has arguments in addition to `--config FILE` and `section.key=value`.
     extra
         Extra of the installation with the packages of the stage; None: every installation has them.
+    actions
+        Values of the setting `<name>.action`, which may be given as the first argument.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Stage:
     several_processes: bool = False
     own_arguments: bool = False
     extra: str | None = None
+    actions: tuple[str, ...] = ()
 
     @property
     def script(self) -> str:
@@ -109,6 +112,12 @@ STAGES = {
         ),
         Stage(
             "map-query", "Embed your own cells with a trained model and annotate them from the Census.", extra="atlas"
+        ),
+        Stage(
+            "annotate",
+            "Annotate your own cells with the labels of a file or of a slice of the Census.",
+            extra="annotate",
+            actions=("predict", "train", "interpret"),
         ),
     )
 }

@@ -147,6 +147,8 @@ class AlignedCells:
     expected
         Function of raw counts of some cells (model's genes) and of the genes that the query has, bool (genes,). It
         returns the share of the expected counts in these genes (`ExpectedCounts.share`).
+    owner
+        What the genes are of, for messages: model or reference.
 
     Attributes
     ----------
@@ -171,6 +173,7 @@ class AlignedCells:
         min_share: float,
         counts: str | None = None,
         expected: Callable[[sp.csr_matrix, npt.NDArray[np.bool_]], float] | None = None,
+        owner: str = "model",
     ) -> None:
         self._cells = cells
         self._place = cells.find_counts(counts)
@@ -183,7 +186,7 @@ class AlignedCells:
         expected_share = self._expected_share(best, expected)
         if best.n_shared < min_share * len(genes) and not expected_share >= enough_counts(min_share):
             raise TooFewGenes(
-                Refusal(cells, self._place, rows, best, found, known, organism, min_share, expected_share)
+                Refusal(cells, self._place, rows, best, found, known, organism, min_share, expected_share, owner)
             )
         self.report = AlignmentReport.of(self._place, best, rows, genes, expected_share)
         if expected_share < min_share:
@@ -216,6 +219,16 @@ class AlignedCells:
 
     def __len__(self) -> int:
         return len(self._cells)
+
+    @property
+    def place(self) -> str:
+        """Place of the raw counts."""
+        return self._place
+
+    @property
+    def selection(self) -> sp.csr_matrix:
+        """CSR float64 (columns of the place, genes of the model) of 0 and 1: what is summed for each gene."""
+        return self._selection
 
     @property
     def obs(self) -> pd.DataFrame:

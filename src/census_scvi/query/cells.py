@@ -145,6 +145,10 @@ class QueryCells:
         """Places of all matrices."""
         return list(self._matrices)
 
+    def matrix(self, place: str) -> Matrix:
+        """The raw counts of a place, cells x columns, read when they are needed."""
+        return self._matrix(place)
+
     def var(self, place: str) -> pd.DataFrame:
         """The var that belongs to a matrix."""
         return self._vars["raw" if place == "raw" else "X"]

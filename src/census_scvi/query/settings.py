@@ -11,35 +11,40 @@ from census_scvi.config.types import Columns, LocalPath, Name, ObsFilter, PathNa
 
 
 class QuerySection(Section):
-    """Your own cells (map-query)."""
+    """Your own cells (map-query, annotate)."""
 
     changes: ClassVar[tuple[str, ...]] = ("map-query",)
-    file: Annotated[LocalPath | None, USUAL] = None
+    file: Annotated[LocalPath | None, Changes("map-query", "annotate"), USUAL] = None
     """Your cells: .h5ad, zarr, 10x .h5, folder with matrix.mtx, Loom, or CSV/TSV of cells x genes; genes by Ensembl id
     or symbol.
     """
     output: Annotated[LocalPath | None, Changes(), USUAL] = None
-    """The .h5ad to write: your cells with embedding, UMAP and predicted labels; null: `<file>-mapped.h5ad`."""
-    model: Annotated[PathName | None, USUAL] = None
+    """The .h5ad to write: your cells with embedding and predicted labels; null: `<file>-mapped.h5ad` (annotate:
+    `<file>-annotated.h5ad`).
+    """
+    model: Annotated[PathName | None, Changes("map-query", "annotate"), USUAL] = None
     """Published model: a folder or URL; null: the model in the run directory."""
     embedding: PathName | None = None
     """Embedding of the reference cells: a name in the obsm of the Census, a run directory or an Experiment; null:
     `scvi`, or the run's.
     """
-    counts: Name | None = None
+    counts: Annotated[Name | None, Changes("map-query", "annotate")] = None
     """Where the raw counts are: X, raw or layers/<name>; null: detected, and an error where several places may hold
     them.
     """
-    values: Literal["counts", "log_normalized"] = "counts"
+    values: Annotated[Literal["counts", "log_normalized"], Changes("map-query", "annotate")] = "counts"
     """What the file holds: raw counts, or logarithms of normalised counts (log(CPM + 1), log1p(CP10k)), from which the
     counts are recovered.
     """
-    min_share: Share = 0.8
+    min_share: Annotated[Share, Changes("map-query", "annotate")] = 0.8
     """Minimum fraction of the model's genes that your file must have; fewer are accepted where the others have few
     counts.
     """
-    labels: Annotated[Columns, USUAL] = Field(default_factory=lambda: ["cell_type"])
-    """obs columns of the Census to predict; empty: none."""
+    batch_key: Annotated[Columns | None, Changes("map-query", "annotate"), USUAL] = None
+    """obs columns of your file whose combinations are the technical batches: sample, donor; null: not known.
+    """
+    labels: Annotated[Columns, Changes("map-query", "annotate"), USUAL] = Field(default_factory=lambda: ["cell_type"])
+    """Labels to predict: obs columns of the Census; empty: none. annotate predicts one."""
     obs_filter: ObsFilter | None = None
     """SOMA value filter of the reference cells; null: all."""
     reference_cells: Annotated[int, Field(ge=100)] = 200_000

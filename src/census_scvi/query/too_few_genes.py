@@ -49,6 +49,7 @@ class Refusal:
     organism: str
     min_share: float
     expected_share: float
+    owner: str = "model"
 
     def words(self, setting: str) -> str:
         """The whole message, in one line."""
@@ -61,7 +62,8 @@ class Refusal:
             )
         looked = ", ".join(f"{match.where} (such as {match.shown!r}: {match.n_shared:,})" for match in self.found)
         return (
-            f"{self.cells.name} has {best.n_shared:,} of the model's {n_genes:,} genes ({best.n_shared / n_genes:.1%}),"
+            f"{self.cells.name} has {best.n_shared:,} of the {self.owner}'s {n_genes:,} genes"
+            f" ({best.n_shared / n_genes:.1%}),"
             f" {self.min_share:.0%} are needed ({setting}){of_counts}; searched for Ensembl ids and symbols in"
             f" {looked}."
             f" {self._hint()}"
@@ -75,13 +77,13 @@ class Refusal:
         known = self.known
         return next(
             (hint for way in ways if (hint := way())),
-            f"The model's genes have names such as {known.genes[0]!r} or {next(iter(known.id_of_symbol), '')!r}",
+            f"The {self.owner}'s genes have names such as {known.genes[0]!r} or {next(iter(known.id_of_symbol), '')!r}",
         )
 
     def _no_genes(self) -> str:
         if not self.rows.left_out or self.rows.is_gene.sum() > len(self.rows.is_gene) / 2:
             return ""
-        return f"{self.rows} (the model is of {self.organism})"
+        return f"{self.rows} (the {self.owner} is of {self.organism})"
 
     def _in_obs(self) -> str:
         """Rows and columns are exchanged: obs_names are genes."""
@@ -90,7 +92,8 @@ class Refusal:
         if match.n_shared < max(_SOME, 2 * self.best.n_shared):
             return ""
         return (
-            f"{match.n_shared:,} of the model's genes are in obs_names: rows and columns are exchanged; give the cells"
+            f"{match.n_shared:,} of the {self.owner}'s genes are in obs_names: rows and columns are exchanged; give"
+            " the cells"
             " as rows (adata.T)"
         )
 
@@ -101,8 +104,9 @@ class Refusal:
             others = prefixes[prefixes.notna() & (prefixes != (own and own[1]))]
             if own and len(others) > len(match.names) / 2:
                 return (
-                    f"{match.where} holds Ensembl ids of another organism ({others.mode()[0]}...), the model is of"
-                    f" {self.organism} ({own[1]}...): use a model of that organism"
+                    f"{match.where} holds Ensembl ids of another organism ({others.mode()[0]}...), the {self.owner}"
+                    " is of"
+                    f" {self.organism} ({own[1]}...): use a {self.owner} of that organism"
                 )
             if match.names.str.match(r"ENS[A-Z]*T\d{11}").mean() > 0.5:
                 return f"{match.where} holds transcripts ({match.shown!r}): sum them by gene"
@@ -121,22 +125,25 @@ class Refusal:
             if len(names) >= 2 * _SOME and styles[0] and styles[1] and styles[0] != styles[1] and styles[0] != "lower":
                 return (
                     f"{match.where} holds symbols of another organism: they are written as {_OF_STYLE[styles[0]]}"
-                    f" ({match.shown!r}), and the model is of {self.organism}: use a model of that organism"
+                    f" ({match.shown!r}), and the {self.owner} is of {self.organism}: use a {self.owner} of that"
+                    " organism"
                 )
             if alike >= few:
                 return (
-                    f"{alike:,} names in {match.where} differ from the model's only in capitals ({match.shown!r};"
-                    " the model has"
+                    f"{alike:,} names in {match.where} differ from the {self.owner}'s only in capitals"
+                    f" ({match.shown!r};"
+                    f" the {self.owner} has"
                     f" {next(iter(symbols), self.known.genes[0])!r}). Gene names of other organisms differ in"
-                    " this way, and the"
-                    f" model is of {self.organism}: if the query is, too, write its names as the model does"
+                    f" this way, and the {self.owner} is of {self.organism}: if the query is, too, write its names as"
+                    " the"
+                    f" {self.owner} does"
                 )
         return ""
 
     def _no_symbols(self) -> str:
         if self.known.id_of_symbol:
             return ""
-        return "This model has no symbols: give Ensembl ids in var_names or in a column of var"
+        return f"This {self.owner} has no symbols: give Ensembl ids in var_names or in a column of var"
 
     def _more_in_raw(self) -> str:
         n_genes, n_raw = len(self.cells.var(self.place)), len(self.cells.var("raw"))

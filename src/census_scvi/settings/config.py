@@ -7,6 +7,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, ValidationError, model_validator
 
+from census_scvi.annotation.settings import AnnotateSection
 from census_scvi.census.settings import READ_THE_CENSUS, CensusSection, GenesSection, HvgSection
 from census_scvi.config import run_names
 from census_scvi.config.file import read_settings, typed
@@ -40,6 +41,7 @@ class Config(Section):
     gates: GatesSection = GatesSection()
     publish: PublishSection = PublishSection()
     query: QuerySection = QuerySection()
+    annotate: AnnotateSection = AnnotateSection()
     evaluate: EvaluateSection = EvaluateSection()
     output: OutputSection = OutputSection()
     seed: Annotated[int, Field(ge=0, lt=2**32), Changes(*READ_THE_CENSUS, "train"), USUAL] = 0

@@ -17,6 +17,8 @@ from census_scvi.settings import Config, load_config
 from census_scvi.workspace import Workspace
 
 CONFIG = "configs/demo.yaml"
+# Study of the demo whose cells are the query of configs/annotate-demo.yaml.
+OWN_STUDY = "demo-human-blood"
 
 
 def run_demo(argv: Sequence[str] | None = None) -> int:
@@ -30,6 +32,7 @@ def _run(overrides: list[str]) -> None:
     config = load_config(CONFIG, overrides)
     _say(f"1. a small Census of simulated cells in {config.census.uri}")
     _build_census(config)
+    write_own_cells(str(config.census.uri), config.directory.parent / "my-cells.h5ad")
     for number, stage in enumerate(PIPELINE, start=2):
         _say(f"{number}. scvi-{stage}.py --config {CONFIG}")
         _require_done(main(stage, ["--config", CONFIG, *overrides]), f"in {stage}; the line above says why")
@@ -68,6 +71,30 @@ def _build_census(config: Config) -> None:
         print(f"{uri} is there already", file=sys.stderr)
     else:
         write_demo_census(uri, seed=config.seed)
+
+
+def write_own_cells(census: str, path: Path) -> None:
+    """Write the cells of the demo's blood study as a user may have them: symbols, donors, and no cell types.
+
+    Parameters
+    ----------
+    census
+        URI of the demo Census.
+    path
+        The .h5ad to write; it stays as it is if it exists.
+    """
+    import anndata as ad
+    import cellxgene_census
+    import pandas as pd
+
+    if path.exists():
+        return
+    with cellxgene_census.open_soma(uri=census) as root:
+        cells = cellxgene_census.get_anndata(root, "homo_sapiens", obs_value_filter=f"dataset_id == '{OWN_STUDY}'")
+    obs = pd.DataFrame({"donor": cells.obs["donor_id"].astype(str).to_numpy()})
+    obs.index = [f"cell-{number}" for number in range(cells.n_obs)]
+    var = pd.DataFrame(index=cells.var["feature_name"].astype(str).to_numpy())
+    ad.AnnData(cells.X, obs, var).write_h5ad(path)
 
 
 def _draw(config: Config, picture: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from census_scvi.annotation.places import MODEL_FILES, model_folder, reference_source
 from census_scvi.config.run_names import DESCRIPTION, PROVENANCE, WEIGHTS
 from census_scvi.config.stages import Stage
 from census_scvi.errors import UserError
@@ -37,6 +38,8 @@ def inputs_of(stage: Stage, config: Config, census: Census | None = None) -> Inp
         # Only a Census that the config names is included: the model's Census is part of the model's identity.
         named = config.census.model_dump(mode="json", include=config.census.model_fields_set & _NAMING)
         return {"query.file": query_identity(query_source(config.query)), "model": _model(config), "census": named}
+    if stage.name == "annotate":
+        return _annotated(config)
     found: Inputs = {}
     artifacts, workspace = config.artifacts, Workspace(config.directory)
     for earlier, names in stage.reads.items():
@@ -49,6 +52,18 @@ def inputs_of(stage: Stage, config: Config, census: Census | None = None) -> Inp
                 for name, place in embeddings_of(config.evaluate, config.directory).items()
             }
     return found
+
+
+def _annotated(config: Config) -> Inputs:
+    """The query, and what it is annotated with: a file, a Census or a trained classifier."""
+    settings, found = config.annotate, {"query.file": query_identity(query_source(config.query))}
+    folder = model_folder(config.query, settings)
+    if settings.action == "interpret" or (settings.action, settings.method) == ("predict", "scnym"):
+        found |= {name: file_identity(folder / name) for name in MODEL_FILES if (folder / name).exists()}
+    source = reference_source(config.query, settings)
+    if source is None:
+        return found | {"census": config.census.model_dump(mode="json", include=_NAMING)}
+    return found | {"annotate.reference.file": query_identity(source)}
 
 
 def _embedding(place: str, census: Census) -> Any:

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import anndata as ad
-import h5py
 import numpy as np
 import pandas as pd
-from anndata.io import write_elem
 
 from census_scvi.annotation.annotator import EMPTY, PREDICTION
 from census_scvi.atlas import EMBEDDING, OWN_EMBEDDING, Atlas
 from census_scvi.config.obs_filter import in_section
-from census_scvi.counts.formats.copy_cells import copy_as_h5ad
-from census_scvi.counts.h5ad import portable_frame
+from census_scvi.counts.formats.copy_cells import copy_with_results
 from census_scvi.files.atomic import write_json
 from census_scvi.files.json_values import json_values
 from census_scvi.neighbors.index import EXACT_CELLS
@@ -69,7 +65,8 @@ def run(task: Task) -> None:
         if settings.umap_cells:
             _place(atlas, mapped, config, run.path(target.with_suffix(".png").name))
     write_json(run.path(target.with_suffix(".json").name), json_values(_report(mapped, settings.labels)))
-    _write(source, run.path(target.name), mapped)
+    uns = {name: mapped.uns[name] for name in ("scvi_alignment", PREDICTION, "scvi_model") if name in mapped.uns}
+    copy_with_results(source, run.path(target.name), mapped.obs, mapped.obsm, uns)
     written = [path for path in (target, *companion_files(config.query, target)) if run.path(path.name).exists()]
     task.commit([path.name for path in written], {"cells": mapped.n_obs})
     log.info("wrote %s", ", ".join(map(str, written)))
@@ -85,6 +82,7 @@ def _predict(atlas: Atlas, cells: QueryCells, config: Config, report: Path) -> a
             settings.labels,
             obs_filter=settings.obs_filter,
             method=settings.method,
+            batch_key=settings.batch_key,
             n_neighbors=settings.n_neighbors,
             baseline_cells=settings.baseline_cells,
             max_cells=settings.reference_cells,
@@ -154,33 +152,6 @@ def _report(mapped: ad.AnnData, labels: list[str]) -> dict[str, Any]:
             for name in labels
         },
     }
-
-
-def _write(source: Path, target: Path, mapped: ad.AnnData) -> None:
-    """Write a copy of the user's file with the results added."""
-    copy_as_h5ad(source, target)
-    with h5py.File(target, "r+") as file:
-        write_elem(file, "obs", portable_frame(mapped.obs))
-        if "obsm" not in file:
-            write_elem(file, "obsm", {})
-        for name, values in mapped.obsm.items():
-            if name in file["obsm"]:
-                kept = f"{name}_before"
-                log.warning("obsm[%r] of the file is kept as obsm[%r]", name, kept)
-                file["obsm"].move(name, kept)
-            write_elem(file["obsm"], name, np.asarray(values))
-        if "uns" not in file:
-            write_elem(file, "uns", {})
-        for name in ("scvi_alignment", PREDICTION, "scvi_model"):
-            if name in mapped.uns:
-                write_elem(file["uns"], name, _storable(mapped.uns[name]))
-
-
-def _storable(values: Any) -> Any:
-    """Convert lists of strings to arrays, as .h5ad files require."""
-    if isinstance(values, Mapping):
-        return {name: _storable(value) for name, value in values.items()}
-    return np.array(values, dtype=object) if isinstance(values, list) else values
 
 
 def plan(config: Config) -> Plan:

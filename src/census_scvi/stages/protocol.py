@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from census_scvi.annotation.places import annotate_results
 from census_scvi.config.run_names import FIRST_PROCESS, STAGING
 from census_scvi.config.stages import STAGES, Stage
 from census_scvi.errors import UserError
@@ -132,6 +133,11 @@ def _place(stage: Stage, config: Config) -> tuple[Workspace | ResultFiles, bool]
     """Location of the results, and whether its folder may be created."""
     if stage.name == "map-query":
         return query_results(config.query, config.directory), False
+    if stage.name == "annotate":
+        results = annotate_results(config.query, config.annotate)
+        if config.annotate.action == "train":
+            results.directory.mkdir(parents=True, exist_ok=True)
+        return results, False
     if stage.name == "evaluate":
         return evaluation_place(config.evaluate, config.evaluation_folder), True
     return Workspace(config.directory), not stage.reads

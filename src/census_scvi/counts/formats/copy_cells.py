@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
 import h5py
+import numpy as np
+import pandas as pd
 from anndata.io import write_elem
 
 from census_scvi.counts.formats.open_cells import open_cells
@@ -15,6 +20,8 @@ from census_scvi.counts.formats.zarr_store import open_zarr
 from census_scvi.counts.h5ad import portable_frame
 from census_scvi.counts.other_formats import is_zarr
 from census_scvi.counts.raw_counts import Matrix
+
+log = logging.getLogger(__name__)
 
 _ROWS = 4096
 # Parts of an AnnData that only .h5ad files and zarr stores have in addition to matrices and tables.
@@ -48,6 +55,45 @@ def copy_as_h5ad(source: Path, target: Path) -> None:
             store = open_zarr(source)
             for name in set(_OTHER_PARTS) & set(store):
                 write_elem(file, name, ad.io.read_elem(store[name]))
+
+
+def copy_with_results(
+    source: Path, target: Path, obs: pd.DataFrame, obsm: Mapping[str, Any], uns: Mapping[str, Any]
+) -> None:
+    """Write a copy of the cells with results added.
+
+    Parameters
+    ----------
+    source, target
+        As for `copy_as_h5ad`.
+    obs
+        Replaces the table of the cells.
+    obsm, uns
+        Added; a member of obsm with the same name is kept as `<name>_before`.
+    """
+    copy_as_h5ad(source, target)
+    with h5py.File(target, "r+") as file:
+        write_elem(file, "obs", portable_frame(obs))
+        for group in ("obsm", "uns"):
+            if group not in file:
+                write_elem(file, group, {})
+        for name, values in obsm.items():
+            if name in file["obsm"]:
+                kept = f"{name}_before"
+                log.warning("obsm[%r] of the file is kept as obsm[%r]", name, kept)
+                file["obsm"].move(name, kept)
+            write_elem(file["obsm"], name, np.asarray(values))
+        for name, content in uns.items():
+            write_elem(file["uns"], name, _storable(content))
+
+
+def _storable(values: Any) -> Any:
+    """Convert lists to arrays, as .h5ad files require, and text of tables to a form that every anndata reads."""
+    if isinstance(values, Mapping):
+        return {name: _storable(value) for name, value in values.items()}
+    if isinstance(values, pd.DataFrame):
+        return portable_frame(values)
+    return np.array(values, dtype=object) if isinstance(values, list) else values
 
 
 def _append(file: h5py.File, key: str, matrix: Matrix) -> None:

@@ -1,0 +1,177 @@
+"""Open a query and its labelled cells as settings describe them, and annotate the query."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+
+import anndata as ad
+import numpy as np
+import numpy.typing as npt
+
+from census_scvi.annotation.annotate import FittedMethod
+from census_scvi.annotation.cost import effort
+from census_scvi.annotation.joined import Joined, join
+from census_scvi.annotation.labels import column_of, read_labels
+from census_scvi.annotation.protocol import Annotation
+from census_scvi.annotation.reference import Reference, reference_in_census, reference_in_file
+from census_scvi.annotation.settings import AnnotateSection, ReferenceSection
+from census_scvi.annotation.trained import preset_named
+from census_scvi.census.open import open_census
+from census_scvi.census.settings import CensusSection
+from census_scvi.errors import UserError
+from census_scvi.model.published import load_described
+from census_scvi.query.cells import QueryCells, QuerySource, opened
+from census_scvi.query.mapping import Mapper
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Sources:
+    """A query and its labelled cells, open.
+
+    Attributes
+    ----------
+    query
+        The query's cells.
+    place
+        Place of the query's raw counts.
+    reference
+        The labelled cells.
+    rows
+        int64 (cells to annotate,): their rows in the query.
+    same_file
+        Whether the labelled cells are the other rows of the query.
+    """
+
+    query: QueryCells
+    place: str
+    reference: Reference
+    rows: npt.NDArray[np.int64]
+    same_file: bool
+
+    def join(self, batch_key: list[str] | None, min_share: float) -> Joined:
+        """Reference and query with the same genes; errors as of `joined.join`."""
+        return join(
+            self.query,
+            self.reference,
+            counts=self.place,
+            batch_key=batch_key,
+            min_share=min_share,
+            rows=self.rows,
+            same_file=self.same_file,
+        )
+
+
+@contextmanager
+def open_sources(
+    query: QueryCells,
+    place: str,
+    labels: str,
+    settings: ReferenceSection,
+    census: CensusSection,
+    *,
+    reference: QuerySource | None = None,
+    same_file: bool = False,
+    all_labelled: bool = False,
+    seed: int = 0,
+) -> Iterator[Sources]:
+    """Open the labelled cells of a query.
+
+    Parameters
+    ----------
+    query, place
+        The open query, and the place of its raw counts.
+    labels
+        obs column of the labels, unless `settings` has one.
+    settings
+        What to read of the labelled cells.
+    census
+        Census of the labelled cells, and organism of a file whose genes have no Ensembl id.
+    reference
+        Labelled cells; None: the Census.
+    same_file
+        The labelled cells are those of the query that have a label.
+    all_labelled
+        Whether all cells of the query may have a label.
+    seed
+        Seed of the choice of labelled cells.
+
+    Raises
+    ------
+    UserError
+        Labels, genes or counts cannot be used; all cells of the query have a label or, of the same file, none has.
+    """
+    column = settings.labels or labels
+    with ExitStack() as stack:
+        if same_file:
+            rows = _unlabelled(query, column, required=not all_labelled)
+            settings = settings.model_copy(update={"counts": place})
+            found = reference_in_file(query, settings, column, census.organism, seed)
+        elif reference is not None:
+            cells = reference if isinstance(reference, QueryCells) else QueryCells(reference, settings.values)
+            found = reference_in_file(stack.enter_context(opened(cells)), settings, column, census.organism, seed)
+            rows = np.arange(len(query))
+        else:
+            found = reference_in_census(stack.enter_context(open_census(census)), settings, column, seed)
+            rows = np.arange(len(query))
+        yield Sources(query, place, found, rows, same_file)
+
+
+def _unlabelled(query: QueryCells, column: str, *, required: bool) -> npt.NDArray[np.int64]:
+    where = f"{query.name}: obs[{column!r}]"
+    labels = read_labels(column_of(query.obs, column, query.name, "annotate.reference.labels"), where)
+    rows = np.flatnonzero([label is None for label in labels])
+    if required and not len(rows):
+        raise UserError(
+            f"{where} has a label for all {len(query):,} cells, so there is nothing to annotate; give the cells to"
+            " annotate the label 'Unlabeled', or give other cells as query or as reference"
+        )
+    return rows
+
+
+def annotate_joined(joined: Joined, settings: AnnotateSection, seed: int, model: str | None = None) -> Annotation:
+    """Annotate the query with the method of the settings, within the budget.
+
+    Parameters
+    ----------
+    joined
+        Reference and query.
+    settings
+        Method, overrides and budget.
+    seed
+        Seed of everything that is random.
+    model
+        Model that embeds all cells for the method `neighbors`.
+    """
+    cells = joined.cells
+    plan = effort(settings, len(cells), cells.n_reference)
+    if plan.note:
+        log.warning("%s", plan.note)
+    if plan.method == "neighbors":
+        cells = replace(cells, embedding=_embedding(joined, model))
+    arguments = (
+        {"scnym": {**plan.arguments, "preset": preset_named(settings.preset)}}
+        if plan.method == "scnym"
+        else plan.arguments
+    )
+    fitted = FittedMethod(cells, plan.method, batches_known=joined.batches_known, seed=seed, **arguments)
+    annotation = fitted.annotate(joined.labels, joined.units, joined.terms)
+    notes = [plan.note] if plan.note else []
+    return replace(annotation, warnings=[*notes, *joined.notes, *annotation.warnings])
+
+
+def _embedding(joined: Joined, model: str | None) -> npt.NDArray[np.float32]:
+    """Embedding of all cells by a trained model."""
+    if model is None:
+        raise UserError(
+            "annotate.method neighbors needs the embedding of a trained model: give a published model in query.model,"
+            " or"
+            " use scvi-map-query.py"
+        )
+    cells = ad.AnnData(joined.cells.counts)
+    cells.var_names = joined.cells.genes
+    return Mapper(*load_described(model))(cells).latent

@@ -1,0 +1,100 @@
+"""An annotation as columns of obs, and under the names that scNym gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from census_scvi.annotation.ontology import Hierarchy, term_columns
+from census_scvi.annotation.protocol import UNKNOWN, Annotation
+
+Rows = npt.NDArray[np.int64]
+
+
+def annotation_columns(
+    annotation: Annotation,
+    labels: str,
+    rows: Rows,
+    n_cells: int,
+    hierarchy: Hierarchy | None = None,
+) -> dict[str, Any]:
+    """Columns for obs.
+
+    `<labels>_predicted` (a cell that is not known is "unknown"), `_best`, `_probability`, `_uncertainty`, `_unknown`,
+    `_group`; the label of each member of the method and of each one it is
+    compared with, `<labels>_<method>`; of a method with several members `_agreement`, the share of
+    them that give the best label; and the columns of the Cell Ontology (`term_columns`).
+
+    Parameters
+    ----------
+    annotation
+        Annotation of some cells.
+    labels
+        Name of the column of the reference.
+    rows
+        int64 (annotated cells,): their rows in obs; the others have missing values.
+    n_cells
+        Number of rows of obs.
+    hierarchy
+        Terms of the labels; None: no terms.
+    """
+    classes = np.array(annotation.classes, dtype=object)
+    best = annotation.labels
+    found: dict[str, Any] = {
+        "predicted": np.where(annotation.unknown, UNKNOWN, best),
+        "best": best,
+        "probability": annotation.probability.max(axis=1),
+        "uncertainty": annotation.uncertainty,
+        "unknown": annotation.unknown,
+        "group": annotation.groups.astype(str).astype(object),
+    }
+    found |= {name: classes[values.argmax(axis=1)] for name, values in annotation.compared.items()}
+    if len(annotation.members) > 1:
+        named = {name: classes[values.argmax(axis=1)] for name, values in annotation.members.items()}
+        found |= named
+        found["agreement"] = np.mean([each == best for each in named.values()], axis=0)
+    columns = {f"{labels}_{name}": _spread(values, rows, n_cells) for name, values in found.items()}
+    if hierarchy is not None:
+        terms = term_columns(hierarchy, labels, annotation.probability, annotation.unknown, annotation.name_threshold)
+        columns |= {name: _spread(np.asarray(values), rows, n_cells) for name, values in terms.items()}
+    return columns
+
+
+def scnym_columns(
+    labels: npt.NDArray[np.object_], probability: npt.NDArray[np.float32], key: str, rows: Rows, n_cells: int
+) -> dict[str, Any]:
+    """Columns for obs under scNym's names: `key` and `key + "_confidence"`; parameters as in `annotation_columns`."""
+    return {
+        key: _spread(labels, rows, n_cells),
+        f"{key}_confidence": _spread(probability.max(axis=1), rows, n_cells),
+    }
+
+
+def probability_table(
+    classes: list[str], probability: npt.NDArray[np.float32], rows: Rows, names: pd.Index
+) -> pd.DataFrame:
+    """Probabilities of the annotated cells, indexed by the names of the cells; one column per class."""
+    return pd.DataFrame(probability, index=names[rows].astype(str), columns=classes)
+
+
+def spread_values(values: npt.NDArray[np.floating], rows: Rows, n_cells: int) -> npt.NDArray[np.float32]:
+    """Values of the annotated cells in all rows, float32 (cells, dimensions); NaN in the others."""
+    spread = np.full((n_cells, values.shape[1]), np.nan, np.float32)
+    spread[rows] = values
+    return spread
+
+
+def _spread(values: npt.NDArray[Any], rows: Rows, n_cells: int) -> Any:
+    """Values of the annotated cells in all rows: text as a Categorical, numbers with NaN, bool with False elsewhere."""
+    if values.dtype == bool:
+        whole = np.zeros(n_cells, bool)
+        whole[rows] = values
+        return whole
+    if values.dtype.kind in "fiu":
+        return spread_values(values[:, None], rows, n_cells)[:, 0]
+    text = np.full(n_cells, None, dtype=object)
+    text[rows] = values
+    return pd.Categorical(text)

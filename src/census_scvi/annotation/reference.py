@@ -1,0 +1,307 @@
+"""Labelled cells to learn from: a file, or a slice of a Census."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import scipy.sparse as sp
+
+from census_scvi.annotation.labels import (
+    Labels,
+    coded,
+    column_of,
+    draw_balanced,
+    read_labels,
+    require_types,
+    warn_of_single_studies,
+)
+from census_scvi.annotation.ontology import terms_in
+from census_scvi.annotation.settings import ReferenceSection
+from census_scvi.census.cells import batch_label, require_columns, select_cells
+from census_scvi.census.gene_ids import strip_version
+from census_scvi.census.gene_rows import clean_names, find_gene_rows, name_columns
+from census_scvi.census.genes import read_var
+from census_scvi.census.open import Census
+from census_scvi.census.schema import ORGANISMS
+from census_scvi.census.slices import read_counts_of, read_obs_of
+from census_scvi.config.obs_filter import Condition, FilterError, Group, parse_filter
+from census_scvi.config.random_streams import Stream, generator
+from census_scvi.errors import UserError
+from census_scvi.query.cells import QueryCells
+
+log = logging.getLogger(__name__)
+
+# Columns that name a study or donor, as the Census has them; a query is of another study than its reference.
+STUDY_COLUMNS = ("dataset_id", "donor_id")
+_OF_CENSUS = 500  # default maximum number of cells per label
+_ROWS, _SAMPLE = 4096, 500
+_SYMBOLS = ("feature_name", "gene_symbols", "gene_symbol", "symbol", "gene_name", "gene_names", "Gene", "name")
+Columns = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Labelled cells whose counts are read for the genes that are needed.
+
+    Attributes
+    ----------
+    name
+        Description, for messages.
+    organism
+        Organism of the genes.
+    genes, symbols
+        feature_ids (or the names in the file), and the symbols of genes by feature_id.
+    labels
+        object (cells,): label of each cell.
+    units
+        What can be held out, object (cells,) by name of the column, the best first: study, donor; empty: not known.
+    terms
+        Term of the Cell Ontology by label, if the reference has them.
+    notes
+        What was excluded or is not known, one sentence each.
+    counts
+        Function that reads raw counts, CSR float32 (cells, some genes), from positions of genes.
+    sample
+        Function that reads raw counts of some of the cells, CSR (some cells, all genes).
+    """
+
+    name: str
+    organism: str
+    genes: list[str]
+    symbols: Mapping[str, str]
+    labels: Labels
+    units: Mapping[str, Labels]
+    terms: Mapping[str, str]
+    counts: Callable[[Columns], sp.csr_matrix]
+    sample: Callable[[], sp.csr_matrix]
+    notes: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def batch(self) -> Labels:
+        """Batch of each cell, object (cells,): its study."""
+        return next(iter(self.units.values()), np.full(len(self), "", dtype=object))
+
+    def share(self, _: sp.csr_matrix, genes: npt.NDArray[np.bool_]) -> float:
+        """Share of the counts of these cells in some genes, bool (genes,)."""
+        totals = np.asarray(self.sample().sum(axis=0, dtype=np.float64)).ravel()
+        return float(totals[genes].sum() / totals.sum()) if totals.sum() else float("nan")
+
+
+def reference_in_census(census: Census, settings: ReferenceSection, labels: str, seed: int) -> Reference:
+    """A slice of a Census, with the same maximum number of cells of every label.
+
+    Parameters
+    ----------
+    census
+        The open Census; it stays open while counts are read.
+    settings
+        Filter, numbers of cells and columns.
+    labels
+        obs column of the labels.
+    seed
+        Seed of the choice of the cells.
+
+    Raises
+    ------
+    UserError
+        A column does not exist, the filter cannot be used or matches no cell, or there are too few labels.
+    """
+    columns = settings.batch_key or list(STUDY_COLUMNS)
+    term_column = f"{labels}_ontology_term_id"
+    require_columns(census, [labels], "annotate.reference.labels")
+    require_columns(census, columns, "annotate.reference.batch_key")
+    with_terms = [term_column] if term_column in census.experiment.obs.schema.names else []
+    setting = "annotate.reference.obs_filter"
+    cells = select_cells(census, settings.obs_filter, [labels], setting)  # the "batch" is the label
+    name = f"{census.identity['uri']} ({census.identity['organism']})"
+    of_batch, names = coded(read_labels(pd.Series(cells.batches, dtype=object), f"obs[{labels!r}]"))
+    codes = of_batch[cells.batch_codes]
+    rows = require_types(codes, names, name, f"obs[{labels!r}]")
+    per_type = settings.cells_per_type or _OF_CENSUS
+    rows = rows[draw_balanced(codes[rows], per_type, settings.max_cells, _numbers(seed))]
+    joinids = cells.joinids[rows]
+    obs = read_obs_of(census, joinids, list(dict.fromkeys([labels, *columns, *with_terms])))
+    log.info(
+        "reference: %s of %s cells of %s, at most %s per label",
+        f"{len(joinids):,}", f"{len(cells):,}", name, f"{per_type:,}",
+    )  # fmt: skip
+    var = read_var(census)
+    genes = var["feature_id"].astype(str).tolist()
+    everything = var["soma_joinid"].to_numpy()
+
+    def counts(chosen: Columns, cells: npt.NDArray[np.int64] = joinids) -> sp.csr_matrix:
+        return sp.vstack([block.counts for block in read_counts_of(census, cells, everything[chosen])], format="csr")
+
+    def sample() -> sp.csr_matrix:
+        return counts(np.arange(len(genes)), joinids[:: max(1, len(joinids) // _SAMPLE)])
+
+    return _reference(
+        name=name,
+        organism=str(census.identity["organism"]),
+        genes=genes,
+        symbols=dict(zip(genes, var["feature_name"].astype(str), strict=True)),
+        labels=obs[labels].astype(str).to_numpy(dtype=object),
+        obs=obs,
+        batch_key=settings.batch_key,
+        terms=terms_in(obs, labels),
+        counts=counts,
+        sample=sample,
+    )
+
+
+def reference_in_file(
+    cells: QueryCells, settings: ReferenceSection, labels: str, organism: str, seed: int, *, setting: str = ""
+) -> Reference:
+    """The labelled cells of a file.
+
+    Parameters
+    ----------
+    cells
+        The open file; it stays open while counts are read.
+    settings, labels, seed
+        As for `reference_in_census`.
+    organism
+        Organism of cells whose genes have no Ensembl id.
+    setting
+        Setting or argument that names the place of the counts, for messages.
+
+    Raises
+    ------
+    UserError
+        There are no raw counts, genes or labels, or a column does not exist.
+    """
+    place = cells.find_counts(settings.counts, setting=setting or "annotate.reference.counts=")
+    names, symbols, selection, organism = _genes_of(cells.var(place), cells.name, organism)
+    column = f"obs[{labels!r}]"
+    of_cell = read_labels(
+        column_of(cells.obs, labels, cells.name, "annotate.reference.labels"), f"{cells.name}: {column}"
+    )
+    if settings.obs_filter is not None:
+        of_cell[~_matching(cells, settings.obs_filter)] = None
+    codes, labelled = coded(of_cell)
+    rows = require_types(codes, labelled, cells.name, column)
+    rows = rows[draw_balanced(codes[rows], settings.cells_per_type, settings.max_cells, _numbers(seed))]
+    log.info("reference: %s labelled cells of %s", f"{len(rows):,}", cells.name)
+
+    def read(chosen: Columns, wanted: npt.NDArray[np.int64] = rows) -> sp.csr_matrix:
+        return sp.vstack(list(_rows_of(cells, place, wanted, selection[:, chosen])), format="csr")
+
+    def sample() -> sp.csr_matrix:
+        return cells.sample(place) @ selection
+
+    obs = cells.obs.iloc[rows]
+    return _reference(
+        name=cells.name,
+        organism=organism,
+        genes=names,
+        symbols=symbols,
+        labels=of_cell[rows],
+        obs=obs,
+        batch_key=settings.batch_key,
+        terms=terms_in(obs, labels),
+        counts=read,
+        sample=sample,
+    )
+
+
+def _reference(*, labels: Labels, obs: pd.DataFrame, batch_key: list[str] | None, **parts: Any) -> Reference:
+    """The reference with the studies of its cells."""
+    for column in batch_key or []:
+        column_of(obs, column, str(parts["name"]), "annotate.reference.batch_key")
+    columns = [batch_key] if batch_key else [[column] for column in STUDY_COLUMNS if column in obs]
+    units = {"+".join(each): batches_of(obs, each) for each in columns}
+    units = {name: values for name, values in units.items() if len(set(values.tolist())) > 1}
+    notes = [note for name, values in list(units.items())[:1] if (note := warn_of_single_studies(labels, values, name))]
+    return Reference(labels=labels, units=units, notes=notes, **parts)
+
+
+def batches_of(obs: pd.DataFrame, columns: list[str]) -> Labels:
+    """The combination of values of some columns, object (cells,); without columns all cells are one batch."""
+    if not columns:
+        return np.full(len(obs), "", dtype=object)
+    values = obs[columns].astype(object).itertuples(index=False, name=None)
+    return np.array([batch_label(each) for each in values], dtype=object)
+
+
+def _numbers(seed: int) -> np.random.Generator:
+    return generator(seed, Stream.REFERENCE_CELLS)
+
+
+def _rows_of(
+    cells: QueryCells, place: str, rows: npt.NDArray[np.int64], selection: sp.csr_matrix
+) -> Iterator[sp.csr_matrix]:
+    """Counts of some rows (ascending) in blocks, CSR float32 (some cells, genes of `selection`)."""
+    for start, block in cells.blocks(place, _ROWS):
+        first, last = np.searchsorted(rows, [start, start + block.shape[0]])
+        if first < last:
+            chosen = (block[rows[first:last] - start] @ selection).astype(np.float32)
+            chosen.sort_indices()
+            yield chosen
+
+
+def _genes_of(var: pd.DataFrame, name: str, organism: str) -> tuple[list[str], dict[str, str], sp.csr_matrix, str]:
+    """Genes of a file: names (unique), symbols by name, CSR (columns, genes) of 0 and 1, and organism."""
+    places = {where: clean_names(names) for where, names in name_columns(var)}
+    ensembl = {where: strip_version(names).str.fullmatch(r"ENS[A-Z]*G\d{11}") for where, names in places.items()}
+    best = max(places, key=lambda where: int(ensembl[where].sum()))
+    found = [key for key, each in ORGANISMS.items() if places[best].str.match(each.gene_id_prefix + r"\d").mean() > 0.5]
+    organism = found[0] if found else organism
+    if not ensembl[best].any():
+        best = "var_names"
+        if places[best].str.fullmatch(r"\d*").all():
+            raise UserError(
+                f"{name} has no names of genes: var_names are {places[best].iloc[0]!r}, ...; put Ensembl ids or symbols"
+                " into var_names"
+            )
+    kept = find_gene_rows(var, organism).is_gene
+    ids = strip_version(places[best])
+    codes, names = pd.factorize(ids.where(kept & (ids != "").to_numpy()))
+    rows = np.flatnonzero(codes >= 0)
+    selection = sp.csr_matrix((np.ones(len(rows)), (rows, codes[rows])), shape=(len(var), len(names)))
+    other = next((f"var[{each!r}]" for each in _SYMBOLS if f"var[{each!r}]" in places), "var_names")
+    symbols = {} if other == best else dict(zip(ids, places[other], strict=True))
+    return names.astype(str).tolist(), symbols, selection, organism
+
+
+_COMPARE: dict[str, Callable[[Any, Any], Any]] = {
+    "==": lambda column, value: column.isna() if value is None else column == value,
+    "!=": lambda column, value: column.notna() if value is None else column.notna() & (column != value),
+    "<": lambda column, value: column < value,
+    "<=": lambda column, value: column <= value,
+    ">": lambda column, value: column > value,
+    ">=": lambda column, value: column >= value,
+    "in": lambda column, value: column.isin(value),
+    "not in": lambda column, value: column.notna() & ~column.isin(value),
+}
+
+
+def _matching(cells: QueryCells, text: str) -> npt.NDArray[np.bool_]:
+    """Cells of a file that match a value filter, bool (cells,)."""
+    setting = "annotate.reference.obs_filter"
+
+    def matches(condition: Condition) -> npt.NDArray[np.bool_]:
+        if isinstance(condition, Group):
+            parts = [matches(part) for part in condition.parts]
+            return np.logical_and.reduce(parts) if condition.word == "and" else np.logical_or.reduce(parts)
+        column = column_of(cells.obs, condition.column, cells.name, setting)
+        try:
+            return np.asarray(_COMPARE[condition.operator](column, condition.value), dtype=bool)
+        except TypeError as error:
+            raise FilterError(f"{setting} {text!r} cannot be used on obs[{condition.column!r}]: {error}") from None
+
+    try:
+        found = matches(parse_filter(text))
+    except ValueError as error:
+        raise FilterError(f"{setting} {text!r} cannot be used on obs: {error}") from None
+    if not found.any():
+        raise FilterError(f"{setting} {text!r} matches no cell of {cells.name}; change it")
+    return found

@@ -1,0 +1,82 @@
+"""Settings: annotation of a user's cells."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from census_scvi.config.section import USUAL, Changes, Section
+from census_scvi.config.types import Columns, LocalPath, Name, ObsFilter
+
+Method = Literal[
+    "consensus", "fast", "neighbors", "pca", "harmony", "joint", "logistic_regression", "linear_svm", "random_forest",
+    "scanvi", "scnym",
+]  # fmt: skip
+Preset = Literal["no_new_identity", "new_identity_discovery", "supervised", "default"]
+
+
+class ReferenceSection(Section):
+    """The labelled cells."""
+
+    changes: ClassVar[tuple[str, ...]] = ("annotate",)
+    file: Annotated[LocalPath | None, USUAL] = None
+    """Labelled cells, in any format of `query.file`; null: cells of the Census (`census.uri` or `census.version`). If
+    it is `query.file`, its cells with a label are the reference, and those without ("Unlabeled", empty) are annotated.
+    """
+    labels: Name | None = None
+    """obs column of the labels in the reference; null: the name in `query.labels`."""
+    counts: Name | None = None
+    """Where the raw counts of `file` are, as `query.counts`."""
+    values: Literal["counts", "log_normalized"] = "counts"
+    """What `file` holds, as `query.values`."""
+    batch_key: Columns | None = None
+    """obs columns whose combinations are the studies of the reference; each is held out once. null: dataset_id, or
+    donor_id if there is one dataset.
+    """
+    obs_filter: Annotated[ObsFilter | None, USUAL] = None
+    """Value filter of the labelled cells, e.g. tissue == 'blood' and is_primary_data == True; null: all."""
+    cells_per_type: Annotated[int | None, Field(ge=2)] = None
+    """Maximum number of cells of each label, drawn at random; null: 500 of the Census, and no maximum in a file."""
+    max_cells: Annotated[int, Field(ge=100)] = 20_000
+    """Maximum number of labelled cells; of more, this number is drawn, the same share of every label."""
+
+
+class BudgetSection(Section):
+    """Limits of the training that a method needs."""
+
+    changes: ClassVar[tuple[str, ...]] = ("annotate",)
+    cpu_seconds: Annotated[int | None, Field(ge=1)] = None
+    """CPU time for training, in seconds (about; without a GPU); null: the method's default."""
+    epochs: Annotated[int | None, Field(ge=1)] = None
+    """Passes over the cells in training; null: the method's default."""
+
+
+class AnnotateSection(Section):
+    """Annotation of your cells with the labels of a reference (annotate)."""
+
+    changes: ClassVar[tuple[str, ...]] = ("annotate",)
+    action: Annotated[Literal["predict", "train", "interpret"], Changes()] = "predict"
+    """What to do, also given as the first argument: annotate the cells; train and save a classifier (`scnym`); list the
+    genes by which it recognises `target`.
+    """
+    method: Annotated[Method, USUAL] = "consensus"
+    """Method: consensus (several methods, one of them trained), fast (without training), or a single method."""
+    preset: Preset = "no_new_identity"
+    """Hyper-parameters of `scnym`: all cells are of known types, or some may be of new types, or supervised."""
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    """Arguments that replace the method's defaults: hyper-parameters of `scnym`; `steps` and `n_neighbors` of
+    others.
+    """
+    budget: BudgetSection = BudgetSection()
+    reference: ReferenceSection = ReferenceSection()
+    key_added: Name | None = None
+    """Additional columns with scNym's names: obs[key], obs[key + "_confidence"], uns[key + "_probabilities"],
+    obsm["X_" + key.lower()].
+    """
+    model: LocalPath | None = None
+    """Folder of the trained classifier (`scnym`); null: `<query.output>-model`."""
+    target: Annotated[Name | None, Changes()] = None
+    """Label to explain (interpret)."""
+    source: Annotated[Name, Changes()] = "all"
+    """Label with which `target` is compared, or all others (interpret)."""
