@@ -79,6 +79,7 @@ def accuracy(found: pd.Series, truth: pd.Series) -> float:
     return float((found.astype(str).to_numpy() == truth.to_numpy()).mean())
 
 
+@pytest.mark.slow
 def test_a_slice_of_the_census_annotates_a_file(
     files: Path, demo_census: str, blood: ad.AnnData, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -144,6 +145,7 @@ def test_the_labelled_cells_of_a_file_annotate_its_other_cells(files: Path, bloo
     assert np.isnan(found.obsm["X_annotation"][~unknown]).all()
 
 
+@pytest.mark.slow
 def test_a_classifier_is_trained_used_and_explained(
     files: Path, blood: ad.AnnData, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -390,6 +392,7 @@ def test_the_demo_configuration_is_valid() -> None:
 # --- functions
 
 
+@pytest.mark.slow
 def test_functions_in_scanpys_style(blood: ad.AnnData, others: ad.AnnData, tmp_path: Path) -> None:
     query = blood.copy()
     del query.obs["cell_type"]
@@ -414,6 +417,7 @@ def test_functions_in_scanpys_style(blood: ad.AnnData, others: ad.AnnData, tmp_p
     query.write_h5ad(tmp_path / "all.h5ad")  # all of it can be stored
 
 
+@pytest.mark.slow
 def test_all_labelled_cells_train_a_classifier(others: ad.AnnData, blood: ad.AnnData) -> None:
     trained = annotation.train(others, preset="supervised", overrides=TRAINING)
     query = blood.copy()
