@@ -43,7 +43,10 @@ def map_query(run: Run, *settings: str) -> int:
 
 def test_from_file_to_file(finished_run: Run, query: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before, data = ad.read_h5ad(query), query.read_bytes()
-    assert map_query(finished_run, f"query.file={query}", "query.labels=[cell_type, tissue]") == 0
+    assert (
+        map_query(finished_run, f"query.file={query}", "query.labels=[cell_type, tissue]", "query.batch_key=[mine]")
+        == 0
+    )
     assert query.read_bytes() == data
     target = query.with_name("cells-mapped.h5ad")
     mapped = sc.read_h5ad(target)
@@ -62,8 +65,11 @@ def test_from_file_to_file(finished_run: Run, query: Path, capsys: pytest.Captur
     report = json.loads(target.with_suffix(".json").read_text())
     assert report["alignment"]["counts"] == "layers/counts"
     assert sum(report["predictions"]["cell_type"]["cells"].values()) == report["cells"] == 250
+    assert report["predictions"]["cell_type"]["batches"]["batch"] == ["query 0", "query 1", "query 2"]
     held_out = report["predictions"]["cell_type"]["held_out"]
-    assert all(0 < held_out[name]["accuracy"] <= 1 for name in ("fast", "neighbors", "pca", "logistic_regression"))
+    assert all(
+        0 < held_out[name]["accuracy"] <= 1 for name in ("fast", "harmony", "neighbors", "pca", "logistic_regression")
+    )
     assert (query.parent / "cells-mapped-cell_type.png").stat().st_size > 10_000
     picture = matplotlib.image.imread(target.with_suffix(".png"))
     assert picture.shape[1] > picture.shape[0] > 400
