@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from census_scvi.annotation.groups import group_columns
 from census_scvi.annotation.ontology import Hierarchy, term_columns
 from census_scvi.annotation.protocol import UNKNOWN, Annotation
 
@@ -24,9 +25,9 @@ def annotation_columns(
     """Columns for obs.
 
     `<labels>_predicted` (a cell that is not known is "unknown"), `_best`, `_probability`, `_uncertainty`, `_unknown`,
-    `_group`; the label of each member of the method and of each one it is
-    compared with, `<labels>_<method>`; of a method with several members `_agreement`, the share of
-    them that give the best label; and the columns of the Cell Ontology (`term_columns`).
+    the label of each member of the method and of each one it is compared with, `<labels>_<method>`; of a method with
+    several members `_agreement`, the share of them that give the best label; `_group`, `_group_label` and
+    `_group_share` (`group_columns`); and the columns of the Cell Ontology (`term_columns`).
 
     Parameters
     ----------
@@ -49,7 +50,6 @@ def annotation_columns(
         "probability": annotation.probability.max(axis=1),
         "uncertainty": annotation.uncertainty,
         "unknown": annotation.unknown,
-        "group": annotation.groups.astype(str).astype(object),
     }
     found |= {name: classes[values.argmax(axis=1)] for name, values in annotation.compared.items()}
     if len(annotation.members) > 1:
@@ -57,6 +57,8 @@ def annotation_columns(
         found |= named
         found["agreement"] = np.mean([each == best for each in named.values()], axis=0)
     columns = {f"{labels}_{name}": _spread(values, rows, n_cells) for name, values in found.items()}
+    groups = group_columns(labels, annotation.groups, best, annotation.unknown)
+    columns |= {name: _spread(np.asarray(values), rows, n_cells) for name, values in groups.items()}
     if hierarchy is not None:
         terms = term_columns(hierarchy, labels, annotation.probability, annotation.unknown, annotation.name_threshold)
         columns |= {name: _spread(np.asarray(values), rows, n_cells) for name, values in terms.items()}

@@ -14,7 +14,6 @@ import pandas as pd
 from census_scvi.annotation.annotate_query import Sources, annotate_joined, open_sources
 from census_scvi.annotation.columns import annotation_columns, probability_table, scnym_columns, spread_values
 from census_scvi.annotation.cost import effort
-from census_scvi.annotation.joined import Joined
 from census_scvi.annotation.labels import column_of, read_labels
 from census_scvi.annotation.ontology import build_hierarchy
 from census_scvi.annotation.places import annotate_results, has_model, model_folder, reference_source, same_source
@@ -28,7 +27,7 @@ from census_scvi.files.uri import without_credentials
 from census_scvi.query.alignment import TooFewGenes
 from census_scvi.query.cells import QueryCells
 from census_scvi.query.places import query_size, query_source
-from census_scvi.report.annotation import write_annotation_report
+from census_scvi.report.annotation import cells_with_counts, write_annotation_report
 from census_scvi.settings import Config
 from census_scvi.stages.plan import Plan
 from census_scvi.stages.protocol import Task
@@ -157,7 +156,8 @@ def _predict(task: Task) -> None:
                 joined = sources.join(config.query.batch_key, config.query.min_share)
             annotation = annotate_joined(joined, config.annotate, config.seed, config.query.model)
             rows, terms = joined.query_rows, joined.terms
-            cells, reference = _as_anndata(joined, labels)
+            symbols = dict(zip(joined.cells.genes, joined.symbols, strict=True))
+            cells, reference = cells_with_counts(joined.cells, labels, joined.labels, symbols)
     hierarchy = build_hierarchy(annotation.classes, terms)
     columns = annotation_columns(annotation, labels, rows, n_cells, hierarchy)
     obsm = {EMBEDDING: spread_values(annotation.embedding, rows, n_cells)}
@@ -186,15 +186,6 @@ def _predict(task: Task) -> None:
     task.commit([target.name, page, report], {"cells": n_cells, "annotated": len(rows)})
     _say(annotation, labels, record)
     log.info("wrote %s, %s, %s", target, target.with_name(page), target.with_name(report))
-
-
-def _as_anndata(joined: Joined, labels: str) -> tuple[ad.AnnData, ad.AnnData]:
-    """Query and reference with counts, for the report."""
-    cells = joined.cells
-    var = pd.DataFrame({"feature_name": joined.symbols}, index=cells.genes)
-    obs = pd.DataFrame({labels: joined.labels}, index=[f"reference-{row}" for row in range(cells.n_reference)])
-    query = ad.AnnData(cells.counts[cells.n_reference :], joined.obs.iloc[joined.query_rows].copy(), var)
-    return query, ad.AnnData(cells.counts[: cells.n_reference], obs, var)
 
 
 def _facts(annotation: Annotation, config: Config) -> dict[str, Any]:
