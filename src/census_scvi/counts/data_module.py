@@ -65,6 +65,12 @@ class PreparedDataModule(lightning.LightningDataModule):
         order = CellOrder(self._validation, None, rank, world_size)
         return KeptMinibatches(self._loader(order, lambda: 0))
 
+    def transfer_batch_to_device(self, batch: Minibatch, device: torch.device, dataloader_idx: int) -> Minibatch:
+        """Move a minibatch, unless the training plan does it, which needs only some of it on the device."""
+        if self.sparse and device.type == "cuda":
+            return batch
+        return {name: value.to(device) for name, value in batch.items()}
+
     def on_after_batch_transfer(self, batch: Minibatch, dataloader_idx: int) -> Minibatch:
         """Make a sparse minibatch dense on the device, unless `sparse` is set."""
         return batch if self.sparse or isinstance(batch["X"], torch.Tensor) else densify(batch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 
@@ -78,12 +79,16 @@ class MinibatchLoader:
         order = self._order.windows(self._epoch(), skip=sum(self._sizes[: self._met]))
         with ThreadPoolExecutor(max(self._workers, 1), thread_name_prefix="decode") as pool:
             windows = read_ahead(self._reader(pool), order, workers=min(self._workers, 1))
-            for parts in _cut(windows, sizes):
+            make = self._dense.make
+            if sparse:
+                make = partial(sparse_minibatch, n_genes=self._cells.n_genes, pin=device.type == "cuda")
+            for minibatch in read_ahead(make, _cut(windows, sizes), workers=self._makers(sparse)):
                 self._met += 1
-                if sparse:
-                    yield sparse_minibatch(parts, self._cells.n_genes, pin=device.type == "cuda")
-                else:
-                    yield self._dense.make(parts)
+                yield minibatch
+
+    def _makers(self, sparse: bool) -> int:
+        """Threads that make minibatches, one for four that decode; none for dense minibatches, which reuse memory."""
+        return -(-self._workers // 4) if sparse else 0
 
     def _reader(self, pool: ThreadPoolExecutor) -> Callable[[Window], Rows]:
         threads = pool if self._workers > 1 else None
@@ -106,10 +111,11 @@ class KeptMinibatches:
     loader
         Loader that yields the same minibatches in each pass.
     most
-        Maximum number of bytes to keep; if all minibatches together are larger, none is kept.
+        Maximum number of bytes to keep; if all minibatches together are larger, none is kept. Below 2^20 cells, the
+        validation cells are spread over the file, and all other cells would be decoded with them in each epoch.
     """
 
-    def __init__(self, loader: MinibatchLoader, most: int = 64_000_000) -> None:
+    def __init__(self, loader: MinibatchLoader, most: int = 512_000_000) -> None:
         self._loader = loader
         self._most = most
         self._kept: list[Minibatch] = []
@@ -129,8 +135,9 @@ class KeptMinibatches:
                 met.append(minibatch)
             else:
                 met.clear()
+            if len(met) == len(self):
+                self._kept = met  # before the last one is yielded: Lightning does not ask for another
             yield minibatch
-        self._kept = met  # empty if the minibatches are larger than `most`
 
 
 def _cut(windows: Iterator[Rows], sizes: Iterable[int]) -> Iterator[list[Rows]]:

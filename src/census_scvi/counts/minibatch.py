@@ -7,6 +7,7 @@ from typing import Any
 
 import numba
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from census_scvi.counts.reader import Rows
@@ -86,15 +87,30 @@ class SparseCounts:
 
 def sparse_minibatch(parts: list[Rows], n_genes: int, *, pin: bool) -> Minibatch:
     """Create `{"X": SparseCounts, "batch", "labels", "row"}` from cells; in page-locked memory if `pin`."""
-    gathered = [_gather(part.first, part.last, part.genes, part.counts) for part in parts]
-    counts = SparseCounts(
-        torch.from_numpy(np.concatenate([part.last - part.first for part in parts])),
-        torch.from_numpy(np.concatenate([genes for genes, _ in gathered])),
-        torch.from_numpy(np.concatenate([counts for _, counts in gathered])),
-        n_genes,
-    )
-    minibatch = {"X": counts, **_cells(parts)}
-    return {name: values.pin_memory() for name, values in minibatch.items()} if pin else minibatch
+    n_detected = np.concatenate([part.last - part.first for part in parts])
+    # Each part has counts of its own dtype: uint16, or float32 if uint16 does not represent all of them.
+    dtype = np.result_type(*(part.counts.dtype for part in parts))
+    genes = _empty(int(n_detected.sum()), parts[0].genes.dtype, pin)
+    counts = _empty(len(genes), dtype, pin)
+    done = 0
+    for part in parts:
+        done = _gather(part.first, part.last, part.genes, part.counts, genes.numpy(), counts.numpy(), done)
+    sparse = SparseCounts(_in_memory(n_detected, pin), genes, counts, n_genes)
+    return {"X": sparse, **{name: _in_memory(values, pin) for name, values in _cells(parts).items()}}
+
+
+def _empty(n: int, dtype: npt.DTypeLike, pin: bool) -> torch.Tensor:
+    """Memory for n values; page-locked if `pin`: torch uses it again when the copies from it are complete."""
+    return torch.empty(n, dtype=torch.from_numpy(np.empty(0, dtype)).dtype, pin_memory=pin)
+
+
+def _in_memory(values: npt.NDArray[Any], pin: bool) -> torch.Tensor:
+    """A tensor of the values; a copy in page-locked memory if `pin`."""
+    if not pin:
+        return torch.from_numpy(values)
+    copied = torch.empty(values.shape, dtype=torch.from_numpy(values).dtype, pin_memory=True)
+    copied.numpy()[...] = values
+    return copied
 
 
 def densify(minibatch: Minibatch) -> Minibatch:
@@ -120,7 +136,7 @@ class DenseMinibatches:
         for part in parts:
             part.fill(dense[done : done + len(part)])
             done += len(part)
-        return {"X": counts, **_cells(parts)}
+        return {"X": counts, **{name: torch.from_numpy(values) for name, values in _cells(parts).items()}}
 
     def give_back(self, minibatch: Minibatch) -> None:
         """Remove X from a minibatch and reuse its memory; no view of X may be in use. Sparse ones are not changed."""
@@ -138,23 +154,20 @@ class DenseMinibatches:
         return torch.empty(n_cells, self._n_genes)
 
 
-def _cells(parts: list[Rows]) -> Minibatch:
-    codes = torch.from_numpy(np.concatenate([part.batch_codes for part in parts])).unsqueeze(1)
-    rows = torch.from_numpy(np.concatenate([part.rows for part in parts]))
-    return {"batch": codes, "labels": torch.zeros_like(codes), "row": rows}
+def _cells(parts: list[Rows]) -> dict[str, npt.NDArray[np.int64]]:
+    codes = np.concatenate([part.batch_codes for part in parts])[:, np.newaxis]
+    rows = np.concatenate([part.rows for part in parts])
+    return {"batch": codes, "labels": np.zeros_like(codes), "row": rows}
 
 
 @numba.njit(nogil=True, cache=True)
-def _gather(first, last, genes, counts):  # type: ignore[no-untyped-def]  # numba infers the types
-    """Copy the non-zeros of the cells, one cell after another."""
-    n = (last - first).sum()
-    some_genes, some_counts = np.empty(n, genes.dtype), np.empty(n, counts.dtype)
-    done = 0
+def _gather(first, last, genes, counts, all_genes, all_counts, done):  # type: ignore[no-untyped-def]  # numba infers
+    """Copy the non-zeros of the cells, one cell after another, behind the first `done`; return the new number."""
     for cell in range(len(first)):
         for i in range(first[cell], last[cell]):
-            some_genes[done], some_counts[done] = genes[i], counts[i]
+            all_genes[done], all_counts[done] = genes[i], counts[i]
             done += 1
-    return some_genes, some_counts
+    return done
 
 
 @numba.njit(nogil=True, cache=True)

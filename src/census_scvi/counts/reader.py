@@ -117,28 +117,25 @@ class PreparedCells:
         UserError
             The file is truncated or damaged in these rows.
         """
-        row_ends = [self._ends(start, stop) for start, stop in blocks]
-        places = np.concatenate([[0], np.cumsum([ends[-1] - ends[0] for ends in row_ends])])
+        row_ends = self._ends(blocks)
+        first = np.array([ends[0] for ends in row_ends])
+        last = np.array([ends[-1] for ends in row_ends])
+        places = np.concatenate([[0], np.cumsum(last - first)])
         genes = np.empty(places[-1], np.uint16 if self.n_genes <= 2**16 else np.int32)
         narrow = np.empty(places[-1], np.uint16)
 
-        def decode(some: range) -> bool:
-            exact = True
-            for number in some:
-                place = slice(places[number], places[number + 1])
-                first, last = int(row_ends[number][0]), int(row_ends[number][-1])
-                self._genes.read_into(first, last, genes[place])
-                exact &= self._counts.read_into(first, last, narrow[place])
-            return exact
+        def decode(some: slice) -> bool:
+            ranges = (first[some], last[some], places[:-1][some])
+            self._genes.read_ranges(*ranges, genes)
+            return self._counts.read_ranges(*ranges, narrow)
 
-        parts = [range(part, len(blocks), threads) for part in range(min(threads, len(blocks)))]
+        parts = [slice(part, None, threads) for part in range(min(threads, len(blocks)))]
         counts: npt.NDArray[np.uint16] | npt.NDArray[np.float32] = narrow
         # A list, so that all parts are decoded even if one of them returns False.
         exact = list(pool.map(decode, parts) if pool else map(decode, parts))
         if not all(exact):
             counts = np.empty(places[-1], np.float32)  # rare: counts above 65,535, or not whole numbers
-            for number, ends in enumerate(row_ends):
-                self._counts.read_into(int(ends[0]), int(ends[-1]), counts[places[number] : places[number + 1]])
+            self._counts.read_ranges(first, last, places[:-1], counts)
         if len(genes) and genes.max() >= self.n_genes:
             raise UserError(
                 f"{self.path} refers to gene {genes.max()} of {self.n_genes}: it is damaged; run scvi-prepare.py"
@@ -155,11 +152,13 @@ class PreparedCells:
             counts=counts,
         )
 
-    def _ends(self, start: int, stop: int) -> npt.NDArray[np.int64]:
-        """End of the non-zeros of the row before a block, and of each row of the block; int64 (rows + 1,)."""
-        ends = np.empty(stop - start + 1, np.int64)
-        self._row_ends.read_into(start, stop + 1, ends)
-        return ends
+    def _ends(self, blocks: list[tuple[int, int]]) -> list[npt.NDArray[np.int64]]:
+        """End of the non-zeros of the row before each block, and of each row of the block; int64 (rows + 1,)."""
+        first, last = np.array(blocks, np.int64).T
+        places = np.concatenate([[0], np.cumsum(last + 1 - first)])
+        ends = np.empty(places[-1], np.int64)
+        self._row_ends.read_ranges(first, last + 1, places[:-1], ends)
+        return np.split(ends, places[1:-1])
 
 
 @numba.njit(nogil=True, cache=True)

@@ -19,9 +19,11 @@ import numpy as np
 import numpy.typing as npt
 from isal import igzip_lib, isal_zlib
 
+from census_scvi.counts.inflate import decode_chunks, narrow, unshuffle
 from census_scvi.errors import UserError
 
 Compression = Literal["gzip", "none"]
+Places = npt.NDArray[np.int64]
 Chunks = tuple[npt.NDArray[np.int64], npt.NDArray[np.uint32]]
 _NO_CHUNKS: Chunks = (np.empty(0, np.int64), np.empty(0, np.uint32))
 _DEFLATE, _SHUFFLE = h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE
@@ -124,6 +126,21 @@ class Vector:
         """Close the file descriptor; the h5py file stays open."""
         os.close(self._descriptor)
 
+    def read_ranges(self, first: Places, last: Places, place: Places, out: npt.NDArray[np.generic]) -> bool:
+        """`read_into` for ranges [first[i], last[i]) of elements, each copied to `place[i]` of `out` and behind it."""
+        if self._direct and self._shuffled and (decode := decode_chunks()):
+            values = np.empty(self._chunk, self._dtype)
+            exact, complete = decode(
+                self._descriptor, self._offsets, self._sizes, self._chunk, first, last, place, values, out
+            )
+            if complete:
+                return bool(exact)
+            # What is wrong is found again, and reported, chunk by chunk.
+        exact = True
+        for start, stop, begin in zip(first.tolist(), last.tolist(), place.tolist(), strict=True):
+            exact &= self.read_into(start, stop, out[begin : begin + stop - start])
+        return exact
+
     def read_into(self, first: int, last: int, out: npt.NDArray[np.generic]) -> bool:
         """Copy elements [first, last) into `out`; returns False if its dtype cannot represent all of them exactly.
 
@@ -134,14 +151,14 @@ class Vector:
         """
         if self._place is not None:
             size = self._dtype.itemsize
-            return _narrow(self._fetch(first, size * (last - first), self._place + size * first), out)
+            return narrow(self._fetch(first, size * (last - first), self._place + size * first), out)
         if not self._direct:
-            return _narrow(self._dataset[first:last].astype(self._dtype.newbyteorder("=")), out)
+            return narrow(self._dataset[first:last].astype(self._dtype.newbyteorder("=")), out)
         exact = True
         for start in range(first - first % self._chunk, last, self._chunk):
             values = self._decode(start)
             low, high = max(first, start), min(last, start + self._chunk)
-            exact &= _narrow(values[low - start : high - start], out[low - first : high - first])
+            exact &= narrow(values[low - start : high - start], out[low - first : high - first])
         return exact
 
     def _decode(self, start: int) -> npt.NDArray[np.generic]:
@@ -157,7 +174,7 @@ class Vector:
         if len(data) != size:
             raise self._damage(start, f"{len(data)} bytes of {size}")
         values = np.empty(self._chunk, self._dtype)
-        _unshuffle(np.frombuffer(data, np.uint8), values.view(np.uint32))
+        unshuffle(np.frombuffer(data, np.uint8), values.view(np.uint32))
         return values
 
     def _fetch(self, start: int, size: int, place: int) -> npt.NDArray[np.generic]:
@@ -226,27 +243,3 @@ def _shuffle(values, planes):  # type: ignore[no-untyped-def]  # numba infers th
         second[i] = (value >> np.uint32(8)) & np.uint32(255)
         third[i] = (value >> np.uint32(16)) & np.uint32(255)
         fourth[i] = value >> np.uint32(24)
-
-
-@numba.njit(nogil=True, cache=True)
-def _unshuffle(planes, values):  # type: ignore[no-untyped-def]  # numba infers the types
-    """Join four planes of bytes, lowest bytes first, to uint32 values."""
-    n = len(values)
-    first, second, third, fourth = planes[:n], planes[n : 2 * n], planes[2 * n : 3 * n], planes[3 * n : 4 * n]
-    for i in range(n):
-        values[i] = (
-            np.uint32(first[i])
-            | (np.uint32(second[i]) << np.uint32(8))
-            | (np.uint32(third[i]) << np.uint32(16))
-            | (np.uint32(fourth[i]) << np.uint32(24))
-        )
-
-
-@numba.njit(nogil=True, cache=True)
-def _narrow(values, out):  # type: ignore[no-untyped-def]  # numba infers the types
-    """Copy into another dtype; returns whether all values are represented exactly."""
-    exact = True
-    for i in range(len(values)):
-        out[i] = values[i]
-        exact &= values[i] == out[i]
-    return exact
