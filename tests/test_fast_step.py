@@ -151,7 +151,7 @@ def test_loss_and_gradients_are_those_of_scvi_tools(arguments: dict[str, Any], n
 @pytest.mark.parametrize("arguments", VARIANTS.values(), ids=VARIANTS)
 def test_in_float32_too(arguments: dict[str, Any], largest: int, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if engine == "torch":
-        monkeypatch.setattr(negative_binomial, "_kernel", lambda device: None)
+        monkeypatch.setattr(negative_binomial, "compiled_kernel", lambda device: None)
     elif engine == "sparse counts":
         monkeypatch.setattr(products, "_used", Libraries(counts="sparse"))
         assert sparse_layer.usable()
@@ -244,7 +244,7 @@ def test_only_what_the_loss_depends_on_has_gradients_and_all_of_it() -> None:
 
 @pytest.mark.parametrize("likelihood", ["nb", "zinb"])
 def test_nothing_in_a_step_makes_a_gpu_wait(likelihood: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(negative_binomial, "_kernel", lambda device: None)
+    monkeypatch.setattr(negative_binomial, "compiled_kernel", lambda device: None)
     module = make(torch.float32, gene_likelihood=likelihood, encode_covariates=True)
     ours, theirs = minibatches(some_counts(), 3, torch.float32)
     with unused_frozen(module):
@@ -332,7 +332,7 @@ def test_kernel_and_torch_give_the_loss_of_the_distribution(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        assert negative_binomial._kernel("cpu") is cpu_kernel
+        assert negative_binomial.compiled_kernel("cpu") is cpu_kernel
         compute = negative_binomial.loss_and_slopes
         kernel = compute(decoded(logits, dropout, theta, counts))
         forward = compute(decoded(logits, dropout, theta, counts), slopes=False)
@@ -398,13 +398,13 @@ def test_without_the_kernel_torch_does_it_and_it_is_said(
         raise RuntimeError("no vector instructions")
 
     logging.getLogger("census_scvi").propagate = True
-    negative_binomial._kernel.cache_clear()
+    negative_binomial.compiled_kernel.cache_clear()
     with monkeypatch.context() as planted:
         planted.setattr(cpu_kernel, "_cells", fails if trouble == "does not compile" else lambda *_: None)
-        assert negative_binomial._kernel("cpu") is None
+        assert negative_binomial.compiled_kernel("cpu") is None
         ours, _ = minibatches(some_counts(), 3, torch.float32)
         assert torch.isfinite(step(make(torch.float32), ours, 1.0).loss)
-    negative_binomial._kernel.cache_clear()
+    negative_binomial.compiled_kernel.cache_clear()
     reason = {
         "does not compile": "RuntimeError: no vector instructions",
         "gives other results": "ArithmeticError: the relative difference of its results from torch's is",
@@ -493,7 +493,7 @@ def test_the_step_on_a_gpu() -> None:
         losses.append(call({name: value.to("cuda") for name, value in minibatch.items()}))
         losses[-1].loss.backward()
     torch.testing.assert_close(losses[0].loss, losses[1].loss, rtol=1e-5, atol=0)
-    assert negative_binomial._kernel("cuda") is not None
+    assert negative_binomial.compiled_kernel("cuda") is not None
 
 
 # --- reduced precision

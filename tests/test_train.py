@@ -35,7 +35,7 @@ from census_scvi.model.safe import load_safe
 from census_scvi.settings import load_config
 from census_scvi.stages import train
 from census_scvi.terminal import progress
-from census_scvi.training import finite_loss, fit
+from census_scvi.training import checkpoint, finite_loss, fit
 from census_scvi.training import progress as training_progress
 from census_scvi.training.fast import negative_binomial, products
 from census_scvi.training.fast import plan as fast_plan
@@ -309,6 +309,22 @@ def unused(run: Run) -> list[torch.Tensor]:
     return [tensor for name, tensor in weights(run).items() if "l_encoder.encoder" in name or "dropout" in name]
 
 
+def test_a_checkpoint_written_in_a_thread_is_of_the_step_at_which_it_was_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "_on_gpu", lambda _: True)
+    files, weights, curve = checkpoint.StagedIO(), torch.ones(3), [1.0]
+    files.save_checkpoint({"weights": weights, "curve": curve}, tmp_path / "checkpoint.ckpt")
+    weights.zero_()
+    curve.append(2.0)
+    files.finish()
+    saved = torch.load(tmp_path / "checkpoint.ckpt")
+    assert (saved["weights"].tolist(), saved["curve"]) == ([1, 1, 1], [1.0])
+    files.save_checkpoint({"weights": weights}, tmp_path / "removed" / "checkpoint.ckpt")
+    with pytest.raises(FileNotFoundError, match="removed"):
+        files.teardown()
+
+
 def test_the_plan_does_not_make_a_gpu_wait(prepared: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[str] = []
     real = FastTrainingPlan.training_step
@@ -320,7 +336,7 @@ def test_the_plan_does_not_make_a_gpu_wait(prepared: Run, tmp_path: Path, monkey
         return loss
 
     monkeypatch.setattr(FastTrainingPlan, "training_step", watched)
-    monkeypatch.setattr(negative_binomial, "_kernel", lambda device: None)
+    monkeypatch.setattr(negative_binomial, "compiled_kernel", lambda device: None)
     assert copy_of(prepared, tmp_path)("train") == 0
     assert found == []
 

@@ -35,6 +35,7 @@ from census_scvi.training.fit import (
     choose_precision,
     engine_of,
     fit,
+    loader_threads,
     make_plan,
     n_nodes,
     n_processes,
@@ -100,7 +101,7 @@ def _data(config: Config) -> PreparedDataModule:
         batch_size=config.train.batch_size,
         train_size=config.train.train_size,
         seed=config.seed,
-        workers=config.train.num_workers,
+        workers=loader_threads(config.train),
     )
     if config.train.early_stopping and not data.n_val:
         raise UserError(f"train.early_stopping needs validation cells, but all {data.n_train} cells are for training")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import threading
+from functools import partial
 from typing import Any, TypeAlias
 
 import lightning
@@ -12,6 +13,7 @@ from scvi.train._callbacks import LoudEarlyStopping
 
 from census_scvi.counts.data_module import PreparedDataModule
 from census_scvi.counts.minibatch import Minibatch
+from census_scvi.training.fast.plan import FastTrainingPlan
 
 Trainer: TypeAlias = lightning.Trainer
 Module: TypeAlias = lightning.LightningModule
@@ -78,6 +80,43 @@ class GiveBack(lightning.Callback):
     def _data(trainer: Trainer) -> PreparedDataModule:
         data: PreparedDataModule = trainer.datamodule
         return data
+
+
+class EpochMetrics(lightning.Callback):
+    """Log the metrics that a `FastTrainingPlan` has summed over an epoch, for curves, TensorBoard and early stopping.
+
+    It must run before the callbacks that read metrics.
+    """
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Module) -> None:
+        """Start the sums of an epoch; a training that resumes within an epoch continues the saved ones."""
+        self._reset(pl_module, "train")
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Module) -> None:
+        """Log the metrics of the training cells."""
+        self._log(trainer, pl_module, "train")
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: Module) -> None:
+        """Start the sums of the validation cells."""
+        self._reset(pl_module, "validation")
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Module) -> None:
+        """Log the metrics of the validation cells."""
+        self._log(trainer, pl_module, "validation")
+
+    @staticmethod
+    def _reset(plan: Module, mode: str) -> None:
+        if isinstance(plan, FastTrainingPlan):
+            plan.sums[mode].reset()
+
+    @staticmethod
+    def _log(trainer: Trainer, plan: Module, mode: str) -> None:
+        if not isinstance(plan, FastTrainingPlan) or not plan.sums[mode].cells:
+            return
+        reduce = partial(trainer.strategy.reduce, reduce_op="sum")
+        plan.log_dict(plan.sums[mode].means(mode, reduce))
+        if mode == "train":
+            plan.log("kl_weight", plan.loss_kwargs["kl_weight"])
 
 
 class LearningCurves(lightning.Callback):

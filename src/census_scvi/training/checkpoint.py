@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import lightning
 import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torchmetrics import Metric
 
 from census_scvi.errors import UserError
 from census_scvi.files.atomic import sync
+from census_scvi.training.fast.plan import FastTrainingPlan
 
 Trainer: TypeAlias = lightning.Trainer
 Module: TypeAlias = lightning.LightningModule
@@ -22,12 +25,47 @@ _AGREED_EVERY = 16
 
 
 class StagedIO(TorchCheckpointIO):
-    """Write a checkpoint directly to its file: Lightning would copy it in memory and in the temporary folder first."""
+    """Write a checkpoint to a file of its own, which replaces the old one when it is complete.
+
+    Lightning would copy it in memory and in the temporary folder first. The checkpoint of a training on a GPU is copied
+    to memory and written in a thread while the training goes on: writing takes as long as hundreds of steps.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write a local file; the caller replaces the old file when the new one is complete."""
-        with Path(path).open("wb") as file:
-            torch.save(checkpoint, file)
+        """Write a local file; an error of a thread is raised here or by `finish`."""
+        self.finish()
+        if _on_gpu(checkpoint):
+            copied = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), checkpoint)
+            self._writing = self._thread.submit(_write, copied, Path(path))
+        else:
+            _write(checkpoint, Path(path))
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is complete."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def teardown(self) -> None:
+        """End the thread."""
+        self.finish()
+        self._thread.shutdown()
+
+
+def _on_gpu(checkpoint: dict[str, Any]) -> bool:
+    return any(isinstance(value, torch.Tensor) and value.is_cuda for value in tree_leaves(checkpoint))
+
+
+def _write(checkpoint: dict[str, Any], path: Path) -> None:
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        torch.save(checkpoint, file)
+    sync(partial)
+    partial.replace(path)
 
 
 class Checkpoint(lightning.Callback):
@@ -55,6 +93,8 @@ class Checkpoint(lightning.Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: Module, batch: Any, batch_idx: int) -> None:
         """Restore the random state immediately before the first step of a resumed run."""
         trainer.callback_metrics.update(self._restored.pop("logged", {}))
+        if isinstance(pl_module, FastTrainingPlan) and (summed := self._restored.pop("summed", None)):
+            pl_module.sums["train"].restore(summed)
         if random := self._restored.pop("random", None):
             torch.set_rng_state(random["cpu"].cpu())
             if "cuda" in random:
@@ -62,8 +102,10 @@ class Checkpoint(lightning.Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Add the saved sums to the metrics after the first step of a resumed run; write a checkpoint if one is due."""
+        metrics = _epoch_metrics(trainer) if "sums" in self._restored else {}
         for name, sums in self._restored.pop("sums", {}).items():
-            metric = _epoch_metrics(trainer)[name]
+            if (metric := metrics.get(name)) is None:
+                continue  # of a version that logged more metrics in each step
             for state, value in sums.items():
                 setattr(metric, state, getattr(metric, state) + value.to(pl_module.device))
         last = batch_idx + 1 == trainer.num_training_batches  # saved at the end of the epoch
@@ -88,6 +130,8 @@ class Checkpoint(lightning.Callback):
             "sums": {name: dict(metric.metric_state) for name, metric in metrics.items()},
             "logged": dict(trainer.callback_metrics),
         }
+        if self._within_epoch and isinstance(pl_module, FastTrainingPlan):
+            mine["summed"] = pl_module.sums["train"].state()
         states: list[Any] = [mine]
         if trainer.world_size > 1:
             states = [None] * trainer.world_size
@@ -112,11 +156,7 @@ class Checkpoint(lightning.Callback):
 
     def _write(self, trainer: Trainer) -> None:
         """Write the file; called in every process, because the states of all processes are gathered."""
-        partial = self._path.with_suffix(".partial")
-        trainer.save_checkpoint(partial, weights_only=False)
-        if trainer.is_global_zero:
-            sync(partial)
-            partial.replace(self._path)
+        trainer.save_checkpoint(self._path, weights_only=False)
         self._saved_at = time.monotonic()
 
 

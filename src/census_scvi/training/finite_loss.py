@@ -29,7 +29,7 @@ class _Step:
     epoch: int
     index: int
     minibatch: Minibatch
-    numbers: torch.Tensor  # float32 (2,) on the CPU: loss and sum of the gradients
+    numbers: torch.Tensor  # float32 (2,) on the CPU: loss and a sum that is finite if the gradients are
     arrived: torch.cuda.Event | None
 
 
@@ -44,25 +44,31 @@ class FiniteLoss(lightning.Callback):
         self._index = 0
         self._gradients: torch.Tensor | None = None
         self._waiting: deque[_Step] = deque()
+        self._parameters: list[torch.nn.Parameter] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: Module) -> None:
+        """Look up the parameters: a walk through all modules in each step takes as long as a launch of the step."""
+        self._parameters = list(pl_module.parameters())
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Module, batch: Minibatch, batch_idx: int) -> None:
         """Remember the minibatch for the report."""
         self._minibatch, self._index, self._gradients = batch, batch_idx, None
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Module, optimizer: torch.optim.Optimizer) -> None:
-        """Sum the gradients."""
-        if getattr(trainer.precision_plugin, "scaler", None):
-            return  # the gradient scaler checks them itself, and skips a step that overflowed
-        gradients = [value.grad.sum() for value in pl_module.parameters() if value.grad is not None]
-        self._gradients = torch.stack(gradients).sum()
+        """Reduce the gradients to a number that is finite if they are."""
+        if getattr(trainer.precision_plugin, "scaler", None) or getattr(pl_module, "checked", None) is not None:
+            return  # the gradient scaler checks them itself, and skips a step that overflowed; or a graph has done it
+        self._gradients = finite_if_all_are([value.grad for value in self._parameters if value.grad is not None])
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Minibatch, batch_idx: int
     ) -> None:
         """Check the loss and gradients of each step."""
-        loss = (outputs["loss"] if isinstance(outputs, dict) else outputs).detach()
-        gradients = torch.zeros_like(loss) if self._gradients is None else self._gradients
-        numbers = torch.stack([loss.float(), gradients.float()])
+        numbers = getattr(pl_module, "checked", None)
+        if numbers is None:
+            loss = (outputs["loss"] if isinstance(outputs, dict) else outputs).detach()
+            gradients = torch.zeros_like(loss) if self._gradients is None else self._gradients
+            numbers = torch.stack([loss.float(), gradients.float()])
         arrived = None
         if numbers.is_cuda:
             numbers, arrived = numbers.to("cpu", non_blocking=True), torch.cuda.Event()
@@ -95,6 +101,15 @@ class FiniteLoss(lightning.Callback):
         nothing = torch.zeros(2)
         step = _Step(trainer.global_step + 1, trainer.current_epoch, self._index, self._minibatch, nothing, None)
         return _report(trainer, step, found)
+
+
+def finite_if_all_are(gradients: list[torch.Tensor]) -> torch.Tensor:
+    """A number () that is finite if all gradients are."""
+    if gradients[0].is_cuda:  # one launch for all parameters; on a CPU it takes longer than the sums
+        numbers = list(torch._foreach_norm(gradients, math.inf))
+    else:
+        numbers = [gradient.sum() for gradient in gradients]
+    return torch.stack(numbers).sum()
 
 
 def _report(trainer: Trainer, step: _Step, found: str) -> UserError:

@@ -8,6 +8,8 @@ import os
 import traceback
 import warnings
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from census_scvi.counts.data_module import PreparedDataModule
 from census_scvi.errors import UserError
 from census_scvi.model.build import quiet
 from census_scvi.training.callbacks import (
+    EpochMetrics,
     GiveBack,
     LearningCurves,
     Stoppable,
@@ -118,7 +121,35 @@ def choose_precision(settings: TrainSection) -> str:
         raise UserError(
             f"train.precision is bf16, but this GPU ({name}) does not support it; set it to float32 or fp16"
         )
-    return {"float32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[settings.precision]
+    if settings.precision == "tf32" and not (gpu and torch.cuda.get_device_capability() >= (8, 0)):
+        here = f"this GPU ({torch.cuda.get_device_name()})" if gpu else "a CPU"
+        raise UserError(f"train.precision is tf32, which {here} does not support; set it to float32")
+    return {"float32": "32-true", "tf32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[settings.precision]
+
+
+@contextmanager
+def _matmul_precision(settings: TrainSection) -> Iterator[None]:
+    """Let torch multiply float32 matrices in tf32 if `train.precision` says so, and in float32 otherwise."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if settings.precision == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def loader_threads(settings: TrainSection) -> int:
+    """Number of threads that read and decode ahead: `train.num_workers`, or chosen for this machine.
+
+    One thread decodes what a CPU trains on. A GPU needs more: up to eight, of the cores of each process.
+    """
+    if settings.num_workers != "auto":
+        return settings.num_workers
+    if not _on_gpu(settings):
+        return 1
+    devices = _devices(settings)["devices"]
+    processes = len(devices) if isinstance(devices, list) else int(devices)
+    return max(min(8, (os.cpu_count() or 1) // processes - 1), 1)
 
 
 def slow_precision(settings: TrainSection, n_genes: int, n_hidden: int) -> str:
@@ -250,6 +281,7 @@ def fit(
         Stoppable(),
         TrainMode(),
         finite,
+        EpochMetrics(),
         curves,
         Progress(data.n_train),
         LearningRateMonitor(logging_interval="epoch"),
@@ -261,6 +293,7 @@ def fit(
         quiet("lightning.pytorch", logging.WARNING),
         quiet("lightning.fabric", logging.WARNING),
         unused_frozen(model.module),
+        _matmul_precision(settings),
     ):
         _ignore_known_warnings()
         trainer = Trainer(

@@ -46,8 +46,10 @@ class TrainSection(Section):
     """Stop when elbo_validation no longer improves (patience and others: `train.trainer`)."""
     multi_gpu: Annotated[bool, USUAL] = False
     """Train on several `devices` (Lightning DDP)."""
-    num_workers: Annotated[int, Field(ge=0), Changes()] = 1
-    """Workers that read minibatches ahead; 0: read between training steps."""
+    num_workers: Annotated[
+        Annotated[int, Field(ge=0)] | Literal["auto"], Changes(), Expected("a number of threads, 0 or more, or auto")
+    ] = "auto"
+    """Threads that read minibatches ahead; 0: read between training steps; auto: up to 8 for a GPU, 1 on a CPU."""
     devices: Annotated[
         Devices, Expected("a number of devices, a list of device indices such as [0, 1], or auto"), USUAL
     ] = "auto"
@@ -58,8 +60,8 @@ class TrainSection(Section):
     """Implementation of the training step: `fast` computes the same loss and gradients as `scvi-tools` in a fraction
     of the time.
     """
-    precision: Literal["float32", "bf16", "fp16"] = "float32"
-    """Precision of matrix products. `bf16` and `fp16` are faster on hardware that supports them, and change the
+    precision: Literal["float32", "tf32", "bf16", "fp16"] = "float32"
+    """Precision of matrix products. `tf32`, `bf16` and `fp16` are faster on hardware that supports them, and change the
     numbers.
     """
     checkpoint_minutes: Annotated[float, Field(ge=0.0), Changes()] = 10.0

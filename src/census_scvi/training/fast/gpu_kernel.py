@@ -1,10 +1,12 @@
-"""`negative_binomial.loss_and_slopes` for float32 on a GPU, in one Triton kernel.
+"""`log_counts` and `negative_binomial.loss_and_slopes` for float32 on a GPU, in one Triton kernel each.
 
-A Triton program processes a few cells one after another. For each cell it passes over the genes in blocks, several
-times: for the softmax, for the loss and the mean slope, and to write the slopes. Only the first pass reads from GPU
-memory, the later ones read from the cache; torch's operations would pass over all cells about twenty times. Before the
-slopes are written, the program passes over the cell's non-zeros, because only these need the gamma functions. Their
-contribution to the slopes is kept in `extra` until the slopes of all genes are written.
+No argument of a kernel depends on the number of non-zeros, so both can be part of a CUDA graph (`graph`).
+
+In `loss_and_slopes`, a Triton program processes a few cells one after another. For each cell it passes over the genes
+in blocks, several times: for the softmax, for the loss and the mean slope, and to write the slopes. Only the first pass
+reads from GPU memory, the later ones read from the cache; torch's operations would pass over all cells about twenty
+times. Before the slopes are written, the program passes over the cell's non-zeros, because only these need the gamma
+functions. Their contribution to the slopes is kept in `extra` until the slopes of all genes are written.
 """
 
 from __future__ import annotations
@@ -13,11 +15,38 @@ import torch
 import triton
 import triton.language as tl
 
+from census_scvi.counts.minibatch import SparseCounts
 from census_scvi.training.fast.decoded import Decoded, LossAndSlopes
 
 _CELLS_A_PROGRAM = 4
 # Four genes per thread: their values fit into its registers.
 _BLOCK, _WARPS = 1024, 8
+
+
+def log_counts(counts: SparseCounts, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """(cells, genes): log(1 + counts), dense."""
+    dense = torch.empty(len(counts), counts.n_genes, dtype=dtype, device=counts.counts.device)
+    last = counts.n_detected.cumsum(0)
+    rows = (dense, last - counts.n_detected, last, counts.genes, counts.counts)
+    _log_rows[(len(counts),)](*rows, counts.n_genes, BLOCK=_BLOCK, num_warps=_WARPS)
+    return dense
+
+
+@triton.jit
+def _log_rows(dense, first, last, genes, counts, n_genes, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton infers the types
+    lane, cell = tl.arange(0, BLOCK), tl.program_id(0)
+    row = dense + cell.to(tl.int64) * n_genes
+    for start in range(0, n_genes, BLOCK):
+        gene = start + lane
+        tl.store(row + gene, tl.zeros([BLOCK], dense.dtype.element_ty), mask=gene < n_genes)
+    tl.debug_barrier()  # other threads write to the same memory from here on
+    begin, end = tl.load(first + cell), tl.load(last + cell)
+    for start in range(begin, end, BLOCK):
+        place = start + lane
+        there = place < end
+        gene = tl.load(genes + place, mask=there, other=0).to(tl.int32)
+        x = tl.load(counts + place, mask=there, other=0).to(tl.float32)
+        tl.store(row + gene, _log_above_one(x).to(dense.dtype.element_ty), mask=there)
 
 
 def loss_and_slopes(decoded: Decoded, *, slopes: bool = True) -> LossAndSlopes:
@@ -38,7 +67,6 @@ def loss_and_slopes(decoded: Decoded, *, slopes: bool = True) -> LossAndSlopes:
         last,
         counts.genes,
         counts.counts,
-        counts.library_size(),
         theta,
         row_of_cell,
         loss,
@@ -62,14 +90,13 @@ def loss_and_slopes(decoded: Decoded, *, slopes: bool = True) -> LossAndSlopes:
 
 
 @triton.jit
-def _cells(  # type: ignore[no-untyped-def]  # numba infers the types
+def _cells(  # type: ignore[no-untyped-def]  # Triton infers the types
     logits,
     dropout,
     first,
     last,
     genes,
     counts,
-    library,
     theta,
     row_of_cell,
     loss,
@@ -92,7 +119,12 @@ def _cells(  # type: ignore[no-untyped-def]  # numba infers the types
             row, missed_row = logits + start_of_row, dropout + start_of_row
             theta_row = theta + tl.load(row_of_cell + cell) * n_genes
             target = of_theta + (tl.program_id(0).to(tl.int64) * n_genes if ONE_ROW else start_of_row)
-            depth = tl.load(library + cell)
+            begin, end = tl.load(first + cell), tl.load(last + cell)
+            sums = tl.zeros([BLOCK], tl.float32)
+            for start in range(begin, end, BLOCK):
+                place = start + lane
+                sums += tl.load(counts + place, mask=place < end, other=0).to(tl.float32)
+            depth = tl.sum(sums, 0)
 
             highest = tl.zeros([BLOCK], tl.float32) - float("inf")
             for start in range(0, n_genes, BLOCK):
@@ -120,7 +152,6 @@ def _cells(  # type: ignore[no-untyped-def]  # numba infers the types
                 gains += tl.where(there, gain, 0.0)
                 means += tl.where(there, share * of_mu, 0.0)
 
-            begin, end = tl.load(first + cell), tl.load(last + cell)
             for start in range(begin, end, BLOCK):
                 place = start + lane
                 there = place < end
@@ -176,7 +207,7 @@ def _cells(  # type: ignore[no-untyped-def]  # numba infers the types
 
 
 @triton.jit
-def _gene(row, theta_row, gene, there, most, scale, depth):  # type: ignore[no-untyped-def]  # numba infers the types
+def _gene(row, theta_row, gene, there, most, scale, depth):  # type: ignore[no-untyped-def]  # Triton infers the types
     """Share p, theta, log(theta + eps) - log t, and derivative with respect to mu, of some genes."""
     share = tl.exp(tl.load(row + gene, mask=there, other=-float("inf")) - most) * scale
     inverse = tl.load(theta_row + gene, mask=there, other=1.0)
@@ -188,18 +219,18 @@ def _gene(row, theta_row, gene, there, most, scale, depth):  # type: ignore[no-u
 
 
 @triton.jit
-def _log_above_one(y):  # type: ignore[no-untyped-def]  # numba infers the types
+def _log_above_one(y):  # type: ignore[no-untyped-def]  # Triton infers the types
     rounded = 1.0 + y
     return tl.log(rounded) + (y - (rounded - 1.0)) / rounded
 
 
 @triton.jit
-def _softplus(a):  # type: ignore[no-untyped-def]  # numba infers the types
+def _softplus(a):  # type: ignore[no-untyped-def]  # Triton infers the types
     return tl.maximum(a, 0.0) + _log_above_one(tl.exp(-tl.abs(a)))
 
 
 @triton.jit
-def _lgamma_rise(z, x):  # type: ignore[no-untyped-def]  # numba infers the types
+def _lgamma_rise(z, x):  # type: ignore[no-untyped-def]  # Triton infers the types
     low, high = z + 4.0, z + x + 4.0
     steps = (z + x) * (z + x + 1.0) / (z * (z + 1.0))
     steps *= (z + x + 2.0) * (z + x + 3.0) / ((z + 2.0) * (z + 3.0))
@@ -208,24 +239,24 @@ def _lgamma_rise(z, x):  # type: ignore[no-untyped-def]  # numba infers the type
 
 
 @triton.jit
-def _stirling(y):  # type: ignore[no-untyped-def]  # numba infers the types
+def _stirling(y):  # type: ignore[no-untyped-def]  # Triton infers the types
     square = 1.0 / (y * y)
     return (1.0 / 12 - square * (1.0 / 360 - square * (1.0 / 1260))) / y
 
 
 @triton.jit
-def _digamma_rise(z, x):  # type: ignore[no-untyped-def]  # numba infers the types
+def _digamma_rise(z, x):  # type: ignore[no-untyped-def]  # Triton infers the types
     low, high = z + 4.0, z + x + 4.0
     series = _digamma_series(high) - _digamma_series(low)
     return _log_above_one(x / low) + series + _steps(z) - _steps(z + x)
 
 
 @triton.jit
-def _digamma_series(y):  # type: ignore[no-untyped-def]  # numba infers the types
+def _digamma_series(y):  # type: ignore[no-untyped-def]  # Triton infers the types
     square = 1.0 / (y * y)
     return -0.5 / y - square * (1.0 / 12 - square * (1.0 / 120 - square * (1.0 / 252)))
 
 
 @triton.jit
-def _steps(z):  # type: ignore[no-untyped-def]  # numba infers the types
+def _steps(z):  # type: ignore[no-untyped-def]  # Triton infers the types
     return 1.0 / z + 1.0 / (z + 1.0) + 1.0 / (z + 2.0) + 1.0 / (z + 3.0)

@@ -101,7 +101,7 @@ class _ReconstructionLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
         weight, bias, dropout_weight, dropout_bias, theta, row_of_cell, counts = rest
-        dtype = product_dtype(hidden)
+        dtype = product_dtype(hidden.device, hidden.dtype)
         hidden = hidden.to(dtype)
         weights = [each.to(dtype) for each in (weight, dropout_weight) if each is not None]
         biases = [each.to(dtype) for each in (bias, dropout_bias) if each is not None]
@@ -138,12 +138,12 @@ def _narrow(slopes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def loss_and_slopes(decoded: Decoded, *, slopes: bool = True) -> LossAndSlopes:
     """Loss of each cell and, if `slopes`, the derivatives of their sum, by the kernel for the device and dtype."""
-    kernel = _kernel(decoded.logits.device.type) if decoded.logits.dtype == torch.float32 else None
+    kernel = compiled_kernel(decoded.logits.device.type) if decoded.logits.dtype == torch.float32 else None
     return (kernel or torch_kernel).loss_and_slopes(decoded, slopes=slopes)
 
 
 @cache
-def _kernel(device: str) -> ModuleType | None:
+def compiled_kernel(device: str) -> ModuleType | None:
     """The kernel for a kind of device; None if there is none or its results on this machine differ from torch's."""
     name = {"cpu": "cpu_kernel", "cuda": "gpu_kernel"}.get(device)
     if name is None:
@@ -166,3 +166,5 @@ def _compare(kernel: ModuleType, device: str) -> None:
         expected, made = torch_kernel.loss_and_slopes(decoded), kernel.loss_and_slopes(overwritten)
         for found, wanted in zip(made, expected, strict=True):
             require_equal(found, wanted, 1e-4)
+    if device == "cuda":
+        require_equal(kernel.log_counts(few), few.dense(log1p=True), 1e-6)

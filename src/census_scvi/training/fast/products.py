@@ -108,10 +108,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.T
     return _Linear.apply(x, weight, bias)
 
 
-def product_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype of matrix products with `x`: autocast's dtype if autocast is active."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+def product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of matrix products of values of `dtype`: autocast's dtype if autocast is active."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
 
 
 class _Linear(torch.autograd.Function):

@@ -25,7 +25,12 @@ from torch.nn import functional
 
 from census_scvi.counts.minibatch import Minibatch, SparseCounts
 from census_scvi.training.fast import products
-from census_scvi.training.fast.negative_binomial import Dispersion, Head, reconstruction_loss
+from census_scvi.training.fast.negative_binomial import (
+    Dispersion,
+    Head,
+    compiled_kernel,
+    reconstruction_loss,
+)
 from census_scvi.training.fast.sparse_layer import sparse_layer, usable
 
 
@@ -46,7 +51,7 @@ def reason_against(module: VAE) -> str:
     return next((reason for reason, holds in reasons.items() if holds), "")
 
 
-def step(module: VAE, minibatch: Minibatch, kl_weight: float) -> LossOutput:
+def step(module: VAE, minibatch: Minibatch, kl_weight: float | torch.Tensor) -> LossOutput:
     """Loss of a minibatch, as `VAE.forward` gives it.
 
     Parameters
@@ -56,7 +61,7 @@ def step(module: VAE, minibatch: Minibatch, kl_weight: float) -> LossOutput:
     minibatch
         `{"X": SparseCounts, "batch": int64 (cells, 1), "labels": int64 (cells, 1)}` on the module's device.
     kl_weight
-        Weight of the KL divergence.
+        Weight of the KL divergence; a tensor () on the module's device where the weight of a CUDA graph changes.
 
     Raises
     ------
@@ -87,12 +92,22 @@ def encode(module: VAE, counts: SparseCounts, batch: torch.Tensor) -> tuple[Norm
     """Posterior q(z | x) of cells and a sample of it, (cells, n_latent) each."""
     encoder = module.z_encoder
     dtype = encoder.mean_encoder.weight.dtype
-    inputs = counts if _stay_sparse(counts, dtype) else counts.dense(dtype, log1p=True)
+    inputs = counts if _stay_sparse(counts, dtype) else _log_counts(counts, dtype)
     hidden = _hidden(encoder.encoder, inputs, batch)
     mean = encoder.mean_encoder(hidden).to(dtype)  # reduced precision is used for matrix products only
     variance = encoder.var_activation(encoder.var_encoder(hidden).to(dtype)) + encoder.var_eps
     posterior = Normal(mean, variance.sqrt(), validate_args=False)  # validation would wait for the GPU
     return posterior, encoder.z_transformation(posterior.rsample())
+
+
+def _log_counts(counts: SparseCounts, dtype: torch.dtype) -> torch.Tensor:
+    """(cells, genes): log(1 + counts), dense, for matrix products."""
+    kernel = compiled_kernel("cuda") if counts.counts.is_cuda and dtype == torch.float32 else None
+    return (
+        kernel.log_counts(counts, products.product_dtype(counts.counts.device, dtype))
+        if kernel
+        else counts.dense(dtype, log1p=True)
+    )
 
 
 def _stay_sparse(counts: SparseCounts, dtype: torch.dtype) -> bool:
