@@ -1,6 +1,7 @@
 """Final ELBO of training with this project, compared with scvi-tools.
 
-    python benchmarks/elbo.py PREPARED.h5ad [--epochs 20] [--seeds 0 1 2] [--window ROWS] [key=value ...]
+    python benchmarks/elbo.py PREPARED.h5ad [--epochs 20] [--seeds 0 1 2] [--window ROWS] [--precision float32 bf16]
+                              [key=value ...]
 
 For each seed, one model is trained three times, on the same cells and from the same weights: with `SCVI.train` on the
 AnnData in memory, whose loader shuffles all cells; with this project from the file and `train.engine: scvi-tools`; and
@@ -51,11 +52,9 @@ def main() -> None:
     print(f"windows of {arguments.window:,} cells; ELBO of the validation cells after epoch")
     print(f"| seed | trained by | {' | '.join(str(epoch + 1) for epoch in shown)} |")
     print("|---" * (2 + len(shown)) + "|")
-    sides = {
-        "SCVI.train": _theirs,
-        "ours, scvi-tools' steps": partial(_ours, engine="scvi-tools"),
-        "ours, fast steps": partial(_ours, engine="fast"),
-    }
+    sides = {"SCVI.train": _theirs, "ours, scvi-tools' steps": partial(_ours, engine="scvi-tools")}
+    for precision in arguments.precision or [config.train.precision]:
+        sides[f"ours, fast steps, {precision}"] = partial(_ours, engine="fast", precision=precision)
     last: dict[str, list[float]] = {name: [] for name in sides}
     for seed in arguments.seeds:
         for name, side in sides.items():
@@ -79,6 +78,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--window", type=int, default=order.WINDOW_ROWS)
+    parser.add_argument("--precision", nargs="+", choices=("float32", "tf32", "bf16", "fp16"))
     parser.add_argument("settings", nargs="*")
     return parser.parse_intermixed_args()
 
@@ -89,7 +89,7 @@ def _data(prepared: Path, config: Config, seed: int) -> PreparedDataModule:
     )
 
 
-def _ours(prepared: Path, config: Config, seed: int, engine: str) -> list[float]:
+def _ours(prepared: Path, config: Config, seed: int, **changed: str) -> list[float]:
     data = _data(prepared, config, seed)
     lightning.seed_everything(seed, verbose=False)
     model = build_model(data.cells.genes, data.cells.batches, init_arguments(config.model))
@@ -97,7 +97,7 @@ def _ours(prepared: Path, config: Config, seed: int, engine: str) -> list[float]
         curves = fit(
             model,
             data,
-            config.train.model_copy(update={"engine": engine}),
+            config.train.model_copy(update=changed),
             config.training_plan,
             seed=seed,
             checkpoint=Path(folder, "checkpoint.ckpt"),
@@ -119,7 +119,7 @@ def _theirs(prepared: Path, config: Config, seed: int) -> list[float]:
     model.train(
         max_epochs=config.train.max_epochs,
         batch_size=config.train.batch_size,
-        accelerator="cpu",
+        accelerator=config.train.accelerator,
         check_val_every_n_epoch=1,
         datasplitter_kwargs={"external_indexing": [np.flatnonzero(~held_out), np.flatnonzero(held_out)]},
         plan_kwargs=config.training_plan,

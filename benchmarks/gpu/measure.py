@@ -4,7 +4,8 @@
     python measure.py RESULTS check                         the step compared with scvi-tools' on the GPU, every variant
     python measure.py RESULTS kernel                        the loss' kernel compared with torch in float64; rates
     python measure.py RESULTS profile --prepared FILE.h5ad  where the time of 20 steps goes, and what the CPU waits for
-    python measure.py RESULTS rates   --prepared FILE.h5ad [--hidden 512 128]                cells/s of training
+                                      [--precision float32 tf32 bf16]
+    python measure.py RESULTS rates   --prepared FILE.h5ad [--hidden 512 128] [--threads 1 8] cells/s of training
     python measure.py RESULTS latent  --prepared FILE.h5ad                                   cells/s of embedding
 
 Run it in the root of the repository with census_scvi importable. Several measurements can be given. The script prints
@@ -28,6 +29,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -63,6 +65,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prepared", type=Path)
     parser.add_argument("--cells", type=int, default=100_000)
     parser.add_argument("--genes", type=int, default=8_000)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 4, 8, 12])
+    parser.add_argument("--precision", nargs="+", default=["float32"])
     parser.add_argument("--hidden", type=int, nargs="+", default=[512, 128])
     return parser.parse_args()
 
@@ -270,6 +274,7 @@ def rates_of_gpu(n_genes: int) -> dict[str, Any]:
 def warm(n_genes: int) -> None:
     """Compile the kernel for all arguments of a training, so that compilation is not measured."""
     from census_scvi.counts.minibatch import SparseCounts
+    from census_scvi.training.fast import gpu_kernel
     from census_scvi.training.fast.decoded import Decoded
     from census_scvi.training.fast.negative_binomial import loss_and_slopes
 
@@ -283,12 +288,13 @@ def warm(n_genes: int) -> None:
             for slopes in (True, False):
                 cells = torch.zeros(n_cells, dtype=torch.int64, device=DEVICE)
                 loss_and_slopes(Decoded(logits, theta, cells, counts), slopes=slopes)
+            if GPU:
+                for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                    gpu_kernel.log_counts(counts, dtype)
     wait()
 
 
-def training(
-    prepared: Path, hidden: int, probe: Any, *, workers: int = 1, tf32: bool = False, **settings: Any
-) -> float:
+def training(prepared: Path, hidden: int, probe: Any, *, workers: int = 8, **settings: Any) -> float:
     """Seconds of this project's training, with `probe` among the callbacks."""
     from census_scvi.counts.data_module import PreparedDataModule
     from census_scvi.model.build import build_model
@@ -300,7 +306,6 @@ def training(
     torch.manual_seed(0)
     arguments = {"n_hidden": hidden, "n_latent": LATENT, "gene_likelihood": "nb"}
     model = build_model(data.cells.genes, data.cells.batches, arguments)
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
     with tempfile.TemporaryDirectory() as folder, patch.object(project, "TrainMode", lambda: probe):
         started = time.perf_counter()
         plan = {"lr": 1e-4, "n_epochs_kl_warmup": 20}
@@ -308,16 +313,24 @@ def training(
         project.fit(model, data, chosen, plan, seed=0, **files)
         wait()
         seconds = time.perf_counter() - started
-    torch.set_float32_matmul_precision("highest")
     data.cells.close()
     return seconds
 
 
 def _n_genes(prepared: Path) -> int:
+    return _shape(prepared)[1]
+
+
+def _n_cells(prepared: Path) -> int:
+    return _shape(prepared)[0]
+
+
+def _shape(prepared: Path) -> tuple[int, int]:
     import h5py
 
     with h5py.File(prepared) as file:
-        return int(file["X"].attrs["shape"][1])
+        n_cells, n_genes = file["X"].attrs["shape"]
+        return int(n_cells), int(n_genes)
 
 
 def probe_class() -> type:
@@ -327,7 +340,12 @@ def probe_class() -> type:
     class Probe(lightning.Callback):
         def __init__(self, at: dict[int, Callable[[], None]] | None = None, skip: int = 10) -> None:
             self.spans: list[tuple[int, float]] = []
+            self.epochs: list[float] = []
             self.at, self.skip, self.step = at or {}, skip, 0
+
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            wait()
+            self.epochs.append(time.perf_counter())
 
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             pl_module.train()
@@ -346,6 +364,11 @@ def probe_class() -> type:
                     self.spans.append((self.cells, time.perf_counter() - self.started))
             self.at.get(self.step, lambda: None)()
 
+        def seconds_an_epoch(self) -> float:
+            """From the start of an epoch to the start of the next: validation and checkpoint included."""
+            spans = [after - before for before, after in pairwise(self.epochs)]
+            return statistics.median(spans) if spans else float("nan")
+
         def rate(self) -> float:
             return statistics.median(cells / seconds for cells, seconds in self.spans)
 
@@ -356,20 +379,16 @@ def rates(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Cells/s within epochs: `SCVI.train` from memory, and this project from the file with many settings."""
     Probe = probe_class()
     warm(_n_genes(arguments.prepared))
-    kinds: dict[str, dict[str, Any]] = {
-        "train.engine scvi-tools": {"engine": "scvi-tools"},
-        "fast": {},
-        "fast, tf32": {"tf32": True},
-        "fast, bf16": {"precision": "bf16"},
-        "fast, fp16": {"precision": "fp16"},
-    }
-    kinds |= {f"fast, bf16, {n} loader threads": {"precision": "bf16", "workers": n} for n in (2, 4, 8)}
+    kinds: dict[str, dict[str, Any]] = {"train.engine scvi-tools": {"engine": "scvi-tools"}}
+    kinds |= {f"fast, {n} loader threads": {"workers": n} for n in arguments.threads}
+    kinds |= {f"fast, {name}": {"precision": name, "workers": 12} for name in ("tf32", "bf16", "fp16")}
     kinds |= {
-        f"fast, bf16, 4 threads, {n:,} cells per minibatch": {"precision": "bf16", "workers": 4, "batch_size": n}
-        for n in (2048, 4096)
+        f"fast, {name}, 4,096 cells per minibatch": {"precision": name, "workers": 12, "batch_size": 4096}
+        for name in ("float32", "bf16")
     }
     if not GPU:
-        kinds = {name: kinds[name] for name in ("train.engine scvi-tools", "fast", "fast, bf16, 2 loader threads")}
+        few = ("train.engine scvi-tools", "fast, 1 loader threads", "fast, bf16")
+        kinds = {name: kinds[name] for name in few if name in kinds}
     found = []
     for hidden in arguments.hidden:
         rows = []
@@ -381,7 +400,7 @@ def rates(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 if settings is None:
                     seconds = _scvi_tools(arguments.prepared, hidden, probe)
                 else:
-                    epochs = 1 if settings.get("engine") else 2
+                    epochs = 2 if settings.get("engine") else 4
                     seconds = training(arguments.prepared, hidden, probe, max_epochs=epochs, **settings)
             except Exception as error:  # continue with the other settings
                 print(f"{name}: {type(error).__name__}: {str(error)[:300]}", file=sys.stderr)
@@ -391,11 +410,16 @@ def rates(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 {"hidden": hidden, "trained by": name, "cells/s": probe.rate(), "spans": probe.spans}
                 | {"seconds": seconds, "CPU s": time.process_time() - cpu, "GPU GB": memory}
             )
-            rows.append([name, f"{probe.rate():,.0f}", f"{probe.rate() / _first(found, hidden):.1f}", seconds, memory])
+            whole = 0.9 * _n_cells(arguments.prepared) / probe.seconds_an_epoch()
+            found[-1]["cells/s of whole epochs"] = whole
+            rows.append(
+                [name, f"{probe.rate():,.0f}", f"{probe.rate() / _first(found, hidden):.1f}", f"{whole:,.0f}", seconds]
+            )
+            print(rows[-1], f"{memory:.2f} GB", flush=True)
         table(
-            f"{hidden} hidden: cells per second within an epoch (the last column but one: all of the training, start"
-            " and validation included)",
-            ["trained by", "cells/s", "times SCVI.train", "seconds", "GPU GB"],
+            f"{hidden} hidden: training cells per second, within an epoch and of whole epochs (with validation and"
+            " checkpoint); seconds of all of the training",
+            ["trained by", "cells/s", "times SCVI.train", "cells/s of whole epochs", "seconds"],
             rows,
         )
     return found
@@ -414,7 +438,7 @@ def _scvi_tools(prepared: Path, hidden: int, probe: Any) -> float:
     model = scvi.model.SCVI(adata, n_hidden=hidden, n_latent=LATENT, gene_likelihood="nb")
     started = time.perf_counter()
     model.train(
-        max_epochs=1,
+        max_epochs=2,
         batch_size=MINIBATCH,
         train_size=0.9,
         check_val_every_n_epoch=1,
@@ -430,6 +454,15 @@ def _scvi_tools(prepared: Path, hidden: int, probe: Any) -> float:
 
 
 def profile(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The parts of a step for each size and precision."""
+    return {
+        f"{hidden} hidden, {precision}": _profile(arguments, hidden, precision)
+        for hidden in arguments.hidden
+        for precision in (arguments.precision if GPU else ["float32"])
+    }
+
+
+def _profile(arguments: argparse.Namespace, hidden: int, precision: str) -> dict[str, Any]:
     """Measure 20 steps of a training without profiler (time), 20 with profiler (parts), and 5 for CPU waits."""
     from census_scvi.counts import loader
 
@@ -439,7 +472,7 @@ def profile(arguments: argparse.Namespace) -> dict[str, Any]:
     waits: Counter[str] = Counter()
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * GPU
     profiler = torch.profiler.profile(activities=activities)
-    trace = arguments.results / "trace.json.gz"
+    trace = arguments.results / f"trace-{hidden}-{precision}.json.gz"
     shown, own = warnings.showwarning, loader.MinibatchLoader.__iter__
 
     def mark(name: str) -> Callable[[], None]:
@@ -486,9 +519,8 @@ def profile(arguments: argparse.Namespace) -> dict[str, Any]:
     first = 24 if GPU else 2
     n = 20 if GPU else 2
     at = {first: mark("20 steps"), first + n: start, first + 2 * n: stop, first + 2 * n + 5: quiet}
-    hidden = arguments.hidden[0]
     with patch.object(loader.MinibatchLoader, "__iter__", timed):
-        training(arguments.prepared, hidden, Probe(at))
+        training(arguments.prepared, hidden, Probe(at), precision=precision)
     if "profiler stopped" not in marks:
         sys.exit(f"an epoch of {arguments.prepared} has fewer than the {first + 2 * n + 5} steps that are looked at")
     profiler.export_chrome_trace(str(trace))
@@ -497,7 +529,7 @@ def profile(arguments: argparse.Namespace) -> dict[str, Any]:
     slower = 1e3 * (marks["profiler stopped"] - marks["with the profiler"]) / n
     busy = parts["GPU busy"]
     print(
-        f"\n{hidden} hidden, {n} steps of a whole training: {milliseconds:.2f} ms a step"
+        f"\n{hidden} hidden, {precision}, {n} steps of a whole training: {milliseconds:.2f} ms a step"
         f" ({1e3 * MINIBATCH / milliseconds:,.0f} cells/s); with the profiler {slower:.2f} ms.\n"
         f"The GPU is busy for {busy:.2f} ms of them: idle {max(1 - busy / milliseconds, 0):.0%}."
     )
