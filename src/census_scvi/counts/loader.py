@@ -103,6 +103,10 @@ class MinibatchLoader:
         self._skip = state["minibatches"]
 
 
+# Bytes of validation minibatches that are kept in memory.
+MOST_KEPT = 512_000_000
+
+
 class KeptMinibatches:
     """Keeps sparse minibatches in memory after the first complete pass, if they are small enough.
 
@@ -115,7 +119,7 @@ class KeptMinibatches:
         validation cells are spread over the file, and all other cells would be decoded with them in each epoch.
     """
 
-    def __init__(self, loader: MinibatchLoader, most: int = 512_000_000) -> None:
+    def __init__(self, loader: MinibatchLoader, most: int = MOST_KEPT) -> None:
         self._loader = loader
         self._most = most
         self._kept: list[Minibatch] = []

@@ -17,6 +17,7 @@ from scvi.train import TrainingPlan
 from census_scvi.config.flat import digest
 from census_scvi.config.run_names import CHECKPOINT
 from census_scvi.counts.data_module import PreparedDataModule
+from census_scvi.counts.loader import MOST_KEPT
 from census_scvi.counts.minibatch import Minibatch
 from census_scvi.errors import UserError
 from census_scvi.files.atomic import remove
@@ -196,13 +197,16 @@ def plan(config: Config) -> Plan:
     processes = n_processes(config.train)
     nodes = f" on each of {n_nodes(config.train)} nodes" if n_nodes(config.train) > 1 else ""
     validation = 0.4 * data.n_val  # forward pass only
+    kept = 4.0 * data.cells.density * data.n_val * data.cells.n_genes  # sparse validation cells
+    if engine != "fast" or kept > MOST_KEPT:
+        kept = 0.0
     return Plan(
         "train",
         reads=[str(config.directory / artifacts.prepared)],
         writes=[f"{config.directory / name}/" for name in (artifacts.model, artifacts.tensorboard)],
         cells=data.cells.n_cells,
         genes=data.cells.n_genes,
-        memory=_BASE_MEMORY + 16.0 * parameters + _BYTES_AN_ENTRY[engine] * entries,
+        memory=_BASE_MEMORY + 16.0 * parameters + _BYTES_AN_ENTRY[engine] * entries + kept,
         disk=8.5 * parameters,
         seconds=_FIXED_SECONDS + step * (data.n_train + validation) * config.train.max_epochs / processes,
         notes=[

@@ -139,7 +139,7 @@ class FastTrainingPlan(TrainingPlan):
 
     def forward(self, minibatch: Minibatch, loss_kwargs: dict[str, Any]) -> tuple[None, None, LossOutput]:
         """Compute the loss; scvi-tools' training and validation steps call this."""
-        return None, None, step(self.module, minibatch, loss_kwargs["kl_weight"])
+        return None, None, step(self.module, self._on_device(minibatch), loss_kwargs["kl_weight"])
 
     @property
     def kl_weight(self) -> float:
