@@ -203,18 +203,18 @@ def test_few_reference_cells_are_refused(n_cells: int) -> None:
         annotated(copies, mine)
 
 
-@given(st.lists(st.integers(0, 5), min_size=1, max_size=80), st.integers(1, 90))
-def test_a_balanced_sample(codes: list[int], size: int) -> None:
+@given(st.lists(st.integers(0, 5), max_size=80), st.integers(1, 90), st.integers(1, 30) | st.none())
+def test_a_balanced_sample(codes: list[int], size: int, per_type: int | None) -> None:
     labels = np.array([None if code == 5 else f"type {code}" for code in codes], dtype=object)
-    rows = draw_balanced(labels, size, np.random.default_rng(0))
+    rows = draw_balanced(labels, size, np.random.default_rng(0), per_type=per_type)
     labelled = np.flatnonzero([label is not None for label in labels])
     assert len(rows) <= size
     assert np.array_equal(rows, np.unique(rows))
     assert set(rows) <= set(labelled)
-    if len(labelled) <= size:
-        assert len(rows) == len(labelled)
+    whole = pd.Series(labels[labelled], dtype=object).value_counts().clip(upper=per_type)
+    if whole.sum() <= size:
+        assert len(rows) == whole.sum()
         return
-    whole = pd.Series(labels[labelled]).value_counts()
     drawn = pd.Series(labels[rows], dtype=object).value_counts().reindex(whole.index, fill_value=0)
     cut = drawn < whole
     assert drawn[cut].nunique() == 1  # what is not complete is equally large, and not smaller than the others

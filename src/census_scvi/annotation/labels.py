@@ -9,7 +9,6 @@ import numpy.typing as npt
 import pandas as pd
 
 from census_scvi.config.messages import suggestion
-from census_scvi.config.random_streams import draw
 from census_scvi.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -126,40 +125,6 @@ def warn_of_single_studies(labels: Labels, studies: Labels, column: str) -> str:
     )
     log.warning("%s", text)
     return text
-
-
-def draw_balanced(
-    codes: npt.NDArray[np.integer], per_type: int | None, max_cells: int, numbers: np.random.Generator
-) -> npt.NDArray[np.int64]:
-    """Draw cells without replacement.
-
-    Parameters
-    ----------
-    codes
-        (cells,): label of each cell, 0 to n - 1.
-    per_type
-        Maximum number of cells per label; None: no maximum.
-    max_cells
-        Maximum number of cells. If the labels have more, the same share of every label is drawn, but at least two.
-    numbers
-        Random generator.
-
-    Returns
-    -------
-    int64 (drawn cells,): ascending positions.
-    """
-    sizes = np.bincount(codes)
-    wanted = sizes if per_type is None else np.minimum(sizes, per_type)
-    if wanted.sum() > max_cells:
-        wanted = np.minimum(np.maximum((wanted * (max_cells / wanted.sum())).astype(int), 2), sizes)
-    order = np.argsort(codes, kind="stable")
-    starts = np.cumsum(sizes) - sizes
-    chosen = [
-        order[start + draw(size, number, numbers)]
-        for start, size, number in zip(starts, sizes, wanted, strict=True)
-        if number
-    ]
-    return np.sort(np.concatenate([np.empty(0, np.int64), *chosen]))
 
 
 def _listed(names: list[str] | npt.NDArray[np.generic]) -> str:

@@ -16,12 +16,12 @@ from census_scvi.annotation.labels import (
     Labels,
     coded,
     column_of,
-    draw_balanced,
     read_labels,
     require_types,
     warn_of_single_studies,
 )
 from census_scvi.annotation.ontology import terms_in
+from census_scvi.annotation.sample import draw_balanced
 from census_scvi.annotation.settings import ReferenceSection
 from census_scvi.census.cells import batch_label, require_columns, select_cells
 from census_scvi.census.gene_ids import strip_version
@@ -127,7 +127,7 @@ def reference_in_census(census: Census, settings: ReferenceSection, labels: str,
     codes = of_batch[cells.batch_codes]
     rows = require_types(codes, names, name, f"obs[{labels!r}]")
     per_type = settings.cells_per_type or _OF_CENSUS
-    rows = rows[draw_balanced(codes[rows], per_type, settings.max_cells, _numbers(seed))]
+    rows = rows[draw_balanced(codes[rows], settings.max_cells, _numbers(seed), per_type=per_type)]
     joinids = cells.joinids[rows]
     obs = read_obs_of(census, joinids, list(dict.fromkeys([labels, *columns, *with_terms])))
     log.info(
@@ -189,7 +189,7 @@ def reference_in_file(
         of_cell[~_matching(cells, settings.obs_filter)] = None
     codes, labelled = coded(of_cell)
     rows = require_types(codes, labelled, cells.name, column)
-    rows = rows[draw_balanced(codes[rows], settings.cells_per_type, settings.max_cells, _numbers(seed))]
+    rows = rows[draw_balanced(codes[rows], settings.max_cells, _numbers(seed), per_type=settings.cells_per_type)]
     log.info("reference: %s labelled cells of %s", f"{len(rows):,}", cells.name)
 
     def read(chosen: Columns, wanted: npt.NDArray[np.int64] = rows) -> sp.csr_matrix:

@@ -6,37 +6,42 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from census_scvi.config.random_streams import draw
 
-def draw_balanced(labels: npt.NDArray[np.object_], size: int, numbers: np.random.Generator) -> npt.NDArray[np.int64]:
-    """Rows of a sample, int64 (at most `size`,), ascending.
+
+def draw_balanced(
+    labels: npt.ArrayLike, size: int, numbers: np.random.Generator, *, per_type: int | None = None
+) -> npt.NDArray[np.int64]:
+    """Rows of a sample without replacement, int64 (at most `size`,), ascending.
 
     Every type has the same number of cells, or all of its cells if it has fewer.
 
     Parameters
     ----------
     labels
-        object (cells,): types; cells with None are not drawn.
+        (cells,): types, or codes of types; cells with None are not drawn.
     size
         Maximum number of cells.
     numbers
         Random numbers.
+    per_type
+        Maximum number of cells of a type; None: no maximum.
     """
-    codes, names = pd.factorize(labels)
-    rows = np.flatnonzero(codes >= 0)
-    if len(rows) <= size:
-        return rows
-    counts = np.bincount(codes[rows], minlength=len(names))
-    # The largest number per type at which the sample is not too large.
-    ordered = np.sort(counts)
-    most, left = 0, size
-    for position, count in enumerate(ordered):
-        most = left // (len(ordered) - position)
-        if count > most:
-            break
-        left -= count
-    drawn = [
-        members if len(members) <= most else numbers.choice(members, most, replace=False)
-        for code in range(len(names))
-        if len(members := np.flatnonzero(codes == code))
-    ]
-    return np.sort(np.concatenate(drawn)).astype(np.int64)
+    codes, names = pd.factorize(np.asarray(labels))
+    sizes = np.bincount(codes[codes >= 0], minlength=len(names))
+    most = _most_per_type(sizes if per_type is None else np.minimum(sizes, per_type), size)
+    order = np.argsort(codes, kind="stable")[np.count_nonzero(codes < 0) :]
+    starts = np.cumsum(sizes) - sizes
+    drawn = [order[start + draw(n, min(n, most), numbers)] for start, n in zip(starts, sizes.tolist(), strict=True)]
+    return np.sort(np.concatenate([np.empty(0, np.int64), *drawn]))
+
+
+def _most_per_type(sizes: npt.NDArray[np.int64], size: int) -> int:
+    """The largest number of cells per type with which all types have at most `size` cells together."""
+    left = size
+    for position, n in enumerate(np.sort(sizes)):
+        most = left // (len(sizes) - position)
+        if n > most:
+            return most
+        left -= n
+    return int(sizes.max(initial=0))

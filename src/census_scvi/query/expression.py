@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import anndata as ad
@@ -13,12 +11,12 @@ import numpy.typing as npt
 import pandas as pd
 import scipy.sparse as sp
 import scvi
-import torch
 
 from census_scvi.config.messages import suggestion
 from census_scvi.errors import UserError
 from census_scvi.model.build import without_training
 from census_scvi.model.safe import ModelDescription
+from census_scvi.model.seeded import seeded
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +113,7 @@ class Decoder:
         """
         if transform_batch is not None:  # any trained label: the encoder ignores it, the decoder gets transform_batch
             labels = np.where(self.untrained(labels), transform_batch[0], labels)
-        with _drawing(seed), without_training():
+        with seeded(seed), without_training():
             found = self.model.get_normalized_expression(
                 self._cells(counts, labels),
                 transform_batch=transform_batch,
@@ -144,7 +142,7 @@ class Decoder:
         scvi-tools' table with the additional column `symbol`: one row per gene, indexed by feature_id, the most
         probable first.
         """
-        with _drawing(seed), without_training():
+        with seeded(seed), without_training():
             found = self.model.differential_expression(
                 self._cells(counts, labels),
                 idx1=in_first,
@@ -182,16 +180,3 @@ def warn_where_groups_are_batches(
             if batch_correction
             else "a difference that is found may be a batch effect",
         )
-
-
-@contextmanager
-def _drawing(seed: int) -> Iterator[None]:
-    """Seed the random numbers of torch and numpy, and restore their states afterwards."""
-    state = np.random.get_state()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        np.random.seed(seed)
-        try:
-            yield
-        finally:
-            np.random.set_state(state)

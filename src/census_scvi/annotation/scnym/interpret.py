@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +15,7 @@ from census_scvi.annotation.scnym.classifier import Classifier, device_of
 from census_scvi.config.messages import suggestion
 from census_scvi.config.random_streams import Stream, draw, generator
 from census_scvi.errors import UserError
+from census_scvi.model.seeded import seeded
 from census_scvi.pictures.canvas import Picture
 
 _REFERENCE_CELLS = 2000
@@ -131,7 +130,7 @@ def expected_gradients(
     reference, _ = _values(aligned, references, _REFERENCE_CELLS, numbers, device, words)
     code = classifier.classes.index(target)
     network = classifier.network.to(device)
-    with _seeded(int(numbers.integers(2**32))):
+    with seeded(int(numbers.integers(2**32))):
         method = GradientShap(network)
         size = max(_MOST_VALUES // (n_samples * network.n_genes), 1)
         parts = [
@@ -173,16 +172,3 @@ def _values(
     if not len(values):
         raise UserError(f"there are no cells {words} with counts; give their labels, or choose another class")
     return values, rows
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed the generators that captum draws from, and restore them."""
-    state = np.random.get_state()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        np.random.seed(seed)
-        try:
-            yield
-        finally:
-            np.random.set_state(state)
