@@ -14,10 +14,10 @@ import pandas as pd
 import scipy.sparse as sp
 
 from census_scvi.annotation.annotate import FittedMethod
-from census_scvi.annotation.groups import group_columns
+from census_scvi.annotation.columns import annotation_columns, labels_of
 from census_scvi.annotation.methods import BASELINES, TITLES
-from census_scvi.annotation.ontology import Hierarchy, build_hierarchy, term_columns, terms_in
-from census_scvi.annotation.protocol import UNKNOWN, Annotation, Cells
+from census_scvi.annotation.ontology import Hierarchy, build_hierarchy, terms_in
+from census_scvi.annotation.protocol import Annotation, Cells
 from census_scvi.annotation.sample import draw_balanced
 from census_scvi.errors import UserError
 
@@ -28,7 +28,6 @@ EMBEDDED = "neighbors"
 _VAGUE = ("unknown", "na", "nan", "None", "")
 _STUDY, _DONOR = "dataset_id", "donor_id"
 STUDY_COLUMNS = [_STUDY, _DONOR]
-_MOST_MEMBERS_SHOWN = 1
 
 
 @dataclass(frozen=True)
@@ -164,11 +163,8 @@ def annotate_cells(
             raise UserError(f"none of the {len(rows):,} reference cells with counts has a {column}; change obs_filter")
         terms = terms_in(reference.obs.iloc[rows], column)
         found = fitted.annotate(values[rows], units, terms)
-        _write(cells, column, found, fitted, settings, len(rows) if both.counts.shape[1] else 0)
         hierarchy = build_hierarchy(found.classes, terms)
-        unknown = cells.obs[f"{column}_unknown"].to_numpy()
-        for name, each in term_columns(hierarchy, column, found.probability, unknown, found.name_threshold).items():
-            cells.obs[name] = each
+        _write(cells, column, found, hierarchy, fitted, settings, len(rows) if both.counts.shape[1] else 0)
         annotated.append(Annotated(column, found, hierarchy, both, values[rows]))
     return annotated
 
@@ -263,26 +259,20 @@ def _batches(obs: pd.DataFrame, batch_key: Sequence[str]) -> npt.NDArray[np.obje
 
 
 def _write(
-    cells: ad.AnnData, column: str, found: Annotation, fitted: FittedMethod, settings: Settings, n_with_counts: int
+    cells: ad.AnnData,
+    column: str,
+    found: Annotation,
+    hierarchy: Hierarchy,
+    fitted: FittedMethod,
+    settings: Settings,
+    n_with_counts: int,
 ) -> None:
     empty = cells.obs[EMPTY].to_numpy(dtype=bool)
-    unknown, best = found.unknown | empty, np.where(empty, UNKNOWN, found.labels)
-    cells.obs[f"{column}_predicted"] = pd.Categorical(np.where(unknown, UNKNOWN, found.labels))
-    cells.obs[f"{column}_best"] = pd.Categorical(best)
-    cells.obs[f"{column}_probability"] = np.where(empty, np.float32(0), found.probability.max(axis=1))
-    cells.obs[f"{column}_uncertainty"] = np.where(empty, np.float32(1), found.uncertainty)
-    cells.obs[f"{column}_unknown"] = unknown
-    classes = np.array(found.classes, dtype=object)
-    named = {name: classes[values.argmax(axis=1)] for name, values in (found.compared | found.members).items()}
-    for name, labels in named.items():
-        if name != fitted.method:
-            cells.obs[f"{column}_{name}"] = pd.Categorical(np.where(empty, UNKNOWN, labels))
-    if len(found.members) > _MOST_MEMBERS_SHOWN:
-        agreement = np.mean([named[name] == found.labels for name in found.members], axis=0)
-        cells.obs[f"{column}_agreement"] = np.where(empty, 0, agreement).astype(np.float32)
-    for name, values in group_columns(column, found.groups, found.labels, unknown).items():
+    rows = np.arange(cells.n_obs)
+    columns = annotation_columns(found, column, rows, len(rows), hierarchy, empty=empty)
+    for name, values in columns.items():
         cells.obs[name] = values
-    certain = ~unknown
+    certain = ~columns[f"{column}_unknown"]
     batches = found.facts["batches"]
     quality: dict[str, Any] = {
         "classes": found.classes,
@@ -296,8 +286,8 @@ def _write(
     if n_with_counts:
         quality["baseline_cells"] = n_with_counts
         quality["agreement"] = {
-            name: float((labels == found.labels)[certain].mean()) if certain.any() else float("nan")
-            for name, labels in named.items()
+            name: float((labels_of(found, values) == found.labels)[certain].mean()) if certain.any() else float("nan")
+            for name, values in (found.compared | found.members).items()
             if name != fitted.method
         }
     if len(found.validation):

@@ -21,6 +21,8 @@ def annotation_columns(
     rows: Rows,
     n_cells: int,
     hierarchy: Hierarchy | None = None,
+    *,
+    empty: npt.NDArray[np.bool_] | None = None,
 ) -> dict[str, Any]:
     """Columns for obs.
 
@@ -41,28 +43,37 @@ def annotation_columns(
         Number of rows of obs.
     hierarchy
         Terms of the labels; None: no terms.
+    empty
+        bool (annotated cells,): cells without counts. They are unknown, whatever the method says: no label, probability
+        0, uncertainty 1. None: there are none.
     """
-    classes = np.array(annotation.classes, dtype=object)
-    best = annotation.labels
+    empty = np.zeros(len(rows), bool) if empty is None else empty
+    unknown, best = annotation.unknown | empty, annotation.labels
+    named = {name: labels_of(annotation, values) for name, values in (annotation.compared | annotation.members).items()}
     found: dict[str, Any] = {
-        "predicted": np.where(annotation.unknown, UNKNOWN, best),
-        "best": best,
-        "probability": annotation.probability.max(axis=1),
-        "uncertainty": annotation.uncertainty,
-        "unknown": annotation.unknown,
+        "predicted": np.where(unknown, UNKNOWN, best),
+        "best": np.where(empty, UNKNOWN, best),
+        "probability": np.where(empty, np.float32(0), annotation.probability.max(axis=1)),
+        "uncertainty": np.where(empty, np.float32(1), annotation.uncertainty),
+        "unknown": unknown,
     }
-    found |= {name: classes[values.argmax(axis=1)] for name, values in annotation.compared.items()}
-    if len(annotation.members) > 1:
-        named = {name: classes[values.argmax(axis=1)] for name, values in annotation.members.items()}
-        found |= named
-        found["agreement"] = np.mean([each == best for each in named.values()], axis=0)
+    several = len(annotation.members) > 1  # the label of a single member is `_best`
+    shown = named if several else {name: named[name] for name in annotation.compared}
+    found |= {name: np.where(empty, UNKNOWN, each) for name, each in shown.items()}
+    if several:
+        found["agreement"] = np.where(empty, 0, np.mean([named[name] == best for name in annotation.members], axis=0))
     columns = {f"{labels}_{name}": _spread(values, rows, n_cells) for name, values in found.items()}
-    groups = group_columns(labels, annotation.groups, best, annotation.unknown)
+    groups = group_columns(labels, annotation.groups, best, unknown)
     columns |= {name: _spread(np.asarray(values), rows, n_cells) for name, values in groups.items()}
     if hierarchy is not None:
-        terms = term_columns(hierarchy, labels, annotation.probability, annotation.unknown, annotation.name_threshold)
+        terms = term_columns(hierarchy, labels, annotation.probability, unknown, annotation.name_threshold)
         columns |= {name: _spread(np.asarray(values), rows, n_cells) for name, values in terms.items()}
     return columns
+
+
+def labels_of(annotation: Annotation, probability: npt.NDArray[np.float32]) -> npt.NDArray[np.object_]:
+    """Most probable label of each cell, object (cells,), by probabilities (cells, classes) of one of the methods."""
+    return np.array(annotation.classes, dtype=object)[probability.argmax(axis=1)]
 
 
 def scnym_columns(
