@@ -93,8 +93,10 @@ class Checkpoint(lightning.Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: Module, batch: Any, batch_idx: int) -> None:
         """Restore the random state immediately before the first step of a resumed run."""
         trainer.callback_metrics.update(self._restored.pop("logged", {}))
-        if isinstance(pl_module, FastTrainingPlan) and (summed := self._restored.pop("summed", None)):
-            pl_module.sums["train"].restore(summed)
+        if isinstance(pl_module, FastTrainingPlan) and not pl_module.on_step:
+            summed, sums = self._restored.pop("summed", None), self._restored.pop("sums", None)
+            if state := summed or (sums and _summed(sums)):
+                pl_module.sums["train"].restore(state)
         if random := self._restored.pop("random", None):
             torch.set_rng_state(random["cpu"].cpu())
             if "cuda" in random:
@@ -102,10 +104,8 @@ class Checkpoint(lightning.Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Add the saved sums to the metrics after the first step of a resumed run; write a checkpoint if one is due."""
-        metrics = _epoch_metrics(trainer) if "sums" in self._restored else {}
         for name, sums in self._restored.pop("sums", {}).items():
-            if (metric := metrics.get(name)) is None:
-                continue  # of a version that logged more metrics in each step
+            metric = _epoch_metrics(trainer)[name]
             for state, value in sums.items():
                 setattr(metric, state, getattr(metric, state) + value.to(pl_module.device))
         last = batch_idx + 1 == trainer.num_training_batches  # saved at the end of the epoch
@@ -158,6 +158,15 @@ class Checkpoint(lightning.Callback):
         """Write the file; called in every process, because the states of all processes are gathered."""
         trainer.save_checkpoint(self._path, weights_only=False)
         self._saved_at = time.monotonic()
+
+
+def _summed(sums: dict[str, dict[str, torch.Tensor]]) -> dict[str, Any]:
+    """State of `EpochSums` from the sums of an earlier version, which logged each metric in each step."""
+    loss, reconstruction, kl = (
+        sums[f"training_step.{name}"] for name in ("train_loss", "reconstruction_loss_train", "kl_local_train")
+    )
+    values = torch.stack([loss["value"], reconstruction["elbo_component"], kl["elbo_component"]])
+    return {"values": values, "cells": int(reconstruction["n_obs"])}
 
 
 def _epoch_metrics(trainer: Trainer) -> dict[str, Metric]:
