@@ -258,6 +258,7 @@ def test_what_is_no_stage_stops_alike(
         "demo": (lambda: demo.run_demo([]), "stages.protocol.run_stage"),
     }[command]
     monkeypatch.setattr(demo, "_build_census", lambda config: None)
+    monkeypatch.setattr(demo, "write_own_cells", lambda *_: None)
     monkeypatch.chdir(ROOT)
     with signal_at(f"census_scvi.{place}", "SIGTERM", monkeypatch):
         if command == "demo":  # a stage within it has said so

@@ -210,7 +210,7 @@ def test_a_full_disk_leaves_nothing_half_written(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("census_scvi.stages.map_query.write_elem", full)
+    monkeypatch.setattr("census_scvi.counts.formats.copy_cells.write_elem", full)
     assert map_query(finished_run, f"query.file={query}", "query.umap_cells=0", "query.baseline_cells=0") == 2
     assert "the disk is full" in capsys.readouterr().err
     assert [path.name for path in query.parent.iterdir()] == ["cells.h5ad"]
@@ -343,7 +343,7 @@ def test_nothing_half_written_is_left(finished_run: Run, query: Path, monkeypatc
     def broken(*_: object) -> None:
         raise RuntimeError("cannot be written")
 
-    monkeypatch.setattr("census_scvi.stages.map_query.write_elem", broken)
+    monkeypatch.setattr("census_scvi.counts.formats.copy_cells.write_elem", broken)
     arguments = (f"query.file={query}", "query.umap_cells=0", "query.baseline_cells=0")
     assert map_query(finished_run, *arguments) == 1
     assert [path.name for path in query.parent.glob("cells*")] == ["cells.h5ad"]

@@ -94,7 +94,9 @@ def write_own_cells(census: str, path: Path) -> None:
     obs = pd.DataFrame({"donor": cells.obs["donor_id"].astype(str).to_numpy()})
     obs.index = [f"cell-{number}" for number in range(cells.n_obs)]
     var = pd.DataFrame(index=cells.var["feature_name"].astype(str).to_numpy())
-    ad.AnnData(cells.X, obs, var).write_h5ad(path)
+    partial = path.with_name(path.name + ".partial")
+    ad.AnnData(cells.X, obs, var).write_h5ad(partial)
+    partial.replace(path)
 
 
 def _draw(config: Config, picture: Path) -> None:
