@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -34,7 +36,8 @@ def simulated(n_cells: int = 360, seed: int = 0) -> tuple[Cells, np.ndarray]:
 def test_an_annotator_finds_the_types_and_nothing_in_permuted_labels(name: str) -> None:
     cells, codes = simulated()
     reference, query = cells.reference, cells.query
-    annotator = create(name, steps=60)
+    settings: dict[str, Any] = {"steps": 60, "scnym": {"n_epochs": 40, "min_epochs": 10}}
+    annotator = create(name, **settings)
     torch.manual_seed(3)
     annotator.fit(cells)
     # A fourth class without cells, as in a fold that lacks a type.
@@ -49,7 +52,7 @@ def test_an_annotator_finds_the_types_and_nothing_in_permuted_labels(name: str) 
     at_chance = annotator.predict(reference, permuted, N_TYPES, query)
     # Neighbors are the same for many cells of a type, so that chance is not exactly a third.
     assert at_chance[np.arange(len(query)), codes[query]].mean() == pytest.approx(1 / N_TYPES, abs=0.2)
-    again = create(name, steps=60)
+    again = create(name, **settings)
     again.fit(cells)
     np.testing.assert_allclose(again.predict(reference, codes[reference], N_TYPES + 1, query), found, atol=1e-5)
     torch_number = torch.rand(1)
