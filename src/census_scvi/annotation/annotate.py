@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -257,9 +258,7 @@ class _Run:
                 self.rows[fold.test],
                 self.codes[fold.test],
                 {name: held[name] for name in voters},
-                lambda code, fold=fold, held=held: {  # type: ignore[misc]
-                    name: self._without(name, fold, held[name], code) for name in voters
-                },
+                partial(self._all_without, voters, fold, held),
             )
             for fold, held in zip(self.folds, self.held, strict=True)
         ]
@@ -276,6 +275,12 @@ class _Run:
             agreed,
         )
         return rule, scores, batches
+
+    def _all_without(
+        self, voters: Sequence[str], fold: Fold, held: Mapping[str, Probability], code: int
+    ) -> dict[str, Probability]:
+        """`_without` for several annotators."""
+        return {name: self._without(name, fold, held[name], code) for name in voters}
 
     def _without(self, name: str, fold: Fold, found: Probability, code: int) -> Probability:
         """Probabilities of held-out cells if the training cells of a type are excluded.

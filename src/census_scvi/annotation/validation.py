@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,8 @@ import numpy.typing as npt
 from sklearn.model_selection import GroupKFold, StratifiedKFold
 
 _FOLDS = 3
+
+Rows = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -53,17 +56,15 @@ def held_out_folds(
     n_folds = int(min(_FOLDS, sizes[sizes > 1].max()))
     kept = codes[several]
     splitter = StratifiedKFold(n_folds, shuffle=True, random_state=seed)
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # types with fewer cells than folds
         splits = [(several[train], several[test]) for train, test in splitter.split(kept, kept)]
     return _usable(splits, codes), "cells"
 
 
-def _usable(splits: object, codes: npt.NDArray[np.int64]) -> list[Fold]:
+def _usable(splits: Iterable[tuple[Rows, Rows]], codes: npt.NDArray[np.int64]) -> list[Fold]:
     folds = []
-    for train, test in splits:  # type: ignore[attr-defined]
+    for train, test in splits:
         known = test[np.isin(codes[test], codes[train])]
         if len(np.unique(codes[train])) > 1 and len(known):
             folds.append(Fold(train, known))
