@@ -28,9 +28,9 @@ import scipy.sparse as sp
 from sklearn.metrics import f1_score, roc_auc_score
 
 from census_scvi.annotation.annotate import FittedMethod
-from census_scvi.annotation.held_out import HeldOut
 from census_scvi.annotation.methods import METHODS, create, members_of
 from census_scvi.annotation.protocol import Annotation, Cells
+from census_scvi.annotation.validation.held_out import HeldOut
 
 GENES, FEWEST, FREQUENT = 2000, {"blood": 50, "pancreas": 10}, 0.6
 SIMPLE = [name for name in METHODS if name not in ("neighbors", "scnym", "scanvi")]

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from pipeline import ROOT
 
 from census_scvi.annotation.annotate import FittedMethod, annotate
-from census_scvi.annotation.calibration import fit_temperature, with_temperature
 from census_scvi.annotation.ontology import build_hierarchy, term_columns
 from census_scvi.annotation.protocol import Annotation, Cells
-from census_scvi.annotation.type_distances import TypeDistances
-from census_scvi.annotation.validation import held_out_folds
+from census_scvi.annotation.unknown.type_distances import TypeDistances
+from census_scvi.annotation.validation.calibration import fit_temperature, with_temperature
+from census_scvi.annotation.validation.folds import held_out_folds
 from census_scvi.errors import UserError
 
 N_GENES, NAMES = 120, np.array(["B cell", "T cell", "monocyte", "NK cell"], dtype=object)

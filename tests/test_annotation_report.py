@@ -13,9 +13,9 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from census_scvi.annotation.markers import Markers, dots
 from census_scvi.annotation.ontology import build_hierarchy
 from census_scvi.annotation.protocol import Annotation
+from census_scvi.annotation.results.markers import Markers, dots
 from census_scvi.report.annotation import write_annotation_report
 
 TYPES = ["B cell", "CD4-positive, alpha-beta T cell", "CD8-positive, alpha-beta T cell"]

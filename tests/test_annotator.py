@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from scipy.linalg import null_space
 
 from census_scvi.annotation.annotator import EMPTY, PREDICTION, Counts, Settings, annotate_cells
-from census_scvi.annotation.held_out import HeldOut
+from census_scvi.annotation.labelled.sample import draw_balanced
 from census_scvi.annotation.methods import TITLES
-from census_scvi.annotation.sample import draw_balanced
+from census_scvi.annotation.validation.held_out import HeldOut
 from census_scvi.errors import UserError
 from census_scvi.pictures.annotation_quality import draw_quality
 

@@ -16,10 +16,10 @@ from hypothesis.extra import numpy as arrays
 from scipy.special import expit, logit
 
 from census_scvi.annotation import ontology
-from census_scvi.annotation.groups import group_columns, label_groups
 from census_scvi.annotation.methods import create
 from census_scvi.annotation.ontology import Hierarchy, back_off, build_hierarchy, calibrated_threshold, term_columns
 from census_scvi.annotation.protocol import Cells
+from census_scvi.annotation.results.groups import group_columns, label_groups
 from census_scvi.census.ontology import cell_ontology
 from census_scvi.metrics.hierarchy import hierarchical_scores, right_or_ancestor
 

@@ -29,7 +29,7 @@ from census_scvi.annotation.annotator import (
     Settings,
     annotate_cells,
 )
-from census_scvi.annotation.joint_model import STEPS
+from census_scvi.annotation.annotators.joint_model import STEPS
 from census_scvi.annotation.methods import CONSENSUS, TITLES, check_method
 from census_scvi.census.cells import require_columns
 from census_scvi.census.genes import read_var

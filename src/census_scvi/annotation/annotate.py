@@ -13,14 +13,12 @@ import numpy.typing as npt
 import pandas as pd
 from sklearn.cluster import MiniBatchKMeans
 
-from census_scvi.annotation.calibration import Probability, fit_temperature, with_temperature
-from census_scvi.annotation.held_out import HeldOut
-from census_scvi.annotation.joint_model import STEPS
+from census_scvi.annotation.annotators.joint_model import STEPS
+from census_scvi.annotation.annotators.neighbor_vote import NEIGHBORS
 from census_scvi.annotation.methods import BASELINES, CONSENSUS, TITLES, create, members_of
-from census_scvi.annotation.neighbor_vote import NEIGHBORS
 from census_scvi.annotation.ontology import LEVEL, Hierarchy, build_hierarchy, calibrated_threshold
 from census_scvi.annotation.protocol import Annotation, Annotator, Cells
-from census_scvi.annotation.unknown import (
+from census_scvi.annotation.unknown.rule import (
     Batch,
     HeldOutCells,
     Spaces,
@@ -29,7 +27,9 @@ from census_scvi.annotation.unknown import (
     apply_rule,
     set_rule,
 )
-from census_scvi.annotation.validation import Fold, held_out_folds
+from census_scvi.annotation.validation.calibration import Probability, fit_temperature, with_temperature
+from census_scvi.annotation.validation.folds import Fold, held_out_folds
+from census_scvi.annotation.validation.held_out import HeldOut
 from census_scvi.errors import UserError
 from census_scvi.metrics.hierarchy import HierarchicalScores, hierarchical_scores
 

@@ -13,12 +13,12 @@ import numpy.typing as npt
 
 from census_scvi.annotation.annotate import FittedMethod
 from census_scvi.annotation.cost import effort
-from census_scvi.annotation.joined import Joined, join
-from census_scvi.annotation.labels import column_of, read_labels
+from census_scvi.annotation.labelled.joined import Joined, join
+from census_scvi.annotation.labelled.labels import column_of, read_labels
+from census_scvi.annotation.labelled.reference import Reference, reference_in_census, reference_in_file
 from census_scvi.annotation.protocol import Annotation
-from census_scvi.annotation.reference import Reference, reference_in_census, reference_in_file
+from census_scvi.annotation.scnym.trained import preset_named
 from census_scvi.annotation.settings import AnnotateSection, ReferenceSection
-from census_scvi.annotation.trained import preset_named
 from census_scvi.census.open import open_census
 from census_scvi.census.settings import CensusSection
 from census_scvi.errors import UserError

@@ -14,11 +14,11 @@ import pandas as pd
 import scipy.sparse as sp
 
 from census_scvi.annotation.annotate import FittedMethod
-from census_scvi.annotation.columns import annotation_columns, labels_of
+from census_scvi.annotation.labelled.sample import draw_balanced
 from census_scvi.annotation.methods import BASELINES, TITLES
 from census_scvi.annotation.ontology import Hierarchy, build_hierarchy, terms_in
 from census_scvi.annotation.protocol import Annotation, Cells
-from census_scvi.annotation.sample import draw_balanced
+from census_scvi.annotation.results.columns import annotation_columns, labels_of
 from census_scvi.errors import UserError
 
 log = logging.getLogger(__name__)

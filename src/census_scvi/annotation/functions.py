@@ -12,14 +12,14 @@ import numpy as np
 from pydantic import ValidationError
 
 from census_scvi.annotation.annotate_query import Sources, annotate_joined, open_sources
-from census_scvi.annotation.columns import annotation_columns, probability_table, scnym_columns, spread_values
-from census_scvi.annotation.joined import alone
-from census_scvi.annotation.labels import column_of, read_labels
+from census_scvi.annotation.labelled.joined import alone
+from census_scvi.annotation.labelled.labels import column_of, read_labels
 from census_scvi.annotation.ontology import build_hierarchy
 from census_scvi.annotation.protocol import Annotation
+from census_scvi.annotation.results.columns import annotation_columns, probability_table, scnym_columns, spread_values
 from census_scvi.annotation.scnym.interpret import Attribution
+from census_scvi.annotation.scnym.trained import Trained, as_annotation, explain, predict_trained, train_joined
 from census_scvi.annotation.settings import AnnotateSection
-from census_scvi.annotation.trained import Trained, as_annotation, explain, predict_trained, train_joined
 from census_scvi.census.settings import CensusSection
 from census_scvi.config.messages import describe_errors
 from census_scvi.errors import UserError

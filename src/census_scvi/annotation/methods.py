@@ -7,15 +7,15 @@ from typing import Any
 
 from census_scvi.annotation.annotators.harmony import Harmony
 from census_scvi.annotation.annotators.joint import Joint
+from census_scvi.annotation.annotators.joint_model import STEPS
 from census_scvi.annotation.annotators.linear_svm import LinearSvm
 from census_scvi.annotation.annotators.logistic_regression import LogisticRegression
+from census_scvi.annotation.annotators.neighbor_vote import NEIGHBORS
 from census_scvi.annotation.annotators.neighbors import Neighbors
 from census_scvi.annotation.annotators.pca import Pca
 from census_scvi.annotation.annotators.random_forest import RandomForest
 from census_scvi.annotation.annotators.scanvi import Scanvi
 from census_scvi.annotation.annotators.scnym import ScNym
-from census_scvi.annotation.joint_model import STEPS
-from census_scvi.annotation.neighbor_vote import NEIGHBORS
 from census_scvi.annotation.protocol import Annotator
 from census_scvi.config.messages import suggestion
 from census_scvi.errors import UserError

@@ -13,11 +13,11 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from census_scvi.annotation.groups import label_groups
-from census_scvi.annotation.markers import Markers, dots
 from census_scvi.annotation.methods import TITLES
 from census_scvi.annotation.ontology import Hierarchy, back_off
 from census_scvi.annotation.protocol import UNKNOWN, Annotation, Cells
+from census_scvi.annotation.results.groups import label_groups
+from census_scvi.annotation.results.markers import Markers, dots
 from census_scvi.files.atomic import write_json, write_text
 from census_scvi.files.json_values import json_values
 from census_scvi.neighbors.umap_map import UmapMap

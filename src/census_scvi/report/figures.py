@@ -13,7 +13,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from census_scvi.annotation.markers import Dots
+from census_scvi.annotation.results.markers import Dots
 
 # Okabe and Ito's palette without black: colour-blind readers can separate these colours. Numbers on the map help.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#B8A800", "#7F7F7F")

@@ -12,13 +12,19 @@ import numpy as np
 import pandas as pd
 
 from census_scvi.annotation.annotate_query import Sources, annotate_joined, open_sources
-from census_scvi.annotation.columns import annotation_columns, probability_table, scnym_columns, spread_values
 from census_scvi.annotation.cost import effort
-from census_scvi.annotation.labels import column_of, read_labels
+from census_scvi.annotation.labelled.labels import column_of, read_labels
 from census_scvi.annotation.ontology import build_hierarchy
-from census_scvi.annotation.places import annotate_results, has_model, model_folder, reference_source, same_source
 from census_scvi.annotation.protocol import Annotation
-from census_scvi.annotation.trained import Trained, as_annotation, explain, predict_trained, train_joined
+from census_scvi.annotation.results.columns import annotation_columns, probability_table, scnym_columns, spread_values
+from census_scvi.annotation.results.places import (
+    annotate_results,
+    has_model,
+    model_folder,
+    reference_source,
+    same_source,
+)
+from census_scvi.annotation.scnym.trained import Trained, as_annotation, explain, predict_trained, train_joined
 from census_scvi.counts.formats.copy_cells import copy_with_results
 from census_scvi.errors import UserError
 from census_scvi.files.atomic import write_json

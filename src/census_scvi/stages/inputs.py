@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from census_scvi.annotation.places import MODEL_FILES, model_folder, reference_source
+from census_scvi.annotation.results.places import MODEL_FILES, model_folder, reference_source
 from census_scvi.config.run_names import DESCRIPTION, PROVENANCE, WEIGHTS
 from census_scvi.config.stages import Stage
 from census_scvi.errors import UserError

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from census_scvi.annotation.places import annotate_results
+from census_scvi.annotation.results.places import annotate_results
 from census_scvi.config.run_names import FIRST_PROCESS, STAGING
 from census_scvi.config.stages import STAGES, Stage
 from census_scvi.errors import UserError

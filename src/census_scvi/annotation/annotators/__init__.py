@@ -1,1 +1,1 @@
-"""Annotators: methods that predict labels of cells from labels of other cells, one per file."""
+"""Annotators: methods that predict labels of cells from labels of other cells, one per file, and what they share."""

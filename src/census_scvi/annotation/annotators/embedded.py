@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from census_scvi.annotation.neighbor_vote import NEIGHBORS, neighbor_vote
+from census_scvi.annotation.annotators.neighbor_vote import NEIGHBORS, neighbor_vote
 from census_scvi.annotation.protocol import Cells
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import numpy.typing as npt
 
 from census_scvi.annotation.annotators.embedded import Embedded
-from census_scvi.annotation.joint_model import STEPS, joint_latent, train_joint
-from census_scvi.annotation.neighbor_vote import NEIGHBORS
+from census_scvi.annotation.annotators.joint_model import STEPS, joint_latent, train_joint
+from census_scvi.annotation.annotators.neighbor_vote import NEIGHBORS
 from census_scvi.annotation.protocol import Cells
 from census_scvi.config.random_streams import draw
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pandas as pd
 import scvi
 
-from census_scvi.annotation.joint_model import ARGUMENTS, STEPS, joint_latent, seeded, train_joint
+from census_scvi.annotation.annotators.joint_model import ARGUMENTS, STEPS, joint_latent, seeded, train_joint
 from census_scvi.annotation.protocol import Cells
 from census_scvi.model.build import quiet
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from census_scvi.annotation.label_shares import label_shares
+from census_scvi.annotation.annotators.label_shares import label_shares
 from census_scvi.neighbors.index import NeighborIndex
 
 NEIGHBORS = 15

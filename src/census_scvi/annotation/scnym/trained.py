@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from census_scvi.annotation.joined import Joined
-from census_scvi.annotation.labels import UNLABELLED
+from census_scvi.annotation.labelled.joined import Joined
+from census_scvi.annotation.labelled.labels import UNLABELLED
 from census_scvi.annotation.protocol import Annotation
 from census_scvi.annotation.scnym.cells import InFile, InMemory, Selected
 from census_scvi.annotation.scnym.classifier import Classifier, Prediction

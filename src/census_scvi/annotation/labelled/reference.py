@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pandas as pd
 import scipy.sparse as sp
 
-from census_scvi.annotation.labels import (
+from census_scvi.annotation.labelled.labels import (
     Labels,
     coded,
     column_of,
@@ -20,8 +20,8 @@ from census_scvi.annotation.labels import (
     require_types,
     warn_of_single_studies,
 )
+from census_scvi.annotation.labelled.sample import draw_balanced
 from census_scvi.annotation.ontology import terms_in
-from census_scvi.annotation.sample import draw_balanced
 from census_scvi.annotation.settings import ReferenceSection
 from census_scvi.census.cells import batch_label, require_columns, select_cells
 from census_scvi.census.gene_ids import strip_version

@@ -11,9 +11,9 @@ import numpy.typing as npt
 import pandas as pd
 import scipy.sparse as sp
 
-from census_scvi.annotation.labels import Labels, column_of
+from census_scvi.annotation.labelled.labels import Labels, column_of
+from census_scvi.annotation.labelled.reference import Reference, batches_of
 from census_scvi.annotation.protocol import Cells
-from census_scvi.annotation.reference import Reference, batches_of
 from census_scvi.counts.row_hash import row_hashes
 from census_scvi.errors import UserError
 from census_scvi.query.alignment import AlignedCells, AlignmentReport

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from census_scvi.annotation.type_distances import TypeDistances
+from census_scvi.annotation.unknown.type_distances import TypeDistances
 from census_scvi.neighbors.index import NeighborIndex
 
 # Query cells around a cell whose median counts: at most this number, and of a small query this share.

@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from census_scvi.annotation.groups import group_columns
 from census_scvi.annotation.ontology import Hierarchy, term_columns
 from census_scvi.annotation.protocol import UNKNOWN, Annotation
+from census_scvi.annotation.results.groups import group_columns
 
 Rows = npt.NDArray[np.int64]
 

@@ -1,0 +1,1 @@
+"""Cells of types that the reference lacks."""
