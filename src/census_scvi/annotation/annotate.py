@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from sklearn.cluster import MiniBatchKMeans
 
 from census_scvi.annotation.annotators.joint_model import STEPS
 from census_scvi.annotation.annotators.neighbor_vote import NEIGHBORS
 from census_scvi.annotation.methods import BASELINES, CONSENSUS, TITLES, create, members_of
 from census_scvi.annotation.ontology import LEVEL, Hierarchy, build_hierarchy, calibrated_threshold
-from census_scvi.annotation.protocol import Annotation, Annotator, Cells
+from census_scvi.annotation.protocol import Annotation, Annotator, Cells, batch_in_words
+from census_scvi.annotation.results.groups import similar_cells
 from census_scvi.annotation.unknown.rule import (
     Batch,
     HeldOutCells,
@@ -27,7 +27,7 @@ from census_scvi.annotation.unknown.rule import (
     apply_rule,
     set_rule,
 )
-from census_scvi.annotation.validation.calibration import Probability, fit_temperature, with_temperature
+from census_scvi.annotation.validation.calibration import Probability, fit_temperature, with_temperature, without_type
 from census_scvi.annotation.validation.folds import Fold, held_out_folds
 from census_scvi.annotation.validation.held_out import HeldOut
 from census_scvi.errors import UserError
@@ -37,8 +37,6 @@ log = logging.getLogger(__name__)
 
 # Warn if the accuracy of a baseline exceeds the method's by more than this.
 _BETTER = 0.02
-# Mean number of query cells per group, and most groups.
-_CELLS_PER_GROUP, _MOST_GROUPS = 60, 500
 _BY_CELLS = "cells"
 
 
@@ -134,7 +132,7 @@ class FittedMethod:
             compared={name: values for name, values in calibrated.items() if name not in self.members},
             unknown=(excess > 0) | empty,
             uncertainty=np.where(empty, 1, 1 / (1 + np.exp(-np.clip(2 * excess, -30, 30)))).astype(np.float32),
-            groups=run.groups(),
+            groups=similar_cells(run.main_space()[self._cells.query], self._seed),
             embedding=run.main_space()[self._cells.query],
             validation=validation,
             warnings=warnings,
@@ -271,7 +269,7 @@ class _Run:
             self.codes,
             self.n_classes,
             self.cells.query,
-            self.cells.batch[self.cells.query],
+            self.cells.query_batch,
             agreed,
         )
         return rule, scores, batches
@@ -288,15 +286,14 @@ class _Run:
         Votes of neighbors are repeated where they change. A classifier is not trained again: its probabilities of the
         other types are normalised.
         """
-        changed = found[:, code] > 0
-        without = found.copy()
-        without[:, code] = 0
         annotator = self.annotators[name]
         others = fold.train[self.codes[fold.train] != code]
         if annotator.refits or annotator.space is None:
-            total = without.sum(axis=1, keepdims=True)
-            without = np.where(total > 0, without / np.maximum(total, 1e-12), 1 / self.n_classes).astype(np.float32)
-        elif changed.any() and len(others):
+            return without_type(found, code)
+        changed = found[:, code] > 0
+        without = found.copy()
+        without[:, code] = 0
+        if changed.any() and len(others):
             without[changed] = self._predict(name, others, self.rows[fold.test[changed]])
         return without
 
@@ -308,15 +305,6 @@ class _Run:
         if not counts.shape[1]:
             return np.zeros(counts.shape[0], bool)
         return np.diff(counts.indptr) == 0
-
-    def groups(self) -> npt.NDArray[np.int64]:
-        """Groups of similar query cells: k-means in the first embedding."""
-        points = self.main_space()[self.cells.query]
-        n_groups = min(len(points) // _CELLS_PER_GROUP, _MOST_GROUPS)
-        if n_groups < 2:
-            return np.zeros(len(points), np.int64)
-        clusters = MiniBatchKMeans(n_groups, n_init=1, random_state=self.seed).fit_predict(points)
-        return np.unique(clusters, return_inverse=True)[1].astype(np.int64)
 
 
 def _warnings(
@@ -343,7 +331,7 @@ def _warnings(
     for name, batch in batches.items():
         if batch.far:
             yield (
-                f"batch {name} of the query: the annotators agree on {batch.agreed:.0%} of its {batch.cells:,} cells,"
+                f"{batch_in_words(name)}: the annotators agree on {batch.agreed:.0%} of its {batch.cells:,} cells,"
                 f" and {batch.beyond:.0%} are farther from the reference than 95 % of its own held-out cells; many may"
                 " be of types that the reference lacks: check their labels with marker genes"
             )

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 PREDICTION, EMPTY = "scvi_prediction", "scvi_empty"
 EMBEDDED = "neighbors"
+_QUERY = "query "  # before the names of the query's batches
 _VAGUE = ("unknown", "na", "nan", "None", "")
 _STUDY, _DONOR = "dataset_id", "donor_id"
 STUDY_COLUMNS = [_STUDY, _DONOR]
@@ -197,10 +198,11 @@ def _without_counts(cells: ad.AnnData, reference: ad.AnnData, embedding: str, la
     n_cells = reference.n_obs + cells.n_obs
     return Cells(
         sp.csr_matrix(np.empty((n_cells, 0), np.float32)),
-        np.append(_reference_batch(reference), np.full(cells.n_obs, "query", dtype=object)),
+        np.append(_reference_batch(reference), np.full(cells.n_obs, _QUERY, dtype=object)),
         reference.n_obs,
         [],
         np.concatenate([reference.obsm[latent], cells.obsm[embedding]]).astype(np.float32),
+        _QUERY,
     )
 
 
@@ -234,6 +236,7 @@ def _with_counts(
             len(rows),
             [str(name) for name in names[genes]],
             np.concatenate([reference.obsm[latent][rows], cells.obsm[embedding]]).astype(np.float32),
+            _QUERY,
         ),
         rows,
         bool(settings.batch_key),
@@ -252,9 +255,9 @@ def _batches(obs: pd.DataFrame, batch_key: Sequence[str]) -> npt.NDArray[np.obje
         if column not in obs:
             have = ", ".join(map(str, obs.columns[:10]))
             raise UserError(f"batch_key: the cells have no obs column {column!r}; obs has {have}")
-    names = pd.Series("query", index=obs.index)
-    for column in batch_key:
-        names = names + " " + obs[column].astype(str)
+    names = pd.Series(_QUERY, index=obs.index)
+    for number, column in enumerate(batch_key):
+        names = names + " " * (number > 0) + obs[column].astype(str)
     return names.to_numpy(dtype=object)
 
 

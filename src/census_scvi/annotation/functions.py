@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from census_scvi.annotation.annotate_query import Sources, annotate_joined, open_sources
-from census_scvi.annotation.labelled.joined import alone
+from census_scvi.annotation.labelled.joined import alone, query_batches
 from census_scvi.annotation.labelled.labels import column_of, read_labels
 from census_scvi.annotation.ontology import build_hierarchy
 from census_scvi.annotation.protocol import Annotation
@@ -166,7 +166,9 @@ def predict(
         trained = _trained(trained_model)
         with QueryCells(adata, values) as query:
             place = query.find_counts(counts)
-            annotation = as_annotation(predict_trained(trained, query, counts=place, min_share=min_share))
+            found = predict_trained(trained, query, counts=place, min_share=min_share)
+            batch = query_batches(query, columns) if (columns := _columns(batch_key)) else None
+            annotation = as_annotation(trained, found, batch)
         rows, terms = np.arange(n_cells), dict[str, str]()
     else:
         settings = _settings(

@@ -12,6 +12,7 @@ import scipy.sparse as sp
 
 from census_scvi.annotation.ontology import LEVEL
 
+ALL_CELLS = "all"  # the only batch of a query, if its batches are not known
 UNKNOWN = "unknown"  # label of a cell of a type that the reference probably lacks
 
 
@@ -31,6 +32,8 @@ class Cells:
         feature_ids of the columns.
     embedding
         float32 (cells, dimensions): the embedding by a trained model; None: there is no model.
+    query_prefix
+        What was put before the names of the query's batches, so that none is a batch of the reference.
     """
 
     counts: sp.csr_matrix
@@ -38,6 +41,7 @@ class Cells:
     n_reference: int
     genes: list[str]
     embedding: npt.NDArray[np.float32] | None = None
+    query_prefix: str = ""
 
     def __len__(self) -> int:
         return len(self.batch)
@@ -51,6 +55,17 @@ class Cells:
     def query(self) -> npt.NDArray[np.int64]:
         """Rows of the query."""
         return np.arange(self.n_reference, len(self))
+
+    @property
+    def query_batch(self) -> npt.NDArray[np.object_]:
+        """Batch of each query cell by the user's own name, object (query cells,); "all" if it is not known."""
+        names = (str(name).removeprefix(self.query_prefix) for name in self.batch[self.n_reference :])
+        return np.array([name or ALL_CELLS for name in names], dtype=object)
+
+
+def batch_in_words(name: str) -> str:
+    """A batch of `Cells.query_batch` in a message."""
+    return "the query" if name == ALL_CELLS else f"batch {name} of the query"
 
 
 class Annotator(Protocol):

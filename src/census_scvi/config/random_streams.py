@@ -26,6 +26,7 @@ class Stream(IntEnum):
     CLASSIFIER_CELLS = 21
     CLASSIFIER_VALIDATION = 22
     CLASSIFIER_INTERPRETATION = 23
+    CLASSIFIER_KEPT_CELLS = 24
 
 
 def generator(seed: int, stream: Stream, *numbers: int) -> np.random.Generator:

@@ -13,6 +13,7 @@ import pandas as pd
 
 from census_scvi.annotation.annotate_query import Sources, annotate_joined, open_sources
 from census_scvi.annotation.cost import effort
+from census_scvi.annotation.labelled.joined import query_batches
 from census_scvi.annotation.labelled.labels import column_of, read_labels
 from census_scvi.annotation.ontology import build_hierarchy
 from census_scvi.annotation.protocol import Annotation
@@ -154,7 +155,8 @@ def _predict(task: Task) -> None:
         if _uses_model(config):
             trained = Trained.load(model_folder(config.query, config.annotate))
             found = predict_trained(trained, query, counts=place, min_share=config.query.min_share)
-            annotation, rows = as_annotation(found), np.arange(n_cells)
+            batch = query_batches(query, key) if (key := config.query.batch_key) else None
+            annotation, rows = as_annotation(trained, found, batch), np.arange(n_cells)
             terms: Mapping[str, str] = {}
             cells, reference = ad.AnnData(obs=obs.copy()), None
         else:

@@ -80,7 +80,7 @@ def _train(
 ) -> None:
     module = model.module.train()
     minibatches = _minibatches(counts, codes, steps, generator)
-    with unused_frozen(module), progress_bar(steps, "train the joint model") as bar:
+    with unused_frozen(module), progress_bar(steps, "train the joint model", unit="steps") as bar:
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         optimizer = torch.optim.Adam(trained, lr=_LEARNING_RATE, eps=0.01, weight_decay=1e-6, fused=True)
         for number, minibatch in enumerate(minibatches):

@@ -99,7 +99,7 @@ def join(
     UserError
         Too few genes are shared, a column does not exist, or the query is the reference.
     """
-    batches = _batches(query, batch_key)
+    batches = query_batches(query, batch_key)
     aligned = AlignedCells(
         query,
         reference.genes,
@@ -144,6 +144,7 @@ def join(
             batch=np.array(batch, dtype=object),
             n_reference=len(labelled),
             genes=genes,
+            query_prefix=prefix[1],
         ),
         labels=reference.labels[labelled],
         units={name: values[labelled] for name, values in reference.units.items()},
@@ -175,7 +176,14 @@ def alone(reference: Reference) -> Joined:
     )
 
 
-def _batches(query: QueryCells, batch_key: list[str] | None) -> Labels:
+def query_batches(query: QueryCells, batch_key: list[str] | None) -> Labels:
+    """Batch of each query cell, object (cells,): the combination of values of some obs columns.
+
+    Raises
+    ------
+    UserError
+        There is no such column, or it has about as many values as there are cells.
+    """
     for column in batch_key or []:
         values = column_of(query.obs, column, query.name, "query.batch_key")
         if values.nunique() > max(len(query) // 2, 1):

@@ -7,8 +7,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from sklearn.cluster import MiniBatchKMeans
 
 from census_scvi.annotation.protocol import UNKNOWN
+
+# Mean number of cells per group, and most groups.
+_CELLS_PER_GROUP, _MOST_GROUPS = 60, 500
+
+
+def similar_cells(points: npt.NDArray[np.float32], seed: int = 0) -> npt.NDArray[np.int64]:
+    """Groups of similar cells, int64 (cells,): k-means of an embedding (cells, dimensions)."""
+    n_groups = min(len(points) // _CELLS_PER_GROUP, _MOST_GROUPS)
+    if n_groups < 2:
+        return np.zeros(len(points), np.int64)
+    clusters = MiniBatchKMeans(n_groups, n_init=1, random_state=seed).fit_predict(points)
+    return np.unique(clusters, return_inverse=True)[1].astype(np.int64)
 
 
 def label_groups(

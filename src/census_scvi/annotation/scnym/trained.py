@@ -11,18 +11,24 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from pydantic import ValidationError
+from safetensors import SafetensorError
 
 from census_scvi.annotation.labelled.joined import Joined
-from census_scvi.annotation.labelled.labels import UNLABELLED
 from census_scvi.annotation.protocol import Annotation
+from census_scvi.annotation.results.groups import similar_cells
 from census_scvi.annotation.scnym.cells import InFile, InMemory, Selected
 from census_scvi.annotation.scnym.classifier import Classifier, Prediction
 from census_scvi.annotation.scnym.interpret import Attribution, expected_gradients
 from census_scvi.annotation.scnym.settings import NO_NEW_IDENTITY, hyperparameters
+from census_scvi.annotation.scnym.training import UNLABELLED
+from census_scvi.annotation.scnym.training import Trained as Training
 from census_scvi.annotation.scnym.training import train as train_classifier
+from census_scvi.annotation.scnym.validated import RANDOM_CELLS, Validated
 from census_scvi.errors import UserError
 from census_scvi.files.atomic import write_json
 from census_scvi.files.json_file import read_json
+from census_scvi.model.published_record import first_problem
 from census_scvi.query.alignment import AlignedCells
 from census_scvi.query.cells import QueryCells
 
@@ -32,7 +38,7 @@ ABOUT = "genes.json"
 _FORMAT = 1
 # scNym's other names of presets.
 _PRESETS = {"default": NO_NEW_IDENTITY}
-_TRAINING = "training"
+_TRAINING, _VALIDATED = "training", "validated"
 
 
 @dataclass(frozen=True)
@@ -49,17 +55,22 @@ class Trained:
         Organism of the genes.
     labels
         Name of the column of labels.
+    validated
+        Calibration and the rule for unknown cells; None: saved by a version that had neither.
     """
 
     classifier: Classifier
     symbols: Mapping[str, str]
     organism: str
     labels: str
+    validated: Validated | None = None
 
     def save(self, folder: Path) -> None:
         """Write the classifier and the symbols of its genes into a folder."""
         self.classifier.save(folder)
         about = {"format": _FORMAT, "organism": self.organism, "labels": self.labels, "symbols": dict(self.symbols)}
+        if self.validated is not None:
+            about[_VALIDATED] = self.validated.save(folder)
         write_json(folder / ABOUT, about)
 
     @classmethod
@@ -80,11 +91,16 @@ class Trained:
                     " classifier again"
                 )
             symbols = {str(gene): str(symbol) for gene, symbol in about["symbols"].items()}
-            return cls(classifier, symbols, str(about["organism"]), str(about["labels"]))
-        except FileNotFoundError:  # saved without its reference
-            return cls(classifier, {}, "homo_sapiens", "cell_type")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{folder / ABOUT} is damaged ({error}); train the classifier again") from None
+            validated = None
+            if _VALIDATED in about:
+                shape = (len(classifier.classes), classifier.network.n_hidden)
+                validated = Validated.load(folder, about[_VALIDATED], *shape)
+            return cls(classifier, symbols, str(about["organism"]), str(about["labels"]), validated)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+            if isinstance(error, FileNotFoundError) and not (folder / ABOUT).exists():  # saved without its reference
+                return cls(classifier, {}, "homo_sapiens", "cell_type")
+            problem = first_problem(error) if isinstance(error, ValidationError) else error
+            raise UserError(f"{folder / ABOUT} is damaged ({problem}); train the classifier again") from None
 
 
 def preset_named(name: str) -> str:
@@ -130,7 +146,21 @@ def train_joined(
         folder=None if folder is None else folder / _TRAINING,
     )
     symbols = {gene: symbol for gene, symbol in zip(cells.genes, joined.symbols, strict=True) if symbol != gene}
-    return Trained(result.classifier, symbols, organism, labels)
+    return Trained(result.classifier, symbols, organism, labels, _validated(result, joined, seed))
+
+
+def _validated(result: Training, joined: Joined, seed: int) -> Validated:
+    """Calibration and rule for unknown cells, on the cells that early stopping used."""
+    classifier, n_labelled = result.classifier, joined.cells.n_reference
+    codes = np.searchsorted(classifier.classes, joined.labels.astype(str))
+    validation = result.validation[:n_labelled]
+    prediction = classifier.predict(InMemory(joined.cells.counts[:n_labelled]), classifier.genes)
+    held_out_by = RANDOM_CELLS
+    if joined.units:
+        name, donors = list(joined.units.items())[-1]  # as in `_donors`
+        if set(donors[validation]).isdisjoint(donors[~validation]):
+            held_out_by = name
+    return Validated.of(prediction, codes, validation, held_out_by, seed)
 
 
 def _donors(joined: Joined, n_query: int) -> npt.NDArray[np.object_] | None:
@@ -223,22 +253,32 @@ def _source(trained: Trained, query: QueryCells, counts: str | None, min_share: 
     return source, [classifier.genes[column] for column in shared]
 
 
-def as_annotation(prediction: Prediction) -> Annotation:
-    """A prediction of a classifier as an annotation; nothing is calibrated, and only cells without counts are
-    unknown.
+def as_annotation(trained: Trained, prediction: Prediction, batch: npt.NDArray[np.object_] | None = None) -> Annotation:
+    """A prediction of a classifier as an annotation.
+
+    Parameters
+    ----------
+    trained
+        The classifier. One that was saved by a version without calibration gives probabilities that are not calibrated,
+        and only its cells without counts are unknown.
+    prediction
+        Result of `predict_trained`.
+    batch
+        object (cells,): batch of each cell; None: not known.
     """
-    n_cells = len(prediction.probability)
+    if trained.validated is not None:
+        return trained.validated.annotation(prediction, batch)
     return Annotation(
         classes=prediction.classes,
         probability=prediction.probability,
         members={"scnym": prediction.probability},
         unknown=prediction.empty,
         uncertainty=(1 - prediction.confidence).astype(np.float32),
-        groups=np.zeros(n_cells, np.int64),
+        groups=similar_cells(prediction.embedding),
         embedding=prediction.embedding,
         validation=pd.DataFrame(),
         warnings=[
-            "the probabilities of a saved classifier are not calibrated, and it does not mark cells of types that its"
-            " reference lacks; annotate.method=consensus does both"
+            "the probabilities of this classifier are not calibrated, and it does not mark cells of types that its"
+            " reference lacks, since an earlier version saved it; train it again, or use annotate.method=consensus"
         ],
     )

@@ -18,6 +18,14 @@ def with_temperature(probability: Probability, temperature: float) -> Probabilit
     return (powers / np.maximum(powers.sum(axis=1, keepdims=True), 1e-300)).astype(np.float32)
 
 
+def without_type(probability: Probability, code: int) -> Probability:
+    """Probabilities (cells, classes) if a class did not exist: those of the others, normalised."""
+    others = probability.copy()
+    others[:, code] = 0
+    total = others.sum(axis=1, keepdims=True)
+    return np.where(total > 0, others / np.maximum(total, 1e-12), 1 / others.shape[1]).astype(np.float32)
+
+
 def fit_temperature(probability: Probability, codes: npt.NDArray[np.int64]) -> float:
     """The temperature with the least Brier score; 1 without cells.
 
