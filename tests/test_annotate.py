@@ -153,7 +153,7 @@ def test_a_classifier_is_trained_used_and_explained(
     settings["reference"] = {"file": str(files / "labelled.h5ad")}
     assert annotate(files, "train", annotate=settings) == 0
     folder = files / "cells-annotated-model"
-    assert {"classifier.safetensors", "classifier.json", "genes.json", "train.json"} <= {
+    assert {"classifier.safetensors", "classifier.json", "genes.json", "training_cells.safetensors", "train.json"} <= {
         path.name for path in folder.iterdir()
     }
     assert annotate(files, "train", annotate=settings) == 0
@@ -161,6 +161,14 @@ def test_a_classifier_is_trained_used_and_explained(
     assert annotate(files, annotate=settings) == 0
     found = ad.read_h5ad(files / "cells-annotated.h5ad")
     assert accuracy(found.obs["cell_type_best"], blood.obs["cell_type"]) > 0.6
+    report = json.loads((files / "cells-annotated.json").read_text())
+    assert report["measured"]["known_kept"] > 0.9
+    assert report["measured"]["validation_cells"] > 50
+    assert set(report["measured"]["batches"]) == set(blood.obs["donor_id"])
+    assert report["validation"][0]["accuracy"] == found.uns["annotation"]["cell_type"]["held_out_accuracy"]["scnym"]
+    assert report["unknown"] == found.obs["cell_type_unknown"].sum()
+    assert any("thresholds of the classifier are measured on" in warning for warning in report["warnings"])
+    assert len(report["groups"]) == found.obs["cell_type_group"].nunique() > 1
     assert annotate(files, "interpret", "annotate.target=B cell", annotate=settings) == 0
     table = pd.read_csv(files / "cells-annotated-genes-b_cell.csv")
     assert table["saliency"].is_monotonic_decreasing

@@ -121,7 +121,7 @@ def test_a_user_sees_whether_the_model_helps(latent_of: str, tmp_path: Path) -> 
     mine.write_h5ad(tmp_path / "mine.h5ad")
     stored = sc.read_h5ad(tmp_path / "mine.h5ad")
     assert stored.obs["cell_type_pca"].equals(mine.obs["cell_type_pca"])
-    assert set(stored.uns[PREDICTION]["cell_type"]["batches"]["batch"]) == {"query"}
+    assert set(stored.uns[PREDICTION]["cell_type"]["batches"]["batch"]) == {"all"}
 
 
 def test_members_and_their_agreement(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_members_and_their_agreement(tmp_path: Path) -> None:
     mine.obs["lane"] = np.where(np.arange(100) % 2, "a/b", "c")
     found = annotated(reference, mine, (counts, query), batch_key=("lane",))
     assert found["members"] == ["harmony", "logistic_regression"]
-    assert list(found["batches"]["batch"]) == ["query a/b", "query c"]
+    assert list(found["batches"]["batch"]) == ["a/b", "c"]
     both = np.stack([mine.obs[f"cell_type_{name}"].astype(str) for name in found["members"]])
     expected = (both == mine.obs["cell_type_best"].astype(str).to_numpy()).mean(axis=0)
     np.testing.assert_allclose(mine.obs["cell_type_agreement"], expected)

@@ -159,7 +159,7 @@ def test_other_methods_and_the_batches_of_the_query(atlas: Atlas, own_cells: ad.
     quality = named.uns["scvi_prediction"]["cell_type"]
     assert quality["method"] == method
     assert "harmony" in quality["members"]
-    assert list(quality["batches"]["batch"]) == ["query one", "query two"]
+    assert list(quality["batches"]["batch"]) == ["one", "two"]
     with pytest.raises(UserError, match="batch_key: the cells have no obs column 'lanes'"):
         atlas.predict(batches, method=method, batch_key="lanes")
 

@@ -154,12 +154,13 @@ FORMS = {
     "version and symbol": "{id}.12_{symbol}", "bar": "{symbol}|{id}.3", "spaces": "  {id} ",
     "brackets": "{symbol} ({id})", "genome and symbol": "GRCh38_{symbol}",
     "spaces around a symbol": " {symbol}\t", "both": "GRCh38_{id}_{symbol}",
+    "small letters": "{small}", "small letters and version": "{small}.7",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_what_tools_add_to_a_name_is_taken_off(form: str, tmp_path: Path) -> None:
-    names = [FORMS[form].format(id=name, symbol=symbol) for name, symbol in KNOWN.items()]
+    names = [FORMS[form].format(id=name, small=name.lower(), symbol=symbol) for name, symbol in KNOWN.items()]
     query = ad.AnnData(counts(40), var=pd.DataFrame(index=names))
     aligned = AlignedCells(QueryCells(query), IDS, KNOWN, HUMAN, min_share=1.0)
     assert np.array_equal(next(aligned.blocks(100))[1].toarray(), query.X.toarray())

@@ -65,7 +65,7 @@ def test_from_file_to_file(finished_run: Run, query: Path, capsys: pytest.Captur
     report = json.loads(target.with_suffix(".json").read_text())
     assert report["alignment"]["counts"] == "layers/counts"
     assert sum(report["predictions"]["cell_type"]["cells"].values()) == report["cells"] == 250
-    assert report["predictions"]["cell_type"]["batches"]["batch"] == ["query 0", "query 1", "query 2"]
+    assert report["predictions"]["cell_type"]["batches"]["batch"] == ["0", "1", "2"]
     held_out = report["predictions"]["cell_type"]["held_out"]
     assert all(
         0 < held_out[name]["accuracy"] <= 1 for name in ("fast", "harmony", "neighbors", "pca", "logistic_regression")

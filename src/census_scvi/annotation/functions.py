@@ -167,7 +167,7 @@ def predict(
         with QueryCells(adata, values) as query:
             place = query.find_counts(counts)
             found = predict_trained(trained, query, counts=place, min_share=min_share)
-            batch = query_batches(query, columns) if (columns := _columns(batch_key)) else None
+            batch = query_batches(query, keys) if (keys := _columns(batch_key)) else None
             annotation = as_annotation(trained, found, batch)
         rows, terms = np.arange(n_cells), dict[str, str]()
     else:

@@ -136,13 +136,14 @@ def _names(var: pd.DataFrame) -> Iterator[pd.Series]:
 def clean_names(names: pd.Series) -> pd.Series:
     """Remove surrounding spaces, a genome before the name, and a symbol next to an Ensembl id.
 
-    A name that contains exactly one Ensembl id becomes that id. A name that is only a genome stays as it is.
+    A name that contains exactly one Ensembl id becomes that id, in capitals. A name that is only a genome stays as it
+    is.
     """
     stripped = names.str.strip()
-    ids = stripped.str.findall(_ENSEMBL_WITHIN)
+    ids = stripped.str.findall(_ENSEMBL_WITHIN, flags=re.IGNORECASE)
     one = ids.str.len() == 1
     cleaned = stripped.str.replace(_GENOME, "", regex=True)
-    cleaned[one] = ids[one].str[0]
+    cleaned[one] = ids[one].str[0].str.upper()
     return cleaned
 
 

@@ -155,7 +155,7 @@ def _predict(task: Task) -> None:
         if _uses_model(config):
             trained = Trained.load(model_folder(config.query, config.annotate))
             found = predict_trained(trained, query, counts=place, min_share=config.query.min_share)
-            batch = query_batches(query, key) if (key := config.query.batch_key) else None
+            batch = query_batches(query, keys) if (keys := config.query.batch_key) else None
             annotation, rows = as_annotation(trained, found, batch), np.arange(n_cells)
             terms: Mapping[str, str] = {}
             cells, reference = ad.AnnData(obs=obs.copy()), None
