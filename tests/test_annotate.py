@@ -253,7 +253,20 @@ MISTAKES: dict[str, tuple[Callable[[Path], None], dict[str, Any], str]] = {
     "no such labels": (nothing, {"query": {"labels": ["celltype"]}}, "no obs column 'celltype'"
     " (annotate.reference.labels)"
                        "; did you mean cell_type?"),
-    "two columns": (nothing, {"query": {"labels": ["cell_type", "mine"]}}, "annotate predicts one column of labels"),
+    "no column": (nothing, {"query": {"labels": []}}, "query.labels is []; name the columns of labels to predict"),
+    "two columns for a classifier": (
+        nothing, {"query": {"labels": ["cell_type", "mine"]}, "annotate": {"action": "train", "method": "scnym"}},
+        "query.labels names 2 columns (cell_type, mine), and a saved classifier predicts one; name one",
+    ),
+    "fewer columns in the reference": (
+        nothing,
+        {"query": {"labels": ["cell_type", "mine"]}, "annotate": {"reference": {"labels": ["cell_type"]}}},
+        "annotate.reference.labels names 1 column (cell_type), query.labels 2 (cell_type, mine); give as many",
+    ),
+    "one label in the second column": (
+        relabelled(lambda types: types), {"query": {"labels": ["cell_type", "dataset_id"]}, "annotate": {"reference":
+        {"obs_filter": "dataset_id == 'demo-human-lung'"}}}, "obs['dataset_id'] has 1 label, 1 of them with more than"
+    ),
     "no such batch": (nothing, {"query": {"batch_key": ["donor"]}}, "no obs column 'donor' (query.batch_key); did you"),
     "the query is the reference": (same_cells, {}, "cells.h5ad is the reference: 930 of 930 reference cells have the"),
     "all cells have a label": (
@@ -331,6 +344,40 @@ def test_what_is_not_used_is_said(files: Path, capsys: pytest.CaptureFixture[str
     assert "obs has donor_id: query.batch_key=[donor_id]" in messages
 
 
+def test_several_columns_are_as_each_alone(files: Path, blood: ad.AnnData) -> None:
+    """Labels, numbers and report of the second column are those of a run with it alone; its name differs there."""
+
+    def coarse(types: pd.Series) -> pd.Series:
+        return types.astype(str).str.contains("T cell").map({True: "T", False: "other"})
+
+    labelled = ad.read_h5ad(files / "labelled.h5ad")
+    labelled.obs["kind"] = coarse(labelled.obs["cell_type"])
+    labelled.write_h5ad(files / "labelled.h5ad")
+    reference = {"file": str(files / "labelled.h5ad")}
+
+    def run(name: str, labels: list[str], theirs: list[str], **settings: Any) -> tuple[ad.AnnData, dict[str, Any]]:
+        query = {"labels": labels, "output": str(files / f"{name}.h5ad")}
+        assert annotate(files, query=query, annotate={"reference": reference | {"labels": theirs}, **settings}) == 0
+        return ad.read_h5ad(files / f"{name}.h5ad"), json.loads((files / f"{name}.json").read_text())
+
+    one, numbers = run("one", ["coarse"], ["kind"])
+    both, report = run("both", ["cell_type", "coarse"], ["cell_type", "kind"], key_added="scNym")
+    columns = [column for column in one.obs if column.startswith("coarse_")]
+    assert "coarse_harmony" in columns
+    pd.testing.assert_frame_equal(both.obs[columns], one.obs[columns])
+    assert report["labels"] == list(report["columns"]) == ["cell_type", "coarse"]
+    for entry in ("types", "validation", "groups", "threshold", "agreement"):
+        assert report["columns"]["coarse"][entry] == numbers[entry]
+    assert accuracy(both.obs["coarse_best"], coarse(blood.obs["cell_type"])) > 0.9
+    page = (files / "both.html").read_text()
+    for name in ("cell_type", "coarse"):
+        assert (both.obs[f"scNym_{name}"] == both.obs[f"{name}_best"]).all()
+        assert set(both.obs[f"{name}_best"]) <= set(both.uns["annotation"][name]["classes"])
+        assert f'<h1 id="{name}">' in page
+        assert f'<h2 id="{name}-types">' in page
+    assert page.count('id="input"') == 1
+
+
 def test_numbers_of_clusters_are_names(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     relabelled(lambda types: pd.factorize(types, sort=True)[0].astype(float))(files)
     assert annotate(files) == 0
@@ -348,9 +395,10 @@ def test_a_slice_has_as_many_cells_of_every_label(demo_census: str, blood: ad.An
         section = ReferenceSection(obs_filter=OTHERS, **settings)
         with (
             QueryCells(blood) as query,
-            open_sources(query, "X", "cell_type", section, CensusSection(uri=demo_census), seed=seed) as found,
+            open_sources(query, "X", ["cell_type"], section, CensusSection(uri=demo_census), seed=seed) as found,
         ):
-            return pd.Series(found.reference.labels).value_counts(), found.reference.counts(np.arange(3)).toarray()
+            cells = found.reference
+            return pd.Series(cells.labels["cell_type"]).value_counts(), cells.counts(np.arange(3)).toarray()
 
     sizes, counts = sources(0, cells_per_type=30)
     assert (sizes.sort_index() == np.minimum(30, sources(0)[0].sort_index())).all()

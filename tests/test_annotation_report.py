@@ -16,7 +16,7 @@ import scipy.sparse as sp
 from census_scvi.annotation.ontology import build_hierarchy
 from census_scvi.annotation.protocol import Annotation
 from census_scvi.annotation.results.markers import Markers, dots
-from census_scvi.report.annotation import write_annotation_report
+from census_scvi.report.annotation import Reported, write_annotation_report
 
 TYPES = ["B cell", "CD4-positive, alpha-beta T cell", "CD8-positive, alpha-beta T cell"]
 B, CD4, CD8 = range(3)
@@ -74,11 +74,7 @@ def written(reference: ad.AnnData, tmp_path_factory: pytest.TempPathFactory) -> 
     path = tmp_path_factory.mktemp("report") / "cells-cell_type.html"
     write_annotation_report(
         path,
-        "cell_type",
-        annotation(),
-        QUERY,
-        reference,
-        hierarchy=build_hierarchy(TYPES),
+        [Reported("cell_type", annotation(), QUERY, reference, build_hierarchy(TYPES))],
         facts={"file": "mine.h5ad"},
         refused=["2 cells have no counts"],
     )
@@ -155,7 +151,7 @@ def test_a_report_of_little(changes: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     positions = np.zeros((100, 2), np.float32)
     record = write_annotation_report(
-        path, "cell_type", found, query, hierarchy=build_hierarchy(found.classes), positions=positions
+        path, [Reported("cell_type", found, query, hierarchy=build_hierarchy(found.classes))], positions=positions
     )
     page = path.read_text()
     assert not any(f'id="{name}"' in page for name in ("markers", "accuracy", "annotators"))

@@ -15,9 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.linalg import null_space
 
-from census_scvi.annotation.annotator import EMPTY, PREDICTION, Counts, Settings, annotate_cells
+from census_scvi.annotation.annotate_labels import annotate_labels
+from census_scvi.annotation.labelled.atlas import Counts, join_atlas
 from census_scvi.annotation.labelled.sample import draw_balanced
 from census_scvi.annotation.methods import TITLES
+from census_scvi.annotation.results.columns import EMPTY, PREDICTION, add_results, results_of
 from census_scvi.annotation.validation.held_out import HeldOut
 from census_scvi.errors import UserError
 from census_scvi.pictures.annotation_quality import draw_quality
@@ -91,10 +93,15 @@ def annotated(
     measured: np.ndarray = ALL,
     batch_key: tuple[str, ...] = (),
 ) -> dict:
-    """What `annotate_cells` writes into uns; it changes `mine`."""
-    both = None if counts is None else Counts(counts[1], lambda rows: counts[0][rows], GENES, measured)
-    options = Settings(method, batch_key, 10_000, 15, 50, 0)
-    annotate_cells(mine, reference, ["cell_type"], both, options, embedding="X_scvi", latent="scvi")
+    """The quality of the annotation in uns; the results are written into `mine`."""
+    both = None if counts is None else Counts(counts[1], lambda rows: counts[0][rows], GENES, measured, 10_000)
+    joined = join_atlas(
+        mine, reference, ["cell_type"], both, batch_key=batch_key, n_neighbors=15, seed=0, embedding="X_scvi",
+        latent="scvi",
+    )  # fmt: skip
+    found = annotate_labels(joined, method, steps=50)
+    empty = mine.obs[EMPTY].to_numpy(dtype=bool)
+    add_results(mine, results_of(found, joined.query_rows, mine.obs_names, quality=PREDICTION, empty=empty))
     return mine.uns[PREDICTION]["cell_type"]
 
 

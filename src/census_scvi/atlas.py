@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import anndata as ad
 import numpy as np
@@ -20,17 +20,14 @@ import scipy.sparse as sp
 import scvi
 from matplotlib.figure import Figure
 
-from census_scvi.annotation.annotator import (
-    EMPTY,
-    PREDICTION,
-    STUDY_COLUMNS,
-    Annotated,
-    Counts,
-    Settings,
-    annotate_cells,
-)
+from census_scvi.annotation.annotate_labels import annotate_labels
 from census_scvi.annotation.annotators.joint_model import STEPS
+from census_scvi.annotation.labelled.atlas import Counts, join_atlas
+from census_scvi.annotation.labelled.joined import Joined
+from census_scvi.annotation.labelled.reference import STUDY_COLUMNS
 from census_scvi.annotation.methods import CONSENSUS, TITLES, check_method
+from census_scvi.annotation.protocol import Annotated
+from census_scvi.annotation.results.columns import EMPTY, PREDICTION, add_results, results_of
 from census_scvi.census.cells import require_columns
 from census_scvi.census.genes import read_var
 from census_scvi.census.open import Census
@@ -452,6 +449,7 @@ class Atlas:
         n_neighbors: int = 15,
         baseline_cells: int = BASELINE_CELLS,
         steps: int = STEPS,
+        scnym: Mapping[str, Any] | None = None,
         max_cells: int = REFERENCE_CELLS,
         seed: int = 0,
         counts: str | None = None,
@@ -485,6 +483,8 @@ class Atlas:
             Maximum size of the reference; if more cells match, this number is sampled at random.
         steps
             Training steps of the methods that train a network.
+        scnym
+            Hyper-parameters of the method `scnym` that replace those of its preset, and the name of the `preset`.
         seed
             Seed of all random numbers.
         counts, min_share
@@ -529,19 +529,22 @@ class Atlas:
         reference = self.reference(obs_filter, columns, max_cells, seed)
         with_counts = None
         if baseline_cells and _holds_counts(source):
-            with_counts = self._counts(source, mapped, reference, counts, min_share)
+            with_counts = self._counts(source, mapped, reference, counts, min_share, baseline_cells)
         batches = [] if batch_key is None else [batch_key] if isinstance(batch_key, str) else list(batch_key)
-        settings = Settings(method, batches, baseline_cells, n_neighbors, steps, seed)
-        annotated = annotate_cells(
-            mapped, reference, columns, with_counts, settings, embedding=OWN_EMBEDDING, latent=EMBEDDING
-        )
+        joined = join_atlas(
+            mapped, reference, columns, with_counts, batch_key=batches, n_neighbors=n_neighbors, seed=seed,
+            embedding=OWN_EMBEDDING, latent=EMBEDDING,
+        )  # fmt: skip
+        annotated = annotate_labels(joined, method, n_neighbors=n_neighbors, steps=steps, scnym=scnym, seed=seed)
+        empty = mapped.obs[EMPTY].to_numpy(dtype=bool)
+        add_results(mapped, results_of(annotated, joined.query_rows, mapped.obs_names, quality=PREDICTION, empty=empty))
         if report is not None:
-            self._report(Path(expand_argument(report, "report")), mapped, annotated)
+            self._report(Path(expand_argument(report, "report")), mapped, joined, annotated)
         return mapped
 
-    def _report(self, path: Path, mapped: ad.AnnData, annotated: list[Annotated]) -> None:
+    def _report(self, path: Path, mapped: ad.AnnData, joined: Joined, annotated: list[Annotated]) -> None:
         """Write a report of each label."""
-        from census_scvi.report.annotation import cells_with_counts, write_annotation_report
+        from census_scvi.report.annotation import Reported, cells_with_counts, write_annotation_report
 
         census = self._cells.census
         var = read_var(census)
@@ -554,25 +557,27 @@ class Atlas:
         if empty := int(mapped.obs[EMPTY].sum()):
             refused.append(f"{empty:,} cells have no counts in the genes of the model; they are unknown")
         for found in annotated:
-            query, reference = cells_with_counts(found.cells, found.labels, found.known, symbols)
+            query, reference = cells_with_counts(joined.cells, found.labels, joined.labels[found.labels], symbols)
             facts = {
                 "cells": f"{mapped.n_obs:,}",
-                "reference": f"{found.cells.n_reference:,} cells of {without_credentials(census.identity['uri'])}",
+                "reference": f"{joined.cells.n_reference:,} cells of {without_credentials(census.identity['uri'])}",
                 "annotators": ", ".join(TITLES.get(name, name) for name in found.annotation.facts["members"]),
             }
             write_annotation_report(
                 named_after(path, found.labels, ".html"),
-                found.labels,
-                found.annotation,
-                query,
-                reference,
-                hierarchy=found.hierarchy,
+                [Reported(found.labels, found.annotation, query, reference, found.hierarchy)],
                 facts=facts,
                 refused=refused,
             )
 
     def _counts(
-        self, source: QuerySource, mapped: ad.AnnData, reference: ad.AnnData, counts: str | None, min_share: float
+        self,
+        source: QuerySource,
+        mapped: ad.AnnData,
+        reference: ad.AnnData,
+        counts: str | None,
+        min_share: float,
+        most_cells: int,
     ) -> Counts:
         """Counts of embedded cells, and of reference cells when they are needed."""
         genes = self._cells.model[1].genes
@@ -582,7 +587,7 @@ class Atlas:
             return sp.vstack([block.counts for block in blocks], format="csr")
 
         query = sp.vstack(list(self._mapper.counts(source, counts=counts, min_share=min_share)), format="csr")
-        return Counts(query, read, genes, ~np.isin(genes, mapped.uns["scvi_alignment"]["missing"]))
+        return Counts(query, read, genes, ~np.isin(genes, mapped.uns["scvi_alignment"]["missing"]), most_cells)
 
     def quality(self, cells: ad.AnnData, labels: str = "cell_type") -> Figure:
         """Plot the quality of labels from `predict`: calibration and risk-coverage curves."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
@@ -11,13 +11,13 @@ import anndata as ad
 import numpy as np
 import numpy.typing as npt
 
-from census_scvi.annotation.annotate import FittedMethod
+from census_scvi.annotation.annotate_labels import annotate_labels
 from census_scvi.annotation.cost import effort
 from census_scvi.annotation.labelled.joined import Joined, join
 from census_scvi.annotation.labelled.labels import column_of, read_labels
 from census_scvi.annotation.labelled.reference import Reference, reference_in_census, reference_in_file
-from census_scvi.annotation.protocol import Annotation
-from census_scvi.annotation.scnym.trained import preset_named
+from census_scvi.annotation.methods import EMBEDDED
+from census_scvi.annotation.protocol import Annotated
 from census_scvi.annotation.settings import AnnotateSection, ReferenceSection
 from census_scvi.census.open import open_census
 from census_scvi.census.settings import CensusSection
@@ -70,7 +70,7 @@ class Sources:
 def open_sources(
     query: QueryCells,
     place: str,
-    labels: str,
+    labels: Sequence[str],
     settings: ReferenceSection,
     census: CensusSection,
     *,
@@ -86,7 +86,7 @@ def open_sources(
     query, place
         The open query, and the place of its raw counts.
     labels
-        obs column of the labels, unless `settings` has one.
+        Columns to predict: obs columns of the labels, unless `settings` has others.
     settings
         What to read of the labelled cells.
     census
@@ -94,7 +94,7 @@ def open_sources(
     reference
         Labelled cells; None: the Census.
     same_file
-        The labelled cells are those of the query that have a label.
+        The labelled cells are those of the query that have a label in the first column.
     all_labelled
         Whether all cells of the query may have a label.
     seed
@@ -105,20 +105,32 @@ def open_sources(
     UserError
         Labels, genes or counts cannot be used; all cells of the query have a label or, of the same file, none has.
     """
-    column = settings.labels or labels
+    columns = label_columns(labels, settings)
     with ExitStack() as stack:
         if same_file:
-            rows = _unlabelled(query, column, required=not all_labelled)
+            rows = _unlabelled(query, columns[labels[0]], required=not all_labelled)
             settings = settings.model_copy(update={"counts": place})
-            found = reference_in_file(query, settings, column, census.organism, seed)
+            found = reference_in_file(query, settings, columns, census.organism, seed)
         elif reference is not None:
             cells = reference if isinstance(reference, QueryCells) else QueryCells(reference, settings.values)
-            found = reference_in_file(stack.enter_context(opened(cells)), settings, column, census.organism, seed)
+            found = reference_in_file(stack.enter_context(opened(cells)), settings, columns, census.organism, seed)
             rows = np.arange(len(query))
         else:
-            found = reference_in_census(stack.enter_context(open_census(census)), settings, column, seed)
+            found = reference_in_census(stack.enter_context(open_census(census)), settings, columns, seed)
             rows = np.arange(len(query))
         yield Sources(query, place, found, rows, same_file)
+
+
+def label_columns(labels: Sequence[str], settings: ReferenceSection) -> dict[str, str]:
+    """The reference's obs column of the labels for each column to predict; UserError if their numbers differ."""
+    theirs = settings.labels or labels
+    if len(theirs) != len(labels):
+        raise UserError(
+            f"annotate.reference.labels names {len(theirs)} column{'s' * (len(theirs) != 1)} ({', '.join(theirs)}),"
+            f" query.labels {len(labels)} ({', '.join(labels)}); give as many in the same order, or null for the same"
+            " names"
+        )
+    return dict(zip(labels, theirs, strict=True))
 
 
 def _unlabelled(query: QueryCells, column: str, *, required: bool) -> npt.NDArray[np.int64]:
@@ -133,8 +145,8 @@ def _unlabelled(query: QueryCells, column: str, *, required: bool) -> npt.NDArra
     return rows
 
 
-def annotate_joined(joined: Joined, settings: AnnotateSection, seed: int, model: str | None = None) -> Annotation:
-    """Annotate the query with the method of the settings, within the budget.
+def annotate_joined(joined: Joined, settings: AnnotateSection, seed: int, model: str | None = None) -> list[Annotated]:
+    """Annotate the query with the method of the settings, within the budget, once per column of labels.
 
     Parameters
     ----------
@@ -151,17 +163,10 @@ def annotate_joined(joined: Joined, settings: AnnotateSection, seed: int, model:
     plan = effort(settings, len(cells), cells.n_reference)
     if plan.note:
         log.warning("%s", plan.note)
-    if plan.method == "neighbors":
-        cells = replace(cells, embedding=_embedding(joined, model))
-    arguments = (
-        {"scnym": {**plan.arguments, "preset": preset_named(settings.preset)}}
-        if plan.method == "scnym"
-        else plan.arguments
-    )
-    fitted = FittedMethod(cells, plan.method, batches_known=joined.batches_known, seed=seed, **arguments)
-    annotation = fitted.annotate(joined.labels, joined.units, joined.terms)
-    notes = [plan.note] if plan.note else []
-    return replace(annotation, warnings=[*notes, *joined.notes, *annotation.warnings])
+        joined = replace(joined, notes=[plan.note, *joined.notes])
+    if plan.method == EMBEDDED:
+        joined = replace(joined, cells=replace(cells, embedding=_embedding(joined, model)))
+    return annotate_labels(joined, plan.method, seed=seed, **plan.of_method)
 
 
 def _embedding(joined: Joined, model: str | None) -> npt.NDArray[np.float32]:

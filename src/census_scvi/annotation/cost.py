@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from census_scvi.annotation.scnym.settings import NO_NEW_IDENTITY, preset_named
 from census_scvi.annotation.settings import AnnotateSection, BudgetSection
 from census_scvi.config.messages import suggestion
 from census_scvi.errors import UserError
@@ -19,7 +20,8 @@ _FEWEST_STEPS = 200
 # Times that a method is trained: for the query, and for each of three held-out parts.
 _TRAININGS = 4
 TRAINED, SCNYM, SCANVI = ("consensus", "joint", "scanvi"), "scnym", "scanvi"
-_ARGUMENTS = ("steps", "n_neighbors")
+_NEIGHBORS = "n_neighbors"  # also for scnym, which is compared with methods that have it
+_ARGUMENTS = ("steps", _NEIGHBORS)
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,24 @@ class Effort:
         Expected CPU time.
     note
         Why the method is another one than asked for; "" if it is not.
+    preset
+        Hyper-parameters of `scnym` that its arguments replace.
     """
 
     method: str
     arguments: dict[str, Any]
     cpu_seconds: float
     note: str = ""
+    preset: str = NO_NEW_IDENTITY
+
+    @property
+    def of_method(self) -> dict[str, Any]:
+        """Arguments of `annotate_labels`."""
+        if self.method != SCNYM:
+            return self.arguments
+        own = {name: value for name, value in self.arguments.items() if name != _NEIGHBORS}
+        others = {name: value for name, value in self.arguments.items() if name == _NEIGHBORS}
+        return {"scnym": {**own, "preset": self.preset}, **others}
 
 
 def effort(settings: AnnotateSection, n_cells: int, n_labelled: int, *, trainings: int = _TRAININGS) -> Effort:
@@ -67,7 +81,7 @@ def effort(settings: AnnotateSection, n_cells: int, n_labelled: int, *, training
         epochs = _epochs(settings.overrides, budget, n_labelled, trainings)
         arguments = {**settings.overrides, **({} if epochs is None else {"n_epochs": epochs})}
         cost = trainings * int(arguments.get("n_epochs", _EPOCHS)) * n_labelled * _PER_CELL_AND_EPOCH
-        return Effort(method, arguments, base + cost)
+        return Effort(method, arguments, base + cost, preset=preset_named(settings.preset))
     arguments = dict(settings.overrides)
     for name in arguments:
         if name not in _ARGUMENTS:

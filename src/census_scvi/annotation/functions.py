@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -12,13 +13,12 @@ import numpy as np
 from pydantic import ValidationError
 
 from census_scvi.annotation.annotate_query import Sources, annotate_joined, open_sources
-from census_scvi.annotation.labelled.joined import alone, query_batches
+from census_scvi.annotation.labelled.joined import alone
 from census_scvi.annotation.labelled.labels import column_of, read_labels
-from census_scvi.annotation.ontology import build_hierarchy
 from census_scvi.annotation.protocol import Annotation
-from census_scvi.annotation.results.columns import annotation_columns, probability_table, scnym_columns, spread_values
+from census_scvi.annotation.results.columns import add_results, results_of
 from census_scvi.annotation.scnym.interpret import Attribution
-from census_scvi.annotation.scnym.trained import Trained, as_annotation, explain, predict_trained, train_joined
+from census_scvi.annotation.scnym.trained import Trained, annotate_trained, explain, train_joined
 from census_scvi.annotation.settings import AnnotateSection
 from census_scvi.census.settings import CensusSection
 from census_scvi.config.messages import describe_errors
@@ -161,15 +161,14 @@ def predict(
     UserError
         Cells, labels or the trained model cannot be used.
     """
-    n_cells = adata.n_obs
     if trained_model is not None:
         trained = _trained(trained_model)
         with QueryCells(adata, values) as query:
             place = query.find_counts(counts)
-            found = predict_trained(trained, query, counts=place, min_share=min_share)
-            batch = query_batches(query, keys) if (keys := _columns(batch_key)) else None
-            annotation = as_annotation(trained, found, batch)
-        rows, terms = np.arange(n_cells), dict[str, str]()
+            found = annotate_trained(
+                trained, query, key_added, counts=place, min_share=min_share, batch_key=_columns(batch_key)
+            )
+        rows = np.arange(adata.n_obs)
     else:
         settings = _settings(
             groupby, method=method, preset=preset, overrides=overrides, obs_filter=obs_filter,
@@ -179,16 +178,9 @@ def predict(
             adata, groupby, settings, reference, census, counts=counts, values=values, organism=organism, seed=seed
         ) as sources:
             joined = sources.join(_columns(batch_key), min_share)
-        annotation = annotate_joined(joined, settings, seed)
-        rows, terms = joined.query_rows, dict(joined.terms)
-    probability = annotation.probability
-    columns = scnym_columns(annotation.labels, probability, key_added, rows, n_cells)
-    columns |= annotation_columns(annotation, key_added, rows, n_cells, build_hierarchy(annotation.classes, terms))
-    for name, found in columns.items():
-        adata.obs[name] = found
-    adata.uns[f"{key_added}_probabilities"] = probability_table(annotation.classes, probability, rows, adata.obs_names)
-    adata.obsm[f"X_{key_added.lower()}"] = spread_values(annotation.embedding, rows, n_cells)
-    return annotation
+        (found,), rows = annotate_joined(joined, settings, seed), joined.query_rows
+    add_results(adata, results_of([replace(found, labels=key_added)], rows, adata.obs_names, key_added=key_added))
+    return found.annotation
 
 
 def interpret(
@@ -264,7 +256,7 @@ def _opened(
         open_sources(
             query,
             query.find_counts(counts),
-            groupby,
+            [groupby],
             settings.reference,
             _census(census, organism),
             reference=reference,

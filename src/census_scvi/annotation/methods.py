@@ -21,6 +21,7 @@ from census_scvi.config.messages import suggestion
 from census_scvi.errors import UserError
 
 CONSENSUS, FAST = "consensus", "fast"
+EMBEDDED = Neighbors.name  # the method that needs an embedding instead of counts
 _CLASSES: dict[str, Any] = {
     Neighbors.name: Neighbors,
     Pca.name: Pca,

@@ -181,12 +181,17 @@ def calibrated_threshold(
     return float(np.clip(reached, _LOWEST, _HIGHEST).round(3))
 
 
+def term_column(labels: str) -> str:
+    """Column of the term ids of a column of labels, as the Census has them."""
+    return f"{labels}_{_TERM_ID}"
+
+
 def terms_in(obs: pd.DataFrame, labels: str) -> dict[str, str]:
     """Term id of each label, from the column `<labels>_ontology_term_id` as in the Census; the most frequent one.
 
     Empty if obs has no such column.
     """
-    column = f"{labels}_{_TERM_ID}"
+    column = term_column(labels)
     if column not in obs:
         return {}
     pairs = pd.DataFrame({"label": obs[labels].astype(str), "term": obs[column].astype(str)})

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pandas as pd
 import scipy.sparse as sp
 
-from census_scvi.annotation.ontology import LEVEL
+from census_scvi.annotation.ontology import LEVEL, Hierarchy
 
 ALL_CELLS = "all"  # the only batch of a query, if its batches are not known
 UNKNOWN = "unknown"  # label of a cell of a type that the reference probably lacks
@@ -169,3 +169,31 @@ class Annotation:
     def name_threshold(self) -> float:
         """Probability from which a label, or a term above it, is given as a name; see `ontology.back_off`."""
         return float(self.facts.get("name_threshold", LEVEL))
+
+
+@dataclass(frozen=True)
+class Annotated:
+    """Annotation of a query with one column of labels.
+
+    Attributes
+    ----------
+    labels
+        Name of the column.
+    annotation
+        The annotation.
+    hierarchy
+        Terms of its labels.
+    method
+        The method.
+    n_neighbors
+        Neighbors per cell; None: no neighbors were searched.
+    n_with_counts
+        Number of reference cells whose counts were used; 0: none.
+    """
+
+    labels: str
+    annotation: Annotation
+    hierarchy: Hierarchy
+    method: str
+    n_neighbors: int | None = None
+    n_with_counts: int = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from census_scvi.config.section import USUAL, Changes, Section
 from census_scvi.config.types import Columns, LocalPath, Name, ObsFilter
@@ -16,6 +16,11 @@ Method = Literal[
 Preset = Literal["no_new_identity", "new_identity_discovery", "supervised", "default"]
 
 
+def _columns(names: Any) -> Any:
+    """A single name as a list."""
+    return [names] if isinstance(names, str) else names
+
+
 class ReferenceSection(Section):
     """The labelled cells."""
 
@@ -24,8 +29,8 @@ class ReferenceSection(Section):
     """Labelled cells, in any format of `query.file`; null: cells of the Census (`census.uri` or `census.version`). If
     it is `query.file`, its cells with a label are the reference, and those without ("Unlabeled", empty) are annotated.
     """
-    labels: Name | None = None
-    """obs column of the labels in the reference; null: the name in `query.labels`."""
+    labels: Annotated[Columns | None, BeforeValidator(_columns)] = None
+    """obs columns of the labels in the reference, one for each in `query.labels`; null: the same names."""
     counts: Name | None = None
     """Where the raw counts of `file` are, as `query.counts`."""
     values: Literal["counts", "log_normalized"] = "counts"

@@ -44,7 +44,7 @@ class QuerySection(Section):
     """obs columns of your file whose combinations are the technical batches: sample, donor; null: not known.
     """
     labels: Annotated[Columns, Changes("map-query", "annotate"), USUAL] = Field(default_factory=lambda: ["cell_type"])
-    """Labels to predict: obs columns of the Census; empty: none. annotate predicts one."""
+    """Labels to predict: obs columns of the Census; map-query: empty for none."""
     obs_filter: ObsFilter | None = None
     """SOMA value filter of the reference cells; null: all."""
     reference_cells: Annotated[int, Field(ge=100)] = 200_000

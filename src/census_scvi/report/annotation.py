@@ -31,15 +31,36 @@ MOST_TYPES, MOST_GROUPS, _MAP_CELLS, _FEWEST_ON_MAP = 24, 20, 20_000, 10
 Names = npt.NDArray[np.object_]
 
 
+@dataclass(frozen=True)
+class Reported:
+    """One column of labels in a report.
+
+    Attributes
+    ----------
+    labels
+        obs column of the reference that was predicted.
+    annotation
+        The annotation of the cells of `query`, in their order.
+    query, reference
+        X: raw counts (cells, genes) of the same genes; the column `feature_name` of var has gene symbols, if there is
+        one. The query's X may be None. `reference.obs` has the column `labels`; None: no markers.
+    hierarchy, threshold
+        Terms of the labels, and the probability from which a name is given; None: no terms, and the calibrated
+        probability of the annotation.
+    """
+
+    labels: str
+    annotation: Annotation
+    query: ad.AnnData
+    reference: ad.AnnData | None = None
+    hierarchy: Hierarchy | None = None
+    threshold: float | None = None
+
+
 def write_annotation_report(
     path: Path,
-    labels: str,
-    annotation: Annotation,
-    query: ad.AnnData,
-    reference: ad.AnnData | None = None,
+    columns: Sequence[Reported],
     *,
-    hierarchy: Hierarchy | None = None,
-    threshold: float | None = None,
     facts: Mapping[str, Any] | None = None,
     refused: Sequence[str] = (),
     positions: npt.NDArray[np.float32] | None = None,
@@ -51,31 +72,47 @@ def write_annotation_report(
     ----------
     path
         NAME.html; the numbers are written to NAME.json.
-    labels
-        obs column of the reference that was predicted.
-    annotation
-        The annotation of the cells of `query`, in their order.
-    query, reference
-        X: raw counts (cells, genes) of the same genes; the column `feature_name` of var has gene symbols, if there is
-        one. The query's X may be None. `reference.obs` has the column `labels`; None: no markers.
-    hierarchy, threshold
-        Terms of the labels, and the probability from which a name is given; None: no terms, and the calibrated
-        probability of the annotation.
+    columns
+        Annotations of the same cells; the page has a section for each column of labels.
     facts
         What the reader should know about the input, value by name: file, reference, method.
     refused
         What was not used or not done, and why, one sentence each.
     positions
-        float32 (cells, 2): a map of the cells; None: a UMAP of the annotation's embedding.
+        float32 (cells, 2): a map of the cells; None: a UMAP of the first annotation's embedding.
     seed
         Seed of UMAP and of the cells for markers.
 
     Returns
     -------
-    The content of the .json.
+    The content of the .json: the numbers of the column; with several columns `labels`, their names, and `columns`, the
+    numbers of each by name.
     """
-    if threshold is None:
-        threshold = annotation.name_threshold
+    places = _places(columns[0].annotation, positions, seed)
+    parts = [_part(column, places, dict(facts or {}), refused, seed) for column in columns]
+    records = {part["record"]["labels"]: part["record"] for part in parts}
+    page = render(
+        "annotation.html.jinja",
+        parts=parts,
+        facts=dict(facts or {}),
+        refused=list(dict.fromkeys(line for record in records.values() for line in record["refused"])),
+        packages=package_versions(),
+        most_types=MOST_TYPES,
+        titles=TITLES,
+    )
+    content = {"labels": list(records), "columns": records} if len(records) > 1 else next(iter(records.values()))
+    write_json(path.with_suffix(".json"), content)
+    write_text(path, page)
+    return content
+
+
+def _part(
+    column: Reported, places: _Places | None, facts: dict[str, Any], refused: Sequence[str], seed: int
+) -> dict[str, Any]:
+    """The numbers (`record`) and pictures of one column of labels."""
+    annotation, query, reference, hierarchy = column.annotation, column.query, column.reference, column.hierarchy
+    labels = column.labels
+    threshold = annotation.name_threshold if column.threshold is None else column.threshold
     answer = _Answer.of(annotation, hierarchy, threshold)
     markers = None if reference is None else Markers(reference.X, reference.obs[labels], seed=seed)
     symbols = None if reference is None else _symbols(reference)
@@ -86,7 +123,7 @@ def write_annotation_report(
             "labels": labels,
             "cells": query.n_obs,
             "unknown": int(annotation.unknown.sum()),
-            "facts": dict(facts or {}),
+            "facts": facts,
             "types": _types(annotation, answer, hierarchy, of_types, symbols),
             "not_found": [name for name in annotation.classes if name not in set(answer.shown)],
             "names": _names(answer, hierarchy),
@@ -101,21 +138,15 @@ def write_annotation_report(
         }
     )
     found = [row["label"] for row in record["types"] if row["label"] != UNKNOWN][:MOST_TYPES]
-    page = render(
-        "annotation.html.jinja",
-        record=record,
-        title=labels.replace("_", " "),
-        uncertain=[group for group in record["groups"] if group["uncertain"]][:MOST_GROUPS],
-        n_uncertain=sum(group["uncertain"] for group in record["groups"]),
-        map=_map(annotation, answer, positions, seed),
-        dot_plot=_dot_plot(query, reference, labels, answer, of_types, symbols, found),
-        confusion=_confusion(annotation, answer, found),
-        most_types=MOST_TYPES,
-        titles=TITLES,
-    )
-    write_json(path.with_suffix(".json"), record)
-    write_text(path, page)
-    return record
+    return {
+        "record": record,
+        "title": labels.replace("_", " "),
+        "uncertain": [group for group in record["groups"] if group["uncertain"]][:MOST_GROUPS],
+        "n_uncertain": sum(group["uncertain"] for group in record["groups"]),
+        "map": None if places is None else _map(answer, places, seed),
+        "dot_plot": _dot_plot(query, reference, labels, answer, of_types, symbols, found),
+        "confusion": _confusion(annotation, answer, found),
+    }
 
 
 def cells_with_counts(
@@ -319,14 +350,28 @@ def _symbols(cells: ad.AnnData) -> Names:
     return np.asarray(cells.var.get("feature_name", cells.var_names), dtype=object)
 
 
-def _map(
-    annotation: Annotation, answer: _Answer, positions: npt.NDArray[np.float32] | None, seed: int
-) -> dict[str, Any] | None:
-    """Pictures of the cells by label and by probability, of at most 20,000 cells; None for fewer than ten."""
-    if len(annotation.embedding) < _FEWEST_ON_MAP:
+@dataclass(frozen=True)
+class _Places:
+    """Cells on the map: int64 `rows` (cells,), and their float32 `positions`, (cells, 2)."""
+
+    rows: npt.NDArray[np.int64]
+    positions: npt.NDArray[np.float32]
+
+
+def _places(annotation: Annotation, positions: npt.NDArray[np.float32] | None, seed: int) -> _Places | None:
+    """Places of at most 20,000 cells; None for fewer than ten."""
+    n_cells = len(annotation.embedding)
+    if n_cells < _FEWEST_ON_MAP:
         return None
-    rows = np.sort(np.random.default_rng(seed).permutation(len(answer.shown))[:_MAP_CELLS])
-    places = UmapMap(annotation.embedding[rows], seed=seed).positions if positions is None else positions[rows]
+    rows = np.sort(np.random.default_rng(seed).permutation(n_cells)[:_MAP_CELLS])
+    return _Places(
+        rows, UmapMap(annotation.embedding[rows], seed=seed).positions if positions is None else positions[rows]
+    )
+
+
+def _map(answer: _Answer, places: _Places, seed: int) -> dict[str, Any]:
+    """Pictures of the cells by label and by probability."""
+    rows = places.rows
     labels = pd.Series(answer.shown[rows])
     labels = labels.where(labels != UNKNOWN)
     legend = figures.legend_of(labels)
@@ -334,8 +379,8 @@ def _map(
         "unknown": int(labels.isna().sum()),
         "cells": len(rows),
         "legend": legend,
-        "labels": figures.map_image(places, labels, legend, seed=seed),
-        "probability": figures.value_map(places, answer.probability[rows], "probability"),
+        "labels": figures.map_image(places.positions, labels, legend, seed=seed),
+        "probability": figures.value_map(places.positions, answer.probability[rows], "probability"),
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,19 +13,18 @@ import pandas as pd
 
 from census_scvi.annotation.annotate_query import Sources, annotate_joined, open_sources
 from census_scvi.annotation.cost import effort
-from census_scvi.annotation.labelled.joined import query_batches
 from census_scvi.annotation.labelled.labels import column_of, read_labels
-from census_scvi.annotation.ontology import build_hierarchy
-from census_scvi.annotation.protocol import Annotation
-from census_scvi.annotation.results.columns import annotation_columns, probability_table, scnym_columns, spread_values
+from census_scvi.annotation.protocol import Annotated
+from census_scvi.annotation.results.columns import results_of, spread_values
 from census_scvi.annotation.results.places import (
     annotate_results,
     has_model,
     model_folder,
     reference_source,
+    require_one_column,
     same_source,
 )
-from census_scvi.annotation.scnym.trained import Trained, as_annotation, explain, predict_trained, train_joined
+from census_scvi.annotation.scnym.trained import Trained, annotate_trained, explain, predict_trained, train_joined
 from census_scvi.counts.formats.copy_cells import copy_with_results
 from census_scvi.errors import UserError
 from census_scvi.files.atomic import write_json
@@ -34,7 +33,7 @@ from census_scvi.files.uri import without_credentials
 from census_scvi.query.alignment import TooFewGenes
 from census_scvi.query.cells import QueryCells
 from census_scvi.query.places import query_size, query_source
-from census_scvi.report.annotation import cells_with_counts, write_annotation_report
+from census_scvi.report.annotation import Reported, cells_with_counts, write_annotation_report
 from census_scvi.settings import Config
 from census_scvi.stages.plan import Plan
 from census_scvi.stages.protocol import Task
@@ -66,8 +65,7 @@ def plan(config: Config) -> Plan:
         if not trained and settings.action != "interpret":
             with _sources(config, query, place) as sources:
                 n_cells, n_reference = len(sources.rows), len(sources.reference)
-                types = len(set(sources.reference.labels.tolist()))
-                notes.append(f"reference: {n_reference:,} cells with {types} labels")
+                notes.append(f"reference: {n_reference:,} cells with {_numbers_of_labels(sources)}")
                 notes += sources.reference.notes
     trainings = 0 if trained else 1 if settings.action == "train" else 4
     cost = effort(settings, n_cells + n_reference, n_reference, trainings=trainings)
@@ -85,6 +83,12 @@ def plan(config: Config) -> Plan:
     )
 
 
+def _numbers_of_labels(sources: Sources) -> str:
+    labels = sources.reference.labels
+    numbers = {name: len({label for label in found if label is not None}) for name, found in labels.items()}
+    return ", ".join(f"{n} labels" + f" of {name}" * (len(numbers) > 1) for name, n in numbers.items())
+
+
 def _results(config: Config) -> ResultFiles:
     return annotate_results(config.query, config.annotate)
 
@@ -92,13 +96,14 @@ def _results(config: Config) -> ResultFiles:
 # --- inputs
 
 
-def _labels(config: Config) -> str:
-    """Name of the labels, which the columns of the results begin with."""
-    if len(config.query.labels) != 1:
-        raise UserError(
-            f"query.labels is {config.query.labels}; annotate predicts one column of labels, for example [cell_type]"
-        )
-    return config.query.labels[0]
+def _labels(config: Config) -> list[str]:
+    """Names of the labels, which the columns of the results begin with."""
+    labels = config.query.labels
+    if not labels:
+        raise UserError("query.labels is []; name the columns of labels to predict, for example [cell_type]")
+    if _uses_model(config):
+        require_one_column(config.query)
+    return labels
 
 
 @contextmanager
@@ -149,78 +154,60 @@ def _predict(task: Task) -> None:
     config = task.config
     labels, source = _labels(config), query_source(config.query)
     target = task.place.target
-    page = target.with_suffix(".html").name
+    page, report = target.with_suffix(".html").name, task.place.report.name
     with _query(config) as (query, place):
         obs, n_cells = query.obs, len(query)
         if _uses_model(config):
             trained = Trained.load(model_folder(config.query, config.annotate))
-            found = predict_trained(trained, query, counts=place, min_share=config.query.min_share)
-            batch = query_batches(query, keys) if (keys := config.query.batch_key) else None
-            annotation, rows = as_annotation(trained, found, batch), np.arange(n_cells)
-            terms: Mapping[str, str] = {}
-            cells, reference = ad.AnnData(obs=obs.copy()), None
+            found = annotate_trained(
+                trained,
+                query,
+                labels[0],
+                counts=place,
+                min_share=config.query.min_share,
+                batch_key=config.query.batch_key,
+            )
+            annotated, rows = [found], np.arange(n_cells)
+            shown = [_reported(found, ad.AnnData(obs=obs.copy()))]
         else:
             with _sources(config, query, place) as sources:
                 joined = sources.join(config.query.batch_key, config.query.min_share)
-            annotation = annotate_joined(joined, config.annotate, config.seed, config.query.model)
-            rows, terms = joined.query_rows, joined.terms
+            annotated = annotate_joined(joined, config.annotate, config.seed, config.query.model)
+            rows = joined.query_rows
             symbols = dict(zip(joined.cells.genes, joined.symbols, strict=True))
-            cells, reference = cells_with_counts(joined.cells, labels, joined.labels, symbols)
-    hierarchy = build_hierarchy(annotation.classes, terms)
-    columns = annotation_columns(annotation, labels, rows, n_cells, hierarchy)
-    obsm = {EMBEDDING: spread_values(annotation.embedding, rows, n_cells)}
-    uns: dict[str, Any] = {FACTS: {labels: _facts(annotation, config)}}
-    if key := config.annotate.key_added:
-        columns |= scnym_columns(annotation.labels, annotation.probability, key, rows, n_cells)
-        uns[f"{key}_probabilities"] = probability_table(annotation.classes, annotation.probability, rows, obs.index)
-        obsm[f"X_{key.lower()}"] = obsm[EMBEDDING]
-    record = write_annotation_report(
-        task.run.path(page),
-        labels,
-        annotation,
-        cells,
-        reference,
-        hierarchy=hierarchy,
-        facts={
-            "file": str(source),
-            "reference": _reference_name(config),
-            "method": config.annotate.method,
-            "cells": n_cells,
-        },
-        seed=config.seed,
+            shown = [
+                _reported(each, *cells_with_counts(joined.cells, each.labels, joined.labels[each.labels], symbols))
+                for each in annotated
+            ]
+    reference = _reference_name(config)
+    results = results_of(
+        annotated, rows, obs.index, quality=FACTS, more={"reference": reference}, key_added=config.annotate.key_added
     )
-    copy_with_results(source, task.run.path(target.name), obs.assign(**columns), obsm, uns)
-    report = task.place.report.name
+    facts = {"file": str(source), "reference": reference, "method": config.annotate.method, "cells": n_cells}
+    write_annotation_report(task.run.path(page), shown, facts=facts, seed=config.seed)
+    obsm = {EMBEDDING: spread_values(annotated[0].annotation.embedding, rows, n_cells)} | results.obsm
+    copy_with_results(source, task.run.path(target.name), obs.assign(**results.obs), obsm, results.uns)
     task.commit([target.name, page, report], {"cells": n_cells, "annotated": len(rows)})
-    _say(annotation, labels, record)
+    _say(annotated)
     log.info("wrote %s, %s, %s", target, target.with_name(page), target.with_name(report))
 
 
-def _facts(annotation: Annotation, config: Config) -> dict[str, Any]:
-    """What uns tells about the annotation."""
-    accuracy = {str(name): float(row["accuracy"]) for name, row in annotation.validation.iterrows()}
-    return {
-        "classes": annotation.classes,
-        "method": config.annotate.method,
-        "reference": _reference_name(config),
-        "held_out_accuracy": accuracy,
-        "warnings": annotation.warnings,
-    }
+def _reported(found: Annotated, query: ad.AnnData, reference: ad.AnnData | None = None) -> Reported:
+    return Reported(found.labels, found.annotation, query, reference, found.hierarchy)
 
 
-def _say(annotation: Annotation, labels: str, record: dict[str, Any]) -> None:
-    found = pd.Series(annotation.labels[~annotation.unknown]).value_counts()
-    log.info(
-        "%s: %d of %d labels found (%s), %.1f%% of the cells unknown",
-        labels,
-        len(found),
-        len(annotation.classes),
-        ", ".join(f"{name} {number:,}" for name, number in found.head(5).items()),
-        100 * annotation.unknown.mean(),
-    )
-    accuracy = {str(name): row["accuracy"] for name, row in annotation.validation.iterrows()}
-    if accuracy:
-        log.info("accuracy on held-out reference cells: %s", ", ".join(f"{k} {v:.1%}" for k, v in accuracy.items()))
+def _say(annotated: Sequence[Annotated]) -> None:
+    for each in annotated:
+        annotation = each.annotation
+        found = pd.Series(annotation.labels[~annotation.unknown]).value_counts()
+        log.info(
+            "%s: %d of %d labels found (%s), %.1f%% of the cells unknown",
+            each.labels,
+            len(found),
+            len(annotation.classes),
+            ", ".join(f"{name} {number:,}" for name, number in found.head(5).items()),
+            100 * annotation.unknown.mean(),
+        )
 
 
 # --- train and interpret
@@ -234,7 +221,7 @@ def _train(task: Task) -> None:
         cost = effort(settings, len(joined.cells), joined.cells.n_reference, trainings=1)
         trained = train_joined(
             joined,
-            _labels(config),
+            _labels(config)[0],
             sources.reference.organism,
             preset=settings.preset,
             overrides=cost.arguments,
@@ -281,7 +268,7 @@ def _interpret(task: Task) -> None:
 def _known_or_predicted(config: Config, trained: Trained, query: QueryCells, place: str) -> Any:
     """Label of each cell: the file's own where it has one, else the classifier's."""
     found = predict_trained(trained, query, counts=place, min_share=config.query.min_share).labels
-    column = config.annotate.reference.labels or trained.labels
+    column = (config.annotate.reference.labels or [trained.labels])[0]
     if column in query.obs:
         own = read_labels(column_of(query.obs, column, query.name, "query.labels"), f"obs[{column!r}]")
         return np.array([name or other for name, other in zip(own, found, strict=True)], dtype=object)

@@ -10,7 +10,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 
-from census_scvi.annotation.annotator import EMPTY, PREDICTION
+from census_scvi.annotation.results.columns import EMPTY, PREDICTION
 from census_scvi.atlas import EMBEDDING, OWN_EMBEDDING, Atlas
 from census_scvi.config.obs_filter import in_section
 from census_scvi.counts.formats.copy_cells import copy_with_results

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -39,32 +39,30 @@ class Joined:
     cells
         Counts and batches of reference and query; cells without counts in the shared genes are excluded.
     labels
-        object (reference cells,).
+        Labels of the reference by name of the column that is predicted: object (reference cells,), None for a cell
+        without a label.
     units
         What can be held out of the reference, by name of the column: `Reference.units`.
     query_rows
         int64 (query cells,): row of each query cell in the source.
-    obs
-        obs of the source, all cells.
     batches_known
         Whether the batches of the query are known.
     symbols
         Symbol of each gene.
     terms
-        Term of the Cell Ontology by label, if the reference has them.
+        For each column: term of the Cell Ontology by label, if the reference has them.
     notes
         What was excluded or is not known, one sentence each.
     """
 
     cells: Cells
-    labels: Labels
+    labels: dict[str, Labels]
     units: dict[str, Labels]
     query_rows: npt.NDArray[np.int64]
-    obs: pd.DataFrame
     batches_known: bool
     symbols: list[str]
-    terms: Mapping[str, str]
-    notes: list[str]
+    terms: Mapping[str, Mapping[str, str]]
+    notes: list[str] = field(default_factory=list)
 
 
 def join(
@@ -146,10 +144,9 @@ def join(
             genes=genes,
             query_prefix=prefix[1],
         ),
-        labels=reference.labels[labelled],
+        labels={name: values[labelled] for name, values in reference.labels.items()},
         units={name: values[labelled] for name, values in reference.units.items()},
         query_rows=rows,
-        obs=query.obs,
         batches_known=batch_key is not None,
         symbols=[str(reference.symbols.get(gene, gene)) for gene in genes],
         terms=reference.terms,
@@ -165,10 +162,9 @@ def alone(reference: Reference) -> Joined:
     none = np.empty(0, np.int64)
     return Joined(
         cells=Cells(counts[:, expressed], reference.batch, len(reference), genes),
-        labels=reference.labels,
+        labels=dict(reference.labels),
         units=dict(reference.units),
         query_rows=none,
-        obs=pd.DataFrame(),
         batches_known=False,
         symbols=[str(reference.symbols.get(gene, gene)) for gene in genes],
         terms=reference.terms,

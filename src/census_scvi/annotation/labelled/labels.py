@@ -110,9 +110,17 @@ def require_types(codes: npt.NDArray[np.integer], names: list[str], name: str, c
     return np.flatnonzero(labelled & (numbers[codes] > 1))
 
 
-def warn_of_single_studies(labels: Labels, studies: Labels, column: str) -> str:
-    """A sentence on labels that occur in one of several studies, which is also logged; "" if there are none."""
-    pairs = pd.DataFrame({"label": labels.astype(str), "study": studies.astype(str)}).drop_duplicates()
+def warn_of_single_studies(labels: Labels, studies: Labels, name: str, column: str) -> str:
+    """A sentence on labels that occur in one of several studies, which is also logged; "" if there are none.
+
+    Parameters
+    ----------
+    labels, studies
+        object (cells,): label of each cell, None if it has none, and its study.
+    name, column
+        Names of both, for the sentence.
+    """
+    pairs = pd.DataFrame({"label": labels, "study": studies.astype(str)}).dropna().drop_duplicates()
     if pairs["study"].nunique() < 2:
         return ""
     counts = pairs["label"].value_counts()
@@ -120,8 +128,8 @@ def warn_of_single_studies(labels: Labels, studies: Labels, column: str) -> str:
     if not alone:
         return ""
     text = (
-        f"{len(alone)} of {len(counts)} labels occur in one {column} of the reference only, so their accuracy in"
-        f" another one is not known: {_listed(alone)}"
+        f"{len(alone)} of {len(counts)} labels of {name} occur in one {column} of the reference only, so their"
+        f" accuracy in another one is not known: {_listed(alone)}"
     )
     log.warning("%s", text)
     return text

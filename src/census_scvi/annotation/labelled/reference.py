@@ -21,7 +21,7 @@ from census_scvi.annotation.labelled.labels import (
     warn_of_single_studies,
 )
 from census_scvi.annotation.labelled.sample import draw_balanced
-from census_scvi.annotation.ontology import terms_in
+from census_scvi.annotation.ontology import term_column, terms_in
 from census_scvi.annotation.settings import ReferenceSection
 from census_scvi.census.cells import batch_label, require_columns, select_cells
 from census_scvi.census.gene_ids import strip_version
@@ -58,11 +58,12 @@ class Reference:
     genes, symbols
         feature_ids (or the names in the file), and the symbols of genes by feature_id.
     labels
-        object (cells,): label of each cell.
+        object (cells,): label of each cell, by name of the column that is predicted; None in all but the first: the
+        cell has no label in this column.
     units
         What can be held out, object (cells,) by name of the column, the best first: study, donor; empty: not known.
     terms
-        Term of the Cell Ontology by label, if the reference has them.
+        For each column: term of the Cell Ontology by label, if the reference has them.
     notes
         What was excluded or is not known, one sentence each.
     counts
@@ -75,15 +76,15 @@ class Reference:
     organism: str
     genes: list[str]
     symbols: Mapping[str, str]
-    labels: Labels
+    labels: Mapping[str, Labels]
     units: Mapping[str, Labels]
-    terms: Mapping[str, str]
+    terms: Mapping[str, Mapping[str, str]]
     counts: Callable[[Columns], sp.csr_matrix]
     sample: Callable[[], sp.csr_matrix]
     notes: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(next(iter(self.labels.values())))
 
     @property
     def batch(self) -> Labels:
@@ -96,8 +97,8 @@ class Reference:
         return float(totals[genes].sum() / totals.sum()) if totals.sum() else float("nan")
 
 
-def reference_in_census(census: Census, settings: ReferenceSection, labels: str, seed: int) -> Reference:
-    """A slice of a Census, with the same maximum number of cells of every label.
+def reference_in_census(census: Census, settings: ReferenceSection, labels: Mapping[str, str], seed: int) -> Reference:
+    """A slice of a Census, with the same maximum number of cells of every label of the first column.
 
     Parameters
     ----------
@@ -106,7 +107,7 @@ def reference_in_census(census: Census, settings: ReferenceSection, labels: str,
     settings
         Filter, numbers of cells and columns.
     labels
-        obs column of the labels.
+        obs columns of the labels, by name of the column that is predicted.
     seed
         Seed of the choice of the cells.
 
@@ -116,20 +117,21 @@ def reference_in_census(census: Census, settings: ReferenceSection, labels: str,
         A column does not exist, the filter cannot be used or matches no cell, or there are too few labels.
     """
     columns = settings.batch_key or list(STUDY_COLUMNS)
-    term_column = f"{labels}_ontology_term_id"
-    require_columns(census, [labels], "annotate.reference.labels")
+    first = next(iter(labels.values()))
+    require_columns(census, list(labels.values()), "annotate.reference.labels")
     require_columns(census, columns, "annotate.reference.batch_key")
-    with_terms = [term_column] if term_column in census.experiment.obs.schema.names else []
+    with_terms = [term_column(each) for each in labels.values()]
+    with_terms = [each for each in with_terms if each in census.experiment.obs.schema.names]
     setting = "annotate.reference.obs_filter"
-    cells = select_cells(census, settings.obs_filter, [labels], setting)  # the "batch" is the label
+    cells = select_cells(census, settings.obs_filter, [first], setting)  # the "batch" is the label
     name = f"{census.identity['uri']} ({census.identity['organism']})"
-    of_batch, names = coded(read_labels(pd.Series(cells.batches, dtype=object), f"obs[{labels!r}]"))
+    of_batch, names = coded(read_labels(pd.Series(cells.batches, dtype=object), f"obs[{first!r}]"))
     codes = of_batch[cells.batch_codes]
-    rows = require_types(codes, names, name, f"obs[{labels!r}]")
+    rows = require_types(codes, names, name, f"obs[{first!r}]")
     per_type = settings.cells_per_type or _OF_CENSUS
     rows = rows[draw_balanced(codes[rows], settings.max_cells, _numbers(seed), per_type=per_type)]
     joinids = cells.joinids[rows]
-    obs = read_obs_of(census, joinids, list(dict.fromkeys([labels, *columns, *with_terms])))
+    obs = read_obs_of(census, joinids, list(dict.fromkeys([*labels.values(), *columns, *with_terms])))
     log.info(
         "reference: %s of %s cells of %s, at most %s per label",
         f"{len(joinids):,}", f"{len(cells):,}", name, f"{per_type:,}",
@@ -149,19 +151,25 @@ def reference_in_census(census: Census, settings: ReferenceSection, labels: str,
         organism=str(census.identity["organism"]),
         genes=genes,
         symbols=dict(zip(genes, var["feature_name"].astype(str), strict=True)),
-        labels=obs[labels].astype(str).to_numpy(dtype=object),
+        columns=labels,
+        first=np.array(names, dtype=object)[codes[rows]],
         obs=obs,
         batch_key=settings.batch_key,
-        terms=terms_in(obs, labels),
         counts=counts,
         sample=sample,
     )
 
 
 def reference_in_file(
-    cells: QueryCells, settings: ReferenceSection, labels: str, organism: str, seed: int, *, setting: str = ""
+    cells: QueryCells,
+    settings: ReferenceSection,
+    labels: Mapping[str, str],
+    organism: str,
+    seed: int,
+    *,
+    setting: str = "",
 ) -> Reference:
-    """The labelled cells of a file.
+    """The cells of a file that have a label in the first column.
 
     Parameters
     ----------
@@ -181,10 +189,11 @@ def reference_in_file(
     """
     place = cells.find_counts(settings.counts, setting=setting or "annotate.reference.counts=")
     names, symbols, selection, organism = _genes_of(cells.var(place), cells.name, organism)
-    column = f"obs[{labels!r}]"
-    of_cell = read_labels(
-        column_of(cells.obs, labels, cells.name, "annotate.reference.labels"), f"{cells.name}: {column}"
-    )
+    for each in labels.values():
+        column_of(cells.obs, each, cells.name, "annotate.reference.labels")
+    first = next(iter(labels.values()))
+    column = f"obs[{first!r}]"
+    of_cell = read_labels(cells.obs[first], f"{cells.name}: {column}")
     if settings.obs_filter is not None:
         of_cell[~_matching(cells, settings.obs_filter)] = None
     codes, labelled = coded(of_cell)
@@ -204,24 +213,44 @@ def reference_in_file(
         organism=organism,
         genes=names,
         symbols=symbols,
-        labels=of_cell[rows],
+        columns=labels,
+        first=of_cell[rows],
         obs=obs,
         batch_key=settings.batch_key,
-        terms=terms_in(obs, labels),
         counts=read,
         sample=sample,
     )
 
 
-def _reference(*, labels: Labels, obs: pd.DataFrame, batch_key: list[str] | None, **parts: Any) -> Reference:
-    """The reference with the studies of its cells."""
+def _reference(
+    *, columns: Mapping[str, str], first: Labels, obs: pd.DataFrame, batch_key: list[str] | None, **parts: Any
+) -> Reference:
+    """The reference with all labels and the studies of its cells; `first`: labels of the first column."""
+    others = list(columns.items())[1:]
+    labels = {next(iter(columns)): first} | {name: _further(obs, each, parts["name"]) for name, each in others}
     for column in batch_key or []:
         column_of(obs, column, str(parts["name"]), "annotate.reference.batch_key")
-    columns = [batch_key] if batch_key else [[column] for column in STUDY_COLUMNS if column in obs]
-    units = {"+".join(each): batches_of(obs, each) for each in columns}
+    studies = [batch_key] if batch_key else [[column] for column in STUDY_COLUMNS if column in obs]
+    units = {"+".join(each): batches_of(obs, each) for each in studies}
     units = {name: values for name, values in units.items() if len(set(values.tolist())) > 1}
-    notes = [note for name, values in list(units.items())[:1] if (note := warn_of_single_studies(labels, values, name))]
-    return Reference(labels=labels, units=units, notes=notes, **parts)
+    notes = [
+        note
+        for name, values in list(units.items())[:1]
+        for column, found in labels.items()
+        if (note := warn_of_single_studies(found, values, column, name))
+    ]
+    terms = {name: terms_in(obs, each) for name, each in columns.items()}
+    return Reference(labels=labels, units=units, terms=terms, notes=notes, **parts)
+
+
+def _further(obs: pd.DataFrame, column: str, name: str) -> Labels:
+    """Labels of a column after the first one; None also for a label that one cell has."""
+    where = f"obs[{column!r}]"
+    found = read_labels(obs[column], f"{name}: {where}")
+    kept = np.full(len(found), None, dtype=object)
+    rows = require_types(*coded(found), name, where)
+    kept[rows] = found[rows]
+    return kept
 
 
 def batches_of(obs: pd.DataFrame, columns: list[str]) -> Labels:

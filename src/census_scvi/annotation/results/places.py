@@ -70,6 +70,7 @@ def annotate_results(query: QuerySection, settings: AnnotateSection) -> ResultFi
                 f"annotate.method {settings.method} is fitted to reference and query together and has no model to train"
                 " beforehand: run annotate without `train`, or set annotate.method=scnym"
             )
+        require_one_column(query)
         folder = model_folder(query, settings)
         require_writable_folder(folder, [*MODEL_FILES, "train.json"], "annotate.model")
         return ResultFiles(folder / MODEL_FILES[0], folder / "train.json", "annotate.model")
@@ -85,6 +86,15 @@ def annotate_results(query: QuerySection, settings: AnnotateSection) -> ResultFi
             if used is not None and path.exists() and path.samefile(used):
                 raise UserError(f"query.output is {setting}, {used}; give another file")
     return ResultFiles(target, target.with_suffix(".json"), "query.output")
+
+
+def require_one_column(query: QuerySection) -> None:
+    """UserError if a classifier is to predict several columns of labels."""
+    if len(query.labels) > 1:
+        raise UserError(
+            f"query.labels names {len(query.labels)} columns ({', '.join(query.labels)}), and a saved classifier"
+            f" predicts one; name one, for example query.labels=[{query.labels[0]}]"
+        )
 
 
 def _file_name(target: str, source: str) -> str:

@@ -124,6 +124,13 @@ _ELSEWHERE = {
     "dan_criterion": "dan_max_weight: 0 switches the domain adversary off",
     "tensorboard": "a TensorBoard log is written if training has a folder",
 }
+# scNym's other names of presets.
+_OTHER_NAMES = {"default": NO_NEW_IDENTITY}
+
+
+def preset_named(name: str) -> str:
+    """A preset by this project's or scNym's name."""
+    return _OTHER_NAMES.get(name, name)
 
 
 def hyperparameters(

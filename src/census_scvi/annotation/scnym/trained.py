@@ -14,17 +14,18 @@ import pandas as pd
 from pydantic import ValidationError
 from safetensors import SafetensorError
 
-from census_scvi.annotation.labelled.joined import Joined
-from census_scvi.annotation.protocol import Annotation
+from census_scvi.annotation.labelled.joined import Joined, query_batches
+from census_scvi.annotation.ontology import build_hierarchy
+from census_scvi.annotation.protocol import Annotated, Annotation
 from census_scvi.annotation.results.groups import similar_cells
 from census_scvi.annotation.scnym.cells import InFile, InMemory, Selected
 from census_scvi.annotation.scnym.classifier import Classifier, Prediction
 from census_scvi.annotation.scnym.interpret import Attribution, expected_gradients
-from census_scvi.annotation.scnym.settings import NO_NEW_IDENTITY, hyperparameters
+from census_scvi.annotation.scnym.settings import NO_NEW_IDENTITY, hyperparameters, preset_named
 from census_scvi.annotation.scnym.training import UNLABELLED
 from census_scvi.annotation.scnym.training import Trained as Training
 from census_scvi.annotation.scnym.training import train as train_classifier
-from census_scvi.annotation.scnym.validated import RANDOM_CELLS, Validated
+from census_scvi.annotation.scnym.validated import NAME, RANDOM_CELLS, Validated
 from census_scvi.errors import UserError
 from census_scvi.files.atomic import write_json
 from census_scvi.files.json_file import read_json
@@ -36,8 +37,6 @@ log = logging.getLogger(__name__)
 
 ABOUT = "genes.json"
 _FORMAT = 1
-# scNym's other names of presets.
-_PRESETS = {"default": NO_NEW_IDENTITY}
 _TRAINING, _VALIDATED = "training", "validated"
 
 
@@ -103,11 +102,6 @@ class Trained:
             raise UserError(f"{folder / ABOUT} is damaged ({problem}); train the classifier again") from None
 
 
-def preset_named(name: str) -> str:
-    """A preset by this project's or scNym's name."""
-    return _PRESETS.get(name, name)
-
-
 def train_joined(
     joined: Joined,
     labels: str,
@@ -138,7 +132,7 @@ def train_joined(
     result = train_classifier(
         InMemory(cells.counts),
         cells.genes,
-        np.concatenate([joined.labels, np.full(n_query, UNLABELLED, dtype=object)]),
+        np.concatenate([joined.labels[labels], np.full(n_query, UNLABELLED, dtype=object)]),
         hyperparameters(preset_named(preset), overrides, where=where),
         domains=cells.batch if joined.batches_known else None,
         donors=_donors(joined, n_query),
@@ -146,13 +140,13 @@ def train_joined(
         folder=None if folder is None else folder / _TRAINING,
     )
     symbols = {gene: symbol for gene, symbol in zip(cells.genes, joined.symbols, strict=True) if symbol != gene}
-    return Trained(result.classifier, symbols, organism, labels, _validated(result, joined, seed))
+    return Trained(result.classifier, symbols, organism, labels, _validated(result, joined, labels, seed))
 
 
-def _validated(result: Training, joined: Joined, seed: int) -> Validated:
+def _validated(result: Training, joined: Joined, labels: str, seed: int) -> Validated:
     """Calibration and rule for unknown cells, on the cells that early stopping used."""
     classifier, n_labelled = result.classifier, joined.cells.n_reference
-    codes = np.searchsorted(classifier.classes, joined.labels.astype(str))
+    codes = np.searchsorted(classifier.classes, joined.labels[labels].astype(str))
     validation = result.validation[:n_labelled]
     prediction = classifier.predict(InMemory(joined.cells.counts[:n_labelled]), classifier.genes)
     held_out_by = RANDOM_CELLS
@@ -194,6 +188,31 @@ def predict_trained(
     """
     source, genes = _source(trained, query, counts, min_share)
     return trained.classifier.predict(source, genes)
+
+
+def annotate_trained(
+    trained: Trained,
+    query: QueryCells,
+    labels: str,
+    *,
+    counts: str | None = None,
+    min_share: float = 0.8,
+    batch_key: list[str] | None = None,
+) -> Annotated:
+    """Annotate a query of any size.
+
+    Parameters
+    ----------
+    trained, query, counts, min_share
+        As for `predict_trained`.
+    labels
+        Name of the labels in the results.
+    batch_key
+        obs columns of the query whose combinations are its batches; None: not known.
+    """
+    prediction = predict_trained(trained, query, counts=counts, min_share=min_share)
+    annotation = as_annotation(trained, prediction, query_batches(query, batch_key) if batch_key else None)
+    return Annotated(labels, annotation, build_hierarchy(annotation.classes), NAME)
 
 
 def explain(
