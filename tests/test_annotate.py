@@ -435,6 +435,12 @@ def test_the_budget_limits_training() -> None:
     assert of("scnym").cpu_seconds > of("consensus").cpu_seconds > of("fast").cpu_seconds
 
 
+def test_a_classifier_is_compared_with_neighbors_as_many_as_wanted() -> None:
+    section = AnnotateSection(method="scnym", preset="default", overrides={"n_neighbors": 20, "n_epochs": 3})
+    expected = {"scnym": {"n_epochs": 3, "preset": "no_new_identity"}, "n_neighbors": 20}
+    assert effort(section, 8000, 6000).of_method == expected
+
+
 def test_the_settings_have_every_method() -> None:
     assert set(get_args(Method)) == set(METHODS)
 

@@ -6,6 +6,7 @@
 import shutil
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -22,6 +23,7 @@ from census_scvi.files.atomic import write_json
 from census_scvi.files.json_file import read_json
 from census_scvi.model.published import seal_of
 from census_scvi.settings import Config, load_config
+from census_scvi.workspace.record import changes, fingerprint_of
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="the Census is found at /proc/self/cwd")
 
@@ -148,7 +150,9 @@ def written(folder: Path, text: str, *overrides: str) -> Config:
 
 
 NOTICE = "{}: {} is now {}; the old {} works until release 0.3"
-OLD_NAME = ("query.n_neighbours", "query.n_neighbors", "name")
+OLD_NAME = ("query.n_neighbours", "annotate.overrides.n_neighbors", "name")
+NEXT_NAME = ("query.n_neighbors", "annotate.overrides.n_neighbors", "name")
+METHOD = ("query.method", "annotate.method", "name")
 
 
 @pytest.mark.parametrize(
@@ -159,19 +163,27 @@ OLD_NAME = ("query.n_neighbours", "query.n_neighbors", "name")
             [],
             [
                 ("{file}", *OLD_NAME),
-                ("{file}", "query.method: neighbours", "query.method: neighbors", "value"),
+                ("{file}", *METHOD),
+                ("{file}", "annotate.method: neighbours", "annotate.method: neighbors", "value"),
             ],
         ),
         (
             "query: {n_neighbors: 3, method: pca}",
             ["query.n_neighbours=7", "query.method=neighbours"],
             [
+                ("{file}", *NEXT_NAME),
+                ("{file}", *METHOD),
                 ("command line", *OLD_NAME),
-                ("command line", "query.method=neighbours", "query.method=neighbors", "value"),
+                ("command line", *METHOD),
+                ("command line", "annotate.method=neighbours", "annotate.method=neighbors", "value"),
             ],
         ),
-        ("query: {n_neighbours: 3, method: neighbors}", ["query.n_neighbors=7"], [("{file}", *OLD_NAME)]),
-        ("query: {n_neighbors: 7, method: neighbors}", [], []),
+        (
+            "{query: {n_neighbours: 3}, annotate: {method: neighbors}}",
+            ["query.n_neighbors=7"],
+            [("{file}", *OLD_NAME), ("command line", *NEXT_NAME)],
+        ),
+        ("annotate: {overrides: {n_neighbors: 7}, method: neighbors}", [], []),
     ],
 )
 def test_the_earlier_name_of_a_setting_is_understood_and_noticed(
@@ -181,23 +193,26 @@ def test_the_earlier_name_of_a_setting_is_understood_and_noticed(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    query = written(tmp_path, text, *overrides).query
-    assert (query.n_neighbors, query.method) == (7, "neighbors")
+    annotate = written(tmp_path, text, *overrides).annotate
+    assert (annotate.overrides, annotate.method) == ({"n_neighbors": 7}, "neighbors")
     file = str(tmp_path / "settings.yaml")
     assert caplog.messages == [NOTICE.format(*words).replace("{file}", file) for words in notices]
 
 
 def test_the_earlier_name_in_a_file_that_is_extended(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text("query: {n_neighbours: 7, method: neighbours, umap_cells: 5}")
-    query = written(tmp_path, "{extends: base.yaml, query: {n_neighbors: 3}}").query
-    assert (query.n_neighbors, query.method, query.umap_cells) == (3, "neighbors", 5)
+    config = written(tmp_path, "{extends: base.yaml, query: {n_neighbors: 3}, annotate: {overrides: {steps: 9}}}")
+    assert (config.annotate.overrides, config.annotate.method) == ({"n_neighbors": 3, "steps": 9}, "neighbors")
+    assert config.query.umap_cells == 5
 
 
 def test_what_is_wrong_with_it_is_said_by_its_name_of_today(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"command line: query\.n_neighbors is 0: "):
+    with pytest.raises(UserError, match=r"command line: annotate\.overrides is .*: n_neighbors is 0; expected a whole"):
         written(tmp_path, "query: {}", "query.n_neighbours=0")
-    with pytest.raises(UserError, match=r"query\.n_neighbours is the earlier name of query\.n_neighbors, and both are"):
+    with pytest.raises(UserError, match=r"query\.n_neighbors is an earlier name of .*\.n_neighbors, which is set, too"):
         written(tmp_path, "query: {n_neighbours: 3, n_neighbors: 4}")
+    with pytest.raises(UserError, match=r"query\.method is an earlier name of annotate\.method, which is set, too;"):
+        written(tmp_path, "{query: {method: pca}, annotate: {method: pca}}")
 
 
 def test_a_setting_that_was_removed_is_noticed_or_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -220,8 +235,47 @@ def test_a_method_that_was_removed_is_not_taken_for_the_one_of_its_name(method: 
 
 def test_today_s_names_are_settings() -> None:
     names = set(setting_names(Config))
-    assert set(renamed.SETTINGS.values()) <= names and not set(renamed.SETTINGS) & names
+    assert {name.removesuffix(".n_neighbors") for name in renamed.SETTINGS.values()} <= names
+    assert not set(renamed.SETTINGS) & names
     assert set(renamed.VALUES) <= names and not set(renamed.REMOVED) & names
+
+
+@pytest.mark.parametrize(
+    ("recorded", "overrides", "difference"),
+    [
+        ({"query.method": "consensus", "query.n_neighbours": 15}, [], ""),
+        ({"query.method": "consensus", "query.n_neighbors": 15}, ["query.n_neighbors=15"], ""),
+        (
+            {"query.method": "neighbours", "query.n_neighbours": 7},
+            ["query.n_neighbors=7", "query.method=neighbors"],
+            "",
+        ),
+        ({"query.method": "consensus", "annotate.overrides": {}}, ["annotate.overrides={n_neighbors: 15}"], ""),
+        (
+            {"query.method": "neighbours", "query.n_neighbours": 15},
+            ["query.n_neighbors=7", "query.method=neighbors"],
+            "annotate.overrides.n_neighbors was null and is 7",
+        ),
+        (
+            {"query.method": "random_forest", "query.n_neighbours": 15},
+            ["annotate.method=random_forest"],
+            'annotate.method was "consensus" and is "random_forest"',
+        ),
+    ],
+)
+def test_what_a_mapping_recorded_is_compared_by_the_names_of_today(
+    recorded: dict[str, Any], overrides: list[str], difference: str, tmp_path: Path
+) -> None:
+    now = written(tmp_path, "query: {file: cells.h5ad}", *overrides).of_stage("map-query")
+    earlier = {key: value for key, value in now.items() if not key.startswith("annotate.")}
+    before = fingerprint_of(earlier | recorded, {})
+    assert changes(before, fingerprint_of(now, {}), Config().of_stage("map-query")) == difference
+
+
+def test_a_recorded_config_may_have_both_names() -> None:
+    config = {"query": {"method": "consensus", "n_neighbors": 15}, "annotate": {"method": "fast", "overrides": {}}}
+    translated = renamed.translate_recorded_config(config)
+    assert translated["annotate"] == {"method": "fast", "overrides": {"n_neighbors": 15}}
 
 
 @pytest.fixture

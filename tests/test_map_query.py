@@ -38,15 +38,13 @@ def query(demo_census: str, tmp_path: Path) -> Path:
 
 
 def map_query(run: Run, *settings: str) -> int:
-    return main("map-query", ["--config", str(run.config), "query.umap_cells=300", "query.method=fast", *settings])
+    return main("map-query", ["--config", str(run.config), "query.umap_cells=300", "annotate.method=fast", *settings])
 
 
 def test_from_file_to_file(finished_run: Run, query: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before, data = ad.read_h5ad(query), query.read_bytes()
-    assert (
-        map_query(finished_run, f"query.file={query}", "query.labels=[cell_type, tissue]", "query.batch_key=[mine]")
-        == 0
-    )
+    labels, overrides = "query.labels=[cell_type, tissue]", "annotate.overrides={n_neighbors: 9}"
+    assert map_query(finished_run, f"query.file={query}", labels, overrides, "query.batch_key=[mine]") == 0
     assert query.read_bytes() == data
     target = query.with_name("cells-mapped.h5ad")
     mapped = sc.read_h5ad(target)
@@ -66,6 +64,7 @@ def test_from_file_to_file(finished_run: Run, query: Path, capsys: pytest.Captur
     assert report["alignment"]["counts"] == "layers/counts"
     assert sum(report["predictions"]["cell_type"]["cells"].values()) == report["cells"] == 250
     assert report["predictions"]["cell_type"]["batches"]["batch"] == ["0", "1", "2"]
+    assert report["predictions"]["tissue"]["n_neighbors"] == 9
     held_out = report["predictions"]["cell_type"]["held_out"]
     assert all(
         0 < held_out[name]["accuracy"] <= 1 for name in ("fast", "harmony", "neighbors", "pca", "logistic_regression")
@@ -88,7 +87,7 @@ def test_terms_of_the_cell_ontology_and_a_report_of_each_label(
         "query.labels=[cell_type, tissue]",
         "query.umap_cells=0",
         "query.baseline_cells=400",
-        "query.method=fast",
+        "annotate.method=fast",
     )
     assert map_query(finished_run, f"query.file={query}", *settings) == 0
     obs = ad.read_h5ad(query.with_name("cells-mapped.h5ad")).obs
@@ -197,7 +196,11 @@ def test_mistakes(finished_run: Run, query: Path, tmp_path: Path, capsys: pytest
         (f"query.file={query}", "query.obs_filter=nnz == 'few'"): "query.obs_filter \"nnz == 'few'\" cannot be used",
         (f"query.file={query}", "query.counts=X"): "does not contain raw counts",
         (f"query.file={query}", f"query.model={tmp_path}"): "has no provenance.json",
-        (f"query.file={query}", "query.n_neighbour=5"): "did you mean query.n_neighbors?",
+        (
+            f"query.file={query}",
+            "annotate.overrides={n_neighbour: 5}",
+        ): "not an argument of fast; did you mean n_neighbors?",
+        (f"query.file={query}", "query.n_neighbors=0"): "n_neighbors is 0; expected a whole number of 1",
     }.items():
         assert map_query(finished_run, *settings) == 2, settings
         assert message in capsys.readouterr().err.splitlines()[-1]

@@ -39,9 +39,8 @@ SETTINGS_OF_STAGES = {
     "map-query": (
         "census.organism", "census.uri", "census.version", "genes.min_share", "seed",
         "query.file", "query.model", "query.embedding", "query.counts", "query.values", "query.min_share",
-        "query.batch_key", "query.labels", "query.obs_filter", "query.reference_cells", "query.method",
-        "query.n_neighbors",
-        "query.baseline_cells", "query.umap_cells",
+        "query.batch_key", "query.labels", "query.obs_filter", "query.reference_cells", "query.baseline_cells",
+        "query.umap_cells", "annotate.method", "annotate.preset", "annotate.overrides", "annotate.budget",
     ),
 }  # fmt: skip
 MAPPINGS = [

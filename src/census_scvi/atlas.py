@@ -544,7 +544,7 @@ class Atlas:
 
     def _report(self, path: Path, mapped: ad.AnnData, joined: Joined, annotated: list[Annotated]) -> None:
         """Write a report of each label."""
-        from census_scvi.report.annotation import Reported, cells_with_counts, write_annotation_report
+        from census_scvi.report.annotation import reported, write_annotation_report
 
         census = self._cells.census
         var = read_var(census)
@@ -557,7 +557,6 @@ class Atlas:
         if empty := int(mapped.obs[EMPTY].sum()):
             refused.append(f"{empty:,} cells have no counts in the genes of the model; they are unknown")
         for found in annotated:
-            query, reference = cells_with_counts(joined.cells, found.labels, joined.labels[found.labels], symbols)
             facts = {
                 "cells": f"{mapped.n_obs:,}",
                 "reference": f"{joined.cells.n_reference:,} cells of {without_credentials(census.identity['uri'])}",
@@ -565,7 +564,7 @@ class Atlas:
             }
             write_annotation_report(
                 named_after(path, found.labels, ".html"),
-                [Reported(found.labels, found.annotation, query, reference, found.hierarchy)],
+                [reported(found, joined, symbols)],
                 facts=facts,
                 refused=refused,
             )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from census_scvi.annotation.scnym.settings import NO_NEW_IDENTITY, preset_named
-from census_scvi.annotation.settings import AnnotateSection, BudgetSection
+from census_scvi.annotation.settings import NUMBERS, AnnotateSection, BudgetSection
 from census_scvi.config.messages import suggestion
 from census_scvi.errors import UserError
 
@@ -21,7 +21,6 @@ _FEWEST_STEPS = 200
 _TRAININGS = 4
 TRAINED, SCNYM, SCANVI = ("consensus", "joint", "scanvi"), "scnym", "scanvi"
 _NEIGHBORS = "n_neighbors"  # also for scnym, which is compared with methods that have it
-_ARGUMENTS = ("steps", _NEIGHBORS)
 
 
 @dataclass(frozen=True)
@@ -84,10 +83,10 @@ def effort(settings: AnnotateSection, n_cells: int, n_labelled: int, *, training
         return Effort(method, arguments, base + cost, preset=preset_named(settings.preset))
     arguments = dict(settings.overrides)
     for name in arguments:
-        if name not in _ARGUMENTS:
-            near = suggestion(name, list(_ARGUMENTS))
+        if name not in NUMBERS:
+            near = suggestion(name, list(NUMBERS))
             raise UserError(
-                f"annotate.overrides: {name} is not an argument of {method}{near}; it has {', '.join(_ARGUMENTS)}"
+                f"annotate.overrides: {name} is not an argument of {method}{near}; it has {', '.join(NUMBERS)}"
             )
     if method not in TRAINED:
         return Effort(method, {k: v for k, v in arguments.items() if k != "steps"}, base)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 from census_scvi.config.section import USUAL, Changes, Section
 from census_scvi.config.types import Columns, LocalPath, Name, ObsFilter
@@ -13,12 +14,25 @@ Method = Literal[
     "consensus", "fast", "neighbors", "pca", "harmony", "joint", "logistic_regression", "linear_svm", "random_forest",
     "scanvi", "scnym",
 ]  # fmt: skip
+# Overrides of all methods but scnym, which has hyper-parameters of its own instead of `steps`.
+NUMBERS = ("steps", "n_neighbors")
 Preset = Literal["no_new_identity", "new_identity_discovery", "supervised", "default"]
 
 
 def _columns(names: Any) -> Any:
     """A single name as a list."""
     return [names] if isinstance(names, str) else names
+
+
+def _arguments(overrides: dict[str, Any]) -> dict[str, Any]:
+    """The overrides, if the arguments of all methods are whole numbers."""
+    for name in NUMBERS:
+        value = overrides.get(name, 1)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise PydanticCustomError(
+                "argument", "{name} is {value}; expected a whole number of 1 or more", {"name": name, "value": value}
+            )
+    return overrides
 
 
 class ReferenceSection(Section):
@@ -50,7 +64,7 @@ class ReferenceSection(Section):
 class BudgetSection(Section):
     """Limits of the training that a method needs."""
 
-    changes: ClassVar[tuple[str, ...]] = ("annotate",)
+    changes: ClassVar[tuple[str, ...]] = ("annotate", "map-query")
     cpu_seconds: Annotated[int | None, Field(ge=1)] = None
     """CPU time for training, in seconds (about; without a GPU); null: the method's default."""
     epochs: Annotated[int | None, Field(ge=1)] = None
@@ -58,20 +72,24 @@ class BudgetSection(Section):
 
 
 class AnnotateSection(Section):
-    """Annotation of your cells with the labels of a reference (annotate)."""
+    """Annotation of your cells with the labels of a reference (annotate; method and budget also map-query)."""
 
     changes: ClassVar[tuple[str, ...]] = ("annotate",)
     action: Annotated[Literal["predict", "train", "interpret"], Changes()] = "predict"
     """What to do, also given as the first argument: annotate the cells; train and save a classifier (`scnym`); list the
     genes by which it recognises `target`.
     """
-    method: Annotated[Method, USUAL] = "consensus"
-    """Method: consensus (several methods, one of them trained), fast (without training), or a single method."""
-    preset: Preset = "no_new_identity"
+    method: Annotated[Method, Changes("annotate", "map-query"), USUAL] = "consensus"
+    """Method: consensus (several methods, one of them trained), fast (without training), or a single method; only
+    neighbors uses the model's embedding.
+    """
+    preset: Annotated[Preset, Changes("annotate", "map-query")] = "no_new_identity"
     """Hyper-parameters of `scnym`: all cells are of known types, or some may be of new types, or supervised."""
-    overrides: dict[str, Any] = Field(default_factory=dict)
-    """Arguments that replace the method's defaults: hyper-parameters of `scnym`; `steps` and `n_neighbors` of
-    others.
+    overrides: Annotated[dict[str, Any], AfterValidator(_arguments), Changes("annotate", "map-query")] = Field(
+        default_factory=dict
+    )
+    """Arguments that replace the method's defaults: `n_neighbors` (15), `steps` of training (1000), and
+    hyper-parameters of `scnym`.
     """
     budget: BudgetSection = BudgetSection()
     reference: ReferenceSection = ReferenceSection()

@@ -14,15 +14,21 @@ log = logging.getLogger(__name__)
 
 # SETTINGS: earlier name of a setting or section, and its current name.
 # VALUES: current name of a setting, and its earlier values with their current names.
-SETTINGS = {"query.n_neighbours": "query.n_neighbors"}
-VALUES = {"query.method": {"neighbours": "neighbors"}}
+SETTINGS = {
+    "query.n_neighbours": "annotate.overrides.n_neighbors",
+    "query.n_neighbors": "annotate.overrides.n_neighbors",
+    "query.method": "annotate.method",
+}
+VALUES = {"annotate.method": {"neighbours": "neighbors"}}
+# Defaults of earlier settings that are now entries of a mapping, where the default is to be absent.
+DEFAULTS = {"annotate.overrides.n_neighbors": 15}
 # Removed settings: the value that means the current behaviour and is ignored with a warning, and the reason why any
 # other value is refused.
 REMOVED = {"evaluate.mode": ("sound", "the metrics of the published script, with their flaws, are no longer computed")}
 # Removed values of a setting that still exists, and why; files and command lines with them are refused.
 _ON_EMBEDDING = (
-    "a classifier on the model's embedding, which was removed because neighbors is better; use consensus, or"
-    " Atlas.predict(method={!r}) for a classifier on log-normalised counts"
+    "a classifier on the model's embedding, which was removed because neighbors is better; use annotate.method:"
+    " consensus, or annotate.method: {} for a classifier on log-normalised counts"
 )
 REMOVED_VALUES = {
     "query.method": {name: _ON_EMBEDDING.format(name) for name in ("random_forest", "logistic_regression")}
@@ -34,18 +40,20 @@ _UNTIL = "release 0.3"
 def translate_file(values: dict[str, Any], source: str) -> None:
     """Translate the settings of a YAML file to their current names and values, in place, with a warning for each.
 
+    Removed values are looked for first, by the name under which they were removed.
+
     Raises
     ------
     UserError
         A setting is set under both names, or has a removed value, or a removed setting has a value that is no longer
         supported.
     """
-    for old, new, what in _translate(values, source):
-        _notice(source, old, new, what)
     for key in REMOVED_VALUES:
         section, name = _place(values, key)
         found = None if section is None else section.get(name)
         _refuse(source, key, found.text if isinstance(found, Plain) else found)
+    for old, new, what in _translate(values, source):
+        _notice(source, old, new, what)
     for key in REMOVED:
         section, name = _place(values, key)
         if section is not None and name in section:
@@ -55,29 +63,42 @@ def translate_file(values: dict[str, Any], source: str) -> None:
 
 def translate_overrides(overrides: Sequence[str]) -> list[str]:
     """Like `translate_file`, for `section.key=value` strings; returns the translated strings."""
+    for text in overrides:
+        _refuse("command line", text.partition("=")[0].strip(), text.partition("=")[2].strip())
     translated = [_override(text) for text in overrides]
     for text in translated:
-        _refuse("command line", text.partition("=")[0].strip(), text.partition("=")[2].strip())
         if (key := text.partition("=")[0].strip()) in REMOVED:
             _drop("command line", key, text.partition("=")[2].strip())
     return [text for text in translated if text.partition("=")[0].strip() not in REMOVED]
 
 
 def translate_record(settings: dict[str, Any]) -> dict[str, Any]:
-    """Translate the flat settings in a record of a run directory or publication: `{"query.n_neighbours": 15}`."""
-    named = {_name(key): value for key, value in settings.items()}
-    return {key: _value(key, value) for key, value in named.items()}
+    """Translate the flat settings in a record of a run directory or publication: `{"query.n_neighbours": 7}`.
+
+    A removed value is dropped, and so are the `DEFAULTS` of mappings, and mappings without others.
+    """
+    kept = {key: value for key, value in settings.items() if _removed(key, value) is None}
+    named = {_name(key): value for key, value in kept.items()}
+    mappings = {key.rpartition(".")[0] for key in DEFAULTS}
+    return {
+        key: _value(key, value)
+        for key, value in named.items()
+        if not (value == DEFAULTS.get(key, object()) or (key in mappings and value == {}))
+    }
 
 
 def translate_recorded_config(config: dict[str, Any]) -> dict[str, Any]:
     """Translate a complete recorded configuration; returns a copy."""
     config = copy.deepcopy(config)
-    list(_translate(config, "record"))
+    list(_translate(config, "record", recorded=True))
     return config
 
 
-def _translate(values: dict[str, Any], source: str) -> Iterator[tuple[str, str, str]]:
-    """Translate nested values in place; yields each change: earlier text, current text, and `name` or `value`."""
+def _translate(values: dict[str, Any], source: str, *, recorded: bool = False) -> Iterator[tuple[str, str, str]]:
+    """Translate nested values in place; yields each change: earlier text, current text, and `name` or `value`.
+
+    If a record has both names, the value of the current one is kept.
+    """
     for old, new in SETTINGS.items():
         section, name = _place(values, old)
         if section is None or name not in section:
@@ -85,7 +106,9 @@ def _translate(values: dict[str, Any], source: str) -> Iterator[tuple[str, str, 
         found = section.pop(name)
         target, new_name = _place(values, new, make=True)
         if target is None or new_name in target:
-            raise UserError(f"{source}: {old} is the earlier name of {new}, and both are set; remove {old}")
+            if recorded:
+                continue
+            raise UserError(f"{source}: {old} is an earlier name of {new}, which is set, too; remove {old}")
         target[new_name] = found
         yield old, new, "name"
     for key, names in VALUES.items():
@@ -140,9 +163,13 @@ def _drop(source: str, key: str, value: Any) -> None:
 
 def _refuse(source: str, key: str, value: Any) -> None:
     """UserError for a removed value of a setting."""
-    why = REMOVED_VALUES.get(key, {}).get(value) if isinstance(value, str) else None
-    if why is not None:
+    if (why := _removed(key, value)) is not None:
         raise UserError(f"{source}: {key}: {value} was {why}")
+
+
+def _removed(key: str, value: Any) -> str | None:
+    """Why a value of a setting was removed; None if it was not."""
+    return REMOVED_VALUES.get(key, {}).get(value) if isinstance(value, str) else None
 
 
 def _notice(source: str, old: str, new: str, what: str) -> None:

@@ -49,14 +49,6 @@ class QuerySection(Section):
     """SOMA value filter of the reference cells; null: all."""
     reference_cells: Annotated[int, Field(ge=100)] = 200_000
     """Maximum number of reference cells; of more, this number is drawn at random."""
-    method: Literal[
-        "consensus", "fast", "neighbors", "pca", "harmony", "joint", "linear_svm", "scanvi", "scnym",
-    ] = "consensus"  # fmt: skip
-    """Method of annotation: consensus (several methods, one of them trained), fast (without training), or a single
-    method; only neighbors uses the model's embedding.
-    """
-    n_neighbors: Annotated[int, Field(ge=1)] = 15
-    """Nearest reference cells that vote on the label of a cell (`neighbors`)."""
     baseline_cells: Annotated[int, Field(ge=0)] = 10_000
     """Reference cells whose counts are read, balanced by label; 0: none, and only `neighbors` is used."""
     umap_cells: Annotated[int, Field(ge=0)] = 20_000

@@ -13,9 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from census_scvi.annotation.labelled.joined import Joined
 from census_scvi.annotation.methods import TITLES
 from census_scvi.annotation.ontology import Hierarchy, back_off
-from census_scvi.annotation.protocol import UNKNOWN, Annotation, Cells
+from census_scvi.annotation.protocol import UNKNOWN, Annotated, Annotation
 from census_scvi.annotation.results.groups import label_groups
 from census_scvi.annotation.results.markers import Markers, dots
 from census_scvi.files.atomic import write_json, write_text
@@ -149,30 +150,27 @@ def _part(
     }
 
 
-def cells_with_counts(
-    cells: Cells, labels: str, known: Names, symbols: Mapping[str, str]
-) -> tuple[ad.AnnData, ad.AnnData | None]:
-    """Query and labelled reference cells for `write_annotation_report`.
+def reported(found: Annotated, joined: Joined, symbols: Mapping[str, str] | None = None) -> Reported:
+    """An annotation for `write_annotation_report`.
 
     Parameters
     ----------
-    cells
-        Reference and query.
-    labels, known
-        Name of the labels, and the label of each reference cell, object (cells,); None: no label.
+    found, joined
+        The annotation, and the cells that it is of. Without counts, there are no markers.
     symbols
-        Gene symbols by feature_id.
-
-    Returns
-    -------
-    Without counts, the query has no X, and there is no reference.
+        Gene symbols by feature_id; None: those of `joined`.
     """
+    cells, labels = joined.cells, found.labels
     if not cells.genes:
-        return ad.AnnData(shape=(len(cells.query), 0)), None
-    var = pd.DataFrame({"feature_name": [symbols.get(gene, gene) for gene in cells.genes]}, index=cells.genes)
+        none = ad.AnnData(shape=(len(cells.query), 0))
+        return Reported(labels, found.annotation, none, hierarchy=found.hierarchy)
+    names = joined.symbols if symbols is None else [symbols.get(gene, gene) for gene in cells.genes]
+    var = pd.DataFrame({"feature_name": names}, index=cells.genes)
+    known = joined.labels[labels]
     rows = np.flatnonzero([label is not None for label in known])
     obs = pd.DataFrame({labels: known[rows]}, index=rows.astype(str))
-    return ad.AnnData(cells.counts[cells.n_reference :], var=var), ad.AnnData(cells.counts[rows], obs, var)
+    query, reference = ad.AnnData(cells.counts[cells.n_reference :], var=var), ad.AnnData(cells.counts[rows], obs, var)
+    return Reported(labels, found.annotation, query, reference, found.hierarchy)
 
 
 @dataclass(frozen=True)

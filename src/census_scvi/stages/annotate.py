@@ -33,7 +33,7 @@ from census_scvi.files.uri import without_credentials
 from census_scvi.query.alignment import TooFewGenes
 from census_scvi.query.cells import QueryCells
 from census_scvi.query.places import query_size, query_source
-from census_scvi.report.annotation import Reported, cells_with_counts, write_annotation_report
+from census_scvi.report.annotation import Reported, reported, write_annotation_report
 from census_scvi.settings import Config
 from census_scvi.stages.plan import Plan
 from census_scvi.stages.protocol import Task
@@ -168,17 +168,13 @@ def _predict(task: Task) -> None:
                 batch_key=config.query.batch_key,
             )
             annotated, rows = [found], np.arange(n_cells)
-            shown = [_reported(found, ad.AnnData(obs=obs.copy()))]
+            shown = [Reported(labels[0], found.annotation, ad.AnnData(obs=obs.copy()), hierarchy=found.hierarchy)]
         else:
             with _sources(config, query, place) as sources:
                 joined = sources.join(config.query.batch_key, config.query.min_share)
             annotated = annotate_joined(joined, config.annotate, config.seed, config.query.model)
             rows = joined.query_rows
-            symbols = dict(zip(joined.cells.genes, joined.symbols, strict=True))
-            shown = [
-                _reported(each, *cells_with_counts(joined.cells, each.labels, joined.labels[each.labels], symbols))
-                for each in annotated
-            ]
+            shown = [reported(each, joined) for each in annotated]
     reference = _reference_name(config)
     results = results_of(
         annotated, rows, obs.index, quality=FACTS, more={"reference": reference}, key_added=config.annotate.key_added
@@ -190,10 +186,6 @@ def _predict(task: Task) -> None:
     task.commit([target.name, page, report], {"cells": n_cells, "annotated": len(rows)})
     _say(annotated)
     log.info("wrote %s, %s, %s", target, target.with_name(page), target.with_name(report))
-
-
-def _reported(found: Annotated, query: ad.AnnData, reference: ad.AnnData | None = None) -> Reported:
-    return Reported(found.labels, found.annotation, query, reference, found.hierarchy)
 
 
 def _say(annotated: Sequence[Annotated]) -> None:

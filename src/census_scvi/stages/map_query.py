@@ -10,6 +10,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 
+from census_scvi.annotation.cost import Effort, effort
 from census_scvi.annotation.results.columns import EMPTY, PREDICTION
 from census_scvi.atlas import EMBEDDING, OWN_EMBEDDING, Atlas
 from census_scvi.config.obs_filter import in_section
@@ -76,14 +77,17 @@ def _predict(atlas: Atlas, cells: QueryCells, config: Config, report: Path) -> a
     """Result of `Atlas.predict` for the cells, with its reports; errors name the settings of the config."""
     settings, (setting, min_share) = config.query, _min_share(config)
     counts = cells.find_counts(settings.counts, setting=_COUNTS)
+    chosen = _effort(config, len(cells))
+    if chosen.note:
+        log.warning("%s", chosen.note)
     try:
         return atlas.predict(
             cells,
             settings.labels,
             obs_filter=settings.obs_filter,
-            method=settings.method,
+            method=chosen.method,
+            **chosen.of_method,
             batch_key=settings.batch_key,
-            n_neighbors=settings.n_neighbors,
             baseline_cells=settings.baseline_cells,
             max_cells=settings.reference_cells,
             seed=config.seed,
@@ -93,6 +97,12 @@ def _predict(atlas: Atlas, cells: QueryCells, config: Config, report: Path) -> a
         )
     except TooFewGenes as error:
         raise error.named(setting) from None
+
+
+def _effort(config: Config, n_cells: int) -> Effort:
+    """Method and its arguments, within the budget."""
+    n_reference = config.query.baseline_cells
+    return effort(config.annotate, n_cells + n_reference, n_reference)
 
 
 def _census(config: Config) -> str | None:
@@ -178,7 +188,7 @@ def plan(config: Config) -> Plan:
         seconds=_FIXED_SECONDS
         + n_cells / _CELLS_A_SECOND
         + _SECONDS_OF_COUNTS * with_counts
-        + _TRAINING_SECONDS.get(settings.method, 0.0) * bool(with_counts)
+        + _TRAINING_SECONDS.get(_effort(config, n_cells).method, 0.0) * bool(with_counts)
         + _INDEX_SECONDS * (settings.reference_cells > EXACT_CELLS)
         + _MAP_SECONDS * bool(settings.umap_cells),
     )

@@ -29,7 +29,7 @@ def changes(before: Fingerprint, now: Fingerprint, defaults: Mapping[str, Any]) 
     A setting that the earlier run did not have yet is compared by its default. Removed settings are ignored.
     """
     words = []
-    old, new = translate_record(before["config"]), now["config"]
+    old, new = translate_record(before["config"]), translate_record(now["config"])
     old = {key: defaults[key] for key in new if key in defaults} | {
         key: value for key, value in old.items() if _is_known(key, new.keys() | defaults.keys())
     }
