@@ -31,7 +31,7 @@ from census_scvi.annotation.results.columns import EMPTY, PREDICTION, add_result
 from census_scvi.census.cells import require_columns
 from census_scvi.census.genes import read_var
 from census_scvi.census.open import Census
-from census_scvi.census.settings import CensusSection
+from census_scvi.census.settings import CensusSection, census_named
 from census_scvi.census.slices import Embedding
 from census_scvi.config.arguments import require_number, require_whole
 from census_scvi.config.messages import suggestion
@@ -155,7 +155,7 @@ class Atlas:
             raise UserError(f"the model is of {described[1].organism}, not {organism}")
         origin = Origin.of(model)
         name = organism or (described[1].organism if described else "homo_sapiens")
-        section = _census_section(census, name) if census is not None else origin.section
+        section = census_named(census, name) if census is not None else origin.section
         if section is not None and tiledb:
             section = section.model_copy(update={"tiledb": dict(tiledb)})
         if embedding is not None and section is None:
@@ -687,13 +687,6 @@ class Atlas:
             var = read_var(self._cells.census)
             symbols = dict(zip(var["feature_id"].astype(str), var["feature_name"].astype(str), strict=True))
         return Mapper(model, description, symbols, self._typical)
-
-
-def _census_section(census: str, organism: str) -> CensusSection:
-    """Census section for a path or URL, or else for a release."""
-    if "/" in census or Path(census).exists():
-        return CensusSection(organism=organism, uri=census)
-    return CensusSection(organism=organism, version=census)
 
 
 def _holds_counts(source: QuerySource) -> bool:

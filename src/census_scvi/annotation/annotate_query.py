@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from census_scvi.annotation.annotate_labels import annotate_labels
 from census_scvi.annotation.cost import effort
-from census_scvi.annotation.labelled.joined import Joined, join
+from census_scvi.annotation.labelled.joined import Joined, alone, join
 from census_scvi.annotation.labelled.labels import column_of, read_labels
 from census_scvi.annotation.labelled.reference import Reference, reference_in_census, reference_in_file
 from census_scvi.annotation.methods import EMBEDDED
@@ -54,7 +54,11 @@ class Sources:
     same_file: bool
 
     def join(self, batch_key: list[str] | None, min_share: float) -> Joined:
-        """Reference and query with the same genes; errors as of `joined.join`."""
+        """Reference and query with the same genes, or the reference alone if all cells have a label; errors as of
+        `joined.join`.
+        """
+        if not len(self.rows):
+            return alone(self.reference)
         return join(
             self.query,
             self.reference,

@@ -13,14 +13,13 @@ import numpy as np
 from pydantic import ValidationError
 
 from census_scvi.annotation.annotate_query import Sources, annotate_joined, open_sources
-from census_scvi.annotation.labelled.joined import alone
 from census_scvi.annotation.labelled.labels import column_of, read_labels
 from census_scvi.annotation.protocol import Annotation
 from census_scvi.annotation.results.columns import add_results, results_of
 from census_scvi.annotation.scnym.interpret import Attribution
 from census_scvi.annotation.scnym.trained import Trained, annotate_trained, explain, train_joined
 from census_scvi.annotation.settings import AnnotateSection
-from census_scvi.census.settings import CensusSection
+from census_scvi.census.settings import CensusSection, census_named
 from census_scvi.config.messages import describe_errors
 from census_scvi.errors import UserError
 from census_scvi.files.paths import expand_argument
@@ -93,9 +92,8 @@ def train(
         adata, groupby, settings, reference, census, counts=counts, values=values, organism=organism, seed=seed,
         all_labelled=True,
     ) as sources:  # fmt: skip
-        joined = sources.join(_columns(domain_groupby), min_share) if len(sources.rows) else alone(sources.reference)
         trained = train_joined(
-            joined,
+            sources.join(_columns(domain_groupby), min_share),
             groupby,
             sources.reference.organism,
             preset=preset,
@@ -251,6 +249,9 @@ def _opened(
     if not isinstance(adata, ad.AnnData):
         raise UserError(f"adata is a {type(adata).__name__}; expected an AnnData (a file: anndata.read_h5ad)")
     same = reference is adata or (reference is None and census is None)
+    section = CensusSection(organism=organism)
+    if census is not None:
+        section = census_named(expand_argument(census, "census"), organism)
     with (
         QueryCells(adata, values) as query,
         open_sources(
@@ -258,7 +259,7 @@ def _opened(
             query.find_counts(counts),
             [groupby],
             settings.reference,
-            _census(census, organism),
+            section,
             reference=reference,
             same_file=same,
             all_labelled=all_labelled,
@@ -266,15 +267,6 @@ def _opened(
         ) as sources,
     ):
         yield sources
-
-
-def _census(census: str | None, organism: str) -> CensusSection:
-    if census is None:
-        return CensusSection(organism=organism)
-    place = expand_argument(census, "census")
-    if "/" in place or Path(place).exists():
-        return CensusSection(organism=organism, uri=place)
-    return CensusSection(organism=organism, version=place)
 
 
 def _settings(groupby: str, **arguments: Any) -> AnnotateSection:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
@@ -51,6 +52,13 @@ class CensusSection(Section):
     """SOMA value filter: the cells to embed; null: all cells."""
     obs_query_model: Annotated[ObsFilter | None, Changes("prepare", "create-latent-update", "publish"), USUAL] = None
     """SOMA value filter: the cells, within `obs_query`, for gene selection and training; null: all of them."""
+
+
+def census_named(place: str, organism: str) -> CensusSection:
+    """The Census of a path or URL, or else of a release."""
+    if "/" in place or Path(place).exists():
+        return CensusSection(organism=organism, uri=place)
+    return CensusSection(organism=organism, version=place)
 
 
 class HvgSection(Section):

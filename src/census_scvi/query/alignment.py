@@ -175,7 +175,7 @@ class AlignedCells:
         expected: Callable[[sp.csr_matrix, npt.NDArray[np.bool_]], float] | None = None,
         owner: str = "model",
     ) -> None:
-        self._cells = cells
+        self._cells, self._genes = cells, genes
         self._place = cells.find_counts(counts)
         known = KnownGenes(genes, symbols)
         var = cells.var(self._place)
@@ -229,6 +229,12 @@ class AlignedCells:
     def selection(self) -> sp.csr_matrix:
         """CSR float64 (columns of the place, genes of the model) of 0 and 1: what is summed for each gene."""
         return self._selection
+
+    @property
+    def shared(self) -> npt.NDArray[np.int64]:
+        """Positions of the genes that the query has, ascending."""
+        missing = set(self.report.missing)
+        return np.flatnonzero([gene not in missing for gene in self._genes])
 
     @property
     def obs(self) -> pd.DataFrame:

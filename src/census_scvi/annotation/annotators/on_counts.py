@@ -11,6 +11,7 @@ import numpy.typing as npt
 import scipy.sparse as sp
 from sklearn.exceptions import ConvergenceWarning
 
+from census_scvi.annotation.annotators.present_classes import with_absent_classes
 from census_scvi.annotation.protocol import Cells
 from census_scvi.neighbors.log_pca import log_normalized
 
@@ -55,14 +56,13 @@ class OnCounts(ABC):
         test: npt.NDArray[np.int64],
     ) -> npt.NDArray[np.float32]:
         """Probabilities by a classifier of the training cells; see `Annotator`."""
-        assert self._logged is not None, "fit comes first"
-        found = np.zeros((len(test), n_classes), np.float32)
-        present = np.unique(codes)
-        if len(present) == 1:
-            found[:, present] = 1
-            return found
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # more iterations hardly change the labels
-            classifier = self.classifier().fit(self._logged[train], codes)
-        found[:, present] = self.probabilities(classifier, self._logged[test])
-        return found
+        logged = self._logged
+        assert logged is not None, "fit comes first"
+
+        def trained(_: npt.NDArray[np.int64]) -> npt.NDArray[np.floating]:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ConvergenceWarning)  # more iterations hardly change the labels
+                classifier = self.classifier().fit(logged[train], codes)
+            return self.probabilities(classifier, logged[test])
+
+        return with_absent_classes(codes, n_classes, len(test), trained)

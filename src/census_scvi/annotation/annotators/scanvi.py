@@ -13,6 +13,7 @@ import pandas as pd
 import scvi
 
 from census_scvi.annotation.annotators.joint_model import ARGUMENTS, STEPS, joint_latent, seeded, train_joint
+from census_scvi.annotation.annotators.present_classes import with_absent_classes
 from census_scvi.annotation.protocol import Cells
 from census_scvi.model.build import quiet
 
@@ -56,20 +57,22 @@ class Scanvi:
         test: npt.NDArray[np.int64],
     ) -> npt.NDArray[np.float32]:
         """Probabilities by scANVI's classifier; all other cells are trained on without their labels."""
-        found = np.zeros((len(test), n_classes), np.float32)
-        present = np.unique(codes)
-        if len(present) == 1:
-            found[:, present] = 1
-            return found
         labels = np.full(len(self._cells), _UNLABELLED, dtype=object)
         labels[train] = [f"class {code}" for code in codes]
-        with quiet("scvi"), quiet("lightning.pytorch", logging.CRITICAL), warnings.catch_warnings(), seeded(self._seed):
-            warnings.simplefilter("ignore")  # about numbers of workers, and small batches
-            predicted = self._trained(labels).predict(self._table(labels)[test].copy(), soft=True)
-        for code in present:
-            found[:, code] = predicted[f"class {code}"].to_numpy()
-        total = found.sum(axis=1, keepdims=True)
-        return found / np.maximum(total, 1e-12)
+
+        def trained(present: npt.NDArray[np.int64]) -> npt.NDArray[np.floating]:
+            with (
+                quiet("scvi"),
+                quiet("lightning.pytorch", logging.CRITICAL),
+                warnings.catch_warnings(),
+                seeded(self._seed),
+            ):
+                warnings.simplefilter("ignore")  # about numbers of workers, and small batches
+                predicted = self._trained(labels).predict(self._table(labels)[test].copy(), soft=True)
+            return np.asarray(predicted[[f"class {code}" for code in present]])
+
+        found = with_absent_classes(codes, n_classes, len(test), trained)
+        return found / np.maximum(found.sum(axis=1, keepdims=True), 1e-12)
 
     def _table(self, labels: npt.NDArray[np.object_]) -> ad.AnnData:
         cells = self._cells

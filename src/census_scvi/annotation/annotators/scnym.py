@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.sparse as sp
 
+from census_scvi.annotation.annotators.present_classes import with_absent_classes
 from census_scvi.annotation.protocol import Cells
 from census_scvi.annotation.scnym import training
 from census_scvi.annotation.scnym.cells import InMemory
@@ -61,18 +62,16 @@ class ScNym:
         """
         cells = self._cells
         assert cells is not None, "fit comes first"
-        found = np.zeros((len(test), n_classes), np.float32)
-        present = np.unique(codes)
-        if len(present) == 1:
-            found[:, present] = 1
-            return found
         rows = np.concatenate([train, test])
         labels = np.full(len(rows), training.UNLABELLED, dtype=object)
         labels[: len(train)] = codes.astype(str)
-        counts = sp.csr_matrix(cells.counts, dtype=np.float32)[rows]
-        classifier = training.train(
-            InMemory(counts), cells.genes, labels, self._settings, donors=cells.batch[rows], seed=self._seed
-        ).classifier
-        predicted = classifier.predict(InMemory(counts[len(train) :]), cells.genes).probability
-        found[:, [int(name) for name in classifier.classes]] = predicted
-        return found
+
+        def trained(present: npt.NDArray[np.int64]) -> npt.NDArray[np.floating]:
+            counts = sp.csr_matrix(cells.counts, dtype=np.float32)[rows]
+            classifier = training.train(
+                InMemory(counts), cells.genes, labels, self._settings, donors=cells.batch[rows], seed=self._seed
+            ).classifier
+            predicted = classifier.predict(InMemory(counts[len(train) :]), cells.genes).probability
+            return predicted[:, [classifier.classes.index(str(code)) for code in present]]
+
+        return with_absent_classes(codes, n_classes, len(test), trained)

@@ -108,8 +108,7 @@ def join(
         expected=reference.share,
         owner="reference",
     )
-    missing = set(aligned.report.missing)
-    shared = np.flatnonzero([gene not in missing for gene in reference.genes])
+    shared = aligned.shared
     if len(shared) < _FEWEST_GENES:
         raise UserError(
             f"{query.name} and {reference.name} share {len(shared)} genes; at least {_FEWEST_GENES} are needed"

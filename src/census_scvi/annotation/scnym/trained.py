@@ -266,8 +266,7 @@ def _source(trained: Trained, query: QueryCells, counts: str | None, min_share: 
         expected=share,
         owner="classifier",
     )
-    missing = set(aligned.report.missing)
-    shared = np.flatnonzero([gene not in missing for gene in classifier.genes])
+    shared = aligned.shared
     source = Selected(InFile(query.matrix(aligned.place)), aligned.selection[:, shared])
     return source, [classifier.genes[column] for column in shared]
 
