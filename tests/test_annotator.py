@@ -137,6 +137,12 @@ def test_members_and_their_agreement(tmp_path: Path) -> None:
     found = annotated(reference, mine, (counts, query), batch_key=("lane",))
     assert found["members"] == ["harmony", "logistic_regression"]
     assert list(found["batches"]["batch"]) == ["a/b", "c"]
+    mine.obs["day"] = np.where(np.arange(100) < 50, "x y", "x")
+    mine.obs["plate"] = np.where(np.arange(100) < 50, "z", "y z")  # "x y" and "z" are not "x" and "y z"
+    assert list(annotated(reference, mine, (counts, query), batch_key=("day", "plate"))["batches"]["batch"]) == [
+        "x y|z",
+        "x|y z",
+    ]
     both = np.stack([mine.obs[f"cell_type_{name}"].astype(str) for name in found["members"]])
     expected = (both == mine.obs["cell_type_best"].astype(str).to_numpy()).mean(axis=0)
     np.testing.assert_allclose(mine.obs["cell_type_agreement"], expected)
@@ -170,7 +176,7 @@ def test_one_label_has_nothing_to_compare_with() -> None:
         draw_quality(found, "cell type", TITLES)
 
 
-@pytest.mark.parametrize("missing", [None, np.nan, pd.NA, "unknown", "nan", ""], ids=repr)
+@pytest.mark.parametrize("missing", [None, np.nan, pd.NA, "unknown", "nan", "", "Unlabeled"], ids=repr)
 def test_cells_without_a_label_teach_nothing(missing: object) -> None:
     reference, _, mine, _ = atlas_cells("good")
     labels = reference.obs["cell_type"].astype(object)

@@ -200,6 +200,7 @@ def test_mistakes(finished_run: Run, query: Path, tmp_path: Path, capsys: pytest
             f"query.file={query}",
             "annotate.overrides={n_neighbour: 5}",
         ): "not an argument of fast; did you mean n_neighbors?",
+        (f"query.file={query}", "annotate.method=scnym", "annotate.overrides={n_epoch: 5}"): "is not a hyper-parameter",
         (f"query.file={query}", "query.n_neighbors=0"): "n_neighbors is 0; expected a whole number of 1",
     }.items():
         assert map_query(finished_run, *settings) == 2, settings

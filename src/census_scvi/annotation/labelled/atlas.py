@@ -14,7 +14,7 @@ import scipy.sparse as sp
 
 from census_scvi.annotation.labelled.joined import Joined
 from census_scvi.annotation.labelled.labels import Labels, read_labels
-from census_scvi.annotation.labelled.reference import STUDY_COLUMNS
+from census_scvi.annotation.labelled.reference import STUDY_COLUMNS, batches_of
 from census_scvi.annotation.labelled.sample import draw_balanced
 from census_scvi.annotation.ontology import terms_in
 from census_scvi.annotation.protocol import Cells
@@ -161,7 +161,4 @@ def _batches(obs: pd.DataFrame, batch_key: Sequence[str]) -> Labels:
         if column not in obs:
             have = ", ".join(map(str, obs.columns[:10]))
             raise UserError(f"batch_key: the cells have no obs column {column!r}; obs has {have}")
-    names = pd.Series(_QUERY, index=obs.index)
-    for number, column in enumerate(batch_key):
-        names = names + " " * (number > 0) + obs[column].astype(str)
-    return names.to_numpy(dtype=object)
+    return _QUERY + batches_of(obs, list(batch_key))
