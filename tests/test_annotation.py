@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 
 import anndata as ad
@@ -15,8 +16,10 @@ from hypothesis import strategies as st
 from pipeline import ROOT
 
 from census_scvi.annotation.annotate import FittedMethod, annotate
+from census_scvi.annotation.annotators.neighbor_vote import neighbor_vote
 from census_scvi.annotation.ontology import build_hierarchy, term_columns
 from census_scvi.annotation.protocol import Annotation, Cells
+from census_scvi.annotation.unknown.rule import Batch
 from census_scvi.annotation.unknown.type_distances import TypeDistances
 from census_scvi.annotation.validation.calibration import fit_temperature, with_temperature
 from census_scvi.annotation.validation.folds import held_out_folds
@@ -206,17 +209,44 @@ def test_a_temperature_is_found_again(temperature: float) -> None:
     assert np.array_equal(distorted.argmax(axis=1), calibrated.argmax(axis=1))
 
 
-def test_distances_relative_to_a_type() -> None:
+@pytest.mark.parametrize("distances", [TypeDistances.to_nearest, TypeDistances.to_means])
+def test_distances_relative_to_a_type(distances: Callable[..., TypeDistances]) -> None:
     generator = np.random.default_rng(0)
     dense, wide = generator.normal(0, 0.1, (50, 2)), generator.normal(0, 1, (50, 2)) + 20
-    space = np.concatenate([dense, wide, [[0.3, 0.3], [21.5, 21.5]]]).astype(np.float32)
-    found = TypeDistances.of(space, np.arange(100), np.repeat([0, 1], 50), 3, np.array([100, 101]))
+    space = np.concatenate([dense, wide, [[0.6, 0.6], [21.5, 21.5]]]).astype(np.float32)
+    found = distances(space, np.arange(100), np.repeat([0, 1], 50), 3, np.array([100, 101]))
     assert np.isinf(found.to_type[:, 2]).all()
     near, far = found.score()
     assert near > far  # outside of the dense type, within the wide one
     without = found.score(without=0)
-    assert without[0] > 1.5 + near
+    assert without[0] > 1 + near
     assert without[1] == far
+
+
+def test_the_distance_to_means_follows_the_shape_of_the_types() -> None:
+    generator = np.random.default_rng(0)
+    long = generator.normal(0, [5, 0.1], (200, 2))
+    space = np.concatenate([long, long + np.array([0, 20]), [[8, 0], [0, 3]]]).astype(np.float32)
+    found = TypeDistances.to_means(space, np.arange(400), np.repeat([0, 1], 200), 2, np.array([400, 401]))
+    along, across = found.score()
+    assert across > along  # 3 is far where the types are narrow, 8 is not where they are long
+    alone = TypeDistances.to_means(space, np.array([0]), np.array([0]), 1, np.array([400]))
+    assert np.isfinite(alone.score()).all()
+
+
+def test_a_batch_is_far_by_what_held_out_cells_agree_on() -> None:
+    assert not Batch(100, agreed=0.3, expected_agreed=0.4, beyond=0.1, shift=0.0).far
+    assert Batch(100, agreed=0.3, expected_agreed=0.9, beyond=0.1, shift=0.0).far
+    assert Batch(100, agreed=0.9, expected_agreed=float("nan"), beyond=0.6, shift=0.0).far
+    assert not Batch(100, agreed=0.0, expected_agreed=float("nan"), beyond=0.1, shift=0.0).far
+
+
+def test_a_type_of_few_cells_is_not_outvoted() -> None:
+    generator = np.random.default_rng(0)
+    rare, frequent = generator.normal(0, 0.1, (4, 2)), generator.normal([1.5, 0], 0.5, (200, 2))
+    space = np.concatenate([rare, frequent, [[0, 0]]]).astype(np.float32)
+    votes = neighbor_vote(space, np.arange(204), np.repeat([0, 1], [4, 200]), 2, np.array([204]))
+    assert votes[0, 0] > 0.8
 
 
 def test_folds_hold_out_whole_studies() -> None:

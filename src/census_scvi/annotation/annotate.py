@@ -16,7 +16,7 @@ from census_scvi.annotation.annotators.joint_model import STEPS
 from census_scvi.annotation.annotators.neighbor_vote import NEIGHBORS
 from census_scvi.annotation.methods import BASELINES, CONSENSUS, TITLES, create, members_of
 from census_scvi.annotation.ontology import LEVEL, Hierarchy, build_hierarchy, calibrated_threshold
-from census_scvi.annotation.protocol import Annotation, Annotator, Cells, batch_in_words
+from census_scvi.annotation.protocol import Annotation, Annotator, Cells
 from census_scvi.annotation.results.groups import similar_cells
 from census_scvi.annotation.unknown.rule import (
     Batch,
@@ -330,11 +330,7 @@ def _warnings(
         )
     for name, batch in batches.items():
         if batch.far:
-            yield (
-                f"{batch_in_words(name)}: the annotators agree on {batch.agreed:.0%} of its {batch.cells:,} cells,"
-                f" and {batch.beyond:.0%} are farther from the reference than 95 % of its own held-out cells; many may"
-                " be of types that the reference lacks: check their labels with marker genes"
-            )
+            yield batch.warning(name)
     hard = [str(classes[code]) for code, found in rule.found_by_type.items() if found < 0.2]
     if hard:
         yield (

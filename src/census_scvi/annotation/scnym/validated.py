@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import load_file, save_file
 
 from census_scvi.annotation.ontology import LEVEL, calibrated_threshold
-from census_scvi.annotation.protocol import ALL_CELLS, Annotation, batch_in_words
+from census_scvi.annotation.protocol import ALL_CELLS, Annotation
 from census_scvi.annotation.results.groups import similar_cells
 from census_scvi.annotation.scnym.classifier import Prediction
 from census_scvi.annotation.unknown.rule import Batch, HeldOutCells, UnknownRule, agree, apply_rule, set_rule
@@ -191,12 +191,7 @@ class Validated:
             )
         for name, batch in batches.items():
             if batch.far:
-                yield (
-                    f"{batch_in_words(name)}: {batch.agreed:.0%} of {batch.cells:,} cells have a label with a"
-                    f" probability above 0.8, and {batch.beyond:.0%} are farther from the training cells than 95 % of"
-                    " the held-out cells; many may be of types that the classifier does not know: check their labels"
-                    " with marker genes"
-                )
+                yield batch.warning(name)
 
     def _facts(self, batches: dict[str, Batch]) -> dict[str, Any]:
         return {

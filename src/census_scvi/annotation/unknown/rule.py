@@ -1,10 +1,10 @@
 """Cells of types that the reference lacks: a score from distances, its threshold, and the measured quality of both.
 
 The score of a cell is the log of its distance to the nearest type, relative to the distances within this type, mean
-over the embeddings of the method. Per embedding it is scaled so that held-out reference cells have median 0 and a 95 %
-quantile of 1. The cells of a batch to which all annotators give one label with high probability show how much farther
-than the reference all cells of the batch are; up to 1, this shift is subtracted. A cell is judged by the median over
-the query cells around it.
+over the embeddings of the method and two distances: to the nearest cells of a type, and to its mean (Mahalanobis). Each
+is scaled so that held-out reference cells have median 0 and a 95 % quantile of 1. The cells of a batch to which all
+annotators give one label with high probability show how much farther than the reference all cells of the batch are; up
+to 1, this shift is subtracted. A cell is judged by the median over the query cells around it.
 
 The threshold is set on held-out studies of the reference, each annotated from the others, with and without each type.
 """
@@ -17,15 +17,19 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from census_scvi.annotation.protocol import batch_in_words
 from census_scvi.annotation.unknown.type_distances import TypeDistances
 from census_scvi.neighbors.index import NeighborIndex
 
 # Query cells around a cell whose median counts: at most this number, and of a small query this share.
-_AROUND, _SHARE_AROUND, _FEWEST_AROUND = 30, 0.02, 4
+_AROUND, _SHARE_AROUND, _FEWEST_AROUND = 100, 0.02, 4
 # Probability above which a label is certain, and the fewest such cells that show a shift; the largest shift.
-_CERTAIN, _FEWEST_CERTAIN, _LARGEST_SHIFT = 0.8, 10, 1.0
+_CERTAIN, _FEWEST_CERTAIN, _LARGEST_SHIFT = 0.9, 10, 1.0
+# A batch is far if its share of agreed cells is below this part of the held-out cells' share, or if more than half of
+# its cells are beyond the 95 % quantile.
+_LEAST_AGREED, _MOST_BEYOND = 0.6, 0.5
 # Least share of held-out cells of known types that keep their label at the threshold.
-_LEAST_KEPT = 0.93
+_LEAST_KEPT = 0.95
 # Quantile of the scores of single held-out cells that the threshold must not exceed, with one held-out part and with
 # several: types of the reference that differ much would be found at a threshold that is too high for others.
 _MOST_QUANTILE = (0.9, 0.8)
@@ -72,7 +76,7 @@ class UnknownRule:
     Attributes
     ----------
     scales
-        By embedding: median and 95 % quantile of the scores of held-out cells.
+        By embedding and distance: median and 95 % quantile of the scores of held-out cells.
     threshold
         Score above which a cell is unknown.
     known_kept
@@ -83,6 +87,9 @@ class UnknownRule:
         The same, if the excluded type is 60 % of the cells.
     found_by_type
         `left_out_found` of each type that was excluded, by code.
+    agreed
+        Share of the held-out cells to which all annotators give one label with a probability above 0.9; NaN without
+        held-out cells.
     """
 
     scales: dict[str, tuple[float, float]]
@@ -91,6 +98,7 @@ class UnknownRule:
     left_out_found: float
     frequent_found: float
     found_by_type: dict[int, float] = field(default_factory=dict)
+    agreed: float = float("nan")
 
 
 @dataclass(frozen=True)
@@ -102,22 +110,33 @@ class Batch:
     cells
         Number of its cells.
     agreed
-        Share of them to which all annotators give one label with a probability above 0.8.
+        Share of them to which all annotators give one label with a probability above 0.9.
+    expected_agreed
+        The same share of the held-out cells; NaN without such cells.
     beyond
         Share of them with a score, before any shift, beyond the 95 % quantile of held-out cells.
     shift
-        The subtracted shift, mean over embeddings.
+        The subtracted shift, mean over embeddings and distances.
     """
 
     cells: int
     agreed: float
+    expected_agreed: float
     beyond: float
     shift: float
 
     @property
     def far(self) -> bool:
         """Whether most cells may be of types that the reference lacks, or of very different samples."""
-        return self.agreed < 0.5 or self.beyond > 0.5
+        return self.agreed < _LEAST_AGREED * self.expected_agreed or self.beyond > _MOST_BEYOND
+
+    def warning(self, name: str) -> str:
+        """What to tell the user of a batch that is `far`."""
+        return (
+            f"{batch_in_words(name)}: {self.agreed:.0%} of {self.cells:,} cells have a certain label (held-out cells:"
+            f" {self.expected_agreed:.0%}), and {self.beyond:.0%} are farther from the labelled cells than 95 % of the"
+            " held-out cells; many may be of types that the reference lacks: check their labels with marker genes"
+        )
 
 
 def agree(probability: Probabilities) -> npt.NDArray[np.bool_]:
@@ -147,14 +166,15 @@ def set_rule(
     numbers = np.random.default_rng(seed)
     parts = [_sampled(part, numbers) for part in held_out]
     if not parts:
-        scores = _scores({name: _within(space, reference, codes, n_classes) for name, space in spaces.items()})
-        scales = {name: _scale(values, codes) for name, values in scores.items()}
+        order, scores = _within(spaces, reference, codes, n_classes)
+        scales = {name: _scale(values, codes[order]) for name, values in scores.items()}
         return UnknownRule(scales, 1.0, float("nan"), float("nan"), float("nan"))
     studies = [_Study(spaces, part, n_classes) for part in parts]
     truth = np.concatenate([study.part.truth for study in studies])
-    scales = {name: _scale(np.concatenate([study.scores()[name] for study in studies]), truth) for name in spaces}
+    held = [study.scores() for study in studies]
+    scales = {name: _scale(np.concatenate([scores[name] for scores in held]), truth) for name in held[0]}
     known = [study.known(scales) for study in studies]
-    single = np.concatenate([np.mean(list(_scaled(study.scores(), scales).values()), axis=0) for study in studies])
+    single = np.concatenate([_mean_score(_scaled(scores, scales)) for scores in held])
     most = _quantile(single, truth, _MOST_QUANTILE[len(studies) > 1])
     rare, frequent = (_excluded(studies, scales, share, numbers) for share in (None, _FREQUENT))
     threshold = min(_best_threshold(np.concatenate(known), rare, frequent), most)
@@ -166,6 +186,7 @@ def set_rule(
         _mean(list(by_type.values())),
         _mean([float((values > threshold).mean()) for values in frequent.values()]),
         by_type,
+        float(np.concatenate([agree(part.probability) for part in parts]).mean()),
     )
 
 
@@ -192,19 +213,20 @@ def apply_rule(
     batch, agreed
         (cells,): batch of each query cell, and whether the annotators agree on it.
     """
-    raw = _scaled(
-        _scores({name: TypeDistances.of(space, reference, codes, n_classes, query) for name, space in spaces.items()}),
-        rule.scales,
-    )
-    total = np.mean(list(raw.values()), axis=0)
+    raw = _scaled(_scores(_distances(spaces, reference, codes, n_classes, query)), rule.scales)
+    total = _mean_score(raw)
     shifted, batches = {name: values.copy() for name, values in raw.items()}, {}
     for name in np.unique(batch.astype(str)):
         mine = batch.astype(str) == name
         shifts = [_subtract_shift(values, mine, agreed) for values in shifted.values()]
         batches[str(name)] = Batch(
-            int(mine.sum()), float(agreed[mine].mean()), float((total[mine] > 1).mean()), float(np.mean(shifts))
+            int(mine.sum()),
+            float(agreed[mine].mean()),
+            rule.agreed,
+            float((total[mine] > 1).mean()),
+            float(np.mean(shifts)),
         )
-    return _around(np.mean(list(shifted.values()), axis=0), next(iter(spaces.values()))[query]), batches
+    return _around(_mean_score(shifted), next(iter(spaces.values()))[query]), batches
 
 
 class _Study:
@@ -212,10 +234,7 @@ class _Study:
 
     def __init__(self, spaces: Spaces, part: HeldOutCells, n_classes: int) -> None:
         self.part, self._space = part, next(iter(spaces.values()))[part.test]
-        self._distances = {
-            name: TypeDistances.of(space, part.train, part.codes, n_classes, part.test)
-            for name, space in spaces.items()
-        }
+        self._distances = _distances(spaces, part.train, part.codes, n_classes, part.test)
 
     def scores(self, without: int | None = None) -> Scores:
         return _scores(self._distances, without)
@@ -248,7 +267,7 @@ class _Study:
         scaled = {name: values[kept] for name, values in _scaled(scores, scales).items()}
         for values in scaled.values():
             _subtract_shift(values, np.ones(len(values), bool), agreed[kept])
-        return _around(np.mean(list(scaled.values()), axis=0), self._space[kept])
+        return _around(_mean_score(scaled), self._space[kept])
 
 
 def _sampled(part: HeldOutCells, numbers: np.random.Generator) -> HeldOutCells:
@@ -295,19 +314,32 @@ def _best_threshold(
     return float(levels[score.argmax()])
 
 
-def _within(space: npt.NDArray[np.float32], rows: Rows, codes: Rows, n_classes: int) -> TypeDistances:
-    """Distances of half of the cells to the types of the other half: no cell is its own neighbor."""
+def _distances(spaces: Spaces, train: Rows, codes: Rows, n_classes: int, test: Rows) -> dict[str, TypeDistances]:
+    """Both distances in each embedding."""
+    found = {}
+    for name, space in spaces.items():
+        found[f"{name}, nearest"] = TypeDistances.to_nearest(space, train, codes, n_classes, test)
+        found[f"{name}, means"] = TypeDistances.to_means(space, train, codes, n_classes, test)
+    return found
+
+
+def _within(spaces: Spaces, rows: Rows, codes: Rows, n_classes: int) -> tuple[Rows, Scores]:
+    """Scores of half of the cells by the other half, as no cell is its own neighbor; first the order of the cells."""
     even = np.arange(len(rows)) % 2 == 0
-    whole = TypeDistances.of(space, rows, codes, n_classes, rows)
-    to_type = np.empty_like(whole.to_type)
+    parts = []
     for half in (even, ~even):
         others = ~half if len(np.unique(codes[~half])) == len(np.unique(codes)) else np.ones(len(rows), bool)
-        to_type[half] = TypeDistances.of(space, rows[others], codes[others], n_classes, rows[half]).to_type
-    return TypeDistances(to_type, whole.within)
+        parts.append(_scores(_distances(spaces, rows[others], codes[others], n_classes, rows[half])))
+    order = np.concatenate([np.flatnonzero(even), np.flatnonzero(~even)])
+    return order, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _scores(distances: Mapping[str, TypeDistances], without: int | None = None) -> Scores:
     return {name: each.score(without) for name, each in distances.items()}
+
+
+def _mean_score(scores: Scores) -> npt.NDArray[np.float64]:
+    return np.asarray(np.mean(list(scores.values()), axis=0))
 
 
 def _scale(values: npt.NDArray[np.float64], codes: Rows) -> tuple[float, float]:
