@@ -442,6 +442,27 @@ def test_a_training_annotates_shifted_cells_and_is_the_same_with_the_same_seed(t
     assert trained.validation.sum() == 24
 
 
+def test_minibatches_are_computed_by_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several wait for each other on a busy machine, which was seen to cost ten times the CPU time."""
+    used = []
+    step = ScNymModule.training_step
+
+    def noting(*arguments: Any) -> torch.Tensor:
+        used.append(torch.get_num_threads())
+        return step(*arguments)
+
+    monkeypatch.setattr(ScNymModule, "training_step", noting)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        counts, labels, _ = both(30, 20)
+        fit(counts, labels, overrides={"n_epochs": 1})
+        assert set(used) == {1}
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize(("n_labelled", "n_unlabelled"), [(30, 300), (300, 1), (6, 6)])
 def test_fewer_cells_than_a_minibatch_are_enough(n_labelled: int, n_unlabelled: int) -> None:
     counts, labels, _ = both(n_labelled, n_unlabelled)

@@ -46,7 +46,7 @@ def predicted(codes: np.ndarray, seed: int, *, sharpness: float = 1.0) -> tuple[
 def validated() -> Validated:
     """Of a classifier that is much too certain; a third of its cells are of held-out donors."""
     prediction, truth = predicted(np.arange(1500) % 3, 0, sharpness=4.0)
-    return Validated.of(prediction, truth, np.arange(1500) >= 1000, "donor_id", 0)
+    return Validated.of(prediction, truth, np.arange(1500) >= 1000, "donor_id", assumes_known=False, seed=0)
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_probabilities_of_new_cells_are_calibrated_and_the_accuracy_is_that_of_t
 @pytest.mark.parametrize("sharpness", [0.5, 4.0])
 def test_random_cells_of_the_same_samples_lower_probabilities_only(sharpness: float) -> None:
     prediction, truth = predicted(np.arange(1500) % 3, 0, sharpness=sharpness)
-    found = Validated.of(prediction, truth, np.arange(1500) % 3 == 0, "cells", 0)
+    found = Validated.of(prediction, truth, np.arange(1500) % 3 == 0, "cells", assumes_known=False, seed=0)
     assert found.temperature == pytest.approx(max(sharpness, 1), rel=0.25)
     warnings = found.annotation(prediction).warnings
     assert any("measured on random cells of the samples that it was trained on" in warning for warning in warnings)
@@ -107,11 +107,12 @@ def test_cells_far_from_all_types_are_unknown_and_known_ones_keep_their_label(va
 
 def test_a_classifier_without_validation_cells_says_so() -> None:
     prediction, truth = predicted(np.arange(60) % 3, 0)
-    found = Validated.of(prediction, truth, np.zeros(60, bool), "cells", 0)
+    found = Validated.of(prediction, truth, np.zeros(60, bool), "cells", assumes_known=True, seed=0)
     assert (found.temperature, found.quality) == (1.0, {})
     annotation = found.annotation(prediction)
     assert annotation.validation.empty
     assert any("no cells were held out" in warning for warning in annotation.warnings)
+    assert any("probably marks no cell of a missing type" in warning for warning in annotation.warnings)
 
 
 def test_what_is_saved_gives_the_same_annotation(folder: Path, validated: Validated) -> None:

@@ -19,6 +19,7 @@ from census_scvi.terminal.progress import progress_bar
 from census_scvi.training.fast import products
 from census_scvi.training.fast.measure import faster_libraries
 from census_scvi.training.fast.step import step, unused_frozen
+from census_scvi.training.threads import one_thread
 
 STEPS = 1_000
 _MINIBATCH_CELLS, _LEARNING_RATE, _WARMUP = 128, 1e-3, 0.4
@@ -125,19 +126,11 @@ def _minibatches(
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Random numbers of torch from a seed, and one thread; those of the process are not changed.
-
-    The minibatches are so small that more threads help little, and wait for each other on a busy machine.
-    """
+    """Random numbers of torch from a seed, and one thread; those of the process are not changed."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    threads = torch.get_num_threads()
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(devices), one_thread():
         torch.manual_seed(seed)
-        torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)
+        yield
 
 
 @contextmanager

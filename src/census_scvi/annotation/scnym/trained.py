@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 ABOUT = "genes.json"
 _FORMAT = 1
 _TRAINING, _VALIDATED = "training", "validated"
+_CONFIDENT = 0.5  # less confident pseudolabels are of cells that may be of any type
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,10 @@ def _validated(result: Training, joined: Joined, labels: str, seed: int) -> Vali
         name, donors = list(joined.units.items())[-1]  # as in `_donors`
         if set(donors[validation]).isdisjoint(donors[~validation]):
             held_out_by = name
-    return Validated.of(prediction, codes, validation, held_out_by, seed)
+    settings = classifier.settings
+    assumes_known = n_labelled < len(joined.cells) and settings.unsup_max_weight > 0
+    assumes_known &= settings.pseudolabel_min_confidence < _CONFIDENT
+    return Validated.of(prediction, codes, validation, held_out_by, assumes_known=assumes_known, seed=seed)
 
 
 def _donors(joined: Joined, n_query: int) -> npt.NDArray[np.object_] | None:

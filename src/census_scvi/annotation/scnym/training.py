@@ -31,6 +31,7 @@ from census_scvi.terminal.progress import progress_bar
 from census_scvi.training.callbacks import Stoppable, TrainMode
 from census_scvi.training.checkpoint import Checkpoint, StagedIO
 from census_scvi.training.progress import EventLog
+from census_scvi.training.threads import one_thread
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ def train(
     """
     cells, classes, profile = _cells(source, labels, domains, donors, validation, seed)
     _say(cells, classes)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), one_thread():
         torch.manual_seed(seed)
         network = CellTypeClassifier(len(genes), len(classes), settings)
         module = ScNymModule(network, cells.n_domains, settings)
