@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ _forks.set_forkserver_preload(
         "census_scvi.stages.verify",
         "census_scvi.stages.map_query",
         "census_scvi.stages.evaluate",
+        "census_scvi.stages.annotate",
+        "pytest",  # this file imports it
     ]
 )
 
@@ -76,6 +79,43 @@ def _in_place(
     os.environ.update(environment)
     os.chdir(cwd)
     work(*arguments)
+
+
+class ForkedKernel:
+    """A kernel of Jupyter that begins, as `forked`, where a new one has imported its libraries.
+
+    It has what jupyter_client needs of the `subprocess.Popen` of a kernel, for which it stands in: patch
+    `jupyter_client.provisioning.local_provisioner.launch_kernel`.
+    """
+
+    stdin = stdout = stderr = None
+
+    def __init__(self, command: list[str], *, cwd: str, env: dict[str, str], **_: Any) -> None:
+        self._process = _forks.Process(target=_run_kernel, args=(command, cwd, env))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("OMP_NUM_THREADS", "1")
+            self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+        while os.getpgid(self.pid) != self.pid:  # signals go to the kernel's process group, which must not be ours
+            time.sleep(0.01)
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self) -> int | None:
+        self._process.join()
+        return self._process.exitcode
+
+
+def _run_kernel(command: list[str], cwd: str, environment: dict[str, str]) -> None:
+    os.setsid()
+    os.environ.clear()
+    os.environ.update(environment | {"OMP_NUM_THREADS": "1"})
+    os.chdir(cwd)
+    from ipykernel.kernelapp import IPKernelApp
+
+    IPKernelApp.launch_instance(argv=command[command.index("-f") :])
 
 
 def run_script(script: str, *arguments: str) -> None:

@@ -1,12 +1,11 @@
 """Embeddings in a Census: whole or not there, read by the Census API, replaced in one step, never doubled."""
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import tiledbsoma
 from cellxgene_census import _release_directory
 from cellxgene_census.experimental import get_embedding, get_embedding_metadata
 from faulty_disk import CELLS, KILLED, run_driver, small_experiment
+from pipeline import forked, run_code
 
 from census_scvi.census.embedding import EmbeddingHash, published_uri, read_embedding
 from census_scvi.errors import UserError
@@ -345,6 +345,7 @@ PUBLISHER = """
 import pathlib, sys, time
 import census_scvi.publication.summary, faulty_disk
 experiment, publication, seed, name, start = sys.argv[1:]
+pathlib.Path(f"{start} {seed}").touch()
 while not pathlib.Path(start).exists():
     time.sleep(0.01)
 faulty_disk.publish(experiment, publication, int(seed), replace=False, name=name)
@@ -354,6 +355,11 @@ LOOK = (
 )
 
 
+def in_tests(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Code in a process of its own that finds the modules of the tests."""
+    return forked(run_code, code, *arguments, cwd=Path(__file__).parent)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("names", [("one", "two"), ("scvi", "scvi")], ids=["two names", "one name"])
 def test_two_publishers_to_one_bucket_at_once(names: tuple[str, str], bucket: str, tmp_path: Path) -> None:
@@ -361,20 +367,20 @@ def test_two_publishers_to_one_bucket_at_once(names: tuple[str, str], bucket: st
     experiment = f"{bucket}/experiment"
     small_experiment(str(tmp_path / "experiment"))
     fsspec.filesystem("s3").put(str(tmp_path / "experiment"), experiment, recursive=True)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    publishers = [
-        subprocess.Popen(
-            [sys.executable, "-c", PUBLISHER, experiment, digit * 32, str(seed), name, str(tmp_path / "start")],
-            env=environment, stderr=subprocess.PIPE, text=True,
-        )
-        for seed, (name, digit) in enumerate(zip(names, "ab", strict=True))
-    ]  # fmt: skip
-    time.sleep(8)  # both have imported what they need
-    (tmp_path / "start").touch()
-    ends = [(publisher.communicate()[1], publisher.returncode) for publisher in publishers]
-    looked = subprocess.run(
-        [sys.executable, "-c", LOOK, experiment, *names], env=environment, capture_output=True, text=True, check=True
-    )
+    start = tmp_path / "start"
+    with ThreadPoolExecutor(2) as pool:
+        publishers = [
+            pool.submit(in_tests, PUBLISHER, experiment, digit * 32, str(seed), name, str(start))
+            for seed, (name, digit) in enumerate(zip(names, "ab", strict=True))
+        ]
+        while not all(Path(f"{start} {seed}").exists() for seed in (0, 1)):  # both have imported what they need
+            if any(publisher.done() for publisher in publishers):  # with an error
+                break
+            time.sleep(0.01)
+        start.touch()
+    ends = [(publisher.result().stderr, publisher.result().returncode) for publisher in publishers]
+    looked = in_tests(LOOK, experiment, *names)
+    assert looked.returncode == 0, looked.stderr
     found = json.loads(looked.stdout)
     if names[0] != names[1]:
         assert [code for _, code in ends] == [0, 0], ends

@@ -6,9 +6,12 @@ import os
 import pkgutil
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ import anndata as ad
 import h5py
 import pytest
 import torch
-from pipeline import ROOT, STAGES, Run
+from pipeline import ROOT, STAGES, Run, forked, run_script
 
 from census_scvi.cli import main
 from census_scvi.model.safe import load_safe
@@ -360,17 +363,23 @@ def test_no_permission_is_one_line(demo_census: str, tmp_path: Path, capsys: pyt
 @pytest.mark.slow
 def test_two_runs_on_one_directory(demo_census: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = Run(tmp_path, demo_census)
-    wait = "import census_scvi.stages.prepare as p, sys, time; p.select_genes = lambda *a: time.sleep(60)"
-    code = f"import sys; {wait}; from census_scvi.cli import main; main('prepare', sys.argv[1:])"
-    with subprocess.Popen([sys.executable, "-c", code, "--config", str(run.config)], stderr=subprocess.PIPE) as first:
+    number = tmp_path / "number"
+    wait = (
+        "import os, pathlib, time, census_scvi.stages.prepare as p; p.select_genes = lambda *a:"
+        f" (pathlib.Path({str(number)!r}).symlink_to(str(os.getpid())), time.sleep(60))"
+    )
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(run.subprocess, "prepare", before=wait)
+        while not number.is_symlink():
+            assert not first.done(), first.result().stderr
+            time.sleep(0.01)
+        process = int(str(number.readlink()))
         try:
-            assert first.stderr is not None
-            while b"cells in" not in first.stderr.readline():
-                assert first.poll() is None
             assert run("prepare") == 2
-            assert f"is in use by scvi-prepare.py (process {first.pid} on" in capsys.readouterr().err
+            assert f"is in use by scvi-prepare.py (process {process} on" in capsys.readouterr().err
         finally:
-            first.kill()
+            os.kill(process, signal.SIGKILL)
+    assert first.result().returncode == -signal.SIGKILL
     assert run("prepare") == 0
 
 
@@ -388,6 +397,19 @@ def start(script: Path, run: Run) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(script), "--config", str(run.config)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+def as_launched(script: Path, run: Run) -> list[subprocess.CompletedProcess[str]]:
+    """The script in two forks, in the environment of the processes that Lightning starts."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+
+    def process(rank: int) -> subprocess.CompletedProcess[str]:
+        variables = {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        return forked(run_script, str(script), "--config", str(run.config), **variables)
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(process, (0, 1)))
 
 
 # On each of two processes another library is faster; each says which one it uses.
@@ -408,9 +430,9 @@ def test_two_cpu_processes_train_one_model_and_resume(demo_census: str, tmp_path
     assert undisturbed("prepare") == 0
     script = tmp_path / "undisturbed.py"
     script.write_text(UNLIKE + TRAIN)
-    done = start(script, undisturbed)
-    assert done.returncode == 0, done.stderr
-    assert {line for line in done.stderr.splitlines() if " uses " in line} == {
+    done = as_launched(script, undisturbed)
+    assert [process.returncode for process in done] == [0, 0], done
+    assert {line for process in done for line in process.stderr.splitlines() if " uses " in line} == {
         "rank 0 uses onednn",
         "rank 1 uses onednn",
     }

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from pipeline import ROOT, Run
+from pipeline import ROOT, ForkedKernel, Run
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
@@ -30,6 +30,7 @@ def project(finished_run: Run, demo_census: str, tmp_path_factory: pytest.TempPa
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(notebook: Path, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "notebooks"))
+    monkeypatch.setattr("jupyter_client.provisioning.local_provisioner.launch_kernel", ForkedKernel)
     copy = Path(shutil.copy(notebook, project / "notebooks"))
     importlib.import_module("execute").execute(copy)
     assert str(project) not in copy.read_text()

@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -27,7 +26,7 @@ import tiledbsoma
 import torch
 import yaml
 from cellxgene_census.experimental import get_embedding_metadata
-from pipeline import ROOT, Run
+from pipeline import ROOT, Run, forked, run_script
 from safetensors.torch import load_file, save_file
 from scvi.hub import HubModel
 from test_faults import KILL
@@ -221,8 +220,7 @@ def test_a_bucket_as_target(run: Run, bucket: str) -> None:
     settings = [f"publish.experiment_uri={experiment}", f"publish.model_uri={model}"]
 
     def verified() -> str:
-        command = [sys.executable, str(ROOT / "scvi-verify.py"), model, "--census", census_of(run)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = forked(run_script, str(ROOT / "scvi-verify.py"), model, "--census", census_of(run))
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 

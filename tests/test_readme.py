@@ -21,7 +21,8 @@ from census_scvi.stages.demo import write_own_cells
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # A command that needs no shell: our program or a script, and arguments without a character special to bash.
-PLAIN = re.compile(r"(census-scvi|python [\w./-]+\.py)( [^$`|&;<>*?~\\(){}!]*)?")
+# Between single quotes, none is.
+PLAIN = re.compile(r"(census-scvi|python [\w./-]+\.py)( ([^'$`|&;<>*?~\\(){}!]|'[^']*')*)?")
 # Run by CI itself (this test is part of `make test`), or not ours.
 NOT_HERE = ("make ", "./scvi-init.sh", "tensorboard ", "sudo apt ")
 
@@ -47,11 +48,15 @@ def sandbox(demo_census: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(demo_census, folder / census)
     small = {**SMALL, "census": {**SMALL["census"], "uri": "census"}}
     demo = {**SMALL, "census": {**SMALL["census"], "uri": "demo/census"}, "output": {"directory": "demo/run"}}
+    demo |= {"query": {"umap_cells": 300, "baseline_cells": 400}, "annotate": {"overrides": {"steps": 100}}}
     few = yaml.safe_load((folder / "configs/small.yaml").read_text())  # its settings, for fewer genes and epochs
     few["census"]["obs_query_model"] = SMALL["census"]["obs_query_model"]
     few["train"]["max_epochs"], few["hvg"]["top_n_hvg"] = 3, 200
     mouse = {**small, "output": {"directory": "run-mouse"}}
     configs = {"scvi-config": small, "configs/demo": demo, "configs/small": few, "configs/mus_musculus": mouse}
+    quick = yaml.safe_load((folder / "configs/annotate-demo.yaml").read_text())
+    quick["annotate"]["overrides"] = {"steps": 100}
+    configs["configs/annotate-demo"] = quick
     for name, values in configs.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
     with cellxgene_census.open_soma(uri=demo_census) as root:
@@ -79,17 +84,24 @@ STARTED: set[str] = set()
 def run_commands(
     commands: list[str], folder: Path, environment: dict[str, str]
 ) -> Iterator[subprocess.CompletedProcess[str]]:
-    """The commands of a block in bash; programs that have all been started so before, in forks with their libraries."""
-    plain = [shlex.split(command, comments=True) for command in commands if PLAIN.fullmatch(command)]
-    programs = {words[words[0] == "python"] for words in plain}
-    if len(plain) == len(commands) and programs <= STARTED:
-        for program, *words in plain:
-            work = run_script if program == "python" else run_program
+    """The commands of a block in bash; a program that has been started so before, in a fork with its libraries."""
+    if not all(PLAIN.fullmatch(command) for command in commands):
+        yield in_bash("\n".join(commands), folder, environment)
+        return
+    for command in commands:
+        name, *words = shlex.split(command, comments=True)
+        program = words[0] if name == "python" else name
+        if program in STARTED:
+            work = run_script if name == "python" else run_program
             yield forked(work, *words, cwd=folder, PATH=environment["PATH"])
-    else:
-        line = ["bash", "-euc", "\n".join(commands)]
-        yield subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-        STARTED.update(programs)
+        else:
+            yield in_bash(command, folder, environment)
+            STARTED.add(program)
+
+
+def in_bash(command: str, folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    line = ["bash", "-euc", command]
+    return subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.slow
