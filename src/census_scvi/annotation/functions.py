@@ -86,7 +86,7 @@ def train(
     UserError
         Cells, labels or hyper-parameters cannot be used.
     """
-    settings = _settings(groupby, obs_filter=obs_filter, cells_per_type=cells_per_type)
+    settings = _settings(obs_filter=obs_filter, cells_per_type=cells_per_type)
     folder = None if out_path is None else Path(expand_argument(out_path, "out_path"))
     with _opened(
         adata, groupby, settings, reference, census, counts=counts, values=values, organism=organism, seed=seed,
@@ -169,9 +169,8 @@ def predict(
         rows = np.arange(adata.n_obs)
     else:
         settings = _settings(
-            groupby, method=method, preset=preset, overrides=overrides, obs_filter=obs_filter,
-            cells_per_type=cells_per_type,
-        )  # fmt: skip
+            method=method, preset=preset, overrides=overrides, obs_filter=obs_filter, cells_per_type=cells_per_type
+        )
         with _opened(
             adata, groupby, settings, reference, census, counts=counts, values=values, organism=organism, seed=seed
         ) as sources:
@@ -269,9 +268,9 @@ def _opened(
         yield sources
 
 
-def _settings(groupby: str, **arguments: Any) -> AnnotateSection:
+def _settings(**arguments: Any) -> AnnotateSection:
     """Checked arguments as settings."""
-    of_reference = {name: arguments.pop(name) for name in ("obs_filter", "cells_per_type")} | {"labels": groupby}
+    of_reference = {name: arguments.pop(name) for name in ("obs_filter", "cells_per_type")}
     values = {name: value for name, value in arguments.items() if value is not None} | {"reference": of_reference}
     try:
         return AnnotateSection.model_validate(values)
