@@ -1,21 +1,22 @@
 """Cell type annotation across studies: accuracy of all methods, and cells of types that the reference lacks.
 
-    python benchmarks/annotation.py --data FOLDER [--tasks forward backward donor1 donor2] [--seeds 0 1 2]
-        [--methods consensus fast ...] [--parts accuracy unknown frequent]
+    python benchmarks/annotation.py --data FOLDER --results FILE.csv [--tasks forward backward donor1 donor2 simulated]
+        [--seeds 0 1 2] [--methods consensus fast ...] [--parts accuracy unknown frequent]
     python benchmarks/annotation.py --open-problems FOLDER [--methods consensus fast ...]
 
 FOLDER of the first form holds pbmc_multi_human.h5ad and pancreas_baron_mouse.h5ad. `forward` annotates Kang et al. with
 pbmc3k and FACS-sorted blood as the reference, `backward` the reverse, `donor1` mouse 2 from mouse 1 and `donor2` the
-reverse. FOLDER of the second form is a task of OpenProblems' label projection: train.h5ad, test.h5ad and solution.h5ad,
-with raw counts in layers["counts"] and the columns `label` and `batch` in obs. docs/annotation.md has the results.
+reverse; `simulated` annotates one dataset of the demo Census from the others. Rows are appended to FILE.csv as they are
+measured, those that it has are not measured again, and tables over the seeds are printed from it. FOLDER of the second
+form is a task of OpenProblems' label projection: train.h5ad, test.h5ad and solution.h5ad, with raw counts in
+layers["counts"] and the columns `label` and `batch` in obs. docs/annotation.md has the results.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,13 +32,24 @@ from census_scvi.annotation.annotate import FittedMethod
 from census_scvi.annotation.methods import METHODS, create, members_of
 from census_scvi.annotation.protocol import Annotation, Cells
 from census_scvi.annotation.validation.held_out import HeldOut
+from census_scvi.local_census.demo.cells import demo_sources
 
 GENES, FEWEST, FREQUENT = 2000, {"blood": 50, "pancreas": 10}, 0.6
-SIMPLE = [name for name in METHODS if name not in ("neighbors", "scnym", "scanvi")]
+ALL = [name for name in METHODS if name != "neighbors"]  # there is no atlas whose model could embed the cells
 BLOOD = {"forward": ("pbmc3k", "zheng_facs"), "backward": ("kang_CTRL", "kang_STIM")}
 DONORS = {"donor1": "mouse1", "donor2": "mouse2"}
+SIMULATED = "simulated"
+TASKS = [*BLOOD, *DONORS, SIMULATED]
+PARTS = ["accuracy", "unknown", "frequent"]
 ALIKE = ("CD4 T cell", "CD8 T cell")  # the border between them differs between the studies' own labels
+# Types that are made 60 % of the query: these, or else the three most frequent ones.
+MADE_FREQUENT = ("B cell", "CD14 monocyte", "NK cell")
 REPEATS = 500
+ONE_BATCH = " (one batch)"
+COLUMNS = [
+    "task", "part", "seed", "method", "type", "accuracy", "interval", "macro F1", "calibration", "wrong at .7", "cells",
+    "AUROC", "found at 95 % kept", "kept", "found", "expected kept", "expected found", "far", "CPU s",
+]  # fmt: skip
 
 Rows = npt.NDArray[np.int64]
 
@@ -81,6 +93,21 @@ def pancreas(folder: Path, donor: str) -> Data:
     )
     mine = donors == sorted(set(donors))[list(DONORS).index(donor)]
     return Data(cells, labels, batch, np.flatnonzero(mine), np.flatnonzero(~mine), FEWEST["pancreas"])
+
+
+def simulated_studies(seed: int) -> Data:
+    """The human cells of the demo Census: the last dataset is the query, with its donors as batches."""
+    sources = [source for source in demo_sources(seed, n_genes=GENES, depth=0.5) if source.organism == "homo_sapiens"]
+    parts = []
+    for source in sources:
+        counts = sp.vstack([block for _, block in source.blocks(4096)], format="csr").astype(np.float32)
+        part = ad.AnnData(counts, obs=source.obs.astype(str), var=pd.DataFrame(index=source.var["feature_id"]))
+        part.obs["dataset"] = source.dataset_id
+        parts.append(part[(part.obs["is_primary_data"] == "True").to_numpy()])
+    cells = ad.concat(parts, index_unique="-", keys=range(len(parts)))
+    labels, batch, dataset = (cells.obs[name].to_numpy(dtype=object) for name in ("cell_type", "donor_id", "dataset"))
+    query = dataset == sources[-1].dataset_id
+    return Data(cells, labels, batch, np.flatnonzero(~query), np.flatnonzero(query), FEWEST["pancreas"])
 
 
 def open_problems(folder: Path) -> Data:
@@ -134,7 +161,7 @@ def accuracy(data: Data, methods: list[str], seed: int, *, one_batch: bool = Fal
         quality = HeldOut.of(truth[shared], (named[shared], probability[shared].max(axis=1)))
         certain = probability.max(axis=1)[shared] >= 0.7
         yield {
-            "method": method + " (one batch)" * one_batch,
+            "method": method + ONE_BATCH * one_batch,
             "accuracy": right.mean(),
             "interval": f"{np.quantile(again, 0.025):.3f}-{np.quantile(again, 0.975):.3f}",
             "macro F1": f1_score(
@@ -164,12 +191,16 @@ def state(found: Annotation) -> dict[str, object]:
     return {"far": sum(batch["far"] for batch in found.facts["batches"].values())}
 
 
-def excluded(data: Data, method: str, seed: int, share: float | None) -> Iterator[dict[str, object]]:
-    """Each frequent type of the query is excluded from the reference: known cells kept, missing cells found."""
-    truth, numbers = data.labels[data.query], np.random.default_rng(seed)
-    for name in np.unique(truth.astype(str)):
-        if (truth == name).sum() < data.fewest:
+def excluded(
+    data: Data, method: str, seed: int, share: float | None, done: Collection[str] = ()
+) -> Iterator[dict[str, object]]:
+    """Types of the query are excluded from the reference in turn: known cells kept, missing cells found."""
+    truth = data.labels[data.query]
+    for name in excluded_types(data, frequent=share is not None):
+        absent = " (absent)" if name not in data.labels[data.reference] else ""
+        if name + absent in done:
             continue
+        numbers = np.random.default_rng(seed)
         query = data.query if share is None else data.query[thinned(truth == name, share, numbers)]
         reference = data.reference[data.labels[data.reference] != name]
         cells, labels, of_query = data.task(reference, query)
@@ -181,7 +212,7 @@ def excluded(data: Data, method: str, seed: int, share: float | None) -> Iterato
         compared = known | missing
         limit = np.quantile(found.uncertainty[known], 0.95)
         yield {
-            "type": name + (" (absent)" if name not in data.labels[data.reference] else ""),
+            "type": name + absent,
             "cells": int(missing.sum()),
             "AUROC": roc_auc_score(missing[compared], found.uncertainty[compared]),
             "found at 95 % kept": (found.uncertainty[missing] > limit).mean(),
@@ -194,6 +225,15 @@ def excluded(data: Data, method: str, seed: int, share: float | None) -> Iterato
         }
 
 
+def excluded_types(data: Data, *, frequent: bool) -> list[str]:
+    """Types of the query with enough cells; of those that the reference has, the ones to be made frequent."""
+    names, sizes = np.unique(data.labels[data.query].astype(str), return_counts=True)
+    if not frequent:
+        return list(names[sizes >= data.fewest])
+    known = [name for name in names[np.argsort(-sizes)] if name in data.labels[data.reference]]
+    return list(MADE_FREQUENT) if set(MADE_FREQUENT) <= set(known) else known[:3]
+
+
 def thinned(mine: npt.NDArray[np.bool_], share: float, numbers: np.random.Generator) -> Rows:
     """Positions of cells such that one type has a share of them."""
     members, others = np.flatnonzero(mine), np.flatnonzero(~mine)
@@ -202,6 +242,39 @@ def thinned(mine: npt.NDArray[np.bool_], share: float, numbers: np.random.Genera
         members = numbers.choice(members, round(len(others) * share / (1 - share)), replace=False)
         n_others = len(others)
     return np.sort(np.append(members, numbers.choice(others, n_others, replace=False)))
+
+
+def measure(data: Data, seed: int, part: str, methods: list[str], done: set[str]) -> Iterator[dict[str, object]]:
+    """Rows of a part that are not done."""
+    if part == "accuracy":
+        todo = [method for method in methods if method not in done]
+        yield from accuracy(data, todo, seed)
+        recipes = [method for method in methods if len(members_of(method)) > 1]
+        yield from accuracy(data, [m for m in recipes if m + ONE_BATCH not in done], seed, one_batch=True)
+        if "permuted labels" not in done:
+            yield {"method": "permuted labels", "accuracy": permuted(data, seed)}
+    else:
+        yield from excluded(data, "consensus", seed, None if part == "unknown" else FREQUENT, done)
+
+
+def summary(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Title and table of each part of each task: means over seeds, and of accuracy the range."""
+    for (task, part), found in rows.groupby(["task", "part"], sort=False):
+        found = found.dropna(axis=1, how="all").drop(columns=["task", "part"])
+        name = "method" if part == "accuracy" else "type"
+        n_seeds = found["seed"].nunique()
+        table = found.drop(columns="seed").groupby(name, sort=False).mean(numeric_only=True).reset_index()
+        if part == "accuracy":
+            of_method = found.groupby(name, sort=False)["accuracy"]
+            spans = [f"{low:.3f}-{high:.3f}" for low, high in zip(of_method.min(), of_method.max(), strict=True)]
+            table.insert(2, "seeds", spans)
+            intervals = found[found["seed"] == found["seed"].min()].set_index(name)["interval"]
+            table.insert(
+                3, "interval", ["" if pd.isna(each := intervals.get(method)) else each for method in table[name]]
+            )
+        else:
+            table = with_means(table)
+        yield f"{task}: {part}, mean of {n_seeds} seed{'s' * (n_seeds > 1)}", table
 
 
 def with_means(table: pd.DataFrame) -> pd.DataFrame:
@@ -234,38 +307,41 @@ def main() -> None:
     place = parser.add_mutually_exclusive_group(required=True)
     place.add_argument("--data", type=Path, help="folder of the two files")
     place.add_argument("--open-problems", type=Path, help="folder of a task of OpenProblems")
-    parser.add_argument("--tasks", nargs="+", default=[*BLOOD, *DONORS], choices=[*BLOOD, *DONORS])
-    parser.add_argument("--parts", nargs="+", default=["accuracy", "unknown"])
-    parser.add_argument("--methods", nargs="+", default=SIMPLE, choices=METHODS)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--results", type=Path, default=Path("annotation.csv"), help="table of what is measured")
+    parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS)
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
+    parser.add_argument("--methods", nargs="+", default=ALL, choices=METHODS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     arguments = parser.parse_args()
     if arguments.open_problems:
         rows = accuracy(open_problems(arguments.open_problems), arguments.methods, arguments.seeds[0])
         print(markdown(pd.DataFrame(rows)))
         return
-    for task in arguments.tasks:
-        data = blood(arguments.data, task) if task in BLOOD else pancreas(arguments.data, task)
-        for seed in arguments.seeds:
-            run_task(data, task, seed, arguments.parts, arguments.methods)
+    for seed in arguments.seeds:
+        for part in arguments.parts:
+            for task in arguments.tasks:
+                run(arguments, task, part, seed)
+    for title, table in summary(pd.read_csv(arguments.results)):
+        print(f"\n{title}\n\n{markdown(table)}", flush=True)
 
 
-def run_task(data: Data, task: str, seed: int, parts: list[str], methods: list[str]) -> None:
-    """Print the tables of one task and seed as they are finished."""
-    if "accuracy" in parts:
-        rows = list(accuracy(data, methods, seed))
-        recipes = [method for method in methods if len(members_of(method)) > 1]
-        rows += list(accuracy(data, recipes, seed, one_batch=True))
-        show(f"{task}, seed {seed}: accuracy; permuted labels {permuted(data, seed):.3f}", pd.DataFrame(rows))
-    for part, share in (("unknown", None), ("frequent", FREQUENT)):
-        if part in parts:
-            table = pd.DataFrame(excluded(data, "consensus", seed, share))
-            show(f"{task}, seed {seed}: each type excluded, {part}", with_means(table))
+def run(arguments: argparse.Namespace, task: str, part: str, seed: int) -> None:
+    """Measure what the table of results lacks, and append it row by row."""
+    rows = pd.read_csv(arguments.results) if arguments.results.exists() else pd.DataFrame(columns=["task"])
+    if len(rows):
+        rows = rows[(rows["task"] == task) & (rows["part"] == part) & (rows["seed"] == seed)]
+    done = set(rows["method" if part == "accuracy" else "type"]) if len(rows) else set[str]()
+    data = load(arguments.data, task, seed)
+    for row in measure(data, seed, part, arguments.methods, done):
+        found = pd.DataFrame([{"task": task, "part": part, "seed": seed} | row]).reindex(columns=COLUMNS)
+        found.to_csv(arguments.results, mode="a", index=False, header=not arguments.results.exists())
 
 
-def show(title: str, table: pd.DataFrame) -> None:
-    """Print a table with its title."""
-    print(f"\n{title}\n\n{markdown(table)}", flush=True)
-    print(title, file=sys.stderr, flush=True)
+def load(folder: Path, task: str, seed: int) -> Data:
+    """The cells of a task."""
+    if task == SIMULATED:
+        return simulated_studies(seed)
+    return blood(folder, task) if task in BLOOD else pancreas(folder, task)
 
 
 if __name__ == "__main__":
