@@ -296,7 +296,7 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def _cell(name: object, value: object) -> str:
-    if isinstance(value, float):
+    if isinstance(value, float):  # also missing text
         return "" if np.isnan(value) else f"{value:.0f}" if name in ("CPU s", "cells", "far") else f"{value:.3f}"
     return str(value)
 

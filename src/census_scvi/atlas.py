@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 
 from census_scvi.annotation.annotate_labels import annotate_labels
 from census_scvi.annotation.annotators.joint_model import STEPS
+from census_scvi.annotation.annotators.neighbor_vote import NEIGHBORS
 from census_scvi.annotation.labelled.atlas import Counts, join_atlas
 from census_scvi.annotation.labelled.joined import Joined
 from census_scvi.annotation.labelled.reference import STUDY_COLUMNS
@@ -446,7 +447,7 @@ class Atlas:
         obs_filter: str | None = None,
         method: str = CONSENSUS,
         batch_key: str | Sequence[str] | None = None,
-        n_neighbors: int = 15,
+        n_neighbors: int = NEIGHBORS,
         baseline_cells: int = BASELINE_CELLS,
         steps: int = STEPS,
         scnym: Mapping[str, Any] | None = None,

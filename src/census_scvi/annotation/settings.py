@@ -88,7 +88,7 @@ class AnnotateSection(Section):
     overrides: Annotated[dict[str, Any], AfterValidator(_arguments), Changes("annotate", "map-query")] = Field(
         default_factory=dict
     )
-    """Arguments that replace the method's defaults: `n_neighbors` (15), `steps` of training (1000), and
+    """Arguments that replace the method's defaults: `n_neighbors` (10), `steps` of training (1000), and
     hyper-parameters of `scnym`.
     """
     budget: BudgetSection = BudgetSection()

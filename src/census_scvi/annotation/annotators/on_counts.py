@@ -11,6 +11,7 @@ import numpy.typing as npt
 import scipy.sparse as sp
 from sklearn.exceptions import ConvergenceWarning
 
+from census_scvi.annotation.annotators.neighbor_vote import NEIGHBORS
 from census_scvi.annotation.annotators.present_classes import with_absent_classes
 from census_scvi.annotation.protocol import Cells
 from census_scvi.neighbors.log_pca import log_normalized
@@ -31,7 +32,7 @@ class OnCounts(ABC):
     refits: ClassVar[bool] = False
     space: None = None
 
-    def __init__(self, *, n_neighbors: int = 15, seed: int = 0) -> None:
+    def __init__(self, *, n_neighbors: int = NEIGHBORS, seed: int = 0) -> None:
         del n_neighbors
         self._seed = seed
         self._logged: sp.csr_matrix | None = None

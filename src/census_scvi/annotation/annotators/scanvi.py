@@ -13,6 +13,7 @@ import pandas as pd
 import scvi
 
 from census_scvi.annotation.annotators.joint_model import ARGUMENTS, STEPS, joint_latent, seeded, train_joint
+from census_scvi.annotation.annotators.neighbor_vote import NEIGHBORS
 from census_scvi.annotation.annotators.present_classes import with_absent_classes
 from census_scvi.annotation.protocol import Cells
 from census_scvi.model.build import quiet
@@ -38,7 +39,7 @@ class Scanvi:
     name: ClassVar[str] = "scanvi"
     refits: ClassVar[bool] = True
 
-    def __init__(self, *, n_neighbors: int = 15, steps: int = STEPS, seed: int = 0) -> None:
+    def __init__(self, *, n_neighbors: int = NEIGHBORS, steps: int = STEPS, seed: int = 0) -> None:
         del n_neighbors
         self._steps, self._seed = steps, seed
         self.space: npt.NDArray[np.float32] | None = None

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.sparse as sp
 
+from census_scvi.annotation.annotators.neighbor_vote import NEIGHBORS
 from census_scvi.annotation.annotators.present_classes import with_absent_classes
 from census_scvi.annotation.protocol import Cells
 from census_scvi.annotation.scnym import training
@@ -36,7 +37,7 @@ class ScNym:
     def __init__(
         self,
         *,
-        n_neighbors: int = 15,
+        n_neighbors: int = NEIGHBORS,
         preset: str = NO_NEW_IDENTITY,
         overrides: Mapping[str, Any] | None = None,
         seed: int = 0,
