@@ -280,6 +280,37 @@ def test_the_benchmark_reads_the_layout_of_open_problems(
     assert all(float(row[1]) > 0.9 for row in rows)
 
 
+def test_the_benchmark_adds_what_its_table_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    benchmark = importlib.import_module("annotation")
+    cells, labels = simulated(300)
+    table = ad.AnnData(cells.counts, var=pd.DataFrame(index=cells.genes))
+    data = benchmark.Data(table, labels, cells.batch, np.arange(200), np.arange(200, 300), 10)
+    monkeypatch.setattr(benchmark, "load", lambda *_: data)
+    results = tmp_path / "results.csv"
+
+    def run(*methods: str) -> list[str]:
+        arguments = ["--data", "-", "--results", str(results), "--tasks", "simulated", "--seeds", "0"]
+        parts = ["--parts", "accuracy", "--methods", *methods]
+        monkeypatch.setattr("sys.argv", ["annotation.py", *arguments, *parts])
+        benchmark.main()
+        return capsys.readouterr().out.splitlines()
+
+    run("pca")
+    first = pd.read_csv(results)
+    assert list(first["method"]) == ["pca", "permuted labels"]
+    lines = run("pca", "logistic_regression")
+    second = pd.read_csv(results)
+    assert list(second["method"]) == ["pca", "permuted labels", "logistic_regression"]
+    pd.testing.assert_frame_equal(second.iloc[:2].dropna(axis=1), first.dropna(axis=1), check_dtype=False)
+    assert "simulated: accuracy, mean of 1 seed" in lines
+    assert second["accuracy"][0] > 0.9 > 0.6 > second["accuracy"][1]
+    names = [row["type"] for row in benchmark.excluded(data, "fast", 0, 0.6, done=["B cell"])]
+    assert names == [name for name in benchmark.excluded_types(data, frequent=True) if name != "B cell"]
+
+
 def test_the_query_is_the_reference() -> None:
     cells, labels = simulated(600)
     both = Cells(cells.counts[np.tile(np.arange(400), 2)], np.tile(cells.batch[:400], 2), 400, cells.genes)
