@@ -91,8 +91,8 @@ def test_the_earlier_result_of_a_stage_that_runs_again_is_said_to_be(
     settings = ["--config", str(finished_run.config), f"output.directory={copied}"]
     mapping = [*settings, f"query.file={query}", f"query.output={tmp_path}/out.h5ad", "query.umap_cells=0", "--force"]
     # Labels need the embedding of the Census' cells.
-    quick = "query.labels=[]" if stage == "train" else "query.baseline_cells=0"
-    commands = {"map-query": [*mapping, quick]}
+    quick = ["query.labels=[]"] if stage == "train" else ["query.baseline_cells=0", "query.reference_cells=300"]
+    commands = {"map-query": [*mapping, *quick]}
     if stage == "create-latent-update":  # evaluate reads no model
         commands["evaluate"] = [*settings, "evaluate.max_cells=300", "evaluate.baseline=false", "--force"]
     for command, arguments in commands.items():

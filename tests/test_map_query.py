@@ -132,7 +132,8 @@ def test_a_table_of_log_values_gives_what_the_counts_give(finished_run: Run, que
 
 
 def test_run_again(finished_run: Run, query: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    settings = (f"query.file={query}", f"query.output={query.parent}/out.h5ad", "query.umap_cells=0")
+    quick = ("query.umap_cells=0", "query.baseline_cells=200")
+    settings = (f"query.file={query}", f"query.output={query.parent}/out.h5ad", *quick)
     assert map_query(finished_run, *settings) == 0
     first = ad.read_h5ad(query.parent / "out.h5ad")
     assert not (query.parent / "out.png").exists()
@@ -163,7 +164,7 @@ def test_run_again(finished_run: Run, query: Path, capsys: pytest.CaptureFixture
     assert set(record["outputs"]) == {"out.h5ad", *(f"out-cell_type.{kind}" for kind in ("png", "html", "json"))}
     pd.testing.assert_frame_equal(ad.read_h5ad(query.parent / "out.h5ad").obs, first.obs)
     # the output of one run is the input of another
-    again = (f"query.file={query.parent}/out.h5ad", f"query.output={query.parent}/again.h5ad", "query.umap_cells=0")
+    again = (f"query.file={query.parent}/out.h5ad", f"query.output={query.parent}/again.h5ad", *quick)
     assert map_query(finished_run, *again) == 0
     np.testing.assert_allclose(
         ad.read_h5ad(query.parent / "again.h5ad").obsm["X_scvi"], first.obsm["X_scvi"], atol=1e-6
@@ -306,7 +307,8 @@ def test_the_threshold_of_the_config_holds_and_is_named(
         assert map_query(finished_run, f"query.file={query}", *settings) == 2
         assert needed in capsys.readouterr().err
     for setting in ("genes.min_share=0.3", "query.min_share=0.3"):
-        assert map_query(finished_run, f"query.file={query}", setting, "query.umap_cells=0", "--force") == 0
+        quick = ("query.umap_cells=0", "query.labels=[]")
+        assert map_query(finished_run, f"query.file={query}", setting, *quick, "--force") == 0
 
 
 def nullable_text(table: pd.DataFrame) -> pd.DataFrame:

@@ -209,7 +209,7 @@ class Validated:
             )
         elif self.validation_cells:
             yield (
-                "few cells of missing types may be found: in a test on blood, 78 % of B cells, 31 % of CD14 monocytes"
+                "few cells of missing types may be found: in a test on blood, 86 % of B cells, 33 % of CD14 monocytes"
                 " and no NK cells with annotate.preset=new_identity_discovery"
             )
         for name, batch in batches.items():
