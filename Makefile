@@ -51,5 +51,5 @@ bench-train: env ## speed of training compared with scvi-tools (docs/performance
 bench-blood: env ## label transfer on real blood cells (docs/blood.md), DATA=folder of the .h5ad files; 20 minutes
 	.venv/bin/python benchmarks/label_transfer.py --data $(DATA)
 
-bench-annotation: env ## annotation of real blood and pancreas (docs/annotation.md), DATA=folder of the .h5ad files; an hour
+bench-annotation: env ## annotation of real blood and pancreas (docs/annotation.md), DATA=folder of the .h5ad files; three hours
 	OMP_NUM_THREADS=1 .venv/bin/python benchmarks/annotation.py --data $(DATA)
