@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+import scanpy as sc
 import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,9 +19,10 @@ from pipeline import ROOT
 
 from census_scvi.annotation.annotate import FittedMethod, annotate
 from census_scvi.annotation.annotators.neighbor_vote import neighbor_vote
+from census_scvi.annotation.labelled.genes import variable_genes
 from census_scvi.annotation.ontology import build_hierarchy, term_columns
 from census_scvi.annotation.protocol import Annotation, Cells
-from census_scvi.annotation.unknown.rule import Batch
+from census_scvi.annotation.unknown.rule import Batch, HeldOutCells, apply_rule, set_rule
 from census_scvi.annotation.unknown.type_distances import TypeDistances
 from census_scvi.annotation.validation.calibration import fit_temperature, with_temperature
 from census_scvi.annotation.validation.folds import held_out_folds
@@ -247,6 +250,47 @@ def test_a_type_of_few_cells_is_not_outvoted() -> None:
     space = np.concatenate([rare, frequent, [[0, 0]]]).astype(np.float32)
     votes = neighbor_vote(space, np.arange(204), np.repeat([0, 1], [4, 200]), 2, np.array([204]))
     assert votes[0, 0] > 0.8
+
+
+def test_the_shift_of_a_batch_is_limited_unless_random_cells_are_held_out() -> None:
+    generator = np.random.default_rng(0)
+    space = np.concatenate([generator.normal(0, 1, (600, 5)), generator.normal(3, 1, (300, 5))]).astype(np.float32)
+    space[:, 0] += np.tile([0, 20, 40], 300)  # three types; the query is far from all of them
+    codes = np.tile(np.arange(3), 200)
+    rows = np.arange(600)
+    certain = {"space": np.eye(3, dtype=np.float32)[codes[400:]]}
+    part = HeldOutCells(rows[:400], codes[:400], rows[400:], codes[400:], certain, lambda code: certain)
+    unknown = {}
+    for limited in (True, False):
+        rule = set_rule({"space": space}, [part], rows, codes, 3, 0, limited=limited)
+        scores, batches = apply_rule(
+            rule, {"space": space}, rows, codes, 3, np.arange(600, 900), np.full(300, "a", object), np.ones(300, bool)
+        )
+        unknown[limited] = float((scores > rule.threshold).mean())
+        assert (batches["a"].shift > 1) == (not limited)
+    assert unknown[True] > 0.9
+    assert unknown[False] < 0.2
+
+
+@given(st.integers(0, 2**16), st.integers(1, 3))
+@settings(max_examples=15, deadline=None)
+def test_the_most_variable_genes_are_those_of_scanpy(seed: int, n_batches: int) -> None:
+    generator = np.random.default_rng(seed)
+    rate = generator.gamma(0.5, 1, 300) * generator.lognormal(0, 0.5, (400, 300))
+    counts = sp.csr_matrix(generator.poisson(rate).astype(np.float32))
+    batch = generator.integers(0, n_batches, 400).astype(str).astype(object)
+    table = ad.AnnData(counts, obs=pd.DataFrame({"batch": pd.Categorical(batch)}, index=np.arange(400).astype(str)))
+    detected = counts.getnnz(axis=0) >= 3
+    table = table[:, detected].copy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = sc.pp.highly_variable_genes(
+            table, flavor="seurat_v3", n_top_genes=50, batch_key="batch", inplace=False
+        )
+    found = variable_genes(counts, batch, 50)
+    theirs = np.flatnonzero(detected)[expected["highly_variable"].to_numpy()]
+    assert len(set(found) & set(theirs)) >= 47  # the rest have the same rank or score as others
+    assert variable_genes(counts, batch, 1_000).tolist() == np.flatnonzero(counts.getnnz(axis=0)).tolist()
 
 
 def test_folds_hold_out_whole_studies() -> None:

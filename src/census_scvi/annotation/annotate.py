@@ -28,7 +28,7 @@ from census_scvi.annotation.unknown.rule import (
     set_rule,
 )
 from census_scvi.annotation.validation.calibration import Probability, fit_temperature, with_temperature, without_type
-from census_scvi.annotation.validation.folds import Fold, held_out_folds
+from census_scvi.annotation.validation.folds import BY_CELLS, Fold, held_out_folds
 from census_scvi.annotation.validation.held_out import HeldOut
 from census_scvi.errors import UserError
 from census_scvi.metrics.hierarchy import HierarchicalScores, hierarchical_scores
@@ -37,7 +37,6 @@ log = logging.getLogger(__name__)
 
 # Warn if the accuracy of a baseline exceeds the method's by more than this.
 _BETTER = 0.02
-_BY_CELLS = "cells"
 
 
 class FittedMethod:
@@ -114,12 +113,14 @@ class FittedMethod:
         folds, held_out_by = held_out_folds(codes, {k: v[rows] for k, v in (units or {}).items()}, self._seed)
         if len(classes) < 2:
             folds = []
-        run = _Run(self._cells, self.annotators, self.members, rows, codes, len(classes), folds, self._seed)
+        run = _Run(
+            self._cells, self.annotators, self.members, rows, codes, len(classes), folds, held_out_by, self._seed
+        )
         rule, scores, batches = run.unknown()
         excess = scores - rule.threshold
         empty = run.empty()
         calibrated = run.query()
-        warnings = list(_warnings(run, rule, batches, held_out_by, self._known_batches, classes))
+        warnings = list(_warnings(run, rule, batches, self._known_batches, classes))
         held = run.held_out(self.method)
         validation = run.validation(held, build_hierarchy(classes.tolist(), terms))
         warnings += _better_baseline(validation, self.method)
@@ -137,7 +138,7 @@ class FittedMethod:
             validation=validation,
             warnings=warnings,
             facts={
-                **_facts(run, rule, batches, held_out_by, classes),
+                **_facts(run, rule, batches, classes),
                 "name_threshold": calibrated_threshold(held[self.method], run.truth) if held else LEVEL,
             },
         )
@@ -166,10 +167,12 @@ class _Run:
         codes: npt.NDArray[np.int64],
         n_classes: int,
         folds: list[Fold],
+        held_out_by: str,
         seed: int,
     ) -> None:
         self.cells, self.annotators, self.members = cells, annotators, list(members)
         self.rows, self.codes, self.n_classes, self.folds, self.seed = rows, codes, n_classes, folds, seed
+        self.held_out_by = held_out_by
         self.held: list[dict[str, Probability]] = [
             {name: self._predict(name, fold.train, rows[fold.test]) for name in annotators} for fold in folds
         ]
@@ -260,7 +263,9 @@ class _Run:
             )
             for fold, held in zip(self.folds, self.held, strict=True)
         ]
-        rule = set_rule(spaces, parts, self.rows, self.codes, self.n_classes, self.seed)
+        rule = set_rule(
+            spaces, parts, self.rows, self.codes, self.n_classes, self.seed, limited=self.held_out_by != BY_CELLS
+        )
         agreed = agree({name: self.raw[name] for name in voters})
         scores, batches = apply_rule(
             rule,
@@ -311,7 +316,6 @@ def _warnings(
     run: _Run,
     rule: UnknownRule,
     batches: dict[str, Batch],
-    held_out_by: str,
     known_batches: bool,
     classes: npt.NDArray[np.str_],
 ) -> Any:
@@ -322,8 +326,8 @@ def _warnings(
         )
     if not run.folds:
         yield "nothing could be held out of the reference: probabilities are not calibrated, and accuracy is not known"
-    elif held_out_by != "dataset_id":
-        what = "random cells" if held_out_by == _BY_CELLS else f"values of {held_out_by}"
+    elif run.held_out_by in ("donor_id", BY_CELLS):
+        what = "random cells" if run.held_out_by == BY_CELLS else f"values of {run.held_out_by}"
         yield (
             f"the reference is one study, so accuracy and thresholds are measured on {what} of the same study; a query"
             " of another study has a lower accuracy"
@@ -361,12 +365,10 @@ def _better_baseline(validation: pd.DataFrame, method: str) -> list[str]:
     ]
 
 
-def _facts(
-    run: _Run, rule: UnknownRule, batches: dict[str, Batch], held_out_by: str, classes: npt.NDArray[np.str_]
-) -> dict[str, Any]:
+def _facts(run: _Run, rule: UnknownRule, batches: dict[str, Batch], classes: npt.NDArray[np.str_]) -> dict[str, Any]:
     return {
         "members": run.members,
-        "held_out_by": held_out_by,
+        "held_out_by": run.held_out_by,
         "reference_cells": len(run.rows),
         "known_kept": rule.known_kept,
         "left_out_found": rule.left_out_found,

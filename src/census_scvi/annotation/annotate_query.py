@@ -45,6 +45,8 @@ class Sources:
         int64 (cells to annotate,): their rows in the query.
     same_file
         Whether the labelled cells are the other rows of the query.
+    n_top_genes
+        As of `join`.
     """
 
     query: QueryCells
@@ -52,19 +54,21 @@ class Sources:
     reference: Reference
     rows: npt.NDArray[np.int64]
     same_file: bool
+    n_top_genes: int | None = None
 
     def join(self, batch_key: list[str] | None, min_share: float) -> Joined:
         """Reference and query with the same genes, or the reference alone if all cells have a label; errors as of
         `joined.join`.
         """
         if not len(self.rows):
-            return alone(self.reference)
+            return alone(self.reference, self.n_top_genes)
         return join(
             self.query,
             self.reference,
             counts=self.place,
             batch_key=batch_key,
             min_share=min_share,
+            n_top_genes=self.n_top_genes,
             rows=self.rows,
             same_file=self.same_file,
         )
@@ -122,7 +126,7 @@ def open_sources(
         else:
             found = reference_in_census(stack.enter_context(open_census(census)), settings, columns, seed)
             rows = np.arange(len(query))
-        yield Sources(query, place, found, rows, same_file)
+        yield Sources(query, place, found, rows, same_file, settings.n_top_genes)
 
 
 def label_columns(labels: Sequence[str], settings: ReferenceSection) -> dict[str, str]:

@@ -38,6 +38,7 @@ def train(
     census: str | None = None,
     obs_filter: str | None = None,
     cells_per_type: int | None = None,
+    n_top_genes: int | None = 2_000,
     domain_groupby: str | Sequence[str] | None = None,
     preset: str = "no_new_identity",
     overrides: Mapping[str, Any] | None = None,
@@ -62,8 +63,9 @@ def train(
         Labelled cells: an AnnData, or a file of any format.
     census
         Census with labelled cells: a URI, or a release such as `stable`.
-    obs_filter, cells_per_type
-        Which labelled cells to use, and how many of each label at most.
+    obs_filter, cells_per_type, n_top_genes
+        Which labelled cells to use, how many of each label at most, and how many genes: the most variable ones of the
+        labelled cells; None: all that both have.
     domain_groupby
         obs columns of `adata` whose combinations are its domains, for the adversary; None: the target is one domain.
     preset, overrides
@@ -86,7 +88,7 @@ def train(
     UserError
         Cells, labels or hyper-parameters cannot be used.
     """
-    settings = _settings(obs_filter=obs_filter, cells_per_type=cells_per_type)
+    settings = _settings(obs_filter=obs_filter, cells_per_type=cells_per_type, n_top_genes=n_top_genes)
     folder = None if out_path is None else Path(expand_argument(out_path, "out_path"))
     with _opened(
         adata, groupby, settings, reference, census, counts=counts, values=values, organism=organism, seed=seed,
@@ -115,6 +117,7 @@ def predict(
     census: str | None = None,
     obs_filter: str | None = None,
     cells_per_type: int | None = None,
+    n_top_genes: int | None = 2_000,
     trained_model: Trained | str | Path | None = None,
     method: str = "consensus",
     preset: str = "no_new_identity",
@@ -144,7 +147,9 @@ def predict(
         obs columns of `adata` whose combinations are its technical batches; None: not known.
     key_added
         Name of the results.
-    reference, census, obs_filter, cells_per_type, preset, overrides, counts, values, min_share, organism, seed
+    reference, census, obs_filter, cells_per_type, n_top_genes, preset, overrides
+        As for `train`.
+    counts, values, min_share, organism, seed
         As for `train`.
 
     Returns
@@ -169,7 +174,12 @@ def predict(
         rows = np.arange(adata.n_obs)
     else:
         settings = _settings(
-            method=method, preset=preset, overrides=overrides, obs_filter=obs_filter, cells_per_type=cells_per_type
+            method=method,
+            preset=preset,
+            overrides=overrides,
+            obs_filter=obs_filter,
+            cells_per_type=cells_per_type,
+            n_top_genes=n_top_genes,
         )
         with _opened(
             adata, groupby, settings, reference, census, counts=counts, values=values, organism=organism, seed=seed
@@ -270,7 +280,7 @@ def _opened(
 
 def _settings(**arguments: Any) -> AnnotateSection:
     """Checked arguments as settings."""
-    of_reference = {name: arguments.pop(name) for name in ("obs_filter", "cells_per_type")}
+    of_reference = {name: arguments.pop(name) for name in ("obs_filter", "cells_per_type", "n_top_genes")}
     values = {name: value for name, value in arguments.items() if value is not None} | {"reference": of_reference}
     try:
         return AnnotateSection.model_validate(values)

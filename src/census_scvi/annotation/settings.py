@@ -59,6 +59,10 @@ class ReferenceSection(Section):
     """Maximum number of cells of each label, drawn at random; null: 500 of the Census, and no maximum in a file."""
     max_cells: Annotated[int, Field(ge=100)] = 20_000
     """Maximum number of labelled cells; of more, this number is drawn, the same share of every label."""
+    n_top_genes: Annotated[int | None, Field(ge=50)] = 2_000
+    """Number of genes: the most variable ones of the labelled cells (seurat_v3, ranked by study), of those that both
+    have; null: all.
+    """
 
 
 class BudgetSection(Section):

@@ -14,6 +14,7 @@ import pandas as pd
 from census_scvi.annotation.annotate_query import Sources, annotate_joined, open_sources
 from census_scvi.annotation.cost import effort
 from census_scvi.annotation.labelled.labels import column_of, read_labels
+from census_scvi.annotation.methods import EMBEDDED
 from census_scvi.annotation.protocol import Annotated
 from census_scvi.annotation.results.columns import results_of, spread_values
 from census_scvi.annotation.results.places import (
@@ -115,11 +116,14 @@ def _query(config: Config) -> Iterator[tuple[QueryCells, str]]:
 @contextmanager
 def _sources(config: Config, query: QueryCells, place: str) -> Iterator[Sources]:
     settings = config.annotate
+    of_reference = settings.reference
+    if settings.method == EMBEDDED:  # the model has its own genes
+        of_reference = of_reference.model_copy(update={"n_top_genes": None})
     with open_sources(
         query,
         place,
         _labels(config),
-        settings.reference,
+        of_reference,
         config.census,
         reference=reference_source(config.query, settings),
         same_file=same_source(config.query, settings),

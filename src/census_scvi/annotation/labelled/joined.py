@@ -11,8 +11,9 @@ import numpy.typing as npt
 import pandas as pd
 import scipy.sparse as sp
 
+from census_scvi.annotation.labelled.genes import variable_genes
 from census_scvi.annotation.labelled.labels import Labels, column_of
-from census_scvi.annotation.labelled.reference import Reference, batches_of
+from census_scvi.annotation.labelled.reference import Reference, batches_of, likely_batches
 from census_scvi.annotation.protocol import Cells
 from census_scvi.counts.row_hash import row_hashes
 from census_scvi.errors import UserError
@@ -24,8 +25,6 @@ log = logging.getLogger(__name__)
 
 _ROWS = 4096
 _FEWEST_GENES = 50
-# Columns that often hold the batch, to propose.
-_BATCHES = ("batch", "sample", "sample_id", "donor_id", "donor", "library", "patient", "orig.ident", "dataset_id")
 # Share of the reference's cells that may also be in the query.
 _MOST_COPIES = 0.5
 
@@ -72,6 +71,7 @@ def join(
     counts: str | None,
     batch_key: list[str] | None,
     min_share: float,
+    n_top_genes: int | None = None,
     rows: npt.NDArray[np.int64] | None = None,
     same_file: bool = False,
 ) -> Joined:
@@ -87,6 +87,8 @@ def join(
         obs columns of the query whose combinations are its batches; None: not known.
     min_share
         Required share of the reference's genes (`AlignedCells`).
+    n_top_genes
+        Number of genes, the most variable ones of the reference among the shared ones; None: all shared ones.
     rows
         Rows of the query's cells in the source; None: all.
     same_file
@@ -117,13 +119,17 @@ def join(
     rows = np.arange(len(query)) if rows is None else rows
     theirs = reference.counts(shared)
     log.info("%s", _genes_in_words(aligned.report, len(shared), reference))
+    if n_top_genes is not None and n_top_genes < len(shared):
+        chosen = variable_genes(theirs, reference.batch, n_top_genes)
+        own, theirs, shared = own[:, chosen], theirs[:, chosen], shared[chosen]
+        log.info("the %s most variable genes of the reference are used", f"{len(shared):,}")
     filled, labelled = _filled(own[rows]), _filled(theirs)
     notes = list(reference.notes)
     if empty := len(rows) - len(filled):
-        notes.append(f"{empty:,} cells without counts in the shared genes cannot be annotated")
+        notes.append(f"{empty:,} cells without counts in the {len(shared):,} genes cannot be annotated")
         log.warning("%s", notes[-1])
     if not len(filled):
-        raise UserError(f"none of {len(rows):,} cells of {query.name} has counts in the {len(shared):,} shared genes")
+        raise UserError(f"none of {len(rows):,} cells of {query.name} has counts in the {len(shared):,} genes")
     rows = rows[filled]
     if not same_file:
         labelled, note = _without_copies(theirs, labelled, own[rows], query.name, reference.name)
@@ -153,10 +159,12 @@ def join(
     )
 
 
-def alone(reference: Reference) -> Joined:
-    """A reference without a query, for a classifier of labelled cells only."""
+def alone(reference: Reference, n_top_genes: int | None = None) -> Joined:
+    """A reference without a query, for a classifier of labelled cells only; `n_top_genes` as in `join`."""
     counts = reference.counts(np.arange(len(reference.genes)))
-    expressed = np.flatnonzero(np.asarray(counts.sum(axis=0)).ravel())
+    expressed = np.flatnonzero(counts.getnnz(axis=0))
+    if n_top_genes is not None and n_top_genes < len(expressed):
+        expressed = variable_genes(counts, reference.batch, n_top_genes)
     genes = [reference.genes[column] for column in expressed]
     none = np.empty(0, np.int64)
     return Joined(
@@ -190,7 +198,7 @@ def query_batches(query: QueryCells, batch_key: list[str] | None) -> Labels:
 
 
 def _without_batches(obs: pd.DataFrame) -> str:
-    likely = [name for name in _BATCHES if name in obs and 1 < obs[name].nunique() <= len(obs) // 2]
+    likely = likely_batches(obs)
     proposal = f"; obs has {', '.join(likely)}: query.batch_key=[{likely[0]}]" if likely else ""
     return (
         "query.batch_key is not set: all cells are treated as one batch, and Harmony, which needs the batches, is not"

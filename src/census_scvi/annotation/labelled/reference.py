@@ -39,6 +39,11 @@ log = logging.getLogger(__name__)
 
 # Columns that name a study or donor, as the Census has them; a query is of another study than its reference.
 STUDY_COLUMNS = ("dataset_id", "donor_id")
+# Columns that often hold the study or the batch, to propose.
+_BATCHES = (
+    "dataset_id", "dataset", "study", "batch", "sample", "sample_id", "donor_id", "donor", "library", "patient",
+    "orig.ident",
+)  # fmt: skip
 _OF_CENSUS = 500  # default maximum number of cells per label
 _ROWS, _SAMPLE = 4096, 500
 _SYMBOLS = ("feature_name", "gene_symbols", "gene_symbol", "symbol", "gene_name", "gene_names", "Gene", "name")
@@ -239,6 +244,12 @@ def _reference(
         for column, found in labels.items()
         if (note := warn_of_single_studies(found, values, column, name))
     ]
+    if not units and not batch_key and (likely := likely_batches(obs)):
+        notes.append(
+            f"the studies of {parts['name']} are not known, so that random cells are held out; obs has"
+            f" {', '.join(likely)}: annotate.reference.batch_key=[{likely[0]}]"
+        )
+        log.warning("%s", notes[-1])
     terms = {name: terms_in(obs, each) for name, each in columns.items()}
     return Reference(labels=labels, units=units, terms=terms, notes=notes, **parts)
 
@@ -259,6 +270,11 @@ def batches_of(obs: pd.DataFrame, columns: list[str]) -> Labels:
         return np.full(len(obs), "", dtype=object)
     values = obs[columns].astype(object).itertuples(index=False, name=None)
     return np.array([batch_label(each) for each in values], dtype=object)
+
+
+def likely_batches(obs: pd.DataFrame) -> list[str]:
+    """Columns of obs that may hold the batches, by their names."""
+    return [name for name in _BATCHES if name in obs and 1 < obs[name].nunique() <= len(obs) // 2]
 
 
 def _numbers(seed: int) -> np.random.Generator:

@@ -25,7 +25,8 @@ from census_scvi.annotation.scnym.settings import NO_NEW_IDENTITY, hyperparamete
 from census_scvi.annotation.scnym.training import UNLABELLED
 from census_scvi.annotation.scnym.training import Trained as Training
 from census_scvi.annotation.scnym.training import train as train_classifier
-from census_scvi.annotation.scnym.validated import NAME, RANDOM_CELLS, Validated
+from census_scvi.annotation.scnym.validated import NAME, Validated
+from census_scvi.annotation.validation.folds import BY_CELLS
 from census_scvi.errors import UserError
 from census_scvi.files.atomic import write_json
 from census_scvi.files.json_file import read_json
@@ -150,7 +151,7 @@ def _validated(result: Training, joined: Joined, labels: str, seed: int) -> Vali
     codes = np.searchsorted(classifier.classes, joined.labels[labels].astype(str))
     validation = result.validation[:n_labelled]
     prediction = classifier.predict(InMemory(joined.cells.counts[:n_labelled]), classifier.genes)
-    held_out_by = RANDOM_CELLS
+    held_out_by = BY_CELLS
     if joined.units:
         name, donors = list(joined.units.items())[-1]  # as in `_donors`
         if set(donors[validation]).isdisjoint(donors[~validation]):

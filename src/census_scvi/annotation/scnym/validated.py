@@ -30,13 +30,13 @@ from census_scvi.annotation.results.groups import similar_cells
 from census_scvi.annotation.scnym.classifier import Prediction
 from census_scvi.annotation.unknown.rule import Batch, HeldOutCells, UnknownRule, agree, apply_rule, set_rule
 from census_scvi.annotation.validation.calibration import Probability, fit_temperature, with_temperature, without_type
+from census_scvi.annotation.validation.folds import BY_CELLS
 from census_scvi.annotation.validation.held_out import HeldOut
 from census_scvi.config.random_streams import Stream, generator
 from census_scvi.files.atomic import replacing
 from census_scvi.files.json_values import json_values
 
 NAME, CELLS = "scnym", "training_cells.safetensors"
-RANDOM_CELLS = "cells"  # `held_out_by`, if no whole donors are held out
 _MOST_CELLS = 200  # training cells per type whose embedding is kept
 
 Rows = npt.NDArray[np.int64]
@@ -119,12 +119,20 @@ class Validated:
         train = _some_of_each(np.flatnonzero(~validation & ~prediction.empty), codes, seed)
         truth, raw = codes[test], prediction.probability[test]
         # Random cells of the same samples are easier than cells of another study: they never make labels more certain.
-        least = 1.0 if held_out_by == RANDOM_CELLS else 0.0
+        least = 1.0 if held_out_by == BY_CELLS else 0.0
         temperature = max(fit_temperature(raw, truth), least)
         probability = with_temperature(raw, temperature)
         across = _calibrated_across(raw, truth, least)
         part = HeldOutCells(train, codes[train], test, truth, {NAME: probability}, partial(_without, probability))
-        rule = set_rule({NAME: prediction.embedding}, [part] if len(test) else [], train, codes[train], n_classes, seed)
+        rule = set_rule(
+            {NAME: prediction.embedding},
+            [part] if len(test) else [],
+            train,
+            codes[train],
+            n_classes,
+            seed,
+            limited=held_out_by != BY_CELLS,
+        )
         return cls(
             temperature,
             held_out_by,
@@ -191,7 +199,7 @@ class Validated:
                 "no cells were held out of the classifier's training: its probabilities are not calibrated, and the"
                 " threshold of unknown cells is not measured"
             )
-        elif self.held_out_by == RANDOM_CELLS:
+        elif self.held_out_by == BY_CELLS:
             yield (
                 "accuracy, probabilities and thresholds of the classifier are measured on random cells of the samples"
                 " that it was trained on; a query of another study has a lower accuracy"

@@ -3,8 +3,9 @@
 The score of a cell is the log of its distance to the nearest type, relative to the distances within this type, mean
 over the embeddings of the method and two distances: to the nearest cells of a type, and to its mean (Mahalanobis). Each
 is scaled so that held-out reference cells have median 0 and a 95 % quantile of 1. The cells of a batch to which all
-annotators give one label with high probability show how much farther than the reference all cells of the batch are; up
-to 1, this shift is subtracted. A cell is judged by the median over the query cells around it.
+annotators give one label with high probability show how much farther than the reference all cells of the batch are.
+This shift is subtracted, up to 1 unless the held-out cells are random cells, which do not tell how far apart studies
+are. A cell is judged by the median over the query cells around it.
 
 The threshold is set on held-out studies of the reference, each annotated from the others, with and without each type.
 """
@@ -90,6 +91,8 @@ class UnknownRule:
     agreed
         Share of the held-out cells to which all annotators give one label with a probability above 0.9; NaN without
         held-out cells.
+    limited
+        Whether the shift of a batch is at most 1.
     """
 
     scales: dict[str, tuple[float, float]]
@@ -99,6 +102,7 @@ class UnknownRule:
     frequent_found: float
     found_by_type: dict[int, float] = field(default_factory=dict)
     agreed: float = float("nan")
+    limited: bool = True
 
 
 @dataclass(frozen=True)
@@ -148,7 +152,14 @@ def agree(probability: Probabilities) -> npt.NDArray[np.bool_]:
 
 
 def set_rule(
-    spaces: Spaces, held_out: list[HeldOutCells], reference: Rows, codes: Rows, n_classes: int, seed: int
+    spaces: Spaces,
+    held_out: list[HeldOutCells],
+    reference: Rows,
+    codes: Rows,
+    n_classes: int,
+    seed: int,
+    *,
+    limited: bool = True,
 ) -> UnknownRule:
     """The rule for a query.
 
@@ -162,13 +173,15 @@ def set_rule(
         Rows and types of all reference cells; used for the scales if nothing is held out.
     seed
         Seed of the choice of cells.
+    limited
+        Whether the shift of a batch is at most 1: held-out cells are of other studies, donors or batches.
     """
     numbers = np.random.default_rng(seed)
     parts = [_sampled(part, numbers) for part in held_out]
     if not parts:
         order, scores = _within(spaces, reference, codes, n_classes)
         scales = {name: _scale(values, codes[order]) for name, values in scores.items()}
-        return UnknownRule(scales, 1.0, float("nan"), float("nan"), float("nan"))
+        return UnknownRule(scales, 1.0, float("nan"), float("nan"), float("nan"), limited=False)
     studies = [_Study(spaces, part, n_classes) for part in parts]
     truth = np.concatenate([study.part.truth for study in studies])
     held = [study.scores() for study in studies]
@@ -187,6 +200,7 @@ def set_rule(
         _mean([float((values > threshold).mean()) for values in frequent.values()]),
         by_type,
         float(np.concatenate([agree(part.probability) for part in parts]).mean()),
+        limited,
     )
 
 
@@ -218,7 +232,7 @@ def apply_rule(
     shifted, batches = {name: values.copy() for name, values in raw.items()}, {}
     for name in np.unique(batch.astype(str)):
         mine = batch.astype(str) == name
-        shifts = [_subtract_shift(values, mine, agreed) for values in shifted.values()]
+        shifts = [_subtract_shift(values, mine, agreed, limited=rule.limited) for values in shifted.values()]
         batches[str(name)] = Batch(
             int(mine.sum()),
             float(agreed[mine].mean()),
@@ -358,13 +372,13 @@ def _scaled(scores: Scores, scales: dict[str, tuple[float, float]]) -> Scores:
 
 
 def _subtract_shift(
-    values: npt.NDArray[np.float64], mine: npt.NDArray[np.bool_], agreed: npt.NDArray[np.bool_]
+    values: npt.NDArray[np.float64], mine: npt.NDArray[np.bool_], agreed: npt.NDArray[np.bool_], *, limited: bool = True
 ) -> float:
-    """Subtract, in place, the median of the cells on which the annotators agree; at least 0 and at most 1."""
+    """Subtract, in place, the median of the cells on which the annotators agree: 0 or more, at most 1 if limited."""
     certain = mine & agreed
     if certain.sum() < _FEWEST_CERTAIN:
         return 0.0
-    shift = float(np.clip(np.median(values[certain]), 0, _LARGEST_SHIFT))
+    shift = float(np.clip(np.median(values[certain]), 0, _LARGEST_SHIFT if limited else None))
     values[mine] -= shift
     return shift
 

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.model_selection import GroupKFold, StratifiedKFold
 
+BY_CELLS = "cells"  # what is held out, if no studies, donors or batches are known
 _FOLDS = 3
 
 Rows = npt.NDArray[np.int64]
@@ -52,14 +53,14 @@ def held_out_folds(
     sizes = np.bincount(codes)
     several = np.flatnonzero(sizes[codes] > 1)
     if len(several) < _FOLDS:
-        return [], "cells"
+        return [], BY_CELLS
     n_folds = int(min(_FOLDS, sizes[sizes > 1].max()))
     kept = codes[several]
     splitter = StratifiedKFold(n_folds, shuffle=True, random_state=seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # types with fewer cells than folds
         splits = [(several[train], several[test]) for train, test in splitter.split(kept, kept)]
-    return _usable(splits, codes), "cells"
+    return _usable(splits, codes), BY_CELLS
 
 
 def _usable(splits: Iterable[tuple[Rows, Rows]], codes: npt.NDArray[np.int64]) -> list[Fold]:
