@@ -279,7 +279,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], None], dict[str, Any], str]] = {
     "normalised reference": (normalised("labelled"), {}, "X holds log1p of normalised counts: to use these, set"),
     "counts as log values": (nothing, {"query": {"values": "log_normalized"}}, "which are raw counts; set"
     " query.values="),
-    "no counts": (without_counts, {}, "has counts in the 600 shared genes"),
+    "no counts": (without_counts, {}, "has counts in the 600 genes that are used"),
     "a filter without cells": (
         nothing, {"annotate": {"reference": {"obs_filter": "donor_id == 'nobody'"}}}, "matches no cell of"
     ),
@@ -342,6 +342,32 @@ def test_what_is_not_used_is_said(files: Path, capsys: pytest.CaptureFixture[str
     assert "20 of 944 reference cells have the counts of cells of the query: they are not used" in messages
     assert "query.batch_key is not set: all cells are treated as one batch" in messages
     assert "obs has donor_id: query.batch_key=[donor_id]" in messages
+
+
+def test_the_genes_and_the_studies_of_the_reference(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    others = ad.read_h5ad(files / "labelled.h5ad")
+    others.obs = others.obs.rename(columns={"dataset_id": "study"}).drop(columns="donor_id")
+    others.write_h5ad(files / "labelled.h5ad")
+
+    def run(**reference: Any) -> tuple[str, ad.AnnData]:
+        place = {"file": str(files / "labelled.h5ad")} | reference
+        assert annotate(files, query={"output": str(files / "out.h5ad")}, annotate={"reference": place}) == 0
+        found = ad.read_h5ad(files / "out.h5ad")
+        for each in files.glob("out*"):
+            each.unlink()
+        return capsys.readouterr().err, found
+
+    few, without = run(n_top_genes=200)
+    assert "the 200 most variable genes of the reference are used" in few
+    assert "obs has study: annotate.reference.batch_key=[study]" in few
+    assert without.uns["annotation"]["cell_type"]["held_out_by"] == "cells"
+    every, known = run(n_top_genes=None, batch_key=["study"])
+    assert "most variable" not in every
+    assert "annotate.reference.batch_key=" not in every
+    assert "of the same study" not in every
+    assert known.uns["annotation"]["cell_type"]["held_out_by"] == "study"
+    for found in (without, known):
+        assert found.obs["cell_type_unknown"].mean() < 0.3  # all types are known, and the study is another one
 
 
 def test_several_columns_are_as_each_alone(files: Path, blood: ad.AnnData) -> None:

@@ -39,6 +39,7 @@ def train(
     obs_filter: str | None = None,
     cells_per_type: int | None = None,
     n_top_genes: int | None = 2_000,
+    reference_batch_key: str | Sequence[str] | None = None,
     domain_groupby: str | Sequence[str] | None = None,
     preset: str = "no_new_identity",
     overrides: Mapping[str, Any] | None = None,
@@ -63,9 +64,10 @@ def train(
         Labelled cells: an AnnData, or a file of any format.
     census
         Census with labelled cells: a URI, or a release such as `stable`.
-    obs_filter, cells_per_type, n_top_genes
+    obs_filter, cells_per_type, n_top_genes, reference_batch_key
         Which labelled cells to use, how many of each label at most, and how many genes: the most variable ones of the
-        labelled cells; None: all that both have.
+        labelled cells (None: all that both have); obs columns of the labelled cells whose combinations are their
+        studies, each of which is held out once (None: dataset_id or donor_id).
     domain_groupby
         obs columns of `adata` whose combinations are its domains, for the adversary; None: the target is one domain.
     preset, overrides
@@ -88,7 +90,12 @@ def train(
     UserError
         Cells, labels or hyper-parameters cannot be used.
     """
-    settings = _settings(obs_filter=obs_filter, cells_per_type=cells_per_type, n_top_genes=n_top_genes)
+    settings = _settings(
+        obs_filter=obs_filter,
+        cells_per_type=cells_per_type,
+        n_top_genes=n_top_genes,
+        batch_key=_columns(reference_batch_key),
+    )
     folder = None if out_path is None else Path(expand_argument(out_path, "out_path"))
     with _opened(
         adata, groupby, settings, reference, census, counts=counts, values=values, organism=organism, seed=seed,
@@ -118,6 +125,7 @@ def predict(
     obs_filter: str | None = None,
     cells_per_type: int | None = None,
     n_top_genes: int | None = 2_000,
+    reference_batch_key: str | Sequence[str] | None = None,
     trained_model: Trained | str | Path | None = None,
     method: str = "consensus",
     preset: str = "no_new_identity",
@@ -147,7 +155,7 @@ def predict(
         obs columns of `adata` whose combinations are its technical batches; None: not known.
     key_added
         Name of the results.
-    reference, census, obs_filter, cells_per_type, n_top_genes, preset, overrides
+    reference, census, obs_filter, cells_per_type, n_top_genes, reference_batch_key, preset, overrides
         As for `train`.
     counts, values, min_share, organism, seed
         As for `train`.
@@ -180,6 +188,7 @@ def predict(
             obs_filter=obs_filter,
             cells_per_type=cells_per_type,
             n_top_genes=n_top_genes,
+            batch_key=_columns(reference_batch_key),
         )
         with _opened(
             adata, groupby, settings, reference, census, counts=counts, values=values, organism=organism, seed=seed
@@ -280,7 +289,7 @@ def _opened(
 
 def _settings(**arguments: Any) -> AnnotateSection:
     """Checked arguments as settings."""
-    of_reference = {name: arguments.pop(name) for name in ("obs_filter", "cells_per_type", "n_top_genes")}
+    of_reference = {name: arguments.pop(name) for name in ("obs_filter", "cells_per_type", "n_top_genes", "batch_key")}
     values = {name: value for name, value in arguments.items() if value is not None} | {"reference": of_reference}
     try:
         return AnnotateSection.model_validate(values)

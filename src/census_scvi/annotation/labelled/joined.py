@@ -126,10 +126,12 @@ def join(
     filled, labelled = _filled(own[rows]), _filled(theirs)
     notes = list(reference.notes)
     if empty := len(rows) - len(filled):
-        notes.append(f"{empty:,} cells without counts in the {len(shared):,} genes cannot be annotated")
+        notes.append(f"{empty:,} cells without counts in the {len(shared):,} genes that are used cannot be annotated")
         log.warning("%s", notes[-1])
     if not len(filled):
-        raise UserError(f"none of {len(rows):,} cells of {query.name} has counts in the {len(shared):,} genes")
+        raise UserError(
+            f"none of {len(rows):,} cells of {query.name} has counts in the {len(shared):,} genes that are used"
+        )
     rows = rows[filled]
     if not same_file:
         labelled, note = _without_copies(theirs, labelled, own[rows], query.name, reference.name)
