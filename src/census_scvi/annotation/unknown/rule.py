@@ -4,8 +4,8 @@ The score of a cell is the log of its distance to the nearest type, relative to 
 over the embeddings of the method and two distances: to the nearest cells of a type, and to its mean (Mahalanobis). Each
 is scaled so that held-out reference cells have median 0 and a 95 % quantile of 1. The cells of a batch to which all
 annotators give one label with high probability show how much farther than the reference all cells of the batch are.
-This shift is subtracted, up to 1 unless the held-out cells are random cells, which do not tell how far apart studies
-are. A cell is judged by the median over the query cells around it.
+This shift is subtracted, up to 1 unless random cells are held out, which differ less than studies. A cell is judged by
+the median over the query cells around it.
 
 The threshold is set on held-out studies of the reference, each annotated from the others, with and without each type.
 """
