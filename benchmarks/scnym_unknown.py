@@ -21,7 +21,8 @@ from census_scvi.annotation.labelled.labels import UNLABELLED
 from census_scvi.annotation.scnym.cells import InMemory
 from census_scvi.annotation.scnym.settings import PRESETS, hyperparameters
 from census_scvi.annotation.scnym.training import train
-from census_scvi.annotation.scnym.validated import RANDOM_CELLS, Validated
+from census_scvi.annotation.scnym.validated import Validated
+from census_scvi.annotation.validation.folds import BY_CELLS
 from census_scvi.annotation.validation.held_out import HeldOut
 
 EXCLUDED = (None, "B cell", "CD14 monocyte", "NK cell")
@@ -43,7 +44,7 @@ def row(data: Data, preset: str, epochs: int, seed: int, excluded: str | None) -
         for part in (cells.counts[:n_labelled], cells.counts[n_labelled:])
     )
     codes = np.searchsorted(classifier.classes, labels.astype(str))
-    validated = Validated.of(own, codes, result.validation[:n_labelled], RANDOM_CELLS, assumes_known=False, seed=seed)
+    validated = Validated.of(own, codes, result.validation[:n_labelled], BY_CELLS, assumes_known=False, seed=seed)
     found = validated.annotation(query, cells.query_batch)
     known, missing = np.isin(truth.astype(str), found.classes), truth == excluded
     compared = known | missing

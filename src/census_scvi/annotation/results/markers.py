@@ -53,7 +53,8 @@ class Markers:
         kept = names.iloc[rows]
         rows = rows[kept.groupby(kept).transform("size").to_numpy() >= _FEWEST_CELLS]
         logged = log_normalized(sp.csr_matrix(counts[rows], dtype=np.float32))
-        self._cells = ad.AnnData(logged, obs=pd.DataFrame({"type": pd.Categorical(names.iloc[rows])}))
+        obs = pd.DataFrame({"type": pd.Categorical(names.iloc[rows])}, index=[str(row) for row in rows])
+        self._cells = ad.AnnData(logged, obs=obs)
         self._cells.obs_names = self._cells.obs_names.astype(str)
         self.types = [str(name) for name in self._cells.obs["type"].cat.categories]
 
