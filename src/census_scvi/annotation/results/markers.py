@@ -55,7 +55,6 @@ class Markers:
         logged = log_normalized(sp.csr_matrix(counts[rows], dtype=np.float32))
         obs = pd.DataFrame({"type": pd.Categorical(names.iloc[rows])}, index=[str(row) for row in rows])
         self._cells = ad.AnnData(logged, obs=obs)
-        self._cells.obs_names = self._cells.obs_names.astype(str)
         self.types = [str(name) for name in self._cells.obs["type"].cat.categories]
 
     def of_types(self, n_genes: int = 3) -> dict[str, list[int]]:
