@@ -413,7 +413,7 @@ def test_own_cells_few_or_against_few(atlas: Atlas, own_cells: ad.AnnData) -> No
         assert named.obs["cell_type_predicted"].notna().all()
     near = atlas.neighbors(own_cells[:5].copy(), obs_filter="soma_joinid < 3")
     assert near.joinids.shape == (5, 3)  # all that there are
-    with pytest.raises(UserError, match=r"the reference has 3 labelled cells and n_neighbors=15 needs 16 or more"):
+    with pytest.raises(UserError, match=r"the reference has 3 labelled cells and n_neighbors=10 needs 11 or more"):
         atlas.predict(own_cells[:5].copy(), obs_filter="soma_joinid < 3")
     assert (
         atlas.predict(
