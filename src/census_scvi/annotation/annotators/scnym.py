@@ -59,7 +59,8 @@ class ScNym:
     ) -> npt.NDArray[np.float32]:
         """Probabilities by a classifier of the training cells, to which the test cells are the target; see `Annotator`.
 
-        Whole batches of the training cells are held out for early stopping where that is possible.
+        Every batch is a domain. Whole batches of the training cells are held out for early stopping where that is
+        possible.
         """
         cells = self._cells
         assert cells is not None, "fit comes first"
@@ -68,9 +69,9 @@ class ScNym:
         labels[: len(train)] = codes.astype(str)
 
         def trained(present: npt.NDArray[np.int64]) -> npt.NDArray[np.floating]:
-            counts = sp.csr_matrix(cells.counts, dtype=np.float32)[rows]
+            counts, batch = sp.csr_matrix(cells.counts, dtype=np.float32)[rows], cells.batch[rows]
             classifier = training.train(
-                InMemory(counts), cells.genes, labels, self._settings, donors=cells.batch[rows], seed=self._seed
+                InMemory(counts), cells.genes, labels, self._settings, domains=batch, donors=batch, seed=self._seed
             ).classifier
             predicted = classifier.predict(InMemory(counts[len(train) :]), cells.genes).probability
             return predicted[:, [classifier.classes.index(str(code)) for code in present]]
