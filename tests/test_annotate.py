@@ -517,6 +517,7 @@ def test_all_labelled_cells_train_a_classifier(others: ad.AnnData, blood: ad.Ann
     "arguments, message",
     [
         ({"method": "consensu"}, "method"),
+        ({"groupby": ["cell_type", "tissue"]}, "expected one column of labels"),
         ({"reference": "none.h5ad"}, "none.h5ad: no such file"),
         ({"reference": "x.h5ad", "census": "stable"}, "reference and census are both given"),
         ({}, "has a label for all 450 cells, so there is nothing to annotate"),

@@ -264,6 +264,10 @@ def _opened(
 ) -> Iterator[Sources]:
     if reference is not None and census is not None:
         raise UserError("reference and census are both given; the labelled cells are either in a file or in a Census")
+    if not isinstance(groupby, str):
+        raise UserError(
+            f"groupby is {groupby!r}; expected one column of labels: call the function once for each column"
+        )
     if not isinstance(adata, ad.AnnData):
         raise UserError(f"adata is a {type(adata).__name__}; expected an AnnData (a file: anndata.read_h5ad)")
     same = reference is adata or (reference is None and census is None)
