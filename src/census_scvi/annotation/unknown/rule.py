@@ -240,7 +240,7 @@ def apply_rule(
             float((total[mine] > 1).mean()),
             float(np.mean(shifts)),
         )
-    return _around(_mean_score(shifted), next(iter(spaces.values()))[query]), batches
+    return _median_around(_mean_score(shifted), _cells_around(next(iter(spaces.values()))[query])), batches
 
 
 class _Study:
@@ -248,6 +248,7 @@ class _Study:
 
     def __init__(self, spaces: Spaces, part: HeldOutCells, n_classes: int) -> None:
         self.part, self._space = part, next(iter(spaces.values()))[part.test]
+        self._around = _cells_around(self._space)  # for every type that is excluded
         self._distances = _distances(spaces, part.train, part.codes, n_classes, part.test)
 
     def scores(self, without: int | None = None) -> Scores:
@@ -281,7 +282,8 @@ class _Study:
         scaled = {name: values[kept] for name, values in _scaled(scores, scales).items()}
         for values in scaled.values():
             _subtract_shift(values, np.ones(len(values), bool), agreed[kept])
-        return _around(_mean_score(scaled), self._space[kept])
+        around = self._around if kept.all() else _cells_around(self._space[kept])
+        return _median_around(_mean_score(scaled), around)
 
 
 def _sampled(part: HeldOutCells, numbers: np.random.Generator) -> HeldOutCells:
@@ -383,13 +385,17 @@ def _subtract_shift(
     return shift
 
 
-def _around(values: npt.NDArray[np.float64], points: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+def _cells_around(points: npt.NDArray[np.float32]) -> Rows:
+    """Positions of each cell and the cells around it, int64 (cells, cells around it)."""
+    if not len(points):
+        return np.empty((0, 1), np.int64)
+    n_around = min(_AROUND, max(int(_SHARE_AROUND * len(points)), _FEWEST_AROUND))
+    return np.asarray(NeighborIndex(points).query(points, n_around + 1)[1], np.int64)
+
+
+def _median_around(values: npt.NDArray[np.float64], around: Rows) -> npt.NDArray[np.float64]:
     """Median over the cell and the cells around it."""
-    if not len(values):
-        return values
-    n_around = min(_AROUND, max(int(_SHARE_AROUND * len(values)), _FEWEST_AROUND))
-    _, positions = NeighborIndex(points).query(points, n_around + 1)
-    return np.median(values[positions], axis=1)
+    return np.asarray(np.median(values[around], axis=1))
 
 
 def _mean_over_types(kept: npt.NDArray[np.bool_], truth: Rows) -> float:
