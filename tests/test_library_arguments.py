@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
+from census_scvi.config import library_arguments as names
+from census_scvi.config.library_arguments import LIBRARIES, listed
 from census_scvi.errors import UserError
 from census_scvi.settings import load_config
 from census_scvi.training import fit
-from census_scvi.training import library_arguments as names
 from census_scvi.training.installed_arguments import installed
-from census_scvi.training.library_arguments import LIBRARIES, listed
 from census_scvi.training.settings import TrainSection
 
 ROOT = Path(__file__).parents[1]
@@ -59,7 +59,7 @@ def test_names_are_checked_when_training_starts_with_an_unknown_version(
     path.write_text(json.dumps(values))
     config = load_config(path)
     with pytest.raises(UserError, match=re.escape(message)):
-        fit.check_arguments(config.train, config.training_plan, None)  # type: ignore[arg-type]
+        fit.check_arguments(config.train, config.training_plan, None, "SCVI")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from waits import Waits
 
 from census_scvi.cli import main
+from census_scvi.config.library_arguments import MEASURED
 from census_scvi.counts.data_module import PreparedDataModule
 from census_scvi.counts.minibatch import DenseMinibatches, Minibatch
 from census_scvi.counts.reader import Rows
@@ -42,7 +43,6 @@ from census_scvi.training.fast import plan as fast_plan
 from census_scvi.training.fast.measure import Precision
 from census_scvi.training.fast.plan import FastTrainingPlan
 from census_scvi.training.fast.products import Libraries
-from census_scvi.training.library_arguments import MEASURED
 from census_scvi.training.schedule import warnings_before
 from census_scvi.training.settings import TrainSection
 from census_scvi.workspace.provenance import processor

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -40,7 +39,7 @@ from census_scvi.errors import UserError
 from census_scvi.files.paths import expand_argument
 from census_scvi.files.uri import without_credentials
 from census_scvi.model.published import load_described
-from census_scvi.model.safe import ModelDescription
+from census_scvi.model.safe import ModelDescription, weights_digest
 from census_scvi.model.typical import typical_counts
 from census_scvi.neighbors.clusters import composition, leiden
 from census_scvi.neighbors.index import NeighborIndex
@@ -653,10 +652,7 @@ class Atlas:
     @cached_property
     def _model_identity(self) -> str:
         """SHA-256 of the model's weights."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self._cells.model[0].module.state_dict().items()):
-            digest.update(name.encode() + tensor.cpu().numpy().tobytes())
-        return digest.hexdigest()
+        return weights_digest(self._cells.model[0])
 
     def reference(
         self,

@@ -36,6 +36,9 @@ FIRST_PROCESS = "first-process.json"
 VARIANCE = "variance.npy"
 LIBRARY_SIZE = "library_size.npy"
 PART = "part-{:05d}.h5ad"
+# In the file of prepared cells: obs columns, proteins in obsm, their names in uns.
+BATCH, LABELS = "batch", "labels"
+PROTEINS, PROTEIN_NAMES = "protein_expression", "protein_names"
 
 OWNED = frozenset(
     {

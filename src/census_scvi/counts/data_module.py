@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import lightning
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from census_scvi.counts.loader import KeptMinibatches, MinibatchLoader
-from census_scvi.counts.minibatch import DenseMinibatches, Minibatch, densify
+from census_scvi.counts.loader import KeptMinibatches, LabelledMinibatches, MinibatchLoader
+from census_scvi.counts.minibatch import DenseMinibatches, Minibatch, densify, each_value
 from census_scvi.counts.order import CellOrder, validation_mask
 from census_scvi.counts.reader import PreparedCells
 from census_scvi.errors import UserError
@@ -30,6 +32,11 @@ class PreparedDataModule(lightning.LightningDataModule):
         Seed of the split and of the order of cells.
     workers
         Number of threads that read and decode ahead.
+    labels
+        Whether minibatches have labels. Those for training then have a minibatch of labelled cells, too, under
+        `"labelled"`.
+    proteins
+        Whether minibatches have proteins.
 
     Attributes
     ----------
@@ -37,9 +44,20 @@ class PreparedDataModule(lightning.LightningDataModule):
         Whether X of a minibatch is `SparseCounts`; default False: a dense X.
     """
 
-    def __init__(self, path: Path, *, batch_size: int, train_size: float, seed: int, workers: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        batch_size: int,
+        train_size: float,
+        seed: int,
+        workers: int,
+        labels: bool = False,
+        proteins: bool = False,
+    ) -> None:
         super().__init__()
-        self.cells = PreparedCells(path)
+        self.cells = PreparedCells(path, labels=labels, proteins=proteins)
+        self._labels = labels
         self.sparse = False
         self._batch_size = batch_size
         self._seed = seed
@@ -49,13 +67,27 @@ class PreparedDataModule(lightning.LightningDataModule):
         self.n_val = int(self._validation.sum())
         self.n_train = self.cells.n_cells - self.n_val
 
-    def train_dataloader(self) -> MinibatchLoader:
+    @property
+    def labelled(self) -> npt.NDArray[np.bool_]:
+        """Bool (cells,): training cells with a label."""
+        return ~self._validation & (self.cells.label_codes < len(self.cells.labels) - 1)
+
+    def train_dataloader(self) -> MinibatchLoader | LabelledMinibatches:
         """Training cells, in a new order each epoch; UserError if there are fewer than 2 cells per rank."""
         rank, world_size = self._rank()
         if self.n_train < 2 * world_size:
             raise UserError(f"{self.n_train} training cells are too few for {world_size} processes; 2 each are needed")
         order = CellOrder(~self._validation, self._seed, rank, world_size)
-        return self._loader(order, self._epoch)
+        every = self._loader(order, self._epoch)
+        if not self._labels:
+            return every
+        if (n_labelled := int(self.labelled.sum())) < 2 * world_size:
+            raise UserError(
+                f"{n_labelled} training cells have a label, and {2 * world_size} or more are needed: set"
+                " anndata.labels_key to a column with labels, or model.kind to SCVI"
+            )
+        of_labelled = CellOrder(self.labelled, self._seed, rank, world_size)
+        return LabelledMinibatches(every, lambda number: self._loader(of_labelled, lambda: number), self._epoch)
 
     def val_dataloader(self) -> KeptMinibatches | list[Minibatch]:
         """Validation cells, in the order of the file; an empty list if there are fewer than one per rank."""
@@ -69,7 +101,7 @@ class PreparedDataModule(lightning.LightningDataModule):
         """Move a minibatch, unless the training plan does it, which needs only some of it on the device."""
         if self.sparse and device.type == "cuda":
             return batch
-        return {name: value.to(device) for name, value in batch.items()}
+        return each_value(batch, lambda value: value.to(device))
 
     def on_after_batch_transfer(self, batch: Minibatch, dataloader_idx: int) -> Minibatch:
         """Make a sparse minibatch dense on the device, unless `sparse` is set."""

@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from census_scvi.counts.minibatch import DenseMinibatches, Minibatch, SparseCounts, sparse_minibatch
+from census_scvi.counts.minibatch import LABELLED, DenseMinibatches, Minibatch, SparseCounts, sparse_minibatch
 from census_scvi.counts.order import CellOrder, Window, minibatch_sizes
 from census_scvi.counts.reader import PreparedCells, Rows
 from census_scvi.files.readahead import read_ahead
@@ -22,7 +22,8 @@ class MinibatchLoader:
 
     Each minibatch is `{"X": float32 (cells, genes), "batch": int64 (cells, 1), "labels": int64 (cells, 1), "row":
     int64 (cells,)}` on the CPU; `row` is the row of the cell in the prepared file. X of a sparse minibatch is a
-    `SparseCounts`.
+    `SparseCounts`. If proteins are read, it also has `"proteins": float32 (cells, proteins)`; if labels are not read,
+    they are 0.
 
     Parameters
     ----------
@@ -94,6 +95,11 @@ class MinibatchLoader:
         threads = pool if self._workers > 1 else None
         return lambda window: self._cells.read(window.blocks, threads, max(self._workers, 1)).take(window.chosen)
 
+    @property
+    def skipped(self) -> int:
+        """Number of minibatches that the next pass skips."""
+        return self._skip
+
     def state_dict(self) -> dict[str, int]:
         """Number of minibatches read in the current pass."""
         return {"minibatches": self._met}
@@ -101,6 +107,54 @@ class MinibatchLoader:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Let the next pass skip this number of minibatches."""
         self._skip = state["minibatches"]
+
+
+class LabelledMinibatches:
+    """Minibatches of cells, each with a minibatch of labelled cells, as scvi-tools trains SCANVI.
+
+    The labelled cells are read in passes of their own, each in another order, which do not end with an epoch. The state
+    is that of the minibatches of all cells.
+
+    Parameters
+    ----------
+    every
+        The minibatches of all cells.
+    labelled
+        Function that returns the minibatches of the labelled cells in the order of a pass.
+    epoch
+        Called at the start of each epoch; returns its number.
+    """
+
+    def __init__(
+        self, every: MinibatchLoader, labelled: Callable[[int], MinibatchLoader], epoch: Callable[[], int]
+    ) -> None:
+        self._every, self._labelled, self._epoch = every, labelled, epoch
+
+    def __len__(self) -> int:
+        return len(self._every)
+
+    def __iter__(self) -> Iterator[Minibatch]:
+        first = self._epoch() * len(self) + self._every.skipped
+        # Not strict: the passes over the labelled cells are endless.
+        for minibatch, labelled in zip(self._every, self._endless(first), strict=False):
+            yield minibatch | {LABELLED: labelled}
+
+    def _endless(self, first: int) -> Iterator[Minibatch]:
+        """The minibatches of the labelled cells from a position on, pass after pass."""
+        number, position = divmod(first, len(self._labelled(0)))
+        while True:
+            loader = self._labelled(number)
+            loader.load_state_dict({"minibatches": position})
+            yield from loader
+            number, position = number + 1, 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Number of minibatches read in the current epoch."""
+        return self._every.state_dict()
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Let the next epoch skip this number of minibatches."""
+        self._every.load_state_dict(state)
 
 
 # Bytes of validation minibatches that are kept in memory.

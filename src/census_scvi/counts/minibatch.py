@@ -13,6 +13,8 @@ import torch
 from census_scvi.counts.reader import Rows
 
 Minibatch = dict[str, Any]
+# Key of the minibatch of labelled cells in a minibatch of SCANVI.
+LABELLED = "labelled"
 
 
 class SparseCounts:
@@ -86,7 +88,7 @@ class SparseCounts:
 
 
 def sparse_minibatch(parts: list[Rows], n_genes: int, *, pin: bool) -> Minibatch:
-    """Create `{"X": SparseCounts, "batch", "labels", "row"}` from cells; in page-locked memory if `pin`."""
+    """Create a minibatch with `SparseCounts` from cells (see `MinibatchLoader`); in page-locked memory if `pin`."""
     n_detected = np.concatenate([part.last - part.first for part in parts])
     # Each part has counts of its own dtype: uint16, or float32 if uint16 does not represent all of them.
     dtype = np.result_type(*(part.counts.dtype for part in parts))
@@ -114,8 +116,16 @@ def _in_memory(values: npt.NDArray[Any], pin: bool) -> torch.Tensor:
 
 
 def densify(minibatch: Minibatch) -> Minibatch:
-    """Convert a sparse minibatch to the form of scvi-tools: X float32 (cells, genes), on the device of the counts."""
-    return {**minibatch, "X": minibatch["X"].dense()}
+    """Convert sparse counts to the form of scvi-tools: X float32 (cells, genes), on the device of the counts."""
+    return each_value(minibatch, lambda value: value.dense() if isinstance(value, SparseCounts) else value)
+
+
+def each_value(minibatch: Minibatch, change: Callable[[Any], Any]) -> Minibatch:
+    """A minibatch with changed values, also those of its `labelled` cells."""
+    return {
+        name: each_value(value, change) if isinstance(value, dict) else change(value)
+        for name, value in minibatch.items()
+    }
 
 
 class DenseMinibatches:
@@ -130,7 +140,7 @@ class DenseMinibatches:
         self._free: list[torch.Tensor] = []
 
     def make(self, parts: list[Rows]) -> Minibatch:
-        """Create `{"X": float32 (cells, genes), "batch", "labels", "row"}` from cells."""
+        """Create a minibatch with X float32 (cells, genes) from cells (see `MinibatchLoader`)."""
         counts = self._memory(sum(map(len, parts)))
         dense, done = counts.numpy(), 0
         for part in parts:
@@ -140,6 +150,8 @@ class DenseMinibatches:
 
     def give_back(self, minibatch: Minibatch) -> None:
         """Remove X from a minibatch and reuse its memory; no view of X may be in use. Sparse ones are not changed."""
+        if LABELLED in minibatch:
+            self.give_back(minibatch[LABELLED])
         counts = minibatch["X"]
         if isinstance(counts, torch.Tensor) and counts.device.type == "cpu" and counts.dtype == torch.float32:
             del minibatch["X"]
@@ -154,10 +166,17 @@ class DenseMinibatches:
         return torch.empty(n_cells, self._n_genes)
 
 
-def _cells(parts: list[Rows]) -> dict[str, npt.NDArray[np.int64]]:
-    codes = np.concatenate([part.batch_codes for part in parts])[:, np.newaxis]
-    rows = np.concatenate([part.rows for part in parts])
-    return {"batch": codes, "labels": np.zeros_like(codes), "row": rows}
+def _cells(parts: list[Rows]) -> dict[str, npt.NDArray[Any]]:
+    """Arrays of a minibatch with one row per cell."""
+    batch = np.concatenate([part.batch_codes for part in parts])[:, np.newaxis]
+    labels = [part.label_codes for part in parts if part.label_codes is not None]
+    proteins = [part.proteins for part in parts if part.proteins is not None]
+    return {
+        "batch": batch,
+        "labels": np.concatenate(labels)[:, np.newaxis] if labels else np.zeros_like(batch),
+        "row": np.concatenate([part.rows for part in parts]),
+        **({"proteins": np.concatenate(proteins)} if proteins else {}),
+    }
 
 
 @numba.njit(nogil=True, cache=True)

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import scipy.sparse as sp
 from anndata.io import read_elem
 
+from census_scvi.config.run_names import LABELS, PROTEIN_NAMES, PROTEINS
 from census_scvi.counts.vector import Vector
 from census_scvi.errors import UserError
 
@@ -33,6 +34,10 @@ class Rows:
         uint16 or int32 (non-zeros,): column of each non-zero.
     counts
         uint16 or float32 (non-zeros,): value of each non-zero; uint16 if it represents all of them exactly.
+    label_codes
+        int64 (cells,): position in `PreparedCells.labels`; None if labels are not read.
+    proteins
+        float32 (cells, proteins): counts of the proteins; None if they are not read.
     """
 
     rows: npt.NDArray[np.int64]
@@ -41,14 +46,17 @@ class Rows:
     last: npt.NDArray[np.int64]
     genes: npt.NDArray[np.uint16] | npt.NDArray[np.int32]
     counts: npt.NDArray[np.uint16] | npt.NDArray[np.float32]
+    label_codes: npt.NDArray[np.int64] | None = None
+    proteins: npt.NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def take(self, chosen: npt.NDArray[np.int64] | slice) -> Rows:
         """Select cells, in the order of `chosen`; counts are not copied."""
-        per_cell = ("rows", "batch_codes", "first", "last")
-        return replace(self, **{name: getattr(self, name)[chosen] for name in per_cell})
+        per_cell = ("rows", "batch_codes", "first", "last", "label_codes", "proteins")
+        values = {name: getattr(self, name) for name in per_cell}
+        return replace(self, **{name: value[chosen] for name, value in values.items() if value is not None})
 
     def csr(self, n_genes: int) -> sp.csr_matrix:
         """Counts, float32 (cells, genes); only for all cells of a `read`, in its order."""
@@ -62,9 +70,17 @@ class Rows:
 
 
 class PreparedCells:
-    """The file that prepare writes: raw counts as CSR, and obs with the column `batch`.
+    """The file that prepare writes: raw counts as CSR, obs with the column `batch`, and any labels and proteins.
 
-    Uses 1 to 4 bytes per cell (its batch) and 24 bytes per chunk of 16,384 non-zeros. Counts are read when requested.
+    Uses 1 to 4 bytes per cell (its batch), as much for its label, and 24 bytes per chunk of 16,384 non-zeros. Counts
+    are read when requested.
+
+    Parameters
+    ----------
+    path
+        The .h5ad.
+    labels, proteins
+        Whether `read` also returns labels, and counts of proteins.
 
     Attributes
     ----------
@@ -76,25 +92,71 @@ class PreparedCells:
         feature_ids and feature_names, in the order of the columns; symbols are empty if var has no feature_name.
     batches
         Batch labels, in the order of the codes.
+    batch_codes
+        Integers (cells,): batch of each cell.
+    labels
+        Labels of cells, in the order of the codes, the unlabelled category last; empty if the file has none.
+    label_codes
+        Integers (cells,): label of each cell; empty if the file has none.
+    proteins
+        Names of the proteins, in the order of the columns; empty if the file has none.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, labels: bool = False, proteins: bool = False) -> None:
         self.path = path
         try:
             self._file = h5py.File(path, "r")
             self._counts, self._genes = Vector(self._file["X/data"]), Vector(self._file["X/indices"])
             self._row_ends = Vector(self._file["X/indptr"])
-            self._codes = self._file["obs/batch/codes"][:]
+            self.batch_codes = self._file["obs/batch/codes"][:]
             self.n_cells, self.n_genes = (int(n) for n in self._file["X"].attrs["shape"])
             self.density = self._file["X/data"].size / max(self.n_cells * self.n_genes, 1)
             var = read_elem(self._file["var"])
             self.genes = [str(gene) for gene in var.index]
             self.symbols = [str(symbol) for symbol in var.get("feature_name", [])]
             self.batches = [str(label) for label in read_elem(self._file["obs/batch/categories"])]
+            self.labels, self.label_codes = self._read_labels()
+            self.proteins = self._read_protein_names()
         except (OSError, KeyError) as error:
             raise UserError(
                 f"{path} is not an .h5ad written by scvi-prepare.py ({error}); run scvi-prepare.py"
             ) from None
+        if labels and not self.labels:
+            raise UserError(f"{path} has no labels: set anndata.labels_key, and run scvi-prepare.py --force")
+        if proteins and not self.proteins:
+            raise UserError(f"{path} has no proteins: set anndata.protein_measurement, and run scvi-prepare.py --force")
+        self._with_labels, self._with_proteins = labels, proteins
+
+    def _read_labels(self) -> tuple[list[str], npt.NDArray[np.integer]]:
+        if f"obs/{LABELS}/codes" not in self._file:
+            return [], np.empty(0, np.int8)
+        categories = read_elem(self._file[f"obs/{LABELS}/categories"])
+        return [str(label) for label in categories], self._file[f"obs/{LABELS}/codes"][:]
+
+    def _read_protein_names(self) -> list[str]:
+        place = f"uns/{PROTEIN_NAMES}"
+        return [str(name) for name in read_elem(self._file[place])] if place in self._file else []
+
+    def protein_counts(self, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Counts of the proteins of consecutive cells, float32 (cells, proteins)."""
+        return np.asarray(self._file[f"obsm/{PROTEINS}"][start:stop], np.float32)
+
+    def protein_counts_of(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """Counts of the proteins of some cells, float32 (cells, proteins)."""
+        order = np.argsort(rows)
+        counts = np.empty((len(rows), len(self.proteins)), np.float32)
+        counts[order] = self._file[f"obsm/{PROTEINS}"][rows[order]]
+        return counts
+
+    def missing_proteins(self, block_rows: int = 2**16) -> dict[str, list[str]]:
+        """For each batch, the proteins without any count in it: they were not measured, as scvi-tools assumes."""
+        total = np.zeros((len(self.batches), len(self.proteins)))
+        for start in range(0, self.n_cells, block_rows):
+            counts = self.protein_counts(start, min(start + block_rows, self.n_cells))
+            np.add.at(total, self.batch_codes[start : start + len(counts)], counts)
+        names = np.array(self.proteins, dtype=object)
+        missing = {batch: list(names[total[code] == 0]) for code, batch in enumerate(self.batches)}
+        return {batch: found for batch, found in missing.items() if found}
 
     def close(self) -> None:
         """Close the file."""
@@ -143,13 +205,16 @@ class PreparedCells:
             )
         bounds = [place + ends - ends[0] for place, ends in zip(places[:-1], row_ends, strict=True)]
         rows = np.concatenate([np.arange(start, stop, dtype=np.int64) for start, stop in blocks])
+        proteins = [self.protein_counts(*block) for block in blocks] if self._with_proteins else None
         return Rows(
             rows=rows,
-            batch_codes=self._codes[rows].astype(np.int64),
+            batch_codes=self.batch_codes[rows].astype(np.int64),
             first=np.concatenate([bound[:-1] for bound in bounds]),
             last=np.concatenate([bound[1:] for bound in bounds]),
             genes=genes,
             counts=counts,
+            label_codes=self.label_codes[rows].astype(np.int64) if self._with_labels else None,
+            proteins=np.concatenate(proteins) if proteins else None,
         )
 
     def _ends(self, blocks: list[tuple[int, int]]) -> list[npt.NDArray[np.int64]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import scvi
 from census_scvi.config.messages import shown
 from census_scvi.errors import UserError
 
-SCVI = "SCVI"
+SCVI, SCANVI, TOTALVI = "SCVI", "SCANVI", "TOTALVI"
 
 
 @dataclass(frozen=True)
@@ -25,23 +26,29 @@ class Family:
         Its name in prose.
     module
         Name of its module class in `scvi.module`.
-    arguments
-        Init arguments that define a model of this kind; the safe form has exactly these.
+    plan
+        Name of its training plan in `scvi.train`.
+    plan_defaults
+        Arguments of the training plan for which the model's `train` in scvi-tools has defaults of its own.
+    settings
+        Init arguments that every model of this kind has, and the setting of the `model` section for each.
+    latent_keys
+        Names of the posterior means and variances in the obsm of a minified model.
     cell_data
         Arguments of `setup_anndata` for its inputs other than counts and batches.
     modalities
         Modalities of its training data, for tags of the model hub.
-    can_build
-        Whether this release builds, reads and publishes such models.
     """
 
     kind: str
     title: str
     module: str
-    arguments: frozenset[str]
+    plan: str
+    plan_defaults: Mapping[str, Any]
+    settings: Mapping[str, str]
+    latent_keys: tuple[str, str]
     cell_data: tuple[str, ...]
     modalities: tuple[str, ...]
-    can_build: bool = False
 
     @property
     def model_class(self) -> Any:
@@ -53,25 +60,42 @@ class Family:
         """The class of its module in scvi-tools."""
         return getattr(scvi.module, self.module)
 
+    @property
+    def plan_class(self) -> Any:
+        """The class of its training plan in scvi-tools."""
+        return getattr(scvi.train, self.plan)
 
-_SCVI_ARGUMENTS = frozenset(
-    {"n_hidden", "n_latent", "n_layers", "dropout_rate", "gene_likelihood", "encode_covariates"}
-)
-_TOTALVI_ARGUMENTS = frozenset(
-    {"n_hidden", "n_latent", "n_layers_encoder", "n_layers_decoder", "dropout_rate_encoder", "dropout_rate_decoder"}
-    | {"gene_likelihood", "encode_covariates"}
-)
+
+def _same(*names: str) -> dict[str, str]:
+    return {name: name for name in names}
+
+
+_SCVI_SETTINGS = _same("n_hidden", "n_latent", "n_layers", "dropout_rate", "gene_likelihood", "encode_covariates")
+_TOTALVI_SETTINGS = {
+    **_same("n_hidden", "n_latent"),
+    **dict.fromkeys(("n_layers_encoder", "n_layers_decoder"), "n_layers"),
+    **dict.fromkeys(("dropout_rate_encoder", "dropout_rate_decoder"), "dropout_rate"),
+    **_same("gene_likelihood", "encode_covariates"),
+}
 
 FAMILIES = {
     family.kind: family
     for family in (
-        Family(SCVI, "scVI", "VAE", _SCVI_ARGUMENTS, (), ("rna",), can_build=True),
-        Family("SCANVI", "scANVI", "SCANVAE", _SCVI_ARGUMENTS, ("labels_key", "unlabeled_category"), ("rna",)),
         Family(
-            "TOTALVI", "totalVI", "TOTALVAE", _TOTALVI_ARGUMENTS, ("protein_expression_obsm_key",), ("rna", "protein")
+            SCVI, "scVI", "VAE", "TrainingPlan", {}, _SCVI_SETTINGS, ("scvi_latent_qzm", "scvi_latent_qzv"),
+            (), ("rna",),
+        ),
+        Family(
+            SCANVI, "scANVI", "SCANVAE", "SemiSupervisedTrainingPlan", {}, _SCVI_SETTINGS,
+            ("scanvi_latent_qzm", "scanvi_latent_qzv"), ("labels_key", "unlabeled_category"), ("rna",),
+        ),
+        Family(
+            TOTALVI, "totalVI", "TOTALVAE", "AdversarialTrainingPlan", {"lr": 4e-3, "reduce_lr_on_plateau": True},
+            _TOTALVI_SETTINGS, ("totalvi_latent_qzm", "totalvi_latent_qzv"), ("protein_expression_obsm_key",),
+            ("rna", "protein"),
         ),
     )
-}
+}  # fmt: skip
 
 
 def family_of(kind: str, what: str = "this") -> Family:
@@ -87,18 +111,12 @@ def family_of(kind: str, what: str = "this") -> Family:
     Raises
     ------
     UserError
-        The kind is unknown, or this release cannot build it.
+        The kind is unknown.
     """
     family = FAMILIES.get(kind)
     if family is None:
         raise UserError(
             f"{what} is a model of kind {shown(kind)}, and this version supports {', '.join(FAMILIES)}; update"
-            " census-scvi"
-        )
-    if not family.can_build:
-        expected = " or ".join(each.kind for each in FAMILIES.values() if each.can_build)
-        raise UserError(
-            f"{what} is a {kind} model, which this version does not support yet; expected {expected}: update"
             " census-scvi"
         )
     return family

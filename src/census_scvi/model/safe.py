@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass, field
@@ -21,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from census_scvi.config.run_names import DESCRIPTION, WEIGHTS
 from census_scvi.errors import UserError
 from census_scvi.files.json_file import read_json
-from census_scvi.model.build import build_model, check_arguments, least_parameters
-from census_scvi.model.families import SCVI, family_of
+from census_scvi.model.build import Labels, Proteins, build_model, check_arguments, least_parameters
+from census_scvi.model.families import SCANVI, SCVI, TOTALVI, family_of
 from census_scvi.model.published_record import first_problem
 
 _FORMAT = 1
@@ -52,6 +53,15 @@ class ModelDescription:
         Symbols (feature_name) of the genes, in their order; empty if they are not known.
     model
         Kind of model, as in `families`.
+    labels, labels_key, unlabeled_category
+        Of SCANVI: labels in the order of the codes, the obs column of the Census that they are from, and the label of
+        cells without a known label.
+    proteins
+        Of TOTALVI: names of the proteins, in the order of the columns.
+    missing_proteins
+        Of TOTALVI: for each batch with missing proteins, those that were not measured in it.
+    lineage
+        One record for each model that its weights come from: SCVI, for SCANVI; the reference of a query surgery.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, extra="forbid")
@@ -64,10 +74,40 @@ class ModelDescription:
     n_cells: Annotated[int, Field(ge=0)]
     symbols: list[str] = field(default_factory=list)
     model: str = SCVI
+    labels: list[str] = field(default_factory=list)
+    labels_key: str = ""
+    unlabeled_category: str = ""
+    proteins: list[str] = field(default_factory=list)
+    missing_proteins: dict[str, list[str]] = field(default_factory=dict)
+    lineage: list[dict[str, Any]] = field(default_factory=list)
     format: int = _FORMAT
     scvi_tools: str = field(default_factory=lambda: scvi.__version__)
 
+    def build(self) -> scvi.model.SCVI:
+        """The untrained model that it describes."""
+        return build_model(
+            self.genes,
+            self.batches,
+            self.arguments,
+            n_cells=self.n_cells,
+            kind=self.model,
+            labels=self.of_labels,
+            proteins=self.of_proteins,
+        )
 
+    @property
+    def of_labels(self) -> Labels | None:
+        """The labels of a SCANVI model; None for another kind."""
+        return Labels(self.labels, self.unlabeled_category) if self.labels else None
+
+    @property
+    def of_proteins(self) -> Proteins | None:
+        """The proteins of a TOTALVI model; None for another kind."""
+        return Proteins(self.proteins, self.missing_proteins) if self.proteins else None
+
+
+# Fields that are not written if they are empty.
+_OPTIONAL = ("labels", "labels_key", "unlabeled_category", "proteins", "missing_proteins", "lineage")
 _DESCRIPTION = TypeAdapter(ModelDescription)
 
 
@@ -75,8 +115,17 @@ def save_safe(model: scvi.model.SCVI, description: ModelDescription, folder: Pat
     """Write the safe form into an existing folder."""
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.module.state_dict().items()}
     save_file(weights, folder / WEIGHTS)
-    (folder / DESCRIPTION).write_text(json.dumps(asdict(description), indent=1) + "\n", encoding="utf-8")
+    values = {name: value for name, value in asdict(description).items() if value or name not in _OPTIONAL}
+    (folder / DESCRIPTION).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     (folder / WEIGHTS).chmod((folder / DESCRIPTION).stat().st_mode)  # safetensors lets only the owner read
+
+
+def weights_digest(model: scvi.model.SCVI) -> str:
+    """SHA-256 of the model's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.module.state_dict().items()):
+        digest.update(name.encode() + tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def save_for_scvi_tools(model: scvi.model.SCVI, folder: Path) -> None:
@@ -118,6 +167,13 @@ def _check(description: ModelDescription) -> None:
             raise ValueError(f"{name} are empty or not unique")
     if description.symbols and len(description.symbols) != len(description.genes):
         raise ValueError(f"it has {len(description.symbols):,} symbols of {len(description.genes):,} genes")
+    for kind, name in ((SCANVI, "labels"), (SCANVI, "unlabeled_category"), (TOTALVI, "proteins")):
+        given = bool(getattr(description, name))
+        if given != (description.model == kind):
+            raise ValueError(f"a model of kind {description.model} with{'' if given else 'out'} {name}")
+    for name, values in (("labels", description.labels), ("proteins", description.proteins)):
+        if len(set(values)) < len(values):
+            raise ValueError(f"{name} are not unique")
     check_arguments(description.arguments, description.model)
 
 
@@ -134,13 +190,7 @@ def load_safe(folder: Path) -> tuple[scvi.model.SCVI, ModelDescription]:
     try:
         _check_size(path, description)
         weights = load_file(path)
-        model = build_model(
-            description.genes,
-            description.batches,
-            description.arguments,
-            n_cells=description.n_cells,
-            kind=description.model,
-        )
+        model = description.build()
         model.module.load_state_dict(weights)
         _check_finite(weights)
     except (OSError, SafetensorError, RuntimeError, ValueError, TypeError) as error:
@@ -153,7 +203,8 @@ def load_safe(folder: Path) -> tuple[scvi.model.SCVI, ModelDescription]:
 
 def _check_size(path: Path, description: ModelDescription) -> None:
     """ValueError if the file is too small for the description, which could otherwise allocate any amount of memory."""
-    needed = least_parameters(description.arguments, len(description.genes), len(description.batches))
+    genes, batches = len(description.genes), len(description.batches)
+    needed = least_parameters(description.arguments, genes, batches, description.model)
     if (size := path.stat().st_size) < _BYTES * needed:
         raise ValueError(f"it has {size:,} bytes, and the model of {DESCRIPTION} at least {needed:,} parameters")
 

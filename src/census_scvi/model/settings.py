@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from census_scvi.config.library_arguments import check_model_arguments, listed
 from census_scvi.config.section import USUAL, Changes, Section
-from census_scvi.config.types import FileName
+from census_scvi.config.types import FileName, PathName
 
 
 class ModelSection(Section):
-    """The scVI model."""
+    """The model."""
 
     changes: ClassVar[tuple[str, ...]] = ("train", "publish")
     filename: Annotated[FileName, Changes("train", "create-latent-update", "publish")] = "scvi.model"
     """Name of the folder of the trained model in the run directory."""
+    kind: Annotated[Literal["SCVI", "SCANVI", "TOTALVI"], USUAL] = "SCVI"
+    """Model of scvi-tools: SCVI; SCANVI, which also learns labels (`anndata.labels_key`); TOTALVI, which also learns
+    proteins (`anndata.protein_measurement`).
+    """
     n_hidden: Annotated[int, Field(ge=1), USUAL] = 128
     """Hidden units per layer."""
     n_latent: Annotated[int, Field(ge=1), USUAL] = 10
@@ -28,6 +33,21 @@ class ModelSection(Section):
     """Distribution of the counts."""
     encode_covariates: bool = False
     """Whether the encoder gets the batch. With `false`, cells of any batch can be embedded."""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of the model in scvi-tools: use_layer_norm, use_batch_norm, deeply_inject_covariates, ..."""
+    from_scvi_model: Annotated[PathName | None, Changes("train")] = None
+    """Trained SCVI model from whose weights SCANVI starts (run directory, its model, published folder or URL); null:
+    random weights.
+    """
+
+    @model_validator(mode="after")
+    def _of_kind(self) -> Self:
+        check_model_arguments(self.arguments, listed(), self.kind)
+        if self.kind == "TOTALVI" and self.gene_likelihood == "poisson":
+            raise ValueError("model.gene_likelihood is poisson, which TOTALVI does not have; set it to nb or zinb")
+        if self.from_scvi_model is not None and self.kind != "SCANVI":
+            raise ValueError(f"model.from_scvi_model is used only by SCANVI, and model.kind is {self.kind}; remove it")
+        return self
 
 
 class LatentSection(Section):

@@ -79,7 +79,7 @@ def measure(
     counts = _gene_counts(directory / artifacts.prepared)
     found += gates.gene_coverage(gene_joinids >= 0, counts, min_share)
     genes = read_genes(directory / artifacts.genes)
-    expected = expected_facts(settings, genes, description.batches)
+    expected = expected_facts(settings, description, genes)
     found.append(gates.architecture(expected, built_facts(model, description.genes)))
     trained = Workspace(directory).record("train") or {}
     found += gates.training_gates(trained.get("learning_curves", {}), bounds.max_elbo_fall, bounds.max_elbo_gap)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from census_scvi.annotation.settings import AnnotateSection
 from census_scvi.census.settings import READ_THE_CENSUS, CensusSection, GenesSection, HvgSection
 from census_scvi.config import run_names
 from census_scvi.config.file import read_settings, typed
 from census_scvi.config.flat import flatten
+from census_scvi.config.library_arguments import check_training_plan, listed
 from census_scvi.config.messages import describe_errors
 from census_scvi.config.section import USUAL, Changes, Section, stages_changed
 from census_scvi.counts.settings import AnndataSection
@@ -36,7 +37,7 @@ class Config(Section):
     model: ModelSection = ModelSection()
     train: TrainSection = TrainSection()
     training_plan: Annotated[PlanArguments, Changes("train"), USUAL] = Field(default_factory=dict)
-    """Arguments of scvi-tools' TrainingPlan and of the model's loss: lr, n_epochs_kl_warmup, max_kl_weight, ..."""
+    """Arguments of scvi-tools' training plan and of the model's loss: lr, n_epochs_kl_warmup, max_kl_weight, ..."""
     latent: LatentSection = LatentSection()
     gates: GatesSection = GatesSection()
     publish: PublishSection = PublishSection()
@@ -46,6 +47,24 @@ class Config(Section):
     output: OutputSection = OutputSection()
     seed: Annotated[int, Field(ge=0, lt=2**32), Changes(*READ_THE_CENSUS, "train"), USUAL] = 0
     """Seed of all random numbers: validation split, order of cells, weights, dropout, samples."""
+
+    @field_validator("training_plan")
+    @classmethod
+    def _plan_of_kind(cls, arguments: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        if "model" in info.data:  # else the model section has an error of its own
+            check_training_plan(arguments, listed(), info.data["model"].kind)
+        return arguments
+
+    @model_validator(mode="after")
+    def _inputs_of_kind(self) -> Self:
+        if self.model.kind == "SCANVI" and self.anndata.labels_key is None:
+            raise ValueError("model.kind is SCANVI, which learns labels: set anndata.labels_key, e.g. to cell_type")
+        if self.model.kind == "TOTALVI" and self.anndata.protein_measurement is None:
+            raise ValueError(
+                "model.kind is TOTALVI, which learns proteins: set anndata.protein_measurement to the measurement of"
+                " the Census that has them, e.g. protein"
+            )
+        return self
 
     @model_validator(mode="after")
     def _contradictions(self) -> Self:

@@ -1,10 +1,11 @@
-"""Stage train: trains scVI on the prepared cells."""
+"""Stage train: trains the model on the prepared cells."""
 
 from __future__ import annotations
 
 import itertools
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from census_scvi.config.flat import digest
 from census_scvi.config.run_names import CHECKPOINT
 from census_scvi.counts.data_module import PreparedDataModule
 from census_scvi.counts.loader import MOST_KEPT
-from census_scvi.counts.minibatch import Minibatch
+from census_scvi.counts.minibatch import LABELLED, Minibatch, each_value
+from census_scvi.counts.reader import PreparedCells
 from census_scvi.errors import UserError
 from census_scvi.files.atomic import remove
-from census_scvi.model.build import build_model, init_arguments
+from census_scvi.model.build import init_arguments
+from census_scvi.model.families import SCANVI, TOTALVI
 from census_scvi.model.safe import ModelDescription, save_for_scvi_tools, save_safe
 from census_scvi.settings import Config
 from census_scvi.stages.plan import Plan, human_bytes
@@ -37,11 +40,12 @@ from census_scvi.training.fit import (
     engine_of,
     fit,
     loader_threads,
-    make_plan,
     n_nodes,
     n_processes,
     slow_precision,
 )
+from census_scvi.training.initial import set_protein_priors, start_from_scvi_model
+from census_scvi.training.plans import make_plan
 from census_scvi.training.schedule import warnings_before
 from census_scvi.workspace import StageRun, Workspace
 
@@ -60,12 +64,12 @@ def run(task: Task) -> None:
     choose_devices(config.train)
     choose_precision(config.train)
     data = _data(config)
-    check_arguments(config.train, config.training_plan, data)
+    check_arguments(config.train, config.training_plan, data, config.model.kind)
     slow = slow_precision(config.train, data.cells.n_genes, config.model.n_hidden)
     if slow and not stage.resumed:
         raise UserError(slow)
+    model, description = _build(config, data)
     task.start()
-    model = _build(config, data)
     if stage.resumed:
         log.info("resuming from the last checkpoint")
     if slow:
@@ -73,7 +77,7 @@ def run(task: Task) -> None:
     for problem in _problems(config, data):
         log.warning("warning: %s", problem)
     curves = _fit(config, model, data, stage.staging, digest(stage.staged_fingerprint))
-    _save(config, model, data, curves, stage)
+    _save(config, model, description, curves, stage)
     counts = _counts(model, data, curves)
     data.cells.close()
     task.commit(
@@ -92,7 +96,7 @@ def run(task: Task) -> None:
 def follow(config: Config, stage: StageRun) -> None:
     """Train in a process of rank above 0; rank 0 manages the run directory."""
     data = _data(config)
-    model = _build(config, data)
+    model, _ = _build(config, data)
     _fit(config, model, data, stage.staging, digest(stage.staged_fingerprint))
 
 
@@ -103,6 +107,8 @@ def _data(config: Config) -> PreparedDataModule:
         train_size=config.train.train_size,
         seed=config.seed,
         workers=loader_threads(config.train),
+        labels=config.model.kind == SCANVI,
+        proteins=config.model.kind == TOTALVI,
     )
     if config.train.early_stopping and not data.n_val:
         raise UserError(f"train.early_stopping needs validation cells, but all {data.n_train} cells are for training")
@@ -113,10 +119,37 @@ def _problems(config: Config, data: PreparedDataModule) -> list[str]:
     return warnings_before(config.train, config.training_plan, data.n_train, n_processes(config.train))
 
 
-def _build(config: Config, data: PreparedDataModule) -> scvi.model.SCVI:
+def _build(config: Config, data: PreparedDataModule) -> tuple[scvi.model.SCVI, ModelDescription]:
+    """The untrained model, and its description."""
     lightning.seed_everything(config.seed, verbose=False)
-    cells = data.cells
-    return build_model(cells.genes, cells.batches, init_arguments(config.model), n_cells=cells.n_cells)
+    description = _describe(config, data.cells)
+    model = description.build()
+    if description.proteins:
+        set_protein_priors(model, data.cells, description)
+    if config.model.from_scvi_model is not None:
+        description.lineage.append(start_from_scvi_model(model, description, config.model.from_scvi_model))
+    return model, description
+
+
+def _describe(config: Config, cells: PreparedCells) -> ModelDescription:
+    description = ModelDescription(
+        genes=cells.genes,
+        batches=cells.batches,
+        arguments=init_arguments(config.model),
+        organism=config.census.organism,
+        batch_key=config.anndata.batch_key,
+        n_cells=cells.n_cells,
+        symbols=cells.symbols,
+        model=config.model.kind,
+    )
+    if config.model.kind == SCANVI:
+        *classes, unlabeled = cells.labels
+        return replace(
+            description, labels=classes, labels_key=str(config.anndata.labels_key), unlabeled_category=unlabeled
+        )
+    if config.model.kind == TOTALVI:
+        return replace(description, proteins=cells.proteins, missing_proteins=cells.missing_proteins())
+    return description
 
 
 def _fit(
@@ -135,22 +168,13 @@ def _fit(
 
 
 def _save(
-    config: Config, model: scvi.model.SCVI, data: PreparedDataModule, curves: LearningCurves, stage: StageRun
+    config: Config, model: scvi.model.SCVI, description: ModelDescription, curves: LearningCurves, stage: StageRun
 ) -> None:
     """Write the model in scvi-tools' format and in the safe form, in one folder."""
     folder = stage.path(config.artifacts.model)
     remove(folder)  # a killed run may leave temporary files of safetensors
     model.history_ = {name: _history(name, values) for name, values in curves.curves.items()}
     save_for_scvi_tools(model, folder)
-    description = ModelDescription(
-        genes=data.cells.genes,
-        batches=data.cells.batches,
-        arguments=init_arguments(config.model),
-        organism=config.census.organism,
-        batch_key=config.anndata.batch_key,
-        n_cells=data.cells.n_cells,
-        symbols=data.cells.symbols,
-    )
     save_safe(model, description, folder)
 
 
@@ -184,12 +208,12 @@ def plan(config: Config) -> Plan:
     workspace = Workspace(config.directory)
     workspace.require("prepare", [artifacts.prepared])
     data = _data(config)
-    check_arguments(config.train, config.training_plan, data)
-    model = _build(config, data)
+    check_arguments(config.train, config.training_plan, data, config.model.kind)
+    model, _ = _build(config, data)
     if slow := slow_precision(config.train, data.cells.n_genes, config.model.n_hidden):
         raise UserError(slow)
     parameters = sum(parameter.numel() for parameter in model.module.parameters())
-    training = make_plan(config.train, model.module, data, config.training_plan)
+    training = make_plan(config.train, model, data, config.training_plan)
     libraries = _libraries(config, training, data)
     step = _seconds_per_cell(config, training, data)
     engine = engine_of(training)
@@ -253,7 +277,9 @@ def _device(config: Config) -> str:
 
 
 def _step(plan: TrainingPlan, optimiser: torch.optim.Optimizer, minibatch: Minibatch, device: str) -> int:
-    _, _, losses = plan({key: value.to(device) for key, value in minibatch.items()}, loss_kwargs={"kl_weight": 1.0})
+    cells = each_value(minibatch, lambda value: value.to(device))
+    labelled = {"labelled_tensors": cells.pop(LABELLED)} if LABELLED in cells else {}
+    _, _, losses = plan(cells, loss_kwargs=plan.loss_kwargs | {"kl_weight": 1.0} | labelled)
     optimiser.zero_grad()
     losses.loss.backward()
     optimiser.step()

@@ -1,8 +1,7 @@
-"""Train an scVI model on prepared cells, with this project's or scvi-tools' training plan; training can be resumed."""
+"""Train a model on prepared cells, with this project's or scvi-tools' training plan; training can be resumed."""
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import traceback
@@ -34,9 +33,10 @@ from census_scvi.training.callbacks import (
 from census_scvi.training.checkpoint import Checkpoint, StagedIO
 from census_scvi.training.fast.measure import measure_precision
 from census_scvi.training.fast.plan import FastTrainingPlan
-from census_scvi.training.fast.step import reason_against, unused_frozen
+from census_scvi.training.fast.step import unused_frozen
 from census_scvi.training.finite_loss import FiniteLoss
 from census_scvi.training.installed_arguments import require_known_arguments
+from census_scvi.training.plans import make_plan, plan_arguments
 from census_scvi.training.progress import EventLog, Progress
 from census_scvi.training.rehearsal import diverged, one_line, require_trainable
 from census_scvi.training.settings import TrainSection
@@ -172,42 +172,15 @@ def _on_gpu(settings: TrainSection) -> bool:
     return settings.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
 
 
-def make_plan(
-    settings: TrainSection, module: scvi.module.VAE, data: PreparedDataModule, arguments: dict[str, Any]
-) -> TrainingPlan:
-    """The training plan of `train.engine`; scvi-tools' plan if the fast one does not support the module.
-
-    Also sets `data.sparse`: the fast plan takes sparse minibatches, scvi-tools' plan dense ones.
-    """
-    reason = reason_against(module)
-    if arguments.get("compile"):
-        reason = "training_plan.compile is on"
-    elif settings.accelerator != "cpu" and torch.backends.mps.is_available():
-        reason = "it has not been tested on this kind of GPU, mps"
-    if settings.engine == "fast" and reason:
-        log.info("train.engine fast does not support this model (%s): scvi-tools' own steps are used", reason)
-    data.sparse = settings.engine == "fast" and not reason
-    plan = (FastTrainingPlan if data.sparse else TrainingPlan)(module, **_plan_arguments(arguments))
-    plan.n_obs_training, plan.n_obs_validation = data.n_train, data.n_val
-    return plan
-
-
-def _plan_arguments(settings: dict[str, Any]) -> dict[str, Any]:
-    """A copy of `training_plan` for TrainingPlan, which modifies its arguments."""
-    arguments = copy.deepcopy(settings)
-    if arguments.get("n_steps_kl_warmup"):
-        arguments.setdefault("n_epochs_kl_warmup", None)  # its default of 400 epochs would override the steps
-    return arguments
-
-
-def check_arguments(settings: TrainSection, plan_arguments: dict[str, Any], data: PreparedDataModule) -> None:
-    """UserError if the libraries cannot train with `train.trainer` and `training_plan`."""
-    require_known_arguments(settings.trainer or {}, plan_arguments)
+def check_arguments(settings: TrainSection, plan: dict[str, Any], data: PreparedDataModule, kind: str) -> None:
+    """UserError if the libraries cannot train a kind of model with `train.trainer` and `training_plan`."""
+    require_known_arguments(settings.trainer or {}, plan, kind)
     processes = n_processes(settings)
     minibatches = [-(-n_cells // (settings.batch_size * processes)) for n_cells in (data.n_train, data.n_val)]
     require_trainable(
+        kind,
         settings.trainer or {},
-        _plan_arguments(plan_arguments),
+        plan_arguments(plan, kind),
         _trainer_arguments(settings, data) | {"devices": 1, "strategy": "auto"},
         minibatches=(minibatches[0], minibatches[1]),
         early_stopping=settings.early_stopping,
@@ -240,7 +213,7 @@ def fit(
     model: scvi.model.SCVI,
     data: PreparedDataModule,
     settings: TrainSection,
-    plan_arguments: dict[str, Any],
+    plan_settings: dict[str, Any],
     *,
     seed: int,
     checkpoint: Path,
@@ -256,8 +229,8 @@ def fit(
         Training and validation minibatches.
     settings
         The `train` section.
-    plan_arguments
-        Arguments of scvi-tools' TrainingPlan.
+    plan_settings
+        The `training_plan` section: arguments of scvi-tools' training plan.
     seed
         Seed of dropout and of the latent samples; with several processes, each adds its rank.
     checkpoint
@@ -274,7 +247,7 @@ def fit(
     UserError
         The devices or the checkpoint cannot be used, or the loss is not finite.
     """
-    plan = make_plan(settings, model.module, data, plan_arguments)
+    plan = make_plan(settings, model, data, plan_settings)
     curves, finite = LearningCurves(engine_of(plan)), FiniteLoss()
     arguments = dict(settings.trainer or {})
     callbacks = [

@@ -8,15 +8,19 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 import lightning
+import scvi
 import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.callbacks import LearningRateMonitor, Timer
 from lightning.pytorch.loggers.logger import DummyLogger
-from scvi.train import Trainer, TrainingPlan
+from scvi.train import Trainer
 
+from census_scvi.counts.minibatch import LABELLED
 from census_scvi.errors import UserError
-from census_scvi.model.build import build_model, quiet
+from census_scvi.model.build import Labels, Proteins, build_model, quiet
+from census_scvi.model.families import SCANVI, TOTALVI
 from census_scvi.training.callbacks import LearningCurves, TrainMode, early_stopping_callbacks
+from census_scvi.training.plans import library_plan
 
 Arguments: TypeAlias = dict[str, Any]
 _Setting: TypeAlias = tuple[str, str]  # section and key
@@ -34,16 +38,24 @@ _OF_REAL_LENGTH = (
 
 
 def require_trainable(
-    trainer: Arguments, plan: Arguments, fixed: Arguments, *, minibatches: tuple[int, int], early_stopping: bool
+    kind: str,
+    trainer: Arguments,
+    plan: Arguments,
+    fixed: Arguments,
+    *,
+    minibatches: tuple[int, int],
+    early_stopping: bool,
 ) -> None:
     """UserError if Lightning, torch or scvi-tools cannot train with the settings: names the setting and the reason.
 
     Parameters
     ----------
+    kind
+        Kind of model.
     trainer
         The setting `train.trainer`.
     plan
-        Arguments of scvi-tools' TrainingPlan: the setting `training_plan`.
+        Arguments of scvi-tools' training plan: the setting `training_plan`.
     fixed
         Trainer arguments set by the pipeline, for one device.
     minibatches
@@ -54,7 +66,7 @@ def require_trainable(
 
     def refusal(trainer: Arguments, plan: Arguments) -> Exception | None:
         try:
-            _rehearse(trainer, plan, fixed, minibatches, early_stopping=early_stopping)
+            _rehearse(kind, trainer, plan, fixed, minibatches, early_stopping=early_stopping)
         except Exception as error:  # the libraries raise exceptions of any kind
             return None if diverged(error) else error  # divergence depends on the cells, not on the arguments
         return None
@@ -116,20 +128,45 @@ class _StopAtFirstMinibatch(lightning.Callback):
 class _Minibatches:
     """Minibatches that all hold the same four cells."""
 
-    def __init__(self, number: int) -> None:
-        self._number = number
+    def __init__(self, number: int, kind: str) -> None:
+        self._number, self._kind = number, kind
 
     def __len__(self) -> int:
         return self._number
 
     def __iter__(self) -> Iterator[Arguments]:
         zeros = torch.zeros(4, 1, dtype=torch.int64)
+        counts = torch.arange(8.0).reshape(4, 2)
+        more: Arguments = {}
+        if self._kind == SCANVI:
+            more[LABELLED] = {"X": counts, "batch": zeros, "labels": zeros}
+        elif self._kind == TOTALVI:
+            more["proteins"] = counts
         for _ in range(self._number):
-            yield {"X": torch.arange(8.0).reshape(4, 2), "batch": zeros, "labels": zeros}
+            yield {"X": counts, "batch": zeros, "labels": zeros, **more}
+
+
+def _model(kind: str) -> scvi.model.SCVI:
+    """A model of two genes."""
+    names = {"n_layers_encoder": 1} if kind == TOTALVI else {"n_layers": 1}
+    return build_model(
+        ["a", "b"],
+        ["x"],
+        {"n_hidden": 2, "n_latent": 2, **names},
+        kind=kind,
+        labels=Labels(["a"], "unknown") if kind == SCANVI else None,
+        proteins=Proteins(["a", "b"], {}) if kind == TOTALVI else None,
+    )
 
 
 def _rehearse(
-    trainer: Arguments, plan: Arguments, fixed: Arguments, minibatches: tuple[int, int], *, early_stopping: bool
+    kind: str,
+    trainer: Arguments,
+    plan: Arguments,
+    fixed: Arguments,
+    minibatches: tuple[int, int],
+    *,
+    early_stopping: bool,
 ) -> None:
     """Build everything, start training with the real number of minibatches, then train one epoch of two minibatches."""
     built = _trainer(trainer, fixed, [], early_stopping=early_stopping)
@@ -139,13 +176,13 @@ def _rehearse(
     run = {key: value for key, value in trainer.items() if key not in _NOT_RUN}
     try:
         ready = _trainer(run, fixed, [_StopAtFirstMinibatch()], early_stopping=early_stopping)
-        _fit(ready, plan, minibatches)
+        _fit(kind, ready, plan, minibatches)
     except _Ready:
         pass
     short = {key: value for key, value in run.items() if key not in _OF_REAL_LENGTH or value == 0}
     curves = LearningCurves("")
     one_epoch = _trainer(short, {**fixed, "max_epochs": 1}, [curves], early_stopping=early_stopping)
-    _fit(one_epoch, plan, (_MINIBATCHES, min(_MINIBATCHES, minibatches[1])))
+    _fit(kind, one_epoch, plan, (_MINIBATCHES, min(_MINIBATCHES, minibatches[1])))
     if "elbo_train" not in curves.curves:
         raise RuntimeError("no step would be trained and no elbo_train measured")
 
@@ -159,12 +196,12 @@ def _trainer(
     return Trainer(callbacks=callbacks, logger=DummyLogger(), plugins=LightningEnvironment(), **fixed | arguments)
 
 
-def _fit(trainer: Trainer, plan: Arguments, minibatches: tuple[int, int]) -> None:
-    model = build_model(["a", "b"], ["x"], {"n_hidden": 2, "n_latent": 2})
+def _fit(kind: str, trainer: Trainer, plan: Arguments, minibatches: tuple[int, int]) -> None:
+    model = _model(kind)
     if plan.get("compile"):
-        TrainingPlan(model.module, **copy.deepcopy(plan))  # copied, because it writes into compile_kwargs
+        library_plan(model, copy.deepcopy(plan), 4)  # copied, because it writes into compile_kwargs
     plan = {key: value for key, value in plan.items() if not key.startswith("compile")}  # compiling takes minutes
-    training = TrainingPlan(model.module, **plan)
+    training = library_plan(model, plan, 4)
     training.n_obs_training = training.n_obs_validation = 4
-    validation = _Minibatches(minibatches[1]) if minibatches[1] else None
-    trainer.fit(training, _Minibatches(minibatches[0]), validation, weights_only=True)
+    validation = _Minibatches(minibatches[1], kind) if minibatches[1] else None
+    trainer.fit(training, _Minibatches(minibatches[0], kind), validation, weights_only=True)

@@ -6,8 +6,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from census_scvi.config.library_arguments import check_trainer, listed
 from census_scvi.config.section import USUAL, Changes, Expected, Section
-from census_scvi.training.library_arguments import check_trainer, check_training_plan, listed
 
 
 def _of_trainer(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -15,17 +15,11 @@ def _of_trainer(arguments: dict[str, Any]) -> dict[str, Any]:
     return arguments
 
 
-def _of_plan(arguments: dict[str, Any]) -> dict[str, Any]:
-    check_training_plan(arguments, listed())
-    return arguments
-
-
-# Arguments of Lightning's Trainer, and of scvi-tools' TrainingPlan with the loss; `training_plan:` alone has none.
+# Arguments of Lightning's Trainer, and of scvi-tools' training plan with the loss; `training_plan:` alone has none.
 TrainerArguments = Annotated[dict[str, Any], AfterValidator(_of_trainer)]
 PlanArguments = Annotated[
     dict[str, Any],
     BeforeValidator(lambda arguments: {} if arguments is None else arguments),
-    AfterValidator(_of_plan),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Check the arguments of Lightning's Trainer and of scvi-tools' TrainingPlan and loss: names, types and values.
+"""Check arguments of Lightning's Trainer and of scvi-tools' models, training plans and losses: names, types, values.
 
 Importing torch, Lightning and scvi-tools takes six seconds, but a misspelt setting should be reported at once. The
 names and types therefore come from a table by version, library_arguments.json, which
@@ -20,7 +20,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from census_scvi.config.messages import shown, suggestion
 
-# Name of each argument and its types, such as `int | None`; `other` is a type that only the library can check.
+# Name of each argument and its types, such as `int | None`, or its possible values, such as `'encoder' | 'none'`;
+# `other` is a type that only the library can check.
 Arguments = dict[str, str]
 # Arguments of one version of each library, by package and by class or function.
 Listing = dict[str, dict[str, Arguments]]
@@ -50,17 +51,44 @@ _TRAINER_RESERVED = {
 }
 _PLAN_RESERVED = {
     "module": None,
+    "n_classes": None,
+    "labelled_tensors": None,
     "optimizer_creator": None,
     "tensors": None,
     "inference_outputs": None,
     "generative_outputs": None,
     "kl_weight": "training_plan.max_kl_weight",
 }
+_MODEL_RESERVED: dict[str, str | None] = {
+    **{name: f"model.{name}" for name in ("n_hidden", "n_latent", "n_layers", "dropout_rate")},
+    **{name: f"model.{name}" for name in ("gene_likelihood", "encode_covariates")},
+    **dict.fromkeys(
+        (
+            "adata", "registry", "datamodule", "n_input", "n_input_genes", "n_input_proteins", "n_batch", "n_labels",
+            "n_continuous_cov", "n_cats_per_cov", "n_panel", "panel_key", "use_size_factor_key", "library_log_means",
+            "library_log_vars", "protein_batch_mask", "protein_background_prior_mean", "protein_background_prior_scale",
+            "extra_payload_autotune", "var_activation", "y_prior", "labels_groups", "use_labels_groups",
+        )
+    ),
+}  # fmt: skip
+# Plan and loss of each kind of model.
+_PLAN_OF = {
+    "SCVI": ("TrainingPlan", "VAE.loss"),
+    "SCANVI": ("SemiSupervisedTrainingPlan", "SCANVAE.loss"),
+    "TOTALVI": ("AdversarialTrainingPlan", "TOTALVAE.loss"),
+}
+MODEL_KINDS = tuple(_PLAN_OF)
 # Metrics of the training that early stopping and the learning rate schedule can monitor.
 MEASURED = (
     *(f"{name}_validation" for name in ("elbo", "reconstruction_loss", "kl_local", "kl_global")),
     *(f"{name}_train" for name in ("elbo", "reconstruction_loss", "kl_local", "kl_global")),
     *("validation_loss", "train_loss", "kl_weight"),
+)
+# Metrics of SCANVI in addition.
+MEASURED_BY_SCANVI = tuple(
+    f"{mode}_{name}"
+    for mode in ("validation", "train")
+    for name in ("classification_loss", "accuracy", "f1_score", "calibration_error")
 )
 
 
@@ -89,7 +117,7 @@ _TRAINER_VALUES = {
     "num_sanity_val_steps": _whole(-1),
     "gradient_clip_val": _number(0),
     "deterministic": _one_of(True, False, "warn"),
-    "early_stopping_monitor": _one_of(*MEASURED),
+    "early_stopping_monitor": _one_of(*MEASURED, *MEASURED_BY_SCANVI),
     "early_stopping_mode": _one_of("min", "max"),
     "early_stopping_min_delta": _number(0),
     "early_stopping_patience": _whole(0),
@@ -107,8 +135,22 @@ _PLAN_VALUES = {
     "lr_factor": ("a number between 0 and 1", lambda value: 0 < value < 1),
     "lr_patience": _whole(0),
     "lr_threshold": _number(0),
-    "lr_scheduler_metric": _one_of(*MEASURED),
+    "lr_scheduler_metric": _one_of(*MEASURED, *MEASURED_BY_SCANVI),
     "lr_min": _number(0),
+    "classification_ratio": _number(0),
+    "pro_recons_weight": _number(0),
+    "scale_adversarial_loss": (
+        "a number, 0 or more, or auto",
+        lambda value: value == "auto" or (isinstance(value, int | float) and 0 <= value < math.inf),
+    ),
+}
+# The embedding of a cell is the mean of a normal posterior, and its library size is observed.
+_MODEL_VALUES = {
+    "latent_distribution": _one_of("normal"),
+    "use_observed_lib_size": _one_of(True),
+    "dispersion": _one_of("gene", "gene-batch"),
+    "gene_dispersion": _one_of("gene", "gene-batch"),
+    "protein_dispersion": _one_of("protein", "protein-batch"),
 }
 # None is allowed although the type annotation does not include it: n_steps_kl_warmup is used only if
 # n_epochs_kl_warmup is None.
@@ -144,19 +186,31 @@ def check_trainer(arguments: dict[str, Any], listing: Listing | None) -> None:
     _check_values("train.trainer", arguments, known, _TRAINER_VALUES)
 
 
-def check_training_plan(arguments: dict[str, Any], listing: Listing | None) -> None:
-    """ValueError if a key of `training_plan` is not an argument of TrainingPlan or of the loss, or may not be set here.
+def check_training_plan(arguments: dict[str, Any], listing: Listing | None, kind: str = "SCVI") -> None:
+    """ValueError if a key of `training_plan` is not an argument of the training plan or loss of a kind of model.
 
-    Also if a value has the wrong type or is out of range. If `listing` is None, names and types are not checked.
+    Also if it may not be set here, or a value has the wrong type or is out of range. If `listing` is None, names and
+    types are not checked.
     """
-    known = listing["scvi-tools"]["TrainingPlan"] | listing["scvi-tools"]["VAE.loss"] if listing else None
-    _check("training_plan", arguments, known, _PLAN_RESERVED, "scvi-tools' TrainingPlan")
+    plan, loss = _PLAN_OF[kind]
+    known = listing["scvi-tools"][plan] | listing["scvi-tools"][loss] if listing else None
+    _check("training_plan", arguments, known, _PLAN_RESERVED, f"scvi-tools' {plan}")
     _check_values("training_plan", arguments, known, _PLAN_VALUES)
     least, most = arguments.get("min_kl_weight", 0.0), arguments.get("max_kl_weight", 1.0)
     if least > most:
         raise ValueError(f"training_plan.min_kl_weight is {least} and above training_plan.max_kl_weight, {most}")
     if arguments.get("n_epochs_kl_warmup") and arguments.get("n_steps_kl_warmup"):
         raise ValueError("training_plan sets both n_epochs_kl_warmup and n_steps_kl_warmup; keep one of them")
+
+
+def check_model_arguments(arguments: dict[str, Any], listing: Listing | None, kind: str) -> None:
+    """ValueError if a key of `model.arguments` is not an argument of a kind of model, or may not be set here.
+
+    Also if a value has the wrong type or is not supported. If `listing` is None, names and types are not checked.
+    """
+    known = listing["scvi-tools"][kind] if listing else None
+    _check("model.arguments", arguments, known, _MODEL_RESERVED, f"scvi-tools' {kind}")
+    _check_values("model.arguments", arguments, known, _MODEL_VALUES)
 
 
 def _check(
@@ -185,12 +239,17 @@ def _check_values(
         if value is None and (known is None or "None" in known[name] or name in _MAY_BE_NULL):
             continue
         if (value is None and expected) or not _holds(holds, value):
-            near = suggestion(str(value), list(MEASURED)) if "elbo_validation" in expected else ""
+            near = suggestion(str(value), [*MEASURED, *MEASURED_BY_SCANVI]) if "elbo_validation" in expected else ""
             raise ValueError(f"{section}.{name} is {shown(value)}, expected {expected}{near}")
 
 
 def _check_type(key: str, value: Any, annotation: str) -> None:
     parts = [part.strip() for part in annotation.split("|")]
+    if words := [part.strip("'") for part in parts if part.startswith("'")]:
+        if value not in words:
+            near = suggestion(value, words) if isinstance(value, str) else ""
+            raise ValueError(f"{key} is {shown(value)}, expected one of {', '.join(words)}{near}")
+        return
     if value is None or not set(parts) <= _SIMPLE_TYPES.keys():
         return  # only the library can check this type
     if not any(_is(value, _SIMPLE_TYPES[part][0]) for part in parts):

@@ -1,0 +1,94 @@
+"""The training plan of each kind of model: scvi-tools' own, and this project's fast one for SCVI."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import scvi
+import torch
+from scvi.train import AdversarialTrainingPlan, SemiSupervisedTrainingPlan, TrainingPlan
+
+from census_scvi.counts.data_module import PreparedDataModule
+from census_scvi.counts.minibatch import LABELLED, Minibatch
+from census_scvi.model.families import SCANVI, SCVI, TOTALVI, family_of
+from census_scvi.training.fast.plan import FastTrainingPlan
+from census_scvi.training.fast.step import reason_against
+from census_scvi.training.settings import TrainSection
+
+log = logging.getLogger(__name__)
+
+
+class LabelledTrainingPlan(SemiSupervisedTrainingPlan):
+    """scvi-tools' plan of SCANVI, for minibatches whose labelled cells are under `"labelled"`.
+
+    The accuracy on validation cells is measured on those of their own that have a label.
+    """
+
+    def training_step(self, minibatch: Minibatch, batch_idx: int) -> torch.Tensor:
+        """Loss of a minibatch and of its labelled cells."""
+        cells = {name: value for name, value in minibatch.items() if name != LABELLED}
+        loss: torch.Tensor = super().training_step([cells, minibatch[LABELLED]], batch_idx)
+        return loss
+
+    def validation_step(self, minibatch: Minibatch, batch_idx: int) -> None:
+        """Log the metrics of a minibatch."""
+        known = minibatch["labels"].squeeze(1) < self.n_classes
+        labelled = {name: value[known] for name, value in minibatch.items()} if known.any() else None
+        super().validation_step([minibatch, labelled], batch_idx)
+
+
+def make_plan(
+    settings: TrainSection, model: scvi.model.SCVI, data: PreparedDataModule, arguments: dict[str, Any]
+) -> TrainingPlan:
+    """The training plan of `train.engine`; scvi-tools' plan if the fast one does not support the model.
+
+    Also sets `data.sparse`: the fast plan takes sparse minibatches, scvi-tools' plans dense ones.
+    """
+    kind, reason = type(model).__name__, reason_against(model.module)
+    if arguments.get("compile"):
+        reason = "training_plan.compile is on"
+    elif settings.accelerator != "cpu" and torch.backends.mps.is_available():
+        reason = "it has not been tested on this kind of GPU, mps"
+    if settings.engine == "fast" and reason:
+        log.info("train.engine fast does not support this model (%s): scvi-tools' own steps are used", reason)
+    data.sparse = settings.engine == "fast" and not reason
+    plan: TrainingPlan
+    if data.sparse:
+        plan = FastTrainingPlan(model.module, **plan_arguments(arguments, SCVI))
+    else:
+        plan = library_plan(model, plan_arguments(arguments, kind), data.n_train)
+    plan.n_obs_training, plan.n_obs_validation = data.n_train, data.n_val
+    return plan
+
+
+def library_plan(model: scvi.model.SCVI, arguments: dict[str, Any], n_cells: int) -> TrainingPlan:
+    """scvi-tools' training plan of a model, with the defaults of the model's `train`.
+
+    Parameters
+    ----------
+    model
+        The model, of any kind.
+    arguments
+        Result of `plan_arguments`.
+    n_cells
+        Number of training cells.
+    """
+    kind = type(model).__name__
+    if kind == SCANVI:
+        return LabelledTrainingPlan(model.module, n_classes=model.n_labels, **arguments)
+    if kind == TOTALVI:
+        arguments.setdefault("adversarial_classifier", model.module.protein_batch_mask is not None)
+        if arguments.get("n_epochs_kl_warmup") is None and arguments.get("n_steps_kl_warmup") is None:
+            arguments |= {"n_epochs_kl_warmup": None, "n_steps_kl_warmup": int(0.75 * n_cells)}
+        return AdversarialTrainingPlan(model.module, **arguments)
+    return TrainingPlan(model.module, **arguments)
+
+
+def plan_arguments(settings: dict[str, Any], kind: str) -> dict[str, Any]:
+    """Arguments of the training plan for the section `training_plan`: a copy, which the plan may modify."""
+    arguments = dict(family_of(kind).plan_defaults) | copy.deepcopy(settings)
+    if arguments.get("n_steps_kl_warmup"):
+        arguments.setdefault("n_epochs_kl_warmup", None)  # its default of 400 epochs would override the steps
+    return arguments
