@@ -880,7 +880,7 @@ def _created_on(uri: str) -> str:
 
 STEPS: dict[str, tuple[Any, str]] = {
     "obs": (experiment, "_obs_tables"),
-    "counts": (experiment, "_write_block"),
+    "counts": (experiment, "write_block"),
     "census_info": (census, "write_info"),
     "root": (census, "_write_root"),
 }

@@ -19,6 +19,7 @@ _NO_GENES = {
     "adt", "hto", "hashtag", "protein", "prot", "antibody", "crispr", "atac", "chromatin accessibility", "tag",
     "spike-in", "spikein", "spike_in", "ercc",
 }  # fmt: skip
+_PROTEINS = {"antibody capture", "adt", "protein", "prot", "antibody"}
 # Columns of gene names: there the form of a name shows the kind of the row. Other columns may contain other text, for
 # example the genomic interval of a gene.
 _NAMES = re.compile(r"^var_names$|_(?:id|ids|name|names|symbol|symbols)'\]$|^var\['(?:symbol|name|ID|Symbol)'\]$")
@@ -95,6 +96,15 @@ def find_gene_rows(var: pd.DataFrame, organism: str) -> GeneRows:
     numbers = pd.Series(kinds[kinds != ""], dtype=object).value_counts()
     left_out = {str(kind): int(number) for kind, number in numbers.items()}
     return GeneRows(kinds == "", left_out, (kinds == "") | foreign)
+
+
+def is_protein(var: pd.DataFrame) -> npt.NDArray[np.bool_]:
+    """Rows of proteins according to a column with the kind of a row, bool (rows,)."""
+    found = np.zeros(len(var), bool)
+    for column in _KIND_COLUMNS:
+        if column in var:
+            found |= _text(var[column]).str.strip().str.casefold().isin(_PROTEINS).to_numpy(bool)
+    return found
 
 
 def holds_kinds(values: pd.Series) -> bool:

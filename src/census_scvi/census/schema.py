@@ -90,6 +90,17 @@ VAR_SCHEMA = pa.schema(
     ]
 )
 
+# Name of the measurement of a local Census with protein counts, and its var. The public Census has no such measurement.
+PROTEINS = "protein"
+PROTEIN_VAR_SCHEMA = pa.schema(
+    [
+        ("soma_joinid", pa.int64()),
+        ("feature_id", pa.large_string()),
+        ("nnz", pa.int64()),
+        ("n_measured_obs", pa.int64()),
+    ]
+)
+
 SUMMARY_SCHEMA = pa.schema([("soma_joinid", pa.int64()), ("label", pa.large_string()), ("value", pa.large_string())])
 
 DATASETS_SCHEMA = pa.schema(

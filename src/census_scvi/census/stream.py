@@ -14,7 +14,7 @@ import pandas as pd
 import pyarrow as pa
 import scipy.sparse as sp
 
-from census_scvi.census.open import Census, reading
+from census_scvi.census.open import MEASUREMENT, Census, reading
 from census_scvi.census.schema import X_TILE
 from census_scvi.files.readahead import read_ahead
 
@@ -123,7 +123,7 @@ def consecutive(first: int, last: int, size: int) -> list[tuple[int, int]]:
 
 
 def stream_nonzeros(
-    census: Census, joinids: npt.NDArray[np.int64], labels: npt.NDArray[np.int32]
+    census: Census, joinids: npt.NDArray[np.int64], labels: npt.NDArray[np.int32], *, measurement: str = MEASUREMENT
 ) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.float32]]]:
     """Stream the non-zero raw counts of cells, all genes: label of the cell, soma_joinid of the gene, count.
 
@@ -138,8 +138,10 @@ def stream_nonzeros(
         int64 (cells,), ascending.
     labels
         int32 (cells,): label of each cell, 0 or more, for example its batch code.
+    measurement
+        Measurement with the counts.
     """
-    matrix = census.experiment.ms["RNA"].X["raw"]
+    matrix = census.experiment.ms[measurement].X["raw"]
 
     def read(run: tuple[int, int]) -> list[pa.Table]:
         return list(_tables(matrix, joinids[slice(*run)]))

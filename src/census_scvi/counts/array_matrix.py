@@ -30,14 +30,15 @@ class ArrayMatrix:
         """(first row, CSR) of ascending ranges of rows."""
         return [(start, self._rows(start, stop)) for start, stop in spans]
 
-    def blocks(self, rows: int) -> Iterator[tuple[int, sp.csr_matrix]]:
-        """Yield (first row, CSR) of at most `rows` rows at a time."""
+    def blocks(self, rows: int, *, first: int = 0, last: int | None = None) -> Iterator[tuple[int, sp.csr_matrix]]:
+        """Yield (first row, CSR) of at most `rows` rows at a time, from row `first` up to and excluding `last`."""
         sparse = sp.issparse(self._values)
         if sparse and self._values.format != "csr":
             # In CSC, each block of rows would need a search through the whole matrix.
             self._values = self._values.tocsr()
-        for start in range(0, self.shape[0], rows):
-            yield start, self._rows(start, min(start + rows, self.shape[0]))
+        end = self.shape[0] if last is None else last
+        for start in range(first, end, rows):
+            yield start, self._rows(start, min(start + rows, end))
 
     def _rows(self, start: int, stop: int) -> sp.csr_matrix:
         rows = self._values[start:stop]

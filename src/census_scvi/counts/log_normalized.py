@@ -78,9 +78,9 @@ class RecoveredCounts:
         """(first row, CSR) of ascending ranges of rows."""
         return [(start, self._normalization.counts(rows)) for start, rows in self._matrix.sample(spans)]
 
-    def blocks(self, rows: int) -> Iterator[tuple[int, sp.csr_matrix]]:
-        """Yield (first row, CSR) of at most `rows` rows at a time."""
-        for start, block in self._matrix.blocks(rows):
+    def blocks(self, rows: int, *, first: int = 0, last: int | None = None) -> Iterator[tuple[int, sp.csr_matrix]]:
+        """Yield (first row, CSR) of at most `rows` rows at a time, from row `first` up to and excluding `last`."""
+        for start, block in self._matrix.blocks(rows, first=first, last=last):
             yield start, self._normalization.counts(block)
 
 

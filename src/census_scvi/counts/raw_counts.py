@@ -47,8 +47,8 @@ class Matrix(Protocol):
         """(first row, CSR) of ascending ranges of rows."""
         ...
 
-    def blocks(self, rows: int) -> Iterator[tuple[int, sp.csr_matrix]]:
-        """Yield (first row, CSR) of at most `rows` rows at a time."""
+    def blocks(self, rows: int, *, first: int = 0, last: int | None = None) -> Iterator[tuple[int, sp.csr_matrix]]:
+        """Yield (first row, CSR) of at most `rows` rows at a time, from row `first` up to and excluding `last`."""
         ...
 
 
@@ -62,7 +62,7 @@ class UnreadableMatrix:
         """UserError: why it cannot be read."""
         raise UserError(self._reason)
 
-    def blocks(self, rows: int) -> Iterator[tuple[int, sp.csr_matrix]]:
+    def blocks(self, rows: int, *, first: int = 0, last: int | None = None) -> Iterator[tuple[int, sp.csr_matrix]]:
         """UserError: why it cannot be read."""
         raise UserError(self._reason)
 

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-import pyarrow as pa
 import scipy.sparse as sp
 import tiledbsoma as soma
 
@@ -17,14 +16,14 @@ from census_scvi.census import schema
 from census_scvi.counts.h5ad import MAX_COUNT
 from census_scvi.counts.row_hash import row_hashes
 from census_scvi.errors import UserError
+from census_scvi.local_census.arrays import new_layer, write_block, write_presence, write_table
+from census_scvi.local_census.proteins import write_proteins
 from census_scvi.local_census.sources import Source
 
 log = logging.getLogger(__name__)
 
 # Minimum number of detected genes: equal counts of cells with fewer genes may be a coincidence.
 _TELLING_GENES = 10
-# Rows of obs or var that are converted to Arrow at a time.
-_TABLE_ROWS = 2**16
 _LENGTH_IF_UNKNOWN = 1000.0
 
 
@@ -71,6 +70,16 @@ class Repeated:
         return f"{self.dataset_id}: {self.n_cells:,} primary cells have exactly the counts {where}"
 
 
+@dataclass(frozen=True)
+class Written:
+    """Numbers of cells, genes and proteins of an organism that was written, and its repeated primary cells."""
+
+    n_cells: int
+    n_genes: int
+    n_proteins: int
+    repeated: list[Repeated]
+
+
 def find_repeated(sources: Sequence[Source], hashes: npt.NDArray[np.uint64]) -> list[Repeated]:
     """Find repeated primary cells by the hash of each cell's counts, uint64; cells with hash 0 are ignored."""
     ids = np.repeat([source.dataset_id for source in sources], [len(source.obs) for source in sources])
@@ -101,10 +110,10 @@ def join_genes(sources: Sequence[Source]) -> pd.DataFrame:
 
 def write_experiment(
     census_data: soma.Collection, organism: str, sources: Sequence[tuple[int, Source]], *, n_datasets: int, rows: int
-) -> tuple[int, int, list[Repeated]]:
+) -> Written:
     """Write the experiment `organism` from (soma_joinid of the dataset, source) pairs.
 
-    Returns (number of cells, number of genes, repeated primary cells).
+    Returns the numbers of cells, genes and proteins, and the repeated primary cells.
 
     Cells get contiguous soma_joinids, source by source. The counts of `rows` cells are in memory at a time.
     """
@@ -113,9 +122,10 @@ def write_experiment(
     statistics, hashes = ObsStatistics.empty(n_obs), np.zeros(n_obs, np.uint64)
     gene_cells = np.zeros((len(sources), len(var)), dtype=np.int64)
     with census_data.add_new_collection(organism, soma.Experiment) as experiment:
-        measurement = experiment.add_new_collection("ms").add_new_collection("RNA", soma.Measurement)
+        measurements = experiment.add_new_collection("ms")
+        measurement = measurements.add_new_collection("RNA", soma.Measurement)
         with measurement.add_new_collection("X") as layers:
-            raw, normalized = (_new_layer(layers, name, (n_obs, len(var))) for name in ("raw", "normalized"))
+            raw, normalized = (new_layer(layers, name, (n_obs, len(var))) for name in ("raw", "normalized"))
             first_cell = 0
             for number, (joinid, source) in enumerate(sources):
                 log.info("dataset %d of %d: %s", joinid + 1, n_datasets, source.dataset_id)
@@ -124,56 +134,21 @@ def write_experiment(
                     telling = np.diff(counts.indptr) >= _TELLING_GENES
                     hashes[first_cell + start :][: counts.shape[0]] = np.where(telling, row_hashes(counts), 0)
                     gene_cells[number] += np.bincount(counts.indices, minlength=len(var))
-                    _write_block(raw, first_cell + start, counts)
-                    _write_block(normalized, first_cell + start, _normalize(counts, source, start, var))
+                    write_block(raw, first_cell + start, counts)
+                    write_block(normalized, first_cell + start, _normalize(counts, source, start, var))
                 first_cell += len(source.obs)
             raw.close()
             normalized.close()
         present = gene_cells > 0
-        _write_presence(measurement, present, [joinid for joinid, _ in sources], n_datasets)
+        write_presence(measurement, present, [joinid for joinid, _ in sources], n_datasets)
         n_cells = np.array([len(source.obs) for _, source in sources], dtype=np.int64)
         var["nnz"], var["n_measured_obs"] = gene_cells.sum(axis=0), n_cells @ present
         var.insert(0, "soma_joinid", np.arange(len(var)))
         write_table(measurement, "var", schema.VAR_SCHEMA, len(var), iter([var]))
         tables = _obs_tables([source for _, source in sources], statistics, present.sum(axis=1))
         write_table(experiment, "obs", schema.OBS_SCHEMA, n_obs, tables)
-    return n_obs, len(var), find_repeated([source for _, source in sources], hashes)
-
-
-def write_table(
-    parent: soma.Collection, name: str, table_schema: pa.Schema, length: int, tables: Iterator[pd.DataFrame]
-) -> None:
-    """Write a SOMA DataFrame, indexed by soma_joinid, from parts with `length` rows in total.
-
-    The columns of all parts must have the same categories.
-    """
-    frame = parent.add_new_dataframe(
-        name,
-        schema=table_schema,
-        index_column_names=["soma_joinid"],
-        domain=[(0, max(length - 1, 0))],
-        platform_config=schema.table_platform_config(table_schema),
-    )
-    uri = frame.uri
-    # Reopen the DataFrame: dictionary columns written through the handle that created it are unreadable.
-    frame.close()
-    with soma.DataFrame.open(uri, "w") as frame:
-        for table in tables:
-            for start in range(0, len(table), _TABLE_ROWS):
-                part = table.iloc[start : start + _TABLE_ROWS]
-                frame.write(pa.table({field.name: _to_arrow(part[field.name], field.type) for field in table_schema}))
-
-
-def _to_arrow(column: pd.Series, kind: pa.DataType) -> pa.Array:
-    if not pa.types.is_dictionary(kind):
-        return pa.array(column.to_numpy(), type=kind)
-    categories = pa.array(column.cat.categories.astype(str), type=kind.value_type)
-    return pa.DictionaryArray.from_arrays(pa.array(column.cat.codes.to_numpy(), type=kind.index_type), categories)
-
-
-def _new_layer(layers: soma.Collection, name: str, shape: tuple[int, int]) -> soma.SparseNDArray:
-    config = schema.x_platform_config()
-    return layers.add_new_sparse_ndarray(name, type=pa.float32(), shape=shape, platform_config=config)
+        n_proteins = write_proteins(measurements, sources, n_datasets=n_datasets, rows=rows)
+    return Written(n_obs, len(var), n_proteins, find_repeated([source for _, source in sources], hashes))
 
 
 def _census_blocks(source: Source, var: pd.DataFrame, rows: int) -> Iterator[tuple[int, sp.csr_matrix]]:
@@ -198,23 +173,6 @@ def _census_blocks(source: Source, var: pd.DataFrame, rows: int) -> Iterator[tup
         raise ValueError(f"{source.dataset_id}: {expected} cells in blocks, {len(source.obs)} in obs")
 
 
-def _write_block(layer: soma.SparseNDArray, first_cell: int, block: sp.csr_matrix) -> None:
-    """Write the cells from `first_cell` on, tile by tile, which is TileDB's storage order.
-
-    TileDB's own sort of the coordinates takes four times as long as the rest of the build.
-    """
-    if block.nnz == 0:
-        return
-    cells = np.repeat(np.arange(first_cell, first_cell + block.shape[0], dtype=np.int64), np.diff(block.indptr))
-    genes = block.indices.astype(np.int64)
-    tile = cells // schema.X_TILE - first_cell // schema.X_TILE
-    tile = tile * (block.shape[1] // schema.X_TILE + 1) + genes // schema.X_TILE
-    # numpy uses radix sort for 16-bit integers; a block has far fewer than 2**15 tiles.
-    order = np.argsort(tile.astype(np.uint16) if tile[-1] < 2**15 else tile, kind="stable")
-    table = pa.table({"soma_dim_0": cells[order], "soma_dim_1": genes[order], "soma_data": block.data[order]})
-    layer.write(table, platform_config={"tiledb": {"write": {"sort_coords": False}}})
-
-
 def _normalize(counts: sp.csr_matrix, source: Source, start: int, var: pd.DataFrame) -> sp.csr_matrix:
     """Counts divided by the cell's total; for full-length assays they are divided by gene length first."""
     values = counts.data.astype(np.float64)
@@ -231,23 +189,6 @@ def _normalize(counts: sp.csr_matrix, source: Source, start: int, var: pd.DataFr
     total = np.bincount(row, weights=values, minlength=counts.shape[0])
     share = (values / total[row]).astype(np.float32)
     return sp.csr_matrix((share, counts.indices, counts.indptr), shape=counts.shape)
-
-
-def _write_presence(
-    measurement: soma.Measurement, present: npt.NDArray[Any], joinids: Sequence[int], n_datasets: int
-) -> None:
-    dataset, gene = np.nonzero(present)
-    array = measurement.add_new_sparse_ndarray(
-        "feature_dataset_presence_matrix",
-        type=pa.bool_(),
-        shape=(n_datasets, present.shape[1]),
-        platform_config=schema.presence_platform_config(),
-    )
-    with array:
-        if not len(gene):
-            return
-        dims = {"soma_dim_0": np.asarray(joinids, dtype=np.int64)[dataset], "soma_dim_1": gene.astype(np.int64)}
-        array.write(pa.table({**dims, "soma_data": np.ones(len(gene), dtype=bool)}))
 
 
 def _obs_tables(

@@ -8,7 +8,7 @@ import pandas as pd
 import tiledbsoma as soma
 
 from census_scvi.census import schema
-from census_scvi.local_census.experiment import write_table
+from census_scvi.local_census.arrays import write_table
 from census_scvi.local_census.sources import Source
 
 # Values of donor_id that are not donors: unknown or several donors.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,6 +16,7 @@ from census_scvi.config.messages import describe_errors, shown, suggestion
 from census_scvi.config.section import Expected, Section
 from census_scvi.config.types import expanded
 from census_scvi.config.yaml_file import Plain
+from census_scvi.counts.proteins import FEATURES, NO_PROTEINS
 from census_scvi.errors import UserError
 from census_scvi.files.paths import expand_argument
 from census_scvi.files.uri import local_path
@@ -42,6 +44,14 @@ def _as_text(value: object) -> object:
         value = {**value, **numbers}
         if isinstance(primary := value.get(_PRIMARY), str):
             value[_PRIMARY] = typed(Plain(primary), bool)
+    return value
+
+
+def _proteins(value: object) -> object:
+    if value is False or value in ("false", "no"):
+        return NO_PROTEINS
+    if isinstance(value, str) and value not in (FEATURES, NO_PROTEINS) and not re.fullmatch("obsm/.+", value):
+        raise ValueError(f"is {shown(value)}, expected obsm/<name>, {FEATURES} or {NO_PROTEINS}")
     return value
 
 
@@ -100,6 +110,9 @@ class DatasetConfig(Section):
 
     counts: str | None = None
     """Where the raw counts are: X, raw or layers/<name>; null: found, and refused where several may be."""
+
+    proteins: Annotated[str | None, BeforeValidator(_proteins)] = None
+    """Protein counts: obsm/<name>, features (type Antibody Capture) or none (excluded); null: found."""
 
     gene_id: str | None = None
     """Where Ensembl ids or symbols are: index (of var) or a var column; null: where most genes are recognised."""

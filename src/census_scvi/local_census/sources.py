@@ -22,8 +22,10 @@ from census_scvi.census.gene_rows import (
     name_columns,
     named_twice,
 )
+from census_scvi.census.protein_rows import find_protein_rows
 from census_scvi.census.schema import ORGANISMS
 from census_scvi.counts.h5ad import CountMatrix, check_counts, open_file, read_frame, require_place, unreadable
+from census_scvi.counts.proteins import Proteins, find_proteins, protein_features
 from census_scvi.counts.raw_counts import check_place, find_raw_counts, matrices_in, matrix_key, var_key
 from census_scvi.errors import UserError
 from census_scvi.local_census.h5ad_labels import census_labels, label_text, table_column
@@ -52,6 +54,8 @@ class Source(Protocol):
     kept_counts
         float64 (cells,): share of each cell's counts that are in the genes of `var`, filled by `blocks`; 1 for a
         cell without counts.
+    proteins
+        Names of the measured proteins, all different; empty if there are none.
     """
 
     dataset_id: str
@@ -62,12 +66,17 @@ class Source(Protocol):
     var: pd.DataFrame
     obs: pd.DataFrame
     kept_counts: npt.NDArray[np.float64]
+    proteins: list[str]
 
     def blocks(self, rows: int) -> Iterator[tuple[int, sp.csr_matrix]]:
         """Yield (first row, raw counts of at most `rows` cells x genes of `var`) in the order of `obs`.
 
         The CSR matrix has no duplicates; it may have explicit zeros. May be called several times.
         """
+        ...
+
+    def protein_blocks(self, rows: int) -> Iterator[tuple[int, sp.csr_matrix]]:
+        """Yield (first row, raw counts of at most `rows` cells x proteins) in the order of `obs`, without zeros."""
         ...
 
 
@@ -86,6 +95,7 @@ class H5adSource:
         organism: str,
         counts: str,
         genes: Genes,
+        proteins: tuple[str, list[str]] | None,
         obs: pd.DataFrame,
         rows: npt.NDArray[np.int64],
         counted: npt.NDArray[Any],
@@ -94,11 +104,26 @@ class H5adSource:
         self.genes, self.var, self.obs = genes.report, genes.var, obs
         self.kept_counts = np.ones(len(rows))
         self._counts, self._rows = counts, rows
+        self._protein_place, self.proteins = proteins or ("", [])
         self._column_to_gene, self._counted = genes.column_to_gene, counted.astype(np.float64)
 
     def blocks(self, rows: int) -> Iterator[tuple[int, sp.csr_matrix]]:
         """Yield (first row, raw counts of at most `rows` cells x genes); UserError if they are not raw counts."""
         return regroup(self._selected(rows), rows)
+
+    def protein_blocks(self, rows: int) -> Iterator[tuple[int, sp.csr_matrix]]:
+        """Yield (first row, raw counts of at most `rows` cells x proteins); UserError if they are not raw counts."""
+        return regroup(self._selected_proteins(rows), rows)
+
+    def _selected_proteins(self, rows: int) -> Iterator[sp.csr_matrix]:
+        """Protein counts of the cells of this dataset in each block of the file."""
+        with open_file(Path(self.path)) as file:
+            proteins = _find_proteins(file, self.path, self._counts, self._protein_place)
+            assert proteins is not None, "they were found when the file was opened"
+            for start, block in proteins.blocks(rows, first=int(self._rows[0]), last=int(self._rows[-1]) + 1):
+                first, last = np.searchsorted(self._rows, [start, start + block.shape[0]])
+                if first < last:
+                    yield block[self._rows[first:last] - start]
 
     def _selected(self, rows: int) -> Iterator[sp.csr_matrix]:
         """The cells of this dataset in each block of the file, with columns mapped to genes."""
@@ -158,6 +183,7 @@ def open_h5ad(
     title: str | None = None,
     organism: str,
     counts: str | None = None,
+    proteins: str | None = None,
     gene_id: str | None = None,
     obs_columns: Mapping[str, str] | None = None,
     values: Mapping[str, str | bool] | None = None,
@@ -170,7 +196,8 @@ def open_h5ad(
     `obs_columns` maps Census columns to columns of the file. `values` sets Census columns to one value for all cells.
     Without either, a column of the file with a Census name is used as it is. All other columns are "unknown" or "na",
     and is_primary_data is True. `counts` is X, raw or layers/<name>; None: the raw counts are searched in all of them
-    (`census_scvi.counts.raw_counts`). `gene_id` is index or a column of var; None: the one with the most recognised
+    (`census_scvi.counts.raw_counts`). `proteins` is obsm/<name>, features or none; None: the proteins are searched
+    (`census_scvi.counts.proteins`). `gene_id` is index or a column of var; None: the one with the most recognised
     genes. Raises UserError, with the name of the file, if the file is missing, damaged or unsuitable.
     """
     try:
@@ -178,9 +205,12 @@ def open_h5ad(
             table = read_frame(file, "obs")
             place = _find_counts(file, path, counts, len(table))
             var = read_frame(file, var_key(file, place))
+            found = _find_proteins(file, str(path), place, proteins)
     except (OSError, KeyError, ValueError) as error:
         raise unreadable(str(path), error) from error
     log.info("%s: using the raw counts in %s", path, place)
+    if found is not None:
+        log.info("%s: using the %d proteins in %s", path, len(found.names), found.place)
     genes, counted = _find_genes(
         path,
         table,
@@ -202,6 +232,7 @@ def open_h5ad(
                 organism=organism,
                 counts=place,
                 genes=genes,
+                proteins=None if found is None else (found.place, found.names),
                 obs=labels.iloc[rows].reset_index(drop=True),
                 rows=rows,
                 counted=counted,
@@ -228,6 +259,13 @@ def _find_counts(file: h5py.File, path: Path, asked: str | None, n_cells: int) -
     n_genes = len(names[var_key(file, place)])
     check_place(place, matrices, n_cells, n_genes, name=str(path), setting=setting, asked=asked is not None)
     return place
+
+
+def _find_proteins(file: h5py.File, path: str, counts: str, asked: str | None) -> Proteins | None:
+    """Protein counts of a file; features are those of the matrix `counts`. None if there are none."""
+    matrix, where = CountMatrix(file, matrix_key(file, counts)), f"{path}: {counts}"
+    features = protein_features(matrix, *find_protein_rows(read_frame(file, var_key(file, counts))), where)
+    return find_proteins(file, features, asked, n_cells=matrix.shape[0], name=path, setting="proteins: ")
 
 
 def _find_genes(

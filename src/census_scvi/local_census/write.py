@@ -5,7 +5,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from census_scvi.errors import UserError
 from census_scvi.files.atomic import exchange, sync
 from census_scvi.files.partial_folder import OLD, partial_folder
 from census_scvi.files.uri import local_path, plain_name, tiledb_place
-from census_scvi.local_census.experiment import Repeated, write_experiment
+from census_scvi.local_census.experiment import Repeated, Written, write_experiment
 from census_scvi.local_census.info import write_info
 from census_scvi.local_census.sources import Source
 from census_scvi.workspace.provenance import code_state
@@ -46,18 +46,20 @@ class DatasetReport:
     genes: GeneReport
     n_lost_most: int = 0  # cells with more than half of their counts in dropped genes
     n_emptied: int = 0  # cells with all counts in dropped genes
+    n_proteins: int = 0
 
     @classmethod
     def of(cls, source: Source) -> "DatasetReport":
         """Create the report of a source whose counts were read."""
         lost, emptied = source.kept_counts < _MOST, source.kept_counts == 0
         n_primary = int(source.obs["is_primary_data"].sum())
-        numbers = (len(source.obs), n_primary, source.genes, int(lost.sum()), int(emptied.sum()))
+        numbers = (len(source.obs), n_primary, source.genes, int(lost.sum()), int(emptied.sum()), len(source.proteins))
         return cls(source.dataset_id, source.organism, *numbers)
 
     def __str__(self) -> str:
         unique = "" if self.n_primary == self.n_cells else f" ({self.n_primary:,} primary)"
-        return f"{self.dataset_id} ({self.organism}): {self.n_cells:,} cells{unique}, {self.genes}{self.losses}"
+        cells = f"{self.dataset_id} ({self.organism}): {self.n_cells:,} cells{unique}"
+        return f"{cells}, {self.genes}{self.losses}{f'; {self.n_proteins:,} proteins' if self.n_proteins else ''}"
 
     @property
     def losses(self) -> str:
@@ -69,7 +71,7 @@ class DatasetReport:
 
 @dataclass(frozen=True)
 class BuildReport:
-    """Result of a build: cells and genes by organism, every dataset, and repeated primary cells."""
+    """Result of a build: cells, genes and proteins by organism, every dataset, and repeated primary cells."""
 
     uri: str
     n_cells: dict[str, int]
@@ -77,6 +79,7 @@ class BuildReport:
     datasets: tuple[DatasetReport, ...]
     repeated: tuple[Repeated, ...]
     seconds: float
+    n_proteins: dict[str, int] = field(default_factory=dict)
 
 
 def build_census(
@@ -102,20 +105,22 @@ def build_census(
         new = partial / "new"
         new.mkdir()
         with plain_name(new) as folder:
-            sizes, repeated = _write_census(folder, sources, block_rows)
+            written = _write_census(folder, sources, block_rows)
         _check_census(new, sources)
         _put_in_place(new, target, sources)
     report = BuildReport(
         uri=str(target),
-        n_cells={organism: n_cells for organism, (n_cells, _) in sizes.items()},
-        n_genes={organism: n_genes for organism, (_, n_genes) in sizes.items()},
+        n_cells={organism: each.n_cells for organism, each in written.items()},
+        n_genes={organism: each.n_genes for organism, each in written.items()},
         datasets=tuple(DatasetReport.of(source) for source in sources),
-        repeated=tuple(repeated),
+        repeated=tuple(cells for each in written.values() for cells in each.repeated),
         seconds=time.monotonic() - began,
+        n_proteins={organism: each.n_proteins for organism, each in written.items() if each.n_proteins},
     )
     _warn(report, sources)
-    for organism, (n_cells, n_genes) in sizes.items():
-        log.info("%s: %s cells, %s genes in all", organism, f"{n_cells:,}", f"{n_genes:,}")
+    for organism, each in written.items():
+        proteins = f", {each.n_proteins:,} proteins" if each.n_proteins else ""
+        log.info("%s: %s cells, %s genes%s in all", organism, f"{each.n_cells:,}", f"{each.n_genes:,}", proteins)
     log.info("%s written in %.1f s", target, report.seconds)
     return report
 
@@ -178,25 +183,21 @@ def _check_sources(sources: Sequence[Source]) -> None:
             raise UserError(f"organism {source.organism!r} is not one of {', '.join(schema.ORGANISMS)}")
 
 
-def _write_census(
-    partial: Path, sources: Sequence[Source], block_rows: int
-) -> tuple[dict[str, tuple[int, int]], list[Repeated]]:
-    """Write all parts of the Census; return {organism: (cells, genes)} and the repeated primary cells."""
-    sizes, repeated = {}, []
+def _write_census(partial: Path, sources: Sequence[Source], block_rows: int) -> dict[str, Written]:
+    """Write all parts of the Census; return what was written of each organism."""
+    written = {}
     with soma.Collection.create(str(partial / "census_data")) as census_data:
         for organism in schema.ORGANISMS:
             chosen = [(number, source) for number, source in enumerate(sources) if source.organism == organism]
             if not chosen:
                 continue
-            n_cells, n_genes, again = write_experiment(
+            written[organism] = write_experiment(
                 census_data, organism, chosen, n_datasets=len(sources), rows=block_rows
             )
-            sizes[organism] = (n_cells, n_genes)
-            repeated += again
     with soma.Collection.create(str(partial / "census_info")) as info:
         write_info(info, sources)
-    _write_root(partial, _record(sources, repeated))
-    return sizes, repeated
+    _write_root(partial, _record(sources, [cells for each in written.values() for cells in each.repeated]))
+    return written
 
 
 def _record(sources: Sequence[Source], repeated: Sequence[Repeated]) -> str:

@@ -117,6 +117,7 @@ def _sources(config: BuildConfig) -> list[H5adSource]:
             title=dataset.title,
             organism=dataset.organism,
             counts=dataset.counts,
+            proteins=dataset.proteins,
             gene_id=dataset.gene_id,
             obs_columns=dataset.obs,
             values=dataset.values,

@@ -92,11 +92,12 @@ class LoomMatrix:
         """(first row, CSR) of ascending ranges of rows."""
         return [(start, self._read(start, stop)) for start, stop in spans]
 
-    def blocks(self, rows: int) -> Iterator[tuple[int, sp.csr_matrix]]:
-        """Yield (first row, CSR) of at most `rows` rows at a time."""
+    def blocks(self, rows: int, *, first: int = 0, last: int | None = None) -> Iterator[tuple[int, sp.csr_matrix]]:
+        """Yield (first row, CSR) of at most `rows` rows at a time, from row `first` up to and excluding `last`."""
         rows = min(rows, max(1, _WINDOW // max(self.shape[1], 1)))
-        for start in range(0, self.shape[0], rows):
-            yield start, self._read(start, min(start + rows, self.shape[0]))
+        end = self.shape[0] if last is None else last
+        for start in range(first, end, rows):
+            yield start, self._read(start, min(start + rows, end))
 
     def _read(self, start: int, stop: int) -> sp.csr_matrix:
         return sp.csr_matrix(plain_numbers(self._values[:, start:stop], self._where).T)

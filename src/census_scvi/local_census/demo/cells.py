@@ -74,6 +74,11 @@ class DemoSource:
         self.genes = GeneReport(in_file=len(self.var), kept=len(self.var))
         self.obs = self._labels()
         self.kept_counts = np.ones(len(self.obs))
+        self.proteins: list[str] = []
+
+    def protein_blocks(self, rows: int) -> Iterator[tuple[int, sp.csr_matrix]]:
+        """No blocks: the cells have no proteins."""
+        return iter(())
 
     def blocks(self, rows: int) -> Iterator[tuple[int, sp.csr_matrix]]:
         """Yield (first row, raw counts int64 of at most `rows` cells x genes)."""
