@@ -45,6 +45,16 @@ def demo_census(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
+def protein_census(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The demo Census with counts of up to 12 proteins in its datasets of blood and lung; built once a worker."""
+    from census_scvi.local_census.demo.cells import write_demo_census
+
+    uri = tmp_path_factory.mktemp("proteins") / "census"
+    write_demo_census(uri, seed=0, scale=0.25, n_genes=600, proteins=True)
+    return str(uri)
+
+
+@pytest.fixture(scope="session")
 def real_data() -> Path:
     """Folder with real .h5ad files; skips where there is none."""
     folder = os.environ.get("CENSUS_SCVI_TEST_DATA")

@@ -125,3 +125,35 @@ def test_genes_of_the_demo_are_enough_for_the_api(demo_census: str) -> None:
                 obs_value_filter="is_primary_data == True and nnz >= 300",
             )
             assert genes["highly_variable"].sum() == 200
+
+
+def proteins_of(source: DemoSource, rows: int = 4096) -> np.ndarray:
+    return np.asarray(sp.vstack([block for _, block in source.protein_blocks(rows)]).toarray())
+
+
+def test_proteins_mark_cell_types_and_leave_the_rna_as_it_is(sources: list[DemoSource]) -> None:
+    with_proteins = {source.dataset_id: source for source in demo_sources(3, 0.2, 400, proteins=True)}
+    assert not any(source.proteins for source in sources)
+    for plain in sources:
+        source = with_proteins[plain.dataset_id]
+        pd.testing.assert_frame_equal(source.obs, plain.obs)
+        assert (counts_of(source) != counts_of(plain)).nnz == 0
+    numbers = {name: len(source.proteins) for name, source in with_proteins.items()}
+    assert {name: n for name, n in numbers.items() if n} == {
+        "demo-human-blood": 12,
+        "demo-human-lung": 9,
+        "demo-mouse-lung": 12,
+    }
+    for name, protein, markers in [
+        ("demo-human-blood", "CD4", ["CD4-positive, alpha-beta T cell"]),
+        ("demo-human-blood", "CD19", ["B cell"]),
+        ("demo-human-lung", "CD14", ["classical monocyte", "macrophage"]),
+        ("demo-mouse-lung", "CD31", ["endothelial cell"]),
+    ]:
+        source = with_proteins[name]
+        counts = proteins_of(source)[:, source.proteins.index(protein)]
+        on = source.obs["cell_type"].isin(markers).to_numpy()
+        assert 6 < np.median(counts[on]) / np.median(counts[~on]) < 24
+        starts, blocks = zip(*source.protein_blocks(100), strict=True)
+        assert list(starts) == list(range(0, len(source.obs), 100))
+        assert np.array_equal(sp.vstack(blocks).toarray(), proteins_of(source))

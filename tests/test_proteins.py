@@ -27,7 +27,9 @@ from census_scvi.counts.array_matrix import ArrayMatrix
 from census_scvi.counts.protein_names import joined_names, plain_name
 from census_scvi.counts.proteins import Proteins, find_proteins, protein_features
 from census_scvi.errors import UserError
+from census_scvi.local_census.demo.cells import demo_sources
 from census_scvi.local_census.sources import open_h5ad
+from census_scvi.local_census.write import build_census
 
 GENES = [f"ENSG{number:011d}" for number in range(1, 41)]
 NAMES = ["CD3", "CD4", "CD8a", "CD14", "PD-1"]
@@ -290,3 +292,35 @@ def test_a_census_without_proteins_says_so(demo_census: str) -> None:
                 UserError, match=rf"no measurement '{name}' with proteins \(measurements next to RNA: none"
             ):
                 read_protein_names(census, name)
+
+
+def test_the_demo_has_proteins_where_its_sources_have_them(protein_census: str) -> None:
+    sources = demo_sources(0, 0.25, 600, proteins=True)
+    human = [source for source in sources if source.organism == "homo_sapiens"]
+    with open_census(CensusSection(uri=protein_census)) as census:
+        names = read_protein_names(census, "protein")
+        cells = np.arange(int(census.experiment.obs.count))
+        (found,) = stream_proteins(census, "protein", cells, [cells])
+    first = 0
+    for source in human:
+        here = pd.DataFrame(found[first : first + len(source.obs)], columns=names)
+        for _, block in source.protein_blocks(len(source.obs)):
+            assert np.array_equal(here[source.proteins], block.toarray())
+        assert not here.drop(columns=source.proteins).to_numpy().any()
+        first += len(source.obs)
+
+
+def test_real_proteins_are_those_of_the_file(real_data: Path, tmp_path: Path) -> None:
+    path = real_data / "citeseq_pbmc_2batch_human.h5ad"
+    if not path.exists():
+        pytest.skip(f"needs the CITE-seq cells of {path}")
+    file = ad.read_h5ad(path)
+    build_census(tmp_path / "census", open_h5ad(path, dataset_column="batch", organism="homo_sapiens"), block_rows=128)
+    with open_census(CensusSection(uri=str(tmp_path / "census"))) as census:
+        assert read_protein_names(census, "protein") == list(file.obsm["protein_expression"])
+        obs = census.experiment.obs.read(column_names=["soma_joinid", "dataset_id"]).concat().to_pandas()
+        groups = np.array_split(np.arange(file.n_obs), 3)
+        found = np.concatenate(list(stream_proteins(census, "protein", obs["soma_joinid"].to_numpy(), groups)))
+    for batch in file.obs["batch"].unique():
+        expected = file.obsm["protein_expression"][file.obs["batch"] == batch].to_numpy()
+        assert np.array_equal(found[obs["dataset_id"] == batch], expected)

@@ -38,7 +38,7 @@ def write_proteins(
         first_cell = 0
         for number, (_, source) in enumerate(sources):
             columns = np.array([names.index(known[name]) for name in source.proteins], np.int32)
-            for start, block in source.protein_blocks(rows) if source.proteins else ():
+            for start, block in source.protein_blocks(rows):
                 arrays = (block.data.astype(np.float32), columns[block.indices], block.indptr)
                 counts = sp.csr_matrix(arrays, shape=(block.shape[0], len(names)))
                 counts.sort_indices()

@@ -76,7 +76,7 @@ class Source(Protocol):
         ...
 
     def protein_blocks(self, rows: int) -> Iterator[tuple[int, sp.csr_matrix]]:
-        """Yield (first row, raw counts of at most `rows` cells x proteins) in the order of `obs`, without zeros."""
+        """Yield (first row, raw counts of at most `rows` cells x proteins) in the order of `obs`; none without proteins."""
         ...
 
 
@@ -113,7 +113,7 @@ class H5adSource:
 
     def protein_blocks(self, rows: int) -> Iterator[tuple[int, sp.csr_matrix]]:
         """Yield (first row, raw counts of at most `rows` cells x proteins); UserError if they are not raw counts."""
-        return regroup(self._selected_proteins(rows), rows)
+        return regroup(self._selected_proteins(rows) if self.proteins else (), rows)
 
     def _selected_proteins(self, rows: int) -> Iterator[sp.csr_matrix]:
         """Protein counts of the cells of this dataset in each block of the file."""

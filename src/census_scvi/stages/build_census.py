@@ -48,6 +48,7 @@ def add_arguments(parser: Parser) -> None:
         "--scale", type=float, default=1.0, help="multiplies 6,000 human and 2,000 mouse cells (default 1)"
     )
     demo.add_argument("--genes", type=int, default=3000, help="genes of each organism (default 3000)")
+    demo.add_argument("--proteins", action="store_true", help="with protein counts in three datasets, as of CITE-seq")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -82,14 +83,21 @@ def _run_demo(arguments: argparse.Namespace) -> None:
     from census_scvi.local_census.write import check_target
 
     if arguments.settings:
-        raise UserError(f"--demo takes no settings, found {arguments.settings[0]}; see --seed, --scale and --genes")
+        raise UserError(
+            f"--demo takes no settings, found {arguments.settings[0]}; see --seed, --scale, --genes and --proteins"
+        )
     uri = expand_argument(arguments.demo, "--demo")
     if arguments.dry_run:
         print(printable(f"would write a Census of simulated cells to {check_target(uri, force=arguments.force)}"))
         return
     _show(
         write_demo_census(
-            uri, seed=arguments.seed, scale=arguments.scale, n_genes=arguments.genes, force=arguments.force
+            uri,
+            seed=arguments.seed,
+            scale=arguments.scale,
+            n_genes=arguments.genes,
+            proteins=arguments.proteins,
+            force=arguments.force,
         )
     )
 

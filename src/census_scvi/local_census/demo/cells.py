@@ -26,6 +26,7 @@ from census_scvi.local_census.demo.design import (
     OrganismDesign,
 )
 from census_scvi.local_census.demo.genes import Transcriptome
+from census_scvi.local_census.demo.proteins import ProteinPanel, panel_of
 from census_scvi.local_census.sources import regroup
 from census_scvi.local_census.write import BuildReport, build_census, check_target
 
@@ -56,6 +57,7 @@ class DemoSource:
         copies: list[tuple["DemoSource", int]],
         seed: int,
         key: tuple[int, int],
+        proteins: bool = False,
     ) -> None:
         self.dataset_id, self.title, self.organism = design.dataset_id, design.title, organism.organism
         self._design, self._organism, self._transcriptome = design, organism, transcriptome
@@ -74,11 +76,15 @@ class DemoSource:
         self.genes = GeneReport(in_file=len(self.var), kept=len(self.var))
         self.obs = self._labels()
         self.kept_counts = np.ones(len(self.obs))
-        self.proteins: list[str] = []
+        kinds = [cell_type.programmes for cell_type in organism.cell_types]
+        self._panel = ProteinPanel(panel_of(design.dataset_id) if proteins else [], kinds, self._random(2))
+        self.proteins = self._panel.names
 
     def protein_blocks(self, rows: int) -> Iterator[tuple[int, sp.csr_matrix]]:
-        """No blocks: the cells have no proteins."""
-        return iter(())
+        """Yield (first row, raw counts int64 of at most `rows` cells x proteins)."""
+        starts = range(0, self.n_own if self.proteins else 0, _CHUNK)
+        kinds = (self._type[start : start + _CHUNK] for start in starts)
+        return regroup((self._panel.draw(some, self._random(3, chunk)) for chunk, some in enumerate(kinds)), rows)
 
     def blocks(self, rows: int) -> Iterator[tuple[int, sp.csr_matrix]]:
         """Yield (first row, raw counts int64 of at most `rows` cells x genes)."""
@@ -196,15 +202,22 @@ class DemoSource:
 
 
 def demo_sources(
-    seed: int = 0, scale: float = 1.0, n_genes: int = 3000, *, depth: float = 1.0, type_sd: float = 0.0
+    seed: int = 0,
+    scale: float = 1.0,
+    n_genes: int = 3000,
+    *,
+    depth: float = 1.0,
+    type_sd: float = 0.0,
+    proteins: bool = False,
 ) -> list[DemoSource]:
     """The datasets of the demo Census: about 6,000 human and 2,000 mouse cells times `scale`, `n_genes` genes each.
 
     Shared cell types with marker programmes; strong effects of dataset, assay, suspension type and donor; a median of
     about 3,000 counts per cell; 8 % copies that are not primary, with counts and labels of their originals; 2 % cells
     with few genes; a donor with few cells. `depth` multiplies the counts per cell. With `type_sd`, the standard
-    deviation of a log rate, all expressed genes differ between cell types and not the markers alone. The same
-    arguments give the same cells.
+    deviation of a log rate, all expressed genes differ between cell types and not the markers alone. With `proteins`,
+    three datasets have counts of up to 12 proteins, without an effect on the RNA. The same arguments give the same
+    cells.
     """
     if scale * min(design.n_cells for design in DESIGNS) < 100 or n_genes < 100:
         raise UserError(f"{scale=} and {n_genes=} are too small for a demo; take a scale of 0.05 and 100 genes or more")
@@ -227,17 +240,24 @@ def demo_sources(
                 copies=copies,
                 seed=seed,
                 key=(first, second),
+                proteins=proteins,
             )
         sources += made.values()
     return sources
 
 
 def write_demo_census(
-    uri: str | Path, *, seed: int = 0, scale: float = 1.0, n_genes: int = 3000, force: bool = False
+    uri: str | Path,
+    *,
+    seed: int = 0,
+    scale: float = 1.0,
+    n_genes: int = 3000,
+    proteins: bool = False,
+    force: bool = False,
 ) -> BuildReport:
     """Write the demo Census into the folder `uri`; see `demo_sources` and `build_census`."""
     check_target(uri, force=force)
-    return build_census(uri, demo_sources(seed, scale, n_genes), force=force)
+    return build_census(uri, demo_sources(seed, scale, n_genes, proteins=proteins), force=force)
 
 
 def _allocate(shares: list[float], n_cells: int) -> npt.NDArray[np.int64]:
