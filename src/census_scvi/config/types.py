@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from census_scvi.config import run_names
@@ -56,6 +56,17 @@ def _distinct(names: list[str]) -> list[str]:
     return names
 
 
+def _protein_place(value: object) -> object:
+    if value is False or value in ("false", "no"):
+        return NO_PROTEINS
+    if isinstance(value, str) and value not in (FEATURES, NO_PROTEINS) and not re.fullmatch("obsm/.+", value):
+        raise PydanticCustomError("protein_place", "expected obsm/<name>, features or none")
+    return value
+
+
+# Place of proteins that are features of type Antibody Capture, next to genes; and the value if proteins are not used.
+FEATURES, NO_PROTEINS = "features", "none"
+
 Name = Annotated[str, Field(min_length=1)]
 ObsFilter = Annotated[str, AfterValidator(_obs_filter), Kind("value filter")]
 Columns = Annotated[list[Name], AfterValidator(_distinct), Kind("list of obs columns")]
@@ -63,4 +74,5 @@ PathName = Annotated[Name, AfterValidator(expanded), Kind("path or URL")]
 LocalPath = Annotated[PathName, AfterValidator(_path), Kind("path")]
 FileName = Annotated[str, AfterValidator(_file_name), Kind("file name")]
 MemberName = Annotated[str, AfterValidator(_member_name), Kind("name")]
+ProteinPlace = Annotated[str, BeforeValidator(_protein_place), Kind("obsm/<name>, features or none")]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]

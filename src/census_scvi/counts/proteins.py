@@ -14,15 +14,12 @@ import pandas as pd
 import scipy.sparse as sp
 
 from census_scvi.config.messages import suggestion
+from census_scvi.config.types import FEATURES, NO_PROTEINS
 from census_scvi.counts.array_matrix import ArrayMatrix
 from census_scvi.counts.h5ad import MAX_COUNT, CountMatrix, name_of, plain_numbers, unreadable
 from census_scvi.counts.raw_counts import Matrix, sample_spans
 from census_scvi.errors import UserError
 
-# The place of proteins that are features of type Antibody Capture, next to genes.
-FEATURES = "features"
-# Value of a setting for cells whose proteins are not used.
-NO_PROTEINS = "none"
 # Names of members of obsm that hold protein counts, reduced to lower-case letters.
 _NAMED_PROTEINS = {
     "protein", "proteins", "proteinexpression", "proteincounts", "proteinrawcounts", "rawprotein", "prot", "adt",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,9 +13,8 @@ from census_scvi.census.schema import ORGANISMS, SETTABLE_COLUMNS
 from census_scvi.config.file import COMMAND_LINE, read_settings, typed
 from census_scvi.config.messages import describe_errors, shown, suggestion
 from census_scvi.config.section import Expected, Section
-from census_scvi.config.types import expanded
+from census_scvi.config.types import ProteinPlace, expanded
 from census_scvi.config.yaml_file import Plain
-from census_scvi.counts.proteins import FEATURES, NO_PROTEINS
 from census_scvi.errors import UserError
 from census_scvi.files.paths import expand_argument
 from census_scvi.files.uri import local_path
@@ -44,14 +42,6 @@ def _as_text(value: object) -> object:
         value = {**value, **numbers}
         if isinstance(primary := value.get(_PRIMARY), str):
             value[_PRIMARY] = typed(Plain(primary), bool)
-    return value
-
-
-def _proteins(value: object) -> object:
-    if value is False or value in ("false", "no"):
-        return NO_PROTEINS
-    if isinstance(value, str) and value not in (FEATURES, NO_PROTEINS) and not re.fullmatch("obsm/.+", value):
-        raise ValueError(f"is {shown(value)}, expected obsm/<name>, {FEATURES} or {NO_PROTEINS}")
     return value
 
 
@@ -111,7 +101,7 @@ class DatasetConfig(Section):
     counts: str | None = None
     """Where the raw counts are: X, raw or layers/<name>; null: found, and refused where several may be."""
 
-    proteins: Annotated[str | None, BeforeValidator(_proteins)] = None
+    proteins: ProteinPlace | None = None
     """Protein counts: obsm/<name>, features (type Antibody Capture) or none (excluded); null: found."""
 
     gene_id: str | None = None

@@ -76,7 +76,7 @@ class Source(Protocol):
         ...
 
     def protein_blocks(self, rows: int) -> Iterator[tuple[int, sp.csr_matrix]]:
-        """Yield (first row, raw counts of at most `rows` cells x proteins) in the order of `obs`; none without proteins."""
+        """Yield (first row, raw counts of at most `rows` cells x proteins), in the order of `obs`; none without any."""
         ...
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
@@ -15,6 +15,7 @@ import scipy.sparse as sp
 from census_scvi.census.gene_rows import NAMED_TWICE, GeneRows, find_gene_rows, left_out_words, name_columns
 from census_scvi.query.cells import QueryCells
 from census_scvi.query.gene_match import KnownGenes, Match, match_names
+from census_scvi.query.protein_alignment import AlignedProteins
 from census_scvi.query.too_few_genes import Refusal, TooFewGenes, enough_counts, listed
 
 log = logging.getLogger(__name__)
@@ -149,16 +150,22 @@ class AlignedCells:
         returns the share of the expected counts in these genes (`ExpectedCounts.share`).
     owner
         What the genes are of, for messages: model or reference.
+    protein_names
+        Proteins of the model, in the order of the columns; empty for a model without proteins.
+    proteins
+        Place of the proteins: `obsm/<name>`, `features`, or `none` for a query without proteins; None: found.
 
     Attributes
     ----------
     report
         Report on the genes and cells; `blocks` updates the numbers of cells and counts.
+    proteins
+        The query's proteins, of the model; None for a model without proteins.
 
     Raises
     ------
     UserError
-        There are no raw counts.
+        There are no raw counts, or no proteins for a model with proteins (`AlignedProteins.find`).
     TooFewGenes
         The query has too few of the model's genes; the message has the matches in each place and the likely reason.
     """
@@ -174,6 +181,8 @@ class AlignedCells:
         counts: str | None = None,
         expected: Callable[[sp.csr_matrix, npt.NDArray[np.bool_]], float] | None = None,
         owner: str = "model",
+        protein_names: Sequence[str] = (),
+        proteins: str | None = None,
     ) -> None:
         self._cells, self._genes = cells, genes
         self._place = cells.find_counts(counts)
@@ -196,6 +205,7 @@ class AlignedCells:
                 listed(self.report.missing),
             )
         self._total = self._covered = 0.0
+        self.proteins = AlignedProteins.find(cells, self._place, protein_names, proteins) if protein_names else None
 
     def _expected_share(
         self, best: Match, expected: Callable[[sp.csr_matrix, npt.NDArray[np.bool_]], float] | None
@@ -255,6 +265,15 @@ class AlignedCells:
             aligned = self._aligned(block)
             self._note(block, aligned)
             yield start, aligned
+
+    def blocks_with_proteins(self, rows: int) -> Iterator[tuple[int, sp.csr_matrix, npt.NDArray[np.float32] | None]]:
+        """Blocks as in `blocks`, with the raw protein counts, float32 (cells, proteins of the model).
+
+        They are None for a model without proteins.
+        """
+        following = None if self.proteins is None else self.proteins.reader(rows)
+        for start, counts in self.blocks(rows):
+            yield start, counts, None if following is None else following(counts.shape[0])
 
     def _note(self, block: sp.csr_matrix, aligned: sp.csr_matrix) -> None:
         self._total += float(block.sum(dtype=np.float64))

@@ -6,16 +6,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import anndata as ad
 import pandas as pd
 import scipy.sparse as sp
 
+from census_scvi.census.protein_rows import find_protein_rows
 from census_scvi.counts.array_matrix import ArrayMatrix
 from census_scvi.counts.formats.open_cells import open_cells
 from census_scvi.counts.h5ad import check_counts, require_place, unreadable
 from census_scvi.counts.log_normalized import Normalization, RecoveredCounts, find_log_normalized, inspect
+from census_scvi.counts.proteins import Proteins, find_proteins, protein_features
 from census_scvi.counts.raw_counts import Matrix, check_place, find_raw_counts, sample_spans
 from census_scvi.errors import UserError
 from census_scvi.files.paths import expand_argument
@@ -59,16 +61,17 @@ class QueryCells:
         if values not in VALUES:
             raise UserError(f"values is {values!r}; expected {' or '.join(VALUES)}")
         self._stack, self._values = ExitStack(), values
+        self._data: Any
         self._recovered: dict[str, Matrix] = {}
         if isinstance(source, ad.AnnData):
             self.name = "the query"
-            self.obs = source.obs
+            self.obs, self._data = source.obs, source
             self._matrices, self._vars = _in_memory(source, self.name)
         elif isinstance(source, str | Path):
             self.name = expand_argument(source, "the file of the query")
             with ExitStack() as stack:
                 stored = open_cells(Path(self.name), stack)
-                self.obs, self._matrices = stored.obs, stored.matrices
+                self.obs, self._matrices, self._data = stored.obs, stored.matrices, stored.store
                 self._vars = {"X": stored.var, "raw": stored.raw_var}
                 self._stack = stack.pop_all()
         else:
@@ -117,6 +120,27 @@ class QueryCells:
                 raise UserError(f"{error}; {hint}") from None
             raise
         return asked
+
+    def find_proteins(self, place: str, asked: str | None = None, *, setting: str = "proteins=") -> Proteins | None:
+        """Find the protein counts; None if there are none, or if `asked` is `none`.
+
+        Parameters
+        ----------
+        place
+            Place of the raw counts, which may have proteins as features of type Antibody Capture.
+        asked
+            The place to use: `obsm/<name>`, `features` or `none`; None: the only place that has proteins.
+        setting
+            The setting or argument that selects a place, for messages.
+
+        Raises
+        ------
+        UserError
+            There is no such place, several places have proteins, or they are not raw counts (`find_proteins`).
+        """
+        columns, names = find_protein_rows(self.var(place))
+        features = protein_features(self._matrices[place], columns, names, f"{self.name}: {place}")
+        return find_proteins(self._data, features, asked, n_cells=len(self), name=self.name, setting=setting)
 
     def _find_log_normalized(self, asked: str | None) -> str:
         place, normalization = find_log_normalized(self._matrices, asked, len(self), name=self.name)

@@ -62,4 +62,5 @@ def open_cells(path: Path, stack: ExitStack) -> StoredCells:
 def _anndata_layout(file: Any) -> StoredCells:
     """Cells of an .h5ad or of a zarr store, which have the same layout."""
     obs, matrices, var = read_frame(file, "obs"), matrices_in(file), read_frame(file, "var")
-    return StoredCells(obs, matrices, var, read_frame(file, var_key(file, "raw")) if "raw" in matrices else var)
+    raw_var = read_frame(file, var_key(file, "raw")) if "raw" in matrices else var
+    return StoredCells(obs, matrices, var, raw_var, file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
@@ -24,12 +25,15 @@ class StoredCells:
         One row per gene of `X` and the layers.
     raw_var
         One row per gene of `raw`.
+    store
+        The open .h5ad or zarr store, for the parts that only these have (obsm, uns); None for another format.
     """
 
     obs: pd.DataFrame
     matrices: Mapping[str, Matrix]
     var: pd.DataFrame
     raw_var: pd.DataFrame
+    store: Any = None
 
     @classmethod
     def of(cls, obs: pd.DataFrame, matrices: Mapping[str, Matrix], var: pd.DataFrame) -> StoredCells:

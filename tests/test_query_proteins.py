@@ -1,0 +1,188 @@
+"""Proteins of a user's cells: the same counts from every format, for a model's proteins, and genes as without them."""
+
+from __future__ import annotations
+
+import gzip
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import anndata as ad
+import h5py
+import numpy as np
+import pytest
+import scipy.io
+import scipy.sparse as sp
+from hypothesis import given
+from hypothesis import strategies as st
+from test_proteins import COUNTS, GENES, N_CELLS, NAMES, cells, counts_of, with_array, with_features, with_frame
+
+from census_scvi.counts.protein_names import plain_name
+from census_scvi.errors import UserError
+from census_scvi.query.alignment import AlignedCells
+from census_scvi.query.cells import QueryCells
+from census_scvi.query.protein_alignment import AlignedProteins, match_proteins
+
+RNA = counts_of(0, len(GENES))
+# Proteins of a model: another order, a suffix, one that the query does not have, and not all of the query's.
+MODEL = ["CD14", "cd4", "CD19", "CD3_TotalSeqB"]
+EXPECTED = np.zeros((N_CELLS, 4), np.float32)
+EXPECTED[:, [0, 1, 3]] = COUNTS[:, [3, 1, 0]]
+
+
+def h5ad(folder: Path) -> Path:
+    with_frame().write_h5ad(folder / "cells.h5ad")
+    return folder / "cells.h5ad"
+
+
+def h5ad_with_features(folder: Path) -> Path:
+    with_features().write_h5ad(folder / "cells.h5ad")
+    return folder / "cells.h5ad"
+
+
+def zarr_store(folder: Path) -> Path:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with_array(sp.csc_matrix).write_zarr(folder / "cells.zarr")
+    return folder / "cells.zarr"
+
+
+def strings(values: list[str]) -> np.ndarray:
+    return np.array([value.encode() for value in values])
+
+
+def ten_x(folder: Path) -> Path:
+    adata = with_features()
+    by_cell = sp.csc_matrix(adata.X.T)
+    with h5py.File(folder / "cells.h5", "w") as file:
+        for name in ("data", "indices", "indptr"):
+            file[f"matrix/{name}"] = getattr(by_cell, name).astype("i4" if name == "data" else "i8")
+        file["matrix/shape"] = np.array(by_cell.shape)
+        file["matrix/barcodes"] = strings(list(adata.obs_names))
+        ids = [*GENES, *(f"A{number}" for number in range(len(NAMES)))]
+        kinds = list(adata.var["feature_types"])
+        for name, values in {"id": ids, "name": list(adata.var_names), "feature_type": kinds}.items():
+            file[f"matrix/features/{name}"] = strings(values)
+    return folder / "cells.h5"
+
+
+def ten_x_folder(folder: Path) -> Path:
+    adata = with_features()
+    with gzip.open(folder / "matrix.mtx.gz", "wb") as file:
+        scipy.io.mmwrite(file, sp.coo_matrix(adata.X.T.astype(int)))
+    rows = "".join(f"{name}\t{name}\t{kind}\n" for name, kind in adata.var["feature_types"].items())
+    (folder / "features.tsv").write_text(rows)
+    (folder / "barcodes.tsv").write_text("\n".join(adata.obs_names) + "\n")
+    return folder
+
+
+SOURCES: dict[str, Callable[[Path], Path | ad.AnnData]] = {
+    "AnnData": lambda _: with_frame(),
+    "AnnData with features": lambda _: with_features(),
+    "h5ad": h5ad,
+    "h5ad with features": h5ad_with_features,
+    "zarr": zarr_store,
+    "10x": ten_x,
+    "10x folder": ten_x_folder,
+}
+
+
+def aligned(
+    source: Path | ad.AnnData | QueryCells, proteins: str | None = None, names: list[str] = MODEL
+) -> AlignedCells:
+    query = source if isinstance(source, QueryCells) else QueryCells(source)
+    return AlignedCells(query, GENES, {}, "homo_sapiens", min_share=0.8, protein_names=names, proteins=proteins)
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_every_format_gives_the_same_genes_and_proteins(kind: str, tmp_path: Path) -> None:
+    with QueryCells(SOURCES[kind](tmp_path)) as query:
+        found = aligned(query)
+        starts, counts, proteins = zip(*found.blocks_with_proteins(7), strict=True)
+        assert list(starts) == list(range(0, N_CELLS, 7))
+        assert np.array_equal(sp.vstack(counts).toarray(), RNA)
+        assert np.array_equal(np.concatenate(proteins), EXPECTED)
+        assert found.proteins is not None
+        report = found.proteins.report
+    place = "features" if "features" in kind or "10x" in kind else "obsm/protein_expression"
+    assert (report.place, report.n_proteins, report.n_shared) == (place, 4, 3)
+    assert report.renamed == {"cd4": "CD4", "CD3_TotalSeqB": "CD3"}
+    assert (report.missing, report.extra) == (["CD19"], ["CD8a", "PD-1"])
+    assert "1 proteins are missing, count as 0 and are imputed by the model: CD19" in str(report)
+    assert "2 of them under another name: CD4 = cd4, CD3 = CD3_TotalSeqB" in str(report)
+
+
+def test_a_query_without_proteins() -> None:
+    with pytest.raises(UserError, match=r"no proteins, and the model uses 4 \(CD14, cd4, .* imputes: proteins=none"):
+        aligned(cells())
+    for query in (cells(), with_frame()):
+        found = aligned(query, "none")
+        _, counts, proteins = zip(*found.blocks_with_proteins(25), strict=True)
+        assert [part.shape for part in proteins] == [(25, 4), (25, 4), (10, 4)]
+        assert not np.concatenate(proteins).any()
+        assert np.array_equal(sp.vstack(counts).toarray(), RNA)
+        assert found.proteins is not None
+        assert found.proteins.report.missing == MODEL
+        assert "no proteins: all 4 of the model count as 0 and are imputed" in str(found.proteins.report)
+    plain = aligned(with_frame(), names=[])
+    assert plain.proteins is None
+    assert all(proteins is None for _, _, proteins in plain.blocks_with_proteins(25))
+
+
+def test_proteins_of_another_panel_and_wrong_values_are_refused() -> None:
+    with pytest.raises(UserError, match=r"obsm/protein_expression has none of the model's proteins: it has CD3, CD4, "):
+        aligned(with_frame(), names=["CD56", "CD19"])
+    late = with_frame().copy()
+    late.obsm["protein_expression"].iloc[50, 2] = 0.5
+    with pytest.raises(UserError, match=r"not whole numbers, .*: 0\.5 in cell 50, protein 'CD8a'"):
+        aligned(late)
+    several = with_frame()
+    several.obsm["ADT"] = several.obsm["protein_expression"]
+    with pytest.raises(UserError, match=r"name the one with the raw counts: proteins=obsm/protein_expression"):
+        aligned(several)
+    assert aligned(several, "obsm/ADT").proteins is not None
+
+
+AMBIGUOUS = {
+    "two in the query": (["CD3_TotalSeqB", "CD3-ADT"], ["CD3"], "CD3_TotalSeqB or CD3-ADT may be CD3"),
+    "two in the model": (["CD3"], ["cd3", "CD3_TotalSeqC"], "CD3 may be cd3 or CD3_TotalSeqC"),
+}
+
+
+@pytest.mark.parametrize("kind", AMBIGUOUS)
+def test_ambiguous_names_are_refused(kind: str) -> None:
+    found, names, message = AMBIGUOUS[kind]
+    with pytest.raises(UserError, match=f"^mine: {message}; rename the proteins of your cells as in the model"):
+        match_proteins(found, names, "mine")
+
+
+names = st.lists(st.sampled_from(["CD3", "cd3", "CD3_TotalSeqB", "CD4", "CD4-ADT", "CD19", "IgG1"]), unique=True)
+
+
+@given(found=names, wanted=names)
+def test_a_protein_is_matched_with_at_most_one(found: list[str], wanted: list[str]) -> None:
+    try:
+        columns = match_proteins(found, wanted, "mine")
+    except UserError:
+        both = [*found, *wanted]
+        assert any(plain_name(a) == plain_name(b) for a in both for b in both if a != b)
+        return
+    used = columns[columns >= 0]
+    assert len(set(used.tolist())) == len(used)
+    for name, column in zip(wanted, columns, strict=True):
+        if name in found:
+            assert found[column] == name
+        elif column >= 0:
+            assert plain_name(found[column]) == plain_name(name)
+        else:
+            assert plain_name(name) not in {plain_name(own) for own in set(found) - set(wanted)}
+
+
+def test_a_reader_gives_any_number_of_cells() -> None:
+    with QueryCells(with_frame()) as query:
+        proteins = AlignedProteins.find(query, "X", NAMES)
+        following = proteins.reader(11)
+        parts = [following(size) for size in (1, 30, 0, 12, 17)]
+    assert [len(part) for part in parts] == [1, 30, 0, 12, 17]
+    assert np.array_equal(np.concatenate(parts), COUNTS)
+    assert parts[0].dtype == np.float32
