@@ -9,7 +9,7 @@ from pathlib import Path
 from census_scvi.config.run_names import DESCRIPTION, MANIFEST, PROVENANCE
 from census_scvi.files.uri import local_path
 
-_PICKLE = "model.pt"
+PICKLE = "model.pt"
 
 
 class Kind(Enum):
@@ -64,6 +64,6 @@ class Source:
 
 
 def _kind_of(path: Path) -> Kind:
-    marks = {MANIFEST: Kind.RUN, PROVENANCE: Kind.PUBLISHED, DESCRIPTION: Kind.MODEL, _PICKLE: Kind.PICKLE}
+    marks = {MANIFEST: Kind.RUN, PROVENANCE: Kind.PUBLISHED, DESCRIPTION: Kind.MODEL, PICKLE: Kind.PICKLE}
     found = (kind for name, kind in marks.items() if (path / name).exists())
     return next(found, Kind.FOLDER if path.exists() else Kind.MISSING)
