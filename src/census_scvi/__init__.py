@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from census_scvi.atlas import Atlas
+    from census_scvi.model.imported import import_model
     from census_scvi.model.published import load_model
 
 __version__ = version("census-scvi")
-__all__ = ["Atlas", "__version__", "load_model"]
+__all__ = ["Atlas", "__version__", "import_model", "load_model"]
 
 
 def __getattr__(name: str) -> Any:
@@ -17,6 +18,10 @@ def __getattr__(name: str) -> Any:
         from census_scvi.model.published import load_model
 
         return load_model
+    if name == "import_model":
+        from census_scvi.model.imported import import_model
+
+        return import_model
     if name == "Atlas":
         from census_scvi.config.extras import require_extra
 

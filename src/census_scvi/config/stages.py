@@ -111,6 +111,11 @@ STAGES = {
             "verify", "Check that a published embedding is what its model computes from its cells.", own_arguments=True
         ),
         Stage(
+            "import-model",
+            "Import a model that scvi-tools saved, so that it can be used without its pickle.",
+            own_arguments=True,
+        ),
+        Stage(
             "map-query", "Embed your own cells with a trained model and annotate them from the Census.", extra="atlas"
         ),
         Stage(

@@ -17,7 +17,7 @@ from census_scvi.files.atomic import sync, sync_tree
 from census_scvi.files.partial_folder import OLD, partial_folder
 from census_scvi.files.paths import expand_argument
 from census_scvi.model.build import check_arguments
-from census_scvi.model.safe import ModelDescription, load_safe, save_for_scvi_tools, save_safe
+from census_scvi.model.safe import ModelDescription, check_finite, load_safe, save_for_scvi_tools, save_safe
 from census_scvi.model.saved import SavedModel, read_saved
 
 log = logging.getLogger(__name__)
@@ -134,7 +134,10 @@ def name_genes(names: list[str], organism: str, gene_map: GeneMap | None) -> tup
     for other in ORGANISMS.values():
         foreign = int(ids.str.fullmatch(other.gene_id_prefix + r"\d{11}").sum())
         if other.name != organism and foreign > _MOST_FOREIGN * len(ids):
-            raise ValueError(f"{foreign:,} of its {len(ids):,} genes are of {other.name}, but the organism is {organism}")
+            raise ValueError(
+                f"{foreign:,} of its {len(ids):,} genes are of {other.name}, and the organism is {organism}; set"
+                f" census.organism={other.name}"
+            )
     if gene_map is not None:
         ids = ids.where(ids.isin(gene_map.by_id.index), ids.map(gene_map.id_of_symbol)).fillna(pd.Series(names))
     if ids.duplicated().any():
@@ -170,6 +173,7 @@ def _rebuilt(saved: SavedModel, description: ModelDescription) -> scvi.model.SCV
             f"its weights are not those of a {saved.kind} with {len(saved.genes):,} genes, {len(saved.batches):,}"
             f" batches and these arguments ({problem})"
         ) from None
+    check_finite(saved.weights)
     model.module.eval()
     model.is_trained_ = True
     return model

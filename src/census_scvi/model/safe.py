@@ -192,7 +192,7 @@ def load_safe(folder: Path) -> tuple[scvi.model.SCVI, ModelDescription]:
         weights = load_file(path)
         model = description.build()
         model.module.load_state_dict(weights)
-        _check_finite(weights)
+        check_finite(weights)
     except (OSError, SafetensorError, RuntimeError, ValueError, TypeError) as error:
         reason = str(error).splitlines()[0].rstrip(": ")
         raise UserError(f"{path} cannot be used ({reason}); {_AGAIN}") from None
@@ -209,7 +209,8 @@ def _check_size(path: Path, description: ModelDescription) -> None:
         raise ValueError(f"it has {size:,} bytes, and the model of {DESCRIPTION} at least {needed:,} parameters")
 
 
-def _check_finite(weights: dict[str, torch.Tensor]) -> None:
+def check_finite(weights: dict[str, torch.Tensor]) -> None:
+    """ValueError, with the name of the first weight that is not finite."""
     for name, values in weights.items():
         if values.is_floating_point() and not bool(torch.isfinite(values).all()):
             raise ValueError(f"{name} holds values that are not finite numbers")

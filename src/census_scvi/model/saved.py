@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scvi
 import torch
+from packaging.version import Version
 
 from census_scvi.model.families import FAMILIES, SCANVI, SCVI, TOTALVI, Family
 from census_scvi.model.source import PICKLE
@@ -33,8 +33,8 @@ _NOT_OF_THE_NETWORK = frozenset(
     | {"empirical_protein_background_prior", "override_missing_proteins"}
 )
 _COVARIATES = {"extra_categorical_covs": "categorical", "extra_continuous_covs": "continuous"}
-# A weight of every TOTALVI of scvi-tools 1.3.1 and newer, which scale the input of the encoder.
-_SCALED_INPUT = "log_per_batch_efficiency"
+# First version of scvi-tools that scales the input of TOTALVI's encoder.
+_SCALED_INPUT = Version("1.3.1")
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,10 @@ def read_saved(folder: Path) -> SavedModel:
     fields = registry["field_registries"]
     family = _family(registry.get("model_name"))
     _refuse_other_inputs(registry, fields)
-    if family.kind == TOTALVI and _SCALED_INPUT not in weights:
+    version = str(registry.get("scvi_version", "0"))
+    if family.kind == TOTALVI and Version(version) < _SCALED_INPUT:
         raise ValueError(
-            f"TOTALVI of scvi-tools {registry.get('scvi_version')}: since 1.3.1 the encoder gets scaled counts, so this"
+            f"TOTALVI of scvi-tools {version}: since {_SCALED_INPUT} the encoder gets scaled counts, so the installed"
             " version would compute another latent; train it again"
         )
     batches, batch_key = _categories(fields, "batch")
@@ -115,7 +116,7 @@ def read_saved(folder: Path) -> SavedModel:
         n_cells=int(_of(fields, "X", "summary_stats").get("n_cells", 0)),
         **(_labels(fields) if "labels_key" in family.cell_data else {}),
         **(_proteins(fields, batches, attributes) if "protein" in family.modalities else {}),
-        scvi_tools=str(registry.get("scvi_version", "")),
+        scvi_tools=version,
     )
 
 
@@ -134,7 +135,7 @@ def _unpickled(folder: Path) -> dict[str, Any]:
                 _convert_earlier(folder, temporary)
                 folder = Path(temporary)
             content = torch.load(folder / PICKLE, map_location="cpu", weights_only=False)
-    except (ImportError, AttributeError, pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError) as error:
+    except (ImportError, AttributeError, pickle.UnpicklingError, OSError, RuntimeError, ValueError, KeyError) as error:
         raise ValueError(f"it cannot be unpickled here ({type(error).__name__}: {_first_line(error)})") from None
     if not isinstance(content, dict) or {"attr_dict", "model_state_dict", "var_names"} - content.keys():
         raise ValueError(f"its {PICKLE} was not written by scvi-tools")

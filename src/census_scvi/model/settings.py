@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from census_scvi.config.library_arguments import check_model_arguments, listed
 from census_scvi.config.section import USUAL, Changes, Section
-from census_scvi.config.types import FileName, PathName
+from census_scvi.config.types import FileName, LocalPath, PathName
 
 
 class ModelSection(Section):
@@ -60,3 +60,17 @@ class LatentSection(Section):
     """Cells in final_scvi_optimized: all, a random sample, or no such folder."""
     sample_size: Annotated[int, Field(ge=1)] = 10000
     """Cells in that sample."""
+
+
+class ImportSection(Section):
+    """Import of a model that scvi-tools saved (import-model)."""
+
+    changes: ClassVar[tuple[str, ...]] = ()
+    folder: LocalPath | None = None
+    """Folder in which `model.save` of scvi-tools wrote: SCVI, SCANVI or TOTALVI."""
+    output: LocalPath | None = None
+    """Folder to write the imported model to."""
+    trust: bool = False
+    """Whether to load the pickle in the folder, which executes any code that its author put into it."""
+    gene_map: LocalPath | None = None
+    """TSV of ensembl_id and symbol, as for build-census; null: the genes keep their names and have no symbols."""

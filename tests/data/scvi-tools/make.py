@@ -7,9 +7,9 @@
         platformdirs multipledispatch treescope orbax-checkpoint humanize tensorstore nest_asyncio contextlib2
     python tests/data/scvi-tools/make.py versions tests/data/scvi-tools/models.tar.xz
 
-Each version runs on the installed libraries (Python 3.11, torch 2.13, anndata 0.12), which are newer than it: names that
-these libraries moved since are put back below. Where a version's training does not run with them, the saved weights are
-initial ones, and the running means and variances of BatchNorm are random numbers.
+Each version runs on the installed libraries (Python 3.11, torch 2.13, anndata 0.12), which are newer than it: names
+that these libraries have moved since are put back below. Where a version's training does not run with them, the saved
+weights are initial ones, and the running means and variances of BatchNorm are random numbers.
 
 - cells.h5ad: the cells, with obs donor and type, and proteins in obsm; a protein is not measured in the second donor
 - VERSION/KIND/: what `model.save` wrote
@@ -133,9 +133,7 @@ def make_model(scvi, kind, cells, version):
     if kind == "SCVI":
         model_class.setup_anndata(cells, batch_key="donor")
         norms = {"use_layer_norm": "both", "use_batch_norm": "none"}
-        return model_class(
-            cells, n_hidden=8, n_latent=3, dispersion="gene-batch", encode_covariates=True, **norms
-        )
+        return model_class(cells, n_hidden=8, n_latent=3, dispersion="gene-batch", encode_covariates=True, **norms)
     if kind == "TOTALVI":
         model_class.setup_anndata(cells, batch_key="donor", protein_expression_obsm_key="protein")
         return model_class(cells, n_latent=3, n_hidden=8, empirical_protein_background_prior=False)
