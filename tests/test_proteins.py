@@ -23,11 +23,13 @@ from census_scvi.census.open import open_census
 from census_scvi.census.protein_rows import find_protein_rows
 from census_scvi.census.proteins import read_protein_names, stream_proteins
 from census_scvi.census.settings import CensusSection
+from census_scvi.cli import main
 from census_scvi.counts.array_matrix import ArrayMatrix
 from census_scvi.counts.protein_names import joined_names, plain_name
 from census_scvi.counts.proteins import Proteins, find_proteins, protein_features
 from census_scvi.errors import UserError
 from census_scvi.local_census.demo.cells import demo_sources
+from census_scvi.local_census.settings import load_build_config
 from census_scvi.local_census.sources import open_h5ad
 from census_scvi.local_census.write import build_census
 
@@ -161,6 +163,14 @@ def test_wrong_proteins_are_refused(kind: str, tmp_path: Path) -> None:
         return
     adata.write_h5ad(tmp_path / "cells.h5ad")
     with pytest.raises(UserError, match=message):
+        open_h5ad(tmp_path / "cells.h5ad", organism="homo_sapiens")
+
+
+def test_a_missing_column_is_damage(tmp_path: Path) -> None:
+    with_frame().write_h5ad(tmp_path / "cells.h5ad")
+    with h5py.File(tmp_path / "cells.h5ad", "r+") as file:
+        del file["obsm/protein_expression/CD4"]
+    with pytest.raises(UserError, match=r"obsm/protein_expression: column 'CD4' is missing; the file is damaged"):
         open_h5ad(tmp_path / "cells.h5ad", organism="homo_sapiens")
 
 
@@ -324,3 +334,24 @@ def test_real_proteins_are_those_of_the_file(real_data: Path, tmp_path: Path) ->
     for batch in file.obs["batch"].unique():
         expected = file.obsm["protein_expression"][file.obs["batch"] == batch].to_numpy()
         assert np.array_equal(found[obs["dataset_id"] == batch], expected)
+
+
+def test_the_command_says_which_proteins_it_uses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with_frame(CLR).write_h5ad(tmp_path / "cells.h5ad")
+    config = str(write_config(tmp_path, {"file": "cells.h5ad"}))
+    assert main("build-census", [config]) == 2
+    assert "as after CLR or DSB normalisation" in (error := capsys.readouterr().err)
+    assert "exclude the proteins with proteins: none" in error
+    with_frame().write_h5ad(tmp_path / "cells.h5ad")
+    assert main("build-census", [config, "--dry-run"]) == 0
+    assert "40 of 40 genes; 5 proteins" in capsys.readouterr().out
+    for value, message in {"ADT": "expected obsm/<name>, features or none", "obsm/ADT": "has no obsm/ADT"}.items():
+        assert main("build-census", [str(write_config(tmp_path, {"file": "cells.h5ad", "proteins": value}))]) == 2
+        assert message in capsys.readouterr().err
+    for value in ("none", False):
+        assert (
+            load_build_config(write_config(tmp_path, {"file": "x", "proteins": value})).datasets[0].proteins == "none"
+        )
+    demo = ["--demo", str(tmp_path / "demo"), "--scale", "0.05", "--genes", "120", "--proteins"]
+    assert main("build-census", demo) == 0
+    assert "demo-human-lung (homo_sapiens): 90 cells, 117 of 117 genes; 9 proteins" in capsys.readouterr().out

@@ -96,7 +96,10 @@ def explain_hdf5(file: h5py.File) -> str:
     """Format of an HDF5 file without obs and var, and how to convert it; "" if the format is unknown."""
     path = file.filename
     if "mod" in file:
-        return f"is a MuData file; write its RNA only: muon.read({path!r})['rna'].write_h5ad('cells.h5ad')"
+        return (
+            f"is a MuData file; write its RNA only: muon.read({path!r})['rna'].write_h5ad('cells.h5ad'); for"
+            " CITE-seq, first put the proteins into its obsm: rna.obsm['protein_expression'] = prot.to_df()"
+        )
     if "matrix" in file and isinstance(file["matrix"], h5py.Group):
         return f"is a 10x file; {_convert(f'scanpy.read_10x_h5({path!r})')}"
     if {"matrix", "row_attrs", "col_attrs"} <= set(file):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import anndata as ad
@@ -132,6 +132,8 @@ class FrameMatrix:
     def __init__(self, node: Any, where: str) -> None:
         order = node.attrs["column-order"]
         self.names = [each.decode() if isinstance(each, bytes) else str(each) for each in order]
+        if lost := [name for name in self.names if name not in node]:
+            raise UserError(f"{where}: column {lost[0]!r} is missing; the file is damaged")
         self._columns, self._where = [node[name] for name in self.names], where
         for name, column in zip(self.names, self._columns, strict=True):
             if hasattr(column, "keys") or len(column.shape) != 1:
@@ -195,25 +197,29 @@ def find_proteins(
     if asked == NO_PROTEINS:
         return None
     obsm = _members(data)
-    if asked is None:
-        found = [f"obsm/{key}" for key in obsm if re.sub("[^a-z]", "", key.casefold()) in _NAMED_PROTEINS]
-        found += [FEATURES] * (features is not None)
-        if len(found) > 1:
-            raise UserError(
-                f"{name} has proteins in several places: {', '.join(found)}; name the one with the raw counts:"
-                f" {setting}{found[0]}"
-            )
-        if not found:
-            return None
-        asked = found[0]
-    proteins = features if asked == FEATURES else _of_obsm(data, obsm, asked, name)
+    place = asked or _only_place(obsm, features, name, setting)
+    if place is None:
+        return None
+    proteins = features if place == FEATURES else _of_obsm(data, obsm, place, name, setting)
     if proteins is None:
         raise UserError(f"{name} has no features of type Antibody Capture (obsm has {', '.join(obsm) or 'nothing'})")
-    others = "" if asked == FEATURES and not obsm else f"name the place that holds them ({setting}obsm/<name>), or "
+    others = f"name the place that holds them ({setting}obsm/<name>), or " if obsm else ""
     way_out = f"; {others}exclude the proteins with {setting}{NO_PROTEINS}"
-    proteins = Proteins(asked, proteins.names, proteins.matrix, proteins.where, way_out)
+    proteins = replace(proteins, way_out=way_out)
     _check(proteins, n_cells)
     return proteins
+
+
+def _only_place(obsm: Mapping[str, Any], features: Proteins | None, name: str, setting: str) -> str | None:
+    """The place that has proteins; None if there is none, UserError if there are several."""
+    found = [f"obsm/{key}" for key in obsm if re.sub("[^a-z]", "", key.casefold()) in _NAMED_PROTEINS]
+    found += [FEATURES] * (features is not None)
+    if len(found) > 1:
+        raise UserError(
+            f"{name} has proteins in several places: {', '.join(found)}; name the one with the raw counts:"
+            f" {setting}{found[0]}"
+        )
+    return found[0] if found else None
 
 
 def _check(proteins: Proteins, n_cells: int) -> None:
@@ -240,7 +246,7 @@ def _members(data: Any) -> Mapping[str, Any]:
     return {str(key): obsm[key] for key in obsm} if hasattr(obsm, "keys") else {}  # a table before anndata 0.7
 
 
-def _of_obsm(data: Any, obsm: Mapping[str, Any], place: str, name: str) -> Proteins:
+def _of_obsm(data: Any, obsm: Mapping[str, Any], place: str, name: str, setting: str) -> Proteins:
     key, where = place.removeprefix("obsm/"), f"{name}: {place}"
     if key not in obsm:
         near, found = suggestion(place, [f"obsm/{each}" for each in obsm]), ", ".join(obsm) or "nothing"
@@ -252,10 +258,10 @@ def _of_obsm(data: Any, obsm: Mapping[str, Any], place: str, name: str) -> Prote
         frame = FrameMatrix(member, where)
         return Proteins(place, frame.names, frame, where)
     matrix: Matrix = ArrayMatrix(member, where) if isinstance(data, ad.AnnData) else CountMatrix(data, place)
-    return Proteins(place, _names_in_uns(data, key, matrix.shape[1], where), matrix, where)
+    return Proteins(place, _names_in_uns(data, key, matrix.shape[1], where, setting), matrix, where)
 
 
-def _names_in_uns(data: Any, key: str, n_proteins: int, where: str) -> list[str]:
+def _names_in_uns(data: Any, key: str, n_proteins: int, where: str, setting: str) -> list[str]:
     """Names of the columns of an array: `uns["<key>_names"]`, else `uns["protein_names"]`."""
     uns = data.uns if isinstance(data, ad.AnnData) else data.get("uns", {})
     found = next((each for each in (f"{key}_names", _NAMES) if each in uns), None)
@@ -263,7 +269,7 @@ def _names_in_uns(data: Any, key: str, n_proteins: int, where: str) -> list[str]
         raise UserError(
             f"{where} is an array of {n_proteins} columns without names; put the names of the proteins into"
             f" uns['{_NAMES}'], or make it a DataFrame: adata.obsm[{key!r}] = pd.DataFrame(adata.obsm[{key!r}],"
-            " adata.obs_names, names)"
+            f" adata.obs_names, names); or exclude the proteins with {setting}{NO_PROTEINS}"
         )
     values = uns[found] if isinstance(data, ad.AnnData) else _read(data, f"uns/{found}")
     values = np.asarray(values)

@@ -57,7 +57,7 @@ class Proteins:
     names
         Names, in the order of the columns.
     missing
-        For each batch, the proteins that were not measured in it; batches without missing proteins may be left out.
+        For each batch, the proteins that were not measured in it; batches without missing proteins may be absent.
     """
 
     names: list[str]

@@ -136,6 +136,11 @@ def _sources(config: BuildConfig) -> list[H5adSource]:
     return sources
 
 
+def _words(source: H5adSource) -> str:
+    proteins = f"; {len(source.proteins):,} proteins" if source.proteins else ""
+    return f"{source.path}: {source.dataset_id}, {len(source.obs):,} cells, {source.genes}{proteins}"
+
+
 def plan(config: BuildConfig, *, force: bool = False) -> Plan:
     """Plan of a build: cells and genes from the files, cost estimated from the first block of counts of each file."""
     from census_scvi.local_census.write import BLOCK_ROWS, check_target
@@ -150,7 +155,7 @@ def plan(config: BuildConfig, *, force: bool = False) -> Plan:
     n_cells = sum(len(source.obs) for source in sources)
     return Plan(
         "build-census",
-        reads=[f"{source.path}: {source.dataset_id}, {len(source.obs):,} cells, {source.genes}" for source in sources],
+        reads=[_words(source) for source in sources],
         writes=[f"{target}/"],
         cells=n_cells,
         genes=len({gene for source in sources for gene in source.var["feature_id"]}),
