@@ -28,15 +28,20 @@ class LabelledTrainingPlan(SemiSupervisedTrainingPlan):
 
     def training_step(self, minibatch: Minibatch, batch_idx: int) -> torch.Tensor:
         """Loss of a minibatch and of its labelled cells."""
-        cells = {name: value for name, value in minibatch.items() if name != LABELLED}
+        cells = _without_labelled(minibatch)
         loss: torch.Tensor = super().training_step([cells, minibatch[LABELLED]], batch_idx)
         return loss
 
     def validation_step(self, minibatch: Minibatch, batch_idx: int) -> None:
         """Log the metrics of a minibatch."""
-        known = minibatch["labels"].squeeze(1) < self.n_classes
-        labelled = {name: value[known] for name, value in minibatch.items()} if known.any() else None
-        super().validation_step([minibatch, labelled], batch_idx)
+        cells = _without_labelled(minibatch)
+        known = cells["labels"].squeeze(1) < self.n_classes
+        labelled = {name: value[known] for name, value in cells.items()} if known.any() else None
+        super().validation_step([cells, labelled], batch_idx)
+
+
+def _without_labelled(minibatch: Minibatch) -> Minibatch:
+    return {name: value for name, value in minibatch.items() if name != LABELLED}
 
 
 def make_plan(

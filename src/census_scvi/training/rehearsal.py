@@ -154,7 +154,7 @@ def _model(kind: str) -> scvi.model.SCVI:
         ["x"],
         {"n_hidden": 2, "n_latent": 2, **names},
         kind=kind,
-        labels=Labels(["a"], "unknown") if kind == SCANVI else None,
+        labels=Labels(["a", "b"], "unknown") if kind == SCANVI else None,
         proteins=Proteins(["a", "b"], {}) if kind == TOTALVI else None,
     )
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from scvi.module import VAE
+from scvi.module import TOTALVAE, VAE
 from scvi.module.base import LossOutput
 from scvi.nn import FCLayers
 from torch.distributions import Normal, kl_divergence
@@ -144,12 +144,7 @@ def _dispersion(module: VAE, hidden: torch.Tensor, batch: torch.Tensor, labels: 
     return Dispersion(module.px_r.T.exp().contiguous(), batch if module.dispersion == "gene-batch" else labels)
 
 
-@contextmanager
-def unused_frozen(module: VAE) -> Iterator[None]:
-    """Disable the gradients of the parameters that do not affect the loss of this module.
-
-    Otherwise the optimiser and DDP would process them: they are more than half of scVI's parameters.
-    """
+def _unused_by_scvi(module: VAE) -> list[torch.nn.Parameter]:
     decoder = module.decoder
     unused: list[torch.nn.Parameter] = []
     if module.use_observed_lib_size:
@@ -160,6 +155,27 @@ def unused_frozen(module: VAE) -> Iterator[None]:
         unused += decoder.px_r_decoder.parameters()
         if module.gene_likelihood == "poisson":
             unused.append(module.px_r)
+    return unused
+
+
+def _unused_by_totalvi(module: TOTALVAE) -> list[torch.nn.Parameter]:
+    encoder = module.encoder
+    unused: list[torch.nn.Parameter] = []
+    if module.use_observed_lib_size:
+        for layers in (encoder.l_gene_encoder, encoder.l_gene_mean_encoder, encoder.l_gene_var_encoder):
+            unused += layers.parameters()
+    if module.gene_likelihood != "zinb":
+        unused += module.decoder.px_dropout_decoder_gene.parameters()
+    return unused
+
+
+@contextmanager
+def unused_frozen(module: VAE | TOTALVAE) -> Iterator[None]:
+    """Disable the gradients of the parameters that do not affect the loss of this module.
+
+    Otherwise the optimiser and DDP would process them: they are more than half of scVI's parameters.
+    """
+    unused = _unused_by_totalvi(module) if isinstance(module, TOTALVAE) else _unused_by_scvi(module)
     before = [parameter.requires_grad for parameter in unused]
     for parameter in unused:
         parameter.requires_grad_(False)
