@@ -85,6 +85,39 @@ def select_cells(
     return _in_order(cells, np.concatenate(codes), labels)
 
 
+def select_labels(
+    census: Census, value_filter: str | None, column: str, unlabeled_category: str
+) -> tuple[npt.NDArray[np.int32], list[str]]:
+    """Labels of the cells of a filter, in the order of `select_cells`.
+
+    Parameters
+    ----------
+    census, value_filter
+        As in `select_cells`.
+    column
+        obs column of the labels.
+    unlabeled_category
+        Label of the cells without a known label; missing values get it, too.
+
+    Returns
+    -------
+    Codes, int32 (cells,), and the labels in the order of the codes: sorted, the unlabelled category last.
+    """
+    require_columns(census, [column], "anndata.labels_key")
+    joinids: list[npt.NDArray[np.int64]] = []
+    codes: list[npt.NDArray[np.int32]] = []
+    known: dict[str, int] = {}
+    for table in read_obs(census, value_filter, ["soma_joinid", column], "census.obs_query"):
+        joinids.append(table["soma_joinid"].to_numpy())
+        found = pd.Categorical(table[column].to_pandas())
+        of_category = [known.setdefault(str(label), len(known)) for label in found.categories]
+        codes.append(np.array([*of_category, -1], np.int32)[found.codes])  # the code of a missing value is -1
+    used, places = np.unique(np.concatenate(codes)[np.argsort(np.concatenate(joinids))], return_inverse=True)
+    names = [unlabeled_category if code < 0 else list(known)[code] for code in used]
+    labels = [*sorted(set(names) - {unlabeled_category}), unlabeled_category]
+    return np.array([labels.index(name) for name in names], np.int32)[places], labels
+
+
 def matching_joinids(census: Census, obs_filter: str | None, setting: str = "obs_filter") -> npt.NDArray[np.int64]:
     """soma_joinids of the cells that match a filter, ascending; UserError if there are none."""
     tables = [table["soma_joinid"].to_numpy() for table in read_obs(census, obs_filter, ["soma_joinid"], setting)]

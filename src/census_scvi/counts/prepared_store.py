@@ -12,11 +12,12 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import scipy.sparse as sp
 from anndata.io import read_elem
 
-from census_scvi.config.run_names import PART
+from census_scvi.config.run_names import PART, PROTEINS
 from census_scvi.counts.file_order import Pool, Run, pools
 from census_scvi.counts.reader import PreparedCells
 from census_scvi.counts.writer import H5adWriter
@@ -59,7 +60,14 @@ class PreparedStore:
         """Pools of a part that are not on disk yet, in the order in which `fill` expects them."""
         return [pool for group in self._missing(part).values() for pool in group]
 
-    def fill(self, counts: Iterator[sp.csr_matrix], obs: Iterator[pd.DataFrame], part: Part = WHOLE) -> Iterator[int]:
+    def fill(
+        self,
+        counts: Iterator[sp.csr_matrix],
+        obs: Iterator[pd.DataFrame],
+        part: Part = WHOLE,
+        *,
+        proteins: Iterator[npt.NDArray[np.float32]] | None = None,
+    ) -> Iterator[int]:
         """Write the missing portions of a part; yields the number of cells of each pool after it is written.
 
         Parameters
@@ -70,13 +78,16 @@ class PreparedStore:
             obs of the cells of each missing pool, in order.
         part
             The part; two processes must not fill the same part at the same time.
+        proteins
+            Counts of proteins of the cells of each missing pool, float32 (cells, proteins), in order; None: none.
         """
         for path, group in self._missing(part).items():
             with self._whole(path) as writer:
                 for pool in group:
                     order = pool.order()
                     shuffled = sp.vstack([next(counts) for _ in pool.runs])[order]
-                    writer.append(next(obs).iloc[order], counts=shuffled)
+                    obsm = {PROTEINS: next(proteins)[order]} if proteins else None
+                    writer.append(next(obs).iloc[order], counts=shuffled, obsm=obsm)
                     yield len(order)
 
     def join(self) -> None:
@@ -93,8 +104,8 @@ class PreparedStore:
             return
         with self._whole(self._target) as writer:
             for path in self._portions:
-                for obs, counts in _slices(path):
-                    writer.append(obs, counts=counts)
+                for obs, counts, obsm in _slices(path):
+                    writer.append(obs, counts=counts, obsm=obsm)
 
     def _missing(self, part: Part) -> dict[Path, list[Pool]]:
         if self._target.exists():
@@ -111,13 +122,14 @@ class PreparedStore:
         partial.replace(path)
 
 
-def _slices(path: Path) -> Iterator[tuple[pd.DataFrame, sp.csr_matrix]]:
+def _slices(path: Path) -> Iterator[tuple[pd.DataFrame, sp.csr_matrix, dict[str, npt.NDArray[np.float32]]]]:
     with h5py.File(path, "r") as file:
         obs = read_elem(file["obs"])
     cells = PreparedCells(path)
     for start in range(0, cells.n_cells, _SLICE):
         stop = min(start + _SLICE, cells.n_cells)
-        yield obs.iloc[start:stop], cells.read([(start, stop)]).csr(cells.n_genes)
+        obsm = {PROTEINS: cells.protein_counts(start, stop)} if cells.proteins else {}
+        yield obs.iloc[start:stop], cells.read([(start, stop)]).csr(cells.n_genes), obsm
     cells.close()
 
 

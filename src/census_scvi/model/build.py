@@ -27,7 +27,8 @@ from census_scvi.model.settings import ModelSection
 _CELLS_A_BATCH = 3
 # Largest number in the arguments of a model: it limits the memory for a damaged or hostile description.
 _LARGEST = 100_000
-_EMPIRICAL_PRIOR = "empirical_protein_background_prior"
+# Init argument of TOTALVI: whether the prior of the protein background is set from the cells.
+EMPIRICAL_PRIOR = "empirical_protein_background_prior"
 # scvi-tools sets the prior from the cells if there are more proteins.
 _PROTEINS_OF_A_PRIOR = 10
 
@@ -175,13 +176,13 @@ def build_model(
     """
     model_class = family_of(kind).model_class
     adata = skeleton(genes, batches, labels, proteins)
-    own = {} if kind != TOTALVI else {_EMPIRICAL_PRIOR: False}
+    own = {} if kind != TOTALVI else {EMPIRICAL_PRIOR: False}
     with quiet("scvi"), warnings.catch_warnings():
         _ignore_setup_warnings()
         model_class.setup_anndata(adata, batch_key=BATCH, **_setup_arguments(labels, proteins))
         model: scvi.model.SCVI = model_class(adata, **arguments | own)
     if own:  # a model that extends this one takes the prior of the new batches from their cells
-        model.init_params_["non_kwargs"][_EMPIRICAL_PRIOR] = arguments.get(_EMPIRICAL_PRIOR)
+        model.init_params_["non_kwargs"][EMPIRICAL_PRIOR] = arguments.get(EMPIRICAL_PRIOR)
     if n_cells is not None:
         counts = model.adata_manager.registry["field_registries"]["X"]
         counts["summary_stats"]["n_cells"] = counts["state_registry"]["n_obs"] = n_cells
@@ -210,7 +211,7 @@ def set_protein_priors(model: scvi.model.TOTALVI, cells: ad.AnnData) -> None:
     cells
         Some cells of each batch, as in `skeleton`, with their counts of proteins; scvi-tools uses 100 per batch.
     """
-    chosen = model.init_params_["non_kwargs"][_EMPIRICAL_PRIOR]
+    chosen = model.init_params_["non_kwargs"][EMPIRICAL_PRIOR]
     if not (model.summary_stats.n_proteins > _PROTEINS_OF_A_PRIOR if chosen is None else chosen):
         return
     with quiet("scvi"):

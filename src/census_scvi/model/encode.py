@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +14,11 @@ import pandas as pd
 import scipy.sparse as sp
 import scvi
 import torch
+from scvi.module import VAE
 
-from census_scvi.model.build import skeleton, without_training
+from census_scvi.config.run_names import LABELS, PROTEIN_NAMES, PROTEINS
+from census_scvi.model.build import EMPIRICAL_PRIOR, Labels, Proteins, skeleton, without_training
+from census_scvi.model.families import SCANVI, TOTALVI
 
 _MINIBATCH_CELLS = 1024
 
@@ -36,11 +41,11 @@ class Latent:
 
 
 class Encoder:
-    """Posterior mean and variance of cells, with the same result as scvi-tools.
+    """Posterior mean and variance of cells, with the same result as scvi-tools, for every kind of model.
 
-    If the encoder does not use the batch, a faster implementation is used. Counts are mostly zeros and log1p keeps
-    zeros, so the first layer is a weighted sum of a few rows of its weights. At inference, BatchNorm is folded into the
-    linear layer before it.
+    If the encoder of counts uses neither the batch nor layer norm, a faster implementation is used. Counts are mostly
+    zeros and log1p keeps zeros, so the first layer is a weighted sum of a few rows of its weights. At inference,
+    BatchNorm is folded into the linear layer before it.
 
     Parameters
     ----------
@@ -50,11 +55,16 @@ class Encoder:
 
     def __init__(self, model: scvi.model.SCVI) -> None:
         self._module = model.module.eval()
-        self._folded = None if self._module.encode_covariates else _FoldedEncoder(self._module.z_encoder)
+        self._folded = _FoldedEncoder(self._module.z_encoder) if _can_fold(self._module) else None
 
     @torch.inference_mode()
     def __call__(
-        self, counts: sp.csr_matrix, batch_codes: npt.NDArray[np.integer], minibatch: int = _MINIBATCH_CELLS
+        self,
+        counts: sp.csr_matrix,
+        batch_codes: npt.NDArray[np.integer],
+        proteins: npt.NDArray[np.float32] | None = None,
+        *,
+        minibatch: int = _MINIBATCH_CELLS,
     ) -> Latent:
         """Encode cells.
 
@@ -64,6 +74,8 @@ class Encoder:
             CSR float32 (cells, genes), genes in the model's order.
         batch_codes
             Integers (cells,), positions in the model's batches; only a model with `encode_covariates` uses them.
+        proteins
+            Counts of proteins for TOTALVI, float32 (cells, proteins), 0 for proteins that were not measured.
         minibatch
             Cells encoded at a time; changes the result by float32 rounding at most.
         """
@@ -73,19 +85,37 @@ class Encoder:
             if self._folded is not None:
                 mean, variance = self._folded(counts[rows])
             else:
-                mean, variance = self._as_scvi_tools(counts[rows], batch_codes[rows])
+                some_proteins = None if proteins is None else proteins[rows]
+                mean, variance = self._as_scvi_tools(counts[rows], batch_codes[rows], some_proteins)
             means.append(mean.cpu().numpy())
             variances.append(variance.cpu().numpy())
         library_size = np.asarray(counts.sum(axis=1), dtype=np.float32).ravel()
         return Latent(np.concatenate(means), np.concatenate(variances), library_size)
 
     def _as_scvi_tools(
-        self, counts: sp.csr_matrix, batch_codes: npt.NDArray[np.integer]
+        self,
+        counts: sp.csr_matrix,
+        batch_codes: npt.NDArray[np.integer],
+        proteins: npt.NDArray[np.float32] | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        device = self._module.device
-        batch = torch.from_numpy(batch_codes.astype(np.int64)).unsqueeze(1).to(device)
-        posterior = self._module.inference(torch.from_numpy(counts.toarray()).to(device), batch_index=batch)["qz"]
+        batch = torch.from_numpy(batch_codes.astype(np.int64)).unsqueeze(1)
+        tensors = {"X": torch.from_numpy(counts.toarray()), "batch": batch, "labels": torch.zeros_like(batch)}
+        if proteins is not None:
+            tensors["proteins"] = torch.from_numpy(np.ascontiguousarray(proteins))
+        inputs = self._module._get_inference_input(  # the inputs differ between kinds of models
+            {name: tensor.to(self._module.device) for name, tensor in tensors.items()}
+        )
+        posterior = self._module.inference(**inputs)["qz"]
         return posterior.loc, posterior.scale.square()
+
+
+def _can_fold(module: Any) -> bool:
+    """Whether the encoder is what `_FoldedEncoder` computes: log1p of counts; Linear, BatchNorm and ReLU only."""
+    if module.encode_covariates or not isinstance(module, VAE) or not module.log_variational:
+        return False
+    layers = [layer for layers in module.z_encoder.encoder.fc_layers for layer in layers if layer is not None]
+    kinds = [type(layer) for layer in layers if not isinstance(layer, torch.nn.Dropout)]
+    return kinds == [torch.nn.Linear, torch.nn.BatchNorm1d, torch.nn.ReLU] * (len(kinds) // 3)
 
 
 class _FoldedEncoder:
@@ -124,7 +154,13 @@ def _fold(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def reference_latent(
-    model: scvi.model.SCVI, genes: list[str], counts: sp.csr_matrix, batches: npt.ArrayLike, accelerator: str = "cpu"
+    model: scvi.model.SCVI,
+    genes: list[str],
+    counts: sp.csr_matrix,
+    batches: npt.ArrayLike,
+    proteins: npt.NDArray[np.float32] | None = None,
+    *,
+    accelerator: str = "cpu",
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Posterior of cells by scvi-tools' own `load_query_data` and `get_latent_representation`.
 
@@ -138,6 +174,8 @@ def reference_latent(
         CSR float32 (cells, genes).
     batches
         Batch label of each cell.
+    proteins
+        Counts of proteins for TOTALVI, float32 (cells, proteins).
     accelerator
         cpu or gpu.
 
@@ -147,11 +185,28 @@ def reference_latent(
     """
     obs = pd.DataFrame({"batch": np.asarray(batches, dtype=object)}, index=[str(i) for i in range(counts.shape[0])])
     query = ad.AnnData(counts.copy(), obs=obs, var=pd.DataFrame(index=pd.Index(genes, name="feature_id")))
-    with without_training():
+    if type(model).__name__ == SCANVI:
+        query.obs[LABELS] = model.unlabeled_category_
+    if proteins is not None:
+        query.obsm[PROTEINS] = proteins
+        query.uns[PROTEIN_NAMES] = model.adata_manager.get_state_registry("proteins").column_names
+    with without_training(), _without_protein_priors(model):
         mapped = type(model).load_query_data(query, model, accelerator=accelerator)
         mapped.is_trained = True
         mean, variance = mapped.get_latent_representation(return_dist=True)
     return mean, variance
+
+
+@contextmanager
+def _without_protein_priors(model: scvi.model.SCVI) -> Iterator[None]:
+    """Let scvi-tools extend a TOTALVI model without fitting the protein background of the given cells, for seconds."""
+    arguments = model.init_params_["non_kwargs"]
+    before = {name: arguments[name] for name in (EMPIRICAL_PRIOR,) if name in arguments}
+    arguments.update(dict.fromkeys(before, False))
+    try:
+        yield
+    finally:
+        arguments.update(before)
 
 
 def extend_batches(model: scvi.model.SCVI, genes: list[str], batches: list[str]) -> scvi.model.SCVI:
@@ -175,19 +230,53 @@ def extend_batches(model: scvi.model.SCVI, genes: list[str], batches: list[str])
     A new model, on the CPU, in eval mode; its registry lists the trained batches first.
     """
     trained = batch_labels(model)
-    labels = labels_with(trained, batches)
-    n_additional = len(labels) - len(trained)
-    with without_training():
-        extended = type(model).load_query_data(skeleton(genes, labels), model, accelerator="cpu")
+    every = labels_with(trained, batches)
+    labels, proteins = inputs_of(model)
+    with without_training(), _without_protein_priors(model):
+        cells = skeleton(genes, every, labels, proteins)
+        extended = type(model).load_query_data(cells, model, accelerator="cpu")
     weights = extended.module.state_dict()
     for name, reference in model.module.state_dict().items():
-        if weights[name].shape != reference.shape:  # the last columns are the one-hot batch
-            of_batches = reference[..., -len(trained) :]
-            weights[name][..., -n_additional:] = of_batches.mean(dim=-1, keepdim=True).cpu()
+        if weights[name].shape != reference.shape:
+            _fill_new_batches(weights[name], reference.cpu(), len(trained), len(every) - len(trained))
     extended.module.load_state_dict(weights)
     extended.module.eval()
     extended.is_trained = True
     return extended
+
+
+def _fill_new_batches(weights: torch.Tensor, reference: torch.Tensor, n_trained: int, n_new: int) -> None:
+    """Set the weights of new batches, which are the last ones in one dimension, to the mean of the trained ones.
+
+    The layers of a model with one batch have no weights of batches: all of them are new, and 0 changes nothing.
+    """
+    dim = next(d for d in range(weights.ndim) if weights.shape[d] != reference.shape[d])
+    n_added = weights.shape[dim] - reference.shape[dim]
+    new = weights.narrow(dim, reference.shape[dim], n_added)
+    if n_added > n_new:
+        new.zero_()
+    else:
+        trained = reference.narrow(dim, reference.shape[dim] - n_trained, n_trained)
+        new.copy_(trained.mean(dim=dim, keepdim=True))
+
+
+def inputs_of(model: scvi.model.SCVI) -> tuple[Labels | None, Proteins | None]:
+    """Labels of a SCANVI model, and proteins of a TOTALVI model, from its registry."""
+    labels, proteins, kind = None, None, type(model).__name__
+    if kind == SCANVI:
+        state = model.adata_manager.get_state_registry("labels")
+        classes = [str(label) for label in state.categorical_mapping if label != state.unlabeled_category]
+        labels = Labels(classes, str(state.unlabeled_category))
+    elif kind == TOTALVI:
+        state = model.adata_manager.get_state_registry("proteins")
+        names = [str(name) for name in state.column_names]
+        measured = state.get("protein_batch_mask") or {}
+        batches = batch_labels(model)
+        proteins = Proteins(
+            names,
+            {batches[int(code)]: [names[i] for i in np.flatnonzero(~mask)] for code, mask in measured.items()},
+        )
+    return labels, proteins
 
 
 def labels_with(trained: list[str], batches: list[str]) -> list[str]:

@@ -33,7 +33,8 @@ class Family:
     settings
         Init arguments that every model of this kind has, and the setting of the `model` section for each.
     latent_keys
-        Names of the posterior means and variances in the obsm of a minified model.
+        Names of the posterior means and variances in the obsm of a minified model; None if scvi-tools has no minified
+        form for AnnData.
     cell_data
         Arguments of `setup_anndata` for its inputs other than counts and batches.
     modalities
@@ -46,7 +47,7 @@ class Family:
     plan: str
     plan_defaults: Mapping[str, Any]
     settings: Mapping[str, str]
-    latent_keys: tuple[str, str]
+    latent_keys: tuple[str, str] | None
     cell_data: tuple[str, ...]
     modalities: tuple[str, ...]
 
@@ -91,7 +92,7 @@ FAMILIES = {
         ),
         Family(
             TOTALVI, "totalVI", "TOTALVAE", "AdversarialTrainingPlan", {"lr": 4e-3, "reduce_lr_on_plateau": True},
-            _TOTALVI_SETTINGS, ("totalvi_latent_qzm", "totalvi_latent_qzv"), ("protein_expression_obsm_key",),
+            _TOTALVI_SETTINGS, None, ("protein_expression_obsm_key",),
             ("rna", "protein"),
         ),
     )

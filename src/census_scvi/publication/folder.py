@@ -65,7 +65,7 @@ def write_published(
     write_sealed(partial, description.genes, counts, obs, latent)
     codes = pd.Index(description.batches).get_indexer(obs["batch"].astype(str))
     posterior = Encoder(model)(counts, np.maximum(codes, 0))
-    hub = write_hub(partial, load_safe(partial)[0], description.genes, obs, posterior)
+    hub = write_hub(partial, load_safe(partial)[0], description, obs, posterior)
     (partial / PICTURE).write_bytes(learning_curve(record["stages"]["train"]["learning_curves"]))
     card = model_card(record, description, int((codes >= 0).sum()))
     (partial / CARD).write_text(card, encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import torch
 from census_scvi.census.cells import Cells, select_cells, soma_filter
 from census_scvi.census.genes import locate_genes, read_genes
 from census_scvi.census.open import Census, open_census
+from census_scvi.census.proteins import read_protein_names, stream_proteins
 from census_scvi.census.stream import Block, consecutive, stream_blocks, stream_obs, tile_runs
 from census_scvi.config.random_streams import Stream, draw, generator
 from census_scvi.config.stages import STAGES
@@ -23,8 +25,9 @@ from census_scvi.counts.row_hash import row_hashes
 from census_scvi.errors import UserError
 from census_scvi.files.parts import WHOLE, Part, parts
 from census_scvi.model.encode import Encoder, Latent, extend_batches, labels_with, reference_latent
+from census_scvi.model.families import family_of
 from census_scvi.model.latent_store import LatentStore, join_latent
-from census_scvi.model.minified import save_minified
+from census_scvi.model.minified import MinifiedBlock, save_minified
 from census_scvi.model.safe import ModelDescription, load_safe, read_description
 from census_scvi.settings import Config
 from census_scvi.stages.inputs import inputs_of
@@ -49,10 +52,11 @@ def run(task: Task) -> None:
     description = _fitting_description(config, artifacts)
     gene_joinids = locate_genes(census, description.genes, config.genes.min_share, "genes.min_share")
     soma_filter(census, config.census.obs_query, "census.obs_query")
+    protein_columns = _protein_columns(census, config, description)
     task.run.start()
     cells = select_cells(census, config.census.obs_query, config.anndata.batch_key)
     log.info("%s cells in %d batches", f"{len(cells):,}", len(cells.batches))
-    job = _Embedding(config, task.run, census, cells, gene_joinids, artifacts)
+    job = _Embedding(config, task.run, census, cells, gene_joinids, protein_columns, artifacts)
     job.embed()
     written = job.finish()
     task.commit(written, job.counts(), census=census.identity, trained_batches=description.batches)
@@ -83,6 +87,20 @@ def _fitting_description(config: Config, artifacts: Artifacts) -> ModelDescripti
     return description
 
 
+def _protein_columns(census: Census, config: Config, description: ModelDescription) -> npt.NDArray[np.int64]:
+    """Position of each protein of the model in the measurement of the Census, -1 if it is not there."""
+    if not description.proteins:
+        return np.empty(0, np.int64)
+    measurement = str(config.anndata.protein_measurement)
+    columns = pd.Index(read_protein_names(census, measurement)).get_indexer(description.proteins)
+    missing = [name for name, column in zip(description.proteins, columns, strict=True) if column < 0]
+    if len(missing) == len(columns):
+        raise UserError(f"ms[{measurement!r}] of the Census has none of the model's proteins, such as {missing[0]!r}")
+    if missing:
+        log.warning("proteins that the Census does not have count as not measured: %s", ", ".join(missing))
+    return columns.astype(np.int64)
+
+
 class _Embedding:
     """One run of the stage: encode the remaining cells, then write the artifacts."""
 
@@ -93,10 +111,11 @@ class _Embedding:
         census: Census,
         cells: Cells,
         gene_joinids: npt.NDArray[np.int64],
+        protein_columns: npt.NDArray[np.int64],
         artifacts: Artifacts,
     ) -> None:
         self._config, self._stage, self._census, self._cells = config, stage, census, cells
-        self._gene_joinids, self._artifacts = gene_joinids, artifacts
+        self._gene_joinids, self._protein_columns, self._artifacts = gene_joinids, protein_columns, artifacts
         self._trained, self._description = load_safe(config.directory / artifacts.model)
         self._labels = labels_with(self._description.batches, cells.batches)
         self._codes = _codes_in(self._labels, cells)
@@ -115,22 +134,28 @@ class _Embedding:
         # The extended model takes as much memory again. Most encoders do not use the batch, so they do not need it.
         sees_batch = self._description.arguments["encode_covariates"]
         encode = Encoder(_on_device(self._extended() if sees_batch else self._trained, self._config))
-        blocks = stream_blocks(
-            self._census,
-            self._cells.joinids,
-            self._gene_joinids,
-            blocks=[block for block in every if block[0] - every[0][0] >= done],
-        )
+        remaining = [block for block in every if block[0] - every[0][0] >= done]
+        blocks = stream_blocks(self._census, self._cells.joinids, self._gene_joinids, blocks=remaining)
         with progress_bar(total, "embed", done=done) as bar:
-            for block in blocks:
+            for block, proteins in zip(blocks, self._proteins(remaining), strict=True):
                 rows = slice(block.start, block.start + block.counts.shape[0])
-                latent = encode(block.counts, self._codes[rows])
+                latent = encode(block.counts, self._codes[rows], proteins)
                 if self._difference is None:
-                    self._difference = self._prove(block, latent)
+                    self._difference = self._prove(block, proteins, latent)
                 store.append(latent, row_hashes(block.counts))
                 bar.update(len(latent.mean))
 
-    def _prove(self, block: Block, latent: Latent) -> float:
+    def _proteins(self, blocks: list[tuple[int, int]]) -> Iterator[npt.NDArray[np.float32] | None]:
+        """Counts of the model's proteins of the cells of each block; None for a model without proteins."""
+        columns = self._protein_columns
+        if not len(columns):
+            yield from itertools.repeat(None, len(blocks))
+            return
+        measurement, groups = str(self._config.anndata.protein_measurement), (np.arange(*block) for block in blocks)
+        for counts in stream_proteins(self._census, measurement, self._cells.joinids, groups):
+            yield np.where(columns >= 0, counts[:, columns], np.float32(0))
+
+    def _prove(self, block: Block, proteins: npt.NDArray[np.float32] | None, latent: Latent) -> float:
         """Largest difference from scvi-tools' latent on cells of a block; RuntimeError if it exceeds rounding."""
         codes = self._codes[block.start : block.start + block.counts.shape[0]]
         rows = np.arange(len(codes))
@@ -144,7 +169,9 @@ class _Embedding:
         labels = np.asarray(self._labels, dtype=object)[codes[rows]]
         accelerator = "gpu" if self._trained.module.device.type == "cuda" else "cpu"
         genes, counts = self._description.genes, block.counts[rows]
-        mean, variance = reference_latent(self._trained, genes, counts, labels, accelerator)
+        mean, variance = reference_latent(
+            self._trained, genes, counts, labels, None if proteins is None else proteins[rows], accelerator=accelerator
+        )
         difference = float(max(np.abs(mean - latent.mean[rows]).max(), np.abs(variance - latent.variance[rows]).max()))
         if not difference <= _TOLERANCE:
             raise RuntimeError(f"the latent differs from scvi-tools' own by {difference}, more than {_TOLERANCE}")
@@ -161,7 +188,7 @@ class _Embedding:
         if (chosen := self._minified_cells()) is not None:
             folder = self._stage.path(names.minified)
             uns = {"trained_batches": np.array(self._description.batches, dtype=object)}
-            save_minified(self._extended(), self._description.genes, self._minified_blocks(chosen, store), folder, uns)
+            save_minified(self._extended(), self._description, self._minified_blocks(chosen, store), folder, uns)
             written.append(names.minified)
         return written
 
@@ -174,12 +201,13 @@ class _Embedding:
         settings, total = self._config.latent, len(self._cells)
         if settings.minified == "none":
             return None
+        if family_of(self._description.model).latent_keys is None:
+            log.info("%s is not written: scvi-tools has no minified form of this model", self._artifacts.minified)
+            return None
         size = total if settings.minified == "all" else settings.sample_size
         return draw(total, size, generator(self._config.seed, Stream.MINIFIED_CELLS))
 
-    def _minified_blocks(
-        self, chosen: npt.NDArray[np.int64], store: LatentStore
-    ) -> Iterator[tuple[pd.DataFrame, npt.NDArray[np.int32], Latent]]:
+    def _minified_blocks(self, chosen: npt.NDArray[np.int64], store: LatentStore) -> Iterator[MinifiedBlock]:
         size = self._config.latent.block_size
         groups = (chosen[start : start + size] for start in range(0, len(chosen), size))
         for rows, obs in stream_obs(self._census, self._cells.joinids, groups):
@@ -240,7 +268,9 @@ def plan(config: Config) -> Plan:
         sample = _blocks(cells, size)[-_SAMPLE_BLOCKS:]
         started, n_sampled = time.monotonic(), 0
         for block in stream_blocks(census, cells.joinids, gene_joinids, blocks=sample):
-            encode(block.counts, np.zeros(block.counts.shape[0], dtype=np.int32))
+            n_cells = block.counts.shape[0]
+            proteins = np.zeros((n_cells, len(description.proteins)), np.float32) if description.proteins else None
+            encode(block.counts, np.zeros(n_cells, np.int32), proteins)
             if block.start == sample[0][0]:
                 started = time.monotonic()
             else:

@@ -7,18 +7,20 @@ import logging
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from census_scvi.census.cells import Cells, require_columns, select_cells, soma_filter
+from census_scvi.census.cells import Cells, require_columns, select_cells, select_labels, soma_filter
 from census_scvi.census.genes import Selection, read_genes, read_var, select_genes, write_genes
 from census_scvi.census.hvg.tally import GeneTally
 from census_scvi.census.open import Census, open_census
+from census_scvi.census.proteins import read_protein_names, stream_proteins
 from census_scvi.census.schema import X_TILE
 from census_scvi.census.stream import stream_blocks, stream_obs, tile_runs
+from census_scvi.config.run_names import BATCH, LABELS, PROTEIN_NAMES
 from census_scvi.counts.file_order import POOL_RUNS
 from census_scvi.counts.prepared_store import PART_POOLS, PreparedStore, count_nonzeros
 from census_scvi.counts.writer import H5adWriter
@@ -31,6 +33,9 @@ from census_scvi.terminal.progress import progress_bar
 from census_scvi.workspace import StageRun
 
 log = logging.getLogger(__name__)
+
+# Label codes of the selected cells, int32 (cells,), and the labels in the order of the codes.
+_Labels: TypeAlias = tuple[npt.NDArray[np.int32], list[str]]
 
 # Constants for --dry-run, checked by benchmarks/stages.py. Memory before the first cell: the imports of this stage and
 # TileDB's buffers.
@@ -64,6 +69,10 @@ def _check_columns(census: Census, config: Config) -> None:
     require_columns(census, config.anndata.batch_key, "anndata.batch_key")
     require_columns(census, config.hvg.hvg_batch, "hvg.hvg_batch")
     require_columns(census, config.anndata.obs_columns or [], "anndata.obs_columns")
+    if config.anndata.labels_key is not None:
+        require_columns(census, [config.anndata.labels_key], "anndata.labels_key")
+    if config.anndata.protein_measurement is not None:
+        read_protein_names(census, config.anndata.protein_measurement)
     soma_filter(census, config.census.obs_query, "census.obs_query")
     soma_filter(census, config.census.obs_query_model, "census.obs_query_model")
     if config.hvg.min_genes:
@@ -135,7 +144,9 @@ def _fill(
 ) -> PreparedStore:
     """Write a part of the cells; different processes may write different parts."""
     var = read_var(census).set_index("feature_id").loc[genes]
-    writer = partial(H5adWriter, var=var, compression=config.anndata.compression)
+    measurement = config.anndata.protein_measurement
+    uns = {PROTEIN_NAMES: np.array(read_protein_names(census, measurement), dtype=object)} if measurement else None
+    writer = partial(H5adWriter, var=var, uns=uns, compression=config.anndata.compression)
     store = PreparedStore(path, tile_runs(cells.joinids), config.seed, writer)
     missing, total = store.missing(part), store.n_cells(part)
     done = total - sum(map(len, missing))
@@ -143,20 +154,38 @@ def _fill(
         log.info("%s of %s cells were written before", f"{done:,}", f"{total:,}")
     runs = [run for pool in missing for run in pool.runs]
     blocks = stream_blocks(census, cells.joinids, var["soma_joinid"].to_numpy(), blocks=runs)
-    pools = (pool.cells() for pool in missing)
-    frames = stream_obs(census, cells.joinids, pools, config.anndata.obs_columns)
+    frames = stream_obs(census, cells.joinids, (pool.cells() for pool in missing), config.anndata.obs_columns)
     counts = (block.counts for block in blocks)
-    obs = (_with_batch(frame, places, cells) for places, frame in frames)
+    labels = _labels(census, config)
+    obs = (_with_batch(frame, places, cells, labels) for places, frame in frames)
+    proteins = None
+    if measurement:
+        proteins = stream_proteins(census, measurement, cells.joinids, (pool.cells() for pool in missing))
     with progress_bar(total, "prepare", done=done) as bar:
-        for written in store.fill(counts, obs, part):
+        for written in store.fill(counts, obs, part, proteins=proteins):
             bar.update(written)
     return store
 
 
-def _with_batch(obs: pd.DataFrame, places: npt.NDArray[np.int64], cells: Cells) -> pd.DataFrame:
-    """Obs with the column `batch`, indexed by the position among the selected cells."""
-    batch = pd.Categorical.from_codes(cells.batch_codes[places], categories=cells.batches)
-    return obs.assign(batch=batch).set_axis(pd.Index(places.astype(str)))
+def _labels(census: Census, config: Config) -> _Labels | None:
+    """Label codes of the selected cells, and the labels; None without `anndata.labels_key`."""
+    settings = config.anndata
+    if settings.labels_key is None:
+        return None
+    codes, labels = select_labels(census, config.training_filter, settings.labels_key, settings.unlabeled_category)
+    n_labels = len(labels) - 1
+    unlabeled = 100 * float((codes == n_labels).mean())
+    log.info("%d labels in %s, %.1f%% of the cells are unlabelled", n_labels, settings.labels_key, unlabeled)
+    return codes, labels
+
+
+def _with_batch(obs: pd.DataFrame, places: npt.NDArray[np.int64], cells: Cells, labels: _Labels | None) -> pd.DataFrame:
+    """Obs with the columns `batch` and `labels`, indexed by the position among the selected cells."""
+    obs = obs.assign(**{BATCH: pd.Categorical.from_codes(cells.batch_codes[places], categories=cells.batches)})
+    if labels:
+        codes, categories = labels
+        obs = obs.assign(**{LABELS: pd.Categorical.from_codes(codes[places], categories=categories)})
+    return obs.set_axis(pd.Index(places.astype(str)))
 
 
 def plan(config: Config) -> Plan:

@@ -144,6 +144,11 @@ def _describe(config: Config, cells: PreparedCells) -> ModelDescription:
     )
     if config.model.kind == SCANVI:
         *classes, unlabeled = cells.labels
+        if len(classes) < 2:
+            raise UserError(
+                f"{cells.path} has {len(classes)} labels (anndata.labels_key: {config.anndata.labels_key}), and SCANVI"
+                " needs two or more: choose another column, or set model.kind to SCVI"
+            )
         return replace(
             description, labels=classes, labels_key=str(config.anndata.labels_key), unlabeled_category=unlabeled
         )
