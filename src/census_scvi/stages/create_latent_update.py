@@ -56,7 +56,7 @@ def run(task: Task) -> None:
     task.run.start()
     cells = select_cells(census, config.census.obs_query, config.anndata.batch_key)
     log.info("%s cells in %d batches", f"{len(cells):,}", len(cells.batches))
-    job = _Embedding(config, task.run, census, cells, gene_joinids, protein_columns, artifacts)
+    job = _Embedding(config, task.run, census, cells, gene_joinids, artifacts, protein_columns)
     job.embed()
     written = job.finish()
     task.commit(written, job.counts(), census=census.identity, trained_batches=description.batches)
@@ -87,10 +87,13 @@ def _fitting_description(config: Config, artifacts: Artifacts) -> ModelDescripti
     return description
 
 
-def _protein_columns(census: Census, config: Config, description: ModelDescription) -> npt.NDArray[np.int64]:
-    """Position of each protein of the model in the measurement of the Census, -1 if it is not there."""
+def _protein_columns(census: Census, config: Config, description: ModelDescription) -> npt.NDArray[np.int64] | None:
+    """Position of each protein of the model in the measurement of the Census, -1 if it is not there; None: no proteins.
+
+    UserError if the Census has none of them.
+    """
     if not description.proteins:
-        return np.empty(0, np.int64)
+        return None
     measurement = str(config.anndata.protein_measurement)
     columns = pd.Index(read_protein_names(census, measurement)).get_indexer(description.proteins)
     missing = [name for name, column in zip(description.proteins, columns, strict=True) if column < 0]
@@ -111,8 +114,8 @@ class _Embedding:
         census: Census,
         cells: Cells,
         gene_joinids: npt.NDArray[np.int64],
-        protein_columns: npt.NDArray[np.int64],
         artifacts: Artifacts,
+        protein_columns: npt.NDArray[np.int64] | None = None,
     ) -> None:
         self._config, self._stage, self._census, self._cells = config, stage, census, cells
         self._gene_joinids, self._protein_columns, self._artifacts = gene_joinids, protein_columns, artifacts
@@ -148,7 +151,7 @@ class _Embedding:
     def _proteins(self, blocks: list[tuple[int, int]]) -> Iterator[npt.NDArray[np.float32] | None]:
         """Counts of the model's proteins of the cells of each block; None for a model without proteins."""
         columns = self._protein_columns
-        if not len(columns):
+        if columns is None:
             yield from itertools.repeat(None, len(blocks))
             return
         measurement, groups = str(self._config.anndata.protein_measurement), (np.arange(*block) for block in blocks)
