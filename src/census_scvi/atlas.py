@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any, Self
 
@@ -36,11 +37,12 @@ from census_scvi.census.slices import Embedding
 from census_scvi.config.arguments import require_number, require_whole
 from census_scvi.config.messages import suggestion
 from census_scvi.errors import UserError
+from census_scvi.files.atomic import remove
 from census_scvi.files.paths import expand_argument
 from census_scvi.files.uri import without_credentials
 from census_scvi.model.published import load_described
 from census_scvi.model.safe import ModelDescription, weights_digest
-from census_scvi.model.typical import typical_counts
+from census_scvi.model.typical import TypicalCells, typical_cells
 from census_scvi.neighbors.clusters import composition, leiden
 from census_scvi.neighbors.index import NeighborIndex
 from census_scvi.neighbors.umap_map import UmapMap
@@ -52,12 +54,16 @@ from census_scvi.query.cells import QuerySource, opened
 from census_scvi.query.mapping import MIN_SHARE, Mapper
 from census_scvi.query.places import named_after
 from census_scvi.query.reference import Origin, open_embedding
+from census_scvi.query.surgery.adapt import Reference, adapt, in_words
+from census_scvi.query.surgery.adapted import Adapted, adapted_model, new_folder, work_of
+from census_scvi.query.surgery.settings import JOINT, SurgeryTraining
 from census_scvi.terminal.progress import show_messages
 
 log = logging.getLogger(__name__)
 
 OWN_EMBEDDING = "X_scvi"
 _MODEL = "scvi_model"
+SURGERY_FACTS = "scvi_surgery"
 # Default numbers of cells of a reference (some 100 MB of latent positions) and of a slice.
 REFERENCE_CELLS, SLICE_CELLS = 200_000, 1_000_000
 # Default number of reference cells whose counts are read for the baselines; more change the result little.
@@ -103,12 +109,14 @@ class Atlas:
         find_embedding: Callable[[Census], Embedding],
         *,
         census_given: bool,
-        typical: Callable[[], sp.csr_matrix | None] | None = None,
+        typical: Callable[[], TypicalCells | None] | None = None,
+        adapted: Adapted | None = None,
     ) -> None:
         self.model: scvi.model.SCVI | None = model[0] if model else None
         self.description: ModelDescription | None = model[1] if model else None
         self._cells = AtlasCells(model, census, find_embedding)
-        self._census_given, self._typical = census_given, typical
+        self._census_given, self._typical, self._adapted = census_given, typical, adapted
+        self._find_embedding = find_embedding
 
     @classmethod
     def open(
@@ -125,7 +133,8 @@ class Atlas:
         Parameters
         ----------
         model
-            Published folder or its URL, run directory, or its `scvi.model`.
+            Published folder or its URL, run directory, or its `scvi.model`; or the folder of an adapted model that
+            `adapt` or map-query wrote.
         census
             URI of the Census, or a release such as `stable` or `2025-11-08`. None: the Census in the model's record;
             it is opened when it is needed.
@@ -150,7 +159,8 @@ class Atlas:
             None if place is None else expand_argument(place, name)
             for name, place in (("model", model), ("census", census), ("embedding", embedding))
         )
-        described = None if model is None else load_described(model)
+        adapted = None if model is None else adapted_model(model)
+        described = None if model is None else adapted.models[0] if adapted else load_described(model)
         if described and organism and described[1].organism != organism:
             raise UserError(f"the model is of {described[1].organism}, not {organism}")
         origin = Origin.of(model)
@@ -161,8 +171,8 @@ class Atlas:
         if embedding is not None and section is None:
             raise UserError("an embedding belongs to the cells of a Census: give it with census=")
         find = origin.open_embedding if embedding is None else partial(open_embedding, embedding)
-        typical = partial(typical_counts, str(model), described[1].genes) if described else None
-        atlas = cls(described, section, find, census_given=census is not None, typical=typical)
+        typical = partial(typical_cells, str(model), described[1].genes) if described else None
+        atlas = cls(described, section, find, census_given=census is not None, typical=typical, adapted=adapted)
         if census is not None:
             with ExitStack() as stack:
                 stack.callback(atlas.close)
@@ -405,6 +415,100 @@ class Atlas:
 
     # --- the user's cells
 
+    def adapt(
+        self,
+        source: QuerySource,
+        batch_key: str | Sequence[str],
+        *,
+        mode: str = JOINT,
+        training: Mapping[str, Any] | SurgeryTraining | None = None,
+        folder: str | Path | None = None,
+        work: Path | None = None,
+        accelerator: str = "auto",
+        seed: int = 0,
+        counts: str | None = None,
+        min_share: float = MIN_SHARE,
+    ) -> Atlas:
+        """Adapt the model to the batches of your own cells by surgery (scArches); the reference does not change.
+
+        Parameters
+        ----------
+        source
+            Cells as in `embed`.
+        batch_key
+            obs column (or columns) of the samples or donors of your cells.
+        mode
+            `joint`: one training with all batches; `per_batch`: one model for each batch; `sequential`: one batch after
+            another.
+        training
+            Settings of `query.surgery_training`, such as `{"max_epochs": 100, "lr": 1e-3}`.
+        folder
+            Where to save the adapted model, a new folder; `Atlas.open` reads it. None: not saved.
+        work
+            Folder for checkpoints and trained models: a killed surgery continues there when it is called again. None:
+            `<folder>.training`, which is removed at the end, or a temporary folder.
+        accelerator
+            Device of the training: auto, cpu, gpu.
+        seed
+            Seed of all random numbers.
+        counts, min_share
+            See `embed`.
+
+        Returns
+        -------
+        An atlas that embeds and annotates cells of these batches with the adapted model; `surgery` has the facts. The
+        embedding of its Census' cells remains valid: the latent of cells of the reference is the same before and after
+        the training, which is checked. If surgery cannot change the embedding, the atlas embeds as this one does.
+
+        Raises
+        ------
+        UserError
+            The model cannot be adapted to these batches, a batch has too few cells, the loss is not finite, or the
+            reference moved; nothing is saved then. Also see `embed`.
+        """
+        require_whole("seed", seed, 0)
+        require_number("min_share", min_share, most=1)
+        columns = [batch_key] if isinstance(batch_key, str) else list(batch_key)
+        settings = SurgeryTraining.of(mode, training)
+        model, description = self._cells.model
+        if self._adapted is not None and len(self._adapted.models) > 1:
+            raise UserError("this atlas has a model for each batch (mode per_batch): adapt the atlas of the reference")
+        target = None if folder is None else new_folder(expand_argument(folder, "folder"))
+        with ExitStack() as stack:
+            place = work or (work_of(target) if target else Path(stack.enter_context(TemporaryDirectory())))
+            aligned = stack.enter_context(self._mapper.align(source, counts=counts, min_share=min_share))
+            adapted = adapt(
+                Reference(model, description, self._typical() if self._typical else None),
+                aligned,
+                columns,
+                mode,
+                settings,
+                place,
+                seed=seed,
+                accelerator=accelerator,
+            )
+            if target is not None and adapted.models:
+                adapted.save(target)
+            if work is None:
+                remove(place)
+        return type(self)(
+            adapted.models[0] if adapted.models else self._cells.model,
+            self._cells.section,
+            self._find_embedding,
+            census_given=self._census_given,
+            typical=self._typical,
+            adapted=adapted,
+        )
+
+    @property
+    def _of_surgery(self) -> dict[str, str]:
+        return {SURGERY_FACTS: in_words(self._adapted.facts)} if self._adapted else {}
+
+    @property
+    def surgery(self) -> dict[str, Any] | None:
+        """Facts of the surgery of the model: mode, batches, cells, trainings, change of the reference; None: none."""
+        return self._adapted.facts if self._adapted else None
+
     def embed(self, source: QuerySource, *, counts: str | None = None, min_share: float = MIN_SHARE) -> ad.AnnData:
         """Embed your own cells.
 
@@ -435,7 +539,7 @@ class Atlas:
         return ad.AnnData(
             obs=mapped.obs.assign(**{EMPTY: mapped.empty}),
             obsm={OWN_EMBEDDING: mapped.latent},
-            uns={"scvi_alignment": mapped.report.as_dict(), _MODEL: self._model_identity},
+            uns={"scvi_alignment": mapped.report.as_dict(), _MODEL: self._model_identity, **self._of_surgery},
         )
 
     def predict(
@@ -559,6 +663,7 @@ class Atlas:
         for found in annotated:
             facts = {
                 "cells": f"{mapped.n_obs:,}",
+                **({"surgery": mapped.uns[SURGERY_FACTS]} if SURGERY_FACTS in mapped.uns else {}),
                 "reference": f"{joined.cells.n_reference:,} cells of {without_credentials(census.identity['uri'])}",
                 "annotators": ", ".join(TITLES.get(name, name) for name in found.annotation.facts["members"]),
             }
@@ -683,7 +788,12 @@ class Atlas:
         if self._census_given:  # the Census has symbols of all genes, the model only of its own
             var = read_var(self._cells.census)
             symbols = dict(zip(var["feature_id"].astype(str), var["feature_name"].astype(str), strict=True))
-        return Mapper(model, description, symbols, self._typical)
+        encoder = self._adapted.encoder if self._adapted and self._adapted.models else None
+        return Mapper(model, description, symbols, self._typical_counts, encoder)
+
+    def _typical_counts(self) -> sp.csr_matrix | None:
+        cells = self._typical() if self._typical else None
+        return None if cells is None else cells.counts
 
 
 def _holds_counts(source: QuerySource) -> bool:

@@ -109,7 +109,8 @@ def _nearest(key: str, known: list[str]) -> str:
         return _nearest(key.replace(number[0], _ITEM), known).replace(_ITEM, number[0])
     known = [name for name in known if name != key]
     section, _, leaf = key.rpartition(".")
-    by_leaf = {name.rpartition(".")[2]: name for name in known}
+    deepest_first = sorted(known, key=lambda name: -name.count("."))  # of equal names, the one in a section remains
+    by_leaf = {name.rpartition(".")[2]: name for name in deepest_first}
     siblings = [name for name in known if name.rpartition(".")[0] == section]
     if close := difflib.get_close_matches(key, siblings, n=1, cutoff=0.9):  # a typing error
         return f"; did you mean {close[0]}?"

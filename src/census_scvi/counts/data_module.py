@@ -42,6 +42,8 @@ class PreparedDataModule(lightning.LightningDataModule):
     ----------
     sparse
         Whether X of a minibatch is `SparseCounts`; default False: a dense X.
+    validation
+        bool (cells,): cells for validation.
     """
 
     def __init__(
@@ -63,21 +65,21 @@ class PreparedDataModule(lightning.LightningDataModule):
         self._seed = seed
         self._workers = workers
         self._dense = DenseMinibatches(self.cells.n_genes)
-        self._validation = validation_mask(self.cells.n_cells, train_size, seed)
-        self.n_val = int(self._validation.sum())
+        self.validation = validation_mask(self.cells.n_cells, train_size, seed)
+        self.n_val = int(self.validation.sum())
         self.n_train = self.cells.n_cells - self.n_val
 
     @property
     def labelled(self) -> npt.NDArray[np.bool_]:
         """Bool (cells,): training cells with a label."""
-        return ~self._validation & (self.cells.label_codes < len(self.cells.labels) - 1)
+        return ~self.validation & (self.cells.label_codes < len(self.cells.labels) - 1)
 
     def train_dataloader(self) -> MinibatchLoader | LabelledMinibatches:
         """Training cells, in a new order each epoch; UserError if there are fewer than 2 cells per rank."""
         rank, world_size = self._rank()
         if self.n_train < 2 * world_size:
             raise UserError(f"{self.n_train} training cells are too few for {world_size} processes; 2 each are needed")
-        order = CellOrder(~self._validation, self._seed, rank, world_size)
+        order = CellOrder(~self.validation, self._seed, rank, world_size)
         every = self._loader(order, self._epoch)
         if not self._labels:
             return every
@@ -94,7 +96,7 @@ class PreparedDataModule(lightning.LightningDataModule):
         rank, world_size = self._rank()
         if self.n_val < world_size:
             return []
-        order = CellOrder(self._validation, None, rank, world_size)
+        order = CellOrder(self.validation, None, rank, world_size)
         return KeptMinibatches(self._loader(order, lambda: 0))
 
     def transfer_batch_to_device(self, batch: Minibatch, device: torch.device, dataloader_idx: int) -> Minibatch:

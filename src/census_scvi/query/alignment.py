@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -229,6 +230,11 @@ class AlignedCells:
 
     def __len__(self) -> int:
         return len(self._cells)
+
+    @property
+    def name(self) -> str:
+        """Name of the query's file, without its folder."""
+        return Path(self._cells.name).name
 
     @property
     def place(self) -> str:

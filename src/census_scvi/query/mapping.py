@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +26,9 @@ MIN_SHARE = 0.8
 _BLOCK_CELLS = 4096
 # Batch of the query's cells for an encoder that uses the batch.
 _QUERY_BATCH = "query"
+
+# Latent positions, float32 (cells, n_latent), of the cells from a row on, with these counts.
+BlockEncoder: TypeAlias = Callable[[int, sp.csr_matrix], npt.NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,10 @@ class Mapper:
     typical
         Function that returns raw counts of some cells like those that the model was trained on, CSR float32 (cells,
         genes of the model), or None. They are used to estimate the share of the counts in genes that a query lacks.
+    encoder
+        Function that returns the encoder of cells with this obs; the encoder gets the row of the first cell of a block
+        and its counts, CSR float32 (cells, genes of the model). None: the model encodes all cells, and the batch of a
+        query is in the middle of the trained ones.
     """
 
     def __init__(
@@ -69,14 +77,16 @@ class Mapper:
         description: ModelDescription,
         symbols: Mapping[str, str] | None = None,
         typical: Callable[[], sp.csr_matrix | None] | None = None,
+        encoder: Callable[[pd.DataFrame], BlockEncoder] | None = None,
     ) -> None:
         self._description = description
         known = dict(zip(description.genes, description.symbols, strict=False))
         self._symbols = known | dict(symbols or {})
         self._n_trained = len(description.batches)
         if description.arguments["encode_covariates"]:
-            model = extend_batches(model, description.genes, [_QUERY_BATCH])
+            model = extend_batches(model, description.genes, [_unused(_QUERY_BATCH, description.batches)])
         self._encode = Encoder(model)
+        self._encoder = encoder or (lambda obs: self._as_one_batch)
         self._expected = ExpectedCounts(model, self._n_trained, typical)
 
     def __call__(self, source: QuerySource, *, counts: str | None = None, min_share: float = MIN_SHARE) -> Mapped:
@@ -99,17 +109,22 @@ class Mapper:
         """
         latent, empty = [], []
         with self.align(source, counts=counts, min_share=min_share) as aligned:
-            for block in _shown(aligned, "embed"):
-                latent.append(self._encode(block, np.full(block.shape[0], self._n_trained)).mean)
+            encode = self._encoder(aligned.obs)
+            for start, block in _shown(aligned, "embed"):
+                latent.append(encode(start, block))
                 empty.append(np.diff(block.indptr) == 0)
             return Mapped(aligned.obs.copy(), np.concatenate(latent), np.concatenate(empty), aligned.report)
+
+    def _as_one_batch(self, start: int, block: sp.csr_matrix) -> npt.NDArray[np.float32]:
+        return self._encode(block, np.full(block.shape[0], self._n_trained)).mean
 
     def counts(
         self, source: QuerySource, *, counts: str | None = None, min_share: float = MIN_SHARE
     ) -> Iterator[sp.csr_matrix]:
         """Raw counts of the cells in blocks, CSR float32 (some cells, genes of the model)."""
         with self.align(source, counts=counts, min_share=min_share) as aligned:
-            yield from _shown(aligned, "baselines")
+            for _, block in _shown(aligned, "baselines"):
+                yield block
 
     @contextmanager
     def align(
@@ -128,9 +143,14 @@ class Mapper:
             )
 
 
-def _shown(cells: AlignedCells, what: str) -> Iterator[sp.csr_matrix]:
-    """Blocks of raw counts, with a progress bar."""
+def _unused(name: str, names: list[str]) -> str:
+    """The name, or a longer one if it is among the names."""
+    return _unused(f"{name}_", names) if name in names else name
+
+
+def _shown(cells: AlignedCells, what: str) -> Iterator[tuple[int, sp.csr_matrix]]:
+    """Blocks of (first row, raw counts), with a progress bar."""
     with progress_bar(len(cells), what) as bar:
-        for _, block in cells.blocks(_BLOCK_CELLS):
-            yield block
+        for start, block in cells.blocks(_BLOCK_CELLS):
+            yield start, block
             bar.update(block.shape[0])

@@ -7,9 +7,10 @@ from typing import Any
 
 from census_scvi.counts.other_formats import check_cells_path, files_of, folder_of_mtx
 from census_scvi.errors import UserError
-from census_scvi.files.writable import require_writable
+from census_scvi.files.writable import require_writable, require_writable_folder
 from census_scvi.model.source import Kind, Source
 from census_scvi.query.settings import QuerySection
+from census_scvi.query.surgery.settings import NONE
 from census_scvi.workspace import Workspace
 from census_scvi.workspace.identity import file_identity
 from census_scvi.workspace.result_files import ResultFiles
@@ -53,13 +54,21 @@ def query_results(settings: QuerySection, directory: Path) -> ResultFiles:
     if target.suffix in _SUFFIXES:
         raise UserError(f"query.output ends in {target.suffix}, like the report or a picture; expected NAME.h5ad")
     for path in (target, *companion_files(settings, target)):
-        require_writable(path, "query.output")
+        if path == adapted_folder(target):
+            require_writable_folder(path, [], "query.output")
+        else:
+            require_writable(path, "query.output")
         if path.exists() and path.samefile(source):
             raise UserError(f"query.output is query.file, {source}; give another file")
     with_model = (Kind.RUN, Kind.PUBLISHED, Kind.MODEL)
     if settings.model is None and Source.at(str(directory)).kind not in with_model:
         Workspace(directory).require_run("give it in output.directory, or a published model in query.model")
     return ResultFiles(target, target.with_suffix(".json"), "query.output")
+
+
+def adapted_folder(target: Path) -> Path:
+    """The folder next to the .h5ad for the model that `query.surgery` adapts."""
+    return target.with_name(f"{target.stem}-model")
 
 
 def default_output(source: Path, what: str) -> Path:
@@ -72,11 +81,13 @@ def default_output(source: Path, what: str) -> Path:
 
 
 def companion_files(settings: QuerySection, target: Path) -> list[Path]:
-    """The files to write next to the .h5ad: pictures, a report of each label column with its numbers, the summary."""
+    """What is written next to the .h5ad: pictures, reports of the label columns, the adapted model, the summary."""
     files = [quality_picture(target, labels) for labels in settings.labels] if settings.baseline_cells else []
     if settings.umap_cells:
         files.append(target.with_suffix(".png"))
     files += [named_after(target, labels, suffix) for labels in settings.labels for suffix in (".html", ".json")]
+    if settings.surgery != NONE:
+        files.append(adapted_folder(target))
     return [*dict.fromkeys(files), target.with_suffix(".json")]
 
 

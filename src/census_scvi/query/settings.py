@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from census_scvi.config.section import USUAL, Changes, Section
 from census_scvi.config.types import Columns, LocalPath, Name, ObsFilter, PathName, Share
+from census_scvi.query.surgery.settings import NONE, SEQUENTIAL, Surgery, SurgeryTraining
 
 
 class QuerySection(Section):
@@ -43,6 +44,11 @@ class QuerySection(Section):
     batch_key: Annotated[Columns | None, Changes("map-query", "annotate"), USUAL] = None
     """obs columns of your file whose combinations are the technical batches: sample, donor; null: not known.
     """
+    surgery: Annotated[Surgery, USUAL] = "none"
+    """Whether to adapt the model to the batches of your file before the cells are embedded: train one model for all
+    batches, one model per batch, or one batch after another. The reference does not change.
+    """
+    surgery_training: SurgeryTraining = SurgeryTraining()
     labels: Annotated[Columns, Changes("map-query", "annotate"), USUAL] = Field(default_factory=lambda: ["cell_type"])
     """Labels to predict: obs columns of the Census; map-query: empty for none."""
     obs_filter: ObsFilter | None = None
@@ -53,3 +59,16 @@ class QuerySection(Section):
     """Reference cells whose counts are read, balanced by label; 0: none, and only `neighbors` is used."""
     umap_cells: Annotated[int, Field(ge=0)] = 20_000
     """Reference cells in the UMAP; 0: no UMAP."""
+
+    @model_validator(mode="after")
+    def _batches_of_surgery(self) -> Self:
+        if self.surgery != NONE and not self.batch_key:
+            raise ValueError(
+                f"query.surgery is {self.surgery}, which needs the batches of your cells: set query.batch_key to the"
+                " obs column (or columns) of the samples or donors"
+            )
+        if self.surgery_training.order is not None and self.surgery not in (NONE, SEQUENTIAL):
+            raise ValueError(
+                f"query.surgery_training.order is only used by query.surgery: sequential, and it is {self.surgery}"
+            )
+        return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,29 @@ import pandas as pd
 
 from census_scvi.annotation.cost import Effort, effort
 from census_scvi.annotation.results.columns import EMPTY, PREDICTION
-from census_scvi.atlas import EMBEDDING, OWN_EMBEDDING, Atlas
+from census_scvi.atlas import EMBEDDING, OWN_EMBEDDING, SURGERY_FACTS, Atlas
 from census_scvi.config.obs_filter import in_section
 from census_scvi.counts.formats.copy_cells import copy_with_results
-from census_scvi.files.atomic import write_json
+from census_scvi.files.atomic import remove, write_json
 from census_scvi.files.json_values import json_values
+from census_scvi.model.published import load_described
 from census_scvi.neighbors.index import EXACT_CELLS
 from census_scvi.neighbors.umap_map import UmapMap
 from census_scvi.pictures.umap import draw_on_reference
 from census_scvi.query.alignment import TooFewGenes
+from census_scvi.query.batches import required_batches
 from census_scvi.query.cells import QueryCells
-from census_scvi.query.places import companion_files, quality_picture, query_results, query_size, query_source
+from census_scvi.query.places import (
+    adapted_folder,
+    companion_files,
+    quality_picture,
+    query_results,
+    query_size,
+    query_source,
+)
+from census_scvi.query.surgery.adapt import Reference, plan_surgery
+from census_scvi.query.surgery.adapted import work_of
+from census_scvi.query.surgery.settings import NONE
 from census_scvi.settings import Config
 from census_scvi.stages.plan import Plan
 from census_scvi.stages.protocol import Task
@@ -38,6 +51,7 @@ _FIXED_SECONDS, _CELLS_A_SECOND, _INDEX_SECONDS, _MAP_SECONDS = 12.0, 1500.0, 40
 # Methods on counts: bytes and seconds per cell with counts; seconds of the trainings of each method, one for the query,
 # and with labels one more for each of three held-out parts.
 _BYTES_OF_COUNTS, _SECONDS_OF_COUNTS = 15_000.0, 0.0007
+_SURGERY_CELLS_A_SECOND = 5000.0
 _TRAINING_SECONDS = {"consensus": 25.0, "joint": 25.0, "scanvi": 160.0, "scnym": 600.0}
 
 
@@ -54,9 +68,16 @@ def run(task: Task) -> None:
             embedding=settings.embedding,
             organism=config.census.organism if "organism" in config.census.model_fields_set else None,
             tiledb=config.census.tiledb,
-        ) as atlas,
+        ) as reference,
+        ExitStack() as stack,
     ):
         with QueryCells(source, settings.values) as cells:
+            atlas = reference
+            if settings.surgery != NONE:
+                folder = adapted_folder(target)
+                atlas = stack.enter_context(
+                    _adapted(reference, cells, config, folder=run.path(folder.name), work=work_of(folder))
+                )
             mapped = _predict(atlas, cells, config, run.path(target.with_suffix(".html").name))
         for labels in settings.labels:
             log.info("%s", _summary(mapped, labels))
@@ -65,12 +86,35 @@ def run(task: Task) -> None:
                 figure.savefig(run.path(quality_picture(target, labels).name), dpi=110, format="png")
         if settings.umap_cells:
             _place(atlas, mapped, config, run.path(target.with_suffix(".png").name))
-    write_json(run.path(target.with_suffix(".json").name), json_values(_report(mapped, settings.labels)))
-    uns = {name: mapped.uns[name] for name in ("scvi_alignment", PREDICTION, "scvi_model") if name in mapped.uns}
+    report = _report(mapped, settings.labels) | ({"surgery": atlas.surgery} if atlas.surgery else {})
+    write_json(run.path(target.with_suffix(".json").name), json_values(report))
+    kept = ("scvi_alignment", PREDICTION, "scvi_model", SURGERY_FACTS)
+    uns = {name: mapped.uns[name] for name in kept if name in mapped.uns}
     copy_with_results(source, run.path(target.name), mapped.obs, mapped.obsm, uns)
     written = [path for path in (target, *companion_files(config.query, target)) if run.path(path.name).exists()]
     task.commit([path.name for path in written], {"cells": mapped.n_obs})
+    remove(work_of(adapted_folder(target)))
     log.info("wrote %s", ", ".join(map(str, written)))
+
+
+def _adapted(atlas: Atlas, cells: QueryCells, config: Config, *, folder: Path, work: Path) -> Atlas:
+    """The atlas with the model adapted by `query.surgery`; errors name the settings of the config."""
+    settings, (setting, min_share) = config.query, _min_share(config)
+    try:
+        return atlas.adapt(
+            cells,
+            settings.batch_key or [],
+            mode=settings.surgery,
+            training=settings.surgery_training,
+            folder=folder,
+            work=work,
+            accelerator=config.train.accelerator,
+            seed=config.seed,
+            counts=cells.find_counts(settings.counts, setting=_COUNTS),
+            min_share=min_share,
+        )
+    except TooFewGenes as error:
+        raise error.named(setting) from None
 
 
 def _predict(atlas: Atlas, cells: QueryCells, config: Config, report: Path) -> ad.AnnData:
@@ -171,6 +215,7 @@ def plan(config: Config) -> Plan:
     with QueryCells(source, settings.values) as cells:
         n_cells, place = len(cells), cells.find_counts(settings.counts, setting=_COUNTS)
         n_genes = len(cells.var(place))
+        surgery = _planned_surgery(config, cells)
     with_counts = (n_cells + settings.baseline_cells) * bool(settings.baseline_cells and settings.labels)
     return Plan(
         "map-query",
@@ -190,5 +235,26 @@ def plan(config: Config) -> Plan:
         + _SECONDS_OF_COUNTS * with_counts
         + _TRAINING_SECONDS.get(_effort(config, n_cells).method, 0.0) * bool(with_counts)
         + _INDEX_SECONDS * (settings.reference_cells > EXACT_CELLS)
-        + _MAP_SECONDS * bool(settings.umap_cells),
+        + _MAP_SECONDS * bool(settings.umap_cells)
+        + (n_cells * settings.surgery_training.max_epochs / _SURGERY_CELLS_A_SECOND if surgery else 0.0),
+        notes=surgery,
     )
+
+
+def _planned_surgery(config: Config, cells: QueryCells) -> list[str]:
+    """What `query.surgery` will do, in words; UserError if it will be refused."""
+    settings = config.query
+    if settings.surgery == NONE:
+        return []
+    model, description = load_described(settings.model or str(config.directory))
+    labels = required_batches(cells.obs, settings.batch_key or [], "query.batch_key")
+    planned, reason = plan_surgery(
+        Reference(model, description), list(labels), settings.surgery, settings.surgery_training
+    )
+    if reason:
+        return [f"surgery {settings.surgery} will not be done: {reason}"]
+    number = len(planned.batches)
+    return [
+        f"surgery {settings.surgery}: {number} batch{'es' * (number > 1)} ({len(cells):,} cells) for up to"
+        f" {settings.surgery_training.max_epochs} epochs; a killed surgery continues when map-query is run again"
+    ]

@@ -33,13 +33,26 @@ class _Step:
     arrived: torch.cuda.Event | None
 
 
+@dataclass(frozen=True)
+class Named:
+    """Names for the report: the settings that may help, the cells, and how to correct their counts."""
+
+    settings: str = "lower training_plan.lr or set train.trainer.gradient_clip_val"
+    cells: str = "the prepared cells"
+    correct: str = "run scvi-prepare.py --force"
+
+
+OF_TRAIN = Named()
+
+
 class FiniteLoss(lightning.Callback):
     """Stop at the first step whose loss or gradients are not finite numbers, and report the step and the likely cause.
 
     The check does not wait for a GPU: it reads the numbers a few steps later, and always before a checkpoint is saved.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, named: Named = OF_TRAIN) -> None:
+        self._named = named
         self._minibatch: Minibatch = {}
         self._index = 0
         self._gradients: torch.Tensor | None = None
@@ -92,15 +105,15 @@ class FiniteLoss(lightning.Callback):
                 step.arrived.synchronize()
             loss, gradients = step.numbers.tolist()
             if not math.isfinite(loss):
-                raise _report(trainer, step, f"the loss is {loss}")
+                raise _report(trainer, step, f"the loss is {loss}", self._named)
             if not math.isfinite(gradients):
-                raise _report(trainer, step, f"the loss is {loss:.6g}, but its gradients are not finite")
+                raise _report(trainer, step, f"the loss is {loss:.6g}, but its gradients are not finite", self._named)
 
     def report(self, trainer: Trainer, found: str) -> UserError:
         """The error for the current step."""
         nothing = torch.zeros(2)
         step = _Step(trainer.global_step + 1, trainer.current_epoch, self._index, self._minibatch, nothing, None)
-        return _report(trainer, step, found)
+        return _report(trainer, step, found, self._named)
 
 
 def finite_if_all_are(gradients: list[torch.Tensor]) -> torch.Tensor:
@@ -112,18 +125,18 @@ def finite_if_all_are(gradients: list[torch.Tensor]) -> torch.Tensor:
     return torch.stack(numbers).sum()
 
 
-def _report(trainer: Trainer, step: _Step, found: str) -> UserError:
+def _report(trainer: Trainer, step: _Step, found: str, named: Named) -> UserError:
     """The error, with step, epoch, minibatch, cells, likely cause and what to do."""
     x, rows = step.minibatch["X"], step.minibatch["row"].tolist()
     counts = x if isinstance(x, torch.Tensor) else x.dense()
     bad = torch.nonzero(~torch.isfinite(counts).all(dim=1)).flatten().tolist()
     if bad:
-        cause = f"the counts of row {rows[bad[0]]} of the prepared cells are not finite; run scvi-prepare.py --force"
+        cause = f"the counts of row {rows[bad[0]]} of {named.cells} are not finite; {named.correct}"
     else:
         row = rows[int(counts.amax(dim=1).argmax())]
         cause = (
-            "lower training_plan.lr or set train.trainer.gradient_clip_val, and check row"
-            f" {row} of the prepared cells, which has the largest count, {counts.max().item():,.0f}"
+            f"{named.settings}, and check row {row} of {named.cells}, which has the largest count,"
+            f" {counts.max().item():,.0f}"
         )
     return UserError(
         f"{found} at step {step.number} (epoch {step.epoch + 1}, minibatch {step.index + 1} of"

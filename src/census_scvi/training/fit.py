@@ -34,7 +34,7 @@ from census_scvi.training.checkpoint import Checkpoint, StagedIO
 from census_scvi.training.fast.measure import measure_precision
 from census_scvi.training.fast.plan import FastTrainingPlan
 from census_scvi.training.fast.step import unused_frozen
-from census_scvi.training.finite_loss import FiniteLoss
+from census_scvi.training.finite_loss import OF_TRAIN, FiniteLoss, Named
 from census_scvi.training.installed_arguments import require_known_arguments
 from census_scvi.training.plans import make_plan, plan_arguments
 from census_scvi.training.progress import EventLog, Progress
@@ -218,6 +218,7 @@ def fit(
     seed: int,
     checkpoint: Path,
     tensorboard: Path,
+    named: Named = OF_TRAIN,
 ) -> LearningCurves:
     """Train a model in place; resume from `checkpoint` if that file exists.
 
@@ -237,6 +238,8 @@ def fit(
         File written after each epoch, and every `settings.checkpoint_minutes` within an epoch.
     tensorboard
         Folder of the TensorBoard logs.
+    named
+        Names of settings and cells in the error of a loss that is not finite.
 
     Returns
     -------
@@ -248,7 +251,7 @@ def fit(
         The devices or the checkpoint cannot be used, or the loss is not finite.
     """
     plan = make_plan(settings, model, data, plan_settings)
-    curves, finite = LearningCurves(engine_of(plan)), FiniteLoss()
+    curves, finite = LearningCurves(engine_of(plan)), FiniteLoss(named)
     arguments = dict(settings.trainer or {})
     callbacks = [
         Stoppable(),

@@ -132,5 +132,8 @@ class ResultFilesRun(RecordedRun):
         write_json(report, {**read_json(report), RUN: record})
         sync_tree(staging)
         for name in sorted(artifacts, key=lambda name: name == self.place.target.name):
-            (staging / name).replace(self.place.directory / name)
+            target = self.place.directory / name
+            if target.is_dir():  # a folder cannot be replaced in one step
+                target.rename(staging / f"{name}.old")
+            (staging / name).replace(target)
         sync(self.place.directory)

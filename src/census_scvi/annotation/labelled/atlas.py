@@ -14,11 +14,12 @@ import scipy.sparse as sp
 
 from census_scvi.annotation.labelled.joined import Joined
 from census_scvi.annotation.labelled.labels import Labels, read_labels
-from census_scvi.annotation.labelled.reference import STUDY_COLUMNS, batches_of
+from census_scvi.annotation.labelled.reference import STUDY_COLUMNS
 from census_scvi.annotation.labelled.sample import draw_balanced
 from census_scvi.annotation.ontology import terms_in
 from census_scvi.annotation.protocol import Cells
 from census_scvi.errors import UserError
+from census_scvi.query.batches import batches_of
 
 log = logging.getLogger(__name__)
 

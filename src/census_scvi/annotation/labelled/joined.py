@@ -13,11 +13,12 @@ import scipy.sparse as sp
 
 from census_scvi.annotation.labelled.genes import variable_genes
 from census_scvi.annotation.labelled.labels import Labels, column_of
-from census_scvi.annotation.labelled.reference import Reference, batches_of, likely_batches
+from census_scvi.annotation.labelled.reference import Reference, likely_batches
 from census_scvi.annotation.protocol import Cells
 from census_scvi.counts.row_hash import row_hashes
 from census_scvi.errors import UserError
 from census_scvi.query.alignment import AlignedCells, AlignmentReport
+from census_scvi.query.batches import batches_of
 from census_scvi.query.cells import QueryCells
 from census_scvi.terminal.progress import progress_bar
 

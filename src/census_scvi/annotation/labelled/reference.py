@@ -23,7 +23,7 @@ from census_scvi.annotation.labelled.labels import (
 from census_scvi.annotation.labelled.sample import draw_balanced
 from census_scvi.annotation.ontology import term_column, terms_in
 from census_scvi.annotation.settings import ReferenceSection
-from census_scvi.census.cells import batch_label, require_columns, select_cells
+from census_scvi.census.cells import require_columns, select_cells
 from census_scvi.census.gene_ids import strip_version
 from census_scvi.census.gene_rows import clean_names, find_gene_rows, name_columns
 from census_scvi.census.genes import read_var
@@ -33,6 +33,7 @@ from census_scvi.census.slices import read_counts_of, read_obs_of
 from census_scvi.config.obs_filter import Condition, FilterError, Group, parse_filter
 from census_scvi.config.random_streams import Stream, generator
 from census_scvi.errors import UserError
+from census_scvi.query.batches import batches_of
 from census_scvi.query.cells import QueryCells
 
 log = logging.getLogger(__name__)
@@ -262,14 +263,6 @@ def _further(obs: pd.DataFrame, column: str, name: str) -> Labels:
     rows = require_types(*coded(found), name, where)
     kept[rows] = found[rows]
     return kept
-
-
-def batches_of(obs: pd.DataFrame, columns: list[str]) -> Labels:
-    """The combination of values of some columns, object (cells,); without columns all cells are one batch."""
-    if not columns:
-        return np.full(len(obs), "", dtype=object)
-    values = obs[columns].astype(object).itertuples(index=False, name=None)
-    return np.array([batch_label(each) for each in values], dtype=object)
 
 
 def likely_batches(obs: pd.DataFrame) -> list[str]:
