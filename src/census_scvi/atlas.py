@@ -197,8 +197,7 @@ class Atlas:
     def __repr__(self) -> str:
         description, census = self.description, self._cells.section
         model = (
-            f"scVI of {description.organism}, {len(description.genes):,} genes, {len(description.batches):,} batches,"
-            f" {self.model.module.n_latent} dimensions"
+            f"{description.summary}, {self.model.module.n_latent} dimensions"
             if description and self.model
             else "none: Atlas.open(model=...) to embed cells"
         )

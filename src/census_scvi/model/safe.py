@@ -96,6 +96,13 @@ class ModelDescription:
         )
 
     @property
+    def summary(self) -> str:
+        """Its kind, organism and sizes in one line."""
+        parts = {"genes": self.genes, "batches": self.batches, "labels": self.labels, "proteins": self.proteins}
+        sizes = [f"{len(names):,} {part}" for part, names in parts.items() if names]
+        return f"{family_of(self.model).title} of {self.organism}, {', '.join(sizes)}"
+
+    @property
     def of_labels(self) -> Labels | None:
         """The labels of a SCANVI model; None for another kind."""
         return Labels(self.labels, self.unlabeled_category) if self.labels else None

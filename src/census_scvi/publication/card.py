@@ -15,11 +15,20 @@ from markupsafe import Markup
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from census_scvi.model.families import Family, family_of
+from census_scvi.model.families import SCANVI, SCVI, TOTALVI, Family, family_of
 from census_scvi.model.safe import ModelDescription
 from census_scvi.publication import markdown
 
 PICTURE = "training-curve.png"
+_MEASURED = {"rna": "RNA", "protein": "protein"}
+_PAPERS = {
+    SCVI: "Lopez et al. (2018), *Deep generative modeling for single-cell transcriptomics*, Nature Methods 15,"
+    " 1053-1058,\ndoi:10.1038/s41592-018-0229-2",
+    SCANVI: "Xu et al. (2021), *Probabilistic harmonization and annotation of single-cell transcriptomics data with\n"
+    "deep generative models*, Molecular Systems Biology 17, e9620, doi:10.15252/msb.20209620",
+    TOTALVI: "Gayoso et al. (2021), *Joint probabilistic modeling of single-cell multi-omic data with totalVI*,\n"
+    "Nature Methods 18, 272-282, doi:10.1038/s41592-020-01050-x",
+}
 
 
 def model_card(record: Mapping[str, Any], description: ModelDescription, n_sample: int) -> str:
@@ -53,7 +62,10 @@ def model_card(record: Mapping[str, Any], description: ModelDescription, n_sampl
         record=record,
         header=Markup(_header(record, family)),
         family=family,
-        trained_batches=description.batches,
+        description=description,
+        article="A" if family.title.startswith("t") else "An",
+        measured=" and ".join(_MEASURED[modality] for modality in family.modalities) + " counts",
+        paper=Markup(_PAPERS[family.kind]),
         batch_key=", ".join(config["anndata"]["batch_key"]),
         organism=config["census"]["organism"].replace("_", " ").capitalize(),
         layers=record["model"]["n_layers"][0],

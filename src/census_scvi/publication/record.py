@@ -38,6 +38,7 @@ def publication_record(
     joinids: npt.NDArray[np.int64],
     latent: npt.NDArray[np.float32],
     n_batches: int,
+    method: str,
     model: dict[str, Any],
     weights: Identity,
     stages: dict[str, dict[str, Any]],
@@ -65,6 +66,8 @@ def publication_record(
         The embedding: int64 (cells,), float32 (cells, n_latent); may be memory maps.
     n_batches
         Number of batches among its cells.
+    method
+        Title of the kind of model, such as `scVI`.
     model
         Facts of the built module.
     weights
@@ -87,7 +90,7 @@ def publication_record(
         "publication": publication,
         "published_on": datetime.now(UTC).isoformat(timespec="seconds"),
         "published_by": settings.contact.name or settings.contact.email or settings.contact.affiliation,
-        "title": settings.title or _title(data, census["organism"], len(joinids)),
+        "title": settings.title or _title(method, data, census["organism"], len(joinids)),
         "description": settings.description,
         "license": settings.license,
         "doi": settings.doi,
@@ -120,12 +123,12 @@ def publication_record(
     return dict(without_credentials(record))
 
 
-def _title(data: dict[str, Any], organism: str, n_cells: int) -> str:
+def _title(method: str, data: dict[str, Any], organism: str, n_cells: int) -> str:
     if data["cellxgene"]:
-        return "scVI embedding of CELLxGENE Census"
+        return f"{method} embedding of CELLxGENE Census"
     titles = [dataset.get("dataset_title") or dataset.get("dataset_id", "") for dataset in data["datasets"]]
     of = titles[0] if data["n_datasets"] == 1 else f"{data['n_datasets']:,} datasets"
-    return f"scVI embedding of {n_cells:,} cells of {organism.replace('_', ' ').capitalize()}: {of}"
+    return f"{method} embedding of {n_cells:,} cells of {organism.replace('_', ' ').capitalize()}: {of}"
 
 
 def evaluation_of(folder: Path, latent: Identity) -> dict[str, Any] | None:

@@ -15,6 +15,7 @@ from census_scvi.config.run_names import QA
 from census_scvi.errors import UserError
 from census_scvi.files.atomic import write_text
 from census_scvi.metrics.score import BATCH, BIOLOGY, CHANCE, MIXED, WITHIN, Score
+from census_scvi.model.families import SCVI, family_of
 from census_scvi.neighbors.umap_map import UmapMap
 from census_scvi.report import figures
 from census_scvi.report.groups import same_groups
@@ -153,6 +154,7 @@ def _training(directory: Path) -> dict[str, Any] | None:
     return {
         "prepare": prepare,
         "train": train,
+        "method": family_of(train["config"]["model"].get("kind", SCVI)).title,
         "curves": figures.draw_curves(curves, list(curves)) if curves else None,
         "final": {name: values[-1] for name, values in curves.items()},
         "hardware": ", ".join(train["hardware"].get("gpus", [])) or f"{train['hardware']['cores']} cores",

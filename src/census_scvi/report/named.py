@@ -22,7 +22,11 @@ def embeddings_of(settings: EvaluateSection, directory: Path) -> dict[str, str]:
         " {published: scvi} for obsm['scvi'] of the Census"
     )
     Workspace(directory).require_run(way_out)
-    return {"scVI": str(directory)}
+    from census_scvi.model.families import SCVI, family_of  # imports scvi-tools, which takes seconds
+
+    trained = Workspace(directory).record("train") or {}
+    kind = trained.get("config", {}).get("model", {}).get("kind", SCVI)
+    return {family_of(kind).title: str(directory)}
 
 
 def evaluation_place(settings: EvaluateSection, folder: Path) -> Workspace:

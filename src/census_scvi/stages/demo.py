@@ -114,14 +114,16 @@ def _draw(config: Config, picture: Path) -> None:
 
 def artifact_table(config: Config, more: Sequence[Path] = ()) -> str:
     """Table of the artifacts of a run: path, size, content."""
+    from census_scvi.model.families import family_of
+
     workspace = Workspace(config.directory)
-    names = config.artifacts
+    names, title = config.artifacts, family_of(config.model.kind).title
     prepared, trained, embedded, _ = ((workspace.whole_record(stage) or {})["counts"] for stage in PIPELINE)
     shape = f"{prepared['cells']:,} cells x {prepared['genes']:,} genes"
     contents = {
         names.genes: f"{prepared['genes']:,} highly variable genes (feature_id)",
         names.prepared: f"raw counts, {shape}, {prepared['batches']} batches",
-        names.model: f"scVI, {trained['parameters']:,} parameters, {trained['epochs']} epochs",
+        names.model: f"{title}, {trained['parameters']:,} parameters, {trained['epochs']} epochs",
         names.tensorboard: "TensorBoard: losses, KL weight, learning rate",
         names.latent: f"latent means, {embedded['cells']:,} cells x {embedded['n_latent']}",
         names.latent_joinids: "soma_joinid of each row of the latent",

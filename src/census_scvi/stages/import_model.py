@@ -35,7 +35,6 @@ def run(arguments: argparse.Namespace) -> None:
             raise UserError(f"import_model.{name} is not set; give a folder")
     folder, output = Path(str(settings.folder)), Path(str(settings.output))
     # Imported here, because torch and scvi-tools take seconds to import and --help must be fast.
-    from census_scvi.model.families import family_of
     from census_scvi.model.imported import check_places, import_model
 
     if arguments.dry_run:
@@ -50,7 +49,4 @@ def run(arguments: argparse.Namespace) -> None:
         gene_map=settings.gene_map,
         force=arguments.force,
     )
-    parts = [f"{len(found.genes):,} genes", f"{len(found.batches):,} batches"]
-    parts += [f"{len(found.labels):,} labels"] if found.labels else []
-    parts += [f"{len(found.proteins):,} proteins"] if found.proteins else []
-    print(printable(f"{output}: {family_of(found.model).title} of {found.organism}, {', '.join(parts)}"))
+    print(printable(f"{output}: {found.summary}"))

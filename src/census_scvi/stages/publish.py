@@ -20,6 +20,7 @@ from census_scvi.config.stages import STAGES
 from census_scvi.errors import UserError
 from census_scvi.files.atomic import write_json
 from census_scvi.model.facts import built_facts
+from census_scvi.model.families import family_of
 from census_scvi.model.safe import load_safe
 from census_scvi.publication import measure_gates, target
 from census_scvi.publication.folder import copy_to, write_published
@@ -125,6 +126,7 @@ class _Publishing:
             joinids=self._joinids,
             latent=self._latent,
             n_batches=len(cells.batches),
+            method=family_of(description.model).title,
             model=built_facts(model, description.genes),
             weights=inputs[artifacts.weights],
             stages={stage: self._workspace.whole_record(stage) or {} for stage in STAGES["publish"].reads},
