@@ -13,14 +13,20 @@ import numpy as np
 import pytest
 import scipy.io
 import scipy.sparse as sp
+import scvi
 from hypothesis import given
 from hypothesis import strategies as st
 from test_proteins import COUNTS, GENES, N_CELLS, NAMES, cells, counts_of, with_array, with_features, with_frame
 
 from census_scvi.counts.protein_names import plain_name
 from census_scvi.errors import UserError
+from census_scvi.model.build import init_arguments
+from census_scvi.model.encode import extend_batches, reference_latent
+from census_scvi.model.safe import ModelDescription
+from census_scvi.model.settings import ModelSection
 from census_scvi.query.alignment import AlignedCells
 from census_scvi.query.cells import QueryCells
+from census_scvi.query.mapping import Mapper
 from census_scvi.query.protein_alignment import AlignedProteins, match_proteins
 
 RNA = counts_of(0, len(GENES))
@@ -113,7 +119,9 @@ def test_every_format_gives_the_same_genes_and_proteins(kind: str, tmp_path: Pat
 
 
 def test_a_query_without_proteins() -> None:
-    with pytest.raises(UserError, match=r"no proteins, and the model uses 4 \(CD14, cd4, .* imputes: proteins=none"):
+    with pytest.raises(
+        UserError, match=r"no proteins, and the model uses 4 \(CD14, cd4, .* imputes: set query.proteins"
+    ):
         aligned(cells())
     for query in (cells(), with_frame()):
         found = aligned(query, "none")
@@ -186,3 +194,47 @@ def test_a_reader_gives_any_number_of_cells() -> None:
     assert [len(part) for part in parts] == [1, 30, 0, 12, 17]
     assert np.array_equal(np.concatenate(parts), COUNTS)
     assert parts[0].dtype == np.float32
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["batch not encoded", "batch encoded"])
+def totalvi(request: pytest.FixtureRequest) -> tuple[scvi.model.TOTALVI, ModelDescription]:
+    """An untrained model of two batches."""
+    arguments = {"use_layer_norm": "both", "use_batch_norm": "none"}
+    settings = {"kind": "TOTALVI", "n_hidden": 16, "n_latent": 4, "encode_covariates": request.param}
+    description = ModelDescription(
+        genes=GENES,
+        batches=["one", "two"],
+        arguments=init_arguments(ModelSection.model_validate({**settings, "arguments": arguments})),
+        organism="homo_sapiens",
+        batch_key=["study"],
+        n_cells=N_CELLS,
+        model="TOTALVI",
+        proteins=MODEL,
+        missing_proteins={"two": ["CD19"]},
+    )
+    scvi.settings.seed = 0
+    return description.build(), description
+
+
+@pytest.mark.parametrize("kind", ["AnnData", "10x", "without proteins"])
+def test_a_mapper_encodes_genes_and_proteins_as_scvi_tools_does(
+    kind: str, totalvi: tuple[scvi.model.TOTALVI, ModelDescription], tmp_path: Path
+) -> None:
+    model, description = totalvi
+    source = cells() if kind == "without proteins" else SOURCES[kind](tmp_path)
+    asked, proteins = ("none", np.zeros_like(EXPECTED)) if kind == "without proteins" else (None, EXPECTED)
+    mapped = Mapper(model, description)(source, proteins=asked)
+    batches = ["query"] * N_CELLS if description.arguments["encode_covariates"] else ["one"] * N_CELLS
+    known = extend_batches(model, description.genes, batches)
+    expected, _ = reference_latent(known, GENES, sp.csr_matrix(RNA), batches, proteins)
+    assert np.allclose(mapped.latent, expected, atol=1e-5)
+    assert mapped.proteins is not None
+    assert mapped.proteins.n_shared == (0 if asked else 3)
+    assert np.isfinite(mapped.report.expected_share)
+
+
+def test_counts_of_genes_need_no_proteins(totalvi: tuple[scvi.model.TOTALVI, ModelDescription]) -> None:
+    mapper = Mapper(*totalvi)
+    assert np.array_equal(sp.vstack(list(mapper.counts(cells()))).toarray(), RNA)
+    with pytest.raises(UserError, match="has no proteins, and the model uses 4"):
+        mapper(cells())

@@ -64,6 +64,7 @@ log = logging.getLogger(__name__)
 OWN_EMBEDDING = "X_scvi"
 _MODEL = "scvi_model"
 SURGERY_FACTS = "scvi_surgery"
+PROTEIN_REPORT = "scvi_proteins"
 # Default numbers of cells of a reference (some 100 MB of latent positions) and of a slice.
 REFERENCE_CELLS, SLICE_CELLS = 200_000, 1_000_000
 # Default number of reference cells whose counts are read for the baselines; more change the result little.
@@ -427,6 +428,7 @@ class Atlas:
         seed: int = 0,
         counts: str | None = None,
         min_share: float = MIN_SHARE,
+        proteins: str | None = None,
     ) -> Atlas:
         """Adapt the model to the batches of your own cells by surgery (scArches); the reference does not change.
 
@@ -450,7 +452,7 @@ class Atlas:
             Device of the training: auto, cpu, gpu.
         seed
             Seed of all random numbers.
-        counts, min_share
+        counts, min_share, proteins
             See `embed`.
 
         Returns
@@ -475,7 +477,9 @@ class Atlas:
         target = None if folder is None else new_folder(expand_argument(folder, "folder"))
         with ExitStack() as stack:
             place = work or (work_of(target) if target else Path(stack.enter_context(TemporaryDirectory())))
-            aligned = stack.enter_context(self._mapper.align(source, counts=counts, min_share=min_share))
+            aligned = stack.enter_context(
+                self._mapper.align(source, counts=counts, min_share=min_share, proteins=proteins)
+            )
             adapted = adapt(
                 Reference(model, description, self._typical() if self._typical else None),
                 aligned,
@@ -508,7 +512,14 @@ class Atlas:
         """Facts of the surgery of the model: mode, batches, cells, trainings, change of the reference; None: none."""
         return self._adapted.facts if self._adapted else None
 
-    def embed(self, source: QuerySource, *, counts: str | None = None, min_share: float = MIN_SHARE) -> ad.AnnData:
+    def embed(
+        self,
+        source: QuerySource,
+        *,
+        counts: str | None = None,
+        min_share: float = MIN_SHARE,
+        proteins: str | None = None,
+    ) -> ad.AnnData:
         """Embed your own cells.
 
         Parameters
@@ -521,24 +532,31 @@ class Atlas:
         min_share
             Minimum share of the model's genes in the data. Fewer are accepted if the missing genes are expected to
             have hardly any counts, for example if genes without counts were removed.
+        proteins
+            For a TOTALVI model, the location of the raw protein counts: `obsm/<name>`, `features` (type Antibody
+            Capture), or `none` for cells without proteins, which the model then imputes; None: search for them.
 
         Returns
         -------
         AnnData without X: your obs with `scvi_empty` (True for cells without counts in the model's genes),
-        `obsm["X_scvi"]` float32 (cells, n_latent), and a report on the genes in `uns["scvi_alignment"]`.
+        `obsm["X_scvi"]` float32 (cells, n_latent), and a report on the genes in `uns["scvi_alignment"]`, on the
+        proteins in `uns["scvi_proteins"]`.
 
         Raises
         ------
         UserError
-            The data has no raw counts, too few of the model's genes, or another organism.
+            The data has no raw counts, too few of the model's genes, none of its proteins, or another organism.
         """
         require_number("min_share", min_share, most=1)
-        mapped = self._mapper(source, counts=counts, min_share=min_share)
+        mapped = self._mapper(source, counts=counts, min_share=min_share, proteins=proteins)
         log.info("%s", mapped.report)
+        if mapped.proteins is not None:
+            log.info("%s", mapped.proteins)
         return ad.AnnData(
             obs=mapped.obs.assign(**{EMPTY: mapped.empty}),
             obsm={OWN_EMBEDDING: mapped.latent},
-            uns={"scvi_alignment": mapped.report.as_dict(), _MODEL: self._model_identity, **self._of_surgery},
+            uns={"scvi_alignment": mapped.report.as_dict(), _MODEL: self._model_identity, **self._of_surgery}
+            | ({} if mapped.proteins is None else {PROTEIN_REPORT: mapped.proteins.as_dict()}),
         )
 
     def predict(
@@ -557,6 +575,7 @@ class Atlas:
         seed: int = 0,
         counts: str | None = None,
         min_share: float = MIN_SHARE,
+        proteins: str | None = None,
         report: str | Path | None = None,
     ) -> ad.AnnData:
         """Annotate your own cells with labels of the atlas, and compare with simple methods.
@@ -590,7 +609,7 @@ class Atlas:
             Hyper-parameters of the method `scnym` that replace those of its preset, and the name of the `preset`.
         seed
             Seed of all random numbers.
-        counts, min_share
+        counts, min_share, proteins
             See `embed`.
         report
             Where to write a report of each label: with NAME.html, NAME-<labels>.html, and its numbers next to it in a
@@ -626,9 +645,9 @@ class Atlas:
         require_columns(self._cells.census, columns, "labels")
         check_method(method)
         if not columns:
-            return self._embedded(source, counts, min_share)
+            return self._embedded(source, counts, min_share, proteins)
         _ = self._cells.embedding  # reports a damaged or foreign embedding before the cells are embedded
-        mapped = self._embedded(source, counts, min_share)
+        mapped = self._embedded(source, counts, min_share, proteins)
         reference = self.reference(obs_filter, columns, max_cells, seed)
         with_counts = None
         if baseline_cells and _holds_counts(source):
@@ -657,6 +676,8 @@ class Atlas:
             refused.append(
                 f"{missing:,} of {len(self._cells.model[1].genes):,} genes of the model are not in the cells' data"
             )
+        if missing := len(mapped.uns.get(PROTEIN_REPORT, {}).get("missing", [])):
+            refused.append(f"{missing} proteins of the model are not in the cells' data; the model imputes them")
         if empty := int(mapped.obs[EMPTY].sum()):
             refused.append(f"{empty:,} cells have no counts in the genes of the model; they are unknown")
         for found in annotated:
@@ -711,6 +732,7 @@ class Atlas:
         seed: int = 0,
         counts: str | None = None,
         min_share: float = MIN_SHARE,
+        proteins: str | None = None,
     ) -> Neighbors:
         """Find the nearest neighbors of your own cells in the atlas.
 
@@ -728,11 +750,11 @@ class Atlas:
             Maximum number of cells to search; if more match, this number is sampled at random.
         seed
             Seed of the sampling and of the neighbor index.
-        counts, min_share
+        counts, min_share, proteins
             See `embed`.
         """
         require_whole("n_neighbors", n_neighbors, 1)
-        mapped = self._embedded(source, counts, min_share)
+        mapped = self._embedded(source, counts, min_share, proteins)
         reference = self.reference(obs_filter, obs_columns, max_cells, seed)
         index = NeighborIndex(reference.obsm[EMBEDDING], seed=seed)
         distances, positions = index.query(mapped.obsm[OWN_EMBEDDING], n_neighbors)
@@ -740,7 +762,7 @@ class Atlas:
         obs = reference.obs.set_index("soma_joinid").loc[np.unique(joinids)]
         return Neighbors(joinids, distances, obs)
 
-    def _embedded(self, source: QuerySource, counts: str | None, min_share: float) -> ad.AnnData:
+    def _embedded(self, source: QuerySource, counts: str | None, min_share: float, proteins: str | None) -> ad.AnnData:
         """The embedded cells; a result of `embed` by this model is copied, everything else is embedded."""
         if isinstance(source, ad.AnnData) and OWN_EMBEDDING in source.obsm and EMPTY in source.obs:
             if str(source.uns.get(_MODEL)) == self._model_identity:
@@ -751,7 +773,7 @@ class Atlas:
                 return source.copy()
             if source.X is None:
                 raise UserError("these cells were embedded by another model and have no counts; embed your own file")
-        return self.embed(source, counts=counts, min_share=min_share)
+        return self.embed(source, counts=counts, min_share=min_share, proteins=proteins)
 
     @cached_property
     def _model_identity(self) -> str:

@@ -14,7 +14,7 @@ import pandas as pd
 import scipy.sparse as sp
 import scvi
 import torch
-from scvi.module import VAE
+from scvi.module import TOTALVAE, VAE
 
 from census_scvi.config.run_names import LABELS, PROTEIN_NAMES, PROTEINS
 from census_scvi.model.build import EMPIRICAL_PRIOR, Labels, Proteins, skeleton, without_training
@@ -75,7 +75,8 @@ class Encoder:
         batch_codes
             Integers (cells,), positions in the model's batches; only a model with `encode_covariates` uses them.
         proteins
-            Counts of proteins for TOTALVI, float32 (cells, proteins), 0 for proteins that were not measured.
+            Counts of proteins for TOTALVI, float32 (cells, proteins), 0 for proteins that were not measured; None: no
+            protein was measured.
         minibatch
             Cells encoded at a time; changes the result by float32 rounding at most.
         """
@@ -98,9 +99,13 @@ class Encoder:
         batch_codes: npt.NDArray[np.integer],
         proteins: npt.NDArray[np.float32] | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        batch = torch.from_numpy(batch_codes.astype(np.int64)).unsqueeze(1)
+        # TOTALVI looks up a prior of the batch, also if its encoder does not use the batch.
+        codes = batch_codes if self._module.encode_covariates else np.zeros(len(batch_codes))
+        batch = torch.from_numpy(codes.astype(np.int64)).unsqueeze(1)
         tensors = {"X": torch.from_numpy(counts.toarray()), "batch": batch, "labels": torch.zeros_like(batch)}
-        if proteins is not None:
+        if isinstance(self._module, TOTALVAE):
+            if proteins is None:
+                proteins = np.zeros((counts.shape[0], self._module.n_input_proteins), np.float32)
             tensors["proteins"] = torch.from_numpy(np.ascontiguousarray(proteins))
         inputs = self._module._get_inference_input(  # the inputs differ between kinds of models
             {name: tensor.to(self._module.device) for name, tensor in tensors.items()}

@@ -38,6 +38,7 @@ class ExpectedCounts:
         self, model: scvi.model.SCVI, n_trained: int, reference: Callable[[], sp.csr_matrix | None] | None = None
     ) -> None:
         self._module, self._encode, self._n_trained = model.module, Encoder(model), n_trained
+        self._n_genes = int(model.summary_stats.n_vars)
         self._reference = reference
 
     def share(self, counts: sp.csr_matrix, there: npt.NDArray[np.bool_]) -> float:
@@ -69,9 +70,15 @@ class ExpectedCounts:
     def _decoded(self, latent: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
         position = torch.from_numpy(latent).to(self._module.device)
         library = torch.zeros(len(latent), 1, device=position.device)
-        total = np.zeros(self._module.n_input)
+        total = np.zeros(self._n_genes)
         for code in np.unique(np.linspace(0, self._n_trained - 1, _BATCHES).astype(int)):
             batch = torch.full((len(latent), 1), int(code), device=position.device)
-            expected = self._module.generative(position, library, batch)["px"]
-            total += expected.scale.double().sum(dim=0).cpu().numpy()
+            total += self._scale(position, library, batch).double().sum(dim=0).cpu().numpy()
         return total
+
+    def _scale(self, position: torch.Tensor, library: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
+        """Expected share of each gene in the counts of each cell, float32 (cells, genes)."""
+        if not isinstance(self._module, scvi.module.TOTALVAE):
+            return self._module.generative(position, library, batch)["px"].scale
+        decoded = self._module.generative(position, library, batch, label=torch.zeros_like(batch))
+        return decoded["px_"]["scale"]

@@ -13,11 +13,13 @@ import pandas as pd
 import scipy.sparse as sp
 import scvi
 
+from census_scvi.config.types import NO_PROTEINS
 from census_scvi.model.encode import Encoder, extend_batches
 from census_scvi.model.safe import ModelDescription
 from census_scvi.query.alignment import AlignedCells, AlignmentReport
 from census_scvi.query.cells import QuerySource, opened
 from census_scvi.query.expected import ExpectedCounts
+from census_scvi.query.protein_alignment import ProteinReport
 from census_scvi.terminal.progress import progress_bar
 
 # Default of query.min_share and of min_share=. A tenth of the genes missing costs little quality, half of them costs
@@ -27,8 +29,10 @@ _BLOCK_CELLS = 4096
 # Batch of the query's cells for an encoder that uses the batch.
 _QUERY_BATCH = "query"
 
-# Latent positions, float32 (cells, n_latent), of the cells from a row on, with these counts.
-BlockEncoder: TypeAlias = Callable[[int, sp.csr_matrix], npt.NDArray[np.float32]]
+# Protein counts, float32 (cells, proteins of the model); None for a model without proteins.
+Proteins: TypeAlias = "npt.NDArray[np.float32] | None"
+# Latent positions, float32 (cells, n_latent), of the cells from a row on, with these counts of genes and of proteins.
+BlockEncoder: TypeAlias = Callable[[int, sp.csr_matrix, Proteins], npt.NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -45,12 +49,15 @@ class Mapped:
         bool (cells,): cells without counts in the model's genes; their position is meaningless.
     report
         Report on the match of the genes.
+    proteins
+        Report on the match of the proteins; None for a model without proteins.
     """
 
     obs: pd.DataFrame
     latent: npt.NDArray[np.float32]
     empty: npt.NDArray[np.bool_]
     report: AlignmentReport
+    proteins: ProteinReport | None = None
 
 
 class Mapper:
@@ -67,8 +74,8 @@ class Mapper:
         genes of the model), or None. They are used to estimate the share of the counts in genes that a query lacks.
     encoder
         Function that returns the encoder of cells with this obs; the encoder gets the row of the first cell of a block
-        and its counts, CSR float32 (cells, genes of the model). None: the model encodes all cells, and the batch of a
-        query is in the middle of the trained ones.
+        and its counts, CSR float32 (cells, genes of the model), and those of proteins. None: the model encodes all
+        cells, and the batch of a query is in the middle of the trained ones.
     """
 
     def __init__(
@@ -89,7 +96,14 @@ class Mapper:
         self._encoder = encoder or (lambda obs: self._as_one_batch)
         self._expected = ExpectedCounts(model, self._n_trained, typical)
 
-    def __call__(self, source: QuerySource, *, counts: str | None = None, min_share: float = MIN_SHARE) -> Mapped:
+    def __call__(
+        self,
+        source: QuerySource,
+        *,
+        counts: str | None = None,
+        min_share: float = MIN_SHARE,
+        proteins: str | None = None,
+    ) -> Mapped:
         """Embed cells.
 
         Parameters
@@ -101,36 +115,45 @@ class Mapper:
         min_share
             Required share of the model's genes; a smaller share is sufficient if few counts are expected in the missing
             genes (`AlignedCells`).
+        proteins
+            For a model with proteins, their place: `obsm/<name>`, `features`, or `none` for cells without proteins;
+            None: search all places.
 
         Raises
         ------
         UserError
-            There are no raw counts or too few of the model's genes, or the organism differs.
+            There are no raw counts, too few of the model's genes or none of its proteins, or the organism differs.
         """
         latent, empty = [], []
-        with self.align(source, counts=counts, min_share=min_share) as aligned:
+        with self.align(source, counts=counts, min_share=min_share, proteins=proteins) as aligned:
             encode = self._encoder(aligned.obs)
-            for start, block in _shown(aligned, "embed"):
-                latent.append(encode(start, block))
+            for start, block, of_proteins in _shown(aligned, "embed"):
+                latent.append(encode(start, block, of_proteins))
                 empty.append(np.diff(block.indptr) == 0)
-            return Mapped(aligned.obs.copy(), np.concatenate(latent), np.concatenate(empty), aligned.report)
+            report = None if aligned.proteins is None else aligned.proteins.report
+            return Mapped(aligned.obs.copy(), np.concatenate(latent), np.concatenate(empty), aligned.report, report)
 
-    def _as_one_batch(self, start: int, block: sp.csr_matrix) -> npt.NDArray[np.float32]:
-        return self._encode(block, np.full(block.shape[0], self._n_trained)).mean
+    def _as_one_batch(self, start: int, block: sp.csr_matrix, proteins: Proteins) -> npt.NDArray[np.float32]:
+        return self._encode(block, np.full(block.shape[0], self._n_trained), proteins).mean
 
     def counts(
         self, source: QuerySource, *, counts: str | None = None, min_share: float = MIN_SHARE
     ) -> Iterator[sp.csr_matrix]:
         """Raw counts of the cells in blocks, CSR float32 (some cells, genes of the model)."""
-        with self.align(source, counts=counts, min_share=min_share) as aligned:
-            for _, block in _shown(aligned, "baselines"):
+        with self.align(source, counts=counts, min_share=min_share, proteins=NO_PROTEINS) as aligned:
+            for _, block, _ in _shown(aligned, "baselines"):
                 yield block
 
     @contextmanager
     def align(
-        self, source: QuerySource, *, counts: str | None = None, min_share: float = MIN_SHARE
+        self,
+        source: QuerySource,
+        *,
+        counts: str | None = None,
+        min_share: float = MIN_SHARE,
+        proteins: str | None = None,
     ) -> Iterator[AlignedCells]:
-        """The cells with the model's genes; parameters and errors as in `__call__`."""
+        """The cells with the model's genes and proteins; parameters and errors as in `__call__`."""
         with opened(source) as cells:
             yield AlignedCells(
                 cells,
@@ -140,6 +163,8 @@ class Mapper:
                 min_share=min_share,
                 counts=counts,
                 expected=self._expected.share,
+                protein_names=self._description.proteins,
+                proteins=proteins,
             )
 
 
@@ -148,9 +173,9 @@ def _unused(name: str, names: list[str]) -> str:
     return _unused(f"{name}_", names) if name in names else name
 
 
-def _shown(cells: AlignedCells, what: str) -> Iterator[tuple[int, sp.csr_matrix]]:
-    """Blocks of (first row, raw counts), with a progress bar."""
+def _shown(cells: AlignedCells, what: str) -> Iterator[tuple[int, sp.csr_matrix, Proteins]]:
+    """Blocks of (first row, raw counts of genes, of proteins), with a progress bar."""
     with progress_bar(len(cells), what) as bar:
-        for start, block in cells.blocks(_BLOCK_CELLS):
-            yield start, block
+        for start, block, proteins in cells.blocks_with_proteins(_BLOCK_CELLS):
+            yield start, block, proteins
             bar.update(block.shape[0])

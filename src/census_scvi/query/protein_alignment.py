@@ -60,8 +60,8 @@ class ProteinReport:
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:
-        """All attributes, for JSON."""
-        return asdict(self)
+        """All attributes, for JSON and .h5ad; `renamed` as texts such as `CD3_TotalSeqB = CD3` (the model's first)."""
+        return asdict(self) | {"renamed": [f"{name} = {own}" for name, own in self.renamed.items()]}
 
 
 class AlignedProteins:
@@ -112,7 +112,7 @@ class AlignedProteins:
             raise UserError(
                 f"{cells.name} has no proteins, and the model uses {len(names)} ({_listed(names)}); put their raw"
                 " counts into obsm['protein_expression'] with their names, or embed the cells without proteins,"
-                f" which the model then imputes: proteins={NO_PROTEINS}"
+                f" which the model then imputes: set query.proteins (in Python: proteins=) to {NO_PROTEINS}"
             )
         return cls(proteins, names, cells.name)
 
@@ -124,7 +124,8 @@ class AlignedProteins:
         if proteins is not None and not there.any():
             raise UserError(
                 f"{proteins.where} has none of the model's proteins: it has {_listed(own)}, the model"
-                f" {_listed(self._names)}; rename the proteins, or use the cells without them (proteins=none)"
+                f" {_listed(self._names)}; rename the proteins, or embed the cells without them: set query.proteins"
+                f" (in Python: proteins=) to {NO_PROTEINS}"
             )
         chosen = {each: own[column] for each, column in zip(self._names, self._columns, strict=True) if column >= 0}
         self.report = ProteinReport(

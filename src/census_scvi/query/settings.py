@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from census_scvi.config.section import USUAL, Changes, Section
-from census_scvi.config.types import Columns, LocalPath, Name, ObsFilter, PathName, Share
+from census_scvi.config.types import Columns, LocalPath, Name, ObsFilter, PathName, ProteinPlace, Share
 from census_scvi.query.surgery.settings import NONE, SEQUENTIAL, Surgery, SurgeryTraining
 
 
@@ -36,6 +36,11 @@ class QuerySection(Section):
     values: Annotated[Literal["counts", "log_normalized"], Changes("map-query", "annotate")] = "counts"
     """What the file holds: raw counts, or logarithms of normalised counts (log(CPM + 1), log1p(CP10k)), from which the
     counts are recovered.
+    """
+    proteins: ProteinPlace | None = None
+    """Where the raw protein counts for a TOTALVI model are: obsm/<name>, features (type "Antibody Capture"), or none
+    for cells without proteins, which the model imputes; null: detected, and an error where no or several places hold
+    them.
     """
     min_share: Annotated[Share, Changes("map-query", "annotate")] = 0.8
     """Minimum fraction of the model's genes that your file must have; fewer are accepted where the others have few

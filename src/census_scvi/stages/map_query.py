@@ -13,7 +13,7 @@ import pandas as pd
 
 from census_scvi.annotation.cost import Effort, effort
 from census_scvi.annotation.results.columns import EMPTY, PREDICTION
-from census_scvi.atlas import EMBEDDING, OWN_EMBEDDING, SURGERY_FACTS, Atlas
+from census_scvi.atlas import EMBEDDING, OWN_EMBEDDING, PROTEIN_REPORT, SURGERY_FACTS, Atlas
 from census_scvi.config.obs_filter import in_section
 from census_scvi.counts.formats.copy_cells import copy_with_results
 from census_scvi.files.atomic import remove, write_json
@@ -88,7 +88,7 @@ def run(task: Task) -> None:
             _place(atlas, mapped, config, run.path(target.with_suffix(".png").name))
     report = _report(mapped, settings.labels) | ({"surgery": atlas.surgery} if atlas.surgery else {})
     write_json(run.path(target.with_suffix(".json").name), json_values(report))
-    kept = ("scvi_alignment", PREDICTION, "scvi_model", SURGERY_FACTS)
+    kept = ("scvi_alignment", PROTEIN_REPORT, PREDICTION, "scvi_model", SURGERY_FACTS)
     uns = {name: mapped.uns[name] for name in kept if name in mapped.uns}
     copy_with_results(source, run.path(target.name), mapped.obs, mapped.obsm, uns)
     written = [path for path in (target, *companion_files(config.query, target)) if run.path(path.name).exists()]
@@ -112,6 +112,7 @@ def _adapted(atlas: Atlas, cells: QueryCells, config: Config, *, folder: Path, w
             seed=config.seed,
             counts=cells.find_counts(settings.counts, setting=_COUNTS),
             min_share=min_share,
+            proteins=settings.proteins,
         )
     except TooFewGenes as error:
         raise error.named(setting) from None
@@ -137,6 +138,7 @@ def _predict(atlas: Atlas, cells: QueryCells, config: Config, report: Path) -> a
             seed=config.seed,
             counts=counts,
             min_share=min_share,
+            proteins=settings.proteins,
             report=report,
         )
     except TooFewGenes as error:
@@ -197,6 +199,7 @@ def _report(mapped: ad.AnnData, labels: list[str]) -> dict[str, Any]:
     return {
         "cells": mapped.n_obs,
         "alignment": mapped.uns["scvi_alignment"],
+        **({"proteins": mapped.uns[PROTEIN_REPORT]} if PROTEIN_REPORT in mapped.uns else {}),
         "predictions": {
             name: {
                 **mapped.uns[PREDICTION][name],

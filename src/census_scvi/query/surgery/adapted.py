@@ -149,7 +149,9 @@ class CellEncoder:
         self._n_latent = models[0].module.n_latent
         self._places = places
 
-    def __call__(self, start: int, counts: sp.csr_matrix) -> npt.NDArray[np.float32]:
+    def __call__(
+        self, start: int, counts: sp.csr_matrix, proteins: npt.NDArray[np.float32] | None = None
+    ) -> npt.NDArray[np.float32]:
         """Latent positions of consecutive cells, float32 (cells, n_latent).
 
         Parameters
@@ -158,10 +160,13 @@ class CellEncoder:
             Row of the first cell.
         counts
             CSR float32 (cells, genes of the model).
+        proteins
+            float32 (cells, proteins of the model), for a model with proteins.
         """
         places = self._places[start : start + counts.shape[0]]
         latent = np.empty((counts.shape[0], self._n_latent), np.float32)
         for number in np.unique(places[:, 0]):
             rows = np.flatnonzero(places[:, 0] == number)
-            latent[rows] = self._encoders[number](counts[rows], places[rows, 1]).mean
+            of_rows = None if proteins is None else proteins[rows]
+            latent[rows] = self._encoders[number](counts[rows], places[rows, 1], of_rows).mean
         return latent
