@@ -40,7 +40,7 @@ SETTINGS_OF_STAGES = {
         "census.organism", "census.uri", "census.version", "genes.min_share", "seed",
         "query.file", "query.model", "query.embedding", "query.counts", "query.values", "query.min_share",
         "query.batch_key", "query.labels", "query.obs_filter", "query.reference_cells", "query.baseline_cells",
-        "query.umap_cells", "query.surgery", "query.surgery_training",
+        "query.umap_cells", "query.surgery", "query.surgery_training", "query.proteins",
         "annotate.method", "annotate.preset", "annotate.overrides", "annotate.budget",
     ),
 }  # fmt: skip
