@@ -114,8 +114,8 @@ def test_every_format_gives_the_same_genes_and_proteins(kind: str, tmp_path: Pat
     assert (report.place, report.n_proteins, report.n_shared) == (place, 4, 3)
     assert report.renamed == {"cd4": "CD4", "CD3_TotalSeqB": "CD3"}
     assert (report.missing, report.extra) == (["CD19"], ["CD8a", "PD-1"])
-    assert "1 proteins are missing, count as 0 and are imputed by the model: CD19" in str(report)
-    assert "2 of them under another name: CD4 = cd4, CD3 = CD3_TotalSeqB" in str(report)
+    assert "missing proteins, which count as 0 and are imputed by the model: CD19" in str(report)
+    assert "of these, under another name: CD4 = cd4, CD3 = CD3_TotalSeqB" in str(report)
 
 
 def test_a_query_without_proteins() -> None:

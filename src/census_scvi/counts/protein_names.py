@@ -7,7 +7,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 # Suffixes that say how a protein was measured: CD3_TotalSeqB, CD3-TotalSeq-C, CD3_TotalC, CD3_TSA, CD3-ADT, CD3_prot.
-_PANEL = re.compile(r"[ _.-]+(?:total[ _-]?(?:seq)?[ _-]?[a-d]?|ts[a-d]|adt|prot|protein|antibody)$", re.IGNORECASE)
+_PANEL = re.compile(
+    r"[ _.-]+(?:total[ _-]?(?:seq(?:[ _-]?[a-d])?|[a-d])|ts[a-d]|adt|prot|protein|antibody)$", re.IGNORECASE
+)
 
 
 def plain_name(name: str) -> str:

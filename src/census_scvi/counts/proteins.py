@@ -137,7 +137,8 @@ class FrameMatrix:
         self._columns, self._where = [node[name] for name in self.names], where
         for name, column in zip(self.names, self._columns, strict=True):
             if hasattr(column, "keys") or len(column.shape) != 1:
-                raise UserError(f"{where}: column {name!r} does not hold numbers; expected raw protein counts")
+                found = column.attrs.get("encoding-type", "table")
+                raise UserError(f"{where}: column {name!r} is stored as {found}; expected numbers (raw protein counts)")
         lengths = {int(column.shape[0]) for column in self._columns}
         if len(lengths) > 1:
             raise UserError(f"{where}: its columns differ in length ({sorted(lengths)}): the file is damaged")
@@ -253,12 +254,21 @@ def _of_obsm(data: Any, obsm: Mapping[str, Any], place: str, name: str, setting:
         raise UserError(f"{name} has no {place}{near} (obsm has {found})")
     member = obsm[key]
     if isinstance(member, pd.DataFrame):
-        return Proteins(place, [str(each) for each in member.columns], ArrayMatrix(member.to_numpy(), where), where)
+        return Proteins(place, [str(each) for each in member.columns], ArrayMatrix(_plain(member), where), where)
     if hasattr(member, "keys") and "column-order" in member.attrs:
         frame = FrameMatrix(member, where)
         return Proteins(place, frame.names, frame, where)
+    if (dimensions := len(getattr(member, "shape", (0, 0)))) != 2:
+        raise UserError(f"{where} has {dimensions} dimensions; expected cells x proteins")
     matrix: Matrix = ArrayMatrix(member, where) if isinstance(data, ad.AnnData) else CountMatrix(data, place)
     return Proteins(place, _names_in_uns(data, key, matrix.shape[1], where, setting), matrix, where)
+
+
+def _plain(frame: pd.DataFrame) -> npt.NDArray[Any]:
+    """Values of a table; whole numbers that pandas stores with a mask become float64."""
+    numbers = all(pd.api.types.is_numeric_dtype(dtype) for dtype in frame.dtypes)
+    values = frame.to_numpy()
+    return frame.to_numpy(np.float64, na_value=np.nan) if numbers and values.dtype == object else values
 
 
 def _names_in_uns(data: Any, key: str, n_proteins: int, where: str, setting: str) -> list[str]:

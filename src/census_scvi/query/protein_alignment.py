@@ -51,12 +51,12 @@ class ProteinReport:
         lines = [f"{self.n_shared} of the model's {self.n_proteins} proteins, from {self.place}"]
         if self.renamed:
             pairs = ", ".join(f"{own} = {name}" for name, own in self.renamed.items())
-            lines.append(f"{len(self.renamed)} of them under another name: {pairs}")
+            lines.append(f"of these, under another name: {pairs}")
         if self.missing:
             listed = ", ".join(self.missing)
-            lines.append(f"{len(self.missing)} proteins are missing, count as 0 and are imputed by the model: {listed}")
+            lines.append(f"missing proteins, which count as 0 and are imputed by the model: {listed}")
         if self.extra:
-            lines.append(f"{len(self.extra)} more of the query are not used: {', '.join(self.extra)}")
+            lines.append(f"proteins of the query that are not used: {', '.join(self.extra)}")
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:
