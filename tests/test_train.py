@@ -32,7 +32,7 @@ from census_scvi.counts.minibatch import DenseMinibatches, Minibatch
 from census_scvi.counts.reader import Rows
 from census_scvi.errors import UserError
 from census_scvi.model.build import build_model, init_arguments
-from census_scvi.model.safe import load_safe
+from census_scvi.model.safe import ModelDescription, load_safe
 from census_scvi.settings import load_config
 from census_scvi.stages import train
 from census_scvi.terminal import progress
@@ -849,17 +849,17 @@ def test_a_loss_that_is_not_finite_stops_with_step_batch_and_advice(
 def test_gradients_that_are_not_finite_stop_at_their_own_step(
     prepared: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, engine: str
 ) -> None:
-    real = train.build_model
+    real = ModelDescription.build
     steps = itertools.count()
 
-    def build(*arguments: Any, **more: Any) -> Any:
-        model = real(*arguments, **more)
+    def build(description: ModelDescription) -> Any:
+        model = real(description)
         model.module.z_encoder.mean_encoder.weight.register_hook(
             lambda gradient: gradient * (math.nan if next(steps) == 3 else 1)
         )
         return model
 
-    monkeypatch.setattr(train, "build_model", build)
+    monkeypatch.setattr(ModelDescription, "build", build)
     run = copy_of(prepared, tmp_path, train={"engine": engine, "checkpoint_minutes": 0})
     assert run("train") == 2
     error = capsys.readouterr().err.splitlines()[-1]

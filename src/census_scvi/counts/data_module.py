@@ -16,6 +16,9 @@ from census_scvi.counts.order import CellOrder, validation_mask
 from census_scvi.counts.reader import PreparedCells
 from census_scvi.errors import UserError
 
+# Passes over the labelled cells are numbered from here on: their orders differ from those of the epochs.
+_FIRST_LABELLED_PASS = 2**31
+
 
 class PreparedDataModule(lightning.LightningDataModule):
     """Training and validation minibatches of a prepared file, for one process or for each rank of DDP.
@@ -89,7 +92,9 @@ class PreparedDataModule(lightning.LightningDataModule):
                 " anndata.labels_key to a column with labels, or model.kind to SCVI"
             )
         of_labelled = CellOrder(self.labelled, self._seed, rank, world_size)
-        return LabelledMinibatches(every, lambda number: self._loader(of_labelled, lambda: number), self._epoch)
+        return LabelledMinibatches(
+            every, lambda number: self._loader(of_labelled, lambda: _FIRST_LABELLED_PASS + number), self._epoch
+        )
 
     def val_dataloader(self) -> KeptMinibatches | list[Minibatch]:
         """Validation cells, in the order of the file; an empty list if there are fewer than one per rank."""

@@ -330,6 +330,7 @@ def _ignore_known_warnings() -> None:
         "The number of training batches",
         "early_stopping was automatically disabled",  # our own callback does it
         "Checkpoint directory .* exists",
+        "The lr scheduler dict contains the key",  # scvi-tools' plan of TOTALVI steps it itself
         "Found .* in eval mode",  # TrainMode switches to training mode
         ".isinstance.treespec, LeafSpec.. is deprecated",
     ):

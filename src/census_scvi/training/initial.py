@@ -29,6 +29,7 @@ def set_protein_priors(model: scvi.model.TOTALVI, cells: PreparedCells, descript
     some = build.skeleton(description.genes, description.batches, proteins=description.of_proteins)
     some = some[np.repeat(np.searchsorted(some.obs["batch"].cat.codes, range(len(chosen))), list(map(len, chosen)))]
     some = some.copy()
+    some.obs_names = [str(i) for i in range(some.n_obs)]
     some.obsm["protein_expression"] = cells.protein_counts_of(np.concatenate(chosen))
     build.set_protein_priors(model, some)
 
