@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from census_scvi.counts.data_module import PreparedDataModule
 from census_scvi.errors import UserError
 from census_scvi.model.build import quiet, without_training
 from census_scvi.model.safe import ModelDescription, load_safe, save_safe
+from census_scvi.model.typical import TypicalCells
 from census_scvi.query.mapping import Mapper
 from census_scvi.query.surgery.adapt import Reference, adapt
 from census_scvi.query.surgery.adapted import Adapted
@@ -116,7 +118,7 @@ def test_the_training_is_that_of_scvi_tools(reference: Path, query: ad.AnnData, 
     ours = weights(adapted_to(reference, query, "joint", tmp_path / "work").models[0][0])
     part = TrainingCells(["a-sample", "z-sample"], ["first", "second", "a-sample", "z-sample"], tmp_path / "cells.h5ad")
     with Mapper(model, description).align(query) as aligned:
-        write_training_cells(aligned, query.obs["batch"].to_numpy(), GENES, [part])
+        write_training_cells(aligned, query.obs["batch"].to_numpy(), description, [part])
     cells = ad.AnnData(
         sp.csr_matrix((8, len(GENES)), dtype=np.float32),
         obs=pd.DataFrame({"batch": ["first", "second", "a-sample", "z-sample"] * 2}, index=list("abcdefgh")),
@@ -176,7 +178,8 @@ def test_the_reference_does_not_move_and_the_query_does(
     unmoved = Mapper(before, description)._encode(sp.csr_matrix(reference_cells.X), codes).mean
     assert np.array_equal(latent[: len(unmoved)], unmoved)
     spread = unmoved.std()
-    untrained = extend_for_training(before, GENES, [*description.batches, "a-sample", "z-sample"], seed=0)
+    extension = replace(description, batches=[*description.batches, "a-sample", "z-sample"])
+    untrained = extend_for_training(before, extension, seed=0)
     with without_training():
         raw = scvi.model.SCVI.load_query_data(query.copy(), untrained)
         raw.is_trained = True
@@ -309,8 +312,9 @@ def test_an_encoder_without_the_batch_is_not_trained(
 def test_a_model_that_moved_is_refused(reference: Path, reference_cells: ad.AnnData, query: ad.AnnData) -> None:
     """Each way in which scvi-tools lets the reference move, as plain scvi-tools does it."""
     model, description = load_safe(reference)
-    counts = sp.csr_matrix(reference_cells.X)
-    sample = reference_sample(None, description.batches, lambda: counts)
+    cells = TypicalCells(sp.csr_matrix(reference_cells.X), reference_cells.obs["batch"].to_numpy(dtype=object))
+    with Mapper(model, description).align(query) as aligned:
+        sample = reference_sample(cells, description, aligned)
     for options, plan in (({"unfrozen": True}, {}), ({}, {"weight_decay": 1.0}), ({"freeze_expression": False}, {})):
         with without_training(), quiet("lightning.pytorch"):
             moved = scvi.model.SCVI.load_query_data(query.copy(), model, **options)
@@ -319,7 +323,9 @@ def test_a_model_that_moved_is_refused(reference: Path, reference_cells: ad.AnnD
         assert found.latent > 1e-4
         with pytest.raises(UserError) as caught:
             require_unmoved(found)
-        assert "surgery moved the reference: the latent of 240 cells of the query differs by up to" in str(caught.value)
+        assert "surgery moved the reference: the latent of 240 cells of the reference differs by up to" in str(
+            caught.value
+        )
         assert "a weight decay, an unfrozen layer" in str(caught.value)
     require_unmoved(movement(model, model, sample))
 

@@ -59,10 +59,11 @@ class PreparedDataModule(lightning.LightningDataModule):
         workers: int,
         labels: bool = False,
         proteins: bool = False,
+        require_labels: bool = True,
     ) -> None:
         super().__init__()
         self.cells = PreparedCells(path, labels=labels, proteins=proteins)
-        self._labels = labels
+        self._labels, self._require_labels = labels, require_labels
         self.sparse = False
         self._batch_size = batch_size
         self._seed = seed
@@ -84,7 +85,7 @@ class PreparedDataModule(lightning.LightningDataModule):
             raise UserError(f"{self.n_train} training cells are too few for {world_size} processes; 2 each are needed")
         order = CellOrder(~self.validation, self._seed, rank, world_size)
         every = self._loader(order, self._epoch)
-        if not self._labels:
+        if not self._labels or not (self._require_labels or self.labelled.any()):
             return every
         if (n_labelled := int(self.labelled.sum())) < 2 * world_size:
             raise UserError(

@@ -195,7 +195,7 @@ def reference_latent(
     if proteins is not None:
         query.obsm[PROTEINS] = proteins
         query.uns[PROTEIN_NAMES] = model.adata_manager.get_state_registry("proteins").column_names
-    with without_training(), _without_protein_priors(model):
+    with without_training(), without_protein_priors(model):
         mapped = type(model).load_query_data(query, model, accelerator=accelerator)
         mapped.is_trained = True
         mean, variance = mapped.get_latent_representation(return_dist=True)
@@ -203,7 +203,7 @@ def reference_latent(
 
 
 @contextmanager
-def _without_protein_priors(model: scvi.model.SCVI) -> Iterator[None]:
+def without_protein_priors(model: scvi.model.SCVI) -> Iterator[None]:
     """Let scvi-tools extend a TOTALVI model without fitting the protein background of the given cells, for seconds."""
     arguments = model.init_params_["non_kwargs"]
     before = {name: arguments[name] for name in (EMPIRICAL_PRIOR,) if name in arguments}
@@ -237,7 +237,7 @@ def extend_batches(model: scvi.model.SCVI, genes: list[str], batches: list[str])
     trained = batch_labels(model)
     every = labels_with(trained, batches)
     labels, proteins = inputs_of(model)
-    with without_training(), _without_protein_priors(model):
+    with without_training(), without_protein_priors(model):
         cells = skeleton(genes, every, labels, proteins)
         extended = type(model).load_query_data(cells, model, accelerator="cpu")
     weights = extended.module.state_dict()

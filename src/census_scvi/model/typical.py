@@ -13,6 +13,7 @@ import pandas as pd
 import scipy.sparse as sp
 from anndata.io import read_elem
 
+from census_scvi.config.run_names import PROTEINS
 from census_scvi.counts.h5ad import CountMatrix, open_file, read_frame
 from census_scvi.counts.raw_counts import sample_spans
 from census_scvi.errors import UserError
@@ -31,10 +32,13 @@ class TypicalCells:
         CSR float32 (cells, genes): raw counts, genes in the model's order.
     batches
         object (cells,): batch labels; those of a sealed sample may be batches that the model was not trained on.
+    proteins
+        float32 (cells, proteins): raw counts of the model's proteins; None if they are not in the file.
     """
 
     counts: sp.csr_matrix
     batches: npt.NDArray[np.object_]
+    proteins: npt.NDArray[np.float32] | None = None
 
 
 def typical_cells(uri: str, genes: list[str]) -> TypicalCells | None:
@@ -73,12 +77,14 @@ def _read(path: Path, genes: list[str]) -> TypicalCells | None:
         matrix, names = CountMatrix(file, "X"), read_frame(file, "var").index.astype(str)
         spans = sample_spans(matrix.shape[0])
         rows = sp.vstack([part for _, part in matrix.sample(spans)], format="csr")
-        batches = _batches(file["obs/batch"], spans)
+        batches, proteins = _batches(file["obs/batch"], spans), None
+        if (place := f"obsm/{PROTEINS}") in file and isinstance(file[place], h5py.Dataset):
+            proteins = np.concatenate([file[place][start:stop] for start, stop in spans]).astype(np.float32)
     columns = pd.Index(names).get_indexer(genes)
     if (columns < 0).any():
         return None
     counts = sp.csr_matrix(rows[:, columns], dtype=np.float32)
-    return TypicalCells(counts, batches)
+    return TypicalCells(counts, batches, proteins)
 
 
 def _batches(column: h5py.Group | h5py.Dataset, spans: Sequence[tuple[int, int]]) -> npt.NDArray[np.object_]:

@@ -21,15 +21,15 @@ log = logging.getLogger(__name__)
 
 
 class LabelledTrainingPlan(SemiSupervisedTrainingPlan):
-    """scvi-tools' plan of SCANVI, for minibatches whose labelled cells are under `"labelled"`.
+    """scvi-tools' plan of SCANVI, for minibatches whose labelled cells are under `"labelled"`, if there are any.
 
     The accuracy on validation cells is measured on those of their own that have a label.
     """
 
     def training_step(self, minibatch: Minibatch, batch_idx: int) -> torch.Tensor:
-        """Loss of a minibatch and of its labelled cells."""
+        """Loss of a minibatch and of its labelled cells, if there are any."""
         cells = _without_labelled(minibatch)
-        loss: torch.Tensor = super().training_step([cells, minibatch[LABELLED]], batch_idx)
+        loss: torch.Tensor = super().training_step([cells, minibatch.get(LABELLED)], batch_idx)
         return loss
 
     def validation_step(self, minibatch: Minibatch, batch_idx: int) -> None:

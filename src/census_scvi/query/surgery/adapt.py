@@ -153,7 +153,7 @@ def adapt(
     work.mkdir(parents=True, exist_ok=True)
     with directory_lock(work / _LOCK, "query.surgery"), _removed_if_refused(work):
         parts = _parts(plan, reference.description.batches, work)
-        digest = write_training_cells(aligned, labels, reference.description.genes, parts)
+        digest = write_training_cells(aligned, labels, reference.description, parts)
         origin = {
             "reference": weights_digest(reference.model),
             "query": {"name": aligned.name, "sha256": digest, "cells": len(aligned)},
@@ -162,7 +162,7 @@ def adapt(
             "scvi_tools": scvi.__version__,
         }
         _continue_or_clear(work, origin | {"batches": plan.batches, "training": training.model_dump()})
-        sample = reference_sample(reference.cells, reference.description.batches, lambda: next(aligned.blocks(1024))[1])
+        sample = reference_sample(reference.cells, reference.description, aligned)
         models = _train_all(reference, plan, parts, sample, origin, accelerator)
     facts |= origin | {"training": training.model_dump(), "trainings": [each.training.as_dict() for each in models]}
     used = models[-1:] if mode == SEQUENTIAL else models

@@ -13,9 +13,11 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from census_scvi.config.run_names import BATCH, LABELS, PROTEIN_NAMES, PROTEINS
 from census_scvi.counts.row_hash import row_hashes
 from census_scvi.counts.writer import H5adWriter
 from census_scvi.errors import UserError
+from census_scvi.model.safe import ModelDescription
 from census_scvi.query.alignment import AlignedCells
 from census_scvi.terminal.progress import progress_bar
 
@@ -43,24 +45,29 @@ class TrainingCells:
 
 
 def write_training_cells(
-    aligned: AlignedCells, batches: npt.NDArray[np.object_], genes: list[str], parts: Sequence[TrainingCells]
+    aligned: AlignedCells,
+    batches: npt.NDArray[np.object_],
+    description: ModelDescription,
+    parts: Sequence[TrainingCells],
 ) -> str:
     """Write the files of all parts in one pass over the query; cells without counts cannot be trained on.
+
+    For SCANVI all cells are unlabelled: the labels that the query has are of no use, because the classifier is frozen.
 
     Parameters
     ----------
     aligned
-        The query's cells with the model's genes.
+        The query's cells with the model's genes and proteins.
     batches
         object (cells,): batch of each cell.
-    genes
-        feature_ids of the model.
+    description
+        The model.
     parts
         What each file holds.
 
     Returns
     -------
-    SHA-256 of counts and batches of all cells.
+    SHA-256 of counts, proteins and batches of all cells.
 
     Raises
     ------
@@ -68,28 +75,42 @@ def write_training_cells(
         A value is not a raw count, or a part has too few cells with counts.
     """
     digest = hashlib.sha256()
-    var = pd.DataFrame(index=pd.Index(genes, name="feature_id"))
+    var = pd.DataFrame(index=pd.Index(description.genes, name="feature_id"))
+    uns = {PROTEIN_NAMES: np.array(description.proteins, dtype=object)} if description.proteins else {}
     part_of = {label: number for number, part in enumerate(parts) for label in part.batches}
     numbers = np.array([part_of[label] for label in batches], dtype=np.int64)
     names = aligned.obs.index.astype(str)
     written: Counter[str] = Counter()
     with ExitStack() as stack:
         bar = stack.enter_context(progress_bar(len(aligned), "read"))
-        writers = [stack.enter_context(H5adWriter(part.file, var)) for part in parts]
-        for start, counts in aligned.blocks(_BLOCK_CELLS):
+        writers = [stack.enter_context(H5adWriter(part.file, var, uns)) for part in parts]
+        for start, counts, proteins in aligned.blocks_with_proteins(_BLOCK_CELLS):
             rows = np.arange(start, start + counts.shape[0])
             digest.update(row_hashes(counts).tobytes())
             digest.update("\0".join(map(str, batches[rows])).encode())
+            digest.update(b"" if proteins is None else np.ascontiguousarray(proteins).tobytes())
             filled = np.diff(counts.indptr) > 0
             for number in np.unique(numbers[rows[filled]]):
                 chosen = np.flatnonzero(filled & (numbers[rows] == number))
-                label = pd.Categorical(batches[rows[chosen]], categories=parts[number].categories)
-                writers[number].append(pd.DataFrame({"batch": label}, index=names[rows[chosen]]), counts=counts[chosen])
+                obs = _obs(batches[rows[chosen]], parts[number], description, names[rows[chosen]])
+                obsm = None if proteins is None else {PROTEINS: proteins[chosen]}
+                writers[number].append(obs, counts=counts[chosen], obsm=obsm)
             written.update(batches[rows[filled]])
             bar.update(len(rows))
         for part in parts:
             _require_cells(part, written)
     return digest.hexdigest()
+
+
+def _obs(
+    batches: npt.NDArray[np.object_], part: TrainingCells, description: ModelDescription, names: pd.Index
+) -> pd.DataFrame:
+    """Obs of some cells of a part, as the training reads it."""
+    obs = pd.DataFrame({BATCH: pd.Categorical(batches, categories=part.categories)}, index=names)
+    if description.labels:
+        every = [*description.labels, description.unlabeled_category]
+        obs[LABELS] = pd.Categorical.from_codes(np.full(len(obs), len(every) - 1), categories=every)
+    return obs
 
 
 def _require_cells(part: TrainingCells, written: Counter[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,11 +12,15 @@ import scvi
 
 from census_scvi.errors import UserError
 from census_scvi.model.encode import Encoder
+from census_scvi.model.safe import ModelDescription
 from census_scvi.model.typical import TypicalCells
+from census_scvi.query.alignment import AlignedCells
 
 # Largest difference of a latent position that is accepted: rounding alone gives 1e-6.
 TOLERANCE = 1e-5
 _MOST_CELLS = 1024
+# Beginnings of the names of the weights of the encoder, of SCVI and SCANVI, and of TOTALVI.
+_ENCODERS = ("z_encoder.", "encoder.")
 
 
 @dataclass(frozen=True)
@@ -32,15 +35,18 @@ class ReferenceSample:
         int64 (cells,): codes of batches of the reference.
     source
         Where the cells are from.
+    proteins
+        Of TOTALVI: float32 (cells, proteins), raw counts.
     """
 
     counts: sp.csr_matrix
     codes: npt.NDArray[np.int64]
     source: str
+    proteins: npt.NDArray[np.float32] | None = None
 
 
 def reference_sample(
-    cells: TypicalCells | None, batches: list[str], other: Callable[[], sp.csr_matrix]
+    cells: TypicalCells | None, description: ModelDescription, aligned: AlignedCells
 ) -> ReferenceSample:
     """Cells of the reference in their batches; without such cells, the query's in batches of the reference.
 
@@ -51,20 +57,25 @@ def reference_sample(
     ----------
     cells
         Cells of the reference, if there are any.
-    batches
-        Batch labels of the reference, in the order of the codes.
-    other
-        Function that returns raw counts of other cells, CSR float32 (cells, genes).
+    description
+        The reference.
+    aligned
+        The query's cells.
     """
-    counts = other() if cells is None else cells.counts
-    counts = counts[:: -(-counts.shape[0] // _MOST_CELLS)]
-    codes = np.arange(counts.shape[0]) % len(batches)
+    batches = description.batches
     if cells is None:
-        return ReferenceSample(counts, codes, "query")
+        _, counts, proteins = next(aligned.blocks_with_proteins(_MOST_CELLS))
+        return ReferenceSample(counts, np.arange(counts.shape[0]) % len(batches), "query", proteins)
+    chosen = slice(None, None, -(-len(cells.batches) // _MOST_CELLS))
     known = {label: code for code, label in enumerate(batches)}
-    labels = cells.batches[:: -(-len(cells.batches) // _MOST_CELLS)]
-    codes = np.array([known.get(label, code) for label, code in zip(labels, codes, strict=True)], dtype=np.int64)
-    return ReferenceSample(counts, codes, "reference")
+    labels = enumerate(cells.batches[chosen])
+    codes = np.array([known.get(label, number % len(batches)) for number, label in labels], dtype=np.int64)
+    counts, proteins = cells.counts[chosen], None
+    if description.proteins:  # 0: not measured
+        proteins = np.zeros((len(codes), len(description.proteins)), np.float32)
+        if cells.proteins is not None and cells.proteins.shape[1] == proteins.shape[1]:
+            proteins = cells.proteins[chosen]
+    return ReferenceSample(counts, codes, "reference", proteins)
 
 
 @dataclass(frozen=True)
@@ -76,9 +87,10 @@ class Movement:
     latent
         Largest difference of the latent positions of the sample.
     weights
-        Largest change of a weight of the reference's encoder, and of its decoder without BatchNorm.
+        Largest change of a weight of the reference's encoder.
     changed
-        Names of other tensors of the reference that changed; they do not affect the latent.
+        Names of other tensors of the reference that changed, such as BatchNorm of the decoder; they do not affect the
+        latent.
     cells, source
         Number of cells in the sample, and where they are from.
     """
@@ -96,7 +108,7 @@ class Movement:
 
 def movement(before: scvi.model.SCVI, after: scvi.model.SCVI, sample: ReferenceSample) -> Movement:
     """Compare the reference model with an extension of it."""
-    old, new = (Encoder(model)(sample.counts, sample.codes).mean for model in (before, after))
+    old, new = (Encoder(model)(sample.counts, sample.codes, sample.proteins).mean for model in (before, after))
     weights, changed = 0.0, []
     extended = after.module.state_dict()
     for name, values in before.module.state_dict().items():
@@ -105,16 +117,11 @@ def movement(before: scvi.model.SCVI, after: scvi.model.SCVI, sample: ReferenceS
         # New batches are the last columns. A tensor without weights of batches has the same shape.
         kept = extended[name][tuple(slice(size) for size in values.shape)]
         change = float((kept.double() - values.double()).abs().max()) if values.numel() else 0.0
-        if change and not name.startswith("z_encoder") and _is_norm(name):
-            changed.append(name)
-        else:
+        if name.startswith(_ENCODERS):
             weights = max(weights, change)
+        elif change:
+            changed.append(name)
     return Movement(float(np.abs(old - new).max(initial=0.0)), weights, changed, len(sample.codes), sample.source)
-
-
-def _is_norm(name: str) -> bool:
-    """Whether a tensor is of a BatchNorm layer, which is the second of each block of scvi-tools' FCLayers."""
-    return "fc_layers" in name and ".1." in name
 
 
 def require_unmoved(found: Movement) -> None:

@@ -42,11 +42,13 @@ def require_extendable(model: scvi.model.SCVI, description: ModelDescription, ba
             f"the reference has batch_representation: {module.batch_representation}: scvi-tools draws the embedding of"
             " a new batch at random and does not train it. Train the reference with batch_representation: one-hot"
         )
-    if getattr(module, "dispersion", "gene") == "gene-batch":
-        raise UserError(
-            "the reference has dispersion: gene-batch: scvi-tools draws the dispersions of a new batch at random and"
-            " does not train them. Train the reference with dispersion: gene"
-        )
+    for name in ("dispersion", "gene_dispersion", "protein_dispersion"):
+        value = str(getattr(module, name, ""))
+        if value.endswith("-batch"):
+            raise UserError(
+                f"the reference has {name}: {value}: scvi-tools draws the dispersions of a new batch at random and does"
+                f" not train them. Train the reference with {name}: {value.removesuffix('-batch')}"
+            )
     if covariates := _covariates(model):
         raise UserError(
             f"the reference has categorical covariates ({_listed(covariates)}), whose weights the query's cells would"
@@ -73,7 +75,8 @@ def no_effect(model: scvi.model.SCVI, batches: Sequence[str], mode: str) -> str:
             f" embedding; {_PRESET}"
         )
     alone = len(batches) == 1 or mode != JOINT
-    if alone and any(isinstance(layer, torch.nn.BatchNorm1d) for layer in module.z_encoder.modules()):
+    encoder = module.encoder if isinstance(module, scvi.module.TOTALVAE) else module.z_encoder
+    if alone and any(isinstance(layer, torch.nn.BatchNorm1d) for layer in encoder.modules()):
         why = "the query has one batch" if len(batches) == 1 else f"{mode} trains one batch at a time"
         return (
             f"the encoder of this model has BatchNorm and {why}: BatchNorm subtracts what the weights of the batch add,"

@@ -91,8 +91,8 @@ class SurgeryTraining(Section):
     changes: ClassVar[tuple[str, ...]] = ("map-query",)
     max_epochs: Annotated[int, Field(ge=1)] = 200
     """Maximum number of epochs, of each training."""
-    lr: Annotated[float, Field(gt=0.0)] = 1e-3
-    """Learning rate."""
+    lr: Annotated[float, Field(gt=0.0)] | None = None
+    """Learning rate; null: scvi-tools' default for the kind of model, 0.001 or 0.004 (TOTALVI)."""
     batch_size: Annotated[int, Field(ge=2)] = 128
     """Cells per minibatch."""
     early_stopping: bool = False
@@ -151,4 +151,9 @@ class SurgeryTraining(Section):
     @property
     def plan(self) -> dict[str, Any]:
         """Arguments of scvi-tools' training plan."""
-        return {**_plan(self.arguments), "lr": self.lr, "weight_decay": 0.0}
+        arguments = {**_plan(self.arguments), "weight_decay": 0.0}
+        if self.lr is not None:
+            arguments["lr"] = self.lr
+        if self.share == 1.0:  # nothing to monitor
+            arguments.setdefault("reduce_lr_on_plateau", False)
+        return arguments

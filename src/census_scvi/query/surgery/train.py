@@ -11,14 +11,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import scvi
+import torch
 
 from census_scvi.config.run_names import CHECKPOINT
 from census_scvi.counts.data_module import PreparedDataModule
+from census_scvi.counts.reader import PreparedCells
 from census_scvi.errors import UserError
 from census_scvi.files.atomic import partial_of, remove, write_json
 from census_scvi.files.json_file import read_json
-from census_scvi.model.build import skeleton, without_training
-from census_scvi.model.encode import batch_labels
+from census_scvi.model.build import EMPIRICAL_PRIOR, skeleton, without_training
+from census_scvi.model.encode import batch_labels, without_protein_priors
 from census_scvi.model.safe import ModelDescription, load_safe, save_for_scvi_tools, save_safe
 from census_scvi.model.seeded import seeded
 from census_scvi.query.surgery.cells import TrainingCells
@@ -27,6 +29,7 @@ from census_scvi.query.surgery.settings import SurgeryTraining
 from census_scvi.training.callbacks import LearningCurves
 from census_scvi.training.finite_loss import Named
 from census_scvi.training.fit import fit, loader_threads
+from census_scvi.training.initial import set_protein_priors
 from census_scvi.training.settings import TrainSection
 
 log = logging.getLogger(__name__)
@@ -90,7 +93,12 @@ class ExtendedModel:
 
 
 def extend_for_training(
-    model: scvi.model.SCVI, genes: list[str], batches: list[str], *, seed: int, options: dict[str, bool] | None = None
+    model: scvi.model.SCVI,
+    extension: ModelDescription,
+    *,
+    cells: PreparedCells | None = None,
+    seed: int,
+    options: dict[str, bool] | None = None,
 ) -> scvi.model.SCVI:
     """The model as scvi-tools' `load_query_data` extends it: new weights drawn at random, only they are trainable.
 
@@ -98,22 +106,45 @@ def extend_for_training(
     ----------
     model
         The trained model.
-    genes
-        Its genes.
-    batches
-        Batch labels of the extended model, in the order of the codes; the first are the model's own.
+    extension
+        The extended model: its first batches are those of the model.
+    cells
+        Cells of the new batches, from which TOTALVI takes the initial prior of their protein background; None: random.
     seed
         Seed of the new weights.
     options
         Options of `load_query_data`, such as `freeze_dropout`.
     """
-    with seeded(seed), without_training():
-        extended: scvi.model.SCVI = type(model).load_query_data(
-            skeleton(genes, batches), model, accelerator="cpu", **(options or {})
-        )
-    if (found := batch_labels(extended)) != batches:
-        raise RuntimeError(f"scvi-tools has the batches in the order {found}, expected {batches}")
+    some = skeleton(extension.genes, extension.batches, extension.of_labels, extension.of_proteins)
+    with seeded(seed), without_training(), without_protein_priors(model):
+        extended: scvi.model.SCVI = type(model).load_query_data(some, model, accelerator="cpu", **(options or {}))
+        if extension.proteins and cells is not None:
+            _set_new_protein_priors(model, extended, extension, cells)
+    if (found := batch_labels(extended)) != extension.batches:
+        raise RuntimeError(f"scvi-tools has the batches in the order {found}, expected {extension.batches}")
+    if extension.labels and (options or {}).get("freeze_classifier", True):
+        _freeze_classifier(extended.module.classifier)
     return extended
+
+
+def _freeze_classifier(classifier: torch.nn.Module) -> None:
+    """Freeze BatchNorm, too, which scvi-tools trains: its running statistics, and the weights of its first layer."""
+    classifier.requires_grad_(False)
+    for layer in classifier.modules():
+        if isinstance(layer, torch.nn.BatchNorm1d):
+            layer.momentum = 0.0
+
+
+def _set_new_protein_priors(
+    model: scvi.model.TOTALVI, extended: scvi.model.TOTALVI, extension: ModelDescription, cells: PreparedCells
+) -> None:
+    """Set the initial prior of the protein background of the new batches from their cells, as scvi-tools does."""
+    arguments = extended.init_params_["non_kwargs"]
+    arguments[EMPIRICAL_PRIOR] = extension.arguments.get(EMPIRICAL_PRIOR)
+    set_protein_priors(extended, cells, extension)
+    n_trained = len(batch_labels(model))
+    for name in ("background_pro_alpha", "background_pro_log_beta"):
+        getattr(extended.module, name).data[:, :n_trained] = getattr(model.module, name).data
 
 
 def train_extension(
@@ -187,9 +218,13 @@ def _train(
         train_size=train.train_size,
         seed=seed,
         workers=loader_threads(train),
+        labels=bool(description.labels),
+        proteins=bool(description.proteins),
+        require_labels=False,
     )
     _require_training_cells(data, cells)
-    extended = extend_for_training(before, description.genes, cells.categories, seed=seed, options=settings.options)
+    extension = _extension(description, cells, data.cells)
+    extended = extend_for_training(before, extension, cells=data.cells, seed=seed, options=settings.options)
     started = time.monotonic()
     curves = fit(
         extended,
@@ -208,14 +243,23 @@ def _train(
     require_unmoved(moved)
     elbo = curves.curves["elbo_train"]
     training = Training(cells.batches, data.n_train, len(elbo), steps, round(seconds, 3), elbo[0], elbo[-1], moved)
-    extension = replace(
+    record = {**lineage, **training.as_dict()}
+    _save(extended, replace(extension, lineage=[*extension.lineage, record]), training, curves, folder)
+
+
+def _extension(description: ModelDescription, part: TrainingCells, cells: PreparedCells) -> ModelDescription:
+    """Description of the model with more batches."""
+    missing = dict(description.missing_proteins)
+    if description.proteins:
+        found = cells.missing_proteins()
+        missing |= {label: found[label] for label in part.batches if label in found}
+    return replace(
         description,
-        batches=cells.categories,
-        n_cells=description.n_cells + data.cells.n_cells,
-        lineage=[*description.lineage, {**lineage, **training.as_dict()}],
+        batches=part.categories,
+        n_cells=description.n_cells + cells.n_cells,
+        missing_proteins=missing,
         scvi_tools=scvi.__version__,
     )
-    _save(extended, extension, training, curves, folder)
 
 
 def _require_training_cells(data: PreparedDataModule, cells: TrainingCells) -> None:
