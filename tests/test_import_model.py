@@ -23,6 +23,7 @@ from pipeline import ROOT
 from census_scvi import Atlas, import_model, load_model
 from census_scvi.cli import console, main
 from census_scvi.errors import UserError
+from census_scvi.model.encode import Encoder
 from census_scvi.model.safe import ModelDescription
 
 VERSIONS = ("0.14.6", "0.20.3", "1.0.4", "1.1.6", "1.2.2", "1.3.3", "1.5.1")
@@ -139,6 +140,10 @@ def test_arguments_are_kept_and_cells_are_embedded_alike(case: str, cells: ad.An
             each.get_latent_representation(own, return_dist=True), (mean, variance), strict=True
         ):
             np.testing.assert_allclose(found, expected, atol=SAME)
+    codes = own.obs["batch"].cat.codes.to_numpy()
+    latent = Encoder(model)(own.X, codes, *([own.obsm["protein_expression"]] if kind == "TOTALVI" else []))
+    np.testing.assert_allclose(latent.mean, mean, atol=SAME)
+    np.testing.assert_allclose(latent.variance, variance, atol=SAME)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 
 from census_scvi.census.open import MEASUREMENT, Census, reading
 from census_scvi.census.stream import stream_nonzeros
@@ -63,3 +64,38 @@ def stream_proteins(
             chosen = cells >= 0
             counts[cells[chosen], proteins[chosen]] = values[chosen]
         yield counts
+
+
+def read_named_proteins(census: Census, joinids: npt.NDArray[np.int64], names: list[str]) -> npt.NDArray[np.float32]:
+    """Raw counts of proteins of some cells, float32 (cells, names), from the measurement with most of the names.
+
+    Proteins that the Census does not have are 0, as those that a cell's dataset did not measure.
+
+    Parameters
+    ----------
+    census
+        The open Census.
+    joinids
+        int64 (cells,), ascending. All are in memory at a time.
+    names
+        Names of the proteins, in the order of the columns.
+
+    Raises
+    ------
+    UserError
+        The Census has none of them.
+    """
+    columns = {
+        measurement: pd.Index(read_protein_names(census, measurement)).get_indexer(names)
+        for measurement in census.experiment.ms
+        if measurement != MEASUREMENT
+    }
+    measurement = max(columns, key=lambda name: int((columns[name] >= 0).sum()), default=None)
+    if measurement is None or (columns[measurement] < 0).all():
+        raise UserError(
+            f"Census {census.identity['uri']} has none of the {len(names)} proteins such as {names[0]!r}; give a Census"
+            " with the proteins of the model"
+        )
+    here = columns[measurement]
+    (counts,) = stream_proteins(census, measurement, joinids, [np.arange(len(joinids))])
+    return np.where(here >= 0, counts[:, here], np.float32(0))

@@ -25,6 +25,19 @@ def row_hashes(counts: sp.csr_matrix) -> npt.NDArray[np.uint64]:
     return hashes
 
 
+def count_hashes(counts: sp.csr_matrix, proteins: npt.NDArray[np.float32] | None) -> npt.NDArray[np.uint64]:
+    """Hash of the counts of each cell, with those of proteins, uint64 (cells,).
+
+    Parameters
+    ----------
+    counts
+        CSR (cells, genes).
+    proteins
+        (cells, proteins), or None.
+    """
+    return row_hashes(counts if proteins is None else sp.hstack([counts, sp.csr_matrix(proteins)], format="csr"))
+
+
 @numba.njit(nogil=True, cache=True)
 def _hash_rows(indptr, indices, bits, hashes):  # type: ignore[no-untyped-def]  # numba infers the types
     for row in range(len(hashes)):

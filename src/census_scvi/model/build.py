@@ -214,7 +214,8 @@ def set_protein_priors(model: scvi.model.TOTALVI, cells: ad.AnnData) -> None:
     chosen = model.init_params_["non_kwargs"][EMPIRICAL_PRIOR]
     if not (model.summary_stats.n_proteins > _PROTEINS_OF_A_PRIOR if chosen is None else chosen):
         return
-    with quiet("scvi"):
+    with without_training():
+        model._validate_anndata(cells)  # before scvi-tools turns every warning into an error, such as on small batches
         mean, scale = model._get_totalvi_protein_priors(cells)  # public API has it only with all cells in memory
     module = model.module
     module.background_pro_alpha.data = torch.from_numpy(mean.astype(np.float32))

@@ -9,7 +9,7 @@ import scvi
 import torch
 
 from census_scvi.model.build import init_arguments
-from census_scvi.model.families import SCVI
+from census_scvi.model.families import SCANVI, SCVI, TOTALVI
 from census_scvi.model.safe import ModelDescription
 from census_scvi.model.settings import ModelSection
 
@@ -30,7 +30,9 @@ def built_facts(model: scvi.model.SCVI, genes: list[str]) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in module.parameters()),
         "genes": genes,
     }
-    return facts if kind == SCVI else facts | {"kind": kind}
+    of_kind = {SCANVI: {"n_labels": "n_labels"}, TOTALVI: {"n_proteins": "n_input_proteins"}}.get(kind, {})
+    more = {name: int(getattr(module, attribute)) for name, attribute in of_kind.items()}
+    return facts if kind == SCVI else facts | {"kind": kind, **more}
 
 
 def expected_facts(settings: ModelSection, description: ModelDescription, genes: list[str]) -> dict[str, Any]:

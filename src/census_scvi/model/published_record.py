@@ -39,6 +39,7 @@ class _Census(_Part):
 
 class _Model(_Part):
     genes: Annotated[list[Text], Field(min_length=1)]
+    n_proteins: Count = 0
     sha256: Digest
     uri: str | None
 

@@ -19,7 +19,8 @@ from census_scvi.census.genes import locate_genes
 from census_scvi.census.open import Census, open_census
 from census_scvi.census.settings import CensusSection
 from census_scvi.config.renamed import translate_recorded_config
-from census_scvi.counts.row_hash import row_hashes
+from census_scvi.config.run_names import PROTEINS
+from census_scvi.counts.row_hash import count_hashes
 from census_scvi.errors import UserError
 from census_scvi.files.paths import expand_argument
 from census_scvi.files.place import resolved
@@ -27,7 +28,7 @@ from census_scvi.files.uri import local_path
 from census_scvi.model.encode import reference_latent
 from census_scvi.model.facts import built_facts
 from census_scvi.model.published import damaged_files, fetch, read_provenance
-from census_scvi.model.safe import load_safe
+from census_scvi.model.safe import load_safe, read_description
 from census_scvi.publication.gates import architecture, broken_verdicts, re_embedding
 from census_scvi.publication.sample import draw_rows, read_sample
 from census_scvi.publication.sealed import COUNT_HASH, SEALED_EMBEDDING, read_sealed
@@ -40,6 +41,8 @@ _ALWAYS = (
     "re_embedding", "order", "active_units",
 )  # fmt: skip
 _MAX_DIFFERENCE = GatesSection().max_difference
+# Key of the recorded config that records of earlier versions lack.
+_MEASUREMENT = "protein_measurement"
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,8 @@ class _Folder:
     def sealed_counts(self) -> tuple[bool, str]:
         """The counts of the sealed cells match their sealed hashes."""
         cells = self.sealed()
-        wrong = int((row_hashes(cells.X) != cells.obs[COUNT_HASH].to_numpy()).sum())
+        hashes = count_hashes(cells.X, cells.obsm.get(PROTEINS))
+        wrong = int((hashes != cells.obs[COUNT_HASH].to_numpy()).sum())
         return not wrong, f"{wrong:,} of {cells.n_obs:,} sealed cells have changed counts"
 
     def sealed_embedding(self) -> tuple[bool, str]:
@@ -163,16 +167,21 @@ class _Folder:
 
     def sealed(self) -> ad.AnnData:
         """The sealed sample."""
-        return read_sealed(self.path, self.record["model"]["genes"], self.record["embedding"]["n_features"])
+        model, n_latent = self.record["model"], self.record["embedding"]["n_features"]
+        return read_sealed(self.path, model["genes"], n_latent, model.get("n_proteins", 0))
 
     def re_embedded(self, cells: ad.AnnData, published: Any) -> tuple[bool, str]:
-        """The published model reproduces the published embedding of cells (obs: soma_joinid, batch)."""
+        """The published model reproduces the published embedding of cells.
+
+        Their obs has soma_joinid and batch; of a model with proteins, their obsm has the protein counts.
+        """
         model, description = load_safe(self.path)
         if description.arguments["encode_covariates"]:  # scvi-tools has random weights for batches outside training
             trained = cells.obs["batch"].isin(description.batches).to_numpy()
             cells, published = cells[trained], published[trained]
         batches = cells.obs["batch"].to_numpy(dtype=object)
-        mean, _ = reference_latent(model, description.genes, cells.X, batches)
+        proteins = np.asarray(cells.obsm[PROTEINS]) if description.proteins else None
+        mean, _ = reference_latent(model, description.genes, cells.X, batches, proteins)
         # The record is untrusted: a forged one could allow any difference.
         bound = min(float(translate_recorded_config(self.record["config"])["gates"]["max_difference"]), _MAX_DIFFERENCE)
         gate = re_embedding(cells.obs["soma_joinid"].to_numpy(), np.asarray(published), mean, bound)
@@ -236,14 +245,21 @@ class _InCensus:
         """The model reproduces the published embedding of random cells that are read again from the Census."""
         cells, genes = self._cells(), self._record["model"]["genes"]
         rows = draw_rows(len(cells), self._n_cells, self._seed)
-        sample = read_sample(self._census, cells, rows, genes, locate_genes(self._census, genes, 0.0))
+        proteins, measurement = read_description(self._folder.path).proteins, self._config["anndata"].get(_MEASUREMENT)
+        places = locate_genes(self._census, genes, 0.0)
+        sample = read_sample(self._census, cells, rows, genes, places, proteins, measurement)
+        obsm = {} if sample.proteins is None else {PROTEINS: sample.proteins}
         obs = sample.obs[["soma_joinid", "batch"]].set_axis(sample.joinids.astype(str))
         published = read_cells(self._embedding_uri(), sample.joinids)
-        valid, words = self._folder.re_embedded(ad.AnnData(sample.counts, obs=obs), published)
+        valid, words = self._folder.re_embedded(ad.AnnData(sample.counts, obs=obs, obsm=obsm), published)
         return valid, f"{words} (--seed {self._seed})"
 
+    @property
+    def _config(self) -> dict[str, Any]:
+        return dict(translate_recorded_config(self._record["config"]))
+
     def _cells(self) -> Cells:
-        config = translate_recorded_config(self._record["config"])
+        config = self._config
         return select_cells(self._census, config["census"]["obs_query"], config["anndata"]["batch_key"])
 
     def _experiment_uri(self) -> str:

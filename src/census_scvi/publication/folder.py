@@ -8,25 +8,24 @@ from __future__ import annotations
 
 import errno
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
-import scipy.sparse as sp
 import scvi
 from fsspec import AbstractFileSystem
 
 from census_scvi.errors import UserError
 from census_scvi.files.atomic import exchange, remove, sync, sync_tree, write_json
 from census_scvi.files.uri import file_system, local_path
-from census_scvi.model.encode import Encoder
 from census_scvi.model.published import FORMAT, SEALED, seal_of
 from census_scvi.model.safe import DESCRIPTION, WEIGHTS, ModelDescription, load_safe, save_safe
 from census_scvi.model.source import PROVENANCE
 from census_scvi.publication.card import PICTURE, learning_curve, model_card
-from census_scvi.publication.hub import write_hub
+from census_scvi.publication.hub import trained_cells, write_hub
+from census_scvi.publication.sample import Sample
 from census_scvi.publication.sealed import COLUMNS, write_sealed
 from census_scvi.workspace.identity import identities
 
@@ -37,8 +36,7 @@ def write_published(
     folder: Path,
     model: scvi.model.SCVI,
     description: ModelDescription,
-    counts: sp.csr_matrix,
-    obs: pd.DataFrame,
+    sample: Sample,
     latent: npt.NDArray[np.float32],
     record: dict[str, Any],
 ) -> None:
@@ -50,8 +48,8 @@ def write_published(
         Path of the folder.
     model, description
         The trained model.
-    counts, obs
-        The sealed cells: CSR float32 (cells, genes), and their obs with soma_joinid and batch.
+    sample
+        The sealed cells, with soma_joinid and batch in obs.
     latent
         float32 (cells, n_latent): their embedding, as published.
     record
@@ -61,13 +59,13 @@ def write_published(
     remove(partial)
     partial.mkdir()
     save_safe(model, description, partial)
-    obs = obs[[name for name in COLUMNS if name in obs]].set_axis(obs["soma_joinid"].astype(str).to_numpy())
-    write_sealed(partial, description.genes, counts, obs, latent)
-    codes = pd.Index(description.batches).get_indexer(obs["batch"].astype(str))
-    posterior = Encoder(model)(counts, np.maximum(codes, 0))
-    hub = write_hub(partial, load_safe(partial)[0], description, obs, posterior)
+    shown = dict.fromkeys([*COLUMNS, description.labels_key])
+    obs = sample.obs[[name for name in shown if name in sample.obs]]
+    sample = replace(sample, obs=obs.set_axis(obs["soma_joinid"].astype(str).to_numpy()))
+    write_sealed(partial, description, sample, latent)
+    hub = write_hub(partial, load_safe(partial)[0], description, sample)
     (partial / PICTURE).write_bytes(learning_curve(record["stages"]["train"]["learning_curves"]))
-    card = model_card(record, description, int((codes >= 0).sum()))
+    card = model_card(record, description, int(trained_cells(sample, description).sum()))
     (partial / CARD).write_text(card, encoding="utf-8")
     files = identities(partial, [WEIGHTS, DESCRIPTION, SEALED, *hub, PICTURE, CARD])
     record = {**record, "format": FORMAT, "files": files}

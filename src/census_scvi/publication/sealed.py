@@ -15,46 +15,51 @@ import numpy.typing as npt
 import pandas as pd
 import scipy.sparse as sp
 
-from census_scvi.counts.row_hash import row_hashes
+from census_scvi.config.run_names import PROTEIN_NAMES, PROTEINS
+from census_scvi.counts.row_hash import count_hashes
 from census_scvi.counts.untrusted import check_file
 from census_scvi.errors import UserError
 from census_scvi.model.published import SEALED
+from census_scvi.model.safe import ModelDescription
+from census_scvi.publication.sample import Sample
 
 COUNT_HASH, SEALED_EMBEDDING = "count_hash", "X_scvi"
 COLUMNS = ("soma_joinid", "observation_joinid", "dataset_id", "cell_type", "batch")
 
 
-def write_sealed(
-    folder: Path, genes: list[str], counts: sp.csr_matrix, obs: pd.DataFrame, latent: npt.NDArray[np.float32]
-) -> None:
+def write_sealed(folder: Path, description: ModelDescription, sample: Sample, latent: npt.NDArray[np.float32]) -> None:
     """Write cells with the hashes of their counts.
 
     Parameters
     ----------
     folder
         An existing folder.
-    genes
-        feature_ids.
-    counts, obs
-        CSR float32 (cells, genes), and obs with the available columns of `COLUMNS`.
+    description
+        The model, which names the genes and proteins.
+    sample
+        The cells; their obs has the available columns of `COLUMNS`.
     latent
         float32 (cells, n_latent): their embedding, as published.
     """
-    var = pd.DataFrame(index=pd.Index(genes, name="feature_id"))
-    sealed = ad.AnnData(
-        counts, obs=obs.assign(**{COUNT_HASH: row_hashes(counts)}), var=var, obsm={SEALED_EMBEDDING: latent}
-    )
+    counts, proteins = sample.counts, sample.proteins
+    obs = sample.obs[[name for name in COLUMNS if name in sample.obs]]
+    var = pd.DataFrame(index=pd.Index(description.genes, name="feature_id"))
+    obsm = {SEALED_EMBEDDING: latent, **({} if proteins is None else {PROTEINS: proteins})}
+    sealed = ad.AnnData(counts, obs=obs.assign(**{COUNT_HASH: count_hashes(counts, proteins)}), var=var, obsm=obsm)
+    if proteins is not None:
+        sealed.uns[PROTEIN_NAMES] = np.array(description.proteins, dtype=object)
     sealed.write_h5ad(folder / SEALED, compression="gzip")
 
 
-def read_sealed(folder: Path, genes: list[str], n_latent: int) -> ad.AnnData:
-    """Read the sample; UserError if it does not match the model's genes and dimensions."""
+def read_sealed(folder: Path, genes: list[str], n_latent: int, n_proteins: int = 0) -> ad.AnnData:
+    """Read the sample; UserError if it does not match the model's genes, dimensions and number of proteins."""
     path = folder / SEALED
     try:
         with h5py.File(path) as file:
             check_file(file)
         cells = ad.read_h5ad(path)
         _check(cells, genes, n_latent)
+        _check_proteins(cells, n_proteins)
     except UserError:
         raise
     except Exception as error:  # anndata has no specific exception for a damaged or forged file
@@ -80,3 +85,14 @@ def _check(cells: ad.AnnData, genes: list[str], n_latent: int) -> None:
     if cells.obs[COUNT_HASH].dtype != np.uint64:
         raise ValueError(f"{COUNT_HASH} is {cells.obs[COUNT_HASH].dtype}, expected uint64")
     cells.obs["batch"] = cells.obs["batch"].astype(str).astype(object)
+
+
+def _check_proteins(cells: ad.AnnData, n_proteins: int) -> None:
+    """ValueError if the cells do not have counts of this number of proteins."""
+    if not n_proteins:
+        return
+    proteins = np.asarray(cells.obsm[PROTEINS])
+    if proteins.shape != (cells.n_obs, n_proteins) or proteins.dtype != np.float32:
+        raise ValueError(f"the protein counts of its cells are {proteins.dtype} {proteins.shape}")
+    if not np.isfinite(proteins).all() or (proteins < 0).any():
+        raise ValueError("its cells have protein values that are not counts")

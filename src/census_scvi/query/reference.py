@@ -15,6 +15,7 @@ import tiledbsoma
 from census_scvi.census.embedding import published_uri, read_some
 from census_scvi.census.genes import locate_genes
 from census_scvi.census.open import Census
+from census_scvi.census.proteins import read_named_proteins
 from census_scvi.census.settings import CensusSection
 from census_scvi.census.slices import Embedding, Joinids, Values
 from census_scvi.census.storage import soma_context
@@ -224,7 +225,8 @@ def prove_embedding(
     there, published = there[:_PROVEN_CELLS], published[:_PROVEN_CELLS]
     genes = locate_genes(census, description.genes, MIN_SHARE)
     (block,) = stream_blocks(census, there, genes, blocks=[(0, len(there))])
-    latent = Encoder(model)(block.counts, np.zeros(len(there), int)).mean
+    proteins = read_named_proteins(census, there, description.proteins) if description.proteins else None
+    latent = Encoder(model)(block.counts, np.zeros(len(there), int), proteins).mean
     difference = float(np.abs(latent - published).max())
     if not difference <= _TOLERANCE:
         raise UserError(

@@ -21,7 +21,7 @@ from census_scvi.census.proteins import read_protein_names, stream_proteins
 from census_scvi.census.stream import Block, consecutive, stream_blocks, stream_obs, tile_runs
 from census_scvi.config.random_streams import Stream, draw, generator
 from census_scvi.config.stages import STAGES
-from census_scvi.counts.row_hash import row_hashes
+from census_scvi.counts.row_hash import count_hashes
 from census_scvi.errors import UserError
 from census_scvi.files.parts import WHOLE, Part, parts
 from census_scvi.model.encode import Encoder, Latent, extend_batches, labels_with, reference_latent
@@ -145,7 +145,7 @@ class _Embedding:
                 latent = encode(block.counts, self._codes[rows], proteins)
                 if self._difference is None:
                     self._difference = self._prove(block, proteins, latent)
-                store.append(latent, row_hashes(block.counts))
+                store.append(latent, count_hashes(block.counts, proteins))
                 bar.update(len(latent.mean))
 
     def _proteins(self, blocks: list[tuple[int, int]]) -> Iterator[npt.NDArray[np.float32] | None]:

@@ -99,7 +99,10 @@ class _Publishing:
         cells = select_cells(self._census, config.census.obs_query, config.anndata.batch_key)
         rows = draw_rows(len(cells), config.gates.sample_size, config.seed)
         log.info("reading %s of %s cells again", f"{len(rows):,}", f"{len(cells):,}")
-        sample = read_sample(self._census, cells, rows, description.genes, gene_joinids)
+        measurement = config.anndata.protein_measurement
+        sample = read_sample(
+            self._census, cells, rows, description.genes, gene_joinids, description.proteins, measurement
+        )
         target.require_same_cells(self._experiment_uri, sample)
         found = measure_gates.measure(
             config.directory,
@@ -138,8 +141,7 @@ class _Publishing:
             self._folder,
             model,
             description,
-            sample.counts,
-            sample.obs,
+            sample,
             np.asarray(self._latent[sample.rows]),
             record,
         )
