@@ -100,6 +100,17 @@ def test_from_file_to_file_with_an_adapted_model(run: Run, query: Path, capsys: 
     assert "out-model/batch-000/model.json has 2 bytes, expected" in capsys.readouterr().err
 
 
+def test_mappings_are_compared_with_the_labels_of_the_census(run: Run, query: Path) -> None:
+    with Atlas.open(run.directory) as atlas:
+        found = atlas.compare_mappings(
+            query, "sample", labels="cell_type", training={"max_epochs": 2, "lr": 0.01}, max_cells=500
+        )
+    assert (found.table["moved"] == 0).all()
+    assert found.table.loc["joint", "agreement_mlp"] == 1
+    assert found.table["mixing"].between(0, 1.5).all()
+    assert "accuracy_mlp" not in found.table  # the labels of these cells are not known
+
+
 def test_dry_run_and_mistakes(run: Run, query: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("map-query", *settings(query, "out"), "--dry-run") == 0
     out = capsys.readouterr().out

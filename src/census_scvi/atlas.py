@@ -25,6 +25,7 @@ from census_scvi.annotation.annotators.joint_model import STEPS
 from census_scvi.annotation.annotators.neighbor_vote import NEIGHBORS
 from census_scvi.annotation.labelled.atlas import Counts, join_atlas
 from census_scvi.annotation.labelled.joined import Joined
+from census_scvi.annotation.labelled.labels import read_labels
 from census_scvi.annotation.labelled.reference import STUDY_COLUMNS
 from census_scvi.annotation.methods import CONSENSUS, TITLES, check_method
 from census_scvi.annotation.protocol import Annotated
@@ -51,13 +52,13 @@ from census_scvi.pictures.umap import draw_map
 from census_scvi.query.atlas_cells import EMBEDDING, AtlasCells
 from census_scvi.query.atlas_expression import differential_expression, normalized_expression
 from census_scvi.query.cells import QuerySource, opened
-from census_scvi.query.denoised import CellModels, denoised
 from census_scvi.query.mapping import MIN_SHARE, Mapper
 from census_scvi.query.places import named_after
 from census_scvi.query.reference import Origin, open_embedding
 from census_scvi.query.surgery.adapt import Reference, adapt, in_words
 from census_scvi.query.surgery.adapted import Adapted, adapted_model, new_folder, work_of
-from census_scvi.query.surgery.settings import JOINT, SurgeryTraining
+from census_scvi.query.surgery.compare import Comparison, compare_ways, map_in_all_ways
+from census_scvi.query.surgery.settings import JOINT, SEQUENTIAL, SurgeryTraining
 from census_scvi.terminal.progress import show_messages
 
 log = logging.getLogger(__name__)
@@ -504,6 +505,72 @@ class Atlas:
             adapted=adapted,
         )
 
+    def compare_mappings(
+        self,
+        source: QuerySource,
+        batch_key: str | Sequence[str],
+        *,
+        labels: str | None = None,
+        truth: str | None = None,
+        obs_filter: str | None = None,
+        training: Mapping[str, Any] | SurgeryTraining | None = None,
+        max_cells: int = REFERENCE_CELLS,
+        seed: int = 0,
+        counts: str | None = None,
+        min_share: float = MIN_SHARE,
+        proteins: str | None = None,
+    ) -> Comparison:
+        """Map your own cells in several ways, and compare these: answers how to map them.
+
+        The ways are surgery with all batches (`joint`), the same with another seed (how much is noise), one model per
+        batch at equal epochs and at equal optimiser steps, one batch after another in both orders, and no surgery.
+
+        Parameters
+        ----------
+        source, batch_key, training, seed, counts, min_share, proteins
+            As in `adapt`.
+        labels
+            obs column of the Census: labels that each way transfers to your cells by nearest neighbors, random forest
+            and a network; None: labels are not compared.
+        truth
+            obs column of your cells with their true labels, under the same names; None: not known.
+        obs_filter, max_cells
+            Cells of the Census as reference, for `labels`.
+
+        Returns
+        -------
+        The latent of your cells by each way, a table with a row per way (`compare_ways`), and what follows from it in
+        words.
+
+        Raises
+        ------
+        UserError
+            See `adapt`; or a column does not exist.
+        """
+        require_whole("seed", seed, 0)
+        columns = [batch_key] if isinstance(batch_key, str) else list(batch_key)
+        settings = SurgeryTraining.of(SEQUENTIAL, training)
+        model, description = self._cells.model
+        if labels is not None:
+            require_columns(self._cells.census, [labels], "labels")
+            reference = self.reference(obs_filter, [labels], max_cells, seed)
+        with TemporaryDirectory() as work, ExitStack() as stack:
+            aligned = stack.enter_context(
+                self._mapper.align(source, counts=counts, min_share=min_share, proteins=proteins)
+            )
+            if truth is not None and truth not in aligned.obs:
+                near = suggestion(truth, list(map(str, aligned.obs.columns)))
+                raise UserError(f"truth: the cells have no obs column {truth!r}{near}")
+            known = None if truth is None else read_labels(aligned.obs[truth], f"obs[{truth!r}]")
+            of_model = Reference(model, description, self._typical() if self._typical else None)
+            ways = map_in_all_ways(
+                of_model, aligned, columns, settings, Path(work), self._mapper.as_one_batch, seed=seed
+            )
+        if labels is None:
+            return compare_ways(ways, seed=seed)
+        named = read_labels(reference.obs[labels], labels)
+        return compare_ways(ways, reference.obsm[EMBEDDING], named, known, seed=seed)
+
     @property
     def _of_surgery(self) -> dict[str, str]:
         return {SURGERY_FACTS: in_words(self._adapted.facts)} if self._adapted else {}
@@ -559,61 +626,6 @@ class Atlas:
             uns={"scvi_alignment": mapped.report.as_dict(), _MODEL: self._model_identity, **self._of_surgery}
             | ({} if mapped.proteins is None else {PROTEIN_REPORT: mapped.proteins.as_dict()}),
         )
-
-    def denoised(
-        self,
-        source: QuerySource,
-        genes: Sequence[str] = (),
-        transform_batch: str | Sequence[str] | None = None,
-        *,
-        library_size: float = 1e4,
-        n_samples: int = 1,
-        seed: int = 0,
-        counts: str | None = None,
-        min_share: float = MIN_SHARE,
-        proteins: str | None = None,
-    ) -> ad.AnnData:
-        """Compute the expression of your own cells as decoded by the model: denoised, and batch-corrected.
-
-        Parameters
-        ----------
-        source
-            Cells as in `embed`.
-        genes
-            feature_ids or symbols; may be empty for a TOTALVI model.
-        transform_batch
-            Trained batches: the expression is decoded for each of them and averaged. None: each cell is decoded for its
-            own batch, which needs a model that was adapted to it (`adapt`).
-        library_size, n_samples, seed
-            See `normalized_expression`.
-        counts, min_share, proteins
-            See `embed`.
-
-        Returns
-        -------
-        AnnData with your obs, X float32 (cells, genes). For a TOTALVI model also two DataFrames of all its proteins,
-        those that your cells lack included: `obsm["protein_expression"]`, the expression without background, and
-        `obsm["protein_foreground"]`, the probability that a protein's counts are more than background. The values are
-        those of scvi-tools' `get_normalized_expression` and `get_protein_foreground_probability`, in blocks.
-
-        Raises
-        ------
-        UserError
-            The model lacks a gene or batch, or `transform_batch` is None and the model was not adapted; also see
-            `embed`.
-        """
-        require_number("library_size", library_size, above=0)
-        require_number("min_share", min_share, most=1)
-        for name, value, least in (("n_samples", n_samples, 1), ("seed", seed, 0)):
-            require_whole(name, value, least)
-        with self._mapper.align(source, counts=counts, min_share=min_share, proteins=proteins) as aligned:
-            if self._adapted and self._adapted.models:
-                models = CellModels.of_batches(self._adapted.models, self._adapted.places(aligned.obs))
-            else:
-                models = CellModels.of_one(self._cells.model, len(aligned))
-            return denoised(
-                aligned, models, genes, transform_batch, library_size=library_size, n_samples=n_samples, seed=seed
-            )
 
     def predict(
         self,

@@ -91,9 +91,9 @@ class Mapper:
         self._symbols = known | dict(symbols or {})
         self._n_trained = len(description.batches)
         if description.arguments["encode_covariates"]:
-            model = extend_batches(model, description.genes, [query_batch(description)])
+            model = extend_batches(model, description.genes, [_unused(_QUERY_BATCH, description.batches)])
         self._encode = Encoder(model)
-        self._encoder = encoder or (lambda obs: self._as_one_batch)
+        self._encoder = encoder or (lambda obs: self.as_one_batch)
         self._expected = ExpectedCounts(model, self._n_trained, typical)
 
     def __call__(
@@ -133,7 +133,8 @@ class Mapper:
             report = None if aligned.proteins is None else aligned.proteins.report
             return Mapped(aligned.obs.copy(), np.concatenate(latent), np.concatenate(empty), aligned.report, report)
 
-    def _as_one_batch(self, start: int, block: sp.csr_matrix, proteins: Proteins) -> npt.NDArray[np.float32]:
+    def as_one_batch(self, start: int, block: sp.csr_matrix, proteins: Proteins) -> npt.NDArray[np.float32]:
+        """Latent positions of cells whose batch is in the middle of the trained ones; a `BlockEncoder`."""
         return self._encode(block, np.full(block.shape[0], self._n_trained), proteins).mean
 
     def counts(
@@ -168,12 +169,9 @@ class Mapper:
             )
 
 
-def query_batch(description: ModelDescription) -> str:
-    """Name of the batch of a query, which is not one of the trained batches."""
-    name = _QUERY_BATCH
-    while name in description.batches:
-        name += "_"
-    return name
+def _unused(name: str, names: list[str]) -> str:
+    """The name, or a longer one if it is among the names."""
+    return _unused(f"{name}_", names) if name in names else name
 
 
 def _shown(cells: AlignedCells, what: str) -> Iterator[tuple[int, sp.csr_matrix, Proteins]]:

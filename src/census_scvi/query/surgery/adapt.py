@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,15 +64,23 @@ class Plan:
         Batch labels of the query: `sequential` adds them in this order.
     training
         Settings of each training.
+    epochs
+        Maximum number of epochs of each training by its first batch, where it is not that of `training`.
     """
 
     mode: str
     batches: list[str]
     training: SurgeryTraining
+    epochs: Mapping[str, int] = field(default_factory=dict)
 
     def groups(self) -> list[list[str]]:
         """Batches of each training."""
         return [self.batches] if self.mode == JOINT else [[label] for label in self.batches]
+
+    def training_of(self, batches: list[str]) -> SurgeryTraining:
+        """Settings of the training of some batches."""
+        epochs = self.epochs.get(batches[0], self.training.max_epochs)
+        return self.training.model_copy(update={"max_epochs": epochs})
 
 
 def plan_surgery(reference: Reference, labels: Sequence[str], mode: str, training: SurgeryTraining) -> tuple[Plan, str]:
@@ -115,6 +123,7 @@ def adapt(
     *,
     seed: int,
     accelerator: str = "auto",
+    epochs: Mapping[str, int] | None = None,
 ) -> Adapted:
     """Extend a model by the batches of a query, train their weights, and check that the reference did not move.
 
@@ -137,6 +146,8 @@ def adapt(
         Seed of new weights, order of cells, dropout and samples.
     accelerator
         As `train.accelerator`.
+    epochs
+        Maximum number of epochs of some trainings, see `Plan.epochs`.
 
     Raises
     ------
@@ -146,6 +157,7 @@ def adapt(
     """
     labels = required_batches(aligned.obs, batch_key, "query.batch_key")
     plan, reason = plan_surgery(reference, list(labels), mode, training)
+    plan = replace(plan, epochs=dict(epochs or {}))
     facts: dict[str, Any] = {"mode": mode, "batches": plan.batches, "reason": reason, "seed": seed}
     if reason:
         log.warning("query.surgery: %s is not done: %s", mode, reason)
@@ -161,7 +173,9 @@ def adapt(
             "seed": seed,
             "scvi_tools": scvi.__version__,
         }
-        _continue_or_clear(work, origin | {"batches": plan.batches, "training": training.model_dump()})
+        _continue_or_clear(
+            work, origin | {"batches": plan.batches, "training": training.model_dump(), "epochs": plan.epochs}
+        )
         sample = reference_sample(reference.cells, reference.description, aligned)
         models = _train_all(reference, plan, parts, sample, origin, accelerator)
     facts |= origin | {"training": training.model_dump(), "trainings": [each.training.as_dict() for each in models]}
@@ -236,7 +250,7 @@ def _train_all(
             train_extension(
                 base,
                 part,
-                plan.training,
+                plan.training_of(part.batches),
                 sample,
                 part.file.parent,
                 lineage=lineage,

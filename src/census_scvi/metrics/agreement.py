@@ -1,0 +1,163 @@
+"""How well two embeddings of the same cells agree: distances, neighbors, clusters, and labels of a reference."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.ensemble import RandomForestClassifier
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.metrics import adjusted_rand_score
+from sklearn.neural_network import MLPClassifier
+from sklearn.preprocessing import StandardScaler
+
+from census_scvi.neighbors.clusters import leiden
+from census_scvi.neighbors.index import NeighborIndex
+
+Points = npt.NDArray[np.float32]
+Labels = npt.NDArray[np.object_]
+
+NEIGHBORS = 15
+# Classifiers of `transferred_labels`.
+CLASSIFIERS = ("neighbors", "random_forest", "mlp")
+_STEPS_OF_MLP = 200
+
+
+@dataclass(frozen=True)
+class Distances:
+    """Distances of cells between two embeddings in the same space.
+
+    Attributes
+    ----------
+    mean, largest
+        Mean and largest Euclidean distance.
+    largest_difference
+        Largest difference of a coordinate.
+    scale
+        Mean distance of the cells from their center in the first embedding, to compare with.
+    """
+
+    mean: float
+    largest: float
+    largest_difference: float
+    scale: float
+
+
+def distances(one: Points, other: Points) -> Distances:
+    """Distances of each cell between two embeddings, float32 (cells, dimensions) each."""
+    difference = one.astype(np.float64) - other
+    lengths = np.linalg.norm(difference, axis=1)
+    scale = np.linalg.norm(one - one.mean(axis=0), axis=1).mean()
+    return Distances(float(lengths.mean()), float(lengths.max()), float(np.abs(difference).max()), float(scale))
+
+
+def neighbor_overlap(one: Points, other: Points, n_neighbors: int = NEIGHBORS) -> float:
+    """Mean share of a cell's nearest neighbors in one embedding that are also among those in the other one.
+
+    Parameters
+    ----------
+    one, other
+        float32 (cells, dimensions): embeddings of the same cells; the dimensions may differ.
+    n_neighbors
+        Neighbors per cell; all other cells if there are fewer.
+    """
+    first, second = (NeighborIndex(points).others(n_neighbors) for points in (one, other))
+    common = [len(np.intersect1d(mine, theirs)) for mine, theirs in zip(first, second, strict=True)]
+    return float(np.mean(common) / first.shape[1])
+
+
+def cluster_agreement(one: Points, other: Points, *, resolution: float = 1.0, seed: int = 0) -> float:
+    """Adjusted Rand index of the Leiden clusters of two embeddings of the same cells: 1 if equal, about 0 by chance."""
+    first, second = (leiden(points, resolution, seed) for points in (one, other))
+    return float(adjusted_rand_score(first.codes, second.codes))
+
+
+def transferred_labels(
+    reference: Points, labels: Labels, query: Points, classifiers: Sequence[str] = CLASSIFIERS, *, seed: int = 0
+) -> dict[str, Labels]:
+    """Labels of query cells by classifiers on the embedding of labelled reference cells.
+
+    Parameters
+    ----------
+    reference
+        float32 (reference cells, dimensions).
+    labels
+        object (reference cells,): a label of each.
+    query
+        float32 (query cells, dimensions).
+    classifiers
+        `neighbors`: most frequent label of the 15 nearest reference cells; `random_forest`; `mlp`: a network with a
+        hidden layer of 100 units. The last two as in scikit-learn by default, on standardised dimensions.
+    seed
+        Seed of forest and network.
+
+    Returns
+    -------
+    For each classifier, object (query cells,).
+    """
+    names, codes = np.unique(labels.astype(str), return_inverse=True)
+    scale = StandardScaler().fit(reference)
+    found = {}
+    for classifier in classifiers:
+        if classifier == "neighbors":
+            _, nearest = NeighborIndex(reference, seed=seed).query(query, NEIGHBORS)
+            predicted = np.array(
+                [np.bincount(codes[rows], minlength=len(names)).argmax() for rows in nearest], np.int64
+            )
+        else:
+            predicted = _fitted(classifier, scale.transform(reference), codes, seed).predict(scale.transform(query))
+        found[classifier] = names[predicted].astype(object)
+    return found
+
+
+def _fitted(classifier: str, points: Points, codes: npt.NDArray[np.integer], seed: int) -> Any:
+    models = {
+        "random_forest": RandomForestClassifier(random_state=seed, n_jobs=-1),
+        "mlp": MLPClassifier(max_iter=_STEPS_OF_MLP, random_state=seed),
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return models[classifier].fit(points, codes)
+
+
+def share_equal(one: Labels, other: Labels) -> float:
+    """Share of the cells with the same label in both, of those with a label (not None) in both; NaN without any."""
+    known = np.array([a is not None and b is not None for a, b in zip(one, other, strict=True)], dtype=bool)
+    return float((one[known] == other[known]).mean()) if known.any() else float("nan")
+
+
+def mixing_within_types(
+    reference: Points, reference_types: Labels, query: Points, query_types: Labels, n_neighbors: int = NEIGHBORS
+) -> float:
+    """How well query and reference mix within cell types: 0 if they are separated, 1 if they are perfectly mixed.
+
+    The share of reference cells among the nearest neighbors of a query cell of the same type, as a share of what is
+    expected if the cells of the type are shuffled; mean over the query cells whose type both have.
+
+    Parameters
+    ----------
+    reference, query
+        float32 (cells, dimensions).
+    reference_types, query_types
+        object (cells,): type of each cell; None: unknown, the cell is excluded.
+    n_neighbors
+        Neighbors per cell; all other cells of the type if there are fewer.
+
+    Returns
+    -------
+    The ratio, NaN if no type is shared; slightly above 1 if query cells avoid each other.
+    """
+    shared = {label for label in reference_types if label is not None} & set(query_types)
+    ratios, weights = [], []
+    for label in sorted(map(str, shared)):
+        of_reference, of_query = reference[reference_types == label], query[query_types == label]
+        both = np.concatenate([of_query, of_reference])
+        nearest = NeighborIndex(both).others(n_neighbors)[: len(of_query)]
+        expected = len(of_reference) / (len(both) - 1)
+        ratios.append(float((nearest >= len(of_query)).mean()) / expected)
+        weights.append(len(of_query))
+    return float(np.average(ratios, weights=weights)) if ratios else float("nan")

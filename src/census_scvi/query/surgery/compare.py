@@ -1,0 +1,274 @@
+"""Compare ways to map a query: joint surgery, batch by batch, in sequence, with another seed, and no surgery."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import scipy.sparse as sp
+
+from census_scvi.metrics.agreement import (
+    CLASSIFIERS,
+    Labels,
+    Points,
+    cluster_agreement,
+    distances,
+    mixing_within_types,
+    neighbor_overlap,
+    share_equal,
+    transferred_labels,
+)
+from census_scvi.query.alignment import AlignedCells
+from census_scvi.query.batches import batches_of
+from census_scvi.query.surgery.adapt import Reference, adapt
+from census_scvi.query.surgery.adapted import Adapted
+from census_scvi.query.surgery.settings import JOINT, PER_BATCH, SEQUENTIAL, SurgeryTraining
+
+log = logging.getLogger(__name__)
+
+OTHER_SEED, NO_SURGERY = "joint, another seed", "no surgery"
+EQUAL_EPOCHS, EQUAL_STEPS = "per batch, equal epochs", "per batch, equal steps"
+FORWARD, BACKWARD = "sequential", "sequential, reverse order"
+_BLOCK_CELLS = 4096
+# A way differs from joint beyond seeds if its distance is this many times that of another seed, or if the share of the
+# cells with the label of joint is this much lower.
+_TIMES, _LESS = 1.5, 0.03
+
+# Latent positions, float32 (cells, n_latent), of the cells from a row on, with counts of genes and proteins.
+BlockEncoder = Callable[[int, sp.csr_matrix, "npt.NDArray[np.float32] | None"], Points]
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to map the query.
+
+    Attributes
+    ----------
+    name
+        Its name, one of those above.
+    latent
+        float32 (cells, n_latent): the query.
+    moved
+        Largest change of the latent of the reference's cells; 0 without surgery.
+    epochs, steps, seconds
+        Of all its trainings: epochs of each, sum of the optimiser steps, time.
+    batch_by_batch
+        Largest difference of a coordinate if each batch is embedded separately.
+    """
+
+    name: str
+    latent: Points
+    moved: float
+    epochs: list[int]
+    steps: int
+    seconds: float
+    batch_by_batch: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Ways to map a query, compared with joint surgery.
+
+    Attributes
+    ----------
+    ways
+        The ways.
+    table
+        One row per way, see `compare_ways`.
+    recommendation
+        What follows from the table, in words.
+    """
+
+    ways: list[Way]
+    table: pd.DataFrame
+    recommendation: str
+
+
+def map_in_all_ways(
+    reference: Reference,
+    aligned: AlignedCells,
+    batch_key: Sequence[str],
+    training: SurgeryTraining,
+    work: Path,
+    without: BlockEncoder,
+    *,
+    seed: int,
+    accelerator: str = "auto",
+) -> list[Way]:
+    """Map a query in all ways; joint is the first, unless surgery cannot change the embedding: then it is the only one.
+
+    Parameters
+    ----------
+    reference, aligned, batch_key, training, work, seed, accelerator
+        As in `adapt`; each way has a folder in `work`.
+    without
+        Encoder of the query's cells without surgery.
+    """
+
+    def surgery(name: str, mode: str, settings: SurgeryTraining = training, **more: Any) -> Adapted:
+        place = work / name.replace(", ", "-").replace(" ", "-")
+        log.info("comparison of mappings: %s", name)
+        return adapt(
+            reference, aligned, batch_key, mode, settings, place, **{"seed": seed, "accelerator": accelerator, **more}
+        )
+
+    joint = surgery(JOINT, JOINT, training.model_copy(update={"order": None}))
+    ways = [] if joint.reason else [_way(JOINT, joint, aligned)]
+    if ways:
+        ways.append(_way(OTHER_SEED, surgery(OTHER_SEED, JOINT, seed=seed + 1), aligned))
+    if ways and not (alone := surgery(EQUAL_EPOCHS, PER_BATCH)).reason:
+        ways.append(_way(EQUAL_EPOCHS, alone, aligned))
+        epochs = _equal_steps(alone, ways[0].steps)
+        ways.append(_way(EQUAL_STEPS, surgery(EQUAL_STEPS, PER_BATCH, epochs=epochs), aligned))
+        order = training.order or joint.batches
+        for name, batches in ((FORWARD, order), (BACKWARD, order[::-1]))[: len(order)]:
+            settings = training.model_copy(update={"order": list(batches)})
+            ways.append(_way(name, surgery(name, SEQUENTIAL, settings), aligned))
+    latent, difference = _embedded(aligned, lambda _: without, np.zeros(len(aligned), int))
+    return [*ways, Way(NO_SURGERY, latent, 0.0, [], 0, 0.0, difference)]
+
+
+def _equal_steps(adapted: Adapted, steps: int) -> dict[str, int]:
+    """Epochs of each batch that are as many optimiser steps as those of the joint training."""
+    return {
+        each["batches"][0]: max(round(steps * each["epochs"] / each["steps"]), 1) for each in adapted.facts["trainings"]
+    }
+
+
+def _way(name: str, adapted: Adapted, aligned: AlignedCells) -> Way:
+    trainings = adapted.facts["trainings"]
+    batches = np.unique(batches_of(aligned.obs, adapted.batch_key), return_inverse=True)[1]
+    latent, difference = _embedded(aligned, adapted.encoder, batches)
+    return Way(
+        name,
+        latent,
+        max(each["moved"]["latent"] for each in trainings),
+        [each["epochs"] for each in trainings],
+        sum(each["steps"] for each in trainings),
+        sum(each["seconds"] for each in trainings),
+        difference,
+    )
+
+
+def _embedded(
+    aligned: AlignedCells, encoder: Callable[[pd.DataFrame], Any], batches: npt.NDArray[np.integer]
+) -> tuple[Points, float]:
+    """Latent positions of all cells, and how much they differ from those of each batch embedded separately."""
+    together, largest = [], 0.0
+    encode = encoder(aligned.obs)
+    for start, counts, proteins in aligned.blocks_with_proteins(_BLOCK_CELLS):
+        latent = encode(start, counts, proteins)
+        together.append(latent)
+        for batch in np.unique(here := batches[start : start + counts.shape[0]]):
+            rows = np.flatnonzero(here == batch)
+            some = None if proteins is None else proteins[rows]
+            separate = encoder(aligned.obs.iloc[start + rows])(0, counts[rows], some)
+            largest = max(largest, float(np.abs(latent[rows] - separate).max()))
+    return np.concatenate(together), largest
+
+
+def compare_ways(
+    ways: Sequence[Way],
+    reference: Points | None = None,
+    labels: Labels | None = None,
+    truth: Labels | None = None,
+    *,
+    seed: int = 0,
+) -> Comparison:
+    """Compare ways to map a query with the first of them, joint surgery.
+
+    Parameters
+    ----------
+    ways
+        The ways.
+    reference
+        float32 (reference cells, n_latent): the reference, which does not depend on the way; for `labels`.
+    labels
+        object (reference cells,): labels of the reference; None: no labels are compared.
+    truth
+        object (query cells,): labels of the query, None if unknown; None: not known.
+    seed
+        Seed of classifiers and clusters.
+
+    Returns
+    -------
+    The table has one row per way: `moved` (largest change of the reference's latent); `distance_mean`,
+    `distance_largest` to joint, and `scale` (mean distance of the cells from their center); `neighbor_overlap` and
+    `cluster_agreement` (adjusted Rand index) with joint; for each classifier, `agreement_` with the labels by joint and
+    `accuracy_`; `mixing` of query and reference within types; `epochs`, `steps` and `seconds`; `batch_by_batch`.
+    """
+    base = ways[0]
+    known = None if labels is None else np.array([label is not None for label in labels], dtype=bool)
+    rows, named_by_base = [], dict[str, Labels]()
+    for way in ways:
+        to_base = distances(base.latent, way.latent)
+        row: dict[str, Any] = {
+            "way": way.name,
+            "moved": way.moved,
+            "distance_mean": to_base.mean,
+            "distance_largest": to_base.largest,
+            "scale": to_base.scale,
+            "neighbor_overlap": neighbor_overlap(base.latent, way.latent),
+            "cluster_agreement": cluster_agreement(base.latent, way.latent, seed=seed),
+        }
+        if reference is not None and labels is not None and known is not None:
+            named = transferred_labels(reference[known], labels[known], way.latent, seed=seed)
+            named_by_base = named_by_base or named
+            for classifier in CLASSIFIERS:
+                row[f"agreement_{classifier}"] = share_equal(named_by_base[classifier], named[classifier])
+                if truth is not None:
+                    row[f"accuracy_{classifier}"] = share_equal(truth, named[classifier])
+            types = named_by_base[CLASSIFIERS[0]] if truth is None else truth
+            row["mixing"] = mixing_within_types(reference, labels, way.latent, types)
+        row |= {name: value for name, value in asdict(way).items() if name in ("epochs", "steps", "seconds")}
+        rows.append(row | {"batch_by_batch": way.batch_by_batch})
+    table = pd.DataFrame(rows).set_index("way")
+    return Comparison(list(ways), table, recommendation(table))
+
+
+def recommendation(table: pd.DataFrame) -> str:
+    """What follows from the table of `compare_ways`, in words."""
+    if JOINT not in table.index:
+        return "surgery cannot change the embedding of this query: map it without surgery"
+    floor = table.loc[OTHER_SEED]
+    differing, words = [], []
+    for name in (EQUAL_EPOCHS, EQUAL_STEPS, FORWARD, BACKWARD):
+        if name in table.index and _differs(table.loc[name], floor):
+            ratio = table.loc[name, "distance_mean"] / floor["distance_mean"]
+            differing.append(f"{name} (distance ratio {ratio:.1f})")
+    seeds = f"two seeds of joint are {floor['distance_mean']:.2g} apart on average"
+    if not differing:
+        words.append(f"no difference beyond seeds: {seeds}, and every other way of training is as close to joint")
+    else:
+        words.append(f"beyond seeds ({seeds}) these differ from joint: {', '.join(differing)}")
+        if any(EQUAL_STEPS in each for each in differing) and not any(EQUAL_EPOCHS in each for each in differing):
+            words.append("per batch differs only if it is trained for more epochs: the length of the training matters")
+    words.append(_gain(table))
+    return "; ".join(word for word in words if word)
+
+
+def _differs(way: pd.Series, floor: pd.Series) -> bool:
+    column = f"agreement_{CLASSIFIERS[0]}"
+    farther = bool(way["distance_mean"] > _TIMES * floor["distance_mean"])
+    return farther or bool(column in way and way[column] < floor[column] - _LESS)
+
+
+def _gain(table: pd.DataFrame) -> str:
+    """Whether surgery was of use, from accuracy if it is known."""
+    column = f"accuracy_{CLASSIFIERS[0]}"
+    if column not in table:
+        return ""
+    joint, without = table.loc[JOINT, column], table.loc[NO_SURGERY, column]
+    noise = abs(joint - table.loc[OTHER_SEED, column])
+    numbers = f"accuracy by nearest neighbors {joint:.3f} with joint surgery, {without:.3f} without"
+    if abs(joint - without) <= max(noise, 0.01):
+        return f"surgery changes little ({numbers}): map without it, or jointly"
+    return (
+        f"surgery helps ({numbers}): use joint" if joint > without else f"surgery does harm ({numbers}): map without it"
+    )
