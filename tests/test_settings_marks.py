@@ -23,8 +23,14 @@ SETTINGS_OF_STAGES = {
         "train.max_epochs", "train.batch_size", "train.train_size", "train.early_stopping", "train.multi_gpu",
         "train.devices", "train.precision", "train.trainer",
     ),
-    "create-latent-update": ("census", "anndata.batch_key", "genes", "model.filename", "latent", "seed"),
-    "publish": ("census", "anndata.batch_key", "genes", "model", "gates", "publish", "seed"),
+    "create-latent-update": (
+        "census", "anndata.batch_key", "anndata.protein_measurement", "genes", "model.filename", "latent", "seed",
+    ),
+    "publish": (
+        "census", "anndata.batch_key", "genes", "gates", "publish", "seed",
+        "model.filename", "model.kind", "model.n_hidden", "model.n_latent", "model.n_layers", "model.dropout_rate",
+        "model.gene_likelihood", "model.encode_covariates", "model.arguments",
+    ),
     "evaluate": (
         "census.organism", "census.uri", "census.version", "hvg.top_n_hvg", "anndata.batch_key", "seed",
         "evaluate.embeddings", "evaluate.obs_filter", "evaluate.labels", "evaluate.batches", "evaluate.donors",
