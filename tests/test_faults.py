@@ -101,7 +101,7 @@ STOPPED = {
 STOPS = [
     ("prepare", "census_scvi.census.open.open_census", "SIGHUP"),
     ("prepare", "census_scvi.counts.writer.H5adWriter.append", "SIGTERM"),
-    ("train", "census_scvi.stages.train._describe", "SIGTERM"),
+    ("train", "census_scvi.stages.train.fit", "SIGTERM"),
     ("train", "census_scvi.training.finite_loss.FiniteLoss.on_train_batch_end", "SIGHUP"),
     ("train", "census_scvi.training.finite_loss.FiniteLoss.on_train_epoch_end", "SIGINT"),
     ("train", "census_scvi.training.finite_loss.FiniteLoss.on_train_epoch_end", "SIGTERM"),
@@ -206,7 +206,7 @@ def test_the_settings_of_the_result_that_stands_make_it_the_result_again(
 ) -> None:
     run = Run(tmp_path, demo_census)
     shutil.copytree(undisturbed.directory, run.directory)
-    with signal_at("census_scvi.stages.train._describe", "SIGTERM", monkeypatch):
+    with signal_at("census_scvi.stages.train.fit", "SIGTERM", monkeypatch):
         assert run("train", "--force", "train.max_epochs=7") == 143
     assert run("create-latent-update") == 2
     assert run("train", "train.max_epochs=9") == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import anndata as ad
@@ -12,7 +13,10 @@ import pandas as pd
 import pytest
 from pipeline import Run
 
+from census_scvi.atlas import Atlas
 from census_scvi.cli import main
+from census_scvi.errors import UserError
+from census_scvi.model.seeded import seeded
 
 N_CELLS = 200
 
@@ -42,12 +46,12 @@ def query(protein_census: str) -> ad.AnnData:
 def map_query(run: Run, cells: ad.AnnData, folder: Path, *settings: str) -> int:
     cells.write_h5ad(folder / "cells.h5ad")
     file = f"query.file={folder / 'cells.h5ad'}"
-    small = ("query.umap_cells=0", "query.labels=[]", "query.baseline_cells=0")
+    small = ("query.umap_cells=0", "query.labels=[]", "query.baseline_cells=0", "annotate.method=neighbors")
     return main("map-query", ["--config", str(run.config), file, *small, *settings])
 
 
 def test_cells_of_the_census_get_their_positions_from_a_file(run: Run, query: ad.AnnData, tmp_path: Path) -> None:
-    assert map_query(run, query, tmp_path) == 0
+    assert map_query(run, query, tmp_path, "query.labels=[cell_type]") == 0
     mapped = ad.read_h5ad(tmp_path / "cells-mapped.h5ad")
     np.testing.assert_allclose(mapped.obsm["X_scvi"], np.load(run.path("latent.npy"))[:N_CELLS], atol=1e-5)
     assert np.array_equal(mapped.obsm["protein_expression"], query.obsm["protein_expression"])
@@ -55,6 +59,7 @@ def test_cells_of_the_census_get_their_positions_from_a_file(run: Run, query: ad
     assert (report["place"], report["n_shared"], report["missing"]) == ("obsm/protein_expression", 12, [])
     assert "CD3 = CD3_TotalSeqB" in report["renamed"]
     assert list(mapped.uns["scvi_proteins"]["renamed"]) == report["renamed"]
+    assert mapped.obs["cell_type_predicted"].notna().all()
 
 
 def test_cells_without_proteins_are_refused_unless_asked(
@@ -80,3 +85,68 @@ def test_a_prepared_protein_is_that_of_the_census(run: Run, query: ad.AnnData) -
     names = [f"{name}_TotalSeqB" for name in prepared.uns["protein_names"]]
     assert names == list(query.obsm["protein_expression"])
     assert np.array_equal(prepared.obsm["protein_expression"][some], expected[rows[some]])
+
+
+@pytest.fixture(scope="module")
+def atlas(run: Run, protein_census: str) -> Iterator[Atlas]:
+    with Atlas.open(run.directory, census=protein_census) as opened:
+        yield opened
+
+
+def as_trained(atlas: Atlas, query: ad.AnnData, batch: str) -> ad.AnnData:
+    """The cells as scvi-tools reads them, in a trained batch."""
+    model, description = atlas.model, atlas.description
+    assert model is not None
+    assert description is not None
+    obs = pd.DataFrame(
+        {"batch": pd.Categorical([batch] * query.n_obs, categories=description.batches)}, query.obs_names
+    )
+    cells = ad.AnnData(query[:, description.genes].X.copy(), obs, pd.DataFrame(index=description.genes))
+    cells.obsm["protein_expression"] = query.obsm["protein_expression"].to_numpy(np.float32)
+    cells.uns["protein_names"] = description.proteins
+    return cells
+
+
+def test_denoised_expression_is_scvi_tools_own(atlas: Atlas, query: ad.AnnData) -> None:
+    model, description = atlas.model, atlas.description
+    assert model is not None
+    assert description is not None
+    genes, batches = [description.symbols[3], *description.genes[:2]], description.batches[:2]
+    found = atlas.denoised(query, genes, batches, seed=4)
+    cells = as_trained(atlas, query, batches[0])
+    with seeded(4):
+        of_genes, _ = model.get_normalized_expression(cells, transform_batch=batches, gene_list=description.genes)
+    with seeded(4):
+        _, of_proteins = model.get_normalized_expression(cells, transform_batch=batches)
+        foreground = model.get_protein_foreground_probability(cells, transform_batch=batches)
+    expected = of_genes[[description.genes[3], *description.genes[:2]]].to_numpy() * 1e4
+    np.testing.assert_allclose(found.X, expected, rtol=1e-5)
+    np.testing.assert_allclose(found.obsm["protein_expression"], of_proteins, rtol=1e-5)
+    np.testing.assert_allclose(found.obsm["protein_foreground"], foreground, rtol=1e-5)
+    assert list(found.obsm["protein_foreground"]) == description.proteins
+    assert found.obs_names.equals(query.obs_names)
+    without = atlas.denoised(query, transform_batch=batches[0], proteins="none")
+    assert without.shape == (N_CELLS, 0)
+    assert np.isfinite(without.obsm["protein_expression"].to_numpy()).all()
+    with pytest.raises(
+        UserError, match=r"not trained on the batches of these cells: give trained batches in transform"
+    ):
+        atlas.denoised(query, genes)
+    with pytest.raises(UserError, match=r"transform_batch 'lab 7' is not one of the"):
+        atlas.denoised(query, genes, "lab 7")
+
+
+def test_expression_of_census_cells_by_a_model_of_proteins(atlas: Atlas, query: ad.AnnData) -> None:
+    model, description = atlas.model, atlas.description
+    assert model is not None
+    assert description is not None
+    batches = description.batches[:2]
+    found = atlas.normalized_expression(f"soma_joinid < {N_CELLS}", description.genes[:3], batches, seed=2)
+    with seeded(2):
+        cells = as_trained(atlas, query, batches[0])
+        expected, _ = model.get_normalized_expression(cells, transform_batch=batches, gene_list=description.genes[:3])
+    np.testing.assert_allclose(found.X, expected.to_numpy() * 1e4, rtol=1e-5)
+    groups = (f"soma_joinid < {N_CELLS} and cell_type {sign} 'B cell'" for sign in ("==", "!="))
+    table = atlas.differential_expression(*groups)
+    assert {f"{name}_protein" for name in description.proteins} <= set(table.index)
+    assert len(table) == len(description.genes) + len(description.proteins)

@@ -10,6 +10,7 @@ from pathlib import Path
 import anndata as ad
 import h5py
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.io
 import scipy.sparse as sp
@@ -20,12 +21,15 @@ from test_proteins import COUNTS, GENES, N_CELLS, NAMES, cells, counts_of, with_
 
 from census_scvi.counts.protein_names import plain_name
 from census_scvi.errors import UserError
-from census_scvi.model.build import init_arguments
+from census_scvi.model.build import init_arguments, without_training
 from census_scvi.model.encode import extend_batches, reference_latent
 from census_scvi.model.safe import ModelDescription
+from census_scvi.model.seeded import seeded
 from census_scvi.model.settings import ModelSection
 from census_scvi.query.alignment import AlignedCells
 from census_scvi.query.cells import QueryCells
+from census_scvi.query.denoised import CellModels, denoised
+from census_scvi.query.expression import Decoder
 from census_scvi.query.mapping import Mapper
 from census_scvi.query.protein_alignment import AlignedProteins, match_proteins
 
@@ -213,7 +217,13 @@ def totalvi(request: pytest.FixtureRequest) -> tuple[scvi.model.TOTALVI, ModelDe
         missing_proteins={"two": ["CD19"]},
     )
     scvi.settings.seed = 0
-    return description.build(), description
+    return built(description), description
+
+
+def built(description: ModelDescription) -> scvi.model.TOTALVI:
+    model = description.build()
+    model.module.eval()
+    return model
 
 
 @pytest.mark.parametrize("kind", ["AnnData", "10x", "without proteins"])
@@ -238,3 +248,44 @@ def test_counts_of_genes_need_no_proteins(totalvi: tuple[scvi.model.TOTALVI, Mod
     assert np.array_equal(sp.vstack(list(mapper.counts(cells()))).toarray(), RNA)
     with pytest.raises(UserError, match="has no proteins, and the model uses 4"):
         mapper(cells())
+
+
+def in_batch(source: ad.AnnData, description: ModelDescription, batch: str) -> ad.AnnData:
+    """The cells as scvi-tools reads them, in a batch."""
+    made = ad.AnnData(source.X.copy(), pd.DataFrame({"batch": batch}, source.obs_names), source.var)
+    made.obsm["protein_expression"], made.uns["protein_names"] = EXPECTED[: source.n_obs], description.proteins
+    return made
+
+
+def test_an_unknown_batch_is_encoded_as_in_the_embedding_and_decoded_as_a_trained_one(
+    totalvi: tuple[scvi.model.TOTALVI, ModelDescription],
+) -> None:
+    model, description = totalvi
+    found = denoised(
+        aligned(with_frame()), CellModels.of_one(totalvi, N_CELLS), [], ["two"], library_size=1, n_samples=2, seed=3
+    )
+    batch = "query" if description.arguments["encode_covariates"] else "one"
+    known = extend_batches(model, description.genes, [batch])
+    with seeded(3), without_training():
+        cells = in_batch(with_frame(), description, batch)
+        _, expected = known.get_normalized_expression(cells, transform_batch=["two"], n_samples=2)
+        foreground = known.get_protein_foreground_probability(cells, transform_batch=["two"], n_samples=2)
+    np.testing.assert_allclose(found.obsm["protein_expression"], expected, rtol=1e-5)
+    np.testing.assert_allclose(found.obsm["protein_foreground"], foreground, rtol=1e-5)
+
+
+def test_each_cell_is_decoded_by_the_model_of_its_batch(totalvi: tuple[scvi.model.TOTALVI, ModelDescription]) -> None:
+    other = (built(totalvi[1]), totalvi[1])
+    places = np.stack([np.arange(N_CELLS) % 2, np.arange(N_CELLS) // 2 % 2], axis=1)
+    drawn = {"genes": GENES[:2], "transform_batch": None, "library_size": 10.0, "n_samples": 1, "seed": 5}
+    both = denoised(aligned(with_frame()), CellModels.of_batches([totalvi, other], places), **drawn)
+    for number, model in enumerate((totalvi, other)):
+        rows = np.flatnonzero(places[:, 0] == number)
+        labels = np.array(["one", "two"], dtype=object)[places[rows, 1]]
+        own, proteins = Decoder(*model), EXPECTED[rows]
+        genes = own.normalised(
+            sp.csr_matrix(RNA[rows]), labels, GENES[:2], None, library_size=10.0, n_samples=1, seed=5, proteins=proteins
+        )
+        assert np.array_equal(both.X[rows], genes)
+        denoised_proteins, _ = own.of_proteins(sp.csr_matrix(RNA[rows]), labels, None, proteins, n_samples=1, seed=5)
+        assert np.array_equal(both.obsm["protein_expression"].to_numpy()[rows], denoised_proteins)

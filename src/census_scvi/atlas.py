@@ -52,6 +52,7 @@ from census_scvi.pictures.umap import draw_map
 from census_scvi.query.atlas_cells import EMBEDDING, AtlasCells
 from census_scvi.query.atlas_expression import differential_expression, normalized_expression
 from census_scvi.query.cells import QuerySource, opened
+from census_scvi.query.denoised import CellModels, denoised
 from census_scvi.query.mapping import MIN_SHARE, Mapper
 from census_scvi.query.places import named_after
 from census_scvi.query.reference import Origin, open_embedding
@@ -626,6 +627,61 @@ class Atlas:
             uns={"scvi_alignment": mapped.report.as_dict(), _MODEL: self._model_identity, **self._of_surgery}
             | ({} if mapped.proteins is None else {PROTEIN_REPORT: mapped.proteins.as_dict()}),
         )
+
+    def denoised(
+        self,
+        source: QuerySource,
+        genes: Sequence[str] = (),
+        transform_batch: str | Sequence[str] | None = None,
+        *,
+        library_size: float = 1e4,
+        n_samples: int = 1,
+        seed: int = 0,
+        counts: str | None = None,
+        min_share: float = MIN_SHARE,
+        proteins: str | None = None,
+    ) -> ad.AnnData:
+        """Compute the expression of your own cells as decoded by the model: denoised, and batch-corrected.
+
+        Parameters
+        ----------
+        source
+            Cells as in `embed`.
+        genes
+            feature_ids or symbols; may be empty for a TOTALVI model.
+        transform_batch
+            Trained batches: the expression is decoded for each of them and averaged. None: each cell is decoded for its
+            own batch, which needs a model that was adapted to it (`adapt`).
+        library_size, n_samples, seed
+            See `normalized_expression`.
+        counts, min_share, proteins
+            See `embed`.
+
+        Returns
+        -------
+        AnnData with your obs, X float32 (cells, genes). For a TOTALVI model also two DataFrames of all its proteins,
+        those that your cells lack included: `obsm["protein_expression"]`, the expression without background, and
+        `obsm["protein_foreground"]`, the probability that a protein's counts are more than background. The values are
+        those of scvi-tools' `get_normalized_expression` and `get_protein_foreground_probability`, in blocks.
+
+        Raises
+        ------
+        UserError
+            The model lacks a gene or batch, or `transform_batch` is None and the model was not adapted; also see
+            `embed`.
+        """
+        require_number("library_size", library_size, above=0)
+        require_number("min_share", min_share, most=1)
+        for name, value, least in (("n_samples", n_samples, 1), ("seed", seed, 0)):
+            require_whole(name, value, least)
+        with self._mapper.align(source, counts=counts, min_share=min_share, proteins=proteins) as aligned:
+            if self._adapted and self._adapted.models:
+                models = CellModels.of_batches(self._adapted.models, self._adapted.places(aligned.obs))
+            else:
+                models = CellModels.of_one(self._cells.model, len(aligned))
+            return denoised(
+                aligned, models, genes, transform_batch, library_size=library_size, n_samples=n_samples, seed=seed
+            )
 
     def predict(
         self,

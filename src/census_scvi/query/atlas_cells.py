@@ -16,6 +16,7 @@ import scvi
 from census_scvi.census.cells import Cells, matching_joinids, require_columns
 from census_scvi.census.genes import locate_genes
 from census_scvi.census.open import Census, open_census
+from census_scvi.census.proteins import read_named_proteins
 from census_scvi.census.settings import CensusSection
 from census_scvi.census.slices import (
     Embedding,
@@ -125,6 +126,11 @@ class AtlasCells:
         """Raw counts of the model's genes in blocks; `joinids` must be ascending."""
         census, (_, description) = self.census, self.model
         return read_counts_of(census, joinids, locate_genes(census, description.genes, MIN_SHARE))
+
+    def proteins(self, joinids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32] | None:
+        """Raw protein counts, float32 (cells, proteins of the model); None for a model without proteins."""
+        _, description = self.model
+        return read_named_proteins(self.census, joinids, description.proteins) if description.proteins else None
 
     def obs(self, joinids: npt.NDArray[np.int64], columns: list[str] | None = None) -> pd.DataFrame:
         """Obs of cells, indexed by soma_joinid as text; `joinids` must be ascending."""

@@ -45,6 +45,7 @@ def normalized_expression(
             library_size=library_size,
             n_samples=n_samples,
             seed=seed + block.start,
+            proteins=cells.proteins(chosen.joinids[rows]),
         )
     return ad.AnnData(found, obs=cells.obs(chosen.joinids), var=pd.DataFrame({"feature_id": feature_ids}, index=genes))
 
@@ -74,8 +75,16 @@ def differential_expression(
     warn_where_groups_are_batches(labels, in_first, batch_correction=batch_correction)
     blocks = (block.counts for group in groups for block in cells.counts(group.joinids))
     counts = sp.vstack(list(blocks), format="csr")
+    proteins = [each for group in groups if (each := cells.proteins(group.joinids)) is not None]
     return decoder.differential(
-        counts, labels, in_first, batch_correction=batch_correction, fdr=fdr, delta=delta, seed=seed
+        counts,
+        labels,
+        in_first,
+        batch_correction=batch_correction,
+        fdr=fdr,
+        delta=delta,
+        seed=seed,
+        proteins=np.concatenate(proteins) if proteins else None,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import anndata as ad
 import numpy as np
@@ -13,12 +14,15 @@ import scipy.sparse as sp
 import scvi
 
 from census_scvi.config.messages import suggestion
+from census_scvi.config.run_names import PROTEIN_NAMES, PROTEINS
 from census_scvi.errors import UserError
 from census_scvi.model.build import without_training
 from census_scvi.model.safe import ModelDescription
 from census_scvi.model.seeded import seeded
 
 log = logging.getLogger(__name__)
+
+Values: TypeAlias = npt.NDArray[np.float32]
 
 # Maximum number of untrained batches listed in a message.
 _MOST_NAMED = 3
@@ -91,7 +95,8 @@ class Decoder:
         library_size: float,
         n_samples: int,
         seed: int,
-    ) -> npt.NDArray[np.float32]:
+        proteins: Values | None = None,
+    ) -> Values:
         """scvi-tools' `get_normalized_expression`, float32 (cells, genes).
 
         Parameters
@@ -110,19 +115,48 @@ class Decoder:
             Number of draws from the posterior, which are averaged.
         seed
             Seed of these draws.
+        proteins
+            float32 (cells, proteins of the model), for TOTALVI.
         """
         if transform_batch is not None:  # any trained label: the encoder ignores it, the decoder gets transform_batch
             labels = np.where(self.untrained(labels), transform_batch[0], labels)
+        # TOTALVI of scvi-tools multiplies by the library size once for each batch of transform_batch.
+        own_size = 1.0 if self.description.proteins else library_size
         with seeded(seed), without_training():
             found = self.model.get_normalized_expression(
-                self._cells(counts, labels),
+                self._cells(counts, labels, proteins),
                 transform_batch=transform_batch,
                 gene_list=genes,
-                library_size=library_size,
+                library_size=own_size,
                 n_samples=n_samples,
                 return_numpy=False,
             )
-        return found[genes].to_numpy(np.float32)
+        of_genes = found[0] * library_size if self.description.proteins else found
+        return of_genes[genes].to_numpy(np.float32)
+
+    def of_proteins(
+        self,
+        counts: sp.csr_matrix,
+        labels: npt.NDArray[np.object_],
+        transform_batch: list[str] | None,
+        proteins: Values,
+        *,
+        n_samples: int,
+        seed: int,
+    ) -> tuple[Values, Values]:
+        """Denoised protein expression (without background) and foreground probability of TOTALVI.
+
+        Both are float32 (cells, proteins of the model), as scvi-tools' `get_normalized_expression` and
+        `get_protein_foreground_probability` give them; parameters as in `normalised`.
+        """
+        if transform_batch is not None:
+            labels = np.where(self.untrained(labels), transform_batch[0], labels)
+        cells = self._cells(counts, labels, proteins)
+        drawn = {"transform_batch": transform_batch, "n_samples": n_samples, "return_numpy": True}
+        with seeded(seed), without_training():
+            _, denoised = self.model.get_normalized_expression(cells, gene_list=[], **drawn)
+            foreground = self.model.get_protein_foreground_probability(cells, **drawn)
+        return denoised.astype(np.float32), foreground.astype(np.float32)
 
     def differential(
         self,
@@ -134,17 +168,18 @@ class Decoder:
         fdr: float,
         delta: float,
         seed: int,
+        proteins: Values | None = None,
     ) -> pd.DataFrame:
         """scvi-tools' `differential_expression` in mode "change": the first group compared with the other cells.
 
         Returns
         -------
         scvi-tools' table with the additional column `symbol`: one row per gene, indexed by feature_id, the most
-        probable first.
+        probable first. Of TOTALVI also one per protein, `<name>_protein`.
         """
         with seeded(seed), without_training():
             found = self.model.differential_expression(
-                self._cells(counts, labels),
+                self._cells(counts, labels, proteins),
                 idx1=in_first,
                 idx2=~in_first,
                 mode="change",
@@ -157,12 +192,16 @@ class Decoder:
         found.insert(0, "symbol", [symbols.get(gene, gene) for gene in found.index])
         return found
 
-    def _cells(self, counts: sp.csr_matrix, labels: npt.NDArray[np.object_]) -> ad.AnnData:
+    def _cells(self, counts: sp.csr_matrix, labels: npt.NDArray[np.object_], proteins: Values | None) -> ad.AnnData:
         obs = pd.DataFrame(
             {"batch": pd.Categorical(labels, categories=self.description.batches)},
             index=[str(row) for row in range(len(labels))],
         )
-        return ad.AnnData(counts, obs=obs, var=pd.DataFrame(index=self.description.genes))
+        cells = ad.AnnData(counts, obs=obs, var=pd.DataFrame(index=self.description.genes))
+        if proteins is not None:
+            cells.obsm[PROTEINS] = proteins
+            cells.uns[PROTEIN_NAMES] = self.description.proteins
+        return cells
 
 
 def warn_where_groups_are_batches(

@@ -91,7 +91,7 @@ class Mapper:
         self._symbols = known | dict(symbols or {})
         self._n_trained = len(description.batches)
         if description.arguments["encode_covariates"]:
-            model = extend_batches(model, description.genes, [_unused(_QUERY_BATCH, description.batches)])
+            model = extend_batches(model, description.genes, [query_batch(description)])
         self._encode = Encoder(model)
         self._encoder = encoder or (lambda obs: self.as_one_batch)
         self._expected = ExpectedCounts(model, self._n_trained, typical)
@@ -169,9 +169,12 @@ class Mapper:
             )
 
 
-def _unused(name: str, names: list[str]) -> str:
-    """The name, or a longer one if it is among the names."""
-    return _unused(f"{name}_", names) if name in names else name
+def query_batch(description: ModelDescription) -> str:
+    """Name of the batch of a query, which is not one of the trained batches."""
+    name = _QUERY_BATCH
+    while name in description.batches:
+        name += "_"
+    return name
 
 
 def _shown(cells: AlignedCells, what: str) -> Iterator[tuple[int, sp.csr_matrix, Proteins]]:

@@ -58,6 +58,10 @@ class Adapted:
 
     def encoder(self, obs: pd.DataFrame) -> CellEncoder:
         """Encoder of cells in their batches; UserError if a cell is of a batch that no model has."""
+        return CellEncoder([model for model, _ in self.models], self.places(obs))
+
+    def places(self, obs: pd.DataFrame) -> npt.NDArray[np.int64]:
+        """Number of the model, and code of the batch in it, of each cell: int64 (cells, 2); errors as in `encoder`."""
         labels = required_batches(obs, self.batch_key, "batch_key")
         place: dict[str, tuple[int, int]] = {}
         for number, (_, description) in enumerate(self.models):
@@ -68,7 +72,7 @@ class Adapted:
                 f"the model was not adapted to batch {unknown[0]!r} of {'+'.join(self.batch_key)}"
                 f" (it has {', '.join(map(repr, self.batches[:5]))}); adapt it with cells of all batches"
             )
-        return CellEncoder([model for model, _ in self.models], np.array([place[label] for label in labels], np.int64))
+        return np.array([place[label] for label in labels], np.int64)
 
     def save(self, folder: Path) -> None:
         """Write the models and the facts into a folder: a single model directly, else a folder for each.
