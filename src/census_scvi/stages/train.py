@@ -45,7 +45,7 @@ from census_scvi.training.fit import (
     slow_precision,
 )
 from census_scvi.training.initial import set_protein_priors, start_from_scvi_model
-from census_scvi.training.plans import make_plan
+from census_scvi.training.plans import make_plan, plan_arguments
 from census_scvi.training.schedule import warnings_before
 from census_scvi.workspace import StageRun, Workspace
 
@@ -116,7 +116,8 @@ def _data(config: Config) -> PreparedDataModule:
 
 
 def _problems(config: Config, data: PreparedDataModule) -> list[str]:
-    return warnings_before(config.train, config.training_plan, data.n_train, n_processes(config.train))
+    plan = plan_arguments(config.training_plan, config.model.kind, data.cells.n_cells)
+    return warnings_before(config.train, plan, data.n_train, n_processes(config.train))
 
 
 def _build(config: Config, data: PreparedDataModule) -> tuple[scvi.model.SCVI, ModelDescription]:

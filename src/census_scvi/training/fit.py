@@ -180,7 +180,7 @@ def check_arguments(settings: TrainSection, plan: dict[str, Any], data: Prepared
     require_trainable(
         kind,
         settings.trainer or {},
-        plan_arguments(plan, kind),
+        plan_arguments(plan, kind, data.cells.n_cells),
         _trainer_arguments(settings, data) | {"devices": 1, "strategy": "auto"},
         minibatches=(minibatches[0], minibatches[1]),
         early_stopping=settings.early_stopping,

@@ -61,14 +61,14 @@ def make_plan(
     data.sparse = settings.engine == "fast" and not reason
     plan: TrainingPlan
     if data.sparse:
-        plan = FastTrainingPlan(model.module, **plan_arguments(arguments, SCVI))
+        plan = FastTrainingPlan(model.module, **plan_arguments(arguments, SCVI, data.cells.n_cells))
     else:
-        plan = library_plan(model, plan_arguments(arguments, kind), data.n_train)
+        plan = library_plan(model, plan_arguments(arguments, kind, data.cells.n_cells))
     plan.n_obs_training, plan.n_obs_validation = data.n_train, data.n_val
     return plan
 
 
-def library_plan(model: scvi.model.SCVI, arguments: dict[str, Any], n_cells: int) -> TrainingPlan:
+def library_plan(model: scvi.model.SCVI, arguments: dict[str, Any]) -> TrainingPlan:
     """scvi-tools' training plan of a model, with the defaults of the model's `train`.
 
     Parameters
@@ -77,23 +77,21 @@ def library_plan(model: scvi.model.SCVI, arguments: dict[str, Any], n_cells: int
         The model, of any kind.
     arguments
         Result of `plan_arguments`.
-    n_cells
-        Number of training cells.
     """
     kind = type(model).__name__
     if kind == SCANVI:
         return LabelledTrainingPlan(model.module, n_classes=model.n_labels, **arguments)
     if kind == TOTALVI:
         arguments.setdefault("adversarial_classifier", model.module.protein_batch_mask is not None)
-        if arguments.get("n_epochs_kl_warmup") is None and arguments.get("n_steps_kl_warmup") is None:
-            arguments |= {"n_epochs_kl_warmup": None, "n_steps_kl_warmup": int(0.75 * n_cells)}
         return AdversarialTrainingPlan(model.module, **arguments)
     return TrainingPlan(model.module, **arguments)
 
 
-def plan_arguments(settings: dict[str, Any], kind: str) -> dict[str, Any]:
-    """Arguments of the training plan for the section `training_plan`: a copy, which the plan may modify."""
+def plan_arguments(settings: dict[str, Any], kind: str, n_cells: int) -> dict[str, Any]:
+    """Arguments of the training plan for the section `training_plan` and a number of cells: a new copy."""
     arguments = dict(family_of(kind).plan_defaults) | copy.deepcopy(settings)
+    if kind == TOTALVI and not arguments.get("n_epochs_kl_warmup"):
+        arguments.setdefault("n_steps_kl_warmup", int(0.75 * n_cells))  # default of TOTALVI's `train`
     if arguments.get("n_steps_kl_warmup"):
         arguments.setdefault("n_epochs_kl_warmup", None)  # its default of 400 epochs would override the steps
     return arguments

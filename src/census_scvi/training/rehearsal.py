@@ -199,9 +199,9 @@ def _trainer(
 def _fit(kind: str, trainer: Trainer, plan: Arguments, minibatches: tuple[int, int]) -> None:
     model = _model(kind)
     if plan.get("compile"):
-        library_plan(model, copy.deepcopy(plan), 4)  # copied, because it writes into compile_kwargs
+        library_plan(model, copy.deepcopy(plan))  # copied, because it writes into compile_kwargs
     plan = {key: value for key, value in plan.items() if not key.startswith("compile")}  # compiling takes minutes
-    training = library_plan(model, plan, 4)
+    training = library_plan(model, plan)
     training.n_obs_training = training.n_obs_validation = 4
     validation = _Minibatches(minibatches[1], kind) if minibatches[1] else None
     trainer.fit(training, _Minibatches(minibatches[0], kind), validation, weights_only=True)

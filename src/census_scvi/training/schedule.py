@@ -18,7 +18,7 @@ def warnings_before(settings: TrainSection, plan: dict[str, Any], n_train: int, 
     Parameters
     ----------
     settings, plan
-        The sections `train` and `training_plan`.
+        The section `train`, and the arguments of the training plan (`plans.plan_arguments`).
     n_train
         Number of training cells.
     processes
