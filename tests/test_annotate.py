@@ -18,7 +18,7 @@ from pipeline import ROOT
 from census_scvi import annotation
 from census_scvi.annotation.annotate_query import open_sources
 from census_scvi.annotation.cost import effort
-from census_scvi.annotation.methods import METHODS
+from census_scvi.annotation.methods import METHODS, MODEL
 from census_scvi.annotation.settings import AnnotateSection, BudgetSection, Method, ReferenceSection
 from census_scvi.census.settings import CensusSection
 from census_scvi.cli import main
@@ -468,7 +468,7 @@ def test_a_classifier_is_compared_with_neighbors_as_many_as_wanted() -> None:
 
 
 def test_the_settings_have_every_method() -> None:
-    assert set(get_args(Method)) == set(METHODS)
+    assert set(get_args(Method)) == {*METHODS, MODEL}
 
 
 def test_the_demo_configuration_is_valid() -> None:

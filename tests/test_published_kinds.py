@@ -16,6 +16,7 @@ from scvi.hub import HubModel
 
 import census_scvi
 from census_scvi.atlas import Atlas
+from census_scvi.errors import UserError
 from census_scvi.local_census.demo.cells import write_demo_census
 from census_scvi.model.build import Proteins, build_model, init_arguments, set_protein_priors, skeleton
 from census_scvi.model.encode import reference_latent
@@ -140,6 +141,47 @@ def test_the_atlas_reads_and_embeds(published: Run, census: Path) -> None:
         np.testing.assert_allclose(atlas.embed(own).obsm["X_scvi"], latent[joinids], atol=SAME)
         found = atlas.neighbors(own, n_neighbors=1)
         np.testing.assert_allclose(found.distances[:, 0], 0, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+def test_labels_by_the_model_are_those_of_scvi_tools(published: Run, tmp_path: Path) -> None:
+    own = sealed_of(published)
+    cells = ad.AnnData(own.X, var=own.var, obsm={}, uns={})
+    with Atlas.open(published.path("published")) as atlas:
+        if kind_of(published) != "SCANVI":
+            with pytest.raises(UserError, match="is the classifier of a scANVI model, and this is a totalVI model"):
+                atlas.predict(cells, "tissue", method="model")
+            return
+        with pytest.raises(UserError, match="predicts tissue, which the model has learned, not cell_type"):
+            atlas.predict(cells, method="model")
+        found = atlas.predict(cells, "tissue", method="model", report=tmp_path / "report.html")
+        model = atlas.model
+    assert (tmp_path / "report-tissue.html").exists()
+    cells.obs["batch"] = model.adata.obs["batch"].iloc[0]
+    cells.obs["labels"] = "unknown"
+    expected = model.predict(cells, soft=True)
+    assert found.obs["tissue_best"].tolist() == expected.idxmax(axis=1).tolist()
+    np.testing.assert_allclose(found.obs["tissue_probability"], expected.max(axis=1), atol=SAME)
+    assert not found.obs["tissue_unknown"].any()
+    assert "not calibrated" in found.uns["scvi_prediction"]["tissue"]["warnings"][0]
+    cells.write_h5ad(tmp_path / "own.h5ad")
+    arguments = ["query.labels=[tissue]", "annotate.method=model", f"query.file={tmp_path / 'own.h5ad'}"]
+    assert published("map-query", *arguments, "query.umap_cells=0", f"query.output={tmp_path / 'mapped.h5ad'}") == 0
+    mapped = ad.read_h5ad(tmp_path / "mapped.h5ad")
+    assert mapped.obs["tissue_best"].tolist() == found.obs["tissue_best"].tolist()
+    assert published("annotate", *arguments, f"query.output={tmp_path / 'mapped.h5ad'}", "--force") == 2
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+def test_expression_of_the_census_is_decoded(published: Run) -> None:
+    sealed = sealed_of(published)
+    with Atlas.open(published.path("published")) as atlas:
+        batches = atlas.description.batches[:2]
+        for transform_batch in (batches, None):
+            trained = sealed.obs["soma_joinid"][sealed.obs["batch"].isin(atlas.description.batches)].tolist()[:9]
+            found = atlas.normalized_expression(f"soma_joinid in {trained}", list(sealed.var_names), transform_batch)
+            assert found.shape == (9, sealed.n_vars)
+            np.testing.assert_allclose(found.X.sum(axis=1), 1e4, rtol=1e-3)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

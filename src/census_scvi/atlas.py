@@ -27,7 +27,8 @@ from census_scvi.annotation.labelled.atlas import Counts, join_atlas
 from census_scvi.annotation.labelled.joined import Joined
 from census_scvi.annotation.labelled.labels import read_labels
 from census_scvi.annotation.labelled.reference import STUDY_COLUMNS
-from census_scvi.annotation.methods import CONSENSUS, TITLES, check_method
+from census_scvi.annotation.methods import CONSENSUS, MODEL, TITLES, check_method
+from census_scvi.annotation.own_labels import annotate_by_model, require_own_labels
 from census_scvi.annotation.protocol import Annotated
 from census_scvi.annotation.results.columns import EMPTY, PREDICTION, add_results, results_of
 from census_scvi.census.cells import require_columns
@@ -716,7 +717,8 @@ class Atlas:
             `consensus`: mean of three methods, one of them trained on reference and query; `fast`: of two without
             training; or a single method: `neighbors` (in this atlas' embedding), `pca`, `harmony`, `joint`,
             `logistic_regression`, `linear_svm`, `random_forest` (the last three on log-normalised counts), `scanvi`,
-            `scnym`.
+            `scnym`. `model`: the classifier of a SCANVI model itself, for the column that it has learned; it needs
+            neither a Census nor labelled cells, and its probabilities are not calibrated.
         batch_key
             obs columns of your cells whose combinations are their technical batches (sample, donor); None: not known,
             and methods that correct batches are not part of `consensus` and `fast`.
@@ -766,8 +768,10 @@ class Atlas:
             ("steps", steps, 1),
         ):
             require_whole(name, value, least)
-        require_columns(self._cells.census, columns, "labels")
+        if method == MODEL:
+            return self._predict_by_model(source, columns, counts, min_share, proteins, report)
         check_method(method)
+        require_columns(self._cells.census, columns, "labels")
         if not columns:
             return self._embedded(source, counts, min_share, proteins)
         _ = self._cells.embedding  # reports a damaged or foreign embedding before the cells are embedded
@@ -786,6 +790,33 @@ class Atlas:
         add_results(mapped, results_of(annotated, joined.query_rows, mapped.obs_names, quality=PREDICTION, empty=empty))
         if report is not None:
             self._report(Path(expand_argument(report, "report")), mapped, joined, annotated)
+        return mapped
+
+    def _predict_by_model(
+        self,
+        source: QuerySource,
+        columns: list[str],
+        counts: str | None,
+        min_share: float,
+        proteins: str | None,
+        report: str | Path | None,
+    ) -> ad.AnnData:
+        """`predict` with the classifier of the model."""
+        model, description = self._cells.model
+        require_own_labels(description, columns)
+        mapped = self._embedded(source, counts, min_share, proteins)
+        empty = mapped.obs[EMPTY].to_numpy(dtype=bool)
+        found = annotate_by_model(model, description, _latent_of(mapped), empty)
+        rows = np.arange(mapped.n_obs)
+        add_results(mapped, results_of([found], rows, mapped.obs_names, quality=PREDICTION, empty=empty))
+        if report is not None:
+            from census_scvi.report.annotation import Reported, write_annotation_report
+
+            path = named_after(Path(expand_argument(report, "report")), found.labels, ".html")
+            cells = ad.AnnData(obs=mapped.obs.copy())
+            shown = Reported(found.labels, found.annotation, cells, hierarchy=found.hierarchy)
+            facts = {"cells": f"{mapped.n_obs:,}", "annotators": TITLES[MODEL], "model": description.summary}
+            write_annotation_report(path, [shown], facts=facts)
         return mapped
 
     def _report(self, path: Path, mapped: ad.AnnData, joined: Joined, annotated: list[Annotated]) -> None:

@@ -22,6 +22,7 @@ from census_scvi.errors import UserError
 
 CONSENSUS, FAST = "consensus", "fast"
 EMBEDDED = Neighbors.name  # the method that needs an embedding instead of counts
+MODEL = "model"  # the classifier of a SCANVI model, which needs no labelled cells (`own_labels`)
 _CLASSES: dict[str, Any] = {
     Neighbors.name: Neighbors,
     Pca.name: Pca,
@@ -45,6 +46,7 @@ TITLES = {
     "random_forest": "random forest",
     "scanvi": "scANVI",
     "scnym": "scNym",
+    MODEL: "the model's classifier",
 }
 # Members of each recipe: with the batches of the query, and without, where a correction by batch would do harm.
 _RECIPES = {

@@ -12,7 +12,7 @@ from census_scvi.config.types import Columns, LocalPath, Name, ObsFilter
 
 Method = Literal[
     "consensus", "fast", "neighbors", "pca", "harmony", "joint", "logistic_regression", "linear_svm", "random_forest",
-    "scanvi", "scnym",
+    "scanvi", "scnym", "model",
 ]  # fmt: skip
 # Overrides of all methods but scnym, which has hyper-parameters of its own instead of `steps`.
 NUMBERS = ("steps", "n_neighbors")
@@ -85,7 +85,7 @@ class AnnotateSection(Section):
     """
     method: Annotated[Method, Changes("annotate", "map-query"), USUAL] = "consensus"
     """Method: consensus (several methods, one of them trained), fast (without training), or a single method; only
-    neighbors uses the model's embedding.
+    neighbors uses the model's embedding, and model the classifier of a SCANVI model.
     """
     preset: Annotated[Preset, Changes("annotate", "map-query")] = "no_new_identity"
     """Hyper-parameters of `scnym`: all cells are of known types, or some may be of new types, or supervised."""

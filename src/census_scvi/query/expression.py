@@ -14,7 +14,7 @@ import scipy.sparse as sp
 import scvi
 
 from census_scvi.config.messages import suggestion
-from census_scvi.config.run_names import PROTEIN_NAMES, PROTEINS
+from census_scvi.config.run_names import LABELS, PROTEIN_NAMES, PROTEINS
 from census_scvi.errors import UserError
 from census_scvi.model.build import without_training
 from census_scvi.model.safe import ModelDescription
@@ -197,6 +197,8 @@ class Decoder:
             {"batch": pd.Categorical(labels, categories=self.description.batches)},
             index=[str(row) for row in range(len(labels))],
         )
+        if self.description.labels:  # SCANVI reads a label of each cell; the expression does not depend on it
+            obs[LABELS] = self.description.unlabeled_category
         cells = ad.AnnData(counts, obs=obs, var=pd.DataFrame(index=self.description.genes))
         if proteins is not None:
             cells.obsm[PROTEINS] = proteins

@@ -14,7 +14,7 @@ import pandas as pd
 from census_scvi.annotation.annotate_query import Sources, annotate_joined, open_sources
 from census_scvi.annotation.cost import effort
 from census_scvi.annotation.labelled.labels import column_of, read_labels
-from census_scvi.annotation.methods import EMBEDDED
+from census_scvi.annotation.methods import EMBEDDED, MODEL
 from census_scvi.annotation.protocol import Annotated
 from census_scvi.annotation.results.columns import results_of, spread_values
 from census_scvi.annotation.results.places import (
@@ -100,6 +100,11 @@ def _results(config: Config) -> ResultFiles:
 def _labels(config: Config) -> list[str]:
     """Names of the labels, which the columns of the results begin with."""
     labels = config.query.labels
+    if config.annotate.method == MODEL:
+        raise UserError(
+            f"annotate.method {MODEL} is the classifier of the model in query.model, which needs no labelled cells; use"
+            " scvi-map-query.py"
+        )
     if not labels:
         raise UserError("query.labels is []; name the columns of labels to predict, for example [cell_type]")
     if _uses_model(config):
