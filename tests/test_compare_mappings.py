@@ -14,18 +14,17 @@ from test_surgery import generated, trained_reference
 from census_scvi import Atlas
 from census_scvi.model.encode import Encoder
 from census_scvi.model.safe import load_safe
-from census_scvi.query.surgery.compare import (
+from census_scvi.query.surgery.compare import Comparison, compare_ways
+from census_scvi.query.surgery.settings import JOINT
+from census_scvi.query.surgery.verdict import (
     BACKWARD,
     EQUAL_EPOCHS,
     EQUAL_STEPS,
     FORWARD,
     NO_SURGERY,
-    OTHER_SEED,
-    Comparison,
-    compare_ways,
-    recommendation,
+    seed_name,
+    verdict,
 )
-from census_scvi.query.surgery.settings import JOINT
 
 TRAINING = {"max_epochs": 4, "batch_size": 32, "lr": 1e-2}
 
@@ -52,12 +51,12 @@ def compared(reference: Path, query: ad.AnnData) -> Comparison:
 
 def test_each_way_is_what_it_says(compared: Comparison, reference: Path, query: ad.AnnData) -> None:
     ways = {way.name: way for way in compared.ways}
-    names = [JOINT, OTHER_SEED, EQUAL_EPOCHS, EQUAL_STEPS, FORWARD, BACKWARD, NO_SURGERY]
+    names = [JOINT, seed_name(1), seed_name(2), EQUAL_EPOCHS, EQUAL_STEPS, FORWARD, BACKWARD, NO_SURGERY]
     assert list(ways) == compared.table.index.tolist() == names
     atlas = Atlas.open(reference)
     for name, mode, more in (
         (JOINT, "joint", {}),
-        (OTHER_SEED, "joint", {"seed": 1}),
+        (seed_name(2), "joint", {"seed": 2}),
         (EQUAL_EPOCHS, "per_batch", {}),
         (BACKWARD, "sequential", {"training": TRAINING | {"order": ["a-sample", "z-sample"]}}),
     ):
@@ -76,7 +75,7 @@ def test_the_table(compared: Comparison, reference_cells: ad.AnnData, query: ad.
     latent = Encoder(model)(sp.csr_matrix(reference_cells.X), codes).mean
     labels, truth = (cells.obs["cell_type"].to_numpy(dtype=object) for cells in (reference_cells, query))
     found = compare_ways(compared.ways, latent, labels, truth)
-    joint, seeds = found.table.loc[JOINT], found.table.loc[OTHER_SEED]
+    joint, seeds = found.table.loc[JOINT], found.table.loc[seed_name(1)]
     assert (joint["distance_largest"], joint["neighbor_overlap"], joint["cluster_agreement"]) == (0, 1, 1)
     assert joint[[name for name in found.table if name.startswith("agreement_")]].eq(1).all()
     shift = np.linalg.norm(compared.ways[0].latent - compared.ways[1].latent, axis=1)
@@ -85,36 +84,68 @@ def test_the_table(compared: Comparison, reference_cells: ad.AnnData, query: ad.
     for classifier in ("neighbors", "random_forest", "mlp"):
         assert found.table[f"accuracy_{classifier}"].between(0, 1).all()
     assert found.table["mixing"].between(0, 2).all()
-    assert found.recommendation.startswith(
-        ("no difference beyond seeds: two seeds of joint", "beyond seeds (two seeds")
-    )
-    assert "accuracy by nearest neighbors" in found.recommendation
+    gain = found.table["accuracy_neighbors"] - joint["accuracy_neighbors"]
+    np.testing.assert_allclose(found.table["gain_neighbors"], gain, atol=1e-12)
+    assert found.table.loc[JOINT, "gain_error_neighbors"] == 0
+    assert found.findings == verdict(found.table)
+    assert found.recommendation.startswith(("Train all batches jointly", "Use “", "Map without surgery"))
 
 
-def table(**distance: float) -> pd.DataFrame:
-    """A table in which every way is as far from joint as another seed, but some."""
-    names = [JOINT, OTHER_SEED, EQUAL_EPOCHS, EQUAL_STEPS, FORWARD, BACKWARD, NO_SURGERY]
-    rows = pd.DataFrame({"distance_mean": 0.1, "agreement_neighbors": 0.95, "accuracy_neighbors": 0.8}, names)
-    for name, value in distance.items():
-        rows.loc[{"steps": EQUAL_STEPS, "epochs": EQUAL_EPOCHS, "forward": FORWARD}[name], "distance_mean"] = value
+CLASSIFIERS = ("neighbors", "random_forest", "mlp")
+
+
+def table(**changes: dict[str, float]) -> pd.DataFrame:
+    """A table in which every way is as far from joint, and as accurate, as another seed, but some."""
+    names = [JOINT, seed_name(1), seed_name(2), EQUAL_EPOCHS, EQUAL_STEPS, FORWARD, BACKWARD, NO_SURGERY]
+    same = {"distance_mean": 0.1, "neighbor_overlap": 0.9, "moved": 0.0, "batch_by_batch": 1e-7, "mixing": 0.8}
+    for classifier in CLASSIFIERS:
+        same |= {f"accuracy_{classifier}": 0.8, f"gain_{classifier}": 0.0, f"gain_error_{classifier}": 0.01}
+    rows = pd.DataFrame(same, names)
+    short = {"steps": EQUAL_STEPS, "epochs": EQUAL_EPOCHS, "forward": FORWARD, "none": NO_SURGERY, "seed": seed_name(1)}
+    for name, values in changes.items():
+        for column, value in values.items():
+            rows.loc[short[name], column] = value
     return rows
 
 
+def more_accurate(by: float, classifiers: tuple[str, ...] = CLASSIFIERS) -> dict[str, float]:
+    return {name: v for c in classifiers for name, v in ((f"gain_{c}", by), (f"accuracy_{c}", 0.8 + by))}
+
+
 def test_the_words_follow_from_the_numbers() -> None:
-    assert "no difference beyond seeds: two seeds of joint are 0.1 apart on average" in recommendation(table())
-    assert "surgery changes little (accuracy by nearest neighbors 0.800 with joint" in recommendation(table())
-    only_steps = recommendation(table(steps=0.3))
-    assert "these differ from joint: per batch, equal steps (distance ratio 3.0)" in only_steps
-    assert "the length of the training matters" in only_steps
-    assert "length of the training" not in recommendation(table(steps=0.3, epochs=0.3))
-    labels = table()
-    labels.loc[FORWARD, "agreement_neighbors"] = 0.9
-    labels.loc[NO_SURGERY, "accuracy_neighbors"] = 0.6
-    words = recommendation(labels)
-    assert "these differ from joint: sequential (distance ratio 1.0)" in words
-    assert "surgery helps (accuracy by nearest neighbors 0.800 with joint surgery, 0.600 without): use joint" in words
-    labels.loc[NO_SURGERY, "accuracy_neighbors"] = 0.9
-    assert "surgery does harm" in recommendation(labels)
+    alike = verdict(table())
+    assert alike[0] == (
+        "Train all batches jointly: no other way of training is better beyond seeds. For labels, surgery is not needed:"
+        " without it they are as accurate."
+    )
+    assert all(
+        f"“{name}”: no difference beyond seeds." in " ".join(alike) for name in (EQUAL_EPOCHS, FORWARD, BACKWARD)
+    )
+    assert "1e-07" in alike[-1]
+    far = {"distance_mean": 0.3}
+    only_steps = " ".join(verdict(table(steps=far)))
+    assert f"“{EQUAL_STEPS}”: 3.0 times as far from joint as another seed. Mean distance 0.3" in only_steps
+    assert "the number of steps matters, not the grouping" in only_steps
+    assert "the grouping" not in " ".join(verdict(table(steps=far, epochs=far)))
+
+
+def test_accuracy_counts_beyond_error_and_seeds() -> None:
+    assert verdict(table(forward=more_accurate(0.05)))[0].startswith(f"Use “{FORWARD}”: its labels are more accurate")
+    for noise in (
+        {"forward": more_accurate(0.015)},  # within two standard errors
+        {"forward": more_accurate(0.05), "seed": more_accurate(-0.06)},  # seeds differ more
+        {"forward": more_accurate(0.05, ("mlp",))},  # one classifier of three
+    ):
+        assert verdict(table(**noise))[0].startswith("Train all batches jointly")
+    assert verdict(table(none=more_accurate(0.05)))[0].startswith("Map without surgery: its labels are more accurate")
+    worse = verdict(table(none=more_accurate(-0.05)))
+    assert worse[0].endswith("Without surgery the labels are less accurate.")
+    assert (
+        "“no surgery”: labels are less accurate than after joint training: 0.750 against 0.800 (neighbors)"
+        in " ".join(worse)
+    )
+    unknown = table().drop(columns=[name for name in table() if name.startswith(("accuracy", "gain"))])
+    assert "Without known labels of the query, this is about positions only." in verdict(unknown)[0]
 
 
 def test_a_reference_on_which_surgery_has_no_effect(
@@ -123,4 +154,4 @@ def test_a_reference_on_which_surgery_has_no_effect(
     model = trained_reference(tmp_path / "model", reference_cells, encode_covariates=False)
     compared = Atlas.open(model).compare_mappings(query, "batch", training=TRAINING)
     assert [way.name for way in compared.ways] == [NO_SURGERY]
-    assert compared.recommendation == "surgery cannot change the embedding of this query: map it without surgery"
+    assert compared.recommendation == "Surgery cannot change the embedding of this query: map it without surgery."

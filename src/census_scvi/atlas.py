@@ -517,6 +517,9 @@ class Atlas:
         obs_filter: str | None = None,
         training: Mapping[str, Any] | SurgeryTraining | None = None,
         max_cells: int = REFERENCE_CELLS,
+        n_seeds: int = 3,
+        folder: Path | None = None,
+        accelerator: str = "auto",
         seed: int = 0,
         counts: str | None = None,
         min_share: float = MIN_SHARE,
@@ -524,7 +527,7 @@ class Atlas:
     ) -> Comparison:
         """Map your own cells in several ways, and compare these: answers how to map them.
 
-        The ways are surgery with all batches (`joint`), the same with another seed (how much is noise), one model per
+        The ways are surgery with all batches (`joint`), the same with other seeds (how much is noise), one model per
         batch at equal epochs and at equal optimiser steps, one batch after another in both orders, and no surgery.
 
         Parameters
@@ -538,6 +541,13 @@ class Atlas:
             obs column of your cells with their true labels, under the same names; None: not known.
         obs_filter, max_cells
             Cells of the Census as reference, for `labels`.
+        n_seeds
+            Number of joint trainings, 2 or more.
+        folder
+            Folder for unfinished work: a killed comparison continues there when it is called again, and it is removed
+            at the end. None: a temporary folder.
+        accelerator
+            Device of the trainings: auto, cpu, gpu.
 
         Returns
         -------
@@ -550,13 +560,15 @@ class Atlas:
             See `adapt`; or a column does not exist.
         """
         require_whole("seed", seed, 0)
+        require_whole("n_seeds", n_seeds, 2)
         columns = [batch_key] if isinstance(batch_key, str) else list(batch_key)
         settings = SurgeryTraining.of(SEQUENTIAL, training)
         model, description = self._cells.model
         if labels is not None:
             require_columns(self._cells.census, [labels], "labels")
             reference = self.reference(obs_filter, [labels], max_cells, seed)
-        with TemporaryDirectory() as work, ExitStack() as stack:
+        with ExitStack() as stack:
+            work = folder or Path(stack.enter_context(TemporaryDirectory()))
             aligned = stack.enter_context(
                 self._mapper.align(source, counts=counts, min_share=min_share, proteins=proteins)
             )
@@ -566,8 +578,11 @@ class Atlas:
             known = None if truth is None else read_labels(aligned.obs[truth], f"obs[{truth!r}]")
             of_model = Reference(model, description, self._typical() if self._typical else None)
             ways = map_in_all_ways(
-                of_model, aligned, columns, settings, Path(work), self._mapper.as_one_batch, seed=seed
-            )
+                of_model, aligned, columns, settings, work, self._mapper.as_one_batch, seed=seed, n_seeds=n_seeds,
+                accelerator=accelerator,
+            )  # fmt: skip
+        if folder:
+            remove(folder)
         if labels is None:
             return compare_ways(ways, seed=seed)
         named = read_labels(reference.obs[labels], labels)

@@ -116,7 +116,7 @@ def transferred_labels(
 
 def _fitted(classifier: str, points: Points, codes: npt.NDArray[np.integer], seed: int) -> Any:
     models = {
-        "random_forest": RandomForestClassifier(random_state=seed, n_jobs=-1),
+        "random_forest": RandomForestClassifier(random_state=seed, n_jobs=1),
         "mlp": MLPClassifier(max_iter=_STEPS_OF_MLP, random_state=seed),
     }
     with warnings.catch_warnings():
@@ -128,6 +128,19 @@ def share_equal(one: Labels, other: Labels) -> float:
     """Share of the cells with the same label in both, of those with a label (not None) in both; NaN without any."""
     known = np.array([a is not None and b is not None for a, b in zip(one, other, strict=True)], dtype=bool)
     return float((one[known] == other[known]).mean()) if known.any() else float("nan")
+
+
+def accuracy_gain(truth: Labels, labels: Labels, others: Labels) -> tuple[float, float]:
+    """Accuracy of labels minus that of other labels of the same cells, and the standard error of the difference.
+
+    The error is that of paired outcomes: cells that both get right, or both get wrong, do not add to it. NaN without
+    any known label (not None).
+    """
+    known = np.array([label is not None for label in truth], dtype=bool)
+    if not known.any():
+        return float("nan"), float("nan")
+    outcome = (labels == truth)[known].astype(float) - (others == truth)[known]
+    return float(outcome.mean()), float(outcome.std() / np.sqrt(len(outcome)))
 
 
 def mixing_within_types(

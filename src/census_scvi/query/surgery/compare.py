@@ -17,6 +17,7 @@ from census_scvi.metrics.agreement import (
     CLASSIFIERS,
     Labels,
     Points,
+    accuracy_gain,
     cluster_agreement,
     distances,
     mixing_within_types,
@@ -29,16 +30,19 @@ from census_scvi.query.batches import batches_of
 from census_scvi.query.surgery.adapt import Reference, adapt
 from census_scvi.query.surgery.adapted import Adapted
 from census_scvi.query.surgery.settings import JOINT, PER_BATCH, SEQUENTIAL, SurgeryTraining
+from census_scvi.query.surgery.verdict import (
+    BACKWARD,
+    EQUAL_EPOCHS,
+    EQUAL_STEPS,
+    FORWARD,
+    NO_SURGERY,
+    seed_name,
+    verdict,
+)
 
 log = logging.getLogger(__name__)
 
-OTHER_SEED, NO_SURGERY = "joint, another seed", "no surgery"
-EQUAL_EPOCHS, EQUAL_STEPS = "per batch, equal epochs", "per batch, equal steps"
-FORWARD, BACKWARD = "sequential", "sequential, reverse order"
 _BLOCK_CELLS = 4096
-# A way differs from joint beyond seeds if its distance is this many times that of another seed, or if the share of the
-# cells with the label of joint is this much lower.
-_TIMES, _LESS = 1.5, 0.03
 
 # Latent positions, float32 (cells, n_latent), of the cells from a row on, with counts of genes and proteins.
 BlockEncoder = Callable[[int, sp.csr_matrix, "npt.NDArray[np.float32] | None"], Points]
@@ -51,7 +55,7 @@ class Way:
     Attributes
     ----------
     name
-        Its name, one of those above.
+        Its name, one of those in `verdict`.
     latent
         float32 (cells, n_latent): the query.
     moved
@@ -81,13 +85,25 @@ class Comparison:
         The ways.
     table
         One row per way, see `compare_ways`.
-    recommendation
-        What follows from the table, in words.
+    findings
+        What follows from the table, in sentences; the first one is the recommendation.
+    reference, labels
+        Cells of the reference that it was compared with, float32 (cells, n_latent), and their labels; None: none.
+    truth
+        Known labels of the query; None: not known.
     """
 
     ways: list[Way]
     table: pd.DataFrame
-    recommendation: str
+    findings: list[str]
+    reference: Points | None = None
+    labels: Labels | None = None
+    truth: Labels | None = None
+
+    @property
+    def recommendation(self) -> str:
+        """How to map, in a sentence."""
+        return self.findings[0]
 
 
 def map_in_all_ways(
@@ -99,6 +115,7 @@ def map_in_all_ways(
     without: BlockEncoder,
     *,
     seed: int,
+    n_seeds: int = 3,
     accelerator: str = "auto",
 ) -> list[Way]:
     """Map a query in all ways; joint is the first, unless surgery cannot change the embedding: then it is the only one.
@@ -109,6 +126,9 @@ def map_in_all_ways(
         As in `adapt`; each way has a folder in `work`.
     without
         Encoder of the query's cells without surgery.
+    n_seeds
+        Number of joint trainings with different seeds, 2 or more: how much they differ is what a difference is
+        compared with.
     """
 
     def surgery(name: str, mode: str, settings: SurgeryTraining = training, **more: Any) -> Adapted:
@@ -120,8 +140,9 @@ def map_in_all_ways(
 
     joint = surgery(JOINT, JOINT, training.model_copy(update={"order": None}))
     ways = [] if joint.reason else [_way(JOINT, joint, aligned)]
-    if ways:
-        ways.append(_way(OTHER_SEED, surgery(OTHER_SEED, JOINT, seed=seed + 1), aligned))
+    for other in range(seed + 1, seed + n_seeds) if ways else ():
+        name = seed_name(other)
+        ways.append(_way(name, surgery(name, JOINT, seed=other), aligned))
     if ways and not (alone := surgery(EQUAL_EPOCHS, PER_BATCH)).reason:
         ways.append(_way(EQUAL_EPOCHS, alone, aligned))
         epochs = _equal_steps(alone, ways[0].steps)
@@ -200,8 +221,9 @@ def compare_ways(
     -------
     The table has one row per way: `moved` (largest change of the reference's latent); `distance_mean`,
     `distance_largest` to joint, and `scale` (mean distance of the cells from their center); `neighbor_overlap` and
-    `cluster_agreement` (adjusted Rand index) with joint; for each classifier, `agreement_` with the labels by joint and
-    `accuracy_`; `mixing` of query and reference within types; `epochs`, `steps` and `seconds`; `batch_by_batch`.
+    `cluster_agreement` (adjusted Rand index) with joint; for each classifier, `agreement_` with the labels by joint,
+    `accuracy_`, and `gain_` and `gain_error_`, the accuracy minus that by joint, and its standard error; `mixing` of
+    query and reference within types; `epochs`, `steps` and `seconds`; `batch_by_batch`.
     """
     base = ways[0]
     known = None if labels is None else np.array([label is not None for label in labels], dtype=bool)
@@ -224,51 +246,11 @@ def compare_ways(
                 row[f"agreement_{classifier}"] = share_equal(named_by_base[classifier], named[classifier])
                 if truth is not None:
                     row[f"accuracy_{classifier}"] = share_equal(truth, named[classifier])
+                    gain = accuracy_gain(truth, named[classifier], named_by_base[classifier])
+                    row[f"gain_{classifier}"], row[f"gain_error_{classifier}"] = gain
             types = named_by_base[CLASSIFIERS[0]] if truth is None else truth
             row["mixing"] = mixing_within_types(reference, labels, way.latent, types)
         row |= {name: value for name, value in asdict(way).items() if name in ("epochs", "steps", "seconds")}
         rows.append(row | {"batch_by_batch": way.batch_by_batch})
     table = pd.DataFrame(rows).set_index("way")
-    return Comparison(list(ways), table, recommendation(table))
-
-
-def recommendation(table: pd.DataFrame) -> str:
-    """What follows from the table of `compare_ways`, in words."""
-    if JOINT not in table.index:
-        return "surgery cannot change the embedding of this query: map it without surgery"
-    floor = table.loc[OTHER_SEED]
-    differing, words = [], []
-    for name in (EQUAL_EPOCHS, EQUAL_STEPS, FORWARD, BACKWARD):
-        if name in table.index and _differs(table.loc[name], floor):
-            ratio = table.loc[name, "distance_mean"] / floor["distance_mean"]
-            differing.append(f"{name} (distance ratio {ratio:.1f})")
-    seeds = f"two seeds of joint are {floor['distance_mean']:.2g} apart on average"
-    if not differing:
-        words.append(f"no difference beyond seeds: {seeds}, and every other way of training is as close to joint")
-    else:
-        words.append(f"beyond seeds ({seeds}) these differ from joint: {', '.join(differing)}")
-        if any(EQUAL_STEPS in each for each in differing) and not any(EQUAL_EPOCHS in each for each in differing):
-            words.append("per batch differs only if it is trained for more epochs: the length of the training matters")
-    words.append(_gain(table))
-    return "; ".join(word for word in words if word)
-
-
-def _differs(way: pd.Series, floor: pd.Series) -> bool:
-    column = f"agreement_{CLASSIFIERS[0]}"
-    farther = bool(way["distance_mean"] > _TIMES * floor["distance_mean"])
-    return farther or bool(column in way and way[column] < floor[column] - _LESS)
-
-
-def _gain(table: pd.DataFrame) -> str:
-    """Whether surgery was of use, from accuracy if it is known."""
-    column = f"accuracy_{CLASSIFIERS[0]}"
-    if column not in table:
-        return ""
-    joint, without = table.loc[JOINT, column], table.loc[NO_SURGERY, column]
-    noise = abs(joint - table.loc[OTHER_SEED, column])
-    numbers = f"accuracy by nearest neighbors {joint:.3f} with joint surgery, {without:.3f} without"
-    if abs(joint - without) <= max(noise, 0.01):
-        return f"surgery changes little ({numbers}): map without it, or jointly"
-    return (
-        f"surgery helps ({numbers}): use joint" if joint > without else f"surgery does harm ({numbers}): map without it"
-    )
+    return Comparison(list(ways), table, verdict(table), reference, labels, truth)
