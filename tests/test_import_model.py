@@ -442,7 +442,14 @@ def test_the_command(
 
 def test_own_cells_are_embedded_with_an_imported_model(earlier: Path, cells: ad.AnnData, tmp_path: Path) -> None:
     import_model(earlier / "1.0.4" / "SCANVI", tmp_path / "imported", trust=True)
+    with pytest.raises(
+        UserError, match=r"SCANVI has the model only as scvi-tools' own file, a pickle; .* import it once"
+    ):
+        Atlas.open(earlier / "1.0.4" / "SCANVI")
     with Atlas.open(tmp_path / "imported") as atlas:
         assert isinstance(atlas.description, ModelDescription)
         found = atlas.embed(cells)
-    np.testing.assert_allclose(found.obsm["X_scvi"], np.load(earlier / "1.0.4" / "latents.npz")["SCANVI"], atol=SAME)
+        predicted = atlas.predict(cells, "type", method="model").obs["type_probability"]
+    computed = np.load(earlier / "1.0.4" / "latents.npz")
+    np.testing.assert_allclose(found.obsm["X_scvi"], computed["SCANVI"], atol=SAME)
+    np.testing.assert_allclose(predicted, computed["predicted"].max(axis=1), atol=SAME)

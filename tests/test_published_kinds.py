@@ -16,11 +16,13 @@ from scvi.hub import HubModel
 
 import census_scvi
 from census_scvi.atlas import Atlas
+from census_scvi.cli import main
 from census_scvi.errors import UserError
 from census_scvi.local_census.demo.cells import write_demo_census
 from census_scvi.model.build import Proteins, build_model, init_arguments, set_protein_priors, skeleton
 from census_scvi.model.encode import reference_latent
 from census_scvi.model.published import seal_of
+from census_scvi.model.safe import load_safe
 from census_scvi.model.settings import ModelSection
 from census_scvi.publication.chain import verify
 from census_scvi.workspace.identity import identities
@@ -218,3 +220,54 @@ def test_priors_of_proteins_with_a_batch_of_two_cells() -> None:
     cells.obsm["protein_expression"] = np.random.default_rng(0).poisson(9, (5, 11)).astype(np.float32)
     set_protein_priors(model, cells)
     assert not np.allclose(before, model.module.background_pro_alpha.detach())
+
+
+REAL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "SCANVI": (
+        {
+            "file": "pbmc_multi_human.h5ad",
+            "dataset_id": {"column": "dataset"},
+            "obs": {"cell_type": "cell_type_coarse", "donor_id": "batch"},
+        },
+        {
+            "census": {"obs_query": "dataset_id in ['pbmc3k', 'kang_GSE96583']", "obs_query_model": "nnz >= 300"},
+            "anndata": {"labels_key": "cell_type"},
+        },
+    ),
+    "TOTALVI": (
+        {"file": "citeseq_pbmc_2batch_human.h5ad", "proteins": "obsm/protein_expression", "obs": {"donor_id": "batch"}},
+        {"census": {"obs_query_model": "nnz >= 300"}, "anndata": {"protein_measurement": "protein"}},
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("kind", REAL)
+def test_real_cells_are_published_verified_and_imported_again(kind: str, real_data: Path, tmp_path: Path) -> None:
+    dataset, sections = REAL[kind]
+    build = {
+        "uri": "census",
+        "genes": {"map": {"homo_sapiens": "gene_map_human.tsv.gz"}},
+        "datasets": [dataset | {"organism": "homo_sapiens"}],
+    }
+    (tmp_path / "build.yaml").write_text(json.dumps(build))
+    assert main("build-census", [str(tmp_path / "build.yaml"), "--data", str(real_data)]) == 0
+    gates = {"sample_size": 100, "min_active_units": 0.0, "min_effective_rank": 1.0}  # of a model of three epochs
+    settings = {"hvg": {"top_n_hvg": 500, "hvg_batch": []}, "gates": gates}
+    model = {"kind": kind, "n_hidden": 32, "n_latent": 5}
+    run = Run(tmp_path, str(tmp_path / "census"), **settings, **sections, model=model)
+    assert run.all()("publish") == 0
+    folder = run.path("published")
+    assert {link.name for link in verify(str(folder), str(tmp_path / "census"), seed=0) if not link.valid} == set()
+    sealed, plain = sealed_of(run), getattr(scvi.model, kind).load(str(folder), accelerator="cpu")
+    np.testing.assert_allclose(plain.get_latent_representation(), sealed.obsm["X_scvi"], atol=SAME)
+    (tmp_path / "foreign").mkdir()
+    shutil.copy(folder / "model.pt", tmp_path / "foreign")  # as somebody else has it: a pickle alone
+    imported = census_scvi.import_model(tmp_path / "foreign", tmp_path / "imported", trust=True)
+    _, description = load_safe(folder)
+    for name in ("genes", "batches", "labels", "proteins", "missing_proteins", "arguments"):
+        assert getattr(imported, name) == getattr(description, name), name
+    with Atlas.open(tmp_path / "imported") as atlas:
+        own = ad.AnnData(sealed.X, var=sealed.var, obsm=sealed.obsm, uns=sealed.uns)
+        np.testing.assert_allclose(atlas.embed(own).obsm["X_scvi"], sealed.obsm["X_scvi"], atol=SAME)

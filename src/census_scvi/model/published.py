@@ -175,7 +175,13 @@ def load_model(uri: str, *, trust: bool = False, cache: Path | None = None) -> s
 
 def load_described(uri: str, *, cache: Path | None = None) -> tuple[scvi.model.SCVI, ModelDescription]:
     """Load a model and its description from the safe form; locations and errors as in `load_model`."""
-    if (model := _checked_model(Source.at(uri))) is not None:
+    source = Source.at(uri)
+    if source.kind is Kind.PICKLE:
+        raise UserError(
+            f"{uri} has the model only as scvi-tools' own file, a pickle; if you trust its author, import it once with"
+            " scvi-import-model.py (import_model.folder), and use the imported one"
+        )
+    if (model := _checked_model(source)) is not None:
         return load_safe(model)
     folder = fetch(uri, cache)
     if wrong := damaged_files(folder, read_provenance(folder)):
