@@ -10,12 +10,12 @@ from sklearn.neighbors import KNeighborsClassifier, kneighbors_graph
 
 from census_scvi.metrics.agreement import (
     CLASSIFIERS,
+    LabelTransfer,
     cluster_agreement,
     distances,
     mixing_within_types,
     neighbor_overlap,
     share_equal,
-    transferred_labels,
 )
 
 
@@ -56,16 +56,16 @@ def test_a_rotation_changes_neither_neighbors_nor_clusters() -> None:
 
 def test_labels_are_transferred_by_each_classifier() -> None:
     (reference, labels), (query, truth) = blobs(300, 0), blobs(100, 1)
-    found = transferred_labels(reference, labels, query)
+    found = LabelTransfer(reference, labels)(query)
     assert tuple(found) == CLASSIFIERS
     for predicted in found.values():
         assert share_equal(predicted, truth) == 1
     (reference, labels), (query, truth) = blobs(300, 0, apart=1.0), blobs(100, 1, apart=1.0)
-    predicted = transferred_labels(reference, labels, query, ["neighbors", "mlp"])
+    predicted = LabelTransfer(reference, labels, ["neighbors", "mlp"])(query)
     expected = KNeighborsClassifier(15, algorithm="brute").fit(reference, labels.astype(str)).predict(query)
     assert share_equal(predicted["neighbors"], expected.astype(object)) == 1
     assert 0.5 < share_equal(predicted["mlp"], truth) < 0.95
-    again = transferred_labels(reference, labels, query * np.float32(1), ["mlp"])
+    again = LabelTransfer(reference, labels, ["mlp"])(query)
     assert share_equal(again["mlp"], predicted["mlp"]) == 1
 
 

@@ -22,7 +22,7 @@ from scvi.train import Trainer, TrainingPlan
 from census_scvi import Atlas
 from census_scvi.counts.data_module import PreparedDataModule
 from census_scvi.errors import UserError
-from census_scvi.model.build import quiet, without_training
+from census_scvi.model.build import init_arguments, quiet, without_training
 from census_scvi.model.safe import ModelDescription, load_safe, save_safe
 from census_scvi.model.typical import TypicalCells
 from census_scvi.query.mapping import Mapper
@@ -30,7 +30,7 @@ from census_scvi.query.surgery.adapt import Reference, adapt
 from census_scvi.query.surgery.adapted import Adapted
 from census_scvi.query.surgery.cells import TrainingCells, write_training_cells
 from census_scvi.query.surgery.movement import movement, reference_sample, require_unmoved
-from census_scvi.query.surgery.requirements import require_extendable
+from census_scvi.query.surgery.requirements import no_effect, require_extendable
 from census_scvi.query.surgery.settings import SurgeryTraining
 from census_scvi.query.surgery.train import extend_for_training
 from census_scvi.settings import load_config
@@ -444,3 +444,11 @@ def test_the_atlas_of_an_adapted_model(reference: Path, query: ad.AnnData, tmp_p
         (tmp_path / "saved" / "surgery.json").write_text(json.dumps(values | damaged))
         with pytest.raises(UserError, match=r"surgery.json (is damaged|has format 9)"):
             Atlas.open(tmp_path / "saved")
+
+
+def test_the_preset_is_of_a_reference_that_can_be_extended() -> None:
+    config = load_config(Path(__file__).parents[1] / "configs/surgery-reference.yaml", ["census.uri=somewhere"])
+    description = ModelDescription(GENES, ["a", "b"], init_arguments(config.model), "homo_sapiens", ["batch"], 0)
+    model = description.build()
+    require_extendable(model, description, ["new"])
+    assert [no_effect(model, batches, "per_batch") for batches in (["new"], ["new", "other"])] == ["", ""]

@@ -20,9 +20,10 @@ from census_scvi.neighbors.index import NeighborIndex
 
 Points = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.object_]
+Positions = npt.NDArray[np.int64]
 
 NEIGHBORS = 15
-# Classifiers of `transferred_labels`.
+# Classifiers of `LabelTransfer`.
 CLASSIFIERS = ("neighbors", "random_forest", "mlp")
 _STEPS_OF_MLP = 200
 
@@ -65,9 +66,13 @@ def neighbor_overlap(one: Points, other: Points, n_neighbors: int = NEIGHBORS) -
     n_neighbors
         Neighbors per cell; all other cells if there are fewer.
     """
-    first, second = (NeighborIndex(points).others(n_neighbors) for points in (one, other))
-    common = [len(np.intersect1d(mine, theirs)) for mine, theirs in zip(first, second, strict=True)]
-    return float(np.mean(common) / first.shape[1])
+    return shared_neighbors(*(NeighborIndex(points).others(n_neighbors) for points in (one, other)))
+
+
+def shared_neighbors(one: Positions, other: Positions) -> float:
+    """`neighbor_overlap` of neighbors that are known, int64 (cells, neighbors) each."""
+    both = np.sort(np.concatenate([one, other], axis=1), axis=1)  # a shared neighbor is there twice
+    return float((both[:, 1:] == both[:, :-1]).sum() / one.size)
 
 
 def cluster_agreement(one: Points, other: Points, *, resolution: float = 1.0, seed: int = 0) -> float:
@@ -76,10 +81,8 @@ def cluster_agreement(one: Points, other: Points, *, resolution: float = 1.0, se
     return float(adjusted_rand_score(first.codes, second.codes))
 
 
-def transferred_labels(
-    reference: Points, labels: Labels, query: Points, classifiers: Sequence[str] = CLASSIFIERS, *, seed: int = 0
-) -> dict[str, Labels]:
-    """Labels of query cells by classifiers on the embedding of labelled reference cells.
+class LabelTransfer:
+    """Classifiers of the labels of reference cells on their embedding, which give labels to query cells.
 
     Parameters
     ----------
@@ -87,31 +90,38 @@ def transferred_labels(
         float32 (reference cells, dimensions).
     labels
         object (reference cells,): a label of each.
-    query
-        float32 (query cells, dimensions).
     classifiers
         `neighbors`: most frequent label of the 15 nearest reference cells; `random_forest`; `mlp`: a network with a
         hidden layer of 100 units. The last two as in scikit-learn by default, on standardised dimensions.
     seed
         Seed of forest and network.
-
-    Returns
-    -------
-    For each classifier, object (query cells,).
     """
-    names, codes = np.unique(labels.astype(str), return_inverse=True)
-    scale = StandardScaler().fit(reference)
-    found = {}
-    for classifier in classifiers:
-        if classifier == "neighbors":
-            _, nearest = NeighborIndex(reference, seed=seed).query(query, NEIGHBORS)
-            predicted = np.array(
-                [np.bincount(codes[rows], minlength=len(names)).argmax() for rows in nearest], np.int64
-            )
-        else:
-            predicted = _fitted(classifier, scale.transform(reference), codes, seed).predict(scale.transform(query))
-        found[classifier] = names[predicted].astype(object)
-    return found
+
+    def __init__(
+        self, reference: Points, labels: Labels, classifiers: Sequence[str] = CLASSIFIERS, *, seed: int = 0
+    ) -> None:
+        self._names, self._codes = np.unique(labels.astype(str), return_inverse=True)
+        self._scale = StandardScaler().fit(reference)
+        scaled = self._scale.transform(reference)
+        self._classifiers = {
+            name: NeighborIndex(reference, seed=seed)
+            if name == "neighbors"
+            else _fitted(name, scaled, self._codes, seed)
+            for name in classifiers
+        }
+
+    def __call__(self, query: Points) -> dict[str, Labels]:
+        """Labels of query cells, float32 (cells, dimensions), by each classifier: object (cells,)."""
+        found = {}
+        for name, classifier in self._classifiers.items():
+            if isinstance(classifier, NeighborIndex):
+                _, nearest = classifier.query(query, NEIGHBORS)
+                votes = [np.bincount(self._codes[rows], minlength=len(self._names)).argmax() for rows in nearest]
+                codes = np.array(votes, np.int64)
+            else:
+                codes = classifier.predict(self._scale.transform(query))
+            found[name] = self._names[codes].astype(object)
+        return found
 
 
 def _fitted(classifier: str, points: Points, codes: npt.NDArray[np.integer], seed: int) -> Any:

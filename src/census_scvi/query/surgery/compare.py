@@ -12,19 +12,22 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import scipy.sparse as sp
+from sklearn.metrics import adjusted_rand_score
 
 from census_scvi.metrics.agreement import (
     CLASSIFIERS,
+    NEIGHBORS,
     Labels,
+    LabelTransfer,
     Points,
     accuracy_gain,
-    cluster_agreement,
     distances,
     mixing_within_types,
-    neighbor_overlap,
     share_equal,
-    transferred_labels,
+    shared_neighbors,
 )
+from census_scvi.neighbors.clusters import leiden
+from census_scvi.neighbors.index import NeighborIndex
 from census_scvi.query.alignment import AlignedCells
 from census_scvi.query.batches import batches_of
 from census_scvi.query.surgery.adapt import Reference, adapt
@@ -228,7 +231,12 @@ def compare_ways(
     base = ways[0]
     known = None if labels is None else np.array([label is not None for label in labels], dtype=bool)
     rows, named_by_base = [], dict[str, Labels]()
-    for way in ways:
+    neighbors = [NeighborIndex(way.latent, seed=seed).others(NEIGHBORS) for way in ways]
+    clusters = [leiden(way.latent, 1.0, seed).codes for way in ways]
+    transfer = None
+    if reference is not None and labels is not None and known is not None:
+        transfer = LabelTransfer(reference[known], labels[known], seed=seed)
+    for number, way in enumerate(ways):
         to_base = distances(base.latent, way.latent)
         row: dict[str, Any] = {
             "way": way.name,
@@ -236,11 +244,11 @@ def compare_ways(
             "distance_mean": to_base.mean,
             "distance_largest": to_base.largest,
             "scale": to_base.scale,
-            "neighbor_overlap": neighbor_overlap(base.latent, way.latent),
-            "cluster_agreement": cluster_agreement(base.latent, way.latent, seed=seed),
+            "neighbor_overlap": shared_neighbors(neighbors[0], neighbors[number]),
+            "cluster_agreement": float(adjusted_rand_score(clusters[0], clusters[number])),
         }
-        if reference is not None and labels is not None and known is not None:
-            named = transferred_labels(reference[known], labels[known], way.latent, seed=seed)
+        if transfer is not None and reference is not None and labels is not None:
+            named = transfer(way.latent)
             named_by_base = named_by_base or named
             for classifier in CLASSIFIERS:
                 row[f"agreement_{classifier}"] = share_equal(named_by_base[classifier], named[classifier])
