@@ -118,9 +118,8 @@ def test_the_words_follow_from_the_numbers() -> None:
         "Train all batches jointly: no other way of training is better beyond seeds. For labels, surgery is not needed:"
         " without it they are as accurate."
     )
-    assert all(
-        f"“{name}”: no difference beyond seeds." in " ".join(alike) for name in (EQUAL_EPOCHS, FORWARD, BACKWARD)
-    )
+    for name in (EQUAL_EPOCHS, FORWARD, BACKWARD):
+        assert f"“{name}”: no difference beyond seeds." in " ".join(alike)
     assert "1e-07" in alike[-1]
     far = {"distance_mean": 0.3}
     only_steps = " ".join(verdict(table(steps=far)))
@@ -140,10 +139,8 @@ def test_accuracy_counts_beyond_error_and_seeds() -> None:
     assert verdict(table(none=more_accurate(0.05)))[0].startswith("Map without surgery: its labels are more accurate")
     worse = verdict(table(none=more_accurate(-0.05)))
     assert worse[0].endswith("Without surgery the labels are less accurate.")
-    assert (
-        "“no surgery”: labels are less accurate than after joint training: 0.750 against 0.800 (neighbors)"
-        in " ".join(worse)
-    )
+    less = "“no surgery”: labels are less accurate than after joint training: 0.750 against 0.800 (neighbors)"
+    assert less in " ".join(worse)
     unknown = table().drop(columns=[name for name in table() if name.startswith(("accuracy", "gain"))])
     assert "Without known labels of the query, this is about positions only." in verdict(unknown)[0]
 

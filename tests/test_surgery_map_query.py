@@ -157,3 +157,30 @@ def test_a_killed_surgery_continues(run: Run, query: Path, capsys: pytest.Captur
     assert not work.exists()
     whole, resumed = (query.with_name(f"{name}-model") / "weights.safetensors" for name in ("whole", "out"))
     assert whole.read_bytes() == resumed.read_bytes()
+
+
+def test_a_comparison_is_reported_and_the_cells_are_mapped_jointly(
+    run: Run, query: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cells = ad.read_h5ad(query)
+    cells.obs["cell_type"] = ["B cell", "no such type"] * 100
+    cells.write_h5ad(query)
+    assert run("map-query", *settings(query, "joint")) == 0
+    assert run("map-query", *settings(query, "compared", "compare"), "--dry-run") == 0
+    assert "surgery compare: 2 batches (200 cells)" in capsys.readouterr().out
+    assert run("map-query", *settings(query, "compared", "compare")) == 0
+    log = capsys.readouterr().err
+    assert "comparison of the ways to map: " in log
+    assert log.count("epoch 4/4") == 3 + 2 + 2 * 2  # the joint training of the comparison is not repeated
+    jointly, compared = (ad.read_h5ad(query.with_name(f"{name}.h5ad")) for name in ("joint", "compared"))
+    np.testing.assert_array_equal(jointly.obsm["X_scvi"], compared.obsm["X_scvi"])
+    assert not query.with_name("compared-model.training").exists()
+    record = json.loads(query.with_name("compared-surgery.json").read_text())
+    ways = ["joint", "joint, seed 1", "joint, seed 2", "per batch, equal epochs", "per batch, equal steps"]
+    assert list(record["ways"]) == [*ways, "sequential", "sequential, reverse order", "no surgery"]
+    assert record["ways"]["joint"]["distance_mean"] == 0
+    assert 0 <= record["ways"]["joint"]["accuracy_neighbors"] <= 1  # of the B cells: the reference lacks the other type
+    assert record["facts"]["batches"] == "sample: here (100 cells), there (100 cells)"
+    page = query.with_name("compared-surgery.html").read_text()
+    assert record["recommendation"] in page
+    assert page.count("<img src=") == 2 * 8

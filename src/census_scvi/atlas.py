@@ -544,8 +544,8 @@ class Atlas:
         n_seeds
             Number of joint trainings, 2 or more.
         folder
-            Folder for unfinished work: a killed comparison continues there when it is called again, and it is removed
-            at the end. None: a temporary folder.
+            Folder for the trainings, in which a killed comparison continues when it is called again; None: a temporary
+            folder.
         accelerator
             Device of the trainings: auto, cpu, gpu.
 
@@ -581,8 +581,6 @@ class Atlas:
                 of_model, aligned, columns, settings, work, self._mapper.as_one_batch, seed=seed, n_seeds=n_seeds,
                 accelerator=accelerator,
             )  # fmt: skip
-        if folder:
-            remove(folder)
         if labels is None:
             return compare_ways(ways, seed=seed)
         named = read_labels(reference.obs[labels], labels)

@@ -10,7 +10,7 @@ from census_scvi.errors import UserError
 from census_scvi.files.writable import require_writable, require_writable_folder
 from census_scvi.model.source import Kind, Source
 from census_scvi.query.settings import QuerySection
-from census_scvi.query.surgery.settings import NONE
+from census_scvi.query.surgery.settings import COMPARE, NONE
 from census_scvi.workspace import Workspace
 from census_scvi.workspace.identity import file_identity
 from census_scvi.workspace.result_files import ResultFiles
@@ -88,6 +88,8 @@ def companion_files(settings: QuerySection, target: Path) -> list[Path]:
     files += [named_after(target, labels, suffix) for labels in settings.labels for suffix in (".html", ".json")]
     if settings.surgery != NONE:
         files.append(adapted_folder(target))
+    if settings.surgery == COMPARE:
+        files += [named_after(target, "surgery", suffix) for suffix in (".html", ".json")]
     return [*dict.fromkeys(files), target.with_suffix(".json")]
 
 

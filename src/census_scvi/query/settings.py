@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from census_scvi.config.section import USUAL, Changes, Section
 from census_scvi.config.types import Columns, LocalPath, Name, ObsFilter, PathName, ProteinPlace, Share
-from census_scvi.query.surgery.settings import NONE, SEQUENTIAL, Surgery, SurgeryTraining
+from census_scvi.query.surgery.settings import COMPARE, NONE, SEQUENTIAL, Surgery, SurgeryTraining
 
 
 class QuerySection(Section):
@@ -51,7 +51,8 @@ class QuerySection(Section):
     """
     surgery: Annotated[Surgery, USUAL] = "none"
     """Whether to adapt the model to the batches of your file before the cells are embedded: train one model for all
-    batches, one model per batch, or one batch after another. The reference does not change.
+    batches, one model per batch, or one batch after another. The reference does not change. `compare` does all of
+    these, writes a report of their differences, and embeds the cells as `joint` does.
     """
     surgery_training: SurgeryTraining = SurgeryTraining()
     labels: Annotated[Columns, Changes("map-query", "annotate"), USUAL] = Field(default_factory=lambda: ["cell_type"])
@@ -72,8 +73,9 @@ class QuerySection(Section):
                 f"query.surgery is {self.surgery}, which needs the batches of your cells: set query.batch_key to the"
                 " obs column (or columns) of the samples or donors"
             )
-        if self.surgery_training.order is not None and self.surgery not in (NONE, SEQUENTIAL):
+        if self.surgery_training.order is not None and self.surgery not in (NONE, SEQUENTIAL, COMPARE):
             raise ValueError(
-                f"query.surgery_training.order is only used by query.surgery: sequential, and it is {self.surgery}"
+                "query.surgery_training.order is only used by query.surgery: sequential and compare, and it is"
+                f" {self.surgery}"
             )
         return self

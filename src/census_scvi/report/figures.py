@@ -57,7 +57,7 @@ def map_image(positions: npt.NDArray[np.float32], labels: pd.Series, legend: Leg
     names = labels.astype(str).to_numpy()
     colours = {name: colour for _, colour, name, _ in legend.entries}
     order = np.random.default_rng(seed).permutation(len(names))  # random order, so that no group covers the others
-    size = min(max(_POINTS / max(len(names), 1), 0.5), 30)
+    size = _area(len(names))
     shown = [colours.get(names[row], _OTHER) for row in order]
     axes.scatter(positions[order, 0], positions[order, 1], s=size, c=shown, linewidths=0)
     for number, _, name, _ in legend.entries:
@@ -65,6 +65,26 @@ def map_image(positions: npt.NDArray[np.float32], labels: pd.Series, legend: Leg
         box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.75}
         axes.text(across, up, str(number), fontsize=9, ha="center", va="center", bbox=box)
     return _data_url(figure)
+
+
+def on_reference_image(
+    reference: npt.NDArray[np.float32], positions: npt.NDArray[np.float32], labels: pd.Series, legend: Legend
+) -> str:
+    """Scatter plot of cells, (cells, 2), coloured by label, on top of the cells of a reference in grey."""
+    figure = Figure(figsize=(5, 4.4))
+    axes = figure.add_axes((0.01, 0.01, 0.98, 0.98))
+    axes.set_axis_off()
+    axes.scatter(reference[:, 0], reference[:, 1], s=_area(len(reference)), c="0.86", linewidths=0)
+    colours = {name: colour for _, colour, name, _ in legend.entries}
+    order = np.random.default_rng(0).permutation(len(positions))  # random order, so that no group covers the others
+    shown = [colours.get(str(labels.iloc[row]), _OTHER) for row in order]
+    axes.scatter(positions[order, 0], positions[order, 1], s=_area(len(positions)), c=shown, linewidths=0)
+    return _data_url(figure)
+
+
+def _area(n_cells: int) -> float:
+    """Area of a marker."""
+    return min(max(_POINTS / max(n_cells, 1), 0.5), 30)
 
 
 def _densest(points: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -154,7 +174,7 @@ def value_map(positions: npt.NDArray[np.float32], values: npt.NDArray[np.floatin
     axes = figure.add_axes((0.01, 0.01, 0.84, 0.98))
     axes.set_axis_off()
     order = np.argsort(-values, kind="stable")
-    size = min(max(_POINTS / max(len(values), 1), 0.5), 30)
+    size = _area(len(values))
     drawn = axes.scatter(
         positions[order, 0], positions[order, 1], s=size, c=values[order], cmap="cividis", vmin=0, vmax=1, linewidths=0
     )

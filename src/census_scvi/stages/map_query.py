@@ -28,6 +28,7 @@ from census_scvi.query.cells import QueryCells
 from census_scvi.query.places import (
     adapted_folder,
     companion_files,
+    named_after,
     quality_picture,
     query_results,
     query_size,
@@ -35,7 +36,8 @@ from census_scvi.query.places import (
 )
 from census_scvi.query.surgery.adapt import Reference, plan_surgery
 from census_scvi.query.surgery.adapted import work_of
-from census_scvi.query.surgery.settings import NONE
+from census_scvi.query.surgery.settings import COMPARE, JOINT, NONE, SurgeryTraining
+from census_scvi.report.surgery import write_comparison_report
 from census_scvi.settings import Config
 from census_scvi.stages.plan import Plan
 from census_scvi.stages.protocol import Task
@@ -75,9 +77,11 @@ def run(task: Task) -> None:
             atlas = reference
             if settings.surgery != NONE:
                 folder = adapted_folder(target)
-                atlas = stack.enter_context(
-                    _adapted(reference, cells, config, folder=run.path(folder.name), work=work_of(folder))
-                )
+                work = work_of(folder)
+                if settings.surgery == COMPARE:
+                    _compare(reference, cells, config, run.path(named_after(target, "surgery", ".html").name), work)
+                    work = work / JOINT  # continues with the joint training of the comparison
+                atlas = stack.enter_context(_adapted(reference, cells, config, folder=run.path(folder.name), work=work))
             mapped = _predict(atlas, cells, config, run.path(target.with_suffix(".html").name))
         for labels in settings.labels:
             log.info("%s", _summary(mapped, labels))
@@ -97,6 +101,45 @@ def run(task: Task) -> None:
     log.info("wrote %s", ", ".join(map(str, written)))
 
 
+def _compare(atlas: Atlas, cells: QueryCells, config: Config, report: Path, work: Path) -> None:
+    """Compare the ways to map the cells, and write the report; errors name the settings of the config."""
+    settings, (setting, min_share) = config.query, _min_share(config)
+    labels = settings.labels[0] if settings.labels else None
+    try:
+        compared = atlas.compare_mappings(
+            cells,
+            settings.batch_key or [],
+            labels=labels,
+            truth=labels if labels in cells.obs else None,
+            obs_filter=settings.obs_filter,
+            training=settings.surgery_training,
+            max_cells=settings.reference_cells,
+            folder=work,
+            accelerator=config.train.accelerator,
+            seed=config.seed,
+            counts=cells.find_counts(settings.counts, setting=_COUNTS),
+            min_share=min_share,
+            proteins=settings.proteins,
+        )
+    except TooFewGenes as error:
+        raise error.named(setting) from None
+    facts = {
+        "cells": f"{len(cells):,} of {cells.name}",
+        "batches": f"{'+'.join(settings.batch_key or [])}: {', '.join(_batch_sizes(cells, config))}",
+        "model": settings.model or f"{config.directory}/",
+        "training": settings.surgery_training.model_dump(exclude_defaults=True) or "default settings",
+        "labels": labels or "none",
+    }
+    write_comparison_report(report, compared, facts=facts, seed=config.seed)
+    log.info("comparison of the ways to map: %s", compared.recommendation)
+
+
+def _batch_sizes(cells: QueryCells, config: Config) -> list[str]:
+    labels = required_batches(cells.obs, config.query.batch_key or [], "query.batch_key")
+    sizes = pd.Series(labels).value_counts(sort=False)
+    return [f"{label} ({n:,} cells)" for label, n in sizes.items()]
+
+
 def _adapted(atlas: Atlas, cells: QueryCells, config: Config, *, folder: Path, work: Path) -> Atlas:
     """The atlas with the model adapted by `query.surgery`; errors name the settings of the config."""
     settings, (setting, min_share) = config.query, _min_share(config)
@@ -104,8 +147,8 @@ def _adapted(atlas: Atlas, cells: QueryCells, config: Config, *, folder: Path, w
         return atlas.adapt(
             cells,
             settings.batch_key or [],
-            mode=settings.surgery,
-            training=settings.surgery_training,
+            mode=JOINT if settings.surgery == COMPARE else settings.surgery,
+            training=_training(config),
             folder=folder,
             work=work,
             accelerator=config.train.accelerator,
@@ -116,6 +159,11 @@ def _adapted(atlas: Atlas, cells: QueryCells, config: Config, *, folder: Path, w
         )
     except TooFewGenes as error:
         raise error.named(setting) from None
+
+
+def _training(config: Config) -> SurgeryTraining:
+    """Settings of the training; those of `compare` may have an order, which joint training does not use."""
+    return config.query.surgery_training.model_copy(update={"order": None} if config.query.surgery == COMPARE else {})
 
 
 def _predict(atlas: Atlas, cells: QueryCells, config: Config, report: Path) -> ad.AnnData:
@@ -218,7 +266,7 @@ def plan(config: Config) -> Plan:
     with QueryCells(source, settings.values) as cells:
         n_cells, place = len(cells), cells.find_counts(settings.counts, setting=_COUNTS)
         n_genes = len(cells.var(place))
-        surgery = _planned_surgery(config, cells)
+        surgery, passes = _planned_surgery(config, cells), _passes(config, cells)
     with_counts = (n_cells + settings.baseline_cells) * bool(settings.baseline_cells and settings.labels)
     return Plan(
         "map-query",
@@ -239,9 +287,18 @@ def plan(config: Config) -> Plan:
         + _TRAINING_SECONDS.get(_effort(config, n_cells).method, 0.0) * bool(with_counts)
         + _INDEX_SECONDS * (settings.reference_cells > EXACT_CELLS)
         + _MAP_SECONDS * bool(settings.umap_cells)
-        + (n_cells * settings.surgery_training.max_epochs / _SURGERY_CELLS_A_SECOND if surgery else 0.0),
+        + passes * n_cells * settings.surgery_training.max_epochs / _SURGERY_CELLS_A_SECOND,
         notes=surgery,
     )
+
+
+def _passes(config: Config, cells: QueryCells) -> int:
+    """How often the cells are trained on for `max_epochs` epochs."""
+    if config.query.surgery != COMPARE:
+        return int(config.query.surgery != NONE)
+    n_batches = len(_batch_sizes(cells, config))
+    # Joint with three seeds, per batch, one after another in two orders, and per batch with the steps of joint.
+    return 3 + (3 + n_batches if n_batches > 1 else 0)
 
 
 def _planned_surgery(config: Config, cells: QueryCells) -> list[str]:
@@ -252,7 +309,10 @@ def _planned_surgery(config: Config, cells: QueryCells) -> list[str]:
     model, description = load_described(settings.model or str(config.directory))
     labels = required_batches(cells.obs, settings.batch_key or [], "query.batch_key")
     planned, reason = plan_surgery(
-        Reference(model, description), list(labels), settings.surgery, settings.surgery_training
+        Reference(model, description),
+        list(labels),
+        JOINT if settings.surgery == COMPARE else settings.surgery,
+        settings.surgery_training,
     )
     if reason:
         return [f"surgery {settings.surgery} will not be done: {reason}"]

@@ -216,7 +216,8 @@ def compare_ways(
     labels
         object (reference cells,): labels of the reference; None: no labels are compared.
     truth
-        object (query cells,): labels of the query, None if unknown; None: not known.
+        object (query cells,): labels of the query, None if unknown; None: not known. Labels that the reference lacks
+        are not used.
     seed
         Seed of classifiers and clusters.
 
@@ -229,6 +230,7 @@ def compare_ways(
     query and reference within types; `epochs`, `steps` and `seconds`; `batch_by_batch`.
     """
     base = ways[0]
+    truth = _of_reference(truth, labels)
     known = None if labels is None else np.array([label is not None for label in labels], dtype=bool)
     rows, named_by_base = [], dict[str, Labels]()
     neighbors = [NeighborIndex(way.latent, seed=seed).others(NEIGHBORS) for way in ways]
@@ -262,3 +264,12 @@ def compare_ways(
         rows.append(row | {"batch_by_batch": way.batch_by_batch})
     table = pd.DataFrame(rows).set_index("way")
     return Comparison(list(ways), table, verdict(table), reference, labels, truth)
+
+
+def _of_reference(truth: Labels | None, labels: Labels | None) -> Labels | None:
+    """The known labels of the query that the reference has, None elsewhere; None if there are none."""
+    if truth is None or labels is None:
+        return None
+    names = set(labels)
+    found = np.array([label if label in names else None for label in truth], dtype=object)
+    return found if any(label is not None for label in found) else None

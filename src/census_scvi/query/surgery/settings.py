@@ -13,9 +13,9 @@ from census_scvi.config.section import Section
 from census_scvi.config.types import Name
 from census_scvi.errors import UserError
 
-NONE, JOINT, PER_BATCH, SEQUENTIAL = "none", "joint", "per_batch", "sequential"
+NONE, JOINT, PER_BATCH, SEQUENTIAL, COMPARE = "none", "joint", "per_batch", "sequential", "compare"
 MODES = [JOINT, PER_BATCH, SEQUENTIAL]
-Surgery = Literal["none", "joint", "per_batch", "sequential"]
+Surgery = Literal["none", "joint", "per_batch", "sequential", "compare"]
 
 _ARGUMENTS = "query.surgery_training.arguments"
 # Options of scvi-tools' load_query_data, and those of their values that would change the reference.
