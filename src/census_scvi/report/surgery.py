@@ -13,7 +13,7 @@ import pandas as pd
 
 from census_scvi.files.atomic import write_json, write_text
 from census_scvi.files.json_values import json_values
-from census_scvi.metrics.agreement import CLASSIFIERS, transferred_labels
+from census_scvi.metrics.agreement import CLASSIFIERS, LabelTransfer
 from census_scvi.neighbors.umap_map import UmapMap
 from census_scvi.query.surgery.compare import Comparison
 from census_scvi.report import figures
@@ -136,5 +136,5 @@ def _labels(comparison: Comparison, seed: int) -> npt.NDArray[np.object_]:
     if comparison.reference is None or comparison.labels is None:
         return np.full(len(first), "cells of the query", dtype=object)
     known = np.array([label is not None for label in comparison.labels], dtype=bool)
-    found = transferred_labels(comparison.reference[known], comparison.labels[known], first, CLASSIFIERS[:1], seed=seed)
-    return found[CLASSIFIERS[0]]
+    nearest = CLASSIFIERS[:1]
+    return LabelTransfer(comparison.reference[known], comparison.labels[known], nearest, seed=seed)(first)[nearest[0]]
