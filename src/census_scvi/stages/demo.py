@@ -150,7 +150,9 @@ def _size(path: Path) -> str:
 
 def _next_steps(config: Config) -> str:
     folder = config.directory / config.artifacts.minified
-    return f"\n  next: python -c 'import scvi; print(scvi.model.SCVI.load(\"{folder}\"))'  (in .venv/bin)\n"
+    return (
+        f"\n  next: python -c 'import scvi; print(scvi.model.{config.model.kind}.load(\"{folder}\"))'  (in .venv/bin)\n"
+    )
 
 
 if __name__ == "__main__":
