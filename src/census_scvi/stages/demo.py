@@ -149,10 +149,8 @@ def _size(path: Path) -> str:
 
 
 def _next_steps(config: Config) -> str:
-    folder = config.directory / config.artifacts.minified
-    return (
-        f"\n  next: python -c 'import scvi; print(scvi.model.{config.model.kind}.load(\"{folder}\"))'  (in .venv/bin)\n"
-    )
+    folder, kind = config.directory / config.artifacts.minified, config.model.kind
+    return f"\n  next: python -c 'import scvi; print(scvi.model.{kind}.load(\"{folder}\"))'  (in .venv/bin)\n"
 
 
 if __name__ == "__main__":
