@@ -52,13 +52,13 @@ def cells(**parts: Any) -> ad.AnnData:
 
 def with_frame(counts: np.ndarray = COUNTS, names: list[str] = NAMES, key: str = "protein_expression") -> ad.AnnData:
     made = cells()
-    made.obsm[key] = pd.DataFrame(counts, made.obs_names, names)
+    made.obsm[key] = pd.DataFrame(counts.copy(), made.obs_names, names)
     return made
 
 
 def with_array(convert: Callable[[np.ndarray], Any] = np.asarray, names: Any = NAMES) -> ad.AnnData:
     made = cells()
-    made.obsm["protein_expression"] = convert(COUNTS)
+    made.obsm["protein_expression"] = convert(COUNTS.copy())
     if names is not None:
         made.uns["protein_names"] = np.array(names, dtype=object) if isinstance(names, list) else names
     return made
