@@ -216,7 +216,7 @@ REFUSED: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
     "another class": (
         "SCVI",
         lambda content: registry(content).update(model_name="MULTIVI"),
-        "it is a MULTIVI model; expected SCVI, SCANVI, TOTALVI",
+        "its class is MULTIVI; expected SCVI, SCANVI, TOTALVI",
     ),
     "no registry": (
         "SCVI",

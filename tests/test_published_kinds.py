@@ -25,6 +25,8 @@ from census_scvi.model.published import seal_of
 from census_scvi.model.safe import load_safe
 from census_scvi.model.settings import ModelSection
 from census_scvi.publication.chain import verify
+from census_scvi.report.named import embeddings_of
+from census_scvi.settings import load_config
 from census_scvi.workspace.identity import identities
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -126,6 +128,8 @@ def test_the_card_names_the_kind(published: Run) -> None:
     assert row in card
     assert f"The method is {paper}" in card
     assert "\n\n\n" not in card
+    embeddings = embeddings_of(load_config(published.config).evaluate, published.directory)
+    assert embeddings == {title: str(published.directory)}
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")

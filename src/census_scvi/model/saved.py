@@ -148,7 +148,7 @@ def _first_line(error: Exception) -> str:
 
 def _family(kind: Any) -> Family:
     if kind not in FAMILIES:
-        raise ValueError(f"it is a {kind} model; expected {', '.join(FAMILIES)}")
+        raise ValueError(f"its class is {kind}; expected {', '.join(FAMILIES)}")
     return FAMILIES[kind]
 
 
