@@ -123,7 +123,7 @@ def test_the_words_follow_from_the_numbers() -> None:
     assert "1e-07" in alike[-1]
     far = {"distance_mean": 0.3}
     only_steps = " ".join(verdict(table(steps=far)))
-    assert f"“{EQUAL_STEPS}”: 3.0 times as far from joint as another seed. Mean distance 0.3" in only_steps
+    assert f"“{EQUAL_STEPS}”: 3.0 times the distance between seeds. Mean distance 0.3" in only_steps
     assert "the number of steps matters, not the grouping" in only_steps
     assert "the grouping" not in " ".join(verdict(table(steps=far, epochs=far)))
 

@@ -71,14 +71,14 @@ def _columns(table: pd.DataFrame) -> list[tuple[str, str, str]]:
     shown = [
         ("moved", "reference moved", "largest change of a coordinate of the reference's cells"),
         ("distance_mean", "distance to joint, mean", "Euclidean distance of the query's cells in the latent space"),
-        ("distance_largest", "largest", "of all cells of the query"),
+        ("distance_largest", "distance to joint, largest", "of all cells of the query"),
         ("neighbor_overlap", "neighbors in common", "share of the 15 nearest neighbors that are the same as by joint"),
         ("cluster_agreement", "clusters", "adjusted Rand index of Leiden clusters with those by joint"),
     ]
     for classifier in CLASSIFIERS:
         title = classifier.replace("_", " ").replace("mlp", "perceptron")
         shown.append((f"agreement_{classifier}", f"{title}: agreement", "share of the labels that are as by joint"))
-        shown.append((f"accuracy_{classifier}", "accuracy", "share of the known labels that are right"))
+        shown.append((f"accuracy_{classifier}", f"{title}: accuracy", "share of the known labels that are right"))
     shown += [
         ("mixing", "mixing", "with the reference within types; 1: as shuffled"),
         ("batch_by_batch", "batch by batch", "largest change of a coordinate if each batch is embedded separately"),

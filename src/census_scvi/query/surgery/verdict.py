@@ -73,7 +73,7 @@ def _positions(name: str, row: pd.Series, seeds: pd.DataFrame) -> str:
     if seeds.empty:
         return ""
     noise = float(seeds["distance_mean"].max())
-    says = f"{row['distance_mean'] / noise:.1f} times as far from joint as another seed"
+    says = f"{row['distance_mean'] / noise:.1f} times the distance between seeds"
     if not _differs(row, seeds):
         says = "no difference beyond seeds"
     return (
