@@ -346,9 +346,9 @@ def test_a_loss_that_is_not_finite(reference: Path, query: ad.AnnData, tmp_path:
         (["query.surgery=joint"], "query.surgery is joint, which needs the batches of your cells: set query.batch_key"),
         (
             ["query.surgery=joint", "query.batch_key=[s]", "query.surgery_training.order=[a]"],
-            "query.surgery_training.order is only used by query.surgery: sequential, and it is joint",
+            "query.surgery_training.order is only used by query.surgery: sequential and compare, and it is joint",
         ),
-        (["query.surgery=both"], "query.surgery is 'both': should be 'none', 'joint', 'per_batch' or 'sequential'"),
+        (["query.surgery=both"], "query.surgery is 'both': should be 'none', 'joint', 'per_batch', 'sequential' or 'compare'"),
         (
             ["query.surgery_training.arguments={weight_decay: 1.0e-6}"],
             "arguments.weight_decay is 1e-06, which shrinks the weights of the reference in every step: its cells",

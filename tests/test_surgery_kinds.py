@@ -12,7 +12,7 @@ import pytest
 import scipy.sparse as sp
 import scvi
 import torch
-from test_surgery import ARGUMENTS, GENES, LAYER_NORM, generated
+from test_surgery import ARGUMENTS, LAYER_NORM, generated
 
 from census_scvi import Atlas
 from census_scvi.errors import UserError
@@ -51,6 +51,9 @@ def trained(kind: str, cells: ad.AnnData, folder: Path, norm: dict[str, str] = L
             model = scvi.model.SCANVI(cells, **arguments)
             extra = {"labels": sorted(set(cells.obs["cell_type"])), "labels_key": "cell_type"}
             extra |= {"unlabeled_category": "unknown"}
+        elif kind == "SCVI":
+            scvi.model.SCVI.setup_anndata(cells, batch_key="batch")
+            model = scvi.model.SCVI(cells, **arguments)
         else:
             n_layers, dropout = arguments.pop("n_layers"), arguments.pop("dropout_rate")
             arguments |= {"n_layers_encoder": n_layers, "n_layers_decoder": n_layers}
@@ -61,7 +64,9 @@ def trained(kind: str, cells: ad.AnnData, folder: Path, norm: dict[str, str] = L
         model.train(max_epochs=3, accelerator="cpu", enable_progress_bar=False)
     folder.mkdir()
     batches = sorted(set(cells.obs["batch"]))
-    described = ModelDescription(GENES, batches, arguments, "homo_sapiens", ["batch"], cells.n_obs, model=kind, **extra)
+    described = ModelDescription(
+        list(cells.var_names), batches, arguments, "homo_sapiens", ["batch"], cells.n_obs, model=kind, **extra
+    )
     save_safe(model, described, folder)
     return folder
 

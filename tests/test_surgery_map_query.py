@@ -95,6 +95,11 @@ def test_from_file_to_file_with_an_adapted_model(run: Run, query: Path, capsys: 
     assert 'query.surgery was "joint" and is "sequential"; set another query.output' in capsys.readouterr().err
     assert run("map-query", *settings(query, "out", "per_batch"), "--force") == 0
     assert {path.name for path in folder.iterdir()} == {"batch-000", "batch-001", "surgery.json"}
+    with_both = [f"query.file={query}", f"query.model={folder}", f"query.output={query.with_name('again.h5ad')}"]
+    census = [f"census.uri={run.manifest()['stages']['prepare']['census']['uri']}", f"query.embedding={run.directory}"]
+    assert run("map-query", *with_both, *census, "query.batch_key=[sample]", *QUICK) == 0
+    again, mapped = (ad.read_h5ad(query.with_name(f"{name}.h5ad")).obsm["X_scvi"] for name in ("again", "out"))
+    np.testing.assert_allclose(again, mapped, atol=1e-6)
     (folder / "batch-000" / "model.json").write_text("{}")
     assert run("map-query", *settings(query, "out", "per_batch")) == 2
     assert "out-model/batch-000/model.json has 2 bytes, expected" in capsys.readouterr().err

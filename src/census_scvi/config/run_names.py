@@ -20,6 +20,8 @@ LATENT_HASHES = "latent-hash.npy"
 MINIFIED = "final_scvi_optimized"
 # Files in the folder of a model.
 WEIGHTS, DESCRIPTION = "weights.safetensors", "model.json"
+# File in the folder of a model that was adapted to a query.
+SURGERY = "surgery.json"
 # File in a published folder.
 PROVENANCE = "provenance.json"
 QA = "qa.json"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from census_scvi.annotation.results.places import MODEL_FILES, model_folder, reference_source
-from census_scvi.config.run_names import DESCRIPTION, PROVENANCE, WEIGHTS
+from census_scvi.config.run_names import DESCRIPTION, PROVENANCE, SURGERY, WEIGHTS
 from census_scvi.config.stages import Stage
 from census_scvi.errors import UserError
 from census_scvi.files.uri import tiledb_place, without_credentials
@@ -89,5 +89,7 @@ def _model(config: Config) -> Any:
         return without_credentials(place)
     if source.kind is Kind.RUN and (record := Workspace(source.path).record("train")):
         return {name: identity for name, identity in record["outputs"].items() if name.endswith(WEIGHTS)}
+    if (source.path / SURGERY).exists():
+        return file_identity(source.path / SURGERY)
     marks = {Kind.PUBLISHED: PROVENANCE, Kind.MODEL: DESCRIPTION}
     return file_identity(source.path / marks[source.kind]) if source.kind in marks else str(source.path)

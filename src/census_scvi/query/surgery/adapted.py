@@ -14,6 +14,7 @@ import pandas as pd
 import scipy.sparse as sp
 import scvi
 
+from census_scvi.config.run_names import SURGERY
 from census_scvi.errors import UserError
 from census_scvi.files.atomic import partial_of, remove, sync_tree, write_json
 from census_scvi.files.json_file import read_json
@@ -23,7 +24,6 @@ from census_scvi.model.safe import ModelDescription, load_safe
 from census_scvi.model.source import Source
 from census_scvi.query.batches import required_batches
 
-SURGERY = "surgery.json"
 _FORMAT = 1
 
 
