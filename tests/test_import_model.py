@@ -453,3 +453,23 @@ def test_own_cells_are_embedded_with_an_imported_model(earlier: Path, cells: ad.
     computed = np.load(earlier / "1.0.4" / "latents.npz")
     np.testing.assert_allclose(found.obsm["X_scvi"], computed["SCANVI"], atol=SAME)
     np.testing.assert_allclose(predicted, computed["predicted"].max(axis=1), atol=SAME)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+def test_an_imported_model_is_adapted_and_names_types(cells: ad.AnnData, tmp_path: Path) -> None:
+    surgery = {"encode_covariates": True, "use_layer_norm": "both", "use_batch_norm": "none"}
+    trained("SCANVI", cells.copy(), **surgery).save(str(tmp_path / "saved"))
+    import_model(tmp_path / "saved", tmp_path / "imported", trust=True)
+    query = ad.AnnData(cells.X, obs=pd.DataFrame({"sample": "new"}, index=cells.obs_names), var=cells.var)
+    with Atlas.open(tmp_path / "imported") as atlas:
+        adapted = atlas.adapt(
+            query, "sample", training={"max_epochs": 2}, folder=tmp_path / "adapted", accelerator="cpu"
+        )
+        embedded = adapted.embed(query)
+        found = adapted.predict(query, "type", method="model")
+    model = load_model(str(tmp_path / "adapted"))
+    query.obs["batch"], query.obs["labels"] = query.obs["sample"], "unassigned"
+    np.testing.assert_allclose(embedded.obsm["X_scvi"], model.get_latent_representation(query), atol=SAME)
+    expected = model.predict(query, soft=True)
+    assert found.obs["type_best"].tolist() == expected.idxmax(axis=1).tolist()
+    np.testing.assert_allclose(found.obs["type_probability"], expected.max(axis=1), atol=SAME)
