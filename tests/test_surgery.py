@@ -348,7 +348,10 @@ def test_a_loss_that_is_not_finite(reference: Path, query: ad.AnnData, tmp_path:
             ["query.surgery=joint", "query.batch_key=[s]", "query.surgery_training.order=[a]"],
             "query.surgery_training.order is only used by query.surgery: sequential and compare, and it is joint",
         ),
-        (["query.surgery=both"], "query.surgery is 'both': should be 'none', 'joint', 'per_batch', 'sequential' or 'compare'"),
+        (
+            ["query.surgery=both"],
+            "query.surgery is 'both': should be 'none', 'joint', 'per_batch', 'sequential' or 'compare'",
+        ),
         (
             ["query.surgery_training.arguments={weight_decay: 1.0e-6}"],
             "arguments.weight_decay is 1e-06, which shrinks the weights of the reference in every step: its cells",
@@ -440,7 +443,13 @@ def test_the_atlas_of_an_adapted_model(reference: Path, query: ad.AnnData, tmp_p
     assert further.description is not None
     assert [record["batches"] for record in further.description.lineage] == [["z-sample", "a-sample"], ["other"]]
     values = json.loads((tmp_path / "saved" / "surgery.json").read_text())
-    for damaged in ({"models": ["../else"]}, {"format": 9}, {"batches": None}):
+    for damaged in (
+        {"models": ["../else"]},
+        {"format": 9},
+        {"batches": None},
+        {"models": []},
+        {"facts": {"reason": ""}},
+    ):
         (tmp_path / "saved" / "surgery.json").write_text(json.dumps(values | damaged))
         with pytest.raises(UserError, match=r"surgery.json (is damaged|has format 9)"):
             Atlas.open(tmp_path / "saved")

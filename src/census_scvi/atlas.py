@@ -57,8 +57,8 @@ from census_scvi.query.denoised import CellModels, denoised
 from census_scvi.query.mapping import MIN_SHARE, Mapper
 from census_scvi.query.places import named_after
 from census_scvi.query.reference import Origin, open_embedding
-from census_scvi.query.surgery.adapt import Reference, adapt, in_words
-from census_scvi.query.surgery.adapted import Adapted, adapted_model, new_folder, work_of
+from census_scvi.query.surgery.adapt import Reference, adapt
+from census_scvi.query.surgery.adapted import Adapted, adapted_model, in_words, new_folder, work_of
 from census_scvi.query.surgery.compare import Comparison, compare_ways, map_in_all_ways
 from census_scvi.query.surgery.settings import JOINT, SEQUENTIAL, SurgeryTraining
 from census_scvi.terminal.progress import show_messages
@@ -945,7 +945,9 @@ class Atlas:
 
     @cached_property
     def _model_identity(self) -> str:
-        """SHA-256 of the model's weights."""
+        """SHA-256 of the weights of the model, or of those of each batch."""
+        if self._adapted and len(self._adapted.models) > 1:
+            return "+".join(weights_digest(model) for model, _ in self._adapted.models)
         return weights_digest(self._cells.model[0])
 
     def reference(

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import scvi
 
 from census_scvi.config.run_names import FINGERPRINT
@@ -22,7 +21,7 @@ from census_scvi.model.safe import ModelDescription, weights_digest
 from census_scvi.model.typical import TypicalCells
 from census_scvi.query.alignment import AlignedCells
 from census_scvi.query.batches import required_batches
-from census_scvi.query.surgery.adapted import Adapted
+from census_scvi.query.surgery.adapted import Adapted, in_number, in_words
 from census_scvi.query.surgery.cells import TrainingCells, write_training_cells
 from census_scvi.query.surgery.movement import ReferenceSample, reference_sample
 from census_scvi.query.surgery.requirements import no_effect, require_extendable
@@ -245,7 +244,7 @@ def _train_all(
         base = (reference.model, reference.description)
         if plan.mode == SEQUENTIAL and models:
             base = (models[-1].model, models[-1].description)
-        log.info("surgery (%s): training %s", plan.mode, _named(part.batches))
+        log.info("surgery (%s): training %s", plan.mode, in_number(part.batches))
         models.append(
             train_extension(
                 base,
@@ -261,22 +260,3 @@ def _train_all(
     for part in parts:
         remove(part.file)
     return models
-
-
-def _named(batches: list[str]) -> str:
-    return f"batch {batches[0]!r}" if len(batches) == 1 else f"{len(batches)} batches"
-
-
-def in_words(facts: dict[str, Any]) -> str:
-    """A surgery in one line."""
-    if facts["reason"]:
-        return f"not done: {facts['reason']}"
-    trainings = facts["trainings"]
-    moved = max(each["moved"]["latent"] for each in trainings)
-    cells = trainings[0]["moved"]
-    epochs = np.unique([each["epochs"] for each in trainings])
-    return (
-        f"{facts['mode']}: {_named(facts['batches'])}, {sum(each['cells'] for each in trainings):,} cells,"
-        f" {'/'.join(map(str, epochs))} epochs, {sum(each['steps'] for each in trainings):,} steps; the latent of"
-        f" {cells['cells']:,} cells of the {cells['source']} in batches of the reference changed by at most {moved:.2g}"
-    )

@@ -102,12 +102,18 @@ class Adapted:
                     f"{path} has format {str(values['format'])[:40]}, this version reads {_FORMAT}; update census-scvi"
                 )
             names = [_member(name) for name in values["models"]]
+            if not names:
+                raise ValueError("it names no model")
             batch_key, batches = (list(map(str, values[name])) for name in ("batch_key", "batches"))
             facts = dict(values["facts"])
-        except (ValueError, KeyError, TypeError, OSError) as error:
+            in_words(facts)
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, OSError) as error:
             raise UserError(f"{path} is damaged ({error}); run the surgery again") from None
         folders = [folder / name for name in names]
-        return cls(batch_key, batches, [load_safe(each) for each in folders], facts, folders)
+        models = [load_safe(each) for each in folders]
+        if any(description.genes != models[0][1].genes for _, description in models):
+            raise UserError(f"{folder}: its models have different genes; run the surgery again")
+        return cls(batch_key, batches, models, facts, folders)
 
 
 def new_folder(path: str) -> Path:
@@ -174,3 +180,23 @@ class CellEncoder:
             of_rows = None if proteins is None else proteins[rows]
             latent[rows] = self._encoders[number](counts[rows], places[rows, 1], of_rows).mean
         return latent
+
+
+def in_number(batches: list[str]) -> str:
+    """The batch by its name, or the number of batches."""
+    return f"batch {batches[0]!r}" if len(batches) == 1 else f"{len(batches)} batches"
+
+
+def in_words(facts: dict[str, Any]) -> str:
+    """A surgery in one line."""
+    if facts["reason"]:
+        return f"not done: {facts['reason']}"
+    trainings = facts["trainings"]
+    moved = max(each["moved"]["latent"] for each in trainings)
+    cells = trainings[0]["moved"]
+    epochs = np.unique([each["epochs"] for each in trainings])
+    return (
+        f"{facts['mode']}: {in_number(facts['batches'])}, {sum(each['cells'] for each in trainings):,} cells,"
+        f" {'/'.join(map(str, epochs))} epochs, {sum(each['steps'] for each in trainings):,} steps; the latent of"
+        f" {cells['cells']:,} cells of the {cells['source']} in batches of the reference changed by at most {moved:.2g}"
+    )
