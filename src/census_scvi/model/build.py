@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,8 +23,8 @@ from census_scvi.config.run_names import BATCH, LABELS, PROTEIN_NAMES, PROTEINS
 from census_scvi.model.families import SCANVI, SCVI, TOTALVI, family_of
 from census_scvi.model.settings import ModelSection
 
-# scvi-tools warns about batches with fewer cells than this.
-_CELLS_A_BATCH = 3
+# scvi-tools warns about batches and labels with fewer cells than this.
+_FEWEST_CELLS = 3
 # Largest number in the arguments of a model: it limits the memory for a damaged or hostile description.
 _LARGEST = 100_000
 # Init argument of TOTALVI: whether the prior of the protein background is set from the cells.
@@ -117,9 +117,23 @@ def least_parameters(arguments: dict[str, Any], n_genes: int, n_batches: int, ki
 
 
 def skeleton(
-    genes: list[str], batches: list[str], labels: Labels | None = None, proteins: Proteins | None = None
+    genes: list[str],
+    batches: list[str],
+    labels: Labels | None = None,
+    proteins: Proteins | None = None,
+    *,
+    sizes: Sequence[int] | None = None,
 ) -> ad.AnnData:
     """A few empty cells of each batch: scvi-tools' registry needs no more information about the real cells.
+
+    Parameters
+    ----------
+    genes, batches
+        feature_ids, and labels of the batches.
+    labels, proteins
+        Labels of SCANVI, and proteins of TOTALVI.
+    sizes
+        Number of cells of each batch; None: three or more, so that each label has three as well.
 
     Returns
     -------
@@ -127,8 +141,8 @@ def skeleton(
     with the obs column `labels`, which has every class, and with `obsm["protein_expression"]`, float32, which is 0 for
     the proteins that were not measured in the batch, and 1 for the others.
     """
-    n_labels = len(labels.classes) + 1 if labels else 0
-    n_each = max(_CELLS_A_BATCH, -(-n_labels // len(batches)))
+    n_labels = len(labels.classes) + 1 if labels else 1
+    n_each = sizes or _FEWEST_CELLS * -(-n_labels // len(batches))
     obs = pd.DataFrame({BATCH: pd.Categorical(np.repeat(batches, n_each), categories=batches)})
     obs.index = obs.index.astype(str)
     if labels:

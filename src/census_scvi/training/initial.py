@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import scvi
 
+from census_scvi.config.run_names import PROTEINS
 from census_scvi.counts.reader import PreparedCells
 from census_scvi.errors import UserError
 from census_scvi.files.uri import without_credentials
@@ -26,11 +27,9 @@ def set_protein_priors(model: scvi.model.TOTALVI, cells: PreparedCells, descript
     """
     rows = [np.flatnonzero(cells.batch_codes == code) for code in range(len(cells.batches))]
     chosen = [np.random.choice(of_batch, min(_CELLS_OF_A_BATCH, len(of_batch)), replace=False) for of_batch in rows]
-    some = build.skeleton(description.genes, description.batches, proteins=description.of_proteins)
-    some = some[np.repeat(np.searchsorted(some.obs["batch"].cat.codes, range(len(chosen))), list(map(len, chosen)))]
-    some = some.copy()
-    some.obs_names = [str(i) for i in range(some.n_obs)]
-    some.obsm["protein_expression"] = cells.protein_counts_of(np.concatenate(chosen))
+    sizes = [len(of_batch) for of_batch in chosen]
+    some = build.skeleton(description.genes, description.batches, proteins=description.of_proteins, sizes=sizes)
+    some.obsm[PROTEINS] = cells.protein_counts_of(np.concatenate(chosen))
     build.set_protein_priors(model, some)
 
 
