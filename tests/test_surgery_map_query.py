@@ -150,15 +150,14 @@ def test_a_killed_surgery_continues(run: Run, query: Path, capsys: pytest.Captur
     """Killed in the second of two trainings: the first is not repeated, and the result is that of a whole one."""
     assert run("map-query", *settings(query, "whole", "sequential"), "query.labels=[]") == 0
     capsys.readouterr()
-    killed = run.subprocess("map-query", *settings(query, "out", "sequential"), "query.labels=[]", before=f"exec({KILL!r})")
+    out = [*settings(query, "out", "sequential"), "query.labels=[]"]
+    killed = run.subprocess("map-query", *out, before=f"exec({KILL!r})")
     assert killed.returncode == -signal.SIGKILL
     work = query.with_name("out-model.training")
     assert (work / "training-000" / "model").is_dir()
     assert not (work / "training-001" / "model").exists()
-    first = (work / "training-000" / "model" / "weights.safetensors").stat().st_mtime_ns
-    assert run("map-query", *settings(query, "out", "sequential"), "query.labels=[]") == 0
+    assert run("map-query", *out) == 0
     assert f"continuing the surgery in {work}" in capsys.readouterr().err
-    assert first
     assert not work.exists()
     whole, resumed = (query.with_name(f"{name}-model") / "weights.safetensors" for name in ("whole", "out"))
     assert whole.read_bytes() == resumed.read_bytes()
