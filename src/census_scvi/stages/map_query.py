@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from census_scvi.annotation.cost import Effort, effort
+from census_scvi.annotation.methods import MODEL
 from census_scvi.annotation.results.columns import EMPTY, PREDICTION
 from census_scvi.atlas import EMBEDDING, OWN_EMBEDDING, PROTEIN_REPORT, SURGERY_FACTS, Atlas
 from census_scvi.config.obs_filter import in_section
@@ -102,10 +104,10 @@ def run(task: Task) -> None:
 
 
 def _compare(atlas: Atlas, cells: QueryCells, config: Config, report: Path, work: Path) -> None:
-    """Compare the ways to map the cells, and write the report; errors name the settings of the config."""
-    settings, (setting, min_share) = config.query, _min_share(config)
-    labels = settings.labels[0] if settings.labels else None
-    try:
+    """Compare the ways to map the cells, and write the report."""
+    settings = config.query
+    labels = settings.labels[0] if settings.labels and config.annotate.method != MODEL else None
+    with _settings_named(config):
         compared = atlas.compare_mappings(
             cells,
             settings.batch_key or [],
@@ -116,13 +118,8 @@ def _compare(atlas: Atlas, cells: QueryCells, config: Config, report: Path, work
             max_cells=settings.reference_cells,
             folder=work,
             accelerator=config.train.accelerator,
-            seed=config.seed,
-            counts=cells.find_counts(settings.counts, setting=_COUNTS),
-            min_share=min_share,
-            proteins=settings.proteins,
+            **_arguments(config, cells),
         )
-    except TooFewGenes as error:
-        raise error.named(setting) from None
     facts = {
         "cells": f"{len(cells):,} of {cells.name}",
         "batches": f"{'+'.join(settings.batch_key or [])}: {', '.join(_batch_sizes(cells, config))}",
@@ -141,9 +138,9 @@ def _batch_sizes(cells: QueryCells, config: Config) -> list[str]:
 
 
 def _adapted(atlas: Atlas, cells: QueryCells, config: Config, *, folder: Path, work: Path) -> Atlas:
-    """The atlas with the model adapted by `query.surgery`; errors name the settings of the config."""
-    settings, (setting, min_share) = config.query, _min_share(config)
-    try:
+    """The atlas with the model adapted by `query.surgery`."""
+    settings = config.query
+    with _settings_named(config):
         return atlas.adapt(
             cells,
             settings.batch_key or [],
@@ -152,13 +149,8 @@ def _adapted(atlas: Atlas, cells: QueryCells, config: Config, *, folder: Path, w
             folder=folder,
             work=work,
             accelerator=config.train.accelerator,
-            seed=config.seed,
-            counts=cells.find_counts(settings.counts, setting=_COUNTS),
-            min_share=min_share,
-            proteins=settings.proteins,
+            **_arguments(config, cells),
         )
-    except TooFewGenes as error:
-        raise error.named(setting) from None
 
 
 def _training(config: Config) -> SurgeryTraining:
@@ -167,13 +159,12 @@ def _training(config: Config) -> SurgeryTraining:
 
 
 def _predict(atlas: Atlas, cells: QueryCells, config: Config, report: Path) -> ad.AnnData:
-    """Result of `Atlas.predict` for the cells, with its reports; errors name the settings of the config."""
-    settings, (setting, min_share) = config.query, _min_share(config)
-    counts = cells.find_counts(settings.counts, setting=_COUNTS)
+    """Result of `Atlas.predict` for the cells, with its reports."""
+    settings, arguments = config.query, _arguments(config, cells)
     chosen = _effort(config, len(cells))
     if chosen.note:
         log.warning("%s", chosen.note)
-    try:
+    with _settings_named(config):
         return atlas.predict(
             cells,
             settings.labels,
@@ -183,14 +174,28 @@ def _predict(atlas: Atlas, cells: QueryCells, config: Config, report: Path) -> a
             batch_key=settings.batch_key,
             baseline_cells=settings.baseline_cells,
             max_cells=settings.reference_cells,
-            seed=config.seed,
-            counts=counts,
-            min_share=min_share,
-            proteins=settings.proteins,
             report=report,
+            **arguments,
         )
+
+
+def _arguments(config: Config, cells: QueryCells) -> dict[str, Any]:
+    """Arguments that the methods of `Atlas` for a user's cells share."""
+    return {
+        "seed": config.seed,
+        "counts": cells.find_counts(config.query.counts, setting=_COUNTS),
+        "min_share": _min_share(config)[1],
+        "proteins": config.query.proteins,
+    }
+
+
+@contextmanager
+def _settings_named(config: Config) -> Iterator[None]:
+    """Let an error about missing genes name the setting of the config."""
+    try:
+        yield
     except TooFewGenes as error:
-        raise error.named(setting) from None
+        raise error.named(_min_share(config)[0]) from None
 
 
 def _effort(config: Config, n_cells: int) -> Effort:
