@@ -17,8 +17,9 @@ import scvi
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pipeline import Run
+from pipeline import ROOT, Run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_model_kinds import described
 from test_train import copy_of, equal, stop_in, weights
 
 from census_scvi.census.cells import select_cells, select_labels
@@ -32,6 +33,7 @@ from census_scvi.model.encode import Encoder, extend_batches
 from census_scvi.model.families import FAMILIES
 from census_scvi.model.safe import load_safe
 from census_scvi.settings import load_config
+from census_scvi.training.plans import library_plan, plan_arguments
 
 SURGERY = {"use_layer_norm": "both", "use_batch_norm": "none"}
 KINDS: dict[str, dict[str, dict[str, Any]]] = {
@@ -221,6 +223,22 @@ def test_labels_of_the_census_in_the_order_of_the_cells(protein_census: str) -> 
     assert np.array_equal(np.array(labels, dtype=object)[codes], expected)
     assert labels[:-1] == sorted(set(expected) - {"B cell"})
     assert labels[-1] == "B cell"
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "SCVI"])
+def test_the_shipped_configs_are_for_every_kind(kind: str, tmp_path: Path) -> None:
+    """Also the arguments of SCVI's training plan that scvi-tools' other plans only inherit."""
+    inputs = ["anndata.labels_key=cell_type", "anndata.protein_measurement=protein", f"model.kind={kind}"]
+    for name in ("scvi-config.yaml", "configs/small.yaml", "configs/blood.yaml", "configs/surgery-reference.yaml"):
+        plan = load_config(ROOT / name, inputs).training_plan | {
+            "max_kl_weight": 0.5,
+            "min_kl_weight": 0.25,
+            "eps": 0.1,
+        }
+        built = library_plan(described(kind).build(), plan_arguments(plan, kind, 100))
+        assert type(built).__mro__[1 if kind == "SCANVI" else 0] is FAMILIES[kind].plan_class
+        assert (built.max_kl_weight, built.min_kl_weight, built.eps) == (0.5, 0.25, 0.1)
+        assert built.n_epochs_kl_warmup or built.n_steps_kl_warmup
 
 
 # --- minibatches

@@ -78,6 +78,8 @@ _PLAN_OF = {
     "TOTALVI": ("AdversarialTrainingPlan", "TOTALVAE.loss"),
 }
 MODEL_KINDS = tuple(_PLAN_OF)
+# Arguments of TrainingPlan that the plans of other kinds have only as attributes.
+OF_EVERY_PLAN = ("max_kl_weight", "min_kl_weight", "eps")
 # Metrics of the training that early stopping and the learning rate schedule can monitor.
 MEASURED = (
     *(f"{name}_validation" for name in ("elbo", "reconstruction_loss", "kl_local", "kl_global")),
@@ -193,7 +195,10 @@ def check_training_plan(arguments: dict[str, Any], listing: Listing | None, kind
     types are not checked.
     """
     plan, loss = _PLAN_OF[kind]
-    known = listing["scvi-tools"][plan] | listing["scvi-tools"][loss] if listing else None
+    known = None
+    if listing:
+        of_every_plan = {name: listing["scvi-tools"]["TrainingPlan"][name] for name in OF_EVERY_PLAN}
+        known = of_every_plan | listing["scvi-tools"][plan] | listing["scvi-tools"][loss]
     _check("training_plan", arguments, known, _PLAN_RESERVED, f"scvi-tools' {plan}")
     _check_values("training_plan", arguments, known, _PLAN_VALUES)
     least, most = arguments.get("min_kl_weight", 0.0), arguments.get("max_kl_weight", 1.0)

@@ -10,6 +10,7 @@ import scvi
 import torch
 from scvi.train import AdversarialTrainingPlan, SemiSupervisedTrainingPlan, TrainingPlan
 
+from census_scvi.config.library_arguments import OF_EVERY_PLAN
 from census_scvi.counts.data_module import PreparedDataModule
 from census_scvi.counts.minibatch import LABELLED, Minibatch
 from census_scvi.model.families import SCANVI, SCVI, TOTALVI, family_of
@@ -79,12 +80,18 @@ def library_plan(model: scvi.model.SCVI, arguments: dict[str, Any]) -> TrainingP
         Result of `plan_arguments`.
     """
     kind = type(model).__name__
+    if kind not in (SCANVI, TOTALVI):
+        return TrainingPlan(model.module, **arguments)
+    attributes = {name: arguments.pop(name) for name in OF_EVERY_PLAN if name in arguments}
+    plan: TrainingPlan
     if kind == SCANVI:
-        return LabelledTrainingPlan(model.module, n_classes=model.n_labels, **arguments)
-    if kind == TOTALVI:
+        plan = LabelledTrainingPlan(model.module, n_classes=model.n_labels, **arguments)
+    else:
         arguments.setdefault("adversarial_classifier", model.module.protein_batch_mask is not None)
-        return AdversarialTrainingPlan(model.module, **arguments)
-    return TrainingPlan(model.module, **arguments)
+        plan = AdversarialTrainingPlan(model.module, **arguments)
+    for name, value in attributes.items():  # inherited from TrainingPlan, but not arguments of these plans
+        setattr(plan, name, value)
+    return plan
 
 
 def plan_arguments(settings: dict[str, Any], kind: str, n_cells: int) -> dict[str, Any]:
