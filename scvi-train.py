@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train scVI on the prepared cells and write the model to scvi.model/."""
+"""Train the model on the prepared cells and write it to scvi.model/."""
 
 import sys
 

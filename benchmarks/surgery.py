@@ -227,15 +227,39 @@ def main() -> None:
     show(pd.read_csv(options.results))
 
 
+SHOWN = {
+    "distance_mean": "distance to joint",
+    "neighbor_overlap": "neighbors in common",
+    "cluster_agreement": "clusters (ARI)",
+    "accuracy_neighbors": "accuracy: neighbors",
+    "accuracy_random_forest": "random forest",
+    "accuracy_mlp": "perceptron",
+    "mixing": "mixing",
+    "steps": "steps",
+}
+
+
 def show(table: pd.DataFrame) -> None:
-    """Print the mean of each number over the seeds, with the range."""
-    numbers = [name for name in table.columns if pd.api.types.is_numeric_dtype(table[name]) and name != "seed"]
+    """Print a Markdown table of each case: mean over the seeds, and the range."""
     for case, rows in table.groupby("case", sort=False):
-        print(f"\n{case}, {rows['seed'].nunique()} seeds: mean (least to most)")
-        grouped = rows.groupby("way", sort=False)[numbers]
-        least, mean, most = grouped.min(), grouped.mean(), grouped.max()
-        shown = mean.round(3).astype(str) + " (" + least.round(3).astype(str) + "-" + most.round(3).astype(str) + ")"
-        print(shown.T.to_string())
+        moved, batch_by_batch = rows["moved"].max(), rows["batch_by_batch"].max()
+        print(f"\n{case}, {rows['seed'].nunique()} seeds; largest change of the reference {moved:.1g}, of the latent")
+        print(f"embedded batch by batch {batch_by_batch:.1g}\n")
+        print("| way | " + " | ".join(SHOWN.values()) + " |")
+        print("|---" * (len(SHOWN) + 1) + "|")
+        rows = rows.assign(way=rows["way"].str.replace(r"^joint, seed \d+$", "joint, other seeds", regex=True))
+        for way, group in rows.groupby("way", sort=False):
+            print(f"| {way} | " + " | ".join(ranged(name, group[name]) for name in SHOWN) + " |")
+
+
+def ranged(name: str, values: pd.Series) -> str:
+    """Mean of a column, and its range; the number of steps alone."""
+    if name == "steps":
+        return f"{values.mean():,.0f}"
+    digits = 2 if name == "distance_mean" else 3
+    least, most = (f"{value:.{digits}f}".lstrip("0") or "0" for value in (values.min(), values.max()))
+    mean = f"{values.mean():.{digits}f}".lstrip("0")
+    return mean if least == most else f"{mean} ({least}-{most})"
 
 
 if __name__ == "__main__":

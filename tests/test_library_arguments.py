@@ -59,7 +59,7 @@ def test_names_are_checked_when_training_starts_with_an_unknown_version(
     path.write_text(json.dumps(values))
     config = load_config(path)
     with pytest.raises(UserError, match=re.escape(message)):
-        fit.check_arguments(config.train, config.training_plan, None, "SCVI")  # type: ignore[arg-type]
+        fit.check_arguments(config.train, config.training_plan, None, "SCVI")  # type: ignore[arg-type]  # not read
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ STAGES = {
         ),
         Stage(
             "train",
-            "Train scVI on the prepared cells and write the model to scvi.model/.",
+            "Train the model on the prepared cells and write it to scvi.model/.",
             reads={"prepare": ("prepared",)},
             pipeline=True,
             progress=CHECKPOINT,

@@ -18,11 +18,11 @@ class AnndataSection(Section):
         Field(default_factory=lambda: ["dataset_id", "assay", "suspension_type", "donor_id"])
     )
     """obs columns whose combination is the batch."""
-    labels_key: Annotated[Name | None, Changes("prepare", "train")] = None
+    labels_key: Annotated[Name | None, Changes("prepare", "train"), USUAL] = None
     """obs column of the labels that SCANVI learns, e.g. cell_type; null: none."""
     unlabeled_category: Annotated[Name, Changes("prepare", "train")] = "unknown"
     """Label of the cells without a known label."""
-    protein_measurement: Annotated[Name | None, Changes("prepare", "train", "create-latent-update")] = None
+    protein_measurement: Annotated[Name | None, Changes("prepare", "train", "create-latent-update"), USUAL] = None
     """Measurement of the Census with the proteins that TOTALVI learns, e.g. protein; null: none."""
     model_filename: FileName = "anndata_model.h5ad"
     """Name of the file of training cells in the run directory."""
