@@ -593,13 +593,12 @@ def latent(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             seconds = []
             for _ in range(4):
                 started = time.perf_counter()
-                made = encode(counts, np.zeros(n, np.int64), minibatch)
+                made = encode(counts, np.zeros(n, np.int64), minibatch=minibatch)
                 seconds.append(time.perf_counter() - started)
             found.append({"hidden": hidden, "minibatch": minibatch, "cells/s": n / min(seconds)})
         few = slice(0, 4096)
-        wanted, _ = reference_latent(
-            model, data.genes, counts[few], [data.batches[0]] * min(n, 4096), "gpu" if GPU else "cpu"
-        )
+        batches, accelerator = [data.batches[0]] * min(n, 4096), "gpu" if GPU else "cpu"
+        wanted, _ = reference_latent(model, data.genes, counts[few], batches, accelerator=accelerator)
         found[-1]["largest difference"] = float(np.abs(made.mean[few] - wanted).max())
         data.close()
     rows = [

@@ -154,7 +154,7 @@ def _training(directory: Path) -> dict[str, Any] | None:
     return {
         "prepare": prepare,
         "train": train,
-        "method": family_of(train["config"]["model"].get("kind", SCVI)).title,
+        "method": family_of(train["config"].get("model", {}).get("kind", SCVI)).title,
         "curves": figures.draw_curves(curves, list(curves)) if curves else None,
         "final": {name: values[-1] for name, values in curves.items()},
         "hardware": ", ".join(train["hardware"].get("gpus", [])) or f"{train['hardware']['cores']} cores",
