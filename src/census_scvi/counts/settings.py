@@ -22,7 +22,7 @@ class AnndataSection(Section):
     """obs column of the labels that SCANVI learns, e.g. cell_type; null: none."""
     unlabeled_category: Annotated[Name, Changes("prepare", "train")] = "unknown"
     """Label of the cells without a known label."""
-    protein_measurement: Annotated[Name | None, Changes("prepare", "train", "create-latent-update"), USUAL] = None
+    protein_measurement: Annotated[Name | None, Changes("prepare", "train", "create-latent-update")] = None
     """Measurement of the Census with the proteins that TOTALVI learns, e.g. protein; null: none."""
     model_filename: FileName = "anndata_model.h5ad"
     """Name of the file of training cells in the run directory."""
