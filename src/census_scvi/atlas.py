@@ -473,9 +473,7 @@ class Atlas:
         """
         require_whole("seed", seed, 0)
         require_number("min_share", min_share, most=1)
-        columns = [batch_key] if isinstance(batch_key, str) else list(batch_key)
         settings = SurgeryTraining.of(mode, training)
-        model, description = self._cells.model
         if self._adapted is not None and len(self._adapted.models) > 1:
             raise UserError("this atlas has a model for each batch (mode per_batch): adapt the atlas of the reference")
         target = None if folder is None else new_folder(expand_argument(folder, "folder"))
@@ -485,9 +483,9 @@ class Atlas:
                 self._mapper.align(source, counts=counts, min_share=min_share, proteins=proteins)
             )
             adapted = adapt(
-                Reference(model, description, self._typical() if self._typical else None),
+                self._reference_model,
                 aligned,
-                columns,
+                _columns(batch_key),
                 mode,
                 settings,
                 place,
@@ -561,9 +559,7 @@ class Atlas:
         """
         require_whole("seed", seed, 0)
         require_whole("n_seeds", n_seeds, 2)
-        columns = [batch_key] if isinstance(batch_key, str) else list(batch_key)
         settings = SurgeryTraining.of(SEQUENTIAL, training)
-        model, description = self._cells.model
         if labels is not None:
             require_columns(self._cells.census, [labels], "labels")
             reference = self.reference(obs_filter, [labels], max_cells, seed)
@@ -576,15 +572,19 @@ class Atlas:
                 near = suggestion(truth, list(map(str, aligned.obs.columns)))
                 raise UserError(f"truth: the cells have no obs column {truth!r}{near}")
             known = None if truth is None else read_labels(aligned.obs[truth], f"obs[{truth!r}]")
-            of_model = Reference(model, description, self._typical() if self._typical else None)
             ways = map_in_all_ways(
-                of_model, aligned, columns, settings, work, self._mapper.as_one_batch, seed=seed, n_seeds=n_seeds,
-                accelerator=accelerator,
+                self._reference_model, aligned, _columns(batch_key), settings, work, self._mapper.as_one_batch,
+                seed=seed, n_seeds=n_seeds, accelerator=accelerator,
             )  # fmt: skip
         if labels is None:
             return compare_ways(ways, seed=seed)
         named = read_labels(reference.obs[labels], labels)
         return compare_ways(ways, reference.obsm[EMBEDDING], named, known, seed=seed)
+
+    @property
+    def _reference_model(self) -> Reference:
+        """The model as the reference of a surgery."""
+        return Reference(*self._cells.model, self._typical() if self._typical else None)
 
     @property
     def _of_surgery(self) -> dict[str, str]:
@@ -793,7 +793,7 @@ class Atlas:
         with_counts = None
         if baseline_cells and _holds_counts(source):
             with_counts = self._counts(source, mapped, reference, counts, min_share, baseline_cells)
-        batches = [] if batch_key is None else [batch_key] if isinstance(batch_key, str) else list(batch_key)
+        batches = [] if batch_key is None else _columns(batch_key)
         joined = join_atlas(
             mapped, reference, columns, with_counts, batch_key=batches, n_neighbors=n_neighbors, seed=seed,
             embedding=OWN_EMBEDDING, latent=EMBEDDING,
@@ -985,6 +985,11 @@ class Atlas:
     def _typical_counts(self) -> sp.csr_matrix | None:
         cells = self._typical() if self._typical else None
         return None if cells is None else cells.counts
+
+
+def _columns(names: str | Sequence[str]) -> list[str]:
+    """Names of columns, given as one name or several."""
+    return [names] if isinstance(names, str) else list(names)
 
 
 def _holds_counts(source: QuerySource) -> bool:
