@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from pipeline import ROOT, Run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_model_kinds import described
-from test_train import copy_of, equal, stop_in, weights
+from test_train import copy_of, equal, stop_in, trained_for, weights
 
 from census_scvi.census.cells import select_cells, select_labels
 from census_scvi.census.open import open_census
@@ -134,9 +134,11 @@ def test_a_stopped_run_goes_on_as_an_undisturbed_one(
     short = KINDS[kind] | {"train": {"checkpoint_minutes": 0}}
     stopped = prepared_as(runs[kind], tmp_path, **short)
     stop_in(stopped, 1, 2, monkeypatch)
+    trained_for(stopped.path(".partial/train/checkpoint.ckpt"), 1000.0, 500.0)
     torch.manual_seed(12345)
     assert stopped("train") == 0
     assert stopped.record("train")["resumed"]
+    assert 1000 < stopped.record("train")["seconds"] < 1100
     assert equal(weights(runs[kind]), weights(stopped))
     ours, theirs = (run.record("train")["learning_curves"] for run in (runs[kind], stopped))
     assert ours == theirs

@@ -14,6 +14,7 @@ import pytest
 import scipy.sparse as sp
 import scvi
 from pipeline import STAGES, Run
+from test_train import trained_for
 
 from census_scvi import Atlas
 from census_scvi.model.build import quiet
@@ -135,7 +136,9 @@ def test_dry_run_and_mistakes(run: Run, query: Path, capsys: pytest.CaptureFixtu
 
 KILL = """
 import os, signal
+from census_scvi.training import checkpoint
 from census_scvi.training.checkpoint import Checkpoint
+checkpoint._SHARE = 1e9  # one after each epoch, also of short ones
 write, written = Checkpoint._write, []
 def kill(self, trainer):
     write(self, trainer)
@@ -156,6 +159,7 @@ def test_a_killed_surgery_continues(run: Run, query: Path, capsys: pytest.Captur
     work = query.with_name("out-model.training")
     assert (work / "training-000" / "model").is_dir()
     assert not (work / "training-001" / "model").exists()
+    trained_for(work / "training-001" / "checkpoint.ckpt", 1000.0, 500.0)
     assert run("map-query", *out) == 0
     log = capsys.readouterr().err
     assert f"continuing the surgery in {work}" in log
@@ -163,6 +167,10 @@ def test_a_killed_surgery_continues(run: Run, query: Path, capsys: pytest.Captur
     assert not work.exists()
     whole, resumed = (query.with_name(f"{name}-model") / "weights.safetensors" for name in ("whole", "out"))
     assert whole.read_bytes() == resumed.read_bytes()
+    _, description = load_safe(resumed.parent)
+    first, second = (training["seconds"] for training in description.lineage[-2:])
+    assert 0 < first < 100
+    assert 1000 < second < 1100
 
 
 def test_a_comparison_is_reported_and_the_cells_are_mapped_jointly(

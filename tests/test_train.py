@@ -896,13 +896,29 @@ def stop_in(run: Run, epoch: int, minibatch: int, monkeypatch: pytest.MonkeyPatc
     assert not run.path("scvi.model").exists()
 
 
+def trained_for(path: Path, seconds: float, cpu_seconds: float) -> None:
+    """Change the time of training that a checkpoint has, after a check that it is plausible."""
+    saved = torch.load(path, weights_only=True)
+    (name,) = (name for name in saved["callbacks"] if name.startswith("LearningCurves"))
+    assert all(0 < spent < 200 for spent in saved["callbacks"][name]["spent"])
+    saved["callbacks"][name]["spent"] = [seconds, cpu_seconds]
+    torch.save(saved, path)
+
+
 @pytest.mark.parametrize(
-    ("minutes", "epoch", "minibatch", "first"),
-    [(10, 3, 2, (3, 0)), (0, 3, 2, (3, 2)), (0, 0, 1, (0, 1)), (0, 1, -1, (1, -1)), (0, 2, 0, (2, 0))],
-    ids=["epochs only", "within an epoch", "in the first epoch", "before the last minibatch", "at an epoch's start"],
+    ("minutes", "share", "epoch", "minibatch", "first"),
+    [
+        pytest.param(10, 1e9, 3, 2, (3, 0), id="epochs only"),
+        pytest.param(10, 1e-9, 3, 2, (1, 0), id="epochs that are short compared with a checkpoint"),
+        pytest.param(0, 1e-9, 3, 2, (3, 2), id="within an epoch"),
+        pytest.param(0, 0.05, 0, 1, (0, 1), id="in the first epoch"),
+        pytest.param(0, 0.05, 1, -1, (1, -1), id="before the last minibatch"),
+        pytest.param(0, 0.05, 2, 0, (2, 0), id="at an epoch's start"),
+    ],
 )
 def test_a_stopped_run_goes_on_to_the_weights_and_curves_of_an_undisturbed_one(
     minutes: float,
+    share: float,
     epoch: int,
     minibatch: int,
     first: tuple[int, int],
@@ -916,7 +932,9 @@ def test_a_stopped_run_goes_on_to_the_weights_and_curves_of_an_undisturbed_one(
     torch.set_num_threads(1)
     settings = {**RESUMABLE, "train": {**RESUMABLE["train"], "checkpoint_minutes": minutes}}
     stopped = copy_of(prepared, tmp_path, **settings)
+    monkeypatch.setattr(checkpoint, "_SHARE", share)
     stop_in(stopped, epoch, minibatch, monkeypatch)
+    trained_for(stopped.path(".partial/train/checkpoint.ckpt"), 1000.0, 500.0)
     torch.manual_seed(12345)  # a new process has another random state
     steps = []
     real = finite_loss.FiniteLoss.on_train_batch_start
@@ -932,6 +950,8 @@ def test_a_stopped_run_goes_on_to_the_weights_and_curves_of_an_undisturbed_one(
     ours, theirs = (run.record("train")["learning_curves"] for run in (undisturbed, stopped))
     assert ours == theirs
     assert stopped.record("train")["resumed"]
+    assert 1000 < stopped.record("train")["seconds"] < 1100
+    assert 500 < stopped.record("train")["cpu_seconds"] < 600
 
 
 def test_accumulated_gradients_survive_a_stop(prepared: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,6 +77,7 @@ def run(task: Task) -> None:
     for problem in _problems(config, data):
         log.warning("warning: %s", problem)
     curves = _fit(config, model, data, stage.staging, digest(stage.staged_fingerprint))
+    stage.earlier = curves.earlier
     _save(config, model, description, curves, stage)
     counts = _counts(model, data, curves)
     data.cells.close()

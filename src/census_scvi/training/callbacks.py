@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import threading
+import time
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -131,6 +132,8 @@ class LearningCurves(lightning.Callback):
     ----------
     libraries
         The libraries that multiplied float32 matrices, for the record.
+    earlier
+        Seconds, and CPU seconds of this process, that a resumed run had trained before its checkpoint; 0 otherwise.
     """
 
     def __init__(self, engine: str) -> None:
@@ -138,6 +141,8 @@ class LearningCurves(lightning.Callback):
         self.engine = engine
         self.processes = 1
         self.libraries: dict[str, str] | None = None
+        self.earlier = (0.0, 0.0)
+        self._began = _now()
 
     def on_train_start(self, trainer: Trainer, pl_module: Module) -> None:
         """Record the number of processes."""
@@ -152,12 +157,20 @@ class LearningCurves(lightning.Callback):
             series.append(float(value))
 
     def state_dict(self) -> dict[str, Any]:
-        """The curves so far."""
-        return {"curves": self.curves}
+        """The curves so far, and the time of training so far."""
+        spent = [before + now - began for before, now, began in zip(self.earlier, _now(), self._began, strict=True)]
+        return {"curves": self.curves, "spent": spent}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue saved curves."""
         self.curves = state_dict["curves"]
+        seconds, cpu_seconds = state_dict.get("spent", self.earlier)  # earlier versions did not save the time
+        self.earlier = (seconds, cpu_seconds)
+
+
+def _now() -> tuple[float, float]:
+    """Seconds, and CPU seconds of this process."""
+    return time.monotonic(), time.process_time()
 
 
 class EarlyStopping(LoudEarlyStopping):

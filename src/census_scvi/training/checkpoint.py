@@ -22,6 +22,8 @@ Module: TypeAlias = lightning.LightningModule
 
 # Several processes agree every this many minibatches whether a checkpoint is due; more often would slow down training.
 _AGREED_EVERY = 16
+# Share of the time of short epochs that their checkpoints may take.
+_SHARE = 0.05
 
 
 class StagedIO(TorchCheckpointIO):
@@ -71,6 +73,8 @@ def _write(checkpoint: dict[str, Any], path: Path) -> None:
 class Checkpoint(lightning.Callback):
     """Write a checkpoint after each epoch and at intervals within an epoch; the file is replaced atomically.
 
+    After epochs so short that writing would take more than 5 % of the time, only some of them write one.
+
     Lightning saves weights, optimiser and progress, and the loader saves its position. This callback adds the random
     state and the metrics of each process: their sums over the epoch so far, and the last logged values. It must run
     after the callbacks that have a state, so that the checkpoint has their state after the same step.
@@ -80,13 +84,14 @@ class Checkpoint(lightning.Callback):
     path
         The checkpoint file.
     minutes
-        Minutes between checkpoints within an epoch.
+        Minutes between checkpoints within an epoch; 0: after each minibatch, and after each epoch however short.
     """
 
     def __init__(self, path: Path, minutes: float) -> None:
         self._path = path
         self._seconds = 60 * minutes
         self._saved_at = time.monotonic()
+        self._took = 0.0  # seconds to write the last checkpoint
         self._within_epoch = False
         self._restored: dict[str, Any] = {}
 
@@ -116,8 +121,10 @@ class Checkpoint(lightning.Callback):
             self._within_epoch = False
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Module) -> None:
-        """Write a checkpoint."""
-        self._write(trainer)
+        """Write a checkpoint, unless the last one is so recent that writing would take a large share of the time."""
+        due = self._older_than(min(self._took / _SHARE, self._seconds))
+        if due if trainer.world_size == 1 else trainer.strategy.broadcast(due):
+            self._write(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Module, checkpoint: dict[str, Any]) -> None:
         """Add the state of each process."""
@@ -149,15 +156,21 @@ class Checkpoint(lightning.Callback):
         self._restored = dict(states[trainer.global_rank])
 
     def _due(self, trainer: Trainer, batch_idx: int) -> bool:
-        due = time.monotonic() - self._saved_at >= self._seconds
+        due = self._older_than(self._seconds)
         if trainer.world_size == 1:
             return due
         return (batch_idx + 1) % _AGREED_EVERY == 0 and trainer.strategy.broadcast(due)
 
+    def _older_than(self, seconds: float) -> bool:
+        """Whether the last checkpoint was written that long ago."""
+        return time.monotonic() - self._saved_at >= seconds
+
     def _write(self, trainer: Trainer) -> None:
         """Write the file; called in every process, because the states of all processes are gathered."""
+        started = time.monotonic()
         trainer.save_checkpoint(self._path, weights_only=False)
         self._saved_at = time.monotonic()
+        self._took = self._saved_at - started
 
 
 def _summed(sums: dict[str, dict[str, torch.Tensor]]) -> dict[str, Any]:

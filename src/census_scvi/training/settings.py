@@ -59,7 +59,9 @@ class TrainSection(Section):
     numbers.
     """
     checkpoint_minutes: Annotated[float, Field(ge=0.0), Changes()] = 10.0
-    """Minutes between checkpoints within an epoch, from which a killed training resumes; each epoch ends with one."""
+    """Minutes between checkpoints within an epoch, from which a killed training resumes; each epoch ends with one,
+    unless writing it would take more than 5 % of the time. 0: after every minibatch.
+    """
     trainer: TrainerArguments | None = None
     """More arguments of Lightning's Trainer, e.g. gradient_clip_val."""
 

@@ -65,6 +65,8 @@ class RecordedRun:
         Whether the result already exists.
     resumed
         Whether the run continues unfinished work.
+    earlier
+        Seconds and CPU seconds of the interrupted runs whose work it continues.
     """
 
     stage: str
@@ -72,6 +74,7 @@ class RecordedRun:
     forced: bool = False
     done: bool = False
     resumed: bool = False
+    earlier: tuple[float, float] = (0.0, 0.0)
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
     _clock: float = field(default_factory=time.monotonic)
     _cpu: float = field(default_factory=time.process_time)
@@ -98,8 +101,8 @@ class RecordedRun:
             "seed": seed,
             "started": self.started.isoformat(timespec="seconds"),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seconds": round(time.monotonic() - self._clock, 3),
-            "cpu_seconds": round(time.process_time() - self._cpu, 3),
+            "seconds": round(self.earlier[0] + time.monotonic() - self._clock, 3),
+            "cpu_seconds": round(self.earlier[1] + time.process_time() - self._cpu, 3),
             "peak_memory_bytes": provenance.peak_memory_bytes(),
             "packages": provenance.package_versions(),
             "code": provenance.code_state(),

@@ -236,7 +236,7 @@ def _train(
         tensorboard=folder / "tb_logs",
         named=_NAMED,
     )
-    seconds = time.monotonic() - started
+    seconds = curves.earlier[0] + time.monotonic() - started
     steps = len(data.train_dataloader()) * len(curves.curves["elbo_train"])
     data.cells.close()
     moved = movement(before, extended, sample)
