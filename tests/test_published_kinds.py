@@ -9,10 +9,12 @@ from typing import Any
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
 import scvi
 from pipeline import Run
 from scvi.hub import HubModel
+from sklearn.metrics import silhouette_score
 
 import census_scvi
 from census_scvi.atlas import Atlas
@@ -23,6 +25,7 @@ from census_scvi.model.build import Proteins, build_model, init_arguments, set_p
 from census_scvi.model.encode import reference_latent
 from census_scvi.model.published import seal_of
 from census_scvi.model.safe import load_safe
+from census_scvi.model.seeded import seeded
 from census_scvi.model.settings import ModelSection
 from census_scvi.publication.chain import verify
 from census_scvi.report.named import embeddings_of
@@ -178,16 +181,55 @@ def test_labels_by_the_model_are_those_of_scvi_tools(published: Run, tmp_path: P
     assert published("annotate", *arguments, f"query.output={tmp_path / 'mapped.h5ad'}", "--force") == 2
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
-def test_expression_of_the_census_is_decoded(published: Run) -> None:
-    sealed = sealed_of(published)
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::RuntimeWarning")
+def test_expression_of_the_census_is_that_of_scvi_tools(published: Run) -> None:
+    """Normalised and differential expression of the cells that the model was trained on, with the same seed."""
+    trained = ad.read_h5ad(published.path("anndata_model.h5ad"))
+    trained = trained[np.argsort(trained.obs["soma_joinid"])].copy()
+    trained.obs_names = trained.obs["soma_joinid"].astype(str)
+    plain = getattr(scvi.model, kind_of(published)).load(str(published.path("scvi.model")), adata=trained)
+    few, genes = list(range(0, trained.n_obs, 40)), list(trained.var_names[:20])
+    joinids = trained.obs["soma_joinid"].iloc[few].tolist()
+    first, second = trained.obs["cell_type"].value_counts().index[:2]
     with Atlas.open(published.path("published")) as atlas:
-        batches = atlas.description.batches[:2]
-        for transform_batch in (batches, None):
-            trained = sealed.obs["soma_joinid"][sealed.obs["batch"].isin(atlas.description.batches)].tolist()[:9]
-            found = atlas.normalized_expression(f"soma_joinid in {trained}", list(sealed.var_names), transform_batch)
-            assert found.shape == (9, sealed.n_vars)
-            np.testing.assert_allclose(found.X.sum(axis=1), 1e4, rtol=1e-3)
+        for batches in (atlas.description.batches[:2], atlas.description.batches[1], None):
+            found = atlas.normalized_expression(f"soma_joinid in {joinids}", genes, batches, library_size=1, seed=3)
+            with seeded(3):
+                expected = plain.get_normalized_expression(indices=few, gene_list=genes, transform_batch=batches)
+            expected = expected[0] if kind_of(published) == "TOTALVI" else expected
+            np.testing.assert_allclose(found.X, expected[genes], rtol=1e-4, atol=1e-6)
+        of_training = f"soma_joinid in {trained.obs['soma_joinid'].tolist()}"
+        groups = [f"cell_type == '{name}' and {of_training}" for name in (first, second)]
+        table = atlas.differential_expression(*groups, seed=5)
+    cells = [np.flatnonzero(trained.obs["cell_type"] == name) for name in (first, second)]
+    with seeded(5):
+        expected = plain.differential_expression(
+            trained[np.concatenate(cells)].copy(),
+            idx1=np.arange(len(cells[0])),
+            idx2=np.arange(len(cells[0]), sum(map(len, cells))),
+            mode="change",
+            batch_correction=True,
+            silent=True,
+        )
+    pd.testing.assert_frame_equal(table[expected.columns], expected, check_names=False, rtol=1e-3, atol=1e-4)
+    n_proteins = 12 if kind_of(published) == "TOTALVI" else 0
+    assert table.index.str.endswith("_protein").sum() == n_proteins == len(table) - trained.n_vars
+
+
+def test_an_evaluation_measures_the_embedding(published: Run, tmp_path: Path) -> None:
+    title = {"SCANVI": "scANVI", "TOTALVI": "totalVI"}[kind_of(published)]
+    trained = ad.read_h5ad(published.path("anndata_model.h5ad"), backed="r").obs
+    settings = [f"evaluate.measured_cells={len(trained)}", "evaluate.baseline=false", "evaluate.batches=[]"]
+    assert published("evaluate", *settings, f"evaluate.folder={tmp_path}") == 0
+    record = json.loads((tmp_path / "metrics.json").read_text())
+    assert list(record["scores"]) == [title]
+    assert record["cells"]["measured"] == len(trained)
+    (width,) = (score["value"] for score in record["scores"][title] if score["metric"] == "silhouette_label")
+    latent = np.load(published.path("latent.npy"))[trained["soma_joinid"]]
+    assert width == pytest.approx((silhouette_score(latent, trained["cell_type"]) + 1) / 2, abs=1e-4)
+    page = (tmp_path / "report.html").read_text()
+    assert title in page
+    assert "3 epochs in" in page
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
