@@ -146,12 +146,13 @@ def map_in_all_ways(
     for other in range(seed + 1, seed + n_seeds) if ways else ():
         name = seed_name(other)
         ways.append(_way(name, surgery(name, JOINT, seed=other), aligned))
-    if ways and not (alone := surgery(EQUAL_EPOCHS, PER_BATCH)).reason:
+    # With one batch, all trainings are the joint one.
+    if ways and len(joint.batches) > 1 and not (alone := surgery(EQUAL_EPOCHS, PER_BATCH)).reason:
         ways.append(_way(EQUAL_EPOCHS, alone, aligned))
         epochs = _equal_steps(alone, ways[0].steps)
         ways.append(_way(EQUAL_STEPS, surgery(EQUAL_STEPS, PER_BATCH, epochs=epochs), aligned))
         order = training.order or joint.batches
-        for name, batches in ((FORWARD, order), (BACKWARD, order[::-1]))[: len(order)]:
+        for name, batches in ((FORWARD, order), (BACKWARD, order[::-1])):
             settings = training.model_copy(update={"order": list(batches)})
             ways.append(_way(name, surgery(name, SEQUENTIAL, settings), aligned))
     latent, difference = _embedded(aligned, lambda _: without, np.zeros(len(aligned), int))
