@@ -455,6 +455,29 @@ def test_the_atlas_of_an_adapted_model(reference: Path, query: ad.AnnData, tmp_p
             Atlas.open(tmp_path / "saved")
 
 
+def test_a_folder_of_others_is_not_deleted(reference: Path, query: ad.AnnData, tmp_path: Path) -> None:
+    """Neither when the work is done nor after an error; unfinished work of a surgery is one's own."""
+    atlas = Atlas.open(reference)
+    for name in ("saved.training", "notes", "mine"):
+        (tmp_path / name).mkdir()
+    for name in ("saved.training", "notes"):
+        (tmp_path / name / "notes.txt").write_text("kept")
+    message = "is a folder for the unfinished work of a surgery, which is removed at its end, and it has 'notes.txt'"
+    for arguments in ({"folder": tmp_path / "saved"}, {"work": str(tmp_path / "notes"), "training": {"lr": 1e30}}):
+        with pytest.raises(UserError, match=message):
+            atlas.adapt(query, "batch", **arguments)
+    with pytest.raises(UserError, match=message):
+        atlas.compare_mappings(query, "batch", folder=str(tmp_path / "notes"))
+    assert [path.read_text() for path in sorted(tmp_path.glob("*/notes.txt"))] == ["kept", "kept"]
+    for _ in range(2):
+        atlas.adapt(query, "batch", work=str(tmp_path / "mine"), training={"max_epochs": 1})
+    assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == [
+        "fingerprint.json",
+        "surgery.lock",
+        "training-000",
+    ]
+
+
 def test_the_preset_is_of_a_reference_that_can_be_extended() -> None:
     config = load_config(Path(__file__).parents[1] / "configs/surgery-reference.yaml", ["census.uri=somewhere"])
     description = ModelDescription(GENES, ["a", "b"], init_arguments(config.model), "homo_sapiens", ["batch"], 0)

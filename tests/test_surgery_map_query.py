@@ -132,6 +132,16 @@ def test_dry_run_and_mistakes(run: Run, query: Path, capsys: pytest.CaptureFixtu
         assert run("map-query", *settings(query, "out"), columns, *arguments) == 2
         assert "is a batch of the query and of the reference: training would move" in capsys.readouterr().err
     assert [path.name for path in query.parent.iterdir()] == ["cells.h5ad"]
+    folder = query.with_name("out-model")
+    folder.mkdir()
+    (folder / "notes.txt").write_text("kept")
+    for arguments in (["--force"], ["--dry-run"]):
+        assert run("map-query", *settings(query, "out"), *arguments) == 2
+        assert f"{folder} exists and is not a model that surgery wrote, and the adapted" in capsys.readouterr().err
+    (folder / "surgery.json").write_text("{}")
+    assert run("map-query", *settings(query, "out"), f"query.model={folder}", "--force") == 2
+    assert f"query.model is {folder}, which the adapted model would replace" in capsys.readouterr().err
+    assert (folder / "notes.txt").read_text() == "kept"
 
 
 KILL = """

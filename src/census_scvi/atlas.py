@@ -427,7 +427,7 @@ class Atlas:
         mode: str = JOINT,
         training: Mapping[str, Any] | SurgeryTraining | None = None,
         folder: str | Path | None = None,
-        work: Path | None = None,
+        work: str | Path | None = None,
         accelerator: str = "auto",
         seed: int = 0,
         counts: str | None = None,
@@ -478,7 +478,10 @@ class Atlas:
             raise UserError("this atlas has a model for each batch (mode per_batch): adapt the atlas of the reference")
         target = None if folder is None else new_folder(expand_argument(folder, "folder"))
         with ExitStack() as stack:
-            place = work or (work_of(target) if target else Path(stack.enter_context(TemporaryDirectory())))
+            if work is not None:
+                place = Path(expand_argument(work, "work"))
+            else:
+                place = work_of(target) if target else Path(stack.enter_context(TemporaryDirectory()))
             aligned = stack.enter_context(
                 self._mapper.align(source, counts=counts, min_share=min_share, proteins=proteins)
             )
@@ -516,7 +519,7 @@ class Atlas:
         training: Mapping[str, Any] | SurgeryTraining | None = None,
         max_cells: int = REFERENCE_CELLS,
         n_seeds: int = 3,
-        folder: Path | None = None,
+        folder: str | Path | None = None,
         accelerator: str = "auto",
         seed: int = 0,
         counts: str | None = None,
@@ -564,7 +567,7 @@ class Atlas:
             require_columns(self._cells.census, [labels], "labels")
             reference = self.reference(obs_filter, [labels], max_cells, seed)
         with ExitStack() as stack:
-            work = folder or Path(stack.enter_context(TemporaryDirectory()))
+            work = Path(expand_argument(folder or stack.enter_context(TemporaryDirectory()), "folder"))
             aligned = stack.enter_context(
                 self._mapper.align(source, counts=counts, min_share=min_share, proteins=proteins)
             )

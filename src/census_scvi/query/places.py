@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from census_scvi.config.run_names import SURGERY
 from census_scvi.counts.other_formats import check_cells_path, files_of, folder_of_mtx
 from census_scvi.errors import UserError
 from census_scvi.files.writable import require_writable, require_writable_folder
@@ -56,6 +57,7 @@ def query_results(settings: QuerySection, directory: Path) -> ResultFiles:
     for path in (target, *companion_files(settings, target)):
         if path == adapted_folder(target):
             require_writable_folder(path, [], "query.output")
+            _require_replaceable(path, settings.model)
         else:
             require_writable(path, "query.output")
         if path.exists() and path.samefile(source):
@@ -64,6 +66,20 @@ def query_results(settings: QuerySection, directory: Path) -> ResultFiles:
     if settings.model is None and Source.at(str(directory)).kind not in with_model:
         Workspace(directory).require_run("give it in output.directory, or a published model in query.model")
     return ResultFiles(target, target.with_suffix(".json"), "query.output")
+
+
+def _require_replaceable(folder: Path, model: str | None) -> None:
+    """UserError if a folder is no adapted model, or is the model to adapt: the new model would replace it."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not (folder / SURGERY).exists():
+        raise UserError(
+            f"query.output: {folder} exists and is not a model that surgery wrote, and the adapted model would replace"
+            " it; give another query.output, or move the folder away"
+        )
+    path = Source.at(model).path if model else None
+    if path is not None and path.exists() and folder.samefile(path):
+        raise UserError(f"query.model is {folder}, which the adapted model would replace; give another query.output")
 
 
 def adapted_folder(target: Path) -> Path:

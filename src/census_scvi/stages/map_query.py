@@ -99,7 +99,8 @@ def run(task: Task) -> None:
     copy_with_results(source, run.path(target.name), mapped.obs, mapped.obsm, uns)
     written = [path for path in (target, *companion_files(config.query, target)) if run.path(path.name).exists()]
     task.commit([path.name for path in written], {"cells": mapped.n_obs})
-    remove(work_of(adapted_folder(target)))
+    if settings.surgery != NONE:
+        remove(work_of(adapted_folder(target)))
     log.info("wrote %s", ", ".join(map(str, written)))
 
 

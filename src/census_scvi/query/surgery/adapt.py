@@ -21,7 +21,7 @@ from census_scvi.model.safe import ModelDescription, weights_digest
 from census_scvi.model.typical import TypicalCells
 from census_scvi.query.alignment import AlignedCells
 from census_scvi.query.batches import required_batches
-from census_scvi.query.surgery.adapted import Adapted, in_number, in_words
+from census_scvi.query.surgery.adapted import Adapted, in_number, in_words, require_work_folder
 from census_scvi.query.surgery.cells import TrainingCells, write_training_cells
 from census_scvi.query.surgery.movement import ReferenceSample, reference_sample
 from census_scvi.query.surgery.requirements import no_effect, require_extendable
@@ -154,6 +154,7 @@ def adapt(
         The model cannot be extended by these batches, a batch has too few cells, the loss is not finite, or the
         reference moved. No model is written then.
     """
+    require_work_folder(work)
     labels = required_batches(aligned.obs, batch_key, "query.batch_key")
     plan, reason = plan_surgery(reference, list(labels), mode, training)
     plan = replace(plan, epochs=dict(epochs or {}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ from census_scvi.model.source import Source
 from census_scvi.query.batches import required_batches
 
 _FORMAT = 1
+# Names in a folder of unfinished work: of a surgery, and of a comparison with a folder for each way.
+_WORK = re.compile(r"surgery\.lock|fingerprint\.json(\.partial)?|training-\d{3,}|(joint|per-batch|sequential)(-.*)?")
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,16 @@ def new_folder(path: str) -> Path:
         raise UserError(f"folder: {folder} exists; give a new folder, or open the model in it: Atlas.open({path!r})")
     require_writable_folder(folder, [], "folder")
     return folder
+
+
+def require_work_folder(folder: Path) -> None:
+    """UserError if a folder has content that is not unfinished work of a surgery, which is deleted at its end."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if foreign := [name for name in names if not _WORK.fullmatch(name)]:
+        raise UserError(
+            f"{folder} is a folder for the unfinished work of a surgery, which is removed at its end, and it has"
+            f" {foreign[0]!r}; give a new folder, or move that away"
+        )
 
 
 def work_of(folder: Path) -> Path:

@@ -31,7 +31,7 @@ from census_scvi.neighbors.index import NeighborIndex
 from census_scvi.query.alignment import AlignedCells
 from census_scvi.query.batches import batches_of
 from census_scvi.query.surgery.adapt import Reference, adapt
-from census_scvi.query.surgery.adapted import Adapted
+from census_scvi.query.surgery.adapted import Adapted, require_work_folder
 from census_scvi.query.surgery.settings import JOINT, PER_BATCH, SEQUENTIAL, SurgeryTraining
 from census_scvi.query.surgery.verdict import (
     BACKWARD,
@@ -141,6 +141,7 @@ def map_in_all_ways(
             reference, aligned, batch_key, mode, settings, place, **{"seed": seed, "accelerator": accelerator, **more}
         )
 
+    require_work_folder(work)
     joint = surgery(JOINT, JOINT, training.model_copy(update={"order": None}))
     ways = [] if joint.reason else [_way(JOINT, joint, aligned)]
     for other in range(seed + 1, seed + n_seeds) if ways else ():

@@ -93,7 +93,7 @@ def _positions(table: pd.DataFrame, name: str) -> str:
     noise = float(seeds["distance_mean"].max())
     says = "no difference beyond seeds"
     if _differs(table, name):
-        says = f"its positions are {row['distance_mean'] / noise:.1f} times as far from those by joint as seeds are"
+        says = f"{row['distance_mean'] / noise:.1f} times the distance between seeds"
     return (
         f"“{name}”: {says}. Mean distance {row['distance_mean']:.3g} (seeds: up to {noise:.3g}),"
         f" {row['neighbor_overlap']:.0%} of the neighbors in common"
