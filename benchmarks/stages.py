@@ -1,10 +1,11 @@
 """Cost of each stage for increasing numbers of cells, compared with the prediction of --dry-run.
 
-    python benchmarks/stages.py --census FOLDER --folder FOLDER --cells 50000 200000 [--genes 8000]
+    python benchmarks/stages.py --census FOLDER --folder FOLDER --cells 50000 200000 [--genes 8000] [--kind TOTALVI]
 
 Runs prepare, train (one epoch of a small network) and create-latent-update on the first cells of a Census, each in a
 separate process. Prints predicted and measured peak memory, time and disk; FOLDER/stages.json has every run.
-`benchmarks/scale.py` builds a suitable Census.
+`benchmarks/scale.py` builds a suitable Census. With `--kind`, a Census of simulated cells with labels and proteins is
+built if there is none: as many cells as needed, 3,000 genes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+OF_KIND = {
+    "SCVI": [],
+    "SCANVI": ["anndata.labels_key=cell_type"],
+    "TOTALVI": ["anndata.protein_measurement=protein"],
+}
 STAGES = {"prepare": "prepare", "train": "train", "create-latent-update": "create_latent_update"}
 PLAN = """
 import json, sys
@@ -33,8 +39,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--cells", type=int, nargs="+", required=True)
     parser.add_argument("--genes", type=int, default=8000)
+    parser.add_argument("--kind", choices=list(OF_KIND), default="SCVI")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
+    if arguments.kind != "SCVI" and not arguments.census.exists():
+        _build(arguments.census, max(arguments.cells))
     runs = [
         {"cells": n_cells, "stage": stage, **_stage(stage, n_cells, arguments)}
         for n_cells in arguments.cells
@@ -52,11 +61,19 @@ def main() -> None:
             print(f"| {stage} | {run['cells']:,} | {' | '.join(figures)} |")
 
 
+def _build(census: Path, n_cells: int) -> None:
+    from census_scvi.local_census.demo.cells import demo_sources
+    from census_scvi.local_census.write import build_census
+
+    sources = demo_sources(seed=0, scale=n_cells / 5900, n_genes=3000, proteins=True)  # 6,000 human cells at scale 1
+    build_census(str(census), [source for source in sources if source.organism == "homo_sapiens"])
+
+
 UNITS = {"memory": 1e9, "seconds": 1.0, "disk": 1e6}
 
 
 def _stage(stage: str, n_cells: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    directory = arguments.folder / f"cells-{n_cells}"
+    directory = arguments.folder / f"{arguments.kind}-cells-{n_cells}"
     config = arguments.folder / "empty.yaml"
     config.write_text("census:\n")
     settings = [
@@ -69,6 +86,8 @@ def _stage(stage: str, n_cells: int, arguments: argparse.Namespace) -> dict[str,
         "train.max_epochs=1",
         "train.accelerator=cpu",
         "model.n_hidden=32",
+        f"model.kind={arguments.kind}",
+        *OF_KIND[arguments.kind],
     ]
     predicted = json.loads(_python("-c", PLAN, STAGES[stage], str(config), *settings).splitlines()[-1])
     _python(f"scvi-{stage}.py", "--config", str(config), *settings, "--force")

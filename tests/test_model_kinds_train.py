@@ -18,6 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pipeline import ROOT, Run
+from scvi.dataloaders import SemiSupervisedDataLoader
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_model_kinds import described
 from test_train import copy_of, equal, stop_in, trained_for, weights
@@ -126,12 +127,17 @@ def test_scanvi_measures_its_classification(runs: dict[str, Run]) -> None:
     assert {"train_accuracy", "validation_accuracy", "validation_f1_score"} <= set(events.Tags()["scalars"])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "more"), [("SCANVI", {}), ("SCANVI", {"n_samples_per_label": 9}), ("TOTALVI", {})])
 def test_a_stopped_run_goes_on_as_an_undisturbed_one(
-    kind: str, runs: dict[str, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, more: dict[str, int], runs: dict[str, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.set_num_threads(1)
-    short = KINDS[kind] | {"train": {"checkpoint_minutes": 0}}
+    short = KINDS[kind] | {"train": {"checkpoint_minutes": 0, **more}}
+    undisturbed = runs[kind]
+    if more:
+        undisturbed = prepared_as(runs[kind], tmp_path / "undisturbed", **short)
+        assert undisturbed("train") == 0
+        assert not equal(weights(runs[kind]), weights(undisturbed))
     stopped = prepared_as(runs[kind], tmp_path, **short)
     stop_in(stopped, 1, 2, monkeypatch)
     trained_for(stopped.path(".partial/train/checkpoint.ckpt"), 1000.0, 500.0)
@@ -139,8 +145,8 @@ def test_a_stopped_run_goes_on_as_an_undisturbed_one(
     assert stopped("train") == 0
     assert stopped.record("train")["resumed"]
     assert 1000 < stopped.record("train")["seconds"] < 1100
-    assert equal(weights(runs[kind]), weights(stopped))
-    ours, theirs = (run.record("train")["learning_curves"] for run in (runs[kind], stopped))
+    assert equal(weights(undisturbed), weights(stopped))
+    ours, theirs = (run.record("train")["learning_curves"] for run in (undisturbed, stopped))
     assert ours == theirs
 
 
@@ -188,6 +194,16 @@ WRONG: list[tuple[str, dict[str, dict[str, Any]], str]] = [
     ("prepare", {"model": {"from_scvi_model": "x"}}, "model.from_scvi_model is used only by SCANVI, and model.kind is"),
     ("prepare", {"model": {"arguments": {"use_layer_norm": "all"}}}, "'all', expected one of encoder, decoder, none"),
     ("prepare", {"model": {"arguments": {"latent_distribution": "ln"}}}, "'ln', expected one of normal"),
+    (
+        "prepare",
+        {"train": {"n_samples_per_label": 5}},
+        "train.n_samples_per_label is used only by SCANVI, and model.kind is SCVI; remove it",
+    ),
+    (
+        "prepare",
+        {"training_plan": {"n_samples_per_label": 5}},
+        "training_plan.n_samples_per_label cannot be set here; set train.n_samples_per_label",
+    ),
     ("prepare", {"training_plan": {"classification_ratio": 1}}, "is not an argument of scvi-tools' TrainingPlan"),
     (
         "train",
@@ -287,15 +303,21 @@ def minibatches(data: PreparedDataModule, n_epochs: int) -> Iterator[dict[str, A
         yield from loader
 
 
-@settings(max_examples=15, deadline=None)
-@given(batch_size=st.integers(20, 300), start=st.integers(0, 10_000), workers=st.integers(0, 2))
+@settings(max_examples=20, deadline=None)
+@given(
+    batch_size=st.integers(20, 300),
+    start=st.integers(0, 10_000),
+    workers=st.integers(0, 2),
+    n_samples=st.none() | st.integers(1, 250),
+)
 def test_every_labelled_cell_comes_once_a_pass_also_after_a_resume(
-    prepared_cells: Path, batch_size: int, start: int, workers: int
+    prepared_cells: Path, batch_size: int, start: int, workers: int, n_samples: int | None
 ) -> None:
     def module() -> PreparedDataModule:
         return PreparedDataModule(
-            prepared_cells, batch_size=batch_size, train_size=0.8, seed=1, workers=workers, labels=True, proteins=True
-        )
+            prepared_cells, batch_size=batch_size, train_size=0.8, seed=1, workers=workers, labels=True, proteins=True,
+            n_samples_per_label=n_samples,
+        )  # fmt: skip
 
     data, file = module(), ad.read_h5ad(prepared_cells)
     every = list(minibatches(data, 3))
@@ -308,11 +330,19 @@ def test_every_labelled_cell_comes_once_a_pass_also_after_a_resume(
             assert np.array_equal(cells["labels"].squeeze(1).numpy(), file.obs["labels"].cat.codes.iloc[rows])
             assert np.array_equal(cells["batch"].squeeze(1).numpy(), file.obs["batch"].cat.codes.iloc[rows])
             assert np.array_equal(cells["proteins"].numpy(), file.obsm["protein_expression"][rows])
-    met = np.concatenate([minibatch["labelled"]["row"] for minibatch in every])
-    for first in range(0, len(met) - len(labelled) + 1, len(labelled)):
-        assert np.array_equal(np.sort(met[first : first + len(labelled)]), labelled)
-    resumed = module()
     n_epoch = len(every) // 3
+    if n_samples is None:
+        whole = [(every, labelled)]
+    else:
+        drawn = [np.flatnonzero(data.labelled_of_epoch(epoch)) for epoch in range(3)]
+        whole = [(every[epoch * n_epoch : (epoch + 1) * n_epoch], drawn[epoch]) for epoch in range(3)]
+    for part, wanted in whole:
+        met = np.concatenate([minibatch["labelled"]["row"] for minibatch in part])
+        for first in range(0, len(met), len(wanted)):
+            some = met[first : first + len(wanted)]
+            assert np.array_equal(np.sort(some), wanted if len(some) == len(wanted) else np.unique(some))
+            assert np.isin(some, wanted).all()
+    resumed = module()
     epoch, skipped = divmod(start % len(every), n_epoch)
     resumed.trainer = EpochOf(epoch)  # type: ignore[assignment]  # as far as it is used
     loader = resumed.train_dataloader()
@@ -320,6 +350,24 @@ def test_every_labelled_cell_comes_once_a_pass_also_after_a_resume(
     for one, other in zip(list(loader), every[epoch * n_epoch + skipped : (epoch + 1) * n_epoch], strict=True):
         assert torch.equal(one["row"], other["row"])
         assert torch.equal(one["labelled"]["row"], other["labelled"]["row"])
+
+
+@pytest.mark.parametrize("n_samples", [1, 50, 180, 1000])
+def test_labelled_cells_of_an_epoch_are_drawn_as_by_scvi_tools(prepared_cells: Path, n_samples: int) -> None:
+    data = PreparedDataModule(
+        prepared_cells, batch_size=64, train_size=0.9, seed=1, workers=0, labels=True, n_samples_per_label=n_samples
+    )
+    file = ad.read_h5ad(prepared_cells)
+    scvi.model.SCANVI.setup_anndata(file, labels_key="labels", unlabeled_category="unknown")
+    manager = scvi.model.SCANVI(file).adata_manager
+    theirs = SemiSupervisedDataLoader(manager, n_samples_per_label=n_samples, indices=np.flatnonzero(~data.validation))
+    ours = [np.flatnonzero(data.labelled_of_epoch(epoch)) for epoch in range(2)]
+    for rows in ours:
+        assert not data.validation[rows].any()
+        assert file.obs["labels"].iloc[rows].value_counts().to_dict() == (
+            file.obs["labels"].iloc[theirs.subsample_labels()].value_counts().to_dict()
+        )
+    assert np.array_equal(*ours) == (n_samples == 1000)  # otherwise each epoch has other cells
 
 
 def test_missing_proteins_are_those_without_counts_in_a_batch(prepared_cells: Path) -> None:

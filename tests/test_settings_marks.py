@@ -20,8 +20,8 @@ SETTINGS_OF_STAGES = {
     "prepare": ("census", "hvg", "genes.min_cells", "anndata", "seed"),
     "train": (
         "census.organism", "anndata", "model", "training_plan", "seed",
-        "train.max_epochs", "train.batch_size", "train.train_size", "train.early_stopping", "train.multi_gpu",
-        "train.devices", "train.precision", "train.trainer",
+        "train.max_epochs", "train.batch_size", "train.n_samples_per_label", "train.train_size", "train.early_stopping",
+        "train.multi_gpu", "train.devices", "train.precision", "train.trainer",
     ),
     "create-latent-update": (
         "census", "anndata.batch_key", "anndata.protein_measurement", "genes", "model.filename", "latent", "seed",

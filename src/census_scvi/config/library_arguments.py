@@ -52,6 +52,7 @@ _TRAINER_RESERVED = {
 _PLAN_RESERVED = {
     "module": None,
     "n_classes": None,
+    "n_samples_per_label": "train.n_samples_per_label",
     "labelled_tensors": None,
     "optimizer_creator": None,
     "tensors": None,

@@ -27,6 +27,7 @@ class Stream(IntEnum):
     CLASSIFIER_VALIDATION = 22
     CLASSIFIER_INTERPRETATION = 23
     CLASSIFIER_KEPT_CELLS = 24
+    LABELLED_CELLS = 30  # with the epoch
 
 
 def generator(seed: int, stream: Stream, *numbers: int) -> np.random.Generator:

@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from census_scvi.config.random_streams import Stream, draw, generator
+from census_scvi.counts.kept_cells import KeptCells, worth_keeping
 from census_scvi.counts.loader import KeptMinibatches, LabelledMinibatches, MinibatchLoader
 from census_scvi.counts.minibatch import DenseMinibatches, Minibatch, densify, each_value
 from census_scvi.counts.order import CellOrder, validation_mask
@@ -40,6 +42,11 @@ class PreparedDataModule(lightning.LightningDataModule):
         `"labelled"`.
     proteins
         Whether minibatches have proteins.
+    require_labels
+        Whether training without a labelled cell is refused.
+    n_samples_per_label
+        Number of labelled cells of each label that are drawn for each epoch, or all of a label that has fewer; None:
+        all labelled cells.
 
     Attributes
     ----------
@@ -60,10 +67,14 @@ class PreparedDataModule(lightning.LightningDataModule):
         labels: bool = False,
         proteins: bool = False,
         require_labels: bool = True,
+        n_samples_per_label: int | None = None,
     ) -> None:
         super().__init__()
         self.cells = PreparedCells(path, labels=labels, proteins=proteins)
         self._labels, self._require_labels = labels, require_labels
+        self._n_samples_per_label = n_samples_per_label
+        self._of_epoch: tuple[int | None, npt.NDArray[np.bool_]] | None = None
+        self._kept: tuple[int | None, KeptCells] | None = None
         self.sparse = False
         self._batch_size = batch_size
         self._seed = seed
@@ -77,6 +88,17 @@ class PreparedDataModule(lightning.LightningDataModule):
     def labelled(self) -> npt.NDArray[np.bool_]:
         """Bool (cells,): training cells with a label."""
         return ~self.validation & (self.cells.label_codes < len(self.cells.labels) - 1)
+
+    def labelled_of_epoch(self, epoch: int | None) -> npt.NDArray[np.bool_]:
+        """Bool (cells,): the labelled cells that are drawn for an epoch; None: all of them."""
+        if epoch is None or self._n_samples_per_label is None:
+            return self.labelled
+        numbers = generator(self._seed, Stream.LABELLED_CELLS, epoch)
+        found = np.zeros(self.cells.n_cells, dtype=bool)
+        for code in range(len(self.cells.labels) - 1):
+            of_label = np.flatnonzero(~self.validation & (self.cells.label_codes == code))
+            found[of_label[draw(len(of_label), self._n_samples_per_label, numbers)]] = True
+        return found
 
     def train_dataloader(self) -> MinibatchLoader | LabelledMinibatches:
         """Training cells, in a new order each epoch; UserError if there are fewer than 2 cells per rank."""
@@ -92,10 +114,30 @@ class PreparedDataModule(lightning.LightningDataModule):
                 f"{n_labelled} training cells have a label, and {2 * world_size} or more are needed: set"
                 " anndata.labels_key to a column with labels, or model.kind to SCVI"
             )
-        of_labelled = CellOrder(self.labelled, self._seed, rank, world_size)
-        return LabelledMinibatches(
-            every, lambda number: self._loader(of_labelled, lambda: _FIRST_LABELLED_PASS + number), self._epoch
-        )
+        if (n_drawn := int(self.labelled_of_epoch(0).sum())) < 2 * world_size:
+            raise UserError(
+                f"train.n_samples_per_label is {self._n_samples_per_label}, which draws {n_drawn} labelled cells for"
+                f" {world_size} processes, and {2 * world_size} or more are needed: set it to a higher number"
+            )
+        sampled = self._n_samples_per_label is not None
+        return LabelledMinibatches(every, self._labelled_pass, self._epoch, sampled=sampled)
+
+    def _labelled_pass(self, number: int) -> MinibatchLoader:
+        epoch = None if self._n_samples_per_label is None else self._epoch()
+        if self._of_epoch is None or self._of_epoch[0] != epoch:
+            self._of_epoch = epoch, self.labelled_of_epoch(epoch)
+        wanted = self._of_epoch[1]
+        order = CellOrder(wanted, self._seed, *self._rank())
+        return self._loader(order, lambda: _FIRST_LABELLED_PASS + number, lambda: self._kept_cells(epoch, wanted))
+
+    def _kept_cells(self, epoch: int | None, wanted: npt.NDArray[np.bool_]) -> KeptCells | None:
+        """The labelled cells of an epoch (None: of all epochs) in memory, if they are worth it."""
+        if not worth_keeping(self.cells, wanted):
+            return None
+        if self._kept is None or self._kept[0] != epoch:
+            self._kept = None  # those of the last epoch are not needed while others are read
+            self._kept = epoch, KeptCells(self.cells, wanted)
+        return self._kept[1]
 
     def val_dataloader(self) -> KeptMinibatches | list[Minibatch]:
         """Validation cells, in the order of the file; an empty list if there are fewer than one per rank."""
@@ -119,7 +161,9 @@ class PreparedDataModule(lightning.LightningDataModule):
         """Return a minibatch that is no longer used; its memory is reused for a later one (see `DenseMinibatches`)."""
         self._dense.give_back(minibatch)
 
-    def _loader(self, order: CellOrder, epoch: Callable[[], int]) -> MinibatchLoader:
+    def _loader(
+        self, order: CellOrder, epoch: Callable[[], int], kept: Callable[[], KeptCells | None] = lambda: None
+    ) -> MinibatchLoader:
         return MinibatchLoader(
             self.cells,
             order,
@@ -129,6 +173,7 @@ class PreparedDataModule(lightning.LightningDataModule):
             device=self._device,
             sparse=lambda: self.sparse,
             dense=self._dense,
+            kept=kept,
         )
 
     def _device(self) -> torch.device:

@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 
+from census_scvi.counts.kept_cells import KeptCells
 from census_scvi.counts.minibatch import LABELLED, DenseMinibatches, Minibatch, SparseCounts, sparse_minibatch
 from census_scvi.counts.order import CellOrder, Window, minibatch_sizes
 from census_scvi.counts.reader import PreparedCells, Rows
@@ -44,6 +45,8 @@ class MinibatchLoader:
         Called at the start of each pass; returns whether minibatches are sparse on the CPU, too.
     dense
         Creates and reuses dense minibatches; None: the loader has its own `DenseMinibatches`.
+    kept
+        Called at the start of each pass; returns all cells of `order` in memory, or None: they are read from the file.
     """
 
     def __init__(
@@ -56,7 +59,9 @@ class MinibatchLoader:
         device: Callable[[], torch.device] = lambda: torch.device("cpu"),
         sparse: Callable[[], bool] = lambda: False,
         dense: DenseMinibatches | None = None,
+        kept: Callable[[], KeptCells | None] = lambda: None,
     ) -> None:
+        self._kept = kept
         self._cells = cells
         self._order = order
         self._workers = workers
@@ -92,6 +97,8 @@ class MinibatchLoader:
         return -(-self._workers // 4) if sparse else 0
 
     def _reader(self, pool: ThreadPoolExecutor) -> Callable[[Window], Rows]:
+        if kept := self._kept():
+            return kept.take
         threads = pool if self._workers > 1 else None
         return lambda window: self._cells.read(window.blocks, threads, max(self._workers, 1)).take(window.chosen)
 
@@ -112,36 +119,47 @@ class MinibatchLoader:
 class LabelledMinibatches:
     """Minibatches of cells, each with a minibatch of labelled cells, as scvi-tools trains SCANVI.
 
-    The labelled cells are read in passes of their own, each in another order, which do not end with an epoch. The state
-    is that of the minibatches of all cells.
+    The labelled cells are read in passes of their own, each in another order. The state is that of the minibatches of
+    all cells.
 
     Parameters
     ----------
     every
         The minibatches of all cells.
     labelled
-        Function that returns the minibatches of the labelled cells in the order of a pass.
+        Function that returns the minibatches of the labelled cells in the order of a pass, by its number.
     epoch
         Called at the start of each epoch; returns its number.
+    sampled
+        Whether each epoch has other labelled cells; its passes then end with it. Otherwise a pass continues in the
+        next epoch.
     """
 
     def __init__(
-        self, every: MinibatchLoader, labelled: Callable[[int], MinibatchLoader], epoch: Callable[[], int]
+        self,
+        every: MinibatchLoader,
+        labelled: Callable[[int], MinibatchLoader],
+        epoch: Callable[[], int],
+        *,
+        sampled: bool = False,
     ) -> None:
-        self._every, self._labelled, self._epoch = every, labelled, epoch
+        self._every, self._labelled, self._epoch, self._sampled = every, labelled, epoch, sampled
 
     def __len__(self) -> int:
         return len(self._every)
 
     def __iter__(self) -> Iterator[Minibatch]:
-        first = self._epoch() * len(self) + self._every.skipped
+        before = self._epoch() * len(self)
+        skipped = self._every.skipped
+        labelled = self._endless(before, skipped) if self._sampled else self._endless(0, before + skipped)
         # Not strict: the passes over the labelled cells are endless.
-        for minibatch, labelled in zip(self._every, self._endless(first), strict=False):
-            yield minibatch | {LABELLED: labelled}
+        for minibatch, of_labelled in zip(self._every, labelled, strict=False):
+            yield minibatch | {LABELLED: of_labelled}
 
-    def _endless(self, first: int) -> Iterator[Minibatch]:
-        """The minibatches of the labelled cells from a position on, pass after pass."""
-        number, position = divmod(first, len(self._labelled(0)))
+    def _endless(self, number: int, skipped: int) -> Iterator[Minibatch]:
+        """The minibatches of the labelled cells, pass after pass, `skipped` minibatches after the start of a pass."""
+        passes, position = divmod(skipped, len(self._labelled(number)))
+        number += passes
         while True:
             loader = self._labelled(number)
             loader.load_state_dict({"minibatches": position})

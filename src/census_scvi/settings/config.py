@@ -65,6 +65,10 @@ class Config(Section):
                 "model.kind is TOTALVI, which learns proteins: set anndata.protein_measurement to the measurement of"
                 " the Census that has them, e.g. protein"
             )
+        if self.model.kind != "SCANVI" and self.train.n_samples_per_label is not None:
+            raise ValueError(
+                f"train.n_samples_per_label is used only by SCANVI, and model.kind is {self.model.kind}; remove it"
+            )
         return self
 
     @model_validator(mode="after")

@@ -110,6 +110,7 @@ def _data(config: Config) -> PreparedDataModule:
         workers=loader_threads(config.train),
         labels=config.model.kind == SCANVI,
         proteins=config.model.kind == TOTALVI,
+        n_samples_per_label=config.train.n_samples_per_label,
     )
     if config.train.early_stopping and not data.n_val:
         raise UserError(f"train.early_stopping needs validation cells, but all {data.n_train} cells are for training")

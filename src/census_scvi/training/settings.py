@@ -34,6 +34,8 @@ class TrainSection(Section):
     """Maximum number of epochs."""
     batch_size: Annotated[int, Field(ge=2), USUAL] = 1024
     """Cells per minibatch and device."""
+    n_samples_per_label: Annotated[int | None, Field(ge=1)] = None
+    """SCANVI: number of labelled cells of each label that are drawn for each epoch; null: all of them."""
     train_size: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
     """Fraction of the cells to train on; the others are for validation."""
     early_stopping: Annotated[bool, USUAL] = False
