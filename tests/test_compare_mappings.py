@@ -17,8 +17,10 @@ from test_surgery import generated, trained_reference
 from census_scvi import Atlas
 from census_scvi.model.encode import Encoder
 from census_scvi.model.safe import load_safe
+from census_scvi.query.surgery.adapt import Reference, plan_surgery
 from census_scvi.query.surgery.compare import Comparison, compare_ways
-from census_scvi.query.surgery.settings import JOINT
+from census_scvi.query.surgery.pace import plans_of_comparison, steps_per_epoch
+from census_scvi.query.surgery.settings import JOINT, SurgeryTraining
 from census_scvi.query.surgery.verdict import (
     BACKWARD,
     EQUAL_EPOCHS,
@@ -70,6 +72,17 @@ def test_each_way_is_what_it_says(compared: Comparison, reference: Path, query: 
     assert ways[EQUAL_STEPS].epochs == [7, 10]  # 3 and 2 minibatches per epoch
     assert max(way.batch_by_batch for way in compared.ways) <= 1e-6
     assert (compared.table["moved"] == 0).all()
+
+
+def test_the_plan_of_a_comparison_has_its_steps(compared: Comparison, reference: Path, query: ad.AnnData) -> None:
+    found, labels = Reference(*load_safe(reference)), list(query.obs["batch"])
+    joint, _ = plan_surgery(found, labels, JOINT, SurgeryTraining.of(JOINT, TRAINING))
+    sizes = query.obs["batch"].value_counts()
+    steps = []
+    for plan in plans_of_comparison(found, labels, joint):
+        trainings = [(plan.training_of(group), sizes[group].sum()) for group in plan.groups()]
+        steps.append(sum(each.max_epochs * steps_per_epoch(n_cells, each) for each, n_cells in trainings))
+    assert sorted(steps) == sorted(way.steps for way in compared.ways if way.name != NO_SURGERY)
 
 
 def test_the_table(compared: Comparison, reference_cells: ad.AnnData, query: ad.AnnData, reference: Path) -> None:

@@ -23,8 +23,10 @@ from census_scvi import Atlas
 from census_scvi.counts.data_module import PreparedDataModule
 from census_scvi.errors import UserError
 from census_scvi.model.build import init_arguments, quiet, without_training
-from census_scvi.model.safe import ModelDescription, load_safe, save_safe
+from census_scvi.model.encode import Encoder
+from census_scvi.model.safe import ModelDescription, load_safe, save_safe, weights_digest
 from census_scvi.model.typical import TypicalCells
+from census_scvi.query.batches import required_batches
 from census_scvi.query.mapping import Mapper
 from census_scvi.query.surgery.adapt import Reference, adapt
 from census_scvi.query.surgery.adapted import Adapted
@@ -256,6 +258,49 @@ def test_many_batches_and_small_ones(reference: Path, tmp_path: Path) -> None:
         adapted_to(reference, empty, "joint", tmp_path / "refused")
 
 
+def test_any_names_of_batches(reference: Path, tmp_path: Path) -> None:
+    """Names that no file can have, that differ in white space only, and the empty one."""
+    sizes = {"a/b": 12, "../ä": 6, "": 8, "batch 1 ": 10, "batch 1": 9}
+    cells = generated(sizes, seed=6)
+    adapted = adapted_to(reference, cells, "per_batch", tmp_path / "work", max_epochs=1)
+    adapted.save(tmp_path / "saved")
+    again = Adapted.open(tmp_path / "saved")
+    assert [description.batches[2:] for _, description in again.models] == [[name] for name in sizes]
+    assert [each["cells"] for each in again.facts["trainings"]] == list(sizes.values())
+    assert np.unique(again.places(cells.obs)[:, 0], return_counts=True)[1].tolist() == list(sizes.values())
+    assert {path.name for path in tmp_path.iterdir()} == {"work", "saved"}
+
+
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [
+        ([1, 2, 1], ["1", "2", "1"]),
+        ([0.5, 2.0, 2.0], ["0.5", "2.0", "2.0"]),
+        ([True, False, True], ["True", "False", "True"]),
+        (pd.Categorical(["b", "a", "b"], categories=["a", "b", "unused"]), ["b", "a", "b"]),
+    ],
+)
+def test_any_type_of_a_batch_column(values: Any, labels: list[str]) -> None:
+    obs = pd.DataFrame({"sample": values, "lane": ["x|y", "x", "x"]})
+    assert required_batches(obs, ["sample"], "batch_key").tolist() == labels
+    expected = [f"{label}|{lane}" for label, lane in zip(labels, [r"x\|y", "x", "x"], strict=True)]
+    assert required_batches(obs, ["sample", "lane"], "batch_key").tolist() == expected
+    with pytest.raises(UserError, match="obs has no column, as 10x files: write the cells"):
+        required_batches(obs[[]], ["sample"], "batch_key")
+
+
+@pytest.mark.slow
+def test_a_model_for_each_of_thirty_batches(reference: Path, tmp_path: Path) -> None:
+    cells = generated({f"donor-{number:02}": 20 for number in range(30)}, seed=3)
+    adapted = adapted_to(reference, cells, "per_batch", tmp_path / "work", max_epochs=1)
+    adapted.save(tmp_path / "saved")
+    latent = Adapted.open(tmp_path / "saved").encoder(cells.obs)(0, sp.csr_matrix(cells.X))
+    for number, (model, description) in enumerate(adapted.models):
+        assert description.batches == ["first", "second", f"donor-{number:02}"]
+        rows = slice(20 * number, 20 * number + 20)
+        assert np.array_equal(Encoder(model)(sp.csr_matrix(cells.X[rows]), np.full(20, 2)).mean, latent[rows])
+
+
 def test_a_batch_without_training_cells_is_refused(reference: Path, tmp_path: Path) -> None:
     cells = generated({f"donor-{number:02}": 2 for number in range(10)}, seed=5)
     with pytest.raises(UserError, match=r"batch 'donor-\d\d' has so few cells that all are for validation; set query"):
@@ -415,7 +460,9 @@ def test_own_cells_without_batches(reference: Path, query: ad.AnnData) -> None:
         atlas.adapt(query, "batch", training={"max_epochs": 0})
 
 
-def test_the_atlas_of_an_adapted_model(reference: Path, query: ad.AnnData, tmp_path: Path) -> None:
+def test_the_atlas_of_an_adapted_model(
+    reference: Path, reference_cells: ad.AnnData, query: ad.AnnData, tmp_path: Path
+) -> None:
     """It embeds cells of its batches as trained, whether it was just adapted or opened again, and no other cells."""
     atlas = Atlas.open(reference)
     before = atlas.embed(query).obsm["X_scvi"]
@@ -439,9 +486,14 @@ def test_the_atlas_of_an_adapted_model(reference: Path, query: ad.AnnData, tmp_p
         again.embed(generated({"other": 10, "a-sample": 10}, seed=9))
     with pytest.raises(UserError, match="saved exists; give a new folder, or open the model in it"):
         atlas.adapt(query, "batch", folder=tmp_path / "saved")
-    further = again.adapt(generated({"other": 20}, seed=9), "batch", training=settings)
+    again.adapt(generated({"other": 20}, seed=9), "batch", training=settings, folder=tmp_path / "further")
+    further = Atlas.open(tmp_path / "further")  # the reference and the first query stay in place
+    for cells in (reference_cells, query):
+        assert np.array_equal(further.embed(cells).obsm["X_scvi"], again.embed(cells).obsm["X_scvi"])
     assert further.description is not None
-    assert [record["batches"] for record in further.description.lineage] == [["z-sample", "a-sample"], ["other"]]
+    lineage = further.description.lineage
+    assert [record["batches"] for record in lineage] == [["z-sample", "a-sample"], ["other"]]
+    assert [record["reference"] for record in lineage] == [weights_digest(each.model) for each in (atlas, again)]
     values = json.loads((tmp_path / "saved" / "surgery.json").read_text())
     for damaged in (
         {"models": ["../else"]},

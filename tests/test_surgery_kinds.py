@@ -18,6 +18,10 @@ from census_scvi import Atlas
 from census_scvi.errors import UserError
 from census_scvi.model.build import quiet, without_training
 from census_scvi.model.safe import ModelDescription, load_safe, save_safe
+from census_scvi.query.surgery import pace
+from census_scvi.query.surgery.adapt import Reference, plan_surgery
+from census_scvi.query.surgery.pace import surgery_seconds
+from census_scvi.query.surgery.settings import SurgeryTraining
 
 PROTEINS = [f"protein-{number}" for number in range(12)]
 TRAINING = {"max_epochs": 3, "batch_size": 64, "lr": 1e-2}
@@ -164,6 +168,20 @@ def test_arguments_of_the_kind(references: dict[str, Path], query: ad.AnnData) -
     assert any(not torch.equal(values, weights[1][name]) for name, values in weights[0].items())
     with pytest.raises(UserError, match="scale_adversarial_loss is not an argument of scvi-tools' SemiSupervised"):
         Atlas.open(references["SCANVI"]).adapt(query, "batch", training={"arguments": {"scale_adversarial_loss": 0.0}})
+
+
+@pytest.mark.parametrize("kind", ["BatchNorm", "SCANVI", "TOTALVI"])
+def test_the_time_is_estimated_from_steps_of_the_kind(
+    kind: str, references: dict[str, Path], query: ad.AnnData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pace, "_SAMPLE_SECONDS", 0.05)
+    reference, labels = Reference(*load_safe(references[kind])), list(query.obs["batch"])
+    few, many = (
+        surgery_seconds(reference, labels, [plan_surgery(reference, labels, "joint", settings)[0]], "cpu")
+        for settings in (SurgeryTraining(max_epochs=1), SurgeryTraining(max_epochs=10_000))
+    )
+    assert 0.5 < few < 60
+    assert 300 < many < 10_000  # two steps of 0.01 to 0.5 seconds, and 0.02 seconds for each epoch
 
 
 def test_a_query_without_proteins(references: dict[str, Path], query: ad.AnnData, tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def test_dry_run_and_mistakes(run: Run, query: Path, capsys: pytest.CaptureFixtu
     assert run("map-query", *settings(query, "out"), "--dry-run") == 0
     out = capsys.readouterr().out
     assert f"{query.with_name('out-model')}" in out
-    assert "surgery joint: 2 batches (200 cells) for up to 4 epochs" in out
+    assert "surgery joint: 2 batches (200 cells), 1 training for up to 4 epochs; a killed" in out
     taken = ad.read_h5ad(query)
     _, description = load_safe(run.path("scvi.model"))
     for column, value in zip(description.batch_key, description.batches[0].split("|"), strict=True):
@@ -191,7 +191,10 @@ def test_a_comparison_is_reported_and_the_cells_are_mapped_jointly(
     cells.write_h5ad(query)
     assert run("map-query", *settings(query, "joint")) == 0
     assert run("map-query", *settings(query, "compared", "compare"), "--dry-run") == 0
-    assert "surgery compare: 2 batches (200 cells)" in capsys.readouterr().out
+    assert (
+        "surgery compare: 2 batches (200 cells), 11 trainings for up to 4 epochs or as many steps"
+        in capsys.readouterr().out
+    )
     assert run("map-query", *settings(query, "compared", "compare")) == 0
     log = capsys.readouterr().err
     assert "comparison of the ways to map: " in log

@@ -36,7 +36,7 @@ from census_scvi.model.safe import ModelDescription, load_safe
 from census_scvi.settings import load_config
 from census_scvi.stages import train
 from census_scvi.terminal import progress
-from census_scvi.training import checkpoint, finite_loss, fit
+from census_scvi.training import checkpoint, finite_loss, fit, pace
 from census_scvi.training import progress as training_progress
 from census_scvi.training.fast import negative_binomial, products
 from census_scvi.training.fast import plan as fast_plan
@@ -1016,13 +1016,13 @@ def test_training_again_skips_and_force_replaces(
 def test_dry_run_samples_the_steps_in_their_precision(prepared: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "_SAMPLE_SECONDS", 0.1)
     seen = set()
-    real = train._step
+    real = pace._step
 
     def step(*arguments: Any) -> int:
         seen.add(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
         return real(*arguments)
 
-    monkeypatch.setattr(train, "_step", step)
+    monkeypatch.setattr(pace, "_step", step)
     for precision, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16)):
         seen.clear()
         assert prepared("train", "--dry-run", f"train.precision={precision}", "model.n_layers=2") == 0

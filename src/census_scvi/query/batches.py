@@ -43,7 +43,9 @@ def required_batches(obs: pd.DataFrame, columns: Sequence[str], setting: str) ->
     for column in columns:
         if column not in obs:
             near = suggestion(column, list(map(str, obs.columns)))
-            have = ", ".join(map(str, obs.columns[:10])) or "no column"
+            have = ", ".join(map(str, obs.columns[:10])) or (
+                "no column, as 10x files: write the cells as .h5ad with a column of their sample"
+            )
             raise UserError(f"{setting}: the cells have no obs column {column!r}{near or f'; obs has {have}'}")
         if missing := int(obs[column].isna().sum()):
             raise UserError(

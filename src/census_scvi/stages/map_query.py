@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from census_scvi.query.places import (
 )
 from census_scvi.query.surgery.adapt import Reference, plan_surgery
 from census_scvi.query.surgery.adapted import work_of
+from census_scvi.query.surgery.pace import plans_of_comparison, surgery_seconds
 from census_scvi.query.surgery.settings import COMPARE, JOINT, NONE, SurgeryTraining
 from census_scvi.report.surgery import write_comparison_report
 from census_scvi.settings import Config
@@ -55,7 +57,6 @@ _FIXED_SECONDS, _CELLS_A_SECOND, _INDEX_SECONDS, _MAP_SECONDS = 12.0, 1500.0, 40
 # Methods on counts: bytes and seconds per cell with counts; seconds of the trainings of each method, one for the query,
 # and with labels one more for each of three held-out parts.
 _BYTES_OF_COUNTS, _SECONDS_OF_COUNTS = 15_000.0, 0.0007
-_SURGERY_CELLS_A_SECOND = 5000.0
 _TRAINING_SECONDS = {"consensus": 25.0, "joint": 25.0, "scanvi": 160.0, "scnym": 600.0}
 
 
@@ -266,13 +267,13 @@ def _report(mapped: ad.AnnData, labels: list[str]) -> dict[str, Any]:
 
 
 def plan(config: Config) -> Plan:
-    """Plan of the command: number of cells from the file, time for two cores."""
+    """Plan of the command: number of cells from the file, time for two cores; of a surgery, from a few steps."""
     source, target = query_source(config.query), query_results(config.query, config.directory).target
     settings = config.query
     with QueryCells(source, settings.values) as cells:
         n_cells, place = len(cells), cells.find_counts(settings.counts, setting=_COUNTS)
         n_genes = len(cells.var(place))
-        surgery, passes = _planned_surgery(config, cells), _passes(config, cells)
+        surgery = _planned_surgery(config, cells)
     with_counts = (n_cells + settings.baseline_cells) * bool(settings.baseline_cells and settings.labels)
     return Plan(
         "map-query",
@@ -285,45 +286,58 @@ def plan(config: Config) -> Plan:
         writes=[str(path) for path in (target, *companion_files(config.query, target))],
         cells=n_cells,
         genes=n_genes,
-        memory=_BASE_MEMORY + _BYTES_A_CELL * (n_cells + settings.reference_cells) + _BYTES_OF_COUNTS * with_counts,
-        disk=query_size(source) + 300.0 * n_cells,
+        memory=_BASE_MEMORY
+        + _BYTES_A_CELL * (n_cells + settings.reference_cells)
+        + _BYTES_OF_COUNTS * with_counts
+        + surgery.memory,
+        disk=query_size(source) + 300.0 * n_cells + surgery.disk,
         seconds=_FIXED_SECONDS
         + n_cells / _CELLS_A_SECOND
         + _SECONDS_OF_COUNTS * with_counts
         + _TRAINING_SECONDS.get(_effort(config, n_cells).method, 0.0) * bool(with_counts)
         + _INDEX_SECONDS * (settings.reference_cells > EXACT_CELLS)
         + _MAP_SECONDS * bool(settings.umap_cells)
-        + passes * n_cells * settings.surgery_training.max_epochs / _SURGERY_CELLS_A_SECOND,
-        notes=surgery,
+        + surgery.seconds,
+        notes=surgery.notes,
     )
 
 
-def _passes(config: Config, cells: QueryCells) -> int:
-    """How often the cells are trained on for `max_epochs` epochs."""
-    if config.query.surgery != COMPARE:
-        return int(config.query.surgery != NONE)
-    n_batches = len(_batch_sizes(cells, config))
-    # Joint with three seeds, per batch, one after another in two orders, and per batch with the steps of joint.
-    return 3 + (3 + n_batches if n_batches > 1 else 0)
+@dataclass(frozen=True)
+class _Surgery:
+    """What `query.surgery` will do, in words, and its seconds and bytes."""
+
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    memory: float = 0.0
+    disk: float = 0.0
 
 
-def _planned_surgery(config: Config, cells: QueryCells) -> list[str]:
-    """What `query.surgery` will do, in words; UserError if it will be refused."""
+def _planned_surgery(config: Config, cells: QueryCells) -> _Surgery:
+    """What `query.surgery` will do; UserError if it will be refused."""
     settings = config.query
     if settings.surgery == NONE:
-        return []
+        return _Surgery()
     model, description = load_described(settings.model or str(config.directory))
-    labels = required_batches(cells.obs, settings.batch_key or [], "query.batch_key")
-    planned, reason = plan_surgery(
-        Reference(model, description),
-        list(labels),
-        JOINT if settings.surgery == COMPARE else settings.surgery,
-        settings.surgery_training,
-    )
+    reference, training = Reference(model, description), settings.surgery_training
+    labels = list(required_batches(cells.obs, settings.batch_key or [], "query.batch_key"))
+    mode = JOINT if settings.surgery == COMPARE else settings.surgery
+    planned, reason = plan_surgery(reference, labels, mode, training)
     if reason:
-        return [f"surgery {settings.surgery} will not be done: {reason}"]
-    number = len(planned.batches)
-    return [
-        f"surgery {settings.surgery}: {number} batch{'es' * (number > 1)} ({len(cells):,} cells) for up to"
-        f" {settings.surgery_training.max_epochs} epochs; a killed surgery continues when map-query is run again"
+        return _Surgery([f"surgery {settings.surgery} will not be done: {reason}"])
+    plans = plans_of_comparison(reference, labels, planned) if settings.surgery == COMPARE else [planned]
+    number, trainings = len(planned.batches), sum(len(plan.groups()) for plan in plans)
+    weights = 4.0 * sum(parameter.numel() for parameter in model.module.parameters())
+    done = [
+        f"surgery {settings.surgery}: {number} batch{'es' * (number > 1)} ({len(cells):,} cells),"
+        f" {trainings} training{'s' * (trainings > 1)} for up to {training.max_epochs} epochs"
+        + " or as many steps" * (settings.surgery == COMPARE and trainings > 3)
+        + "; a killed surgery continues when map-query is run again",
+        "the time of the surgery is estimated from a few steps on this machine, with simulated cells",
     ]
+    return _Surgery(
+        done,
+        seconds=surgery_seconds(reference, labels, plans, config.train.accelerator),
+        memory=weights * (3 + max(len(plan.groups()) for plan in plans)),
+        # Each model twice, in the safe form and as model.pt: the work, and the result.
+        disk=2 * weights * (trainings + len(planned.groups())),
+    )

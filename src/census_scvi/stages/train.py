@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,6 @@ from census_scvi.config.flat import digest
 from census_scvi.config.run_names import CHECKPOINT
 from census_scvi.counts.data_module import PreparedDataModule
 from census_scvi.counts.loader import MOST_KEPT
-from census_scvi.counts.minibatch import LABELLED, Minibatch, each_value
 from census_scvi.counts.reader import PreparedCells
 from census_scvi.errors import UserError
 from census_scvi.files.atomic import remove
@@ -32,7 +29,6 @@ from census_scvi.stages.protocol import Task
 from census_scvi.training.callbacks import LearningCurves
 from census_scvi.training.fast import products
 from census_scvi.training.fast.measure import faster_libraries, shape_of
-from census_scvi.training.fast.step import unused_frozen
 from census_scvi.training.fit import (
     check_arguments,
     choose_devices,
@@ -45,6 +41,7 @@ from census_scvi.training.fit import (
     slow_precision,
 )
 from census_scvi.training.initial import set_protein_priors, start_from_scvi_model
+from census_scvi.training.pace import seconds_per_cell
 from census_scvi.training.plans import make_plan, plan_arguments
 from census_scvi.training.schedule import warnings_before
 from census_scvi.workspace import StageRun, Workspace
@@ -262,33 +259,8 @@ def _libraries(config: Config, plan: TrainingPlan, data: PreparedDataModule) -> 
 
 
 def _seconds_per_cell(config: Config, plan: TrainingPlan, data: PreparedDataModule) -> float:
-    """Seconds per cell of training steps on the CPU or the first GPU, including reading."""
-    device = _device(config)
-    module = plan.module.to(device).train()
-    minibatches = itertools.chain.from_iterable(itertools.repeat(data.train_dataloader()))
-    reduced = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.precision)
-    with unused_frozen(module), torch.autocast(device, reduced, enabled=reduced is not None):
-        optimiser = plan.get_optimizer_creator()(filter(lambda parameter: parameter.requires_grad, module.parameters()))
-        for minibatch in itertools.islice(minibatches, 2):  # warm-up; fills the first window
-            _step(plan, optimiser, minibatch, device)
-            data.give_back(minibatch)
-        started, cells = time.monotonic(), 0
-        while (elapsed := time.monotonic() - started) < _SAMPLE_SECONDS:
-            minibatch = next(minibatches)
-            cells += _step(plan, optimiser, minibatch, device)
-            data.give_back(minibatch)
-    return elapsed / cells
+    return seconds_per_cell(plan, data, _device(config), config.train.precision, _SAMPLE_SECONDS)
 
 
 def _device(config: Config) -> str:
     return "cuda" if torch.cuda.is_available() and config.train.accelerator != "cpu" else "cpu"
-
-
-def _step(plan: TrainingPlan, optimiser: torch.optim.Optimizer, minibatch: Minibatch, device: str) -> int:
-    cells = each_value(minibatch, lambda value: value.to(device))
-    labelled = {"labelled_tensors": cells.pop(LABELLED)} if LABELLED in cells else {}
-    _, _, losses = plan(cells, loss_kwargs=plan.loss_kwargs | {"kl_weight": 1.0} | labelled)
-    optimiser.zero_grad()
-    losses.loss.backward()
-    optimiser.step()
-    return len(minibatch["row"])

@@ -75,15 +75,13 @@ def write_training_cells(
         A value is not a raw count, or a part has too few cells with counts.
     """
     digest = hashlib.sha256()
-    var = pd.DataFrame(index=pd.Index(description.genes, name="feature_id"))
-    uns = {PROTEIN_NAMES: np.array(description.proteins, dtype=object)} if description.proteins else {}
     part_of = {label: number for number, part in enumerate(parts) for label in part.batches}
     numbers = np.array([part_of[label] for label in batches], dtype=np.int64)
     names = aligned.obs.index.astype(str)
     written: Counter[str] = Counter()
     with ExitStack() as stack:
         bar = stack.enter_context(progress_bar(len(aligned), "read"))
-        writers = [stack.enter_context(H5adWriter(part.file, var, uns)) for part in parts]
+        writers = [stack.enter_context(training_writer(part.file, description)) for part in parts]
         for start, counts, proteins in aligned.blocks_with_proteins(_BLOCK_CELLS):
             rows = np.arange(start, start + counts.shape[0])
             digest.update(row_hashes(counts).tobytes())
@@ -92,7 +90,7 @@ def write_training_cells(
             filled = np.diff(counts.indptr) > 0
             for number in np.unique(numbers[rows[filled]]):
                 chosen = np.flatnonzero(filled & (numbers[rows] == number))
-                obs = _obs(batches[rows[chosen]], parts[number], description, names[rows[chosen]])
+                obs = training_obs(batches[rows[chosen]], parts[number], description, names[rows[chosen]])
                 obsm = None if proteins is None else {PROTEINS: proteins[chosen]}
                 writers[number].append(obs, counts=counts[chosen], obsm=obsm)
             written.update(batches[rows[filled]])
@@ -102,7 +100,13 @@ def write_training_cells(
     return digest.hexdigest()
 
 
-def _obs(
+def training_writer(file: Path, description: ModelDescription) -> H5adWriter:
+    """Writer of a file of training cells."""
+    uns = {PROTEIN_NAMES: np.array(description.proteins, dtype=object)} if description.proteins else {}
+    return H5adWriter(file, pd.DataFrame(index=pd.Index(description.genes, name="feature_id")), uns)
+
+
+def training_obs(
     batches: npt.NDArray[np.object_], part: TrainingCells, description: ModelDescription, names: pd.Index
 ) -> pd.DataFrame:
     """Obs of some cells of a part, as the training reads it."""

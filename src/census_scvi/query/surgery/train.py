@@ -204,24 +204,8 @@ def _train(
     accelerator: str,
 ) -> None:
     before, description = reference
-    train = TrainSection(
-        max_epochs=settings.max_epochs,
-        batch_size=settings.batch_size,
-        train_size=settings.share,
-        early_stopping=settings.early_stopping,
-        accelerator=accelerator,  # type: ignore[arg-type]  # pydantic checks it
-        trainer=settings.stopping or None,
-    )
-    data = PreparedDataModule(
-        cells.file,
-        batch_size=train.batch_size,
-        train_size=train.train_size,
-        seed=seed,
-        workers=loader_threads(train),
-        labels=bool(description.labels),
-        proteins=bool(description.proteins),
-        require_labels=False,
-    )
+    train = train_section(settings, accelerator)
+    data = training_data(cells.file, description, train, seed)
     _require_training_cells(data, cells)
     extension = _extension(description, cells, data.cells)
     extended = extend_for_training(before, extension, cells=data.cells, seed=seed, options=settings.options)
@@ -245,6 +229,32 @@ def _train(
     training = Training(cells.batches, data.n_train, len(elbo), steps, round(seconds, 3), elbo[0], elbo[-1], moved)
     record = {**lineage, **training.as_dict()}
     _save(extended, replace(extension, lineage=[*extension.lineage, record]), training, curves, folder)
+
+
+def train_section(settings: SurgeryTraining, accelerator: str) -> TrainSection:
+    """The settings as those of a training of the model."""
+    return TrainSection(
+        max_epochs=settings.max_epochs,
+        batch_size=settings.batch_size,
+        train_size=settings.share,
+        early_stopping=settings.early_stopping,
+        accelerator=accelerator,  # type: ignore[arg-type]  # pydantic checks it
+        trainer=settings.stopping or None,
+    )
+
+
+def training_data(file: Path, description: ModelDescription, train: TrainSection, seed: int) -> PreparedDataModule:
+    """Minibatches of a file of training cells."""
+    return PreparedDataModule(
+        file,
+        batch_size=train.batch_size,
+        train_size=train.train_size,
+        seed=seed,
+        workers=loader_threads(train),
+        labels=bool(description.labels),
+        proteins=bool(description.proteins),
+        require_labels=False,
+    )
 
 
 def _extension(description: ModelDescription, part: TrainingCells, cells: PreparedCells) -> ModelDescription:
