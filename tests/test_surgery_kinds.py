@@ -163,9 +163,11 @@ def test_arguments_of_the_kind(references: dict[str, Path], query: ad.AnnData) -
     atlas = Atlas.open(references["TOTALVI"])
     weights = [
         atlas.adapt(query, "batch", training=TRAINING | {"arguments": arguments}).model.module.state_dict()
-        for arguments in ({}, {"scale_adversarial_loss": 0.0})
+        for arguments in ({}, {"scale_adversarial_loss": 0.0}, {})
     ]
     assert any(not torch.equal(values, weights[1][name]) for name, values in weights[0].items())
+    for name, values in weights[0].items():  # the seed is that of the adversary, too
+        assert torch.equal(values, weights[2][name]), name
     with pytest.raises(UserError, match="scale_adversarial_loss is not an argument of scvi-tools' SemiSupervised"):
         Atlas.open(references["SCANVI"]).adapt(query, "batch", training={"arguments": {"scale_adversarial_loss": 0.0}})
 
