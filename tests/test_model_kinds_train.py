@@ -188,7 +188,11 @@ def test_scanvi_starts_from_an_scvi_model(
 
 WRONG: list[tuple[str, dict[str, dict[str, Any]], str]] = [
     ("prepare", {"anndata": {"labels_key": "cell_typ"}}, "anndata.labels_key contains 'cell_typ', which is not an obs"),
-    ("prepare", {"anndata": {"protein_measurement": "proteins"}}, "protein"),
+    (
+        "prepare",
+        {"anndata": {"protein_measurement": "proteins"}},
+        "(measurements next to RNA: protein); set anndata.protein_measurement to one of these",
+    ),
     ("prepare", {"model": {"kind": "SCANVI"}}, "model.kind is SCANVI, which learns labels: set anndata.labels_key"),
     ("prepare", {"model": {"kind": "TOTALVI"}}, "set anndata.protein_measurement to the measurement of"),
     ("prepare", {"model": {"from_scvi_model": "x"}}, "model.from_scvi_model is used only by SCANVI, and model.kind is"),

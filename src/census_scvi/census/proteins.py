@@ -23,10 +23,11 @@ def read_protein_names(census: Census, measurement: str) -> list[str]:
     """
     uri, names = census.identity["uri"], sorted(census.experiment.ms.keys())
     if measurement not in names or measurement == MEASUREMENT:
-        others = ", ".join(name for name in names if name != MEASUREMENT) or "none"
+        others = ", ".join(name for name in names if name != MEASUREMENT)
+        build = "build a Census of files with proteins with scvi-build-census.py"
         raise UserError(
             f"Census {uri} has no measurement {measurement!r} with proteins (measurements next to {MEASUREMENT}:"
-            f" {others}); build a Census of files with proteins with scvi-build-census.py"
+            f" {others or 'none'}); {'set anndata.protein_measurement to one of these' if others else build}"
         )
     table = census.experiment.ms[measurement].var
     with reading(table.uri):
