@@ -172,6 +172,43 @@ def test_arguments_of_the_kind(references: dict[str, Path], query: ad.AnnData) -
         Atlas.open(references["SCANVI"]).adapt(query, "batch", training={"arguments": {"scale_adversarial_loss": 0.0}})
 
 
+def as_array(cells: ad.AnnData, _: Path) -> ad.AnnData:
+    cells.uns["protein_names"] = np.array(PROTEINS, dtype=object)
+    cells.obsm["protein_expression"] = cells.obsm["protein_expression"].to_numpy()
+    return cells
+
+
+def renamed(cells: ad.AnnData, folder: Path) -> Path:
+    cells.obsm["ADT"] = cells.obsm.pop("protein_expression").add_suffix("_TotalSeqB")
+    cells.write_h5ad(folder / "cells.h5ad")
+    return folder / "cells.h5ad"
+
+
+def as_features(cells: ad.AnnData, folder: Path) -> Path:
+    """Proteins as columns next to those of the genes, before them."""
+    proteins = cells.obsm["protein_expression"].to_numpy()
+    kinds = ["Antibody Capture"] * len(PROTEINS) + ["Gene Expression"] * cells.n_vars
+    var = pd.DataFrame({"feature_types": kinds}, index=[*PROTEINS, *cells.var_names])
+    counts = sp.csr_matrix(sp.hstack([sp.csr_matrix(proteins), cells.X]))
+    ad.AnnData(counts, obs=cells.obs, var=var).write_h5ad(folder / "cells.h5ad")
+    return folder / "cells.h5ad"
+
+
+def test_proteins_in_any_place_train_the_same_model(
+    references: dict[str, Path], query: ad.AnnData, tmp_path: Path
+) -> None:
+    atlas, training = Atlas.open(references["TOTALVI"]), TRAINING | {"max_epochs": 1}
+    expected = atlas.adapt(query, "batch", training=training)
+    for number, form in enumerate((as_array, renamed, as_features)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        source = form(query.copy(), folder)
+        found = atlas.adapt(source, "batch", training=training)
+        for name, values in expected.model.module.state_dict().items():
+            assert torch.equal(found.model.module.state_dict()[name], values), (form, name)
+        assert np.array_equal(found.embed(source).obsm["X_scvi"], expected.embed(query).obsm["X_scvi"]), form
+
+
 @pytest.mark.parametrize("kind", ["BatchNorm", "SCANVI", "TOTALVI"])
 def test_the_time_is_estimated_from_steps_of_the_kind(
     kind: str, references: dict[str, Path], query: ad.AnnData, monkeypatch: pytest.MonkeyPatch
