@@ -7,8 +7,9 @@ FOLDER of --data holds pbmc_multi_human.h5ad, citeseq_pbmc_2batch_human.h5ad and
 of `blood-SCVI` and `blood-SCANVI` is pbmc3k and FACS-sorted blood, the query Kang et al.'s two conditions. The
 reference of `citeseq-TOTALVI` is 10x' 10k cells in two batches, the query 5k cells in two batches, of which one is
 thinned to half its counts and lacks five proteins; labels by gates on marker proteins. `citeseq-TOTALVI-forum` trains
-the query with adversarial loss 0 and frozen dropout. `simulated-TOTALVI` has two datasets of the demo Census as the
-reference and the donors of a third one as the query, 20,000 cells in all.
+the query with adversarial loss 0 and frozen dropout. `simulated-TOTALVI` has 20,000 cells of the demo Census: blood in
+two batches is the reference, lung in two batches the query, of which one is thinned to half its counts and lacks
+five proteins.
 
 Each case goes through build-census, prepare, train and create-latent-update, then `Atlas.compare_mappings`. Rows are
 appended to FILE.csv as they are measured; those that it has are not measured again. docs/surgery.md has the results.
@@ -31,7 +32,7 @@ import yaml
 
 from census_scvi import Atlas
 from census_scvi.cli import main as run_command
-from census_scvi.local_census.demo.cells import demo_sources
+from census_scvi.local_census.demo.cells import DemoSource, demo_sources
 
 PRESET = Path(__file__).parents[1] / "configs" / "surgery-reference.yaml"
 SIMULATED_CELLS = 20_000
@@ -84,18 +85,22 @@ def citeseq(arguments: Mapping[str, Any]) -> Callable[[Path, int], Case]:
         of_reference = (cells.obs["batch"] == "pbmc_10k_protein_v3").to_numpy()
         cells.obs["study"], cells.obs["sample"] = np.char.add("10k-", half), np.char.add("5k-", half)
         query = cells[~of_reference].copy()
-        thinned = (query.obs["sample"] == "5k-b").to_numpy()
-        counts = sp.csr_matrix(query.X)
-        rows = np.repeat(thinned, np.diff(counts.indptr))
-        counts.data[rows] = numbers.binomial(counts.data[rows].astype(int), 0.5)
-        query.X = counts
-        proteins = query.obsm["protein_expression"].copy()
-        proteins.loc[thinned] = numbers.binomial(proteins.loc[thinned].astype(int), 0.5)
-        proteins.loc[thinned, MISSING] = 0
-        query.obsm["protein_expression"] = proteins
+        thin(query, (query.obs["sample"] == "5k-b").to_numpy(), MISSING, numbers)
         return Case("TOTALVI", cells[of_reference].copy(), query, arguments)
 
     return read
+
+
+def thin(cells: ad.AnnData, rows: np.ndarray, missing: list[str], numbers: np.random.Generator) -> None:
+    """Leave half the counts of some cells, and none of the proteins in `missing`."""
+    counts = sp.csr_matrix(cells.X)
+    of_rows = np.repeat(rows, np.diff(counts.indptr))
+    counts.data[of_rows] = numbers.binomial(counts.data[of_rows].astype(int), 0.5)
+    cells.X = counts
+    proteins = cells.obsm["protein_expression"].copy()
+    proteins.loc[rows] = numbers.binomial(proteins.loc[rows].astype(int), 0.5)
+    proteins.loc[rows, missing] = 0
+    cells.obsm["protein_expression"] = proteins
 
 
 def gated(proteins: pd.DataFrame) -> np.ndarray:
@@ -112,21 +117,32 @@ def gated(proteins: pd.DataFrame) -> np.ndarray:
 
 
 def simulated(data: Path, seed: int) -> Case:
-    """A dataset of the demo Census on two others, with proteins."""
-    per_scale = sum(len(source.obs) for source in demo_sources(seed, 1.0, 2000, proteins=True) if source.proteins)
-    sources = demo_sources(seed, SIMULATED_CELLS / per_scale, 2000, proteins=True)
-    parts = [_of_source(source) for source in sources if source.proteins and source.organism == "homo_sapiens"]
-    *references, query = parts
-    query.obs["sample"] = query.obs["donor_id"].astype(str)
-    return Case("TOTALVI", ad.concat(references, join="outer", merge="first"), query)
+    """The lung of the demo Census, which has cell types of its own and fewer proteins, on its blood."""
+    n_cells = sum(len(source.obs) for source in _with_proteins(seed, 1.0))
+    blood, lung = map(_of_source, _with_proteins(seed, SIMULATED_CELLS / n_cells))
+    blood.obs["study"] = np.char.add("blood-", _halves(blood))
+    lung.obs["sample"] = np.char.add("lung-", _halves(lung))
+    thinned = (lung.obs["sample"] == "lung-b").to_numpy()
+    thin(lung, thinned, list(lung.obsm["protein_expression"].columns[-5:]), np.random.default_rng(seed))
+    return Case("TOTALVI", blood, lung)
 
 
-def _of_source(source: Any) -> ad.AnnData:
+def _with_proteins(seed: int, scale: float) -> list[DemoSource]:
+    sources = demo_sources(seed, scale, 2000, proteins=True)
+    return [source for source in sources if source.proteins and source.organism == "homo_sapiens"]
+
+
+def _halves(cells: ad.AnnData) -> np.ndarray:
+    """Two batches of donors: `a` and `b`."""
+    return np.where(cells.obs["donor_id"].cat.codes % 2 == 0, "a", "b")
+
+
+def _of_source(source: DemoSource) -> ad.AnnData:
     counts = sp.vstack([block for _, block in source.blocks(4096)], format="csr").astype(np.float32)
     proteins = sp.vstack([block for _, block in source.protein_blocks(4096)]).toarray()
     obs = source.obs.reset_index(drop=True)
     obs.index = [f"{source.dataset_id}-{i}" for i in range(len(obs))]
-    obs["study"], obs["label"] = source.dataset_id, obs["cell_type"].astype(str)
+    obs["label"] = obs["cell_type"].astype(str)
     cells = ad.AnnData(counts, obs=obs, var=source.var.set_index("feature_id"))
     cells.obsm["protein_expression"] = pd.DataFrame(proteins, obs.index, source.proteins)
     return cells
