@@ -34,6 +34,7 @@ def normalized_expression(
         decoder.refuse_untrained(labels, f"{way_out}, or exclude these cells with obs_filter")
     else:
         decoder.check_batches(targets)
+        decoder, labels = decoder.for_untrained(labels)
     found = np.empty((len(chosen), len(genes)), np.float32)
     for block in cells.counts(chosen.joinids):
         rows = slice(block.start, block.start + block.counts.shape[0])

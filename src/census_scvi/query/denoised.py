@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import anndata as ad
 import numpy as np
@@ -13,11 +13,9 @@ import scvi
 
 from census_scvi.config.run_names import PROTEINS
 from census_scvi.errors import UserError
-from census_scvi.model.encode import extend_batches
 from census_scvi.model.safe import ModelDescription
 from census_scvi.query.alignment import AlignedCells
 from census_scvi.query.expression import Decoder
-from census_scvi.query.mapping import query_batch
 from census_scvi.terminal.progress import progress_bar
 
 FOREGROUND = "protein_foreground"
@@ -49,15 +47,9 @@ class CellModels:
 
     @classmethod
     def of_one(cls, model: Model, n_cells: int) -> CellModels:
-        """Cells of batches that the model was not trained on; an encoder with batches gets the mean of the trained."""
-        network, description = model
-        label = description.batches[0]
-        if description.arguments["encode_covariates"]:
-            label = query_batch(description)
-            network = extend_batches(network, description.genes, [label])
-            description = replace(description, batches=[*description.batches, label])
-        labels = np.full(n_cells, label, dtype=object)
-        return cls([Decoder(network, description)], np.zeros(n_cells, np.int64), labels, own_batches=False)
+        """Cells of batches that the model was not trained on (`Decoder.for_untrained`)."""
+        decoder, labels = Decoder(*model).for_untrained(np.full(n_cells, None, dtype=object))
+        return cls([decoder], np.zeros(n_cells, np.int64), labels, own_batches=False)
 
     @classmethod
     def of_batches(cls, models: Sequence[Model], places: npt.NDArray[np.int64]) -> CellModels:

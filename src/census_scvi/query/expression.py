@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import anndata as ad
@@ -17,8 +17,10 @@ from census_scvi.config.messages import suggestion
 from census_scvi.config.run_names import LABELS, PROTEIN_NAMES, PROTEINS
 from census_scvi.errors import UserError
 from census_scvi.model.build import without_training
+from census_scvi.model.encode import extend_batches
 from census_scvi.model.safe import ModelDescription
 from census_scvi.model.seeded import seeded
+from census_scvi.query.mapping import query_batch
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +87,22 @@ class Decoder:
                 f" {way_out}"
             )
 
+    def for_untrained(self, labels: npt.NDArray[np.object_]) -> tuple[Decoder, npt.NDArray[np.object_]]:
+        """A decoder for cells of which some are of untrained batches, and the batch of each cell in it.
+
+        An encoder with batches gets the mean of the trained ones for them, as everywhere where cells are embedded.
+        """
+        unknown = self.untrained(labels)
+        if not unknown.any():
+            return self, labels
+        decoder, label = self, self.description.batches[0]
+        if self.description.arguments["encode_covariates"]:
+            label = query_batch(self.description)
+            extended = extend_batches(self.model, self.description.genes, [label])
+            batches = [*self.description.batches, label]
+            decoder = Decoder(extended, replace(self.description, batches=batches))
+        return decoder, np.where(unknown, label, labels)
+
     def normalised(
         self,
         counts: sp.csr_matrix,
@@ -104,7 +122,7 @@ class Decoder:
         counts
             CSR float32 (cells, genes of the model).
         labels
-            Batch of each cell; cells of untrained batches require `transform_batch`.
+            Batch of each cell.
         genes
             feature_ids of the genes to return.
         transform_batch
@@ -118,8 +136,6 @@ class Decoder:
         proteins
             float32 (cells, proteins of the model), for TOTALVI.
         """
-        if transform_batch is not None:  # any trained label: the encoder ignores it, the decoder gets transform_batch
-            labels = np.where(self.untrained(labels), transform_batch[0], labels)
         # TOTALVI of scvi-tools multiplies by the library size once for each batch of transform_batch.
         own_size = 1.0 if self.description.proteins else library_size
         with seeded(seed), without_training():
@@ -149,8 +165,6 @@ class Decoder:
         Both are float32 (cells, proteins of the model), as scvi-tools' `get_normalized_expression` and
         `get_protein_foreground_probability` give them; parameters as in `normalised`.
         """
-        if transform_batch is not None:
-            labels = np.where(self.untrained(labels), transform_batch[0], labels)
         cells = self._cells(counts, labels, proteins)
         drawn = {"transform_batch": transform_batch, "n_samples": n_samples, "return_numpy": True}
         with seeded(seed), without_training():
