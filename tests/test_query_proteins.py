@@ -274,6 +274,19 @@ def test_an_unknown_batch_is_encoded_as_in_the_embedding_and_decoded_as_a_traine
     np.testing.assert_allclose(found.obsm["protein_foreground"], foreground, rtol=1e-5)
 
 
+def test_only_cells_of_unknown_batches_get_the_mean_of_the_trained_ones(
+    totalvi: tuple[scvi.model.TOTALVI, ModelDescription],
+) -> None:
+    description = totalvi[1]
+    known, found = Decoder(*totalvi).for_untrained(np.array(["two", "lab 7", "one"], dtype=object))
+    assert found.tolist() == ["two", "query" if description.arguments["encode_covariates"] else "one", "one"]
+    assert known.description.batches[:2] == description.batches
+    assert set(found) <= set(known.description.batches)
+    same, labels = Decoder(*totalvi).for_untrained(np.array(["two", "one"], dtype=object))
+    assert same.model is totalvi[0]
+    assert labels.tolist() == ["two", "one"]
+
+
 def test_each_cell_is_decoded_by_the_model_of_its_batch(totalvi: tuple[scvi.model.TOTALVI, ModelDescription]) -> None:
     other = (built(totalvi[1]), totalvi[1])
     places = np.stack([np.arange(N_CELLS) % 2, np.arange(N_CELLS) // 2 % 2], axis=1)

@@ -22,6 +22,7 @@ from scvi.train import Trainer, TrainingPlan
 from census_scvi.counts.data_module import PreparedDataModule
 from census_scvi.errors import UserError
 from census_scvi.model.build import quiet
+from census_scvi.model.seeded import seeded
 from census_scvi.training.callbacks import (
     EpochMetrics,
     GiveBack,
@@ -250,7 +251,8 @@ def fit(
     UserError
         The devices or the checkpoint cannot be used, or the loss is not finite.
     """
-    plan = make_plan(settings, model, data, plan_settings)
+    with seeded(seed):  # TOTALVI's plan draws the weights of its adversary
+        plan = make_plan(settings, model, data, plan_settings)
     curves, finite = LearningCurves(engine_of(plan)), FiniteLoss(named)
     arguments = dict(settings.trainer or {})
     callbacks = [

@@ -210,17 +210,16 @@ def _train(
     extension = _extension(description, cells, data.cells)
     extended = extend_for_training(before, extension, cells=data.cells, seed=seed, options=settings.options)
     started = time.monotonic()
-    with seeded(seed):  # TOTALVI's plan draws the weights of its adversary
-        curves = fit(
-            extended,
-            data,
-            train,
-            settings.plan,
-            seed=seed,
-            checkpoint=folder / CHECKPOINT,
-            tensorboard=folder / "tb_logs",
-            named=_NAMED,
-        )
+    curves = fit(
+        extended,
+        data,
+        train,
+        settings.plan,
+        seed=seed,
+        checkpoint=folder / CHECKPOINT,
+        tensorboard=folder / "tb_logs",
+        named=_NAMED,
+    )
     seconds = curves.earlier[0] + time.monotonic() - started
     steps = len(data.train_dataloader()) * len(curves.curves["elbo_train"])
     data.cells.close()
