@@ -17,11 +17,16 @@ ROOT = Path(__file__).parents[1]
 
 # Run directories hold fingerprints of exactly these settings: another list, and a finished run would not be done.
 SETTINGS_OF_STAGES = {
-    "prepare": ("census", "hvg", "genes.min_cells", "anndata", "seed"),
+    "prepare": (
+        "census", "hvg", "genes.min_cells", "anndata", "seed", "fine_tune.model", "fine_tune.mode",
+        "fine_tune.replay_cells",
+    ),
     "train": (
         "census.organism", "anndata", "model", "training_plan", "seed",
         "train.max_epochs", "train.batch_size", "train.n_samples_per_label", "train.train_size", "train.early_stopping",
         "train.multi_gpu", "train.devices", "train.precision", "train.trainer",
+        "fine_tune.model", "fine_tune.mode", "fine_tune.decoder", "fine_tune.lr", "fine_tune.max_epochs",
+        "fine_tune.patience",
     ),
     "create-latent-update": (
         "census", "anndata.batch_key", "anndata.protein_measurement", "genes", "model.filename", "latent", "seed",

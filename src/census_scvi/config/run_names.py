@@ -26,6 +26,8 @@ SURGERY = "surgery.json"
 PROVENANCE = "provenance.json"
 QA = "qa.json"
 PUBLISHED = "published"
+# Keys of the cells that a fine-tuned model has seen.
+SEEN_CELLS = "seen-cells.npy"
 EVALUATION = "evaluation"
 METRICS = "metrics.json"
 REPORT = "report.html"
@@ -46,6 +48,7 @@ OWNED = frozenset(
     {
         MANIFEST, LOCK, STAGING, GENES, TENSORBOARD, LATENT, LATENT_JOINIDS, LATENT_HASHES, MINIFIED, QA, PUBLISHED,
         EVALUATION, METRICS, REPORT, SEARCH, FINGERPRINT, PROGRESS, CHECKPOINT, VARIANCE, LIBRARY_SIZE,
+        SEEN_CELLS,
     }
 )  # fmt: skip
 _PART = re.compile(re.escape(PART).replace(r"\{:05d\}", r"\d{5,}"))

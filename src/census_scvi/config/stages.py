@@ -85,6 +85,11 @@ STAGES = {
             several_processes=True,
         ),
         Stage(
+            "fine-tune",
+            "Train a model further on the cells of a newer Census that it has not seen.",
+            own_arguments=True,
+        ),
+        Stage(
             "create-latent-update",
             "Embed every cell of the Census and write latent.npy and final_scvi_optimized/.",
             reads={"prepare": ("genes",), "train": _MODEL},

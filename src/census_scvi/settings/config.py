@@ -18,6 +18,7 @@ from census_scvi.config.section import USUAL, Changes, Section, stages_changed
 from census_scvi.counts.settings import AnndataSection
 from census_scvi.errors import UserError
 from census_scvi.files.paths import expand_argument
+from census_scvi.fine_tuning.settings import FineTuneSection
 from census_scvi.model.settings import ImportSection, LatentSection, ModelSection
 from census_scvi.publication.settings import GatesSection, PublishSection
 from census_scvi.query.settings import QuerySection
@@ -38,6 +39,7 @@ class Config(Section):
     train: TrainSection = TrainSection()
     training_plan: Annotated[PlanArguments, Changes("train"), USUAL] = Field(default_factory=dict)
     """Arguments of scvi-tools' training plan and of the model's loss: lr, n_epochs_kl_warmup, max_kl_weight, ..."""
+    fine_tune: FineTuneSection = FineTuneSection()
     latent: LatentSection = LatentSection()
     import_model: ImportSection = ImportSection()
     gates: GatesSection = GatesSection()
@@ -105,6 +107,14 @@ class Config(Section):
         if self.hvg.min_genes:
             parts.append(f"nnz >= {self.hvg.min_genes}")
         return " and ".join(f"({part})" for part in parts if part) or None
+
+    @property
+    def tuned(self) -> Config:
+        """With `fine_tune.model`, this config with the settings of its training; else the config itself."""
+        if self.fine_tune.model is None:
+            return self
+        train, plan = self.fine_tune.training(self.train, self.training_plan)
+        return self.model_copy(update={"train": train, "training_plan": plan})
 
     @property
     def evaluation_folder(self) -> Path:

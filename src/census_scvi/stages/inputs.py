@@ -37,13 +37,19 @@ def inputs_of(stage: Stage, config: Config, census: Census | None = None) -> Inp
     if stage.name == "map-query":
         # Only a Census that the config names is included: the model's Census is part of the model's identity.
         named = config.census.model_dump(mode="json", include=config.census.model_fields_set & _NAMING)
-        return {"query.file": query_identity(query_source(config.query)), "model": _model(config), "census": named}
+        return {
+            "query.file": query_identity(query_source(config.query)),
+            "model": _model(config.query.model or config.output.directory),
+            "census": named,
+        }
     if stage.name == "annotate":
         return _annotated(config)
     found: Inputs = {}
     artifacts, workspace = config.artifacts, Workspace(config.directory)
     for earlier, names in stage.reads.items():
         found |= workspace.require(earlier, [getattr(artifacts, name) for name in names])
+    if stage.name in ("prepare", "train") and config.fine_tune.model is not None:
+        found["fine_tune.model"] = _model(config.fine_tune.model)
     if census is not None:
         found["census"] = census.identity
         if stage.name == "evaluate":
@@ -81,9 +87,8 @@ def _embedding(place: str, census: Census) -> Any:
         return None
 
 
-def _model(config: Config) -> Any:
-    """Identity of the model that embeds a user's cells; for a URL, the URL itself."""
-    place = config.query.model or config.output.directory
+def _model(place: str) -> Any:
+    """Identity of a model; for a URL, the URL itself."""
     source = Source.at(place)
     if source.path is None:
         return without_credentials(place)

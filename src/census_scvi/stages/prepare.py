@@ -14,13 +14,13 @@ import numpy.typing as npt
 import pandas as pd
 
 from census_scvi.census.cells import Cells, require_columns, select_cells, select_labels, soma_filter
-from census_scvi.census.genes import Selection, read_genes, read_var, select_genes, write_genes
+from census_scvi.census.genes import Selection, locate_genes, read_genes, read_var, select_genes, write_genes
 from census_scvi.census.hvg.tally import GeneTally
 from census_scvi.census.open import Census, open_census
 from census_scvi.census.proteins import read_protein_names, stream_proteins
 from census_scvi.census.schema import X_TILE
 from census_scvi.census.stream import stream_blocks, stream_obs, tile_runs
-from census_scvi.config.run_names import BATCH, LABELS, PROTEIN_NAMES
+from census_scvi.config.run_names import BATCH, LABELS, PROTEIN_NAMES, SEEN_CELLS
 from census_scvi.counts.file_order import POOL_RUNS
 from census_scvi.counts.prepared_store import PART_POOLS, PreparedStore, count_nonzeros
 from census_scvi.counts.writer import H5adWriter
@@ -54,6 +54,9 @@ def run(task: Task) -> None:
     """Select cells and genes and write `hv_genes.pkl` and `anndata_model.h5ad`; a killed run resumes."""
     config, artifacts, census, stage = task.config, task.artifacts, task.census, task.run
     _check_columns(census, config)
+    if config.fine_tune.model is not None:
+        _prepare_fine_tuning(task)
+        return
     stage.start()
     cells = select_cells(census, config.training_filter, config.anndata.batch_key)
     _report_cells(cells)
@@ -61,6 +64,34 @@ def run(task: Task) -> None:
     counts = _write(census, cells, genes.feature_ids, config, stage.path(artifacts.prepared))
     counts["genes_below_min_cells"] = genes.below_min_cells
     task.commit([artifacts.prepared, artifacts.genes], counts, census=census.identity)
+    log.info("wrote %s: %s cells x %d genes", task.directory / artifacts.prepared, f"{len(cells):,}", counts["genes"])
+
+
+def _prepare_fine_tuning(task: Task) -> None:
+    """Write the cells that the model has not seen, with its genes, and the keys of all cells that it has seen then."""
+    # Imported here, because no other run of this stage needs scvi-tools.
+    from census_scvi.fine_tuning.selection import select_for_fine_tuning
+    from census_scvi.fine_tuning.start import load_for_fine_tuning
+
+    config, artifacts, census, stage = task.config, task.artifacts, task.census, task.run
+    model = load_for_fine_tuning(config.fine_tune, config.model, config.census.organism, config.anndata.batch_key)
+    genes = model[1].genes
+    locate_genes(census, genes, config.genes.min_share, "genes.min_share")
+    selection = select_for_fine_tuning(census, config.fine_tune, config.census, model[1], config.training_filter)
+    cells, of_selection, seen = selection.training(config.fine_tune, config.seed)
+    stage.start()
+    log.info(
+        "%s new cells in %d new batches, and %s that the model has seen",
+        f"{of_selection['new_cells']:,}",
+        of_selection["new_batches"],
+        f"{of_selection['replayed_cells']:,}",
+    )
+    if not stage.resumed:
+        write_genes(stage.path(artifacts.genes), genes)
+    np.save(stage.path(SEEN_CELLS), seen)
+    counts = _write(census, cells, genes, config, stage.path(artifacts.prepared)) | of_selection
+    written = [artifacts.prepared, artifacts.genes, SEEN_CELLS]
+    task.commit(written, counts, census=census.identity, cells_of_model=selection.origins)
     log.info("wrote %s: %s cells x %d genes", task.directory / artifacts.prepared, f"{len(cells):,}", counts["genes"])
 
 
@@ -143,7 +174,7 @@ def _fill(
     census: Census, cells: Cells, genes: list[str], config: Config, path: Path, part: Part = WHOLE
 ) -> PreparedStore:
     """Write a part of the cells; different processes may write different parts."""
-    var = read_var(census).set_index("feature_id").loc[genes]
+    var = _var_of(census, genes)
     measurement = config.anndata.protein_measurement
     uns = {PROTEIN_NAMES: np.array(read_protein_names(census, measurement), dtype=object)} if measurement else None
     writer = partial(H5adWriter, var=var, uns=uns, compression=config.anndata.compression)
@@ -165,6 +196,18 @@ def _fill(
         for written in store.fill(counts, obs, part, proteins=proteins):
             bar.update(written)
     return store
+
+
+def _var_of(census: Census, genes: list[str]) -> pd.DataFrame:
+    """Var of some genes, indexed by feature_id; the soma_joinid of a gene that the Census does not have is -1."""
+    var = read_var(census).set_index("feature_id")
+    if var.index.isin(genes).sum() == len(genes):
+        return var.loc[genes]
+    found = var.reindex(genes)
+    absent = {
+        name: -1 if name == "soma_joinid" else 0 if dtype.kind in "if" else "" for name, dtype in var.dtypes.items()
+    }
+    return found.astype(object).fillna(absent).astype(var.dtypes)
 
 
 def _labels(census: Census, config: Config) -> _Labels | None:

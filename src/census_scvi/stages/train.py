@@ -20,6 +20,14 @@ from census_scvi.counts.loader import MOST_KEPT
 from census_scvi.counts.reader import PreparedCells
 from census_scvi.errors import UserError
 from census_scvi.files.atomic import remove
+from census_scvi.fine_tuning.seen_cells import LINEAGE_CELLS
+from census_scvi.fine_tuning.start import (
+    FineTuned,
+    changed,
+    lineage_record,
+    load_for_fine_tuning,
+    start_from,
+)
 from census_scvi.model.build import init_arguments
 from census_scvi.model.families import SCANVI, TOTALVI
 from census_scvi.model.safe import ModelDescription, save_for_scvi_tools, save_safe
@@ -57,7 +65,7 @@ _SAMPLE_SECONDS = 5.0
 
 def run(task: Task) -> None:
     """Train and write `scvi.model/`; a killed run resumes from its last checkpoint."""
-    config, artifacts, stage = task.config, task.artifacts, task.run
+    config, artifacts, stage = task.config.tuned, task.artifacts, task.run
     choose_devices(config.train)
     choose_precision(config.train)
     data = _data(config)
@@ -65,7 +73,7 @@ def run(task: Task) -> None:
     slow = slow_precision(config.train, data.cells.n_genes, config.model.n_hidden)
     if slow and not stage.resumed:
         raise UserError(slow)
-    model, description = _build(config, data)
+    model, description, tuning = _build(config, data)
     task.start()
     if stage.resumed:
         log.info("resuming from the last checkpoint")
@@ -73,8 +81,14 @@ def run(task: Task) -> None:
         log.warning("warning: %s, and run it with --force to start again", slow)
     for problem in _problems(config, data):
         log.warning("warning: %s", problem)
-    curves = _fit(config, model, data, stage.staging, digest(stage.staged_fingerprint))
+    if tuning is not None and tuning.untrained:
+        log.warning("fine_tune.mode %s trains nothing: %s", config.fine_tune.mode, tuning.untrained)
+        curves = LearningCurves("none")
+    else:
+        curves = _fit(config, model, data, stage.staging, digest(stage.staged_fingerprint))
     stage.earlier = curves.earlier
+    if tuning is not None:
+        model = _finish_fine_tuning(config, tuning, model, data, curves)
     _save(config, model, description, curves, stage)
     counts = _counts(model, data, curves)
     data.cells.close()
@@ -87,14 +101,17 @@ def run(task: Task) -> None:
         final_metrics=_final(curves),
         learning_curves=curves.curves,
     )
-    losses = ", ".join(f"{name} {value:.1f}" for name, value in _final(curves).items())
+    losses = ", ".join(f"{name} {value:.1f}" for name, value in _final(curves).items()) or "no training"
     log.info("wrote %s after %d epochs: %s", task.directory / artifacts.model, counts["epochs"], losses)
 
 
 def follow(config: Config, stage: StageRun) -> None:
     """Train in a process of rank above 0; rank 0 manages the run directory."""
+    config = config.tuned
     data = _data(config)
-    model, _ = _build(config, data)
+    model, _, tuning = _build(config, data)
+    if tuning is not None and tuning.untrained:
+        return
     _fit(config, model, data, stage.staging, digest(stage.staged_fingerprint))
 
 
@@ -115,20 +132,58 @@ def _data(config: Config) -> PreparedDataModule:
 
 
 def _problems(config: Config, data: PreparedDataModule) -> list[str]:
+    if config.fine_tune.model is not None:  # the model is trained already
+        return []
     plan = plan_arguments(config.training_plan, config.model.kind, data.cells.n_cells)
     return warnings_before(config.train, plan, data.n_train, n_processes(config.train))
 
 
-def _build(config: Config, data: PreparedDataModule) -> tuple[scvi.model.SCVI, ModelDescription]:
-    """The untrained model, and its description."""
+def _build(config: Config, data: PreparedDataModule) -> tuple[scvi.model.SCVI, ModelDescription, FineTuned | None]:
+    """The model before the training, its description, and the fine-tuning if it is one."""
     lightning.seed_everything(config.seed, verbose=False)
+    if config.fine_tune.model is not None:
+        tuning = _start_fine_tuning(config, data)
+        return tuning.model, tuning.description, tuning
     description = _describe(config, data.cells)
     model = description.build()
     if description.proteins:
         set_protein_priors(model, data.cells, description)
     if config.model.from_scvi_model is not None:
         description.lineage.append(start_from_scvi_model(model, description, config.model.from_scvi_model))
-    return model, description
+    return model, description, None
+
+
+def _start_fine_tuning(config: Config, data: PreparedDataModule) -> FineTuned:
+    """The model `fine_tune.model`, extended by the batches of the prepared cells."""
+    settings, batch_key = config.fine_tune, config.anndata.batch_key
+    before = load_for_fine_tuning(settings, config.model, config.census.organism, batch_key)
+    tuning = start_from(settings, before, data.cells, config.seed)
+    prepared = Workspace(config.directory).record("prepare") or {}
+    record = lineage_record(settings, before, prepared.get(LINEAGE_CELLS, []))
+    cells = {name: prepared.get("counts", {}).get(name) for name in ("new_cells", "replayed_cells")}
+    tuning.description.lineage.append(record | cells)
+    return tuning
+
+
+def _finish_fine_tuning(
+    config: Config, tuning: FineTuned, trained: scvi.model.SCVI, data: PreparedDataModule, curves: LearningCurves
+) -> scvi.model.SCVI:
+    """The fine-tuned model, in the form of any other; its description records what has changed."""
+    trained.to_device("cpu")
+    model = tuning.description.build()
+    model.module.load_state_dict(trained.module.state_dict())
+    model.module.eval()
+    model.is_trained_ = True
+    moved = changed(tuning, model, config.fine_tune, data.cells)
+    epochs = len(curves.curves.get("elbo_train", []))
+    tuning.description.lineage[-1] |= {"epochs": epochs, "lr": config.training_plan["lr"], "moved": moved}
+    log.info(
+        "the embedding of the model's own cells moved by %.3g on average (%s; mean distance from their center: %.3g)",
+        moved["mean"],
+        f"{moved['cells']:,} cells of the {moved['source']}",
+        moved["scale"],
+    )
+    return model
 
 
 def _describe(config: Config, cells: PreparedCells) -> ModelDescription:
@@ -200,21 +255,21 @@ def _counts(model: scvi.model.SCVI, data: PreparedDataModule, curves: LearningCu
         "validation_cells": data.n_val,
         "genes": data.cells.n_genes,
         "batches": len(data.cells.batches),
-        "epochs": len(curves.curves["elbo_train"]),
+        "epochs": len(curves.curves.get("elbo_train", [])),
         "parameters": sum(parameter.numel() for parameter in model.module.parameters()),
     }
 
 
 def plan(config: Config) -> Plan:
     """Plan of the stage: size from the prepared file, time from a few training steps on its cells."""
-    artifacts = config.artifacts
+    config, artifacts = config.tuned, config.artifacts
     devices = choose_devices(config.train)
     choose_precision(config.train)
     workspace = Workspace(config.directory)
     workspace.require("prepare", [artifacts.prepared])
     data = _data(config)
     check_arguments(config.train, config.training_plan, data, config.model.kind)
-    model, _ = _build(config, data)
+    model, *_ = _build(config, data)
     if slow := slow_precision(config.train, data.cells.n_genes, config.model.n_hidden):
         raise UserError(slow)
     parameters = sum(parameter.numel() for parameter in model.module.parameters())
