@@ -1,4 +1,4 @@
-"""Fine-tuning: only unseen cells are trained on, new batches start from the mean, the result is a run like any other."""
+"""Fine-tuning: only unseen cells are trained on, new batches start from the mean, the result is a run like any."""
 
 from __future__ import annotations
 
@@ -157,12 +157,12 @@ def test_check_and_dry_run_change_nothing(
 
 @pytest.mark.parametrize("decoder", [False, True])
 def test_new_batches_with_a_blind_encoder(
-    decoder: bool, releases: tuple[str, str], trained: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    decoder: bool, releases: tuple[str, str], trained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The embedding is that of the model before; unless the decoder is wanted, nothing is trained, and this is said."""
     run = next_run(tmp_path, releases[1], trained.directory, mode="new_batches", decoder=decoder, lr=0.01)
     assert run("fine-tune") == 0
-    assert ("trains nothing: the encoder does not use the batch" in caplog.text) is not decoder
+    assert ("trains nothing: the encoder does not use the batch" in capsys.readouterr().err) is not decoder
     (before, old), (after, new) = (load_safe(each.path("scvi.model")) for each in (trained, run))
     cells = ad.read_h5ad(run.path("anndata_model.h5ad"))
     codes = np.zeros(cells.n_obs, np.int64)
@@ -216,7 +216,7 @@ def test_training_starts_from_the_model_and_the_mean(trained: Run, tuned: Run) -
 
 
 def test_settings_of_the_training() -> None:
-    """A small learning rate, early stopping, the full KL weight from the start, no weight decay if weights are frozen."""
+    """A small learning rate, early stopping, the full KL weight at once, no weight decay if weights are frozen."""
     train = TrainSection(max_epochs=400, train_size=0.8)
     plan = {"lr": 2e-3, "n_epochs_kl_warmup": 100, "n_steps_kl_warmup": 10, "weight_decay": 1e-3}
     tuned, arguments = FineTuneSection(max_epochs=7, patience=3).training(train, plan)
