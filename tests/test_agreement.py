@@ -12,11 +12,11 @@ from census_scvi.metrics.agreement import (
     CLASSIFIERS,
     LabelTransfer,
     cluster_agreement,
-    distances,
     mixing_within_types,
     neighbor_overlap,
     share_equal,
 )
+from census_scvi.metrics.distances import distances
 
 
 def blobs(n_cells: int, seed: int, apart: float = 8.0) -> tuple[np.ndarray, np.ndarray]:

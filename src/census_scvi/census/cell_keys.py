@@ -19,7 +19,7 @@ Keys = npt.NDArray[np.uint64]
 
 
 def key_columns(census: Census) -> list[str]:
-    """obs columns that `cell_keys` needs; UserError if the Census has neither ids of cells nor statistics of counts."""
+    """Columns of obs for `cell_keys`; UserError if the Census has neither ids of cells nor statistics of counts."""
     known = set(census.experiment.obs.schema.names)
     there = [name for name in (_DATASET, _CELL, *_COUNTS) if name in known]
     if _DATASET in there and (_CELL in there or known.issuperset(_COUNTS)):
@@ -51,10 +51,10 @@ def cell_keys(obs: pd.DataFrame) -> Keys:
     if _CELL not in obs:
         return _hashes(datasets, _counted(obs))
     keys = _hashes(datasets, obs[_CELL].astype(object))
-    first = ~datasets.duplicated()  # the ids of a dataset are all generated, or none is
-    generated = first.to_numpy() & obs[_CELL].where(first, "").astype(str).str.fullmatch(_GENERATED).to_numpy(bool)
-    if generated.any() and set(_COUNTS) <= set(obs):
-        rows = datasets.isin(datasets[generated]).to_numpy()
+    first = np.flatnonzero(~datasets.duplicated())  # the ids of a dataset are all generated, or none is
+    generated = datasets.iloc[first[obs[_CELL].iloc[first].astype(str).str.fullmatch(_GENERATED).to_numpy(bool)]]
+    if len(generated) and set(_COUNTS) <= set(obs):
+        rows = datasets.isin(generated).to_numpy()
         keys[rows] = _hashes(datasets[rows], _counted(obs[rows]))
     return keys
 

@@ -13,7 +13,7 @@ from census_scvi.counts.reader import PreparedCells
 from census_scvi.errors import UserError
 from census_scvi.files.uri import without_credentials
 from census_scvi.fine_tuning.settings import NEW_BATCHES, FineTuneSection
-from census_scvi.metrics.agreement import distances
+from census_scvi.metrics.distances import distances
 from census_scvi.model.build import init_arguments
 from census_scvi.model.encode import Encoder, extend_batches
 from census_scvi.model.families import SCVI

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,34 +25,6 @@ NEIGHBORS = 15
 # Classifiers of `LabelTransfer`.
 CLASSIFIERS = ("neighbors", "random_forest", "mlp")
 _STEPS_OF_MLP = 200
-
-
-@dataclass(frozen=True)
-class Distances:
-    """Distances of cells between two embeddings in the same space.
-
-    Attributes
-    ----------
-    mean, largest
-        Mean and largest Euclidean distance.
-    largest_difference
-        Largest difference of a coordinate.
-    scale
-        Mean distance of the cells from their center in the first embedding, to compare with.
-    """
-
-    mean: float
-    largest: float
-    largest_difference: float
-    scale: float
-
-
-def distances(one: Points, other: Points) -> Distances:
-    """Distances of each cell between two embeddings, float32 (cells, dimensions) each."""
-    difference = one.astype(np.float64) - other
-    lengths = np.linalg.norm(difference, axis=1)
-    scale = np.linalg.norm(one - one.mean(axis=0), axis=1).mean()
-    return Distances(float(lengths.mean()), float(lengths.max()), float(np.abs(difference).max()), float(scale))
 
 
 def neighbor_overlap(one: Points, other: Points, n_neighbors: int = NEIGHBORS) -> float:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +19,10 @@ from census_scvi.counts.row_hash import row_hashes
 from census_scvi.counts.writer import H5adWriter
 from census_scvi.errors import UserError
 from census_scvi.model.safe import ModelDescription
-from census_scvi.query.alignment import AlignedCells
 from census_scvi.terminal.progress import progress_bar
+
+if TYPE_CHECKING:
+    from census_scvi.query.alignment import AlignedCells
 
 _BLOCK_CELLS = 4096
 _LEAST_CELLS = 2  # BatchNorm cannot normalise a minibatch of one cell

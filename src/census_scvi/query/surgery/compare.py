@@ -21,11 +21,11 @@ from census_scvi.metrics.agreement import (
     LabelTransfer,
     Points,
     accuracy_gain,
-    distances,
     mixing_within_types,
     share_equal,
     shared_neighbors,
 )
+from census_scvi.metrics.distances import distances
 from census_scvi.neighbors.clusters import leiden
 from census_scvi.neighbors.index import NeighborIndex
 from census_scvi.query.alignment import AlignedCells

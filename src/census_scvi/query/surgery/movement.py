@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,9 @@ from census_scvi.errors import UserError
 from census_scvi.model.encode import Encoder
 from census_scvi.model.safe import ModelDescription
 from census_scvi.model.typical import TypicalCells
-from census_scvi.query.alignment import AlignedCells
+
+if TYPE_CHECKING:
+    from census_scvi.query.alignment import AlignedCells
 
 # Largest difference of a latent position that is accepted: rounding alone gives 1e-6.
 TOLERANCE = 1e-5
