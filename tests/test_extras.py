@@ -86,6 +86,7 @@ USERS = {None: [command.module for command in STAGES.values() if not command.ext
 USERS |= {command.extra: [command.module] for command in STAGES.values() if command.extra}
 USERS[None] += ["census_scvi.cli", "census_scvi.model.published"]
 USERS["atlas"] += [ATLAS]
+USERS["evaluate"] += ["census_scvi.stages.decision"]
 USERS["annotate"] += ["census_scvi.annotation.functions", "census_scvi.annotation.scnym.interpret"]
 
 

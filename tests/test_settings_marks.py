@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 SETTINGS_OF_STAGES = {
     "prepare": (
         "census", "hvg", "genes.min_cells", "anndata", "seed", "fine_tune.model", "fine_tune.mode",
-        "fine_tune.replay_cells",
+        "fine_tune.replay_cells", "fine_tune.held_out",
     ),
     "train": (
         "census.organism", "anndata", "model", "training_plan", "seed",

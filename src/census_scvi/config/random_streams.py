@@ -24,6 +24,8 @@ class Stream(IntEnum):
     MINIFIED_CELLS = 10
     REFERENCE_CELLS = 11
     REPLAYED_CELLS = 17
+    HELD_OUT_CELLS = 18  # with 0 for new cells, 1 for others
+    DECISION_CELLS = 19  # with the number of the group
     CLASSIFIER_CELLS = 21
     CLASSIFIER_VALIDATION = 22
     CLASSIFIER_INTERPRETATION = 23

@@ -28,6 +28,8 @@ QA = "qa.json"
 PUBLISHED = "published"
 # Keys of the cells that a fine-tuned model has seen.
 SEEN_CELLS = "seen-cells.npy"
+# Folder of `fine-tune --decide`, and in it the keys of held-out cells.
+DECISION, HELD_OUT = "decision", "held-out.npy"
 EVALUATION = "evaluation"
 METRICS = "metrics.json"
 REPORT = "report.html"
@@ -48,7 +50,7 @@ OWNED = frozenset(
     {
         MANIFEST, LOCK, STAGING, GENES, TENSORBOARD, LATENT, LATENT_JOINIDS, LATENT_HASHES, MINIFIED, QA, PUBLISHED,
         EVALUATION, METRICS, REPORT, SEARCH, FINGERPRINT, PROGRESS, CHECKPOINT, VARIANCE, LIBRARY_SIZE,
-        SEEN_CELLS,
+        SEEN_CELLS, DECISION,
     }
 )  # fmt: skip
 _PART = re.compile(re.escape(PART).replace(r"\{:05d\}", r"\d{5,}"))

@@ -16,7 +16,7 @@ from census_scvi.census.slices import read_obs_of
 from census_scvi.config.random_streams import Stream, draw, generator
 from census_scvi.errors import UserError
 from census_scvi.fine_tuning.seen_cells import Keys, census_keys
-from census_scvi.fine_tuning.settings import NEW_BATCHES, FineTuneSection
+from census_scvi.fine_tuning.settings import NEW_BATCHES, RETRAIN, FineTuneSection
 from census_scvi.model.encode import labels_with
 
 # The Census marks one of the copies of a cell as primary.
@@ -102,23 +102,29 @@ def find_new_cells(
     )
 
 
-def training_cells(found: NewCells, settings: FineTuneSection, seed: int) -> tuple[Cells, dict[str, int]]:
+def training_cells(
+    found: NewCells, settings: FineTuneSection, seed: int, held_out: Keys | None = None
+) -> tuple[Cells, dict[str, int]]:
     """The cells that a fine-tuning trains on, and their numbers; UserError if there are none.
 
     In mode `continue` these are the new cells and `replay_cells` of the others; in mode `new_batches` only those of new
-    batches, because cells of the model's own batches would change the weights of these.
+    batches, because cells of the model's own batches would change the weights of these; in mode `retrain` all cells.
+    Cells with one of the keys `held_out` are excluded.
     """
     require_new_cells(found, settings)
-    chosen, n_replayed = found.new.copy(), 0
+    allowed = np.full(len(found.keys), True) if held_out is None else ~np.isin(found.keys, held_out)
+    chosen, n_replayed = found.new & allowed, 0
     if settings.mode == NEW_BATCHES:
-        chosen = found.of_new_batches
+        chosen &= found.of_new_batches
         if not chosen.any():
             raise UserError(
                 f"all {int(found.new.sum()):,} new cells are of batches that the model has, and mode new_batches trains"
                 " only the weights of others; set fine_tune.mode to continue, or embed them with the model as it is"
             )
+    elif settings.mode == RETRAIN:
+        chosen = allowed
     elif settings.replay_cells:
-        old = np.flatnonzero(~found.new)
+        old = np.flatnonzero(~found.new & allowed)
         replayed = old[draw(len(old), settings.replay_cells, generator(seed, Stream.REPLAYED_CELLS))]
         chosen[replayed], n_replayed = True, len(replayed)
     codes = found.cells.batch_codes[chosen]

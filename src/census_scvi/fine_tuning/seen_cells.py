@@ -55,7 +55,7 @@ def seen_cells(place: str, settings: CensusSection) -> tuple[Keys, list[dict[str
         Nothing says which cells these are, or the Census that they are from cannot be read.
     """
     source = Source.at(place)
-    if (run := _run(source)) is not None:
+    if (run := run_of(source)) is not None:
         return _of_run(run, place, settings)
     if not source.is_published:
         raise UserError(
@@ -69,7 +69,7 @@ def seen_cells(place: str, settings: CensusSection) -> tuple[Keys, list[dict[str
     return _of_censuses(origins, place, settings), origins
 
 
-def _run(source: Source) -> Path | None:
+def run_of(source: Source) -> Path | None:
     """The run directory of a model, also if the model in it is given."""
     if source.kind is Kind.MODEL and source.path is not None and (source.path.parent / MANIFEST).exists():
         return source.path.parent
@@ -88,8 +88,8 @@ def _of_run(run: Path, place: str, settings: CensusSection) -> tuple[Keys, list[
         workspace.check("prepare", [SEEN_CELLS])
         return np.load(run / SEEN_CELLS), origins
     prepared = next(run / name for name in record["artifacts"] if str(name).endswith(".h5ad"))
-    keys = _of_prepared(prepared)
-    return (_of_censuses(origins, place, settings) if keys is None else keys), origins
+    keys = prepared_keys(prepared)
+    return (_of_censuses(origins, place, settings) if keys is None else np.unique(keys)), origins
 
 
 def _origins(census: dict[str, Any], config: dict[str, Any], model: Path) -> list[dict[str, Any]]:
@@ -107,15 +107,15 @@ def _training_filter(config: dict[str, Any]) -> str | None:
     return " and ".join(f"({part})" for part in parts if part) or None
 
 
-def _of_prepared(path: Path) -> Keys | None:
-    """Keys of prepared cells; None if the file is gone, or lacks the columns."""
+def prepared_keys(path: Path) -> Keys | None:
+    """Keys of prepared cells, in their order in the file; None if the file is gone, or lacks the columns."""
     if not path.exists():
         return None
     with open_file(path) as file:
         names = [name for name in file["obs"] if name in _KEY_COLUMNS]
         if "dataset_id" not in names or "observation_joinid" not in names:
             return None
-        return np.unique(cell_keys(pd.DataFrame({name: read_elem(file[f"obs/{name}"]) for name in names})))
+        return cell_keys(pd.DataFrame({name: read_elem(file[f"obs/{name}"]) for name in names}))
 
 
 _KEY_COLUMNS = ("dataset_id", "observation_joinid", "raw_sum", "nnz", "raw_variance_nnz")

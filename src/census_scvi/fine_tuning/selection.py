@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from census_scvi.census.cells import Cells
 from census_scvi.census.open import Census
 from census_scvi.census.settings import CensusSection
@@ -34,7 +36,8 @@ class Selection:
 
     def training(self, settings: FineTuneSection, seed: int) -> tuple[Cells, dict[str, int], Keys]:
         """The cells to train on, numbers for the record, and what the model has seen afterwards."""
-        cells, counts = training_cells(self.found, settings, seed)
+        held_out = None if settings.held_out is None else np.load(settings.held_out)
+        cells, counts = training_cells(self.found, settings, seed, held_out)
         return cells, counts, seen_after(self.found, cells, self.seen)
 
 

@@ -12,7 +12,7 @@ from census_scvi.config.random_streams import draw
 from census_scvi.counts.reader import PreparedCells
 from census_scvi.errors import UserError
 from census_scvi.files.uri import without_credentials
-from census_scvi.fine_tuning.settings import NEW_BATCHES, FineTuneSection
+from census_scvi.fine_tuning.settings import NEW_BATCHES, RETRAIN, FineTuneSection
 from census_scvi.metrics.distances import distances
 from census_scvi.model.build import init_arguments
 from census_scvi.model.encode import Encoder, extend_batches
@@ -119,6 +119,8 @@ def start_from(
     if settings.mode == NEW_BATCHES:
         require_extendable(trained, description, new)
         untrained = _untrained(settings, trained, new)
+    if settings.mode == RETRAIN:
+        return FineTuned(trained, description, extension.build(), extension, "")
     if settings.mode == NEW_BATCHES and not untrained:
         model = extend_for_training(trained, extension, cells=cells, seed=seed)
     else:

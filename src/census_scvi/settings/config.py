@@ -18,7 +18,7 @@ from census_scvi.config.section import USUAL, Changes, Section, stages_changed
 from census_scvi.counts.settings import AnndataSection
 from census_scvi.errors import UserError
 from census_scvi.files.paths import expand_argument
-from census_scvi.fine_tuning.settings import FineTuneSection
+from census_scvi.fine_tuning.settings import CostSection, FineTuneSection
 from census_scvi.model.settings import ImportSection, LatentSection, ModelSection
 from census_scvi.publication.settings import GatesSection, PublishSection
 from census_scvi.query.settings import QuerySection
@@ -40,6 +40,7 @@ class Config(Section):
     training_plan: Annotated[PlanArguments, Changes("train"), USUAL] = Field(default_factory=dict)
     """Arguments of scvi-tools' training plan and of the model's loss: lr, n_epochs_kl_warmup, max_kl_weight, ..."""
     fine_tune: FineTuneSection = FineTuneSection()
+    cost: CostSection = CostSection()
     latent: LatentSection = LatentSection()
     import_model: ImportSection = ImportSection()
     gates: GatesSection = GatesSection()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 from typing import TYPE_CHECKING
 
 from census_scvi.cli import Parser, read_config
+from census_scvi.config.extras import require_extra
 from census_scvi.errors import UserError
 from census_scvi.files.uri import local_path, without_credentials
 from census_scvi.settings import Config
@@ -29,13 +31,19 @@ settings of this command:
   all others: docs/settings.md; the sections model and anndata must be those of the model
 
 It does what prepare and train do, and its run directory is one like any other: create-latent-update, evaluate and
-publish follow. --check exits with 0 if there are new cells, and with 3 if there are none."""
+publish follow. --check exits with 0 if there are new cells, and with 3 if there are none. --decide writes decision/ in
+the run directory: the models that it trains there, decision.json and report.html."""
 EXAMPLE = "--config run.yaml fine_tune.model=run census.version=2026-05-11 output.directory=run2"
 
 
 def add_arguments(parser: Parser) -> None:
     """Add the arguments that only this command has."""
     parser.add_argument("--check", action="store_true", help="only show what is new in the Census; change nothing")
+    parser.add_argument(
+        "--decide",
+        action="store_true",
+        help="measure on held-out cells whether to keep the model, fine-tune it or train it again",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -44,6 +52,10 @@ def run(arguments: argparse.Namespace) -> None:
     _require_places(config, writes=not arguments.check)
     if arguments.check or arguments.dry_run:
         _show(config, check=arguments.check)
+        return
+    if arguments.decide:
+        require_extra("evaluate", "scvi-fine-tune.py --decide")
+        importlib.import_module("census_scvi.stages.decision").decide(config, force=arguments.force)
         return
     # Imported here, because torch and scvi-tools take seconds to import and --help must be fast.
     from census_scvi.stages.protocol import is_follower, run_stage

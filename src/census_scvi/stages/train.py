@@ -21,6 +21,7 @@ from census_scvi.counts.reader import PreparedCells
 from census_scvi.errors import UserError
 from census_scvi.files.atomic import remove
 from census_scvi.fine_tuning.seen_cells import LINEAGE_CELLS
+from census_scvi.fine_tuning.settings import RETRAIN
 from census_scvi.fine_tuning.start import (
     FineTuned,
     changed,
@@ -143,6 +144,8 @@ def _build(config: Config, data: PreparedDataModule) -> tuple[scvi.model.SCVI, M
     lightning.seed_everything(config.seed, verbose=False)
     if config.fine_tune.model is not None:
         tuning = _start_fine_tuning(config, data)
+        if config.fine_tune.mode == RETRAIN:
+            return tuning.model, replace(tuning.description, lineage=[]), None
         return tuning.model, tuning.description, tuning
     description = _describe(config, data.cells)
     model = description.build()
