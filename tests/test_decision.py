@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import anndata as ad
@@ -21,6 +23,7 @@ from census_scvi.fine_tuning.held_out import Group, held_out_keys
 from census_scvi.fine_tuning.measure import costs, elbo
 from census_scvi.fine_tuning.new_cells import NewCells
 from census_scvi.fine_tuning.verdict import recommend
+from census_scvi.local_census.demo.releases import write_demo_releases
 from census_scvi.model.safe import load_safe
 
 ROW = {"transfer": 0.8, "transfer_error": 0.005, "bio": 0.7, "batch": 0.5, "elbo_old": 500.0, "elbo_new": 600.0}
@@ -116,3 +119,48 @@ def test_the_old_held_out_cells_are_those_that_the_model_was_validated_on(finish
     few = NewCells(cells, every, np.arange(len(every)) == 0, 1, len(keys), 0)
     with pytest.raises(UserError, match=r"0 new cells and .* can be held out, and 10 of each are needed to decide"):
         held_out_keys(few, str(finished_run.directory), 0)
+
+
+@pytest.mark.slow
+def test_decide(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All ways are trained without the held-out cells; a second decision trains nothing again."""
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    write_demo_releases(first, second, scale=0.2, n_genes=300)
+    base = Run(tmp_path / "base", first)
+    assert base("prepare") == base("train") == 0
+    run = Run(
+        tmp_path / "next",
+        second,
+        fine_tune={"model": str(base.directory), "replay_cells": 50, "max_epochs": 2, "budget": 0.5},
+        train={"max_epochs": 12},
+        evaluate={"batches": [], "labels": ["cell_type"]},
+        cost={"per_hour": 3600.0},
+    )
+    assert run("fine-tune", "--decide") == 0
+    shown = capsys.readouterr().out
+    folder = run.path("decision")
+    record = json.loads((folder / "decision.json").read_text())
+    rows = record["rows"]
+    assert list(rows) == ["keep", "new_batches", "continue", "retrain"]
+    assert [row["epochs"] for row in rows.values()] == [0, 0, 2, 6]
+    same = ("elbo_new", "elbo_old", "transfer", "bio")
+    assert [rows["keep"][name] for name in same] == [rows["new_batches"][name] for name in same]  # a blind encoder
+    assert rows["keep"]["moved"] == 0 < rows["continue"]["moved"]
+    assert rows["retrain"]["moved"] is None
+    assert rows["retrain"]["price"] == pytest.approx(3600 * rows["retrain"]["hours"])
+    whole = rows["retrain"]["train_hours"] / 0.5 + rows["retrain"]["embed_hours"]
+    assert rows["retrain"]["hours_extrapolated"] == pytest.approx(whole)
+    assert record["recommendation"][0] in shown
+    assert "held-out old cells" in (folder / "report.html").read_text()
+    held = np.load(folder / "held-out.npy")
+    sizes = []
+    for way in ("new_batches", "continue", "retrain"):
+        prepared = ad.read_h5ad(folder / way / "anndata_model.h5ad")
+        assert not np.isin(cell_keys(prepared.obs), held).any()
+        sizes.append(prepared.n_obs)
+    assert sizes[0] + 50 == sizes[1] < sizes[2]
+    records = [(folder / way / "manifest.json").read_text() for way in ("new_batches", "continue", "retrain")]
+    assert run("fine-tune", "--decide") == 0
+    assert records == [(folder / way / "manifest.json").read_text() for way in ("new_batches", "continue", "retrain")]
+    again = json.loads((folder / "decision.json").read_text())["rows"]
+    assert again["continue"]["elbo_new"] == rows["continue"]["elbo_new"]
