@@ -421,6 +421,8 @@ def test_two_names_that_some_file_systems_take_for_one(one: str, other: str, tmp
         ("publish.model_uri", "data", "would overwrite publish.experiment_uri data/census/mouse"),
         ("publish.model_uri", "data/models", None),
         ("census.uri", "run/.", "output.directory run is the Census; give another folder"),
+        ("compare_releases.folder", "run/published/x", "published is a name that the run uses itself"),
+        ("compare_releases.folder", "run/comparison", None),
         ("evaluate.folder", "run", None),
         ("evaluate.folder", "run/evaluation", None),
         ("evaluate.folder", "run/evaluation-2", None),
@@ -448,6 +450,7 @@ def test_a_place_in_the_run_directory(
 PLACES = [
     "census.uri", "output.directory", "publish.experiment_uri", "publish.model_uri", "query.file", "query.output",
     "query.model", "query.embedding", "evaluate.folder", "evaluate.embeddings.mine",
+    "compare_releases.old",
 ]  # fmt: skip
 
 

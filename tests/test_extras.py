@@ -202,6 +202,9 @@ def test_core_trains_and_embeds(core: Installation, tmp_path: Path) -> None:
 REFUSALS = {
     "evaluate": "evaluate needs cellxgene-ontology-guide, igraph and scib-metrics, which are not installed",
     "publish": "publish needs huggingface-hub, which is not installed",
+    "compare-releases": (
+        "compare-releases needs cellxgene-ontology-guide, harmonypy, igraph and scib-metrics, which are not installed"
+    ),
     "map-query": "map-query needs cellxgene-ontology-guide, harmonypy and igraph, which are not installed",
     "annotate": "annotate needs captum, cellxgene-ontology-guide and harmonypy, which are not installed",
 }

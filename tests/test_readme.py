@@ -52,6 +52,7 @@ def sandbox(demo_census: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     few = yaml.safe_load((folder / "configs/small.yaml").read_text())  # its settings, for fewer genes and epochs
     few["census"]["obs_query_model"] = SMALL["census"]["obs_query_model"]
     few["train"]["max_epochs"], few["hvg"]["top_n_hvg"] = 3, 200
+    few["evaluate"] = SMALL["evaluate"]
     mouse = {**small, "output": {"directory": "run-mouse"}}
     configs = {"scvi-config": small, "configs/demo": demo, "configs/small": few, "configs/mus_musculus": mouse}
     quick = yaml.safe_load((folder / "configs/annotate-demo.yaml").read_text())

@@ -41,6 +41,11 @@ SETTINGS_OF_STAGES = {
         "evaluate.embeddings", "evaluate.obs_filter", "evaluate.labels", "evaluate.batches", "evaluate.donors",
         "evaluate.max_cells", "evaluate.measured_cells", "evaluate.baseline",
     ),
+    "compare-releases": (
+        "seed", "evaluate.labels", "evaluate.batches", "evaluate.donors", "evaluate.measured_cells",
+        "compare_releases.old", "compare_releases.new", "compare_releases.old_census", "compare_releases.new_census",
+        "compare_releases.label", "compare_releases.by", "compare_releases.sampled_cells",
+    ),
     "annotate": (
         "census.organism", "census.uri", "census.version", "seed", "query.file", "query.model",
         "query.counts", "query.values", "query.min_share", "query.batch_key",

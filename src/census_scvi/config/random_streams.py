@@ -23,6 +23,7 @@ class Stream(IntEnum):
     SHUFFLED_LABELS = 9
     MINIFIED_CELLS = 10
     REFERENCE_CELLS = 11
+    COMPARED_CELLS = 16
     REPLAYED_CELLS = 17
     HELD_OUT_CELLS = 18  # with 0 for new cells, 1 for others
     DECISION_CELLS = 19  # with the number of the group

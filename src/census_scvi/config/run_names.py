@@ -32,6 +32,7 @@ SEEN_CELLS = "seen-cells.npy"
 DECISION, HELD_OUT = "decision", "held-out.npy"
 EVALUATION = "evaluation"
 METRICS = "metrics.json"
+COMPARISON, COMPARISON_RECORD = "comparison", "comparison.json"
 REPORT = "report.html"
 SEARCH = "search"
 # Files of a stage in its staging folder, in addition to the unfinished results.
@@ -49,7 +50,7 @@ PROTEINS, PROTEIN_NAMES = "protein_expression", "protein_names"
 OWNED = frozenset(
     {
         MANIFEST, LOCK, STAGING, GENES, TENSORBOARD, LATENT, LATENT_JOINIDS, LATENT_HASHES, MINIFIED, QA, PUBLISHED,
-        EVALUATION, METRICS, REPORT, SEARCH, FINGERPRINT, PROGRESS, CHECKPOINT, VARIANCE, LIBRARY_SIZE,
+        EVALUATION, METRICS, REPORT, COMPARISON, SEARCH, FINGERPRINT, PROGRESS, CHECKPOINT, VARIANCE, LIBRARY_SIZE,
         SEEN_CELLS, DECISION,
     }
 )  # fmt: skip
@@ -100,6 +101,7 @@ def check_places(
     census: str | None,
     experiment: str | None,
     evaluation: str | None,
+    comparison: str | None,
     mapped: str | None,
     published: str | None,
 ) -> None:
@@ -111,8 +113,9 @@ def check_places(
         The run directory.
     names
         Names of the prepared cells and of the model in the run directory.
-    census, experiment, evaluation, mapped, published
-        Settings `census.uri`, `publish.experiment_uri`, `evaluate.folder`, `query.output` and `publish.model_uri`.
+    census, experiment, evaluation, comparison, mapped, published
+        Settings `census.uri`, `publish.experiment_uri`, `evaluate.folder`, `compare_releases.folder`, `query.output`
+        and `publish.model_uri`.
     """
     run = Path(os.path.realpath(directory))
     if census is not None and run == _real(census):
@@ -128,7 +131,8 @@ def check_places(
                 raise ValueError(f"publish.model_uri {published} would overwrite {setting} {read}; give another folder")
     taken = {same_name(name) for name in names}
     places: list[tuple[str, str | None, str | None]] = [("query.output", file, None) for file in _files_of(mapped)]
-    places += [("evaluate.folder", evaluation, EVALUATION), ("publish.model_uri", published, PUBLISHED)]
+    places += [("evaluate.folder", evaluation, EVALUATION), ("compare_releases.folder", comparison, COMPARISON)]
+    places += [("publish.model_uri", published, PUBLISHED)]
     for setting, written, own in places:
         place = None if written is None else _real(written)
         if place is None or run not in place.parents or (own and place == run / own):

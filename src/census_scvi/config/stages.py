@@ -121,6 +121,11 @@ STAGES = {
             own_arguments=True,
         ),
         Stage(
+            "compare-releases",
+            "Compare a release with an earlier one (compare_releases.old): comparison.json and report.html.",
+            extra="compare",
+        ),
+        Stage(
             "map-query", "Embed your own cells with a trained model and annotate them from the Census.", extra="atlas"
         ),
         Stage(

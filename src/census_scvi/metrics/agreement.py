@@ -42,8 +42,13 @@ def neighbor_overlap(one: Points, other: Points, n_neighbors: int = NEIGHBORS) -
 
 def shared_neighbors(one: Positions, other: Positions) -> float:
     """`neighbor_overlap` of neighbors that are known, int64 (cells, neighbors) each."""
+    return float(common_neighbors(one, other).sum() / one.size)
+
+
+def common_neighbors(one: Positions, other: Positions) -> Positions:
+    """Number of neighbors of each cell that are the same in both, int64 (cells,); no neighbor may be there twice."""
     both = np.sort(np.concatenate([one, other], axis=1), axis=1)  # a shared neighbor is there twice
-    return float((both[:, 1:] == both[:, :-1]).sum() / one.size)
+    return np.asarray((both[:, 1:] == both[:, :-1]).sum(axis=1), np.int64)
 
 
 def cluster_agreement(one: Points, other: Points, *, resolution: float = 1.0, seed: int = 0) -> float:

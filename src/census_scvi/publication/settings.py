@@ -11,7 +11,7 @@ from census_scvi.config.types import MemberName, Name, PathName, Share
 
 StoppingGate = Literal[
     "cells", "finite", "variance", "duplicate_dimensions", "effective_rank", "genes", "counts", "architecture",
-    "re_embedding", "order", "active_units", "overfitting",
+    "re_embedding", "order", "active_units", "overfitting", "drift",
 ]  # fmt: skip
 
 
@@ -37,6 +37,10 @@ class GatesSection(Section):
     """
     max_elbo_gap: Annotated[float, Field(gt=0.0)] = 0.2
     """Maximum fraction by which elbo_validation exceeds elbo_train (losses); more: overfitting."""
+    min_label_stability: Share = 0.8
+    """Minimum label stability compared with the earlier release, where scvi-compare-releases.py measured it."""
+    drift_stops: bool = False
+    """Whether a lower label stability, or none that was measured, stops publishing; false: a warning."""
     label: Name = "cell_type"
     """obs column of the cell types, for warnings about their separation and the mixing of batches."""
     waived: dict[StoppingGate, Name] = Field(default_factory=dict)

@@ -133,15 +133,21 @@ class Origin:
             return None
         return CensusSection(organism=self.identity["organism"], **{where: self.identity[where]})
 
+    def own_embedding(self, census: Census) -> RunEmbedding | PublishedEmbedding | None:
+        """The embedding computed with the model, None without a record; UserError if it cannot be read."""
+        if self.directory is not None:
+            return RunEmbedding(self.directory, census)
+        if self.published is not None and self.identity is not None:
+            experiment, name = self.published
+            _require_same(self.identity, census, experiment or "the published folder")
+            return PublishedEmbedding(experiment or census.experiment.uri, name)
+        return None
+
     def open_embedding(self, census: Census) -> Embedding:
         """The embedding computed with the model, else `obsm["scvi"]` of the Census; UserError if neither exists."""
         try:
-            if self.directory is not None:
-                return RunEmbedding(self.directory, census)
-            if self.published is not None and self.identity is not None:
-                experiment, name = self.published
-                _require_same(self.identity, census, experiment or "the published folder")
-                return PublishedEmbedding(experiment or census.experiment.uri, name)
+            if (own := self.own_embedding(census)) is not None:
+                return own
         except UserError as error:
             if self.directory is not None and not isinstance(error, _NotThereError):
                 raise  # it exists, but is damaged

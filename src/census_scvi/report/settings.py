@@ -9,6 +9,9 @@ from pydantic import Field
 from census_scvi.config.section import USUAL, Changes, Section
 from census_scvi.config.types import Columns, LocalPath, Name, ObsFilter, PathName
 
+# Stages that compute the metrics.
+_MEASURED = ("evaluate", "compare-releases")
+
 
 class EvaluateSection(Section):
     """Metrics of embeddings (evaluate)."""
@@ -20,18 +23,20 @@ class EvaluateSection(Section):
     """
     obs_filter: ObsFilter | None = "is_primary_data == True"
     """SOMA value filter of the cells to evaluate on; null: all."""
-    labels: Annotated[Columns, USUAL] = Field(default_factory=lambda: ["cell_type"])
+    labels: Annotated[Columns, Changes(*_MEASURED), USUAL] = Field(default_factory=lambda: ["cell_type"])
     """obs columns that the embedding should preserve; cell_class and cell_subclass are derived with the Cell Ontology.
     """
-    batches: Annotated[Columns, USUAL] = Field(default_factory=lambda: ["dataset_id", "assay", "batch"])
+    batches: Annotated[Columns, Changes(*_MEASURED), USUAL] = Field(
+        default_factory=lambda: ["dataset_id", "assay", "batch"]
+    )
     """obs columns that should be mixed; batch: those of `anndata.batch_key` combined."""
-    donors: Name | None = "donor_id"
+    donors: Annotated[Name | None, Changes(*_MEASURED)] = "donor_id"
     """obs column whose groups are held out and resampled (for confidence intervals) as a whole; null: single cells
     are.
     """
     max_cells: Annotated[int, Field(ge=100)] = 100_000
     """Maximum number of cells; of more, this number is drawn at random."""
-    measured_cells: Annotated[int, Field(ge=100)] = 10_000
+    measured_cells: Annotated[int, Field(ge=100), Changes(*_MEASURED)] = 10_000
     """Cells for the metrics and maps; entropy uses neighbors among all `max_cells`."""
     baseline: bool = True
     """Whether to evaluate a PCA of log-normalized counts, too."""

@@ -105,7 +105,7 @@ def read_slice(
     )
     problems: list[str] = []
     spaces, joinids = _embeddings(census, joinids, embeddings_of(settings, directory), problems)
-    obs = _obs(census, joinids, settings, batch_key, problems)
+    obs = read_slice_obs(census, joinids, settings, batch_key, problems)
     if settings.baseline:
         log.info("PCA of the counts of %s cells", f"{len(joinids):,}")
         genes = _genes(census, joinids, directory, n_genes, seed)
@@ -149,9 +149,13 @@ def _embeddings(
     return {name: values[np.searchsorted(found, common)] for name, (found, values) in read.items()}, common
 
 
-def _obs(
+def read_slice_obs(
     census: Census, joinids: npt.NDArray[np.int64], settings: EvaluateSection, key: list[str], problems: list[str]
 ) -> pd.DataFrame:
+    """`Slice.obs` of cells, int64 (cells,) ascending; adds the columns of the settings that do not exist to `problems`.
+
+    `key` are the obs columns that define the batch.
+    """
     known = [name for name in census.experiment.obs.schema.names if name != "soma_joinid"]
     wanted = [*settings.labels, *settings.batches, *_SHOWN, *key, _TERMS]
     if settings.donors:

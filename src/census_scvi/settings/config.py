@@ -22,6 +22,7 @@ from census_scvi.fine_tuning.settings import CostSection, FineTuneSection
 from census_scvi.model.settings import ImportSection, LatentSection, ModelSection
 from census_scvi.publication.settings import GatesSection, PublishSection
 from census_scvi.query.settings import QuerySection
+from census_scvi.releases.settings import CompareReleasesSection
 from census_scvi.report.settings import EvaluateSection
 from census_scvi.training.settings import PlanArguments, TrainSection
 from census_scvi.workspace import Artifacts
@@ -48,8 +49,9 @@ class Config(Section):
     query: QuerySection = QuerySection()
     annotate: AnnotateSection = AnnotateSection()
     evaluate: EvaluateSection = EvaluateSection()
+    compare_releases: CompareReleasesSection = CompareReleasesSection()
     output: OutputSection = OutputSection()
-    seed: Annotated[int, Field(ge=0, lt=2**32), Changes(*READ_THE_CENSUS, "train"), USUAL] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32), Changes(*READ_THE_CENSUS, "train", "compare-releases"), USUAL] = 0
     """Seed of all random numbers: validation split, order of cells, weights, dropout, samples."""
 
     @field_validator("training_plan")
@@ -86,6 +88,7 @@ class Config(Section):
             census=self.census.uri,
             experiment=self.publish.experiment_uri,
             evaluation=self.evaluate.folder,
+            comparison=self.compare_releases.folder,
             mapped=self.query.output,
             published=self.publish.model_uri,
         )
@@ -121,6 +124,12 @@ class Config(Section):
     def evaluation_folder(self) -> Path:
         """Output folder of scvi-evaluate.py."""
         return Path(self.evaluate.folder) if self.evaluate.folder else self.directory / run_names.EVALUATION
+
+    @property
+    def comparison_folder(self) -> Path:
+        """Output folder of scvi-compare-releases.py."""
+        own = self.compare_releases.folder
+        return Path(own) if own else self.directory / run_names.COMPARISON
 
     def of_stage(self, stage: str) -> dict[str, Any]:
         """Values of all settings that change the result of a stage, flat as in `select`."""

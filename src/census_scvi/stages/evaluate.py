@@ -113,7 +113,7 @@ def evaluate(config: Config, cells: Slice, measured: npt.NDArray[np.int64]) -> E
     found = Evaluation(problems=list(cells.problems))
     labels = {name: cells.names(name, vague=False) for name in settings.labels if name in cells.obs}
     batches = {name: cells.names(name, vague=True) for name in settings.batches if name in cells.obs}
-    donors = _donors(cells, settings.donors, found.problems)
+    donors = donors_of(cells, settings.donors, found.problems)
     whole = next(iter(batches.values()), np.full(len(cells.obs), "", dtype=object))
     inner = next(iter(labels), "")
     within = labels.get(inner, np.full(len(cells.obs), None, dtype=object))
@@ -174,7 +174,7 @@ class _Measure:
                 self.problems.append(str(error))
 
 
-def _donors(cells: Slice, column: str | None, problems: list[str]) -> Names | None:
+def donors_of(cells: Slice, column: str | None, problems: list[str]) -> Names | None:
     """Donor of each cell, prefixed with its dataset: two studies may use the same donor names."""
     if column is None:
         return None

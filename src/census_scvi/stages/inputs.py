@@ -14,6 +14,7 @@ from census_scvi.errors import UserError
 from census_scvi.files.uri import tiledb_place, without_credentials
 from census_scvi.model.source import Kind, Source
 from census_scvi.query.places import query_identity, query_source
+from census_scvi.releases.places import identities_of, places_of
 from census_scvi.report.named import embeddings_of
 from census_scvi.settings import Config
 from census_scvi.workspace import Artifacts, Workspace
@@ -44,6 +45,8 @@ def inputs_of(stage: Stage, config: Config, census: Census | None = None) -> Inp
         }
     if stage.name == "annotate":
         return _annotated(config)
+    if stage.name == "compare-releases":
+        return _compared(config)
     found: Inputs = {}
     artifacts, workspace = config.artifacts, Workspace(config.directory)
     for earlier, names in stage.reads.items():
@@ -70,6 +73,17 @@ def _annotated(config: Config) -> Inputs:
     if source is None:
         return found | {"census": config.census.model_dump(mode="json", include=_NAMING)}
     return found | {"annotate.reference.file": query_identity(source)}
+
+
+def _compared(config: Config) -> Inputs:
+    """Both releases, and the cells whose labels both predict, with the settings of the prediction."""
+    found: Inputs = dict(identities_of(places_of(config.compare_releases, config.directory)))
+    if config.query.file is None:
+        return found
+    of_query = {
+        key: value for key, value in config.of_stage("map-query").items() if key.startswith(("query.", "annotate."))
+    }
+    return found | of_query | {"query.file": query_identity(query_source(config.query))}
 
 
 def _embedding(place: str, census: Census) -> Any:

@@ -85,7 +85,7 @@ def run(task: Task) -> None:
                     _compare(reference, cells, config, run.path(named_after(target, "surgery", ".html").name), work)
                     work = work / JOINT  # continues with the joint training of the comparison
                 atlas = stack.enter_context(_adapted(reference, cells, config, folder=run.path(folder.name), work=work))
-            mapped = _predict(atlas, cells, config, run.path(target.with_suffix(".html").name))
+            mapped = predict(atlas, cells, config, run.path(target.with_suffix(".html").name))
         for labels in settings.labels:
             log.info("%s", _summary(mapped, labels))
             if mapped.uns[PREDICTION][labels].get("held_out"):
@@ -160,8 +160,8 @@ def _training(config: Config) -> SurgeryTraining:
     return config.query.surgery_training.model_copy(update={"order": None} if config.query.surgery == COMPARE else {})
 
 
-def _predict(atlas: Atlas, cells: QueryCells, config: Config, report: Path) -> ad.AnnData:
-    """Result of `Atlas.predict` for the cells, with its reports."""
+def predict(atlas: Atlas, cells: QueryCells, config: Config, report: Path | None = None) -> ad.AnnData:
+    """Result of `Atlas.predict` for the cells, with its reports unless `report` is None."""
     settings, arguments = config.query, _arguments(config, cells)
     chosen = _effort(config, len(cells))
     if chosen.note:

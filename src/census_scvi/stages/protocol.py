@@ -19,6 +19,7 @@ from census_scvi.config.stages import STAGES, Stage
 from census_scvi.errors import UserError
 from census_scvi.files.uri import without_credentials
 from census_scvi.query.places import query_results
+from census_scvi.releases.places import comparison_place
 from census_scvi.report.named import evaluation_place
 from census_scvi.settings import Config
 from census_scvi.stages.inputs import inputs_of
@@ -140,6 +141,8 @@ def _place(stage: Stage, config: Config) -> tuple[Workspace | ResultFiles, bool]
         return results, False
     if stage.name == "evaluate":
         return evaluation_place(config.evaluate, config.evaluation_folder), True
+    if stage.name == "compare-releases":
+        return comparison_place(config.compare_releases, config.comparison_folder), True
     return Workspace(config.directory), not stage.reads
 
 

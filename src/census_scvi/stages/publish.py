@@ -23,6 +23,7 @@ from census_scvi.model.facts import built_facts
 from census_scvi.model.families import family_of
 from census_scvi.model.safe import load_safe
 from census_scvi.publication import measure_gates, target
+from census_scvi.publication.drift import drift_gates
 from census_scvi.publication.folder import copy_to, write_published
 from census_scvi.publication.gates import Gate, stopped_by
 from census_scvi.publication.obsm import EmbeddingDraft
@@ -116,6 +117,9 @@ class _Publishing:
             sample,
             min_share=config.genes.min_share,
             seed=config.seed,
+        )
+        found += drift_gates(
+            config.comparison_folder, self._stage.fingerprint["inputs"][artifacts.latent], config.gates
         )
         self._judge(found)
         inputs = self._stage.fingerprint["inputs"]

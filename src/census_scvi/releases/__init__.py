@@ -1,0 +1,1 @@
+"""Two releases of an embedding, compared: their cells, positions, neighbors, settings and predictions."""
