@@ -180,6 +180,10 @@ def test_scanvi_starts_from_an_scvi_model(
     for change, words in (
         ({"n_latent": 5}, f"model.from_scvi_model is {start}, which has n_latent 4, and this model 5; set both alike"),
         ({"from_scvi_model": str(runs["SCANVI"].directory)}, "a SCANVI model; expected an SCVI model"),
+        (
+            {"from_scvi_model": str(tmp_path / "none")},
+            f"model.from_scvi_model is {tmp_path / 'none'}, which cannot be read",
+        ),
     ):
         wrong = prepared_as(runs["SCANVI"], tmp_path / words[-9:], **KINDS["SCANVI"] | {"model": model | change})
         assert wrong("train") == 2

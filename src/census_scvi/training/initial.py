@@ -52,8 +52,11 @@ def start_from_scvi_model(model: scvi.model.SCANVI, description: ModelDescriptio
     UserError
         It is not an SCVI model, or has other genes, batches or arguments.
     """
-    trained, other = load_described(place)
     shown = f"model.from_scvi_model is {without_credentials(place)}"
+    try:
+        trained, other = load_described(place)
+    except UserError as error:
+        raise UserError(f"{shown}, which cannot be read: {error}") from None
     if other.model != SCVI:
         raise UserError(f"{shown}, a {other.model} model; expected an SCVI model")
     for name in ("genes", "batches"):
