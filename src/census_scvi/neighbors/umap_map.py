@@ -8,6 +8,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 import umap
+from threadpoolctl import threadpool_limits
 
 from census_scvi.neighbors.compile_cache import keep_compiled
 from census_scvi.neighbors.index import NeighborIndex, Points
@@ -48,7 +49,7 @@ class UmapMap:
         reducer = umap.UMAP(
             n_neighbors=n_neighbors, min_dist=0.5, random_state=seed, precomputed_knn=(neighbors, distances, None)
         )
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), threadpool_limits(limits=None):  # numba leaves torch with a thread per core
             warnings.filterwarnings("ignore", message="n_jobs value")  # with a seed UMAP uses one thread, as intended
             warnings.filterwarnings("ignore", message="precomputed_knn")  # concerns `transform`, which is not used
             self.positions = np.asarray(reducer.fit_transform(self._points), np.float32)
