@@ -40,6 +40,10 @@ def test_a_power_law_is_continued(a: float, b: float, c: float, n: int, more: in
     assert found <= curve[-1] + 1e-6
 
 
+def test_a_curve_that_rises_is_expected_to_stay() -> None:
+    assert extrapolated([5.0, 4.0, 4.1, 4.2, 4.3, 4.4, 4.5, 4.6], 100) == 4.6
+
+
 def test_a_short_curve_is_not_continued() -> None:
     assert extrapolated([5.0, 4.0, 3.5, 3.2], 100) is None
     assert extrapolated([NAN, 5.0, NAN, 4.0, NAN, 3.5, NAN, 3.2], 100) is None
@@ -149,6 +153,7 @@ def test_decide(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert rows["retrain"]["moved"] is None
     assert rows["retrain"]["price"] == pytest.approx(3600 * rows["retrain"]["hours"])
     whole = rows["retrain"]["train_hours"] / 0.5 + rows["retrain"]["embed_hours"]
+    assert rows["retrain"]["elbo_new_extrapolated"] < rows["retrain"]["elbo_new"]
     assert rows["retrain"]["hours_extrapolated"] == pytest.approx(whole)
     assert record["recommendation"][0] in shown
     assert "held-out old cells" in (folder / "report.html").read_text()

@@ -271,6 +271,11 @@ def plan(config: Config) -> Plan:
         notes=[
             "genes are not selected yet: disk and memory are estimates from the genes detected most often",
             *(
+                ["fine_tune.model is set: only new cells are prepared; scvi-fine-tune.py --dry-run says how many"]
+                if config.fine_tune.model is not None
+                else []
+            ),
+            *(
                 [f"while it joins its parts, twice as much disk: {human_bytes(2 * kept)}"]
                 if len(runs) > PART_POOLS * POOL_RUNS
                 else []
