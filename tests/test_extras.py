@@ -206,6 +206,7 @@ REFUSALS = {
         "compare-releases needs cellxgene-ontology-guide, harmonypy, igraph and scib-metrics, which are not installed"
     ),
     "map-query": "map-query needs cellxgene-ontology-guide, harmonypy and igraph, which are not installed",
+    "search": "search needs igraph, optuna, ray and scib-metrics, which are not installed",
     "annotate": "annotate needs captum, cellxgene-ontology-guide and harmonypy, which are not installed",
 }
 

@@ -27,6 +27,8 @@ class Stream(IntEnum):
     REPLAYED_CELLS = 17
     HELD_OUT_CELLS = 18  # with 0 for new cells, 1 for others
     DECISION_CELLS = 19  # with the number of the group
+    TRAINING_CELLS = 12
+    SEARCHED_SETTINGS = 13  # with the number of the setting
     CLASSIFIER_CELLS = 21
     CLASSIFIER_VALIDATION = 22
     CLASSIFIER_INTERPRETATION = 23

@@ -33,6 +33,8 @@ class Stage:
         Whether the stage has arguments in addition to `--config FILE` and `section.key=value`.
     extra
         Extra of the installation with the packages of the stage; None: every installation has them.
+    runs
+        Stages that it runs itself, whose settings change its result, too.
     actions
         Values of the setting `<name>.action`, which may be given as the first argument.
     """
@@ -46,6 +48,7 @@ class Stage:
     several_processes: bool = False
     own_arguments: bool = False
     extra: str | None = None
+    runs: tuple[str, ...] = ()
     actions: tuple[str, ...] = ()
 
     @property
@@ -75,6 +78,14 @@ STAGES = {
             reads_census=True,
             pipeline=True,
             progress=GENES,
+        ),
+        Stage(
+            "search",
+            "Try settings on the prepared cells, and write search/: table, report and the winner's config.",
+            reads={"prepare": ("prepared",)},
+            progress=PROGRESS,
+            extra="search",
+            runs=("prepare", "train"),
         ),
         Stage(
             "train",

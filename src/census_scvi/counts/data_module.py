@@ -13,8 +13,9 @@ import torch
 from census_scvi.config.random_streams import Stream, draw, generator
 from census_scvi.counts.kept_cells import KeptCells, worth_keeping
 from census_scvi.counts.loader import KeptMinibatches, LabelledMinibatches, MinibatchLoader
+from census_scvi.counts.matching_rows import matching_rows
 from census_scvi.counts.minibatch import DenseMinibatches, Minibatch, densify, each_value
-from census_scvi.counts.order import CellOrder, validation_mask
+from census_scvi.counts.order import CellOrder, training_mask, validation_mask
 from census_scvi.counts.reader import PreparedCells
 from census_scvi.errors import UserError
 
@@ -35,6 +36,12 @@ class PreparedDataModule(lightning.LightningDataModule):
         Share of the cells for training.
     seed
         Seed of the split and of the order of cells.
+    held_out
+        Value filter of the cells for validation; None: a random share of the cells.
+    split_seed
+        Seed of the random choice of validation and training cells; None: `seed`.
+    max_cells
+        Number of training cells, drawn at random; None: all.
     workers
         Number of threads that read and decode ahead.
     labels
@@ -52,8 +59,8 @@ class PreparedDataModule(lightning.LightningDataModule):
     ----------
     sparse
         Whether X of a minibatch is `SparseCounts`; default False: a dense X.
-    validation
-        bool (cells,): cells for validation.
+    validation, training
+        bool (cells,): cells for validation, and for training.
     """
 
     def __init__(
@@ -68,6 +75,9 @@ class PreparedDataModule(lightning.LightningDataModule):
         proteins: bool = False,
         require_labels: bool = True,
         n_samples_per_label: int | None = None,
+        held_out: str | None = None,
+        split_seed: int | None = None,
+        max_cells: int | None = None,
     ) -> None:
         super().__init__()
         self.cells = PreparedCells(path, labels=labels, proteins=proteins)
@@ -80,14 +90,24 @@ class PreparedDataModule(lightning.LightningDataModule):
         self._seed = seed
         self._workers = workers
         self._dense = DenseMinibatches(self.cells.n_genes)
-        self.validation = validation_mask(self.cells.n_cells, train_size, seed)
-        self.n_val = int(self.validation.sum())
-        self.n_train = self.cells.n_cells - self.n_val
+        split_seed = seed if split_seed is None else split_seed
+        self.validation = (
+            validation_mask(self.cells.n_cells, train_size, split_seed)
+            if held_out is None
+            else self._matching(held_out)
+        )
+        self.training = training_mask(self.validation, max_cells, split_seed)
+        self.n_val, self.n_train = int(self.validation.sum()), int(self.training.sum())
+
+    def _matching(self, held_out: str) -> npt.NDArray[np.bool_]:
+        """Bool (cells,): cells that match `train.held_out`."""
+        setting, path = "train.held_out", str(self.cells.path)
+        return matching_rows(held_out, lambda name: self.cells.obs([name], setting)[name], setting, path)
 
     @property
     def labelled(self) -> npt.NDArray[np.bool_]:
         """Bool (cells,): training cells with a label."""
-        return ~self.validation & (self.cells.label_codes < len(self.cells.labels) - 1)
+        return self.training & (self.cells.label_codes < len(self.cells.labels) - 1)
 
     def labelled_of_epoch(self, epoch: int | None) -> npt.NDArray[np.bool_]:
         """Bool (cells,): the labelled cells that are drawn for an epoch; None: all of them."""
@@ -96,7 +116,7 @@ class PreparedDataModule(lightning.LightningDataModule):
         numbers = generator(self._seed, Stream.LABELLED_CELLS, epoch)
         found = np.zeros(self.cells.n_cells, dtype=bool)
         for code in range(len(self.cells.labels) - 1):
-            of_label = np.flatnonzero(~self.validation & (self.cells.label_codes == code))
+            of_label = np.flatnonzero(self.training & (self.cells.label_codes == code))
             found[of_label[draw(len(of_label), self._n_samples_per_label, numbers)]] = True
         return found
 
@@ -105,7 +125,7 @@ class PreparedDataModule(lightning.LightningDataModule):
         rank, world_size = self._rank()
         if self.n_train < 2 * world_size:
             raise UserError(f"{self.n_train} training cells are too few for {world_size} processes; 2 each are needed")
-        order = CellOrder(~self.validation, self._seed, rank, world_size)
+        order = CellOrder(self.training, self._seed, rank, world_size)
         every = self._loader(order, self._epoch)
         if not self._labels or not (self._require_labels or self.labelled.any()):
             return every

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from census_scvi.config.random_streams import Stream, generator
+from census_scvi.config.random_streams import Stream, draw, generator
 
 # Consecutive rows that are read at once; prepare has shuffled them (see `file_order`). Reading single rows would take a
 # hundred times longer.
@@ -37,6 +37,16 @@ def validation_mask(n_cells: int, train_size: float, seed: int) -> npt.NDArray[n
     if whole < len(blocks):
         start = blocks[whole] * rows
         mask[start : start + n_validation - int(mask.sum())] = True
+    return mask
+
+
+def training_mask(validation: npt.NDArray[np.bool_], max_cells: int | None, seed: int) -> npt.NDArray[np.bool_]:
+    """Bool (cells,): cells to train on: those that are not for validation, or `max_cells` of them, drawn at random."""
+    mask = ~validation
+    if max_cells is not None:
+        rows = np.flatnonzero(mask)
+        mask[:] = False
+        mask[rows[draw(len(rows), max_cells, generator(seed, Stream.TRAINING_CELLS))]] = True
     return mask
 
 

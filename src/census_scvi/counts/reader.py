@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,9 +11,11 @@ import h5py
 import numba
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import scipy.sparse as sp
 from anndata.io import read_elem
 
+from census_scvi.config.messages import suggestion
 from census_scvi.config.run_names import LABELS, PROTEIN_NAMES, PROTEINS
 from census_scvi.counts.vector import Vector
 from census_scvi.errors import UserError
@@ -136,6 +139,20 @@ class PreparedCells:
     def _read_protein_names(self) -> list[str]:
         place = f"uns/{PROTEIN_NAMES}"
         return [str(name) for name in read_elem(self._file[place])] if place in self._file else []
+
+    def has_obs(self, column: str) -> bool:
+        """Whether obs has a column."""
+        return f"obs/{column}" in self._file
+
+    def obs(self, columns: Sequence[str], setting: str) -> pd.DataFrame:
+        """Columns of obs, one row per cell; UserError if the file lacks one that `setting` names."""
+        known = [str(name) for name in self._file["obs"].attrs["column-order"]]
+        if missing := [name for name in columns if name not in known]:
+            raise UserError(
+                f"{setting} names {missing[0]}, which is not an obs column of {self.path}"
+                f"{suggestion(missing[0], known)}; anndata.obs_columns says which columns scvi-prepare.py keeps"
+            )
+        return pd.DataFrame({name: read_elem(self._file[f"obs/{name}"]) for name in columns})
 
     def protein_counts(self, start: int, stop: int) -> npt.NDArray[np.float32]:
         """Counts of the proteins of consecutive cells, float32 (cells, proteins)."""

@@ -19,6 +19,8 @@ from census_scvi.neighbors.index import NeighborIndex
 BIOLOGY, BATCH = "biology", "batch"
 CHANCE, MIXED, WITHIN = "chance", "perfectly mixed", "mixed within types"
 FEWEST_CELLS = 10
+# Uninformative labels. The published script has a list of some, but does not use it.
+VAGUE = ("unknown", "native cell", "animal cell", "eukaryotic cell", "cell", "na", "nan", "None", "")
 # Metrics of labels that are terms of the Cell Ontology, and attributes of `HierarchicalScores`.
 HIERARCHICAL = {
     "hierarchical_precision": "precision",

@@ -13,7 +13,10 @@ import scipy.sparse as sp
 from threadpoolctl import threadpool_limits
 from umap.umap_ import fuzzy_simplicial_set
 
+from census_scvi.neighbors.compile_cache import keep_compiled
 from census_scvi.neighbors.index import NeighborIndex, Points
+
+keep_compiled("umap")
 
 _NEIGHBORS = 15
 

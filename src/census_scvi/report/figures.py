@@ -64,7 +64,7 @@ def map_image(positions: npt.NDArray[np.float32], labels: pd.Series, legend: Leg
         across, up = _densest(positions[names == name])
         box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.75}
         axes.text(across, up, str(number), fontsize=9, ha="center", va="center", bbox=box)
-    return _data_url(figure)
+    return data_url(figure)
 
 
 def on_reference_image(
@@ -79,7 +79,7 @@ def on_reference_image(
     order = np.random.default_rng(0).permutation(len(positions))  # random order, so that no group covers the others
     shown = [colours.get(str(labels.iloc[row]), _OTHER) for row in order]
     axes.scatter(positions[order, 0], positions[order, 1], s=_area(len(positions)), c=shown, linewidths=0)
-    return _data_url(figure)
+    return data_url(figure)
 
 
 def _area(n_cells: int) -> float:
@@ -103,7 +103,7 @@ def draw_curves(curves: Mapping[str, Sequence[float]], names: Sequence[str]) -> 
     axes.set(xlabel="epoch", ylabel="loss a cell (nats)")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    return _data_url(figure)
+    return data_url(figure)
 
 
 def dot_plot(panels: Mapping[str, Dots], types: Sequence[str], genes: Sequence[str], owners: Sequence[str]) -> str:
@@ -141,7 +141,7 @@ def dot_plot(panels: Mapping[str, Dots], types: Sequence[str], genes: Sequence[s
         axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
         axes.tick_params(length=0)
         figure.colorbar(drawn, ax=axes, fraction=0.02, aspect=12).set_label("mean log expression", fontsize=8)
-    return _data_url(figure)
+    return data_url(figure)
 
 
 def table_of_labels(shares: Mapping[str, pd.DataFrame]) -> str:
@@ -165,7 +165,7 @@ def table_of_labels(shares: Mapping[str, pd.DataFrame]) -> str:
         axes.set_title(title, loc="left", fontsize=10)
         axes.tick_params(length=0)
         axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
-    return _data_url(figure, tight=True)
+    return data_url(figure, tight=True)
 
 
 def value_map(positions: npt.NDArray[np.float32], values: npt.NDArray[np.floating], title: str) -> str:
@@ -179,7 +179,7 @@ def value_map(positions: npt.NDArray[np.float32], values: npt.NDArray[np.floatin
         positions[order, 0], positions[order, 1], s=size, c=values[order], cmap="cividis", vmin=0, vmax=1, linewidths=0
     )
     figure.colorbar(drawn, cax=figure.add_axes((0.87, 0.3, 0.025, 0.4))).set_label(title, fontsize=9)
-    return _data_url(figure)
+    return data_url(figure)
 
 
 def _text(names: Sequence[str]) -> float:
@@ -187,7 +187,8 @@ def _text(names: Sequence[str]) -> float:
     return 0.3 + 0.075 * max(map(len, names))
 
 
-def _data_url(figure: Figure, *, tight: bool = False) -> str:
+def data_url(figure: Figure, *, tight: bool = False) -> str:
+    """A figure as a PNG data URL."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=_DPI, bbox_inches="tight" if tight else None)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -10,7 +10,7 @@ from census_scvi.config.section import USUAL, Changes, Section
 from census_scvi.config.types import Columns, LocalPath, Name, ObsFilter, PathName
 
 # Stages that compute the metrics.
-_MEASURED = ("evaluate", "compare-releases")
+_MEASURED = ("evaluate", "compare-releases", "search")
 
 
 class EvaluateSection(Section):

@@ -23,6 +23,7 @@ from census_scvi.config.random_streams import Stream, draw, generator
 from census_scvi.config.run_names import GENES
 from census_scvi.errors import UserError
 from census_scvi.files.uri import without_credentials
+from census_scvi.metrics.score import VAGUE
 from census_scvi.neighbors.log_pca import log_pca
 from census_scvi.query.reference import open_embedding
 from census_scvi.report.named import embeddings_of
@@ -32,8 +33,6 @@ from census_scvi.workspace import Workspace
 log = logging.getLogger(__name__)
 
 PCA, BATCH = "PCA", "batch"
-# Uninformative labels. The published script has a list of some, but does not use it.
-VAGUE = ("unknown", "native cell", "animal cell", "eukaryotic cell", "cell", "na", "nan", "None", "")
 _TERMS = "cell_type_ontology_term_id"
 # Columns that colour the UMAPs, in addition to labels and batches.
 _SHOWN = ("cell_type", "dataset_id", "assay", "donor_id")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -15,6 +16,7 @@ from census_scvi.config.flat import flatten
 from census_scvi.config.library_arguments import check_training_plan, listed
 from census_scvi.config.messages import describe_errors
 from census_scvi.config.section import USUAL, Changes, Section, stages_changed
+from census_scvi.config.stages import STAGES
 from census_scvi.counts.settings import AnndataSection
 from census_scvi.errors import UserError
 from census_scvi.files.paths import expand_argument
@@ -24,6 +26,7 @@ from census_scvi.publication.settings import GatesSection, PublishSection
 from census_scvi.query.settings import QuerySection
 from census_scvi.releases.settings import CompareReleasesSection
 from census_scvi.report.settings import EvaluateSection
+from census_scvi.search.settings import SearchSection
 from census_scvi.training.settings import PlanArguments, TrainSection
 from census_scvi.workspace import Artifacts
 from census_scvi.workspace.settings import OutputSection
@@ -50,6 +53,7 @@ class Config(Section):
     annotate: AnnotateSection = AnnotateSection()
     evaluate: EvaluateSection = EvaluateSection()
     compare_releases: CompareReleasesSection = CompareReleasesSection()
+    search: SearchSection = SearchSection()
     output: OutputSection = OutputSection()
     seed: Annotated[int, Field(ge=0, lt=2**32), Changes(*READ_THE_CENSUS, "train", "compare-releases"), USUAL] = 0
     """Seed of all random numbers: validation split, order of cells, weights, dropout, samples."""
@@ -94,6 +98,11 @@ class Config(Section):
         )
         return self
 
+    @cached_property
+    def file(self) -> Path | None:
+        """The file that it was read from, which is no part of its value; None if it was not read from a file."""
+        return None
+
     @property
     def directory(self) -> Path:
         """The run directory."""
@@ -133,7 +142,8 @@ class Config(Section):
 
     def of_stage(self, stage: str) -> dict[str, Any]:
         """Values of all settings that change the result of a stage, flat as in `select`."""
-        return self.select(tuple(key for key, stages in stages_changed(type(self)) if stage in stages))
+        runs = {stage, *(STAGES[stage].runs if stage in STAGES else ())}
+        return self.select(tuple(key for key, stages in stages_changed(type(self)) if runs & {*stages}))
 
     def select(self, keys: tuple[str, ...]) -> dict[str, Any]:
         """Values of dotted keys or whole sections, flat: `{"hvg.top_n_hvg": 8000, ...}`."""
@@ -157,8 +167,11 @@ def load_config(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -
         Missing or malformed file, unknown key, wrong type or contradictory values. The message names file and key, and
         suggests the most similar valid name.
     """
-    written = read_settings(Path(expand_argument(path, "--config")), overrides)
+    file = Path(expand_argument(path, "--config"))
+    written = read_settings(file, overrides)
     try:
-        return Config.model_validate(typed(written.values, Config))
+        config = Config.model_validate(typed(written.values, Config))
     except ValidationError as error:
         raise UserError(describe_errors(error, Config, written.origin)) from None
+    config.__dict__["file"] = file
+    return config

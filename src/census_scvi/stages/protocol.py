@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from census_scvi.annotation.results.places import annotate_results
-from census_scvi.config.run_names import FIRST_PROCESS, STAGING
+from census_scvi.config.run_names import FIRST_PROCESS, SEARCH, STAGING
 from census_scvi.config.stages import STAGES, Stage
 from census_scvi.errors import UserError
 from census_scvi.files.uri import without_credentials
@@ -143,6 +143,8 @@ def _place(stage: Stage, config: Config) -> tuple[Workspace | ResultFiles, bool]
         return evaluation_place(config.evaluate, config.evaluation_folder), True
     if stage.name == "compare-releases":
         return comparison_place(config.compare_releases, config.comparison_folder), True
+    if stage.name == "search":
+        return Workspace(config.directory / SEARCH), config.directory.exists()
     return Workspace(config.directory), not stage.reads
 
 

@@ -14,7 +14,7 @@ import torch
 from scvi.train import TrainingPlan
 
 from census_scvi.config.flat import digest
-from census_scvi.config.run_names import CHECKPOINT
+from census_scvi.config.run_names import CHECKPOINT, PROGRESS
 from census_scvi.counts.data_module import PreparedDataModule
 from census_scvi.counts.loader import MOST_KEPT
 from census_scvi.counts.reader import PreparedCells
@@ -126,6 +126,9 @@ def _data(config: Config) -> PreparedDataModule:
         labels=config.model.kind == SCANVI,
         proteins=config.model.kind == TOTALVI,
         n_samples_per_label=config.train.n_samples_per_label,
+        held_out=config.train.held_out,
+        split_seed=config.train.split_seed,
+        max_cells=config.train.max_cells,
     )
     if config.train.early_stopping and not data.n_val:
         raise UserError(f"train.early_stopping needs validation cells, but all {data.n_train} cells are for training")
@@ -225,6 +228,7 @@ def _fit(
         config.training_plan,
         seed=config.seed,
         checkpoint=staging / CHECKPOINT,
+        progress=staging / PROGRESS,
         # One folder per fingerprint: a resumed run continues its curves, and another run adds separate ones.
         tensorboard=config.directory / config.artifacts.tensorboard / run_id[:12],
     )

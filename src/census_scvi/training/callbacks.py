@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import lightning
@@ -14,6 +15,7 @@ from scvi.train._callbacks import LoudEarlyStopping
 
 from census_scvi.counts.data_module import PreparedDataModule
 from census_scvi.counts.minibatch import Minibatch
+from census_scvi.files.atomic import write_json
 from census_scvi.training.fast.plan import FastTrainingPlan
 
 Trainer: TypeAlias = lightning.Trainer
@@ -127,6 +129,8 @@ class LearningCurves(lightning.Callback):
     ----------
     engine
         The implementation of the training step, for the record.
+    path
+        JSON file to write the curves to after each epoch, for those who watch the training; None: no file.
 
     Attributes
     ----------
@@ -136,7 +140,8 @@ class LearningCurves(lightning.Callback):
         Seconds, and CPU seconds of this process, that a resumed run had trained before its checkpoint; 0 otherwise.
     """
 
-    def __init__(self, engine: str) -> None:
+    def __init__(self, engine: str, path: Path | None = None) -> None:
+        self._path = path
         self.curves: dict[str, list[float]] = {}
         self.engine = engine
         self.processes = 1
@@ -155,6 +160,8 @@ class LearningCurves(lightning.Callback):
             # NaN for the epochs in which the metric was not measured.
             series.extend([math.nan] * (trainer.current_epoch - len(series)))
             series.append(float(value))
+        if self._path is not None and trainer.is_global_zero:
+            write_json(self._path, self.curves)
 
     def state_dict(self) -> dict[str, Any]:
         """The curves so far, and the time of training so far."""

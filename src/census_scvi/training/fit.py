@@ -220,6 +220,7 @@ def fit(
     checkpoint: Path,
     tensorboard: Path,
     named: Named = OF_TRAIN,
+    progress: Path | None = None,
 ) -> LearningCurves:
     """Train a model in place; resume from `checkpoint` if that file exists.
 
@@ -241,6 +242,8 @@ def fit(
         Folder of the TensorBoard logs.
     named
         Names of settings and cells in the error of a loss that is not finite.
+    progress
+        JSON file with the learning curves, written after each epoch; None: no file.
 
     Returns
     -------
@@ -253,7 +256,7 @@ def fit(
     """
     with seeded(seed):  # TOTALVI's plan draws the weights of its adversary
         plan = make_plan(settings, model, data, plan_settings)
-    curves, finite = LearningCurves(engine_of(plan)), FiniteLoss(named)
+    curves, finite = LearningCurves(engine_of(plan), progress), FiniteLoss(named)
     arguments = dict(settings.trainer or {})
     callbacks = [
         Stoppable(),

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from census_scvi.config.library_arguments import check_trainer, listed
 from census_scvi.config.section import USUAL, Changes, Expected, Section
+from census_scvi.config.types import ObsFilter
 
 
 def _of_trainer(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -38,6 +39,14 @@ class TrainSection(Section):
     """SCANVI: number of labelled cells of each label that are drawn for each epoch; null: all of them."""
     train_size: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
     """Fraction of the cells to train on; the others are for validation."""
+    held_out: ObsFilter | None = None
+    """Value filter of cells that are not trained on, only validated, e.g. `donor_id in ['A', 'B']`; null: the random
+    cells of `train_size`.
+    """
+    split_seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
+    """Seed of the random choice of validation and training cells; null: `seed`."""
+    max_cells: Annotated[int, Field(ge=2)] | None = None
+    """Number of training cells, drawn at random; null: all that are not for validation."""
     early_stopping: Annotated[bool, USUAL] = False
     """Stop when elbo_validation no longer improves (patience and others: `train.trainer`)."""
     multi_gpu: Annotated[bool, USUAL] = False
@@ -69,7 +78,7 @@ class TrainSection(Section):
 
     @model_validator(mode="after")
     def _validation_cells(self) -> Self:
-        if self.early_stopping and self.train_size == 1.0:
+        if self.early_stopping and self.train_size == 1.0 and self.held_out is None:
             raise ValueError(
                 "train.early_stopping needs validation cells and train.train_size is 1.0;"
                 " set train.train_size below 1 or train.early_stopping to false"

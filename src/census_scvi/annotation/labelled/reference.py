@@ -30,8 +30,8 @@ from census_scvi.census.genes import read_var
 from census_scvi.census.open import Census
 from census_scvi.census.schema import ORGANISMS
 from census_scvi.census.slices import read_counts_of, read_obs_of
-from census_scvi.config.obs_filter import Condition, FilterError, Group, parse_filter
 from census_scvi.config.random_streams import Stream, generator
+from census_scvi.counts.matching_rows import matching_rows
 from census_scvi.errors import UserError
 from census_scvi.query.batches import batches_of
 from census_scvi.query.cells import QueryCells
@@ -310,36 +310,7 @@ def _genes_of(var: pd.DataFrame, name: str, organism: str) -> tuple[list[str], d
     return names.astype(str).tolist(), symbols, selection, organism
 
 
-_COMPARE: dict[str, Callable[[Any, Any], Any]] = {
-    "==": lambda column, value: column.isna() if value is None else column == value,
-    "!=": lambda column, value: column.notna() if value is None else column.notna() & (column != value),
-    "<": lambda column, value: column < value,
-    "<=": lambda column, value: column <= value,
-    ">": lambda column, value: column > value,
-    ">=": lambda column, value: column >= value,
-    "in": lambda column, value: column.isin(value),
-    "not in": lambda column, value: column.notna() & ~column.isin(value),
-}
-
-
 def _matching(cells: QueryCells, text: str) -> npt.NDArray[np.bool_]:
     """Cells of a file that match a value filter, bool (cells,)."""
     setting = "annotate.reference.obs_filter"
-
-    def matches(condition: Condition) -> npt.NDArray[np.bool_]:
-        if isinstance(condition, Group):
-            parts = [matches(part) for part in condition.parts]
-            return np.logical_and.reduce(parts) if condition.word == "and" else np.logical_or.reduce(parts)
-        column = column_of(cells.obs, condition.column, cells.name, setting)
-        try:
-            return np.asarray(_COMPARE[condition.operator](column, condition.value), dtype=bool)
-        except TypeError as error:
-            raise FilterError(f"{setting} {text!r} cannot be used on obs[{condition.column!r}]: {error}") from None
-
-    try:
-        found = matches(parse_filter(text))
-    except ValueError as error:
-        raise FilterError(f"{setting} {text!r} cannot be used on obs: {error}") from None
-    if not found.any():
-        raise FilterError(f"{setting} {text!r} matches no cell of {cells.name}; change it")
-    return found
+    return matching_rows(text, lambda name: column_of(cells.obs, name, cells.name, setting), setting, cells.name)

@@ -1,0 +1,170 @@
+"""A search: the trials of the space, then the best settings with further seeds; every step resumes from the folders."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from census_scvi.search.choose import Finalist, distinct, finalists, measures_of, score_of, tried_of, words_of
+from census_scvi.search.process import Job
+from census_scvi.search.settings import SearchSection
+from census_scvi.search.space import Settings, suggest
+from census_scvi.search.trials import FAILED, FINAL, FINISHED, SEARCHED, STOPPED, Trial, new_trial, trials_of
+from census_scvi.search.tune import asha, run_trials
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a search is made of.
+
+    Attributes
+    ----------
+    folder
+        Folder of the search.
+    settings
+        The section `search`.
+    seed
+        The first seed of trials, and the seed of the searcher.
+    max_epochs
+        Epochs of a trial.
+    default
+        The config's own values of the searched settings; {} if the space does not contain them.
+    prepare
+        Function that writes the folder of a trial that is trained next.
+    job
+        The process of a trial.
+    """
+
+    folder: Path
+    settings: SearchSection
+    seed: int
+    max_epochs: int
+    default: Settings
+    prepare: Callable[[Trial], None]
+    job: Job
+
+    @property
+    def trials(self) -> list[Trial]:
+        """All trials so far."""
+        return trials_of(self.folder)
+
+    def search(self) -> None:
+        """Train the trials of the space; those that ended before are not trained again."""
+        scheduled = self.settings.scheduler == "asha"
+        before = [trial for trial in self.trials if trial.part == SEARCHED and (scheduled or trial.status is None)]
+        scheduler = asha(self.settings.grace_epochs, self.max_epochs) if scheduled else None
+        self._run(lambda: before.pop(0) if before else self._next(), scheduler)
+
+    def _next(self) -> Trial | None:
+        """The next seed of the last settings, or the first seed of others; None at the end of the search."""
+        mine = [trial for trial in self.trials if trial.part == SEARCHED]
+        every = distinct([trial.settings for trial in mine])
+        seeds = range(self.seed, self.seed + self.settings.seeds)
+        for settings in every[-1:]:
+            used = {trial.seed for trial in mine if trial.settings == settings}
+            if left := [seed for seed in seeds if seed not in used]:
+                return new_trial(self.folder, settings, left[0], SEARCHED)
+        if len(every) == self.settings.trials:
+            return None
+        tried = tried_of(mine, self.settings.weights)
+        following = suggest(self.settings.space, tried, self.settings.searcher, self.seed)
+        return None if following is None else new_trial(self.folder, following, self.seed, SEARCHED)
+
+    def confirm(self) -> None:
+        """Train the best settings and the default with further seeds, and with the first one where it is missing."""
+        wanted = [(settings, seed) for settings in self.finalists() for seed in (self.seed, *self.final_seeds)]
+        self._run(lambda: self._missing(wanted), None)
+
+    def finalists(self) -> list[Settings]:
+        """The best settings of the search, and the default."""
+        return finalists(tried_of(self.trials, self.settings.weights), self.default)
+
+    @property
+    def final_seeds(self) -> range:
+        """Seeds that the search itself did not use: what was best with one seed is often lucky with it."""
+        first = self.seed + self.settings.seeds
+        return range(first, first + self.settings.final_seeds)
+
+    def _missing(self, wanted: list[tuple[Settings, int]]) -> Trial | None:
+        """The next of the wanted trainings that is not there, or did not end."""
+        while wanted:
+            settings, seed = wanted.pop(0)
+            there = self._trained(settings, seed)
+            if there is None:
+                return new_trial(self.folder, settings, seed, FINAL)
+            if there.status is None:
+                return there
+        return None
+
+    def _trained(self, settings: Settings, seed: int) -> Trial | None:
+        """The training of settings and a seed to the end of its budget, begun or finished."""
+        return next(
+            (
+                trial
+                for trial in self.trials
+                if trial.settings == settings and trial.seed == seed and trial.status != STOPPED
+            ),
+            None,
+        )
+
+    def results(self) -> list[Finalist]:
+        """The finalists of which every seed was trained; one that failed with a seed is not among them."""
+        found = []
+        for settings in self.finalists():
+            trials = [self._trained(settings, seed) for seed in (self.seed, *self.final_seeds)]
+            scores = [None if trial is None else score_of(trial, self.settings.weights) for trial in trials]
+            if any(score is None for score in scores):
+                continue
+            first = trials[0]
+            assert first is not None and first.record is not None
+            counts = first.record["counts"]
+            known = tuple(score for score in scores[1:] if score is not None)
+            changed = sum(self.default.get(name) != value for name, value in settings.items())
+            found.append(Finalist(settings, known, int(counts["parameters"]), int(counts["epochs"]), changed))
+        return found
+
+    def of(self, settings: Settings) -> list[Trial]:
+        """The trials of some settings that finished, by seed."""
+        found = [trial for trial in self.trials if trial.settings == settings and trial.status == FINISHED]
+        return sorted(found, key=lambda trial: trial.seed)
+
+    def _run(self, following: Callable[[], Trial | None], scheduler: Any) -> None:
+        first = following()
+        if first is None:
+            return
+        waiting = [first]
+
+        def give() -> Trial | None:
+            trial = waiting.pop() if waiting else following()
+            if trial is not None and trial.status is None:
+                self.prepare(trial)
+            return trial
+
+        run_trials(give, self._log, self.job, max_epochs=self.max_epochs, scheduler=scheduler)
+
+    def _log(self, trial: Trial) -> None:
+        epochs = len(trial.curves.get("elbo_train", []))
+        numbers = [f"{name} {value:,.4g}" for name, value in measures_of(trial).items() if value is not None]
+        how = {FINISHED: "finished", STOPPED: "stopped early", FAILED: f"failed: {trial.error}"}
+        log.info(
+            "trial %d (%s, seed %d) %s after %d epochs%s",
+            trial.number,
+            words_of(trial.settings),
+            trial.seed,
+            how.get(str(trial.status), "was interrupted"),
+            epochs,
+            f": {', '.join(numbers)}" if numbers else "",
+        )
+
+
+def all_failed(trials: Sequence[Trial]) -> str:
+    """Why no trial can be used, in one line."""
+    failed = [trial for trial in trials if trial.status == FAILED]
+    if not failed:
+        return f"none of {len(trials)} trials has the metric"
+    return f"all {len(failed)} trials failed, trial {failed[0].number} with: {failed[0].error}"
