@@ -17,11 +17,15 @@ from ray.tune.result import DONE
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from census_scvi.errors import UserError
 from census_scvi.search.process import Job, TrialProcess
 from census_scvi.search.trials import FINISHED, STOPPED, Trial
 
+log = logging.getLogger(__name__)
+
 _METRIC = "elbo_validation"
 _POLL_SECONDS = 0.2
+_MOST_STARTS = 5
 _OBJECT_STORE_BYTES = 80_000_000  # the least that Ray accepts; trials communicate through their folders
 # Ray must not report its use, change the current folder, replace the handling of signals, or lower the priority.
 _ENVIRONMENT = {
@@ -176,17 +180,33 @@ def ray_here(n_gpus: int) -> Iterator[None]:
     os.environ |= _ENVIRONMENT
     logging.getLogger("ray.tune").setLevel(logging.ERROR)  # it warns that its own records of results are off
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    ray.init(
-        num_cpus=os.cpu_count(),
-        num_gpus=n_gpus,
-        include_dashboard=False,
-        configure_logging=False,
-        log_to_driver=False,
-        object_store_memory=_OBJECT_STORE_BYTES,
-    )
+    _start(n_gpus)
     for number, handler in handlers.items():
         signal.signal(number, handler)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _start(n_gpus: int) -> None:
+    """Start Ray, several times if need be: it waits for its own processes for 30 s, too short for a busy machine."""
+    for attempt in range(_MOST_STARTS):
+        try:
+            ray.init(
+                num_cpus=os.cpu_count(),
+                num_gpus=n_gpus,
+                include_dashboard=False,
+                configure_logging=False,
+                log_to_driver=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+            )
+            return
+        except Exception as error:
+            ray.shutdown()
+            if "timed out during startup" not in str(error):
+                raise
+            log.warning("Ray did not start within its time limit (%d of %d times)", attempt + 1, _MOST_STARTS)
+    raise UserError(
+        f"Ray did not start in {_MOST_STARTS} attempts: the machine is too busy; run the same command again later"
+    )
