@@ -10,6 +10,8 @@ SEEDS ?= $(shell date +%s)
 
 # One worker per core, at most four: each has torch and scvi-tools in memory.
 WORKERS := $(shell n=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
+# The workers use all cores: more threads would wait for each other.
+ONE_THREAD := OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1
 
 help: ## list the targets; `census-scvi --help` lists the commands of the pipeline
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -25,12 +27,12 @@ notebooks: env ## run the notebooks on the results of `make demo` and save their
 
 # Each worker starts with neighbouring tests, which share their module's fixtures; idle workers take over tests of others.
 test: env ## all tests; passes on PYTEST_ARGS="-k name -x"
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+	$(ONE_THREAD) .venv/bin/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 # New examples for every seed; add a failing one, which is printed, to its test as an @example.
 fuzz: env ## property-based tests with new random examples; passes on SEEDS="1 2 3" and PYTEST_ARGS="tests/test_hvg.py"
 	@for seed in $(SEEDS); do echo "seed $$seed"; \
-	  OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n $(WORKERS) --dist worksteal -m hypothesis \
+	  $(ONE_THREAD) .venv/bin/python -m pytest -q -n $(WORKERS) --dist worksteal -m hypothesis \
 	    --hypothesis-profile=fuzz --hypothesis-seed=$$seed $(PYTEST_ARGS) || exit 1; done
 
 lint: env ## ruff and mypy

@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import scipy.sparse as sp
-from threadpoolctl import threadpool_limits
 from umap.umap_ import fuzzy_simplicial_set
 
 from census_scvi.neighbors.compile_cache import keep_compiled
 from census_scvi.neighbors.index import NeighborIndex, Points
+from census_scvi.neighbors.numba_threads import start_numba_threads
 
 keep_compiled("umap")
 
@@ -100,13 +100,13 @@ def composition(obs: pd.DataFrame, groups: str, columns: Sequence[str]) -> pd.Da
 def _graph(points: Points, seed: int) -> sp.csr_matrix:
     n_neighbors = min(_NEIGHBORS, len(points))
     distances, positions = NeighborIndex(points, seed=seed).query(points, n_neighbors)
-    with threadpool_limits(limits=None):  # numba leaves torch with a thread per core
-        graph, _, _ = fuzzy_simplicial_set(
-            sp.coo_matrix((len(points), 1)),
-            n_neighbors,
-            np.random.RandomState(seed),
-            "euclidean",
-            knn_indices=positions,
-            knn_dists=distances,
-        )
+    start_numba_threads()
+    graph, _, _ = fuzzy_simplicial_set(
+        sp.coo_matrix((len(points), 1)),
+        n_neighbors,
+        np.random.RandomState(seed),
+        "euclidean",
+        knn_indices=positions,
+        knn_dists=distances,
+    )
     return sp.csr_matrix(graph)

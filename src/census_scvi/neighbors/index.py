@@ -47,8 +47,12 @@ class NeighborIndex:
         if self.exact:
             self._search = NearestNeighbors(algorithm="brute").fit(points)
         else:
-            from pynndescent import NNDescent  # its import takes seconds, and few cells do not need it
+            # Their imports take seconds, and few cells do not need them.
+            from pynndescent import NNDescent
 
+            from census_scvi.neighbors.numba_threads import start_numba_threads
+
+            start_numba_threads()
             self._index = NNDescent(points, n_neighbors=_GRAPH_NEIGHBORS, random_state=seed)
             self._index.prepare()
 

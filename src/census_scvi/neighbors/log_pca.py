@@ -12,6 +12,8 @@ import scanpy as sc
 import scipy.sparse as sp
 from sklearn.decomposition import PCA
 
+from census_scvi.neighbors.numba_threads import start_numba_threads
+
 COUNTS_PER_CELL = 1e4
 _COMPONENTS = 50
 
@@ -31,6 +33,7 @@ def log_normalized(counts: Any, counts_per_cell: float | None = COUNTS_PER_CELL)
     A matrix of the same kind: float64 if the counts are float64, else float32.
     """
     plain = ad.AnnData(counts.copy())
+    start_numba_threads()
     with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Some cells have zero counts")
         sc.pp.normalize_total(plain, target_sum=counts_per_cell)

@@ -8,10 +8,10 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 import umap
-from threadpoolctl import threadpool_limits
 
 from census_scvi.neighbors.compile_cache import keep_compiled
 from census_scvi.neighbors.index import NeighborIndex, Points
+from census_scvi.neighbors.numba_threads import start_numba_threads
 
 keep_compiled("umap")
 
@@ -49,7 +49,8 @@ class UmapMap:
         reducer = umap.UMAP(
             n_neighbors=n_neighbors, min_dist=0.5, random_state=seed, precomputed_knn=(neighbors, distances, None)
         )
-        with warnings.catch_warnings(), threadpool_limits(limits=None):  # numba leaves torch with a thread per core
+        start_numba_threads()
+        with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="n_jobs value")  # with a seed UMAP uses one thread, as intended
             warnings.filterwarnings("ignore", message="precomputed_knn")  # concerns `transform`, which is not used
             self.positions = np.asarray(reducer.fit_transform(self._points), np.float32)

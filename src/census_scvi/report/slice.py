@@ -25,6 +25,7 @@ from census_scvi.errors import UserError
 from census_scvi.files.uri import without_credentials
 from census_scvi.metrics.score import VAGUE
 from census_scvi.neighbors.log_pca import log_pca
+from census_scvi.neighbors.numba_threads import start_numba_threads
 from census_scvi.query.reference import open_embedding
 from census_scvi.report.named import embeddings_of
 from census_scvi.report.settings import EvaluateSection
@@ -187,6 +188,7 @@ def _genes(
     every = read_var(census)["soma_joinid"].to_numpy()
     some = joinids[draw(len(joinids), _GENE_CELLS, generator(seed, Stream.CELLS_FOR_GENES))]
     cells = ad.AnnData(_counts(census, some, every))
+    start_numba_threads()
     sc.pp.filter_genes(cells, min_cells=1)
     kept = sc.pp.highly_variable_genes(
         cells, flavor="seurat_v3", n_top_genes=min(n_genes, cells.n_vars), inplace=False
