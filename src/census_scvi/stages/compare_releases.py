@@ -43,8 +43,8 @@ log = logging.getLogger(__name__)
 OLD, NEW = "old", "new"
 # Constants for --dry-run, measured on two cores with 1,000,000 cells (benchmarks/releases.py). Memory: of the imports,
 # and per cell of a release. Time: fixed; per cell of a release; per sampled cell; per measured cell and column.
-_BASE_MEMORY, _BYTES_A_CELL = 1.2e9, 200.0
-_FIXED_SECONDS, _CELL_SECONDS, _SAMPLE_SECONDS, _MEASURED_SECONDS = 30.0, 2e-5, 1e-3, 4e-3
+_BASE_MEMORY, _BYTES_A_CELL = 1.2e9, 650.0
+_FIXED_SECONDS, _CELL_SECONDS, _SAMPLE_SECONDS, _MEASURED_SECONDS = 30.0, 1e-5, 2.5e-4, 1e-2
 
 
 def run(task: Task) -> None:
