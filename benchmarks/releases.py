@@ -165,7 +165,7 @@ def scale(folder: Path, n_cells: int) -> None:
         "evaluate": {"batches": ["dataset_id"]},
     }
     for name in ("old", "new"):
-        if not place(folder, name).exists():
+        if not (place(folder, name) / "latent.npy").exists():
             run(folder, name, small, census)
     types = np.concatenate([Simulated(number, each).types for number in range(11)])
     plant(place(folder, "old"), np.arange(10 * each), types, seed=0)  # the first dataset is gone, the last is new
