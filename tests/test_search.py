@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +24,24 @@ from hypothesis import strategies as st
 from pipeline import ROOT, Run
 
 from census_scvi.cli import main
+from census_scvi.config.run_names import PROGRESS, STAGING
 from census_scvi.counts.data_module import PreparedDataModule
 from census_scvi.errors import UserError
-from census_scvi.search.choose import Finalist, choose
-from census_scvi.search.process import failure
+from census_scvi.files.atomic import write_json
+from census_scvi.search.choose import Finalist, choose, tried_of
+from census_scvi.search.process import Job, failure
 from census_scvi.search.settings import Range
 from census_scvi.search.space import Tried, n_combinations, suggest
-from census_scvi.search.study import all_failed
+from census_scvi.search.study import Study, all_failed
 from census_scvi.search.table import table_of
-from census_scvi.search.trials import SEARCHED, new_trial, trials_of
+from census_scvi.search.trials import SEARCHED, Trial, new_trial, trials_of
+from census_scvi.search.tune import ray_here
 from census_scvi.settings import Config, load_config
 from census_scvi.settings.search_space import require_searchable, trial_config
 
 DONORS = "donor_id in ['A']"
+EPOCHS = 8
+FAILING = 1000
 LATENT: dict[str, Any] = {"model.n_latent": [4, 8]}
 
 
@@ -333,6 +340,69 @@ def test_a_failed_trial_says_why(code: int, log: str, why: str, tmp_path: Path) 
     assert list(table["model.n_latent"]) == [4, 8]
     assert list(table["status"]) == ["failed", "failed"]
     assert table["score"].isna().all()
+
+
+def learn(trial: Trial) -> int:
+    """Work of a trial that learns as its setting says, or fails; like the command train, it records each epoch."""
+    path = trial.folder / STAGING / "train" / PROGRESS
+    path.parent.mkdir(parents=True, exist_ok=True)
+    latent, losses = trial.settings["model.n_latent"], []
+    if latent >= FAILING:
+        print("error: no memory", flush=True)
+        return 2
+    for epoch in range(EPOCHS):
+        losses.append(latent + 1 / (epoch + 1))
+        write_json(path, {"elbo_train": losses, "elbo_validation": losses})
+        time.sleep(0.3)
+    return 0
+
+
+@pytest.mark.slow
+def test_asha_stops_trials_that_are_worse_and_a_search_of_failures_says_why(
+    prepared: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")]))  # for Ray's processes
+    job = Job(learn, (), str(tmp_path), os.cpu_count() or 1, 0.0)
+
+    def study(name: str, values: list[int]) -> Study:
+        search = {"space": {"model.n_latent": values}, "scheduler": "asha", "grace_epochs": 1, "trials": len(values)}
+        settings = config_with(tmp_path, search=search).search
+        return Study(
+            tmp_path / name,
+            settings,
+            0,
+            EPOCHS,
+            {},
+            partial(Trial.prepare, prepared=prepared.directory, config={}),
+            job,
+            1,
+        )
+
+    some, failing = study("some", list(range(1, 8))), study("failing", [FAILING, FAILING + 1])
+    with ray_here(0):
+        some.search()
+        trials = some.trials
+        some.search()
+        assert some.trials == trials, "those that were stopped are not trained again"
+        failing.search()
+    assert len(trials) == 7
+    best = math.inf
+    for trial in trials:
+        epochs, latent = len(trial.curves["elbo_validation"]), trial.settings["model.n_latent"]
+        if latent < best:
+            assert (trial.status, epochs) == ("finished", EPOCHS), "none is stopped that is better than all before"
+        elif trial.status == "stopped":
+            assert epochs < EPOCHS
+        best = min(best, latent)
+    stopped = [trial.settings for trial in trials if trial.status == "stopped"]
+    assert stopped
+    assert {"model.n_latent": 1} not in stopped
+    tried = {json.dumps(each.settings): each for each in tried_of(trials, some.settings.weights)}
+    for settings in stopped:
+        assert tried[json.dumps(settings)].score is None
+        assert tried[json.dumps(settings)].intermediate
+    assert some.finalists()[0] == {"model.n_latent": 1}
+    assert all_failed(failing.trials) == "all 2 trials failed, trial 1 with: no memory"
 
 
 @pytest.mark.slow

@@ -11,7 +11,8 @@ from typing import Any
 from census_scvi.search.space import Settings, Tried
 from census_scvi.search.trials import FINISHED, SEARCHED, STOPPED, Trial
 
-_N_BEST = 2
+# Settings that are trained with further seeds, besides the default.
+N_BEST = 2
 
 
 def measures_of(trial: Trial) -> dict[str, float | None]:
@@ -75,7 +76,7 @@ def finalists(tried: Sequence[Tried], default: Settings | None) -> list[Settings
         The default as settings of the search, or {} if the space does not contain it.
     """
     ranked = sorted((each for each in tried if each.score is not None), key=lambda each: -(each.score or 0.0))
-    best = [each.settings for each in ranked[:_N_BEST]]
+    best = [each.settings for each in ranked[:N_BEST]]
     return distinct([*best, default if default is not None else {}])
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from census_scvi.search.choose import Finalist, distinct, finalists, measures_of, score_of, tried_of, words_of
+from census_scvi.search.choose import N_BEST, Finalist, distinct, finalists, measures_of, score_of, tried_of, words_of
 from census_scvi.search.process import Job
 from census_scvi.search.settings import SearchSection
-from census_scvi.search.space import Settings, suggest
+from census_scvi.search.space import Settings, n_combinations, suggest
 from census_scvi.search.trials import FAILED, FINAL, FINISHED, SEARCHED, STOPPED, Trial, new_trial, trials_of
 from census_scvi.search.tune import asha, run_trials
 
@@ -38,6 +40,8 @@ class Study:
         Function that writes the folder of a trial that is trained next.
     job
         The process of a trial.
+    at_a_time
+        Number of trials that run at a time.
     """
 
     folder: Path
@@ -47,6 +51,7 @@ class Study:
     default: Settings
     prepare: Callable[[Trial], None]
     job: Job
+    at_a_time: int
 
     @property
     def trials(self) -> list[Trial]:
@@ -152,14 +157,29 @@ class Study:
         numbers = [f"{name} {value:,.4g}" for name, value in measures_of(trial).items() if value is not None]
         how = {FINISHED: "finished", STOPPED: "stopped early", FAILED: f"failed: {trial.error}"}
         log.info(
-            "trial %d (%s, seed %d) %s after %d epochs%s",
+            "trial %d (%s, seed %d) %s after %d epochs%s%s",
             trial.number,
             words_of(trial.settings),
             trial.seed,
             how.get(str(trial.status), "was interrupted"),
             epochs,
             f": {', '.join(numbers)}" if numbers else "",
+            self._left(),
         )
+
+    def _left(self) -> str:
+        """The time that other trainings take if each takes as long as those so far."""
+        ended = [trial for trial in self.trials if trial.status is not None]
+        number = most_trainings(self.settings) - len(ended)
+        seconds = number * fmean(trial.cost.get("seconds", 0.0) for trial in ended) / self.at_a_time if ended else 0.0
+        left = timedelta(seconds=round(seconds))
+        return f"; at most {number} other trainings, about {left} left" if left and number > 0 else ""
+
+
+def most_trainings(search: SearchSection) -> int:
+    """Largest number of trainings of a search: those of the space, then the best settings and the default again."""
+    settings = min(search.trials, n_combinations(search.space) or search.trials)
+    return settings * search.seeds + (N_BEST + 1) * search.final_seeds + 1
 
 
 def all_failed(trials: Sequence[Trial]) -> str:

@@ -24,6 +24,7 @@ from census_scvi.search.trials import FINISHED, STOPPED, Trial
 log = logging.getLogger(__name__)
 
 _METRIC = "elbo_validation"
+_ENDED = "process_ended"  # Ray's own `done` also says that the scheduler stopped the trial
 _POLL_SECONDS = 0.2
 _MOST_STARTS = 5
 _OBJECT_STORE_BYTES = 80_000_000  # the least that Ray accepts; trials communicate through their folders
@@ -78,7 +79,7 @@ class TrialActor(tune.Trainable):
         if last and self._process is not None:
             self._process.record_end()
             self._process = None
-        return {_METRIC: loss if math.isfinite(loss) else math.inf, DONE: last}
+        return {_METRIC: loss if math.isfinite(loss) else math.inf, DONE: last, _ENDED: last}
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
         """Nothing: the training keeps its own checkpoint."""
@@ -113,7 +114,7 @@ class _Source(Searcher):
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """A trial that did not end by itself was stopped by the scheduler, unless it was complete already."""
         trial = self._running.pop(trial_id)
-        if trial.status is None and not error and not (result or {}).get(DONE):
+        if trial.status is None and not error and not (result or {}).get(_ENDED):
             trial.end(FINISHED if trial.measured else STOPPED)
         self._ended(trial)
 
@@ -178,7 +179,8 @@ def run_trials(
 def ray_here(n_gpus: int) -> Iterator[None]:
     """Run Ray on this machine while the block runs; the handlers of signals stay as they are."""
     os.environ |= _ENVIRONMENT
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)  # it warns that its own records of results are off
+    for name in ("ray.tune", "ray._private.authentication"):  # they warn that records are off, and tokens used
+        logging.getLogger(name).setLevel(logging.ERROR)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     _start(n_gpus)
     for number, handler in handlers.items():

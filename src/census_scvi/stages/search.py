@@ -19,7 +19,7 @@ from census_scvi.files.uri import without_credentials
 from census_scvi.search.choose import Choice, choose
 from census_scvi.search.process import Job
 from census_scvi.search.space import n_combinations
-from census_scvi.search.study import Study, all_failed
+from census_scvi.search.study import Study, all_failed, most_trainings
 from census_scvi.search.table import table_of
 from census_scvi.search.trials import TRIALS, Trial
 from census_scvi.search.tune import ray_here
@@ -59,7 +59,8 @@ def run(task: Task) -> None:
         remove(folder / PREPARED)
     task.start()
     write_json(task.run.path(PROGRESS), {})
-    study = _study(config, folder, job)
+    study = _study(config, folder, job, _at_a_time(job, gpus_here))
+    log.info("at most %d trainings, %d at a time", most_trainings(config.search), study.at_a_time)
     for settings in _data_choices(config):
         _prepared(config, folder, settings)
     with ray_here(gpus_here):
@@ -79,7 +80,13 @@ def run(task: Task) -> None:
     log.info("wrote %s, %s and %s", folder / TABLE, folder / WINNER, folder / REPORT)
 
 
-def _study(config: Config, folder: Path, job: Job) -> Study:
+def _at_a_time(job: Job, gpus_here: int) -> int:
+    """Number of trials that run on this machine at a time."""
+    number = max((os.cpu_count() or 1) // job.cpus, 1)
+    return min(number, int(gpus_here / job.gpus)) if job.gpus else number
+
+
+def _study(config: Config, folder: Path, job: Job, at_a_time: int) -> Study:
     default = default_settings(config)
     return Study(
         folder=folder.absolute(),
@@ -89,6 +96,7 @@ def _study(config: Config, folder: Path, job: Job) -> Study:
         default=default if in_space(config, default) else {},
         prepare=partial(_prepare_trial, config, folder),
         job=job,
+        at_a_time=at_a_time,
     )
 
 
@@ -238,10 +246,7 @@ def plan(config: Config) -> Plan:
     one = train.plan(trial_config(config, {}, config.seed, config.directory))
     combinations = n_combinations(search.space)
     settings = min(search.trials, combinations or search.trials)
-    trainings = settings * search.seeds + 3 * search.final_seeds + 1
-    together = max((os.cpu_count() or 1) // job.cpus, 1)
-    if job.gpus:
-        together = min(together, int(gpus_here / job.gpus))
+    trainings, together = most_trainings(search), _at_a_time(job, gpus_here)
     choices = len(_data_choices(config))
     return Plan(
         "search",
