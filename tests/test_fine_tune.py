@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from nodes import on_two_nodes
 from pipeline import Run
 
 from census_scvi import Atlas
@@ -151,8 +153,73 @@ def test_check_and_dry_run_change_nothing(
     n_new = len(unseen(releases[1]))
     assert shown.count(f": {n_new:,} are new") == 2
     assert NEW_DATASET in shown
-    assert f"would train on {n_new:,} cells (0 of them seen before), mode continue, for up to 2 epochs" in shown
+    assert f"mode continue: {n_new:,} cells, 0 of them seen before; up to 2 epochs, learning rate 0.0001" in shown
+    found = re.search(
+        r"take   about ([\d.]+) (MB|GB) of memory, ([\d.]+) kB of disk and (\d+) s on this machine", shown
+    )
+    assert found is not None
+    memory = float(found[1]) * {"MB": 1e6, "GB": 1e9}[found[2]]
+    assert 0.5e9 < memory < 2e9
+    assert 4 <= int(found[4]) < 300
+    assert run("fine-tune", "--decide", "--dry-run", "fine_tune.replay_cells=10") == 0
+    planned = capsys.readouterr().out
+    assert "fine-tune --decide would" in planned
+    retrained = re.search(r"retrain: up to ([\d,]+) cells, 3 epochs", planned)
+    assert retrained is not None
+    assert f"  with   {retrained[1]} cells" in planned
+    assert f"continue: up to {n_new + 10:,} cells, 2 epochs" in planned
+    assert "mode new_batches trains nothing" in planned
     assert not run.directory.exists()
+    assert run("fine-tune", "--dry-run", f"census.uri={releases[0]}") == 2
+    assert "there is nothing to fine-tune" in capsys.readouterr().err
+
+
+def test_the_labels_are_those_of_the_new_cells(releases: tuple[str, str], trained: Run, tmp_path: Path) -> None:
+    labels = {"labels_key": "cell_type", "unlabeled_category": "macrophage"}
+    run = next_run(tmp_path, releases[1], trained.directory, sections={"anndata": labels})
+    assert run("prepare") == 0
+    obs = ad.read_h5ad(run.path("anndata_model.h5ad")).obs
+    assert list(obs["labels"].astype(str)) == list(obs["cell_type"].astype(str))
+
+
+def test_a_model_whose_census_is_gone(
+    releases: tuple[str, str], tuned: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run directory has the cells that its model has seen; of a published model, the Census must still be there."""
+    run = next_run(tmp_path, releases[1], tuned.path("published"))
+    census = tuned.directory.parent / "census"
+    census.rename(gone := census.with_name("gone"))
+    try:
+        assert run("fine-tune", "--check") == 2
+        said = capsys.readouterr().err
+        with pytest.raises(SystemExit) as left:
+            run("fine-tune", "--check", f"fine_tune.model={tuned.directory}")
+    finally:
+        gone.rename(census)
+    assert "was trained on are not known, because their Census cannot be read" in said
+    assert "give fine_tune.model the run directory with its prepared cells" in said
+    assert left.value.code == NOTHING_NEW
+
+
+def test_several_nodes(
+    releases: tuple[str, str], trained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One node prepares; then all train, and the first one writes the model."""
+    nodes = {"train": {"batch_size": 64, "trainer": {"num_nodes": 2}}}
+    run = next_run(tmp_path, releases[1], trained.directory, sections=nodes)
+    assert run("fine-tune") == 2
+    assert "the cells are not prepared yet; run scvi-prepare.py with this config on one node" in capsys.readouterr().err
+    assert run("fine-tune", "--decide") == 2
+    assert "--decide trains on one device; remove it" in capsys.readouterr().err
+    assert not run.directory.exists()
+    assert run("prepare") == 0
+    first, follower = on_two_nodes(run, command="fine-tune")
+    assert (first.returncode, follower.returncode) == (0, 0), first.stderr + follower.stderr
+    assert run.record("train")["processes"] == 2
+    (lineage,) = read_description(run.path("scvi.model")).lineage
+    assert lineage["new_cells"] == len(unseen(releases[1]))
+    assert lineage["epochs"] == 2
+    assert lineage["moved"]["mean"] > 0
 
 
 @pytest.mark.parametrize("decoder", [False, True])

@@ -23,7 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_model_kinds import described
 from test_train import copy_of, equal, stop_in, trained_for, weights
 
-from census_scvi.census.cells import select_cells, select_labels
+from census_scvi.census.cells import Cells, select_cells, select_labels
 from census_scvi.census.open import open_census
 from census_scvi.census.proteins import read_protein_names
 from census_scvi.census.settings import CensusSection
@@ -239,11 +239,14 @@ def test_wrong_inputs_are_refused(
     assert words in line
 
 
-def test_labels_of_the_census_in_the_order_of_the_cells(protein_census: str) -> None:
+@pytest.mark.parametrize("step", [1, 7])
+def test_labels_of_cells(step: int, protein_census: str) -> None:
+    """Each cell gets its own label, also if the filter matches more cells."""
     value_filter = "is_primary_data == True"
     with open_census(CensusSection(uri=protein_census)) as census:
-        cells = select_cells(census, value_filter, ["dataset_id"])
-        codes, labels = select_labels(census, value_filter, "cell_type", "B cell")
+        every = select_cells(census, value_filter, ["dataset_id"])
+        cells = Cells(every.joinids[::step], every.batch_codes[::step], every.batches)
+        codes, labels = select_labels(census, cells, value_filter, "cell_type", "B cell")
         obs = census.experiment.obs.read(column_names=["soma_joinid", "cell_type"]).concat().to_pandas()
     expected = obs.set_index("soma_joinid").loc[cells.joinids, "cell_type"].astype(str).to_numpy()
     assert np.array_equal(np.array(labels, dtype=object)[codes], expected)

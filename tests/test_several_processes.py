@@ -2,15 +2,13 @@
 
 import json
 import shutil
-import socket
-import subprocess
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from pipeline import Run, forked, run_code
+from nodes import on_two_nodes
+from pipeline import Run
 
 from census_scvi.errors import UserError
 from census_scvi.training.fit import choose_devices, n_processes
@@ -124,26 +122,6 @@ def say(what, work):
     return said
 protocol.Task.start, train.follow = say("opens", start), say("follows", follow)
 """
-MAIN = """
-import sys
-from census_scvi.cli import main
-from census_scvi.workspace import first_process
-first_process.PATIENCE = 90
-sys.exit(main("train", sys.argv[1:]))
-"""
-
-
-def on_two_nodes(run: Run, *arguments: str, before: str = "") -> list[subprocess.CompletedProcess[str]]:
-    """The command on both nodes at once."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
-
-    def node(rank: int) -> subprocess.CompletedProcess[str]:
-        variables = {"NODE_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        return forked(run_code, before + MAIN, "--config", str(run.config), *arguments, **variables)
-
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(node, (0, 1)))
 
 
 def test_a_follower_waits_for_a_slow_first_process_and_ends_where_it_refuses_or_is_done(

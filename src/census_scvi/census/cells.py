@@ -86,14 +86,18 @@ def select_cells(
 
 
 def select_labels(
-    census: Census, value_filter: str | None, column: str, unlabeled_category: str
+    census: Census, cells: Cells, value_filter: str | None, column: str, unlabeled_category: str
 ) -> tuple[npt.NDArray[np.int32], list[str]]:
-    """Labels of the cells of a filter, in the order of `select_cells`.
+    """Labels of cells.
 
     Parameters
     ----------
-    census, value_filter
-        As in `select_cells`.
+    census
+        The open Census.
+    cells
+        The cells.
+    value_filter
+        A filter that they match, so that other cells are not read.
     column
         obs column of the labels.
     unlabeled_category
@@ -104,15 +108,17 @@ def select_labels(
     Codes, int32 (cells,), and the labels in the order of the codes: sorted, the unlabelled category last.
     """
     require_columns(census, [column], "anndata.labels_key")
-    joinids: list[npt.NDArray[np.int64]] = []
-    codes: list[npt.NDArray[np.int32]] = []
+    codes = np.full(len(cells), -1, np.int32)
     known: dict[str, int] = {}
     for table in read_obs(census, value_filter, ["soma_joinid", column], "census.obs_query"):
-        joinids.append(table["soma_joinid"].to_numpy())
+        joinids = table["soma_joinid"].to_numpy()
+        places = np.minimum(np.searchsorted(cells.joinids, joinids), len(cells) - 1)
+        wanted = cells.joinids[places] == joinids
         found = pd.Categorical(table[column].to_pandas())
         of_category = [known.setdefault(str(label), len(known)) for label in found.categories]
-        codes.append(np.array([*of_category, -1], np.int32)[found.codes])  # the code of a missing value is -1
-    used, places = np.unique(np.concatenate(codes)[np.argsort(np.concatenate(joinids))], return_inverse=True)
+        coded = np.array([*of_category, -1], np.int32)[found.codes]  # the code of a missing value is -1
+        codes[places[wanted]] = coded[wanted]
+    used, places = np.unique(codes, return_inverse=True)
     names = [unlabeled_category if code < 0 else list(known)[code] for code in used]
     labels = [*sorted(set(names) - {unlabeled_category}), unlabeled_category]
     return np.array([labels.index(name) for name in names], np.int32)[places], labels

@@ -22,7 +22,7 @@ from census_scvi.fine_tuning.held_out import HeldOut, held_out_keys, read_held_o
 from census_scvi.fine_tuning.measure import Measured, compared, costs, measure
 from census_scvi.fine_tuning.new_cells import NewCells, require_new_cells
 from census_scvi.fine_tuning.selection import select_for_fine_tuning
-from census_scvi.fine_tuning.settings import CONTINUE, NEW_BATCHES, RETRAIN
+from census_scvi.fine_tuning.settings import NEW_BATCHES, RETRAIN
 from census_scvi.fine_tuning.start import load_for_fine_tuning
 from census_scvi.fine_tuning.verdict import KEEP, recommend
 from census_scvi.model.safe import ModelDescription, load_safe
@@ -30,6 +30,7 @@ from census_scvi.report.decision import as_text, write_decision_report
 from census_scvi.report.slice import Slice
 from census_scvi.settings import Config
 from census_scvi.stages.evaluate import evaluate
+from census_scvi.stages.fine_tuning_ways import config_of_way, modes_of
 from census_scvi.stages.protocol import run_stage
 from census_scvi.terminal.printing import printable
 from census_scvi.workspace import Workspace
@@ -76,9 +77,7 @@ def decide(config: Config, *, force: bool = False) -> dict[str, Any]:
         )
         n_cells = int(census.identity["cells"])
     ways = {KEEP: _Way(*kept, {})}
-    for mode in (NEW_BATCHES, CONTINUE, RETRAIN):
-        if mode == NEW_BATCHES and not selection.found.of_new_batches.any():
-            continue
+    for mode in modes_of(selection.found):
         ways[mode] = _trained(config, mode, folder, force=force)
     rows = _rows(config, ways, cells, selection.found, n_cells)
     record = {
@@ -104,30 +103,12 @@ def _columns(config: Config, census: Census) -> list[str]:
 
 def _trained(config: Config, mode: str, folder: Path, *, force: bool) -> _Way:
     """Prepare and train a way without the held-out cells, in a run directory of its own."""
-    tune: dict[str, Any] = {"mode": mode, "held_out": str(folder / HELD_OUT)}
-    update: dict[str, Any] = {"output": config.output.model_copy(update={"directory": str(folder / mode)})}
-    if mode != CONTINUE:
-        tune["replay_cells"] = 0
-    if mode == RETRAIN:
-        update |= _budgeted(config)
-    update["fine_tune"] = config.fine_tune.model_copy(update=tune)
-    own = config.model_copy(update=update)
+    own = config_of_way(config, mode, folder, held_out=str(folder / HELD_OUT))
     log.info("training: %s", mode)
     for stage in ("prepare", "train"):
         run_stage(stage, own, force=force)
     model, description = load_safe(own.directory / own.artifacts.model)
     return _Way(model, description, Workspace(own.directory).whole_record("train") or {})
-
-
-def _budgeted(config: Config) -> dict[str, Any]:
-    """The sections of a training for the share `fine_tune.budget` of the epochs, and of those of the KL warm-up."""
-    share = config.fine_tune.budget
-    plan = dict(config.training_plan)
-    for name in ("n_epochs_kl_warmup", "n_steps_kl_warmup"):
-        if plan.get(name):
-            plan[name] = max(round(share * plan[name]), 1)
-    epochs = max(round(share * config.train.max_epochs), 1)
-    return {"train": config.train.model_copy(update={"max_epochs": epochs}), "training_plan": plan}
 
 
 def _rows(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
-from typing import TYPE_CHECKING
 
 from census_scvi.cli import Parser, read_config
 from census_scvi.config.extras import require_extra
@@ -13,9 +12,7 @@ from census_scvi.errors import UserError
 from census_scvi.files.uri import local_path, without_credentials
 from census_scvi.settings import Config
 from census_scvi.terminal.printing import printable
-
-if TYPE_CHECKING:
-    from census_scvi.fine_tuning.selection import Selection
+from census_scvi.workspace import Workspace
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +48,9 @@ def run(arguments: argparse.Namespace) -> None:
     config = read_config(arguments)
     _require_places(config, writes=not arguments.check)
     if arguments.check or arguments.dry_run:
-        _show(config, check=arguments.check)
+        _show(config, check=arguments.check, decide=arguments.decide)
         return
+    _require_processes(config, decide=arguments.decide)
     if arguments.decide:
         require_extra("evaluate", "scvi-fine-tune.py --decide")
         importlib.import_module("census_scvi.stages.decision").decide(config, force=arguments.force)
@@ -79,13 +77,28 @@ def _require_places(config: Config, *, writes: bool) -> None:
         )
 
 
-def _show(config: Config, *, check: bool) -> None:
-    """Print what is new; exits with `NOTHING_NEW` if `check` is set and nothing is."""
+def _require_processes(config: Config, *, decide: bool) -> None:
+    """UserError if several nodes would decide, or prepare the cells."""
+    n_nodes = int((config.train.trainer or {}).get("num_nodes", 1))
+    if n_nodes == 1:
+        return
+    if decide:
+        raise UserError(f"train.trainer.num_nodes is {n_nodes}, and --decide trains on one device; remove it")
+    if Workspace(config.directory).record("prepare") is None:
+        raise UserError(
+            f"train.trainer.num_nodes is {n_nodes}, and the cells are not prepared yet; run scvi-prepare.py with this"
+            " config on one node, then this command on each"
+        )
+
+
+def _show(config: Config, *, check: bool, decide: bool) -> None:
+    """Print what is new, and the plan unless `check` is set; with it, exits with `NOTHING_NEW` if nothing is."""
     from census_scvi.census.genes import locate_genes
     from census_scvi.census.open import open_census
     from census_scvi.fine_tuning.new_cells import as_text, new_by
     from census_scvi.fine_tuning.selection import select_for_fine_tuning
     from census_scvi.fine_tuning.start import load_for_fine_tuning
+    from census_scvi.stages.fine_tuning_ways import plan_decision, plan_fine_tuning
 
     tune = config.fine_tune
     _, description = load_for_fine_tuning(tune, config.model, config.census.organism, config.anndata.batch_key)
@@ -94,22 +107,12 @@ def _show(config: Config, *, check: bool) -> None:
         missing = int((locate_genes(census, description.genes, config.genes.min_share, "genes.min_share") < 0).sum())
         selection = select_for_fine_tuning(census, tune, config.census, description, config.training_filter)
         by_dataset = new_by(census, selection.found, "dataset_id") if selection.found.new.any() else {}
-    lines = as_text(selection.found, by_dataset, shown)
-    lines.append(f"{missing:,} of the model's {len(description.genes):,} genes are not in this Census")
-    print(printable("\n".join(lines)))
-    if check and not selection.found.new.any():
-        raise SystemExit(NOTHING_NEW)
-    if not check:
-        print(printable("\n".join(_planned(config, selection))))
-
-
-def _planned(config: Config, selection: Selection) -> list[str]:
-    """Lines of `--dry-run`."""
-    cells, counts, _ = selection.training(config.fine_tune, config.seed)
-    train, plan = config.tuned.train, config.tuned.training_plan
-    names = (config.artifacts.prepared, config.artifacts.genes, f"{config.artifacts.model}/")
-    return [
-        f"would train on {len(cells):,} cells ({counts['replayed_cells']:,} of them seen before), mode"
-        f" {config.fine_tune.mode}, for up to {train.max_epochs} epochs, learning rate {plan['lr']:g}",
-        f"would write {', '.join(str(config.directory / name) for name in names)}",
-    ]
+        lines = as_text(selection.found, by_dataset, shown)
+        lines.append(f"{missing:,} of the model's {len(description.genes):,} genes are not in this Census")
+        print(printable("\n".join(lines)))
+        if check:
+            if not selection.found.new.any():
+                raise SystemExit(NOTHING_NEW)
+            return
+        plan = (plan_decision if decide else plan_fine_tuning)(config, census, selection, description)
+    print(printable(plan.text(config)))

@@ -10,19 +10,25 @@ from pydantic import BaseModel
 from census_scvi.files.uri import without_credentials
 
 
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Cost of some work: peak memory and disk in bytes, time in seconds."""
+
+    memory: float
+    disk: float
+    seconds: float
+    notes: list[str] = field(default_factory=list)
+
+
 @dataclass(frozen=True)
-class Plan:
-    """Inputs, outputs and cost of a stage; sizes in bytes, time in seconds."""
+class Plan(Cost):
+    """Inputs, outputs and cost of a stage."""
 
     stage: str
     reads: list[str]
     writes: list[str]
     cells: int
     genes: int
-    memory: float
-    disk: float
-    seconds: float
-    notes: list[str] = field(default_factory=list)
 
     def text(self, config: BaseModel) -> str:
         """Text of the resolved config (without credentials) and the plan."""

@@ -27,7 +27,7 @@ from census_scvi.counts.writer import H5adWriter
 from census_scvi.files.atomic import write_json
 from census_scvi.files.parts import WHOLE, Part
 from census_scvi.settings import Config
-from census_scvi.stages.plan import Plan, human_bytes
+from census_scvi.stages.plan import Cost, Plan, human_bytes
 from census_scvi.stages.protocol import Task
 from census_scvi.terminal.progress import progress_bar
 from census_scvi.workspace import StageRun
@@ -187,7 +187,7 @@ def _fill(
     blocks = stream_blocks(census, cells.joinids, var["soma_joinid"].to_numpy(), blocks=runs)
     frames = stream_obs(census, cells.joinids, (pool.cells() for pool in missing), config.anndata.obs_columns)
     counts = (block.counts for block in blocks)
-    labels = _labels(census, config)
+    labels = _labels(census, config, cells)
     obs = (_with_batch(frame, places, cells, labels) for places, frame in frames)
     proteins = None
     if measurement:
@@ -210,12 +210,14 @@ def _var_of(census: Census, genes: list[str]) -> pd.DataFrame:
     return found.astype(object).fillna(absent).astype(var.dtypes)
 
 
-def _labels(census: Census, config: Config) -> _Labels | None:
+def _labels(census: Census, config: Config, cells: Cells) -> _Labels | None:
     """Label codes of the selected cells, and the labels; None without `anndata.labels_key`."""
     settings = config.anndata
     if settings.labels_key is None:
         return None
-    codes, labels = select_labels(census, config.training_filter, settings.labels_key, settings.unlabeled_category)
+    codes, labels = select_labels(
+        census, cells, config.training_filter, settings.labels_key, settings.unlabeled_category
+    )
     n_labels = len(labels) - 1
     unlabeled = 100 * float((codes == n_labels).mean())
     log.info("%d labels in %s, %.1f%% of the cells are unlabelled", n_labels, settings.labels_key, unlabeled)
@@ -240,7 +242,7 @@ def plan(config: Config) -> Plan:
         var = read_var(census)
         n_genes = min(config.hvg.top_n_hvg, len(var))
         runs = tile_runs(cells.joinids)
-        sample = [runs[len(runs) * place // _SAMPLE_RUNS] for place in range(min(_SAMPLE_RUNS, len(runs)))]
+        sample = _sampled(runs)
         joinids, genes = cells.joinids, var["soma_joinid"].to_numpy()
         next(iter(stream_blocks(census, joinids, genes, blocks=sample[:1])))  # opens files and compiles code
         started = time.monotonic()
@@ -262,10 +264,7 @@ def plan(config: Config) -> Plan:
         writes=[str(config.directory / name) for name in (artifacts.prepared, artifacts.genes)],
         cells=n_cells,
         genes=n_genes,
-        memory=_BASE_MEMORY
-        + 25.0 * n_cells
-        + GeneTally.memory(len(groups), len(var))
-        + X_TILE * (_BYTES_READ * detected.sum() / n_sampled + POOL_RUNS * _BYTES_POOLED * nonzeros),
+        memory=_memory(n_cells, detected.sum() / n_sampled, nonzeros) + GeneTally.memory(len(groups), len(var)),
         disk=kept,
         seconds=_FIXED_SECONDS + _PASSES * seconds / n_sampled * n_cells,
         notes=[
@@ -282,6 +281,42 @@ def plan(config: Config) -> Plan:
             ),
         ],
     )
+
+
+def cost_of_writing(census: Census, cells: Cells, genes: list[str], config: Config, path: Path) -> Cost:
+    """Cost of writing chosen cells and genes; a sample of them is written to `path`, and timed.
+
+    Parameters
+    ----------
+    census, cells, genes
+        What would be written.
+    config
+        The settings.
+    path
+        File for the sample: several runs of cells that the Census stores together.
+    """
+    runs = tile_runs(cells.joinids)
+    sample = _sampled(runs)
+    every = read_var(census)["soma_joinid"].to_numpy()
+    read = sum(block.counts.nnz for block in stream_blocks(census, cells.joinids, every, blocks=sample))
+    rows = np.concatenate([np.arange(*run) for run in sample])
+    started = time.monotonic()
+    counts = _write(census, Cells(cells.joinids[rows], cells.batch_codes[rows], cells.batches), genes, config, path)
+    seconds = time.monotonic() - started
+    return Cost(
+        memory=_memory(len(cells), read / len(rows), counts["nonzeros"] / len(rows)),
+        disk=path.stat().st_size * len(cells) / len(rows),
+        seconds=_FIXED_SECONDS + seconds * len(runs) / len(sample),
+    )
+
+
+def _sampled(runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    return [runs[len(runs) * place // _SAMPLE_RUNS] for place in range(min(_SAMPLE_RUNS, len(runs)))]
+
+
+def _memory(n_cells: int, read: float, written: float) -> float:
+    """Bytes of memory to write cells of which `read` non-zeros are read and `written` are written, each on average."""
+    return _BASE_MEMORY + 25.0 * n_cells + X_TILE * (_BYTES_READ * read + POOL_RUNS * _BYTES_POOLED * written)
 
 
 def _stored_bytes(obs: pd.DataFrame) -> float:

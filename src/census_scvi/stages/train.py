@@ -33,7 +33,7 @@ from census_scvi.model.build import init_arguments
 from census_scvi.model.families import SCANVI, TOTALVI
 from census_scvi.model.safe import ModelDescription, save_for_scvi_tools, save_safe
 from census_scvi.settings import Config
-from census_scvi.stages.plan import Plan, human_bytes
+from census_scvi.stages.plan import Cost, Plan, human_bytes
 from census_scvi.stages.protocol import Task
 from census_scvi.training.callbacks import LearningCurves
 from census_scvi.training.fast import products
@@ -269,43 +269,76 @@ def _counts(model: scvi.model.SCVI, data: PreparedDataModule, curves: LearningCu
 
 def plan(config: Config) -> Plan:
     """Plan of the stage: size from the prepared file, time from a few training steps on its cells."""
-    config, artifacts = config.tuned, config.artifacts
-    devices = choose_devices(config.train)
-    choose_precision(config.train)
-    workspace = Workspace(config.directory)
-    workspace.require("prepare", [artifacts.prepared])
-    data = _data(config)
-    check_arguments(config.train, config.training_plan, data, config.model.kind)
-    model, *_ = _build(config, data)
-    if slow := slow_precision(config.train, data.cells.n_genes, config.model.n_hidden):
-        raise UserError(slow)
-    parameters = sum(parameter.numel() for parameter in model.module.parameters())
-    training = make_plan(config.train, model, data, config.training_plan)
-    libraries = _libraries(config, training, data)
-    step = _seconds_per_cell(config, training, data)
-    engine = engine_of(training)
-    entries = config.train.batch_size * data.cells.n_genes
-    processes = n_processes(config.train)
-    nodes = f" on each of {n_nodes(config.train)} nodes" if n_nodes(config.train) > 1 else ""
-    validation = 0.4 * data.n_val  # forward pass only
-    kept = 4.0 * data.cells.density * data.n_val * data.cells.n_genes  # sparse validation cells
-    if engine != "fast" or kept > MOST_KEPT:
-        kept = 0.0
+    artifacts = config.artifacts
+    Workspace(config.directory).require("prepare", [artifacts.prepared])
+    data = _data(config.tuned)
+    cost = _cost(config.tuned, data, data.cells.n_cells)
     return Plan(
         "train",
         reads=[str(config.directory / artifacts.prepared)],
         writes=[f"{config.directory / name}/" for name in (artifacts.model, artifacts.tensorboard)],
         cells=data.cells.n_cells,
         genes=data.cells.n_genes,
+        memory=cost.memory,
+        disk=cost.disk,
+        seconds=cost.seconds,
+        notes=cost.notes,
+    )
+
+
+def cost_of_training(config: Config, n_cells: int) -> Cost:
+    """Cost of training on `n_cells` cells, of which those prepared in `config.directory` are a sample.
+
+    UserError as in training, for settings that do not fit the model, the cells or this machine.
+    """
+    data = _data(config.tuned)
+    try:
+        return _cost(config.tuned, data, n_cells)
+    finally:
+        data.cells.close()
+
+
+def _cost(config: Config, data: PreparedDataModule, n_cells: int) -> Cost:
+    """Cost on `n_cells` cells like those of `data`; the settings are those of `Config.tuned`."""
+    devices = choose_devices(config.train)
+    choose_precision(config.train)
+    check_arguments(config.train, config.training_plan, data, config.model.kind)
+    model, _, tuning = _build(config, data)
+    if slow := slow_precision(config.train, data.cells.n_genes, config.model.n_hidden):
+        raise UserError(slow)
+    parameters = sum(parameter.numel() for parameter in model.module.parameters())
+    training = make_plan(config.train, model, data, config.training_plan)
+    libraries = _libraries(config, training, data)
+    engine = engine_of(training)
+    more = n_cells / data.cells.n_cells
+    n_train, n_val = round(more * data.n_train), round(more * data.n_val)
+    if config.train.max_cells is not None:
+        n_train = min(n_train, config.train.max_cells)
+    passes = n_train + 0.4 * n_val  # of validation, a forward pass only
+    seconds, untrained = 0.0, "" if tuning is None else tuning.untrained
+    if not untrained:
+        step = _seconds_per_cell(config, training, data)
+        seconds = step * passes * config.train.max_epochs / n_processes(config.train)
+    nodes = f" on each of {n_nodes(config.train)} nodes" if n_nodes(config.train) > 1 else ""
+    kept = 4.0 * data.cells.density * n_val * data.cells.n_genes  # sparse validation cells
+    if engine != "fast" or kept > MOST_KEPT:
+        kept = 0.0
+    entries = config.train.batch_size * data.cells.n_genes
+    return Cost(
         memory=_BASE_MEMORY + 16.0 * parameters + _BYTES_AN_ENTRY[engine] * entries + kept,
         disk=8.5 * parameters,
-        seconds=_FIXED_SECONDS + step * (data.n_train + validation) * config.train.max_epochs / processes,
+        seconds=_FIXED_SECONDS + seconds,
         notes=[
-            f"{data.n_train:,} cells train, {data.n_val:,} validate, {len(data.cells.batches):,} batches",
+            f"{n_train:,} cells train, {n_val:,} validate, {len(data.cells.batches):,} batches",
             f"{parameters:,} parameters",
             f"devices: {devices['devices']} ({devices['accelerator']}){nodes}, steps by train.engine {engine}",
             f"while it trains, a checkpoint of {human_bytes(12.0 * parameters)}",
             *(f"warning: {problem}" for problem in _problems(config, data)),
+            *(
+                [f"mode {config.fine_tune.mode} trains nothing: {tuning.untrained}"]
+                if tuning and tuning.untrained
+                else []
+            ),
             *([f"float32 matrix products: {libraries}"] if libraries else []),
         ],
     )
