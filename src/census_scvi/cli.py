@@ -40,8 +40,7 @@ exit codes: 0 done, 2 something for you to fix (one line says what), 1 a defect 
 130 or 143 stopped by Ctrl-C or SIGTERM: the same command resumes"""
 
 
-# Default help texts; a stage with its own arguments may replace them.
-_EXAMPLE = "--config configs/demo.yaml hvg.top_n_hvg=2000 output.directory=run2"
+# Default help text; a stage with its own arguments may replace it.
 _CONFIG_HELP = f"YAML file (default: {DEFAULT_CONFIG})"
 
 _OVERVIEW = """\
@@ -178,7 +177,7 @@ def _parser(stage: Stage, program: str | None, own: Any) -> Parser:
     parser = Parser(
         prog=program or stage.script,
         description=stage.summary,
-        epilog=f"{settings}\n\n{_EPILOG.format(example=getattr(own, 'EXAMPLE', _EXAMPLE))}",
+        epilog=f"{settings}\n\n{_EPILOG.format(example=getattr(own, 'EXAMPLE', stage.example))}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     if own is not None:

@@ -37,6 +37,8 @@ class Stage:
         Stages that it runs itself, whose settings change its result, too.
     actions
         Values of the setting `<name>.action`, which may be given as the first argument.
+    example
+        Arguments of an example in the help of a stage without own arguments.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Stage:
     extra: str | None = None
     runs: tuple[str, ...] = ()
     actions: tuple[str, ...] = ()
+    example: str = "--config configs/demo.yaml hvg.top_n_hvg=2000 output.directory=run2"
 
     @property
     def script(self) -> str:
@@ -86,6 +89,7 @@ STAGES = {
             progress=PROGRESS,
             extra="search",
             runs=("prepare", "train"),
+            example="--config configs/demo.yaml 'search.space.model.n_latent=[10, 20]' search.trials=2",
         ),
         Stage(
             "train",
@@ -113,6 +117,7 @@ STAGES = {
             "Measure embeddings of a slice of the Census, and write metrics.json and report.html.",
             reads_census=True,
             extra="evaluate",
+            example="--config configs/demo.yaml evaluate.measured_cells=2000",
         ),
         Stage(
             "publish",
@@ -135,15 +140,20 @@ STAGES = {
             "compare-releases",
             "Compare a release with an earlier one (compare_releases.old): comparison.json and report.html.",
             extra="compare",
+            example="--config my-config.yaml compare_releases.old=run-of-last-release",
         ),
         Stage(
-            "map-query", "Embed your own cells with a trained model and annotate them from the Census.", extra="atlas"
+            "map-query",
+            "Embed your own cells with a trained model and annotate them from the Census.",
+            extra="atlas",
+            example="--config configs/demo.yaml query.file=my-cells.h5ad",
         ),
         Stage(
             "annotate",
             "Annotate your own cells with the labels of a file or of a slice of the Census.",
             extra="annotate",
             actions=("predict", "train", "interpret"),
+            example="--config configs/annotate-demo.yaml query.file=my-cells.h5ad",
         ),
     )
 }

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from census_scvi.config.section import Changes, Section
+from census_scvi.config.section import USUAL, Changes, Section
 from census_scvi.config.types import Columns, LocalPath, Name, PathName
 
 
@@ -14,7 +14,7 @@ class CompareReleasesSection(Section):
     """What changed between two releases (compare-releases)."""
 
     changes: ClassVar[tuple[str, ...]] = ("compare-releases",)
-    old: PathName | None = None
+    old: Annotated[PathName | None, USUAL] = None
     """The earlier release: a run directory, or a published folder or its URL."""
     new: PathName | None = None
     """The later release; null: the run directory `output.directory`."""
