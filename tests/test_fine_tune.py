@@ -205,7 +205,7 @@ def test_several_nodes(
     releases: tuple[str, str], trained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One node prepares; then all train, and the first one writes the model."""
-    nodes = {"train": {"batch_size": 64, "trainer": {"num_nodes": 2}}}
+    nodes = {"train": {"batch_size": 64, "num_nodes": 2}}
     run = next_run(tmp_path, releases[1], trained.directory, sections=nodes)
     assert run("fine-tune") == 2
     assert "the cells are not prepared yet; run scvi-prepare.py with this config on one node" in capsys.readouterr().err

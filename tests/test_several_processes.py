@@ -21,9 +21,9 @@ from census_scvi.workspace.first_process import FirstProcess
     ("settings", "processes", "strategy"),
     [
         ({}, 1, "auto"),
-        ({"trainer": {"num_nodes": 3}}, 3, "ddp"),
+        ({"num_nodes": 3}, 3, "ddp"),
         ({"multi_gpu": True, "devices": 2}, 2, "ddp"),
-        ({"multi_gpu": True, "devices": 2, "trainer": {"num_nodes": 3}}, 6, "ddp"),
+        ({"multi_gpu": True, "devices": 2, "num_nodes": 3}, 6, "ddp"),
     ],
 )
 def test_devices_are_those_of_a_node_and_processes_those_of_all(
@@ -35,13 +35,11 @@ def test_devices_are_those_of_a_node_and_processes_those_of_all(
     assert (n_processes(section), chosen["strategy"]) == (processes, strategy)
     assert chosen["devices"] == (2 if section.multi_gpu else 1)
     words = f"{processes} processes on 3 nodes train together: start the command on each node"
-    assert (words in caplog.text) == ("trainer" in settings)
+    assert (words in caplog.text) == ("num_nodes" in settings)
 
 
 def test_a_gpu_too_few_is_one_of_this_node() -> None:
-    section = TrainSection.model_validate(
-        {"accelerator": "auto", "multi_gpu": True, "devices": 40, "trainer": {"num_nodes": 2}}
-    )
+    section = TrainSection.model_validate({"accelerator": "auto", "multi_gpu": True, "devices": 40, "num_nodes": 2})
     with pytest.raises(UserError, match=r"asks for devices 40 on each node, but torch finds .* on this one; lower"):
         choose_devices(section)
 
@@ -108,7 +106,7 @@ def test_others_end_as_the_first_did(first: FirstProcess, error: Exception | Non
 
 # --- two real processes, each on a node of its own, as far as it knows
 
-NODES = {"max_epochs": 2, "batch_size": 64, "trainer": {"num_nodes": 2}}
+NODES = {"max_epochs": 2, "batch_size": 64, "num_nodes": 2}
 # The first process takes its time before it opens the training; both say when.
 SLOW = """
 import sys, time

@@ -79,14 +79,14 @@ def _require_places(config: Config, *, writes: bool) -> None:
 
 def _require_processes(config: Config, *, decide: bool) -> None:
     """UserError if several nodes would decide, or prepare the cells."""
-    n_nodes = int((config.train.trainer or {}).get("num_nodes", 1))
+    n_nodes = config.train.num_nodes
     if n_nodes == 1:
         return
     if decide:
-        raise UserError(f"train.trainer.num_nodes is {n_nodes}, and --decide trains on one device; remove it")
+        raise UserError(f"train.num_nodes is {n_nodes}, and --decide trains on one device; remove it")
     if Workspace(config.directory).record("prepare") is None:
         raise UserError(
-            f"train.trainer.num_nodes is {n_nodes}, and the cells are not prepared yet; run scvi-prepare.py with this"
+            f"train.num_nodes is {n_nodes}, and the cells are not prepared yet; run scvi-prepare.py with this"
             " config on one node, then this command on each"
         )
 

@@ -175,8 +175,7 @@ def is_follower() -> bool:
 
 def _is_one_of_several(config: Config) -> bool:
     """Whether several processes train, according to the settings or the launcher's environment."""
-    n_nodes = (config.train.trainer or {}).get("num_nodes", 1)
-    return config.train.multi_gpu or n_nodes > 1 or any(_number(name) > 1 for name in _SIZES)
+    return config.train.multi_gpu or config.train.num_nodes > 1 or any(_number(name) > 1 for name in _SIZES)
 
 
 def _number(variable: str) -> int:

@@ -45,7 +45,6 @@ from census_scvi.training.fit import (
     engine_of,
     fit,
     loader_threads,
-    n_nodes,
     n_processes,
     slow_precision,
 )
@@ -319,7 +318,7 @@ def _cost(config: Config, data: PreparedDataModule, n_cells: int) -> Cost:
     if not untrained:
         step = _seconds_per_cell(config, training, data)
         seconds = step * passes * config.train.max_epochs / n_processes(config.train)
-    nodes = f" on each of {n_nodes(config.train)} nodes" if n_nodes(config.train) > 1 else ""
+    nodes = f" on each of {config.train.num_nodes} nodes" if config.train.num_nodes > 1 else ""
     kept = 4.0 * data.cells.density * n_val * data.cells.n_genes  # sparse validation cells
     if engine != "fast" or kept > MOST_KEPT:
         kept = 0.0

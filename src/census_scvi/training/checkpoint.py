@@ -151,7 +151,7 @@ class Checkpoint(lightning.Callback):
         if len(states) != trainer.world_size:
             raise UserError(
                 f"{self._path} was written by {len(states)} process(es), and now there are {trainer.world_size};"
-                " set train.devices back, or start again with --force"
+                " start as many as before, or start again with --force"
             )
         self._restored = dict(states[trainer.global_rank])
 

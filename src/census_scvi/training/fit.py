@@ -60,7 +60,7 @@ def choose_devices(settings: TrainSection) -> dict[str, Any]:
             "train.devices is %s, which is used only with train.multi_gpu: true; training on one device",
             settings.devices,
         )
-    if (nodes := n_nodes(settings)) > 1:
+    if (nodes := settings.num_nodes) > 1:
         log.info(
             "%d processes on %d nodes train together: start the command on each node", n_processes(settings), nodes
         )
@@ -80,16 +80,17 @@ def _devices(settings: TrainSection) -> dict[str, Any]:
             " or run ./scvi-init.sh --check-gpu"
         )
     if not settings.multi_gpu:
-        strategy = "ddp" if n_nodes(settings) > 1 else "auto"
+        strategy = "ddp" if settings.num_nodes > 1 else "auto"
         return {"accelerator": settings.accelerator, "devices": 1, "strategy": strategy}
     asked = settings.devices if isinstance(settings.devices, list) else None
     number = settings.devices if isinstance(settings.devices, int) and settings.devices > 0 else max(gpus, 1)
     number = len(asked) if asked else number
     if settings.accelerator != "cpu" and (number > gpus or max(asked or [0]) >= max(gpus, 1)):
+        several = settings.num_nodes > 1
         raise UserError(
-            f"train.multi_gpu asks for devices {settings.devices}{' on each node' * (n_nodes(settings) > 1)}, but torch"
-            f" finds {gpus} GPU(s){' on this one' * (n_nodes(settings) > 1)};"
-            " lower train.devices, or set train.accelerator to cpu to train in several CPU processes"
+            f"train.multi_gpu asks for devices {settings.devices}{' on each node' * several}, but torch finds {gpus}"
+            f" GPU(s){' on this one' * several}; lower train.devices, or set train.accelerator to cpu to train in"
+            " several CPU processes"
         )
     if settings.accelerator == "cpu":
         asked = None  # on a CPU, Lightning expects a number of processes
@@ -182,21 +183,16 @@ def check_arguments(settings: TrainSection, plan: dict[str, Any], data: Prepared
         kind,
         settings.trainer or {},
         plan_arguments(plan, kind, data.cells.n_cells),
-        _trainer_arguments(settings, data) | {"devices": 1, "strategy": "auto"},
+        _trainer_arguments(settings, data) | {"devices": 1, "num_nodes": 1, "strategy": "auto"},
         minibatches=(minibatches[0], minibatches[1]),
         early_stopping=settings.early_stopping,
     )
 
 
-def n_nodes(settings: TrainSection) -> int:
-    """Number of nodes: `num_nodes` of `train.trainer`, default 1."""
-    return int((settings.trainer or {}).get("num_nodes", 1))
-
-
 def n_processes(settings: TrainSection) -> int:
     """Number of training processes on all nodes."""
     devices = _devices(settings)["devices"]
-    return n_nodes(settings) * (len(devices) if isinstance(devices, list) else int(devices))
+    return settings.num_nodes * (len(devices) if isinstance(devices, list) else int(devices))
 
 
 def engine_of(plan: TrainingPlan) -> str:
@@ -288,6 +284,12 @@ def fit(
         try:
             trainer.fit(plan, data, ckpt_path=_resumable(checkpoint), weights_only=True)
         except Exception as error:
+            if n_processes(settings) > 1 and _lost(error):
+                raise UserError(
+                    "another process of this training ended, or cannot be reached"
+                    f" ({one_line(error).partition('. ')[0]}); see what it says, then start the same command on each"
+                    " node again: it resumes from the last checkpoint"
+                ) from error
             if diverged(error):
                 raise finite.report(trainer, "the loss is nan") from error
             if settings.trainer and not isinstance(error, UserError) and _of_lightning(error):
@@ -302,6 +304,11 @@ def fit(
     return curves
 
 
+def _lost(error: Exception) -> bool:
+    """Whether the connection between processes failed; gloo's errors have no class of their own."""
+    return isinstance(error, torch.distributed.DistError) or (type(error) is RuntimeError and "gloo" in str(error))
+
+
 def _of_lightning(error: Exception) -> bool:
     """Whether Lightning itself raised an error (not this project or, for example, a full disk)."""
     frames = traceback.extract_tb(error.__traceback__)
@@ -312,6 +319,7 @@ def _trainer_arguments(settings: TrainSection, data: PreparedDataModule) -> dict
     """Trainer arguments set by the pipeline; `train.trainer` may override the last four."""
     return {
         **_devices(settings),
+        "num_nodes": settings.num_nodes,
         "max_epochs": settings.max_epochs,
         "precision": choose_precision(settings),
         "check_val_every_n_epoch": 1,
@@ -336,6 +344,7 @@ def _ignore_known_warnings() -> None:
         "early_stopping was automatically disabled",  # our own callback does it
         "Checkpoint directory .* exists",
         "The lr scheduler dict contains the key",  # scvi-tools' plan of TOTALVI steps it itself
+        "It is recommended to use .self.log",  # EpochMetrics logs sums over all processes
         "Found .* in eval mode",  # TrainMode switches to training mode
         ".isinstance.treespec, LeafSpec.. is deprecated",
     ):

@@ -29,7 +29,7 @@ _TRAINER, _PLAN = "train.trainer", "training_plan"
 _LONGEST = 300
 _MINIBATCHES = 2
 # Arguments not used in a rehearsal: it does not wait for other nodes, write profiles or print output.
-_NOT_RUN = ("num_nodes", "profiler", "enable_progress_bar", "enable_model_summary")
+_NOT_RUN = ("profiler", "enable_progress_bar", "enable_model_summary")
 # Arguments that do not apply to an epoch of two minibatches, unless they are 0.
 _OF_REAL_LENGTH = (
     "max_time", "max_steps", "min_steps", "min_epochs", "val_check_interval", "overfit_batches",

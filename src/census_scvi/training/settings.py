@@ -58,7 +58,9 @@ class TrainSection(Section):
     devices: Annotated[
         Devices, Expected("a number of devices, a list of device indices such as [0, 1], or auto"), USUAL
     ] = "auto"
-    """With `multi_gpu`: number or indices of the devices; otherwise one device is used."""
+    """With `multi_gpu`: number or indices of the devices of each node; otherwise one device is used."""
+    num_nodes: Annotated[int, Field(ge=1)] = 1
+    """Nodes that train together; torchrun or srun starts the command on each (docs/run-directory.md)."""
     accelerator: Annotated[Literal["auto", "cpu", "gpu", "cuda", "mps"], Changes()] = "auto"
     """Type of device."""
     engine: Annotated[Literal["fast", "scvi-tools"], Changes()] = "fast"
