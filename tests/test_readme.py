@@ -6,7 +6,9 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from multiprocessing.connection import Client, Listener
 from pathlib import Path
 
 import anndata as ad
@@ -74,6 +76,45 @@ def sandbox(demo_census: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+# The program `census-scvi` of a script in bash: in a fork with its libraries, whose imports take most of the time.
+FORKED_PROGRAM = """#!{python} -S
+import os, sys
+from multiprocessing.connection import Client
+with Client({address!r}, "AF_UNIX") as connection:
+    connection.send((sys.argv[1:], os.getcwd(), dict(os.environ)))
+    code, out, error = connection.recv()
+sys.stdout.write(out)
+sys.stderr.write(error)
+sys.exit(code)
+"""
+
+
+@pytest.fixture(scope="module")
+def forking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Folder with the `FORKED_PROGRAM`."""
+    folder = tmp_path_factory.mktemp("bin")
+    program, address = folder / "census-scvi", str(folder / "socket")
+    program.write_text(FORKED_PROGRAM.format(python=sys.executable, address=address))
+    program.chmod(0o755)
+
+    def serve() -> None:
+        while True:
+            with listener.accept() as connection:
+                if (request := connection.recv()) is None:
+                    return
+                arguments, cwd, variables = request
+                done = forked(run_program, *arguments, cwd=Path(cwd), **variables)
+                connection.send((done.returncode, done.stdout, done.stderr))
+
+    with Listener(address, "AF_UNIX") as listener:
+        server = threading.Thread(target=serve)
+        server.start()
+        yield folder
+        with Client(address, "AF_UNIX") as connection:
+            connection.send(None)
+        server.join()
+
+
 def run_program(*arguments: str) -> None:
     """As the installed program `census-scvi` runs."""
     sys.exit(console(arguments))
@@ -83,11 +124,11 @@ STARTED: set[str] = set()
 
 
 def run_commands(
-    commands: list[str], folder: Path, environment: dict[str, str]
+    commands: list[str], folder: Path, environment: dict[str, str], forking: Path
 ) -> Iterator[subprocess.CompletedProcess[str]]:
     """The commands of a block in bash; a program that has been started so before, in a fork with its libraries."""
     if not all(PLAIN.fullmatch(command) for command in commands):
-        yield in_bash("\n".join(commands), folder, environment)
+        yield in_bash("\n".join(commands), folder, environment | {"PATH": f"{forking}:{environment['PATH']}"})
         return
     for command in commands:
         name, *words = shlex.split(command, comments=True)
@@ -107,7 +148,7 @@ def in_bash(command: str, folder: Path, environment: dict[str, str]) -> subproce
 
 @pytest.mark.slow
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_every_command_runs_as_printed(document: Path, sandbox: Path) -> None:
+def test_every_command_runs_as_printed(document: Path, sandbox: Path, forking: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     ran: set[str] = set()
     for language, content in blocks(document):
@@ -119,11 +160,11 @@ def test_every_command_runs_as_printed(document: Path, sandbox: Path) -> None:
         elif language == "sh":
             commands = [line for line in content.splitlines() if line and not line.startswith(NOT_HERE)]
             ran.update(commands)
-            for done in run_commands(commands, sandbox, environment):
+            for done in run_commands(commands, sandbox, environment, forking):
                 assert done.returncode == 0, f"{content}\n{done.stdout}\n{done.stderr}"
     for command in commands_of_table(document) if document.name == "README.md" else []:
         if command not in ran and not command.startswith(NOT_HERE):
-            (done,) = run_commands([command], sandbox, environment)
+            (done,) = run_commands([command], sandbox, environment, forking)
             assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
 
 
