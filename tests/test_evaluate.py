@@ -148,7 +148,8 @@ def test_several_embeddings_stand_side_by_side(finished_run: Run, tmp_path: Path
     latent = np.load(other / "latent.npy")
     recorded(other, latent=latent + np.random.default_rng(0).normal(size=latent.shape).astype(np.float32) * 3)
     named = f"evaluate.embeddings={{ours: {finished_run.directory}, noisy: {other}, none: {tmp_path}/nowhere}}"
-    assert evaluation(finished_run, tmp_path / "out", named, "evaluate.baseline=false") == 0
+    settings = ("evaluate.baseline=false", "evaluate.max_cells=400", "evaluate.batches=[assay]")
+    assert evaluation(finished_run, tmp_path / "out", named, *settings) == 0
     record = metrics_of(tmp_path / "out")
     assert list(record["scores"]) == ["ours", "noisy"]
     assert values(record, "ours", "cell_type")["leiden_nmi"] > values(record, "noisy", "cell_type")["leiden_nmi"]
@@ -230,8 +231,14 @@ def test_few_cells(n_cells: int, finished_run: Run, tmp_path: Path, capsys: pyte
 
 def test_what_says_the_same_is_there_once(finished_run: Run, tmp_path: Path) -> None:
     """A batch that is the dataset, and columns of one value, are said and neither measured nor drawn again."""
-    settings = ("anndata.batch_key=[dataset_id]", "evaluate.max_cells=200", "evaluate.labels=[cell_type, sex]")
-    assert evaluation(finished_run, tmp_path, *settings, "evaluate.batches=[dataset_id, batch, development_stage]") == 0
+    settings = (
+        "anndata.batch_key=[dataset_id]",
+        "evaluate.max_cells=400",
+        "evaluate.labels=[cell_type, sex]",
+        "evaluate.batches=[dataset_id, batch, development_stage]",
+        "evaluate.baseline=false",
+    )
+    assert evaluation(finished_run, tmp_path, *settings) == 0
     record = metrics_of(tmp_path)
     assert record["same_as"] == {"batch": "dataset_id"}
     assert {score["column"] for score in record["scores"]["scVI"]} == {"cell_type", "sex", "dataset_id"}
@@ -263,17 +270,6 @@ def test_damaged_gates_are_said(finished_run: Run, tmp_path: Path) -> None:
             html._gates(config.directory)
 
 
-def test_no_credentials_are_written(finished_run: Run, tmp_path: Path) -> None:
-    """An embedding that cannot be reached is named in the report, and how to repeat it."""
-    there = f"ours: {finished_run.directory}"
-    named = f"evaluate.embeddings={{{there}, theirs: 'file://me:secret@localhost/nowhere?key=secret'}}"
-    assert evaluation(finished_run, tmp_path, named, "evaluate.baseline=false", "evaluate.batches=[assay]") == 0
-    for name in ("metrics.json", "report.html"):
-        text = (tmp_path / name).read_text()
-        assert "theirs" in text
-        assert "secret" not in text
-
-
 def test_dry_run(finished_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluation(finished_run, tmp_path / "out", "--dry-run") == 0
     shown = capsys.readouterr().out
@@ -283,33 +279,49 @@ def test_dry_run(finished_run: Run, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert not (tmp_path / "out").exists()
 
 
-def test_a_slice_is_drawn_where_more_cells_match(finished_run: Run, tmp_path: Path) -> None:
-    settings = ("evaluate.max_cells=400", "evaluate.baseline=false", "evaluate.batches=[assay]")
-    assert evaluation(finished_run, tmp_path, *settings) == 0
-    record = metrics_of(tmp_path)
+@pytest.fixture(scope="module")
+def of_slice(finished_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An evaluation of 400 cells without a run, by classes of the Cell Ontology; an embedding cannot be reached."""
+    folder = tmp_path_factory.mktemp("slice")
+    there = f"it: {finished_run.directory}"
+    settings = (
+        f"evaluate.embeddings={{{there}, theirs: 'file://me:secret@localhost/nowhere?key=secret'}}",
+        f"output.directory={folder}/none",
+        "evaluate.max_cells=400",
+        "evaluate.labels=[cell_subclass, cell_class]",
+        "evaluate.batches=[assay]",
+    )
+    assert evaluation(finished_run, folder, *settings) == 0
+    return folder
+
+
+def test_a_slice_is_drawn_where_more_cells_match(of_slice: Path) -> None:
+    record = metrics_of(of_slice)
     assert record["cells"]["evaluated"] == record["cells"]["measured"] == 400
-    assert "sampled at random from" in (tmp_path / "report.html").read_text()
+    assert "sampled at random from" in (of_slice / "report.html").read_text()
 
 
-def test_without_a_run_the_pca_takes_variable_genes(finished_run: Run, demo_census: str, tmp_path: Path) -> None:
-    settings = (f"evaluate.embeddings={{it: {finished_run.directory}}}", f"output.directory={tmp_path}/none")
-    assert evaluation(finished_run, tmp_path / "out", *settings, "evaluate.batches=[assay]") == 0
-    record = metrics_of(tmp_path / "out")
-    assert values(record, "PCA", "cell_type")["leiden_nmi"] > 0.1
-    assert ">Training<" not in (tmp_path / "out" / "report.html").read_text()
+def test_without_a_run_the_pca_takes_variable_genes(of_slice: Path) -> None:
+    assert values(metrics_of(of_slice), "PCA", "cell_subclass")["leiden_nmi"] > 0.1
+    assert ">Training<" not in (of_slice / "report.html").read_text()
 
 
-def test_classes_of_the_cell_ontology(finished_run: Run, tmp_path: Path) -> None:
+def test_no_credentials_are_written(of_slice: Path) -> None:
+    """An embedding that cannot be reached is named in the report, and how to repeat it."""
+    for name in ("metrics.json", "report.html"):
+        text = (of_slice / name).read_text()
+        assert "theirs" in text
+        assert "secret" not in text
+
+
+def test_classes_of_the_cell_ontology(of_slice: Path) -> None:
     terms = pd.Series(["CL:0000236", "CL:0000624", "CL:0000057", "unknown", "CL:9999999", "CL:0000236"])
     found = ontology.classes_of(terms, "cell_class").tolist()
     blood = "hematopoietic cell"
     assert found == [blood, blood, "connective tissue cell", None, None, blood]
     expected = ["B cell", "CD4-positive, alpha-beta T cell", "stromal cell", None, None, "B cell"]
     assert ontology.classes_of(terms, "cell_subclass").tolist() == expected
-    settings = ("evaluate.labels=[cell_subclass, cell_class]", "evaluate.baseline=false", "evaluate.batches=[assay]")
-    assert evaluation(finished_run, tmp_path, *settings) == 0
-    record = metrics_of(tmp_path)
-    assert values(record, "scVI", "cell_subclass") or record["problems"]
+    assert values(metrics_of(of_slice), "it", "cell_subclass")["leiden_nmi"] > 0.1
 
 
 # --- in a browser

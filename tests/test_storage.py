@@ -1,5 +1,6 @@
 """A Census in an object store: who signs, which region, and that no secret of `census.tiledb` is written down."""
 
+import hashlib
 import json
 import os
 import socket
@@ -10,14 +11,16 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import anndata as ad
 import boto3
 import pytest
 import yaml
+from faulty_store import faulty_store
 from pipeline import Run
 
 from census_scvi.census import storage
 from census_scvi.census.embedding import published_uri
-from census_scvi.census.storage import soma_context, use_settings
+from census_scvi.census.storage import refused_by_store, soma_context, use_settings
 from census_scvi.errors import UserError
 from census_scvi.settings import load_config
 
@@ -186,3 +189,39 @@ def test_a_census_in_a_private_bucket(
         assert not path.is_file() or secret.encode() not in path.read_bytes(), path
     use_settings(load_config(run.config).census.tiledb)
     assert published_uri("s3://private/census/census_data/homo_sapiens", "scvi")
+
+
+def digest_of_prepared(run: Run) -> str:
+    """Hash of the prepared counts by cell."""
+    cells = ad.read_h5ad(run.path("anndata_model.h5ad"))
+    counts = cells[cells.obs.sort_values("soma_joinid").index].X.tocsr()
+    counts.sort_indices()
+    parts = (counts.indptr, counts.indices, counts.data, "|".join(cells.var_names).encode())
+    return hashlib.sha256(b"".join(part if isinstance(part, bytes) else part.tobytes() for part in parts)).hexdigest()
+
+
+@pytest.mark.slow
+def test_a_store_that_throttles_resets_and_is_late(
+    private_bucket: dict[str, str], finished_run: Run, tmp_path: Path, no_aws: pytest.MonkeyPatch
+) -> None:
+    """TileDB tries again, with growing intervals: the prepared cells are those of the local Census."""
+    keys = {"vfs.s3.aws_access_key_id": private_bucket["key"], "vfs.s3.aws_secret_access_key": private_bucket["secret"]}
+    own = {**keys, "vfs.s3.region": "eu-west-1", "vfs.s3.scheme": "http", "vfs.s3.use_virtual_addressing": False}
+    no_aws.setenv("NO_PROXY", "127.0.0.1")
+    with faulty_store(private_bucket["address"], 20, "throttled", "reset", "late") as store:
+        settings = {"tiledb": {**own, "vfs.s3.endpoint_override": store.address}}
+        run = Run(tmp_path, "s3://private/census", census=settings)
+        done = run.subprocess("prepare")
+        assert done.returncode == 0, done.stderr
+        failed = store.failed()
+        assert min(failed.get(fault, 0) for fault in ("throttled", "reset", "late")) >= 2, failed
+    assert digest_of_prepared(run) == digest_of_prepared(finished_run)
+
+
+@pytest.mark.parametrize(
+    ("code", "advice"), [(503, "run the same command again later"), (403, "credentials and region")]
+)
+def test_what_to_do_about_a_store_that_refuses(code: int, advice: str) -> None:
+    error = RuntimeError(f"S3: Cannot list [HTTP Response Code: {code}] [Exception: SlowDown] : x")
+    assert advice in str(refused_by_store(error))
+    assert f"(HTTP {code})" in str(refused_by_store(error))

@@ -62,10 +62,7 @@ def open_census(settings: CensusSection) -> Iterator[Census]:
         root = _open(uri, version)
     except (tiledbsoma.DoesNotExistError, tiledbsoma.SOMAError) as error:
         if settings.uri and (reason := refused_by_store(error)):
-            raise UserError(
-                f"Census {where} cannot be read: {reason}; credentials and region come from the AWS environment"
-                " (AWS_PROFILE, AWS_ACCESS_KEY_ID, AWS_REGION, ~/.aws) or from census.tiledb"
-            ) from None
+            raise UserError(f"Census {where} cannot be read: {reason}") from None
         reason = " ".join(str(error).split())
         raise UserError(
             f"Census {where}: it cannot be opened; set census.uri to a Census folder or URL ({reason})"

@@ -117,8 +117,17 @@ def _store_settings(bucket: str, given: tuple[str, ...]) -> dict[str, str]:
 
 
 def refused_by_store(error: Exception) -> str | None:
-    """Response of the object store to a request that failed; None if the error does not come from a store."""
+    """Response of the object store to a request that failed, and what to do; None if the error is not from a store."""
     answer = re.search(r"\[HTTP Response Code: (-?\d+)\](?: \[Exception: (\w*)\])?", str(error))
     if answer is None:
         return None
-    return f"the store answers {answer[2] or 'with an error'} (HTTP {answer[1]})"
+    advice = (
+        "it answers too many requests, and TileDB has tried several times; run the same command again later"
+        if answer[1] in _BUSY
+        else "credentials and region come from the AWS environment (AWS_PROFILE, AWS_ACCESS_KEY_ID, AWS_REGION, ~/.aws)"
+        " or from census.tiledb"
+    )
+    return f"the store answers {answer[2] or 'with an error'} (HTTP {answer[1]}); {advice}"
+
+
+_BUSY = ("429", "503")
