@@ -4,11 +4,11 @@ import pytest
 from pipeline import forked, run_code
 
 CALLS = {
-    "log_pca": "from census_scvi.neighbors.log_pca import log_pca; log_pca(points)",
+    "log_pca": "from census_scvi.neighbors.log_pca import log_pca; log_pca(scipy.sparse.csr_matrix(points))",
     "clusters": "from census_scvi.neighbors.clusters import leiden; leiden(points, 1.0, 0)",
 }
 CODE = """
-import numba, numpy, torch
+import numba, numpy, scipy.sparse, torch
 numba.config.reload_config()
 numba.np.ufunc.parallel.NUM_THREADS = 2  # as numba takes it from the environment at its import
 points = numpy.random.default_rng(0).poisson(3, (60, 8)).astype(numpy.float32)
