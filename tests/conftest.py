@@ -71,6 +71,7 @@ def real_data() -> Path:
 @pytest.fixture(scope="session")
 def finished_run(demo_census: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run of all three stages on the demo Census; tests only read it."""
+    torch.set_num_threads(1)  # as in the forks of tests, whose results are compared with these
     return Run(tmp_path_factory.mktemp("finished"), demo_census).all()
 
 
