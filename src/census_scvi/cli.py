@@ -23,6 +23,7 @@ from census_scvi.config.extras import require_extra
 from census_scvi.config.messages import suggestion
 from census_scvi.config.stages import STAGES, Stage
 from census_scvi.errors import UserError
+from census_scvi.files.parts import Part
 from census_scvi.files.paths import expand_argument
 from census_scvi.settings import Config, load_config
 from census_scvi.settings.table import help_of_stage
@@ -195,7 +196,25 @@ def _parser(stage: Stage, program: str | None, own: Any) -> Parser:
     parser.add_argument(
         "--force", action="store_true", help="run the stage again from the start, and replace its results"
     )
+    if stage.parts:
+        parser.add_argument(
+            "--part",
+            type=_part,
+            metavar="I/N",
+            help="do part I of N and write it to files of its own; parts can run at the same time, in any order, on"
+            " several machines; then the command without --part does what is missing and joins them",
+        )
     return parser
+
+
+def _part(text: str) -> Part:
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no part; expected I/N, e.g. 2/8")
+    try:
+        return Part(int(found[1]), int(found[2]))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def is_setting(argument: str) -> bool:
@@ -225,8 +244,11 @@ def _run(stage: Stage, arguments: argparse.Namespace, own: Any, program: str) ->
     if arguments.dry_run:
         print(printable(protocol.plan_stage(stage.name, config).text(config)))
         return
+    part = getattr(arguments, "part", None)
+    if part is not None and arguments.force:
+        raise UserError("--force starts a stage again and --part does a part of it; give one of them")
     try:
-        protocol.run_stage(stage.name, config, force=arguments.force)
+        protocol.run_stage(stage.name, config, force=arguments.force, part=part)
     except Exception as error:
         error.add_note(f"{_IN_FOLDER}{config.directory}")
         raise

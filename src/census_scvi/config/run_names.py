@@ -38,6 +38,9 @@ SEARCH = "search"
 # Files of a stage in its staging folder, in addition to the unfinished results.
 FINGERPRINT = "fingerprint.json"
 PROGRESS = "progress.json"
+# Of a stage in parts: the number of parts, and the lock of those that begin.
+PARTS = "parts.json"
+PARTS_LOCK = ".parts.lock"
 CHECKPOINT = "checkpoint.ckpt"
 FIRST_PROCESS = "first-process.json"
 VARIANCE = "variance.npy"
@@ -51,7 +54,7 @@ OWNED = frozenset(
     {
         MANIFEST, LOCK, STAGING, GENES, TENSORBOARD, LATENT, LATENT_JOINIDS, LATENT_HASHES, MINIFIED, QA, PUBLISHED,
         EVALUATION, METRICS, REPORT, COMPARISON, SEARCH, FINGERPRINT, PROGRESS, CHECKPOINT, VARIANCE, LIBRARY_SIZE,
-        SEEN_CELLS, DECISION,
+        SEEN_CELLS, DECISION, PARTS, PARTS_LOCK,
     }
 )  # fmt: skip
 _PART = re.compile(re.escape(PART).replace(r"\{:05d\}", r"\d{5,}"))

@@ -29,6 +29,8 @@ class Stage:
         beginning.
     several_processes
         Whether several processes may run the stage together; the first process manages the run directory.
+    parts
+        Whether a part of the work can be done alone (`--part`).
     own_arguments
         Whether the stage has arguments in addition to `--config FILE` and `section.key=value`.
     extra
@@ -48,6 +50,7 @@ class Stage:
     pipeline: bool = False
     progress: str | None = None
     several_processes: bool = False
+    parts: bool = False
     own_arguments: bool = False
     extra: str | None = None
     runs: tuple[str, ...] = ()
@@ -111,6 +114,7 @@ STAGES = {
             reads_census=True,
             pipeline=True,
             progress=PROGRESS,
+            parts=True,
         ),
         Stage(
             "evaluate",

@@ -22,8 +22,8 @@ _WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
 @contextmanager
-def directory_lock(path: Path, stage: str) -> Iterator[None]:
-    """Hold an exclusive lock on a file while the block runs; the kernel releases it when the process ends.
+def directory_lock(path: Path, stage: str, *, shared: bool = False) -> Iterator[None]:
+    """Hold a lock on a file while the block runs, alone or `shared`; the kernel releases it when the process ends.
 
     Raises
     ------
@@ -31,9 +31,9 @@ def directory_lock(path: Path, stage: str) -> Iterator[None]:
         Another process holds the lock (the error has stage, process id, host and time), the file system does not
         support locks, or the path is not a regular file.
     """
-    with _opened(path) as file:
+    with opened(path) as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{path.parent} is in use by {_holder(path)}; wait for it or stop it") from None
         except OSError as error:
@@ -52,7 +52,7 @@ def directory_lock(path: Path, stage: str) -> Iterator[None]:
         yield
 
 
-def _opened(path: Path) -> TextIO:
+def opened(path: Path) -> TextIO:
     """Open the file, or create it. A link is not followed, because its target would be truncated."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)

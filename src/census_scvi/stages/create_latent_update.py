@@ -20,9 +20,12 @@ from census_scvi.census.open import Census, open_census
 from census_scvi.census.proteins import read_protein_names, stream_proteins
 from census_scvi.census.stream import Block, consecutive, stream_blocks, stream_obs, tile_runs
 from census_scvi.config.random_streams import Stream, draw, generator
+from census_scvi.config.run_names import PROGRESS
 from census_scvi.config.stages import STAGES
 from census_scvi.counts.row_hash import count_hashes
 from census_scvi.errors import UserError
+from census_scvi.files.atomic import write_json
+from census_scvi.files.json_file import read_json
 from census_scvi.files.parts import WHOLE, Part, parts
 from census_scvi.model.encode import Encoder, Latent, extend_batches, labels_with, reference_latent
 from census_scvi.model.families import family_of
@@ -35,9 +38,11 @@ from census_scvi.stages.plan import Plan
 from census_scvi.stages.protocol import Task
 from census_scvi.terminal.progress import progress_bar
 from census_scvi.workspace import Artifacts, StageRun
+from census_scvi.workspace.staged_parts import number_of_parts
 
 log = logging.getLogger(__name__)
 
+_CHECKED = "checked.json"
 _PROVEN_CELLS = 256
 _TOLERANCE = 1e-5
 # Constants for --dry-run, checked by benchmarks/stages.py. Memory: of the imports, and per non-zero of a block.
@@ -48,6 +53,25 @@ _SAMPLE_BLOCKS = 4
 
 def run(task: Task) -> None:
     """Embed all cells of `obs_query`; write latent, soma_joinids, count hashes and optionally the minified model."""
+    job = _job(task)
+    n_parts = number_of_parts(task.run)
+    joined = n_parts > 1 and task.run.path(PROGRESS).exists()  # a killed run had joined the parts
+    for part in [] if joined else parts(n_parts):
+        job.embed(part)
+    written = job.finish(n_parts)
+    census, artifacts = task.census, task.artifacts
+    details = {"census": census.identity, "trained_batches": job.trained_batches}
+    task.commit(written, job.counts(), **details, parts=n_parts)
+    log.info("wrote %s: %s cells x %d", task.directory / artifacts.latent, f"{job.n_cells:,}", job.n_latent)
+
+
+def run_part(task: Task, part: Part) -> None:
+    """Embed the cells of a part, to files of its own in staging; a killed part resumes."""
+    _job(task).embed(part)
+
+
+def _job(task: Task) -> _Embedding:
+    """Check model, genes and cells, and begin."""
     config, artifacts, census = task.config, task.artifacts, task.census
     description = _fitting_description(config, artifacts)
     gene_joinids = locate_genes(census, description.genes, config.genes.min_share, "genes.min_share")
@@ -56,11 +80,7 @@ def run(task: Task) -> None:
     task.run.start()
     cells = select_cells(census, config.census.obs_query, config.anndata.batch_key)
     log.info("%s cells in %d batches", f"{len(cells):,}", len(cells.batches))
-    job = _Embedding(config, task.run, census, cells, gene_joinids, artifacts, protein_columns)
-    job.embed()
-    written = job.finish()
-    task.commit(written, job.counts(), census=census.identity, trained_batches=description.batches)
-    log.info("wrote %s: %s cells x %d", task.directory / artifacts.latent, f"{len(cells):,}", job.n_latent)
+    return _Embedding(config, task.run, census, cells, gene_joinids, artifacts, protein_columns)
 
 
 def _fitting_description(config: Config, artifacts: Artifacts) -> ModelDescription:
@@ -122,12 +142,14 @@ class _Embedding:
         self._trained, self._description = load_safe(config.directory / artifacts.model)
         self._labels = labels_with(self._description.batches, cells.batches)
         self._codes = _codes_in(self._labels, cells)
-        self.n_latent = int(self._trained.module.n_latent)
-        self._difference: float | None = None
+        self.n_latent, self.n_cells = int(self._trained.module.n_latent), len(cells)
+        self.trained_batches = self._description.batches
 
     def embed(self, part: Part = WHOLE) -> None:
         """Encode the remaining cells of a part; different processes may encode different parts."""
         every = _blocks(self._cells, self._config.latent.block_size, part)
+        if not every:  # fewer rows of tiles than parts
+            return
         store = LatentStore(self._stage.staging, _size(every), self.n_latent, part)
         done, total = store.cells_done, store.n_cells
         if done:
@@ -143,8 +165,9 @@ class _Embedding:
             for block, proteins in zip(blocks, self._proteins(remaining), strict=True):
                 rows = slice(block.start, block.start + block.counts.shape[0])
                 latent = encode(block.counts, self._codes[rows], proteins)
-                if self._difference is None:
-                    self._difference = self._prove(block, proteins, latent)
+                if block.start == remaining[0][0]:
+                    checked = {"difference": self._prove(block, proteins, latent)}
+                    write_json(self._stage.path(part.name(_CHECKED)), checked)
                 store.append(latent, count_hashes(block.counts, proteins))
                 bar.update(len(latent.mean))
 
@@ -227,8 +250,14 @@ class _Embedding:
             "n_latent": self.n_latent,
             "cells_of_untrained_batches": int((~trained).sum()),
             "untrained_batches": self._labels[len(self._description.batches) :],
-            "largest_difference_to_scvi_tools": self._difference,
+            "largest_difference_to_scvi_tools": self._largest_difference(),
         }
+
+    def _largest_difference(self) -> float | None:
+        """Of the comparisons with scvi-tools in all parts and runs; None if a run before this version made them."""
+        stem, _, ending = _CHECKED.partition(".")
+        found = [read_json(path)["difference"] for path in self._stage.staging.glob(f"{stem}*.{ending}")]
+        return max(found, default=None)
 
 
 def _blocks(cells: Cells, block_size: int, part: Part = WHOLE) -> list[tuple[int, int]]:

@@ -17,6 +17,7 @@ from census_scvi.annotation.results.places import annotate_results
 from census_scvi.config.run_names import FIRST_PROCESS, SEARCH, STAGING
 from census_scvi.config.stages import STAGES, Stage
 from census_scvi.errors import UserError
+from census_scvi.files.parts import Part
 from census_scvi.files.uri import without_credentials
 from census_scvi.query.places import query_results
 from census_scvi.releases.places import comparison_place
@@ -28,6 +29,7 @@ from census_scvi.workspace import Artifacts, StageRun, Workspace
 from census_scvi.workspace.first_process import FirstProcess
 from census_scvi.workspace.record import Fingerprint, changes, fingerprint_of
 from census_scvi.workspace.result_files import ResultFiles
+from census_scvi.workspace.staged_parts import begin_part, part_lock
 
 if TYPE_CHECKING:
     from census_scvi.census.open import Census
@@ -84,8 +86,8 @@ class Task:
         self.run.commit(artifacts, counts, config=config, seed=self.config.seed, **details)
 
 
-def run_stage(name: str, config: Config, *, force: bool = False) -> None:
-    """Run a stage unless it is done for these settings.
+def run_stage(name: str, config: Config, *, force: bool = False, part: Part | None = None) -> None:
+    """Run a stage, or a part of it, unless it is done for these settings.
 
     Raises
     ------
@@ -98,6 +100,9 @@ def run_stage(name: str, config: Config, *, force: bool = False) -> None:
         return
     place, new = _place(stage, config)
     with ExitStack() as stack:
+        if part is not None:
+            _run_part(stage, config, part, stack)
+            return
         stack.enter_context(place.locked(name, new=new))
         first = None
         if stage.several_processes and _is_one_of_several(config) and config.directory.exists():
@@ -122,6 +127,20 @@ def run_stage(name: str, config: Config, *, force: bool = False) -> None:
         finally:
             if stage.progress is None:
                 run.discard()
+
+
+def _run_part(stage: Stage, config: Config, part: Part, stack: ExitStack) -> None:
+    """Do a part of a stage, next to other processes that do other parts."""
+    place = stack.enter_context(Workspace(config.directory).locked(stage.name, shared=True))
+    census = _open_census(stage, config, stack)
+    inputs, defaults = inputs_of(stage, config, census), Config().of_stage(stage.name)
+    run = begin_part(place, stage.name, part, config.of_stage(stage.name), inputs, defaults)
+    if run.done:
+        log.info("%s is done for these settings in %s", stage.name, place)
+        return
+    stack.enter_context(part_lock(run, part))
+    _module(stage).run_part(Task(config, config.artifacts, run, place, census), part)
+    log.info("%s of %s is done; when all are, %s joins them", part, stage.name, stage.script)
 
 
 def plan_stage(name: str, config: Config) -> Plan:

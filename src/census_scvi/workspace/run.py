@@ -46,7 +46,7 @@ class Workspace:
         return str(self.directory)
 
     @contextmanager
-    def locked(self, stage: str, *, new: bool = False) -> Iterator[Workspace]:
+    def locked(self, stage: str, *, new: bool = False, shared: bool = False) -> Iterator[Workspace]:
         """Lock the directory for a stage, and finish a commit that a killed run left open.
 
         Parameters
@@ -56,6 +56,8 @@ class Workspace:
         new
             Create the directory if it does not exist, as the first stage does. Other stages do not lock a missing
             directory; `require` then reports the missing input.
+        shared
+            Lock it together with other processes that do the same; an open commit is refused.
         """
         if "::" in str(self.directory.absolute()):
             raise UserError(
@@ -69,8 +71,13 @@ class Workspace:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{self.setting} {self.directory} cannot be created: {error.strerror}") from None
-        with directory_lock(self.directory / LOCK, script_of(stage)):
-            self._finish_commits()
+        holder = f"{script_of(stage)}{' --part' * shared}"
+        with directory_lock(self.directory / LOCK, holder, shared=shared):
+            if not shared:
+                self._finish_commits()
+            elif unfinished := self.manifest().get("committing"):
+                script = script_of(next(iter(unfinished)))
+                raise UserError(f"{script} was stopped in {self} as it ended; run it again, which finishes it")
             yield self
 
     def manifest(self) -> dict[str, Any]:
