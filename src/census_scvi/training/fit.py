@@ -284,24 +284,31 @@ def fit(
         try:
             trainer.fit(plan, data, ckpt_path=_resumable(checkpoint), weights_only=True)
         except Exception as error:
-            if n_processes(settings) > 1 and _lost(error):
-                raise UserError(
-                    "another process of this training ended, or cannot be reached"
-                    f" ({one_line(error).partition('. ')[0]}); see what it says, then start the same command on each"
-                    " node again: it resumes from the last checkpoint"
-                ) from error
-            if diverged(error):
-                raise finite.report(trainer, "the loss is nan") from error
-            if settings.trainer and not isinstance(error, UserError) and _of_lightning(error):
-                raise UserError(
-                    f"Lightning stopped the training ({one_line(error)}); it was given"
-                    f" train.trainer: {settings.trainer}; correct or remove it"
-                ) from error
+            if (explained := _explained(error, settings, trainer, finite)) is not None:
+                raise explained from error
             raise
     curves.libraries = libraries_of(plan)
     model.module.eval()
     model.is_trained_ = True
     return curves
+
+
+def _explained(error: Exception, settings: TrainSection, trainer: Trainer, finite: FiniteLoss) -> UserError | None:
+    """The error for a cause that the user can change; None for another cause."""
+    if n_processes(settings) > 1 and _lost(error):
+        return UserError(
+            "another process of this training ended, or cannot be reached"
+            f" ({one_line(error).partition('. ')[0]}); see what it says, then start the same command on each node"
+            " again: it resumes from the last checkpoint"
+        )
+    if diverged(error):
+        return finite.report(trainer, "the loss is nan")
+    if settings.trainer and not isinstance(error, UserError) and _of_lightning(error):
+        return UserError(
+            f"Lightning stopped the training ({one_line(error)}); it was given train.trainer: {settings.trainer};"
+            " correct or remove it"
+        )
+    return None
 
 
 def _lost(error: Exception) -> bool:
