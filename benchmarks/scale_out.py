@@ -1,15 +1,16 @@
 """Embedding of all cells in parts, compared with one process: CPU-seconds, wall time and memory.
 
-    python benchmarks/scale_out.py --folder FOLDER [--cells 50000] [--workers 1 2] [--parts 4] [--repeats 3]
+    python benchmarks/scale_out.py --folder FOLDER [--cells 50000] [--workers 2] [--parts 4] [--repeats 3]
 
 Builds a Census of simulated cells in FOLDER, and trains a small model (both once). Then runs create-latent-update
-whole, and in parts by as many processes at a time as `--workers` says, followed by the join; interleaved, each process
-with one thread. Prints medians; FOLDER/scale_out.json has every run.
+with one process, with `cluster.workers`, and with a command for each part followed by the join; interleaved, each
+process with one thread. Prints medians; FOLDER/scale_out.json has every run.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import resource
@@ -20,11 +21,13 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 STAGE = "create-latent-update"
+_SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of Linux
 # A command, whose peak memory is the last line of its output.
 MEASURED = """
 import resource, sys
@@ -40,18 +43,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--cells", type=int, default=50_000)
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--workers", type=int, nargs="+", default=[2])
     parser.add_argument("--parts", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     folder = arguments.folder.absolute()
     config = _build(folder, arguments.cells)
-    sides: dict[str, tuple[int, int]] = {"one process": (1, 1)}
-    sides |= {f"{arguments.parts} parts, {n} at a time": (arguments.parts, n) for n in arguments.workers}
+    ctypes.CDLL(None).prctl(_SUBREAPER, 1)  # so that the CPU-seconds of all processes are counted
+    sides: dict[str, tuple[int, int, int]] = {"one process": (1, 1, 1)}
+    for n in arguments.workers:
+        sides[f"cluster.workers={n}"] = (1, 1, n)
+        sides[f"{arguments.parts} commands, {n} at a time"] = (arguments.parts, n, 1)
     runs: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     for _ in range(arguments.repeats):
-        for side, (n_parts, at_a_time) in sides.items():
-            runs[side].append(_measured(folder, config, n_parts, at_a_time))
+        for side, (n_parts, at_a_time, workers) in sides.items():
+            runs[side].append(_measured(folder, config, n_parts, at_a_time, workers))
     (folder / "scale_out.json").write_text(json.dumps(runs, indent=1))
     print(_table(runs))
 
@@ -80,7 +86,7 @@ def _build(folder: Path, n_cells: int) -> Path:
     return config
 
 
-def _measured(folder: Path, config: Path, n_parts: int, at_a_time: int) -> dict[str, float]:
+def _measured(folder: Path, config: Path, n_parts: int, at_a_time: int, workers: int) -> dict[str, float]:
     """One run in a copy of the run directory: seconds, CPU-seconds of all processes, peak memory of the largest."""
     copy = folder / "run"
     shutil.rmtree(copy, ignore_errors=True)
@@ -92,7 +98,10 @@ def _measured(folder: Path, config: Path, n_parts: int, at_a_time: int) -> dict[
         with ThreadPoolExecutor(at_a_time) as pool:
             done = [pool.submit(_run, STAGE, config, *arguments, f"--part={n + 1}/{n_parts}") for n in range(n_parts)]
             memory = [each.result() for each in done]
-    memory.append(_run(STAGE, config, *arguments))
+    memory.append(_run(STAGE, config, *arguments, f"cluster.workers={workers}"))
+    with suppress(ChildProcessError):  # the server of forks, which has no parent any more
+        while True:
+            os.waitpid(-1, 0)
     seconds, after = time.monotonic() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return {"seconds": seconds, "cpu_seconds": cpu, "memory": max(memory)}

@@ -41,6 +41,7 @@ PROGRESS = "progress.json"
 # Of a stage in parts: the number of parts, and the lock of those that begin.
 PARTS = "parts.json"
 PARTS_LOCK = ".parts.lock"
+LOGS = "logs"
 CHECKPOINT = "checkpoint.ckpt"
 FIRST_PROCESS = "first-process.json"
 VARIANCE = "variance.npy"
@@ -54,7 +55,7 @@ OWNED = frozenset(
     {
         MANIFEST, LOCK, STAGING, GENES, TENSORBOARD, LATENT, LATENT_JOINIDS, LATENT_HASHES, MINIFIED, QA, PUBLISHED,
         EVALUATION, METRICS, REPORT, COMPARISON, SEARCH, FINGERPRINT, PROGRESS, CHECKPOINT, VARIANCE, LIBRARY_SIZE,
-        SEEN_CELLS, DECISION, PARTS, PARTS_LOCK,
+        SEEN_CELLS, DECISION, PARTS, PARTS_LOCK, LOGS,
     }
 )  # fmt: skip
 _PART = re.compile(re.escape(PART).replace(r"\{:05d\}", r"\d{5,}"))

@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator, mo
 
 from census_scvi.annotation.settings import AnnotateSection
 from census_scvi.census.settings import READ_THE_CENSUS, CensusSection, GenesSection, HvgSection
+from census_scvi.cluster.settings import ClusterSection
 from census_scvi.config import run_names
 from census_scvi.config.file import read_settings, typed
 from census_scvi.config.flat import flatten
@@ -54,6 +55,7 @@ class Config(Section):
     evaluate: EvaluateSection = EvaluateSection()
     compare_releases: CompareReleasesSection = CompareReleasesSection()
     search: SearchSection = SearchSection()
+    cluster: ClusterSection = ClusterSection()
     output: OutputSection = OutputSection()
     seed: Annotated[int, Field(ge=0, lt=2**32), Changes(*READ_THE_CENSUS, "train", "compare-releases"), USUAL] = 0
     """Seed of all random numbers: validation split, order of cells, weights, dropout, samples."""

@@ -158,7 +158,7 @@ class _Embedding:
             return
         # The extended model takes as much memory again. Most encoders do not use the batch, so they do not need it.
         sees_batch = self._description.arguments["encode_covariates"]
-        encode = Encoder(_on_device(self._extended() if sees_batch else self._trained, self._config))
+        encode = Encoder(_on_device(self._extended() if sees_batch else self._trained, self._config, part))
         remaining = [block for block in every if block[0] - every[0][0] >= done]
         blocks = stream_blocks(self._census, self._cells.joinids, self._gene_joinids, blocks=remaining)
         with progress_bar(total, "embed", done=done) as bar:
@@ -279,9 +279,10 @@ def _codes_in(labels: list[str], cells: Cells) -> npt.NDArray[np.int32]:
     return np.array([position[label] for label in cells.batches], dtype=np.int32)[cells.batch_codes]
 
 
-def _on_device(model: scvi.model.SCVI, config: Config) -> scvi.model.SCVI:
+def _on_device(model: scvi.model.SCVI, config: Config, part: Part = WHOLE) -> scvi.model.SCVI:
+    """The model on a GPU if there is one; parts take the GPUs in turn."""
     if config.train.accelerator != "cpu" and torch.cuda.is_available():
-        model.to_device("cuda:0")
+        model.to_device(f"cuda:{(part.number - 1) % torch.cuda.device_count()}")
     return model
 
 
@@ -311,6 +312,7 @@ def plan(config: Config) -> Plan:
     minified = {"all": len(cells), "sample": min(config.latent.sample_size, len(cells)), "none": 0}
     n_latent = int(model.module.n_latent)
     nonzeros = block.counts.nnz / block.counts.shape[0]
+    workers = config.cluster.workers
     return Plan(
         "create-latent-update",
         reads=[
@@ -326,9 +328,9 @@ def plan(config: Config) -> Plan:
         ],
         cells=len(cells),
         genes=len(description.genes),
-        memory=_BASE_MEMORY
-        + 16.0 * len(cells)
-        + config.latent.block_size * (nonzeros * _BYTES_A_NONZERO + 8 * n_latent),
+        memory=workers
+        * (_BASE_MEMORY + 16.0 * len(cells) + config.latent.block_size * (nonzeros * _BYTES_A_NONZERO + 8 * n_latent)),
         disk=len(cells) * (8.0 * n_latent + 20) + minified[config.latent.minified] * (8.0 * n_latent + 120),
-        seconds=_FIXED_SECONDS + seconds + _MINIFIED_SECONDS * minified[config.latent.minified],
+        seconds=_FIXED_SECONDS + seconds / workers + _MINIFIED_SECONDS * minified[config.latent.minified],
+        notes=[f"{workers} processes, if the machine has cores for all (cluster.workers)"] if workers > 1 else [],
     )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from census_scvi.annotation.results.places import annotate_results
+from census_scvi.cluster.settings import ClusterSection
 from census_scvi.config.run_names import FIRST_PROCESS, SEARCH, STAGING
 from census_scvi.config.stages import STAGES, Stage
 from census_scvi.errors import UserError
@@ -29,7 +30,7 @@ from census_scvi.workspace import Artifacts, StageRun, Workspace
 from census_scvi.workspace.first_process import FirstProcess
 from census_scvi.workspace.record import Fingerprint, changes, fingerprint_of
 from census_scvi.workspace.result_files import ResultFiles
-from census_scvi.workspace.staged_parts import begin_part, part_lock
+from census_scvi.workspace.staged_parts import begin_part, divide, part_lock
 
 if TYPE_CHECKING:
     from census_scvi.census.open import Census
@@ -122,11 +123,19 @@ def run_stage(name: str, config: Config, *, force: bool = False, part: Part | No
                 _require_published(config, place, census)
             log.info("%s is done for these settings in %s; --force runs it again", name, place)
             return
-        try:
-            _module(stage).run(Task(config, config.artifacts, run, place, census, first))
-        finally:
-            if stage.progress is None:
-                run.discard()
+        n_parts = 1
+        if stage.parts and config.cluster.workers > 1 and isinstance(run, StageRun):
+            n_parts = divide(run, config.cluster.workers * config.cluster.parts_per_worker)
+        if n_parts == 1:
+            try:
+                _module(stage).run(Task(config, config.artifacts, run, place, census, first))
+            finally:
+                if stage.progress is None:
+                    run.discard()
+            return
+    # The directory is not locked now: the workers lock it together, then this process alone.
+    importlib.import_module("census_scvi.stages.workers").do_parts(stage, config, n_parts)
+    run_stage(name, config.model_copy(update={"cluster": ClusterSection()}))
 
 
 def _run_part(stage: Stage, config: Config, part: Part, stack: ExitStack) -> None:

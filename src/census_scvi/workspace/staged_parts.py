@@ -55,8 +55,7 @@ def begin_part(
             return run
         before = run.staged_fingerprint
         if before is None or not (run.path(PARTS).exists() or begun(run.path(PROGRESS))):
-            run.start()
-            write_json(run.path(PARTS), {"of": part.of, "packages": package_versions()})
+            divide(run, part.of)
         elif words := changes(before, run.fingerprint, defaults):
             raise UserError(
                 f"{workspace} holds an unfinished {stage} for other settings than {part}: {words}; set it back, use"
@@ -66,6 +65,20 @@ def begin_part(
             _require_fits(run, part)
         run.resumed = True
     return run
+
+
+def divide(run: StageRun, number: int) -> int:
+    """Divide the work of a stage that this process has locked alone into parts; 1: it was begun undivided.
+
+    Returns
+    -------
+    The number of parts: `number`, or that of the work that the run resumes.
+    """
+    if run.resumed:
+        return number_of_parts(run)
+    run.start()
+    write_json(run.path(PARTS), {"of": number, "packages": package_versions()})
+    return number
 
 
 def number_of_parts(run: StageRun) -> int:

@@ -1,0 +1,123 @@
+"""Parts of create-latent-update in several processes of one machine: the result of one, also if some are killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+from pipeline import Run, forked
+from test_run_parts import STAGE, copy_of, digest, trained, undisturbed
+
+from census_scvi.census import stream
+from census_scvi.cluster.workers import Workers, threads_of_each
+from census_scvi.errors import UserError
+from census_scvi.files.parts import Part, parts
+from census_scvi.model.latent_store import LatentStore
+from census_scvi.settings import Config
+from census_scvi.stages import workers
+
+__all__ = ["trained", "undisturbed"]  # fixtures
+DO_PART = workers.do_part
+
+
+def part_of_small_tiles(name: str, config: Config, part: Part) -> int:
+    """A part where rows of tiles have 100 cells; the second and the fifth are killed once, after their first block."""
+    stream.X_TILE = 100
+    flag = config.directory.parent / f"killed-{part.number}"
+    if part.number in (2, 5) and not flag.exists():
+        flag.touch()
+        append = LatentStore.append
+        LatentStore.append = lambda *values: append(*values) or os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign,assignment,func-returns-value]  # a planted failure
+    return DO_PART(name, config, part)
+
+
+def test_three_workers_of_which_two_are_killed(
+    trained: Run,
+    undisturbed: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = copy_of(trained, tmp_path)
+    monkeypatch.setattr(stream, "X_TILE", 100)
+    monkeypatch.setattr(workers, "do_part", part_of_small_tiles)
+    assert run(STAGE, "cluster.workers=3", "cluster.parts_per_worker=2") == 0
+    said = capsys.readouterr().err
+    assert "part 2 of 6 is done again: killed by signal 9" in said
+    assert "part 5 of 6 is done again" in said
+    assert digest(run) == undisturbed
+    assert run.record(STAGE)["parts"] == 6
+    logs = run.path(f"logs/{STAGE}")
+    assert len(list(logs.iterdir())) == 6
+    assert "part 3 of 6 of create-latent-update is done" in (logs / "part-00003-of-00006.log").read_text()
+    assert run(STAGE) == 0
+    assert "create-latent-update is done for these settings" in capsys.readouterr().err
+    assert run(STAGE, "cluster.workers=2", "--force") == 0  # again, in eight parts
+    assert digest(run) == undisturbed
+    assert run.record(STAGE)["parts"] == 8
+
+
+def test_the_error_of_a_part_is_that_of_the_command(
+    trained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = copy_of(trained, tmp_path)
+    monkeypatch.setattr(workers, "do_part", fails)
+    assert run(STAGE, "cluster.workers=2") == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert "of 8: the disk is full; its output is in " in line
+    assert not run.path("latent.npy").exists()
+    run.path(".partial").rename(run.path("aside"))
+    assert run(STAGE, "cluster.workers=0") == 2
+    assert "cluster.workers" in capsys.readouterr().err
+
+
+def fails(name: str, config: Config, part: Part) -> int:
+    print("error: the disk is full", file=sys.stderr)
+    return 2
+
+
+def test_a_worker_that_is_always_killed_is_given_up(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"part 2 of 3: killed by signal 9, maybe because the memory was full; its out"):
+        Workers(partial(killed_or_counted, tmp_path), 2, tmp_path / "logs").do(parts(3), "work")
+    assert (tmp_path / "2").read_text() == "xxx"
+    assert (tmp_path / "1").read_text() == "x"
+
+
+def killed_or_counted(folder: Path, part: Part) -> int:
+    with (folder / str(part.number)).open("a") as file:
+        file.write("x")
+    if part.number == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return 0
+
+
+def test_workers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
+    done = forked(killed_driver, tmp_path)
+    assert done.returncode == -signal.SIGKILL
+    (pid,) = [int(path.read_text()) for path in tmp_path.glob("pid-*")]
+    for _ in range(200):
+        if not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().split()[2]:
+            return
+        time.sleep(0.05)
+    raise AssertionError("the worker lives on")
+
+
+def killed_driver(folder: Path) -> None:
+    Workers(partial(kills_driver, folder, os.getpid()), 1, folder / "logs").do(parts(1), "work")
+
+
+def kills_driver(folder: Path, driver: int, part: Part) -> int:
+    (folder / f"pid-{part.number}").write_text(str(os.getpid()))
+    os.kill(driver, signal.SIGKILL)
+    time.sleep(60)
+    return 0
+
+
+def test_threads() -> None:
+    assert threads_of_each(10_000) == 1
+    assert threads_of_each(1) == os.cpu_count()
