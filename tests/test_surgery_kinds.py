@@ -154,7 +154,7 @@ def test_the_classifier_predicts_for_the_reference_as_before(references: dict[st
     assert any(isinstance(layer, torch.nn.BatchNorm1d) for layer in before.module.classifier.modules())
     for name, values in before.module.classifier.state_dict().items():
         assert "num_batches" in name or torch.equal(adapted.model.module.classifier.state_dict()[name], values), name
-    assert adapted.surgery["trainings"][0]["moved"]["latent"] == 0
+    assert adapted.surgery["trainings"][0]["moved"]["latent"] <= 1e-6
     assert all("decoder" in name for name in adapted.surgery["trainings"][0]["moved"]["changed"])
 
 

@@ -74,7 +74,8 @@ def test_from_file_to_file_with_an_adapted_model(run: Run, query: Path, capsys: 
     assert report["surgery"]["mode"] == "joint"
     assert report["surgery"]["batches"] == ["here", "there"]
     moved = report["surgery"]["trainings"][0]["moved"]
-    assert (moved["latent"], moved["weights"], moved["source"]) == (0, 0, "reference")
+    assert (moved["weights"], moved["source"]) == (0, "reference")
+    assert moved["latent"] <= 1e-6  # rounding: matrix products of another width
     assert "200 cells, 4 epochs" in query.with_name("out-cell_type.html").read_text()
     folder = query.with_name("out-model")
     _, description = load_safe(folder)
@@ -111,7 +112,7 @@ def test_mappings_are_compared_with_the_labels_of_the_census(run: Run, query: Pa
         found = atlas.compare_mappings(
             query, "sample", labels="cell_type", training={"max_epochs": 2, "lr": 0.01}, max_cells=500
         )
-    assert (found.table["moved"] == 0).all()
+    assert (found.table["moved"] <= 1e-6).all()
     assert found.table.loc["joint", "agreement_mlp"] == 1
     assert found.table["mixing"].between(0, 1.5).all()
     assert "accuracy_mlp" not in found.table  # the labels of these cells are not known
