@@ -140,10 +140,7 @@ def _run(work: Callable[[Part], int], part: Part, output: Path, cwd: Path, envir
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
-    code = work(part)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    sys.exit(work(part))
 
 
 def _end_with_the_parent() -> None:
