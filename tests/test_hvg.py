@@ -175,9 +175,9 @@ def test_reading_again_where_too_few_large_counts_were_kept(demo_census: str, mo
     monkeypatch.setattr(select, "regularised_deviation", lambda means, variances, seed: np.full(len(means), 0.1))
     expected = one_pass(demo_census, ["assay"], 150)
     again = []
-    real = select._read_again
-    monkeypatch.setattr(select, "GeneTally", lambda batches, genes: GeneTally(batches, genes, kept=1))
-    monkeypatch.setattr(select, "_read_again", lambda *arguments: again.append(1) or real(*arguments))
+    real = select.read_again
+    monkeypatch.setattr(select, "n_kept", lambda batches, genes: 1)
+    monkeypatch.setattr(select, "read_again", lambda *arguments: again.append(1) or real(*arguments))
     assert np.array_equal(one_pass(demo_census, ["assay"], 150), expected)
     assert again
 

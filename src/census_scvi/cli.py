@@ -202,7 +202,8 @@ def _parser(stage: Stage, program: str | None, own: Any) -> Parser:
             type=_part,
             metavar="I/N",
             help="do part I of N and write it to files of its own; parts can run at the same time, in any order, on"
-            " several machines; then the command without --part does what is missing and joins them",
+            " several machines (those of prepare twice: first they read counts for the selection of genes); then the"
+            " command without --part does what is missing and joins them",
         )
     return parser
 

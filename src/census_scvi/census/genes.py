@@ -7,7 +7,8 @@ import logging
 import pickle
 import pickletools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -19,10 +20,13 @@ import pandas as pd
 import tiledbsoma
 
 from census_scvi.census.cells import require_columns, select_cells, soma_filter
-from census_scvi.census.hvg.select import count_detections, select_in_one_pass
+from census_scvi.census.hvg.in_parts import SelectionInParts
+from census_scvi.census.hvg.select import Masks, count_detections, select_in_one_pass
 from census_scvi.census.open import Census, reading
+from census_scvi.census.selected_once import selected_once
 from census_scvi.census.settings import HvgSection
 from census_scvi.errors import UserError
+from census_scvi.files.parts import Part
 
 log = logging.getLogger(__name__)
 
@@ -67,18 +71,74 @@ def select_genes(
     """
     require_columns(census, settings.hvg_batch, "hvg.hvg_batch")
     var = read_var(census)
-    if min_cells or len(var) > settings.top_n_hvg:
-        select = _select_in_one_pass if settings.engine == "one-pass" else _select_by_census
-        try:
-            chosen, candidates = select(census, value_filter, settings, seed, min_cells)
-        except ValueError as error:  # raised by the loess fit if a batch has too few cells or counts
-            raise UserError(
-                f"the genes cannot be ranked within each combination of hvg.hvg_batch {settings.hvg_batch}: the fit of"
-                f" variance to mean failed ({str(error).strip()}), which happens in batches of few cells;"
-                " use fewer columns in hvg.hvg_batch, or exclude small batches with census.obs_query_model"
-            ) from None
-    else:
-        chosen = candidates = np.ones(len(var), dtype=bool)
+    with _fit_errors(settings):
+        masks = _select(census, value_filter, settings, seed, min_cells, len(var))
+    return _selection(var, masks, settings, min_cells)
+
+
+class GenesInParts:
+    """Select highly variable genes as `select_genes` does, by several processes that each read parts of the cells.
+
+    Only the engine one-pass can be divided: otherwise one process selects, and the others wait for it.
+
+    Parameters
+    ----------
+    census, value_filter, settings, seed, min_cells
+        As in `select_genes`.
+    folder
+        Folder for what the parts count.
+    """
+
+    def __init__(
+        self, census: Census, value_filter: str | None, settings: HvgSection, seed: int, min_cells: int, folder: Path
+    ) -> None:
+        require_columns(census, settings.hvg_batch, "hvg.hvg_batch")
+        self._arguments = (census, value_filter, settings, seed, min_cells)
+        self._var, self._parts = read_var(census), None
+        if settings.engine == "one-pass" and (min_cells or len(self._var) > settings.top_n_hvg):
+            cells = selected_once(folder, lambda: select_cells(census, value_filter, settings.hvg_batch), "ranked")
+            self._parts = SelectionInParts(census, cells, folder, settings.top_n_hvg, seed, min_cells)
+
+    def read(self, part: Part) -> bool:
+        """Read the counts of a part, if they are needed and this is not done; whether something was read."""
+        return self._parts is not None and self._parts.read(part)
+
+    def select(self, n_parts: int) -> Selection | None:
+        """The selection; None if parts must be read (again). Only one process at a time; UserError: `select_genes`."""
+        if self._parts is None:
+            return select_genes(*self._arguments)
+        _, _, settings, _, min_cells = self._arguments
+        with _fit_errors(settings):
+            masks = self._parts.select(n_parts)
+        return None if masks is None else _selection(self._var, masks, settings, min_cells)
+
+
+@contextmanager
+def _fit_errors(settings: HvgSection) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:  # raised by the loess fit if a batch has too few cells or counts
+        raise UserError(
+            f"the genes cannot be ranked within each combination of hvg.hvg_batch {settings.hvg_batch}: the fit of"
+            f" variance to mean failed ({str(error).strip()}), which happens in batches of few cells;"
+            " use fewer columns in hvg.hvg_batch, or exclude small batches with census.obs_query_model"
+        ) from None
+
+
+def _select(
+    census: Census, value_filter: str | None, settings: HvgSection, seed: int, min_cells: int, n_genes: int
+) -> Masks:
+    if not min_cells and n_genes <= settings.top_n_hvg:
+        every = np.ones(n_genes, dtype=bool)
+        return every, every
+    if settings.engine == "one-pass":
+        cells = select_cells(census, value_filter, settings.hvg_batch)
+        return select_in_one_pass(census, cells, settings.top_n_hvg, seed, min_cells)
+    return _select_by_census(census, value_filter, settings, seed, min_cells)
+
+
+def _selection(var: pd.DataFrame, masks: Masks, settings: HvgSection, min_cells: int) -> Selection:
+    chosen, candidates = masks
     n_candidates = int(candidates.sum())
     if not n_candidates:
         raise UserError(f"genes.min_cells is {min_cells:,} and no gene is detected in that many of the cells; lower it")
@@ -88,19 +148,9 @@ def select_genes(
     return Selection(list(var.loc[chosen, "feature_id"].astype(str)), len(var) - n_candidates)
 
 
-_Masks = tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]
-
-
-def _select_in_one_pass(
-    census: Census, value_filter: str | None, settings: HvgSection, seed: int, min_cells: int
-) -> _Masks:
-    cells = select_cells(census, value_filter, settings.hvg_batch)
-    return select_in_one_pass(census, cells, settings.top_n_hvg, seed, min_cells)
-
-
 def _select_by_census(
     census: Census, value_filter: str | None, settings: HvgSection, seed: int, min_cells: int
-) -> _Masks:
+) -> Masks:
     candidates = np.ones(int(census.experiment.ms["RNA"].var.count), dtype=bool)
     if min_cells:
         candidates = count_detections(census, select_cells(census, value_filter, [])) >= min_cells

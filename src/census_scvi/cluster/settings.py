@@ -10,7 +10,7 @@ from census_scvi.config.section import Section
 
 
 class ClusterSection(Section):
-    """Several processes for one stage (create-latent-update)."""
+    """Several processes for one stage (prepare, create-latent-update)."""
 
     changes: ClassVar[tuple[str, ...]] = ()
     workers: Annotated[int, Field(ge=1)] = 1

@@ -38,10 +38,13 @@ SEARCH = "search"
 # Files of a stage in its staging folder, in addition to the unfinished results.
 FINGERPRINT = "fingerprint.json"
 PROGRESS = "progress.json"
-# Of a stage in parts: the number of parts, and the lock of those that begin.
+# Of a stage in parts: the number of parts, the lock of those that begin; of each part its lock, and whether it is done.
 PARTS = "parts.json"
 PARTS_LOCK = ".parts.lock"
+PART_LOCK, PART_DONE = "part.lock", "part.done"
 LOGS = "logs"
+# Of prepare: what the parts select cells and genes from, and the number of genes that were excluded beforehand.
+SELECTION, EXCLUDED_GENES, GENES_LOCK = "selection", "selection.json", "genes.lock"
 CHECKPOINT = "checkpoint.ckpt"
 FIRST_PROCESS = "first-process.json"
 VARIANCE = "variance.npy"
@@ -55,7 +58,7 @@ OWNED = frozenset(
     {
         MANIFEST, LOCK, STAGING, GENES, TENSORBOARD, LATENT, LATENT_JOINIDS, LATENT_HASHES, MINIFIED, QA, PUBLISHED,
         EVALUATION, METRICS, REPORT, COMPARISON, SEARCH, FINGERPRINT, PROGRESS, CHECKPOINT, VARIANCE, LIBRARY_SIZE,
-        SEEN_CELLS, DECISION, PARTS, PARTS_LOCK, LOGS,
+        SEEN_CELLS, DECISION, PARTS, PARTS_LOCK, PART_LOCK, PART_DONE, GENES_LOCK, LOGS, SELECTION, EXCLUDED_GENES,
     }
 )  # fmt: skip
 _PART = re.compile(re.escape(PART).replace(r"\{:05d\}", r"\d{5,}"))

@@ -84,6 +84,7 @@ STAGES = {
             reads_census=True,
             pipeline=True,
             progress=GENES,
+            parts=True,
         ),
         Stage(
             "search",

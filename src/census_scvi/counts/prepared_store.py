@@ -6,7 +6,8 @@ contents do not depend on the process, so the joined file does not either.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,12 +24,11 @@ from census_scvi.counts.reader import PreparedCells
 from census_scvi.counts.writer import H5adWriter
 from census_scvi.errors import UserError
 from census_scvi.files.atomic import sync
-from census_scvi.files.parts import WHOLE, Part
+from census_scvi.files.parts import WHOLE, Part, parts
+from census_scvi.files.readahead import read_ahead
 
 # Pools per portion: a killed run loses at most about 200,000 cells, or one minute of work.
 PART_POOLS = 12
-# Cells per block that is copied when portions are joined.
-_SLICE = 2**14
 
 
 class PreparedStore:
@@ -44,17 +44,25 @@ class PreparedStore:
         Seed of the order of the cells (see `file_order`).
     writer
         Creates a writer for a path.
+    n_parts
+        Number of parts of the work; the complete file is the same for any number, its portions are not.
     """
 
-    def __init__(self, target: Path, runs: list[Run], seed: int, writer: Callable[[Path], H5adWriter]) -> None:
+    def __init__(
+        self, target: Path, runs: list[Run], seed: int, writer: Callable[[Path], H5adWriter], n_parts: int = 1
+    ) -> None:
         self._target, self._writer = target, writer
         every = list(pools(runs, seed))
-        groups = [every[first : first + PART_POOLS] for first in range(0, len(every), PART_POOLS)]
-        self._portions = {target.with_name(PART.format(number)): group for number, group in enumerate(groups)}
+        of_parts = {part: _groups(part.take(every)) for part in parts(n_parts)}
+        numbers = itertools.count()
+        self._portions = {
+            part: {target.with_name(PART.format(next(numbers))): group for group in groups}
+            for part, groups in of_parts.items()
+        }
 
     def n_cells(self, part: Part = WHOLE) -> int:
         """Number of cells of a part."""
-        return sum(len(pool) for group in part.take(list(self._portions.values())) for pool in group)
+        return sum(len(pool) for group in self._of(part).values() for pool in group)
 
     def missing(self, part: Part = WHOLE) -> list[Pool]:
         """Pools of a part that are not on disk yet, in the order in which `fill` expects them."""
@@ -94,23 +102,30 @@ class PreparedStore:
         """Join the portions to the complete file; UserError if a portion is missing."""
         if self._target.exists():
             return
+        portions = self._of(WHOLE)
         if missing := self._missing(WHOLE):
             raise UserError(
-                f"{len(missing):,} of {len(self._portions):,} portions of {self._target.name} are missing in"
+                f"{len(missing):,} of {len(portions):,} portions of {self._target.name} are missing in"
                 f" {self._target.parent}; finish their parts before they are joined"
             )
-        if len(self._portions) == 1:
-            next(iter(self._portions)).rename(self._target)
+        if len(portions) == 1:
+            next(iter(portions)).rename(self._target)
             return
+        written = (each for path, group in portions.items() for each in _read(path, group))
+        n_pools = sum(map(len, portions.values()))
         with self._whole(self._target) as writer:
-            for path in self._portions:
-                for obs, counts, obsm in _slices(path):
-                    writer.append(obs, counts=counts, obsm=obsm)
+            for obs, counts, obsm in read_ahead(lambda _: next(written), range(n_pools), workers=1):
+                writer.append(obs, counts=counts, obsm=obsm)
+
+    def _of(self, part: Part) -> dict[Path, list[Pool]]:
+        """Portions of a part, and the pools in each."""
+        mine = self._portions.values() if part == WHOLE else [self._portions[part]]
+        return {path: group for portions in mine for path, group in portions.items()}
 
     def _missing(self, part: Part) -> dict[Path, list[Pool]]:
         if self._target.exists():
             return {}
-        return {path: group for path, group in part.take(list(self._portions.items())) if not path.exists()}
+        return {path: group for path, group in self._of(part).items() if not path.exists()}
 
     @contextmanager
     def _whole(self, path: Path) -> Iterator[H5adWriter]:
@@ -122,12 +137,18 @@ class PreparedStore:
         partial.replace(path)
 
 
-def _slices(path: Path) -> Iterator[tuple[pd.DataFrame, sp.csr_matrix, dict[str, npt.NDArray[np.float32]]]]:
+def _groups(mine: Sequence[Pool]) -> list[list[Pool]]:
+    return [list(mine[first : first + PART_POOLS]) for first in range(0, len(mine), PART_POOLS)]
+
+
+def _read(
+    path: Path, group: list[Pool]
+) -> Iterator[tuple[pd.DataFrame, sp.csr_matrix, dict[str, npt.NDArray[np.float32]]]]:
+    """The pools of a portion, one at a time: the joined file has the same bytes for any portions."""
     with h5py.File(path, "r") as file:
         obs = read_elem(file["obs"])
     cells = PreparedCells(path)
-    for start in range(0, cells.n_cells, _SLICE):
-        stop = min(start + _SLICE, cells.n_cells)
+    for start, stop in itertools.pairwise([0, *np.cumsum([len(pool) for pool in group]).tolist()]):
         obsm = {PROTEINS: cells.protein_counts(start, stop)} if cells.proteins else {}
         yield obs.iloc[start:stop], cells.read([(start, stop)]).csr(cells.n_genes), obsm
     cells.close()

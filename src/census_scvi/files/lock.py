@@ -52,6 +52,14 @@ def directory_lock(path: Path, stage: str, *, shared: bool = False) -> Iterator[
         yield
 
 
+@contextmanager
+def waiting_lock(path: Path) -> Iterator[None]:
+    """Hold a lock on a file alone while the block runs, after those who hold it before."""
+    with opened(path) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def opened(path: Path) -> TextIO:
     """Open the file, or create it. A link is not followed, because its target would be truncated."""
     try:

@@ -18,9 +18,10 @@ from census_scvi.census.cells import Cells, select_cells, soma_filter
 from census_scvi.census.genes import locate_genes, read_genes
 from census_scvi.census.open import Census, open_census
 from census_scvi.census.proteins import read_protein_names, stream_proteins
+from census_scvi.census.selected_once import selected_once
 from census_scvi.census.stream import Block, consecutive, stream_blocks, stream_obs, tile_runs
 from census_scvi.config.random_streams import Stream, draw, generator
-from census_scvi.config.run_names import PROGRESS
+from census_scvi.config.run_names import PROGRESS, SELECTION
 from census_scvi.config.stages import STAGES
 from census_scvi.counts.row_hash import count_hashes
 from census_scvi.errors import UserError
@@ -53,8 +54,8 @@ _SAMPLE_BLOCKS = 4
 
 def run(task: Task) -> None:
     """Embed all cells of `obs_query`; write latent, soma_joinids, count hashes and optionally the minified model."""
-    job = _job(task)
     n_parts = number_of_parts(task.run)
+    job = _job(task, n_parts)
     joined = n_parts > 1 and task.run.path(PROGRESS).exists()  # a killed run had joined the parts
     for part in [] if joined else parts(n_parts):
         job.embed(part)
@@ -65,12 +66,13 @@ def run(task: Task) -> None:
     log.info("wrote %s: %s cells x %d", task.directory / artifacts.latent, f"{job.n_cells:,}", job.n_latent)
 
 
-def run_part(task: Task, part: Part) -> None:
-    """Embed the cells of a part, to files of its own in staging; a killed part resumes."""
-    _job(task).embed(part)
+def run_part(task: Task, part: Part) -> bool:
+    """Embed the cells of a part, to files of its own in staging; a killed part resumes. True: the part is done."""
+    _job(task, part.of).embed(part)
+    return True
 
 
-def _job(task: Task) -> _Embedding:
+def _job(task: Task, n_parts: int) -> _Embedding:
     """Check model, genes and cells, and begin."""
     config, artifacts, census = task.config, task.artifacts, task.census
     description = _fitting_description(config, artifacts)
@@ -78,7 +80,11 @@ def _job(task: Task) -> _Embedding:
     soma_filter(census, config.census.obs_query, "census.obs_query")
     protein_columns = _protein_columns(census, config, description)
     task.run.start()
-    cells = select_cells(census, config.census.obs_query, config.anndata.batch_key)
+
+    def select() -> Cells:
+        return select_cells(census, config.census.obs_query, config.anndata.batch_key)
+
+    cells = select() if n_parts == 1 else selected_once(task.run.path(SELECTION), select)
     log.info("%s cells in %d batches", f"{len(cells):,}", len(cells.batches))
     return _Embedding(config, task.run, census, cells, gene_joinids, artifacts, protein_columns)
 
@@ -328,8 +334,10 @@ def plan(config: Config) -> Plan:
         ],
         cells=len(cells),
         genes=len(description.genes),
-        memory=workers
-        * (_BASE_MEMORY + 16.0 * len(cells) + config.latent.block_size * (nonzeros * _BYTES_A_NONZERO + 8 * n_latent)),
+        # Processes share the 12 bytes of a selected cell.
+        memory=12.0 * len(cells)
+        + workers
+        * (_BASE_MEMORY + 4.0 * len(cells) + config.latent.block_size * (nonzeros * _BYTES_A_NONZERO + 8 * n_latent)),
         disk=len(cells) * (8.0 * n_latent + 20) + minified[config.latent.minified] * (8.0 * n_latent + 120),
         seconds=_FIXED_SECONDS + seconds / workers + _MINIFIED_SECONDS * minified[config.latent.minified],
         notes=[f"{workers} processes, if the machine has cores for all (cluster.workers)"] if workers > 1 else [],

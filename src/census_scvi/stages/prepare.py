@@ -2,40 +2,45 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
-from census_scvi.census.cells import Cells, require_columns, select_cells, select_labels, soma_filter
-from census_scvi.census.genes import Selection, locate_genes, read_genes, read_var, select_genes, write_genes
+from census_scvi.census.cells import Cells, require_columns, select_cells, soma_filter
+from census_scvi.census.genes import (
+    GenesInParts,
+    Selection,
+    locate_genes,
+    read_genes,
+    read_var,
+    select_genes,
+    write_genes,
+)
 from census_scvi.census.hvg.tally import GeneTally
 from census_scvi.census.open import Census, open_census
-from census_scvi.census.proteins import read_protein_names, stream_proteins
+from census_scvi.census.proteins import read_protein_names
 from census_scvi.census.schema import X_TILE
+from census_scvi.census.selected_once import selected_once
 from census_scvi.census.stream import stream_blocks, stream_obs, tile_runs
-from census_scvi.config.run_names import BATCH, LABELS, PROTEIN_NAMES, SEEN_CELLS
+from census_scvi.config.run_names import EXCLUDED_GENES, GENES_LOCK, SEEN_CELLS, SELECTION
 from census_scvi.counts.file_order import POOL_RUNS
-from census_scvi.counts.prepared_store import PART_POOLS, PreparedStore, count_nonzeros
-from census_scvi.counts.writer import H5adWriter
+from census_scvi.counts.prepared_store import PART_POOLS
 from census_scvi.files.atomic import write_json
-from census_scvi.files.parts import WHOLE, Part
+from census_scvi.files.json_file import read_json
+from census_scvi.files.lock import waiting_lock
+from census_scvi.files.parts import WHOLE, Part, parts
 from census_scvi.settings import Config
 from census_scvi.stages.plan import Cost, Plan, human_bytes
+from census_scvi.stages.prepared_cells import join_cells, write_cells
 from census_scvi.stages.protocol import Task
-from census_scvi.terminal.progress import progress_bar
-from census_scvi.workspace import StageRun
+from census_scvi.workspace.staged_parts import number_of_parts
 
 log = logging.getLogger(__name__)
-
-# Label codes of the selected cells, int32 (cells,), and the labels in the order of the codes.
-_Labels: TypeAlias = tuple[npt.NDArray[np.int32], list[str]]
 
 # Constants for --dry-run, checked by benchmarks/stages.py. Memory before the first cell: the imports of this stage and
 # TileDB's buffers.
@@ -52,47 +57,147 @@ _PASSES, _FIXED_SECONDS = 2.3, 1.5
 
 def run(task: Task) -> None:
     """Select cells and genes and write `hv_genes.pkl` and `anndata_model.h5ad`; a killed run resumes."""
-    config, artifacts, census, stage = task.config, task.artifacts, task.census, task.run
+    n_parts = number_of_parts(task.run)
+    job = _job(task, n_parts)
+    if (genes := job.genes(parts(n_parts))) is None:
+        raise RuntimeError("all parts are read, and the genes are not selected")
+    for part in parts(n_parts):
+        job.write(genes, part)
+    job.finish(genes, n_parts)
+
+
+def run_part(task: Task, part: Part) -> bool:
+    """Read the counts of a part for the selection of genes; write the cells of the part if the genes are selected.
+
+    Returns
+    -------
+    Whether the part is done; False: the counts of other parts must be read before.
+    """
+    job = _job(task, part.of)
+    if (genes := job.genes([part])) is None:
+        return False
+    job.write(genes, part)
+    return True
+
+
+def _job(task: Task, n_parts: int) -> _Preparation:
+    """Check the settings, begin, and select the cells."""
+    config, census = task.config, task.census
     _check_columns(census, config)
     if config.fine_tune.model is not None:
-        _prepare_fine_tuning(task)
-        return
-    stage.start()
-    cells = select_cells(census, config.training_filter, config.anndata.batch_key)
+        return _of_fine_tuning(task)
+    task.start()
+
+    def select() -> Cells:
+        return select_cells(census, config.training_filter, config.anndata.batch_key)
+
+    cells = select() if n_parts == 1 else selected_once(task.run.path(SELECTION), select)
     _report_cells(cells)
-    genes = _genes(stage, census, config, stage.path(artifacts.genes))
-    counts = _write(census, cells, genes.feature_ids, config, stage.path(artifacts.prepared))
-    counts["genes_below_min_cells"] = genes.below_min_cells
-    task.commit([artifacts.prepared, artifacts.genes], counts, census=census.identity)
-    log.info("wrote %s: %s cells x %d genes", task.directory / artifacts.prepared, f"{len(cells):,}", counts["genes"])
+    return _Preparation(task, cells)
 
 
-def _prepare_fine_tuning(task: Task) -> None:
-    """Write the cells that the model has not seen, with its genes, and the keys of all cells that it has seen then."""
+def _of_fine_tuning(task: Task) -> _Preparation:
+    """The cells that the model has not seen, its genes, and the keys of all cells that it has seen then."""
     # Imported here, because no other run of this stage needs scvi-tools.
     from census_scvi.fine_tuning.selection import select_for_fine_tuning
     from census_scvi.fine_tuning.start import load_for_fine_tuning
 
-    config, artifacts, census, stage = task.config, task.artifacts, task.census, task.run
+    config, census = task.config, task.census
     model = load_for_fine_tuning(config.fine_tune, config.model, config.census.organism, config.anndata.batch_key)
     genes = model[1].genes
     locate_genes(census, genes, config.genes.min_share, "genes.min_share")
     selection = select_for_fine_tuning(census, config.fine_tune, config.census, model[1], config.training_filter)
     cells, of_selection, seen = selection.training(config.fine_tune, config.seed)
-    stage.start()
+    task.start()
     log.info(
         "%s new cells in %d new batches, and %s that the model has seen",
         f"{of_selection['new_cells']:,}",
         of_selection["new_batches"],
         f"{of_selection['replayed_cells']:,}",
     )
-    if not stage.resumed:
-        write_genes(stage.path(artifacts.genes), genes)
-    np.save(stage.path(SEEN_CELLS), seen)
-    counts = _write(census, cells, genes, config, stage.path(artifacts.prepared)) | of_selection
-    written = [artifacts.prepared, artifacts.genes, SEEN_CELLS]
-    task.commit(written, counts, census=census.identity, cells_of_model=selection.origins)
-    log.info("wrote %s: %s cells x %d genes", task.directory / artifacts.prepared, f"{len(cells):,}", counts["genes"])
+    with waiting_lock(task.run.path(GENES_LOCK)):
+        if not task.run.path(task.artifacts.genes).exists():
+            write_genes(task.run.path(task.artifacts.genes), genes)
+    return _Preparation(task, cells, of_selection, seen, {"cells_of_model": selection.origins})
+
+
+@dataclass
+class _Preparation:
+    """One run of the stage: select the genes, write the cells, or parts of both.
+
+    Attributes
+    ----------
+    task
+        What the stage needs.
+    cells
+        All cells that the file will have.
+    of_selection, seen, details
+        Of a fine-tuning: numbers for the record, keys of the cells that the model has seen afterwards, and more
+        entries of the record.
+    """
+
+    task: Task
+    cells: Cells
+    of_selection: dict[str, int] = field(default_factory=dict)
+    seen: Any = None
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def genes(self, mine: list[Part]) -> list[str] | None:
+        """Genes of the file, after reading what is missing of some parts; None: other parts must be read."""
+        config, path = self.task.config, self.task.run.path(self.task.artifacts.genes)
+        if path.exists():
+            genes = read_genes(path)
+            log.info("resuming with %d genes that were selected before", len(genes))
+            return genes
+        arguments = (self.task.census, config.training_filter, config.hvg, config.seed, config.genes.min_cells)
+        if mine == [WHOLE]:
+            self._keep(select_genes(*arguments))
+            return read_genes(path)
+        counts, advanced = GenesInParts(*arguments, self.task.run.path(SELECTION)), True
+        while advanced and not path.exists():  # some counts may be read twice
+            read = [counts.read(part) for part in mine]
+            advanced = any(read)
+            with waiting_lock(self.task.run.path(GENES_LOCK)):
+                if not path.exists() and (selection := counts.select(mine[0].of)) is not None:
+                    self._keep(selection)
+        return read_genes(path) if path.exists() else None
+
+    def _keep(self, selection: Selection) -> None:
+        log.info("%d highly variable genes", len(selection.feature_ids))
+        if selection.below_min_cells:
+            log.info(
+                "%s genes were excluded beforehand: detected in fewer than %s cells (genes.min_cells)",
+                f"{selection.below_min_cells:,}",
+                f"{self.task.config.genes.min_cells:,}",
+            )
+        write_json(self.task.run.path(EXCLUDED_GENES), {"below_min_cells": selection.below_min_cells})
+        # Last: if this file exists, the stage can resume.
+        write_genes(self.task.run.path(self.task.artifacts.genes), selection.feature_ids)
+
+    def write(self, genes: list[str], part: Part) -> None:
+        """Write the cells of a part."""
+        write_cells(self.task.census, self.cells, genes, self.task.config, self._prepared, part)
+
+    @property
+    def _prepared(self) -> Path:
+        return self.task.run.path(self.task.artifacts.prepared)
+
+    def finish(self, genes: list[str], n_parts: int) -> None:
+        """Join the parts, and commit."""
+        task, artifacts, run = self.task, self.task.artifacts, self.task.run
+        counts = join_cells(task.census, self.cells, genes, task.config, self._prepared, n_parts) | self.of_selection
+        written = [artifacts.prepared, artifacts.genes]
+        if self.seen is not None:
+            np.save(run.path(SEEN_CELLS), self.seen)
+            written.append(SEEN_CELLS)
+        else:
+            # A version without genes.min_cells wrote no record; it excluded no genes.
+            excluded = run.path(EXCLUDED_GENES)
+            counts["genes_below_min_cells"] = read_json(excluded)["below_min_cells"] if excluded.exists() else 0
+        task.commit(written, counts, census=task.census.identity, parts=n_parts, **self.details)
+        log.info(
+            "wrote %s: %s cells x %d genes", task.directory / artifacts.prepared, f"{len(self.cells):,}", len(genes)
+        )
 
 
 def _check_columns(census: Census, config: Config) -> None:
@@ -130,109 +235,6 @@ def _report_cells(cells: Cells) -> None:
         )
 
 
-def _genes(stage: StageRun, census: Census, config: Config, path: Path) -> Selection:
-    """Select genes, or read the selection of a killed run."""
-    record = stage.path("selection.json")
-    if stage.resumed:
-        genes = read_genes(path)
-        log.info("resuming with %d genes that were selected before", len(genes))
-        # A version without genes.min_cells wrote no record; it excluded no genes.
-        return Selection(genes, **(json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}))
-    selection = select_genes(census, config.training_filter, config.hvg, config.seed, config.genes.min_cells)
-    log.info("%d highly variable genes", len(selection.feature_ids))
-    if selection.below_min_cells:
-        log.info(
-            "%s genes were excluded beforehand: detected in fewer than %s cells (genes.min_cells)",
-            f"{selection.below_min_cells:,}",
-            f"{config.genes.min_cells:,}",
-        )
-    write_json(record, {"below_min_cells": selection.below_min_cells})
-    write_genes(path, selection.feature_ids)  # last: if this file exists, the stage can resume
-    return selection
-
-
-def _write(census: Census, cells: Cells, genes: list[str], config: Config, path: Path) -> dict[str, Any]:
-    """Stream the cells to the file; return the counts for the manifest."""
-    store = _fill(census, cells, genes, config, path)
-    store.join()
-    nonzeros, empty = count_nonzeros(path)
-    if empty:
-        log.warning(
-            "%d cells have no counts in the selected genes; they are kept, because they match the filter", empty
-        )
-    return {
-        "cells": len(cells),
-        "genes": len(genes),
-        "batches": len(cells.batches),
-        "batches_of_one_cell": int((cells.batch_sizes() == 1).sum()),
-        "nonzeros": nonzeros,
-        "cells_without_counts": empty,
-    }
-
-
-def _fill(
-    census: Census, cells: Cells, genes: list[str], config: Config, path: Path, part: Part = WHOLE
-) -> PreparedStore:
-    """Write a part of the cells; different processes may write different parts."""
-    var = _var_of(census, genes)
-    measurement = config.anndata.protein_measurement
-    uns = {PROTEIN_NAMES: np.array(read_protein_names(census, measurement), dtype=object)} if measurement else None
-    writer = partial(H5adWriter, var=var, uns=uns, compression=config.anndata.compression)
-    store = PreparedStore(path, tile_runs(cells.joinids), config.seed, writer)
-    missing, total = store.missing(part), store.n_cells(part)
-    done = total - sum(map(len, missing))
-    if done:
-        log.info("%s of %s cells were written before", f"{done:,}", f"{total:,}")
-    runs = [run for pool in missing for run in pool.runs]
-    blocks = stream_blocks(census, cells.joinids, var["soma_joinid"].to_numpy(), blocks=runs)
-    frames = stream_obs(census, cells.joinids, (pool.cells() for pool in missing), config.anndata.obs_columns)
-    counts = (block.counts for block in blocks)
-    labels = _labels(census, config, cells)
-    obs = (_with_batch(frame, places, cells, labels) for places, frame in frames)
-    proteins = None
-    if measurement:
-        proteins = stream_proteins(census, measurement, cells.joinids, (pool.cells() for pool in missing))
-    with progress_bar(total, "prepare", done=done) as bar:
-        for written in store.fill(counts, obs, part, proteins=proteins):
-            bar.update(written)
-    return store
-
-
-def _var_of(census: Census, genes: list[str]) -> pd.DataFrame:
-    """Var of some genes, indexed by feature_id; the soma_joinid of a gene that the Census does not have is -1."""
-    var = read_var(census).set_index("feature_id")
-    if var.index.isin(genes).sum() == len(genes):
-        return var.loc[genes]
-    found = var.reindex(genes)
-    absent = {
-        name: -1 if name == "soma_joinid" else 0 if dtype.kind in "if" else "" for name, dtype in var.dtypes.items()
-    }
-    return found.astype(object).fillna(absent).astype(var.dtypes)
-
-
-def _labels(census: Census, config: Config, cells: Cells) -> _Labels | None:
-    """Label codes of the selected cells, and the labels; None without `anndata.labels_key`."""
-    settings = config.anndata
-    if settings.labels_key is None:
-        return None
-    codes, labels = select_labels(
-        census, cells, config.training_filter, settings.labels_key, settings.unlabeled_category
-    )
-    n_labels = len(labels) - 1
-    unlabeled = 100 * float((codes == n_labels).mean())
-    log.info("%d labels in %s, %.1f%% of the cells are unlabelled", n_labels, settings.labels_key, unlabeled)
-    return codes, labels
-
-
-def _with_batch(obs: pd.DataFrame, places: npt.NDArray[np.int64], cells: Cells, labels: _Labels | None) -> pd.DataFrame:
-    """Obs with the columns `batch` and `labels`, indexed by the position among the selected cells."""
-    obs = obs.assign(**{BATCH: pd.Categorical.from_codes(cells.batch_codes[places], categories=cells.batches)})
-    if labels:
-        codes, categories = labels
-        obs = obs.assign(**{LABELS: pd.Categorical.from_codes(codes[places], categories=categories)})
-    return obs.set_axis(pd.Index(places.astype(str)))
-
-
 def plan(config: Config) -> Plan:
     """Plan of the stage: cells and genes from the Census, cost from some runs of cells that are read and timed."""
     with open_census(config.census) as census:
@@ -253,7 +255,7 @@ def plan(config: Config) -> Plan:
         sampled = np.concatenate([np.arange(*run) for run in sample])
         n_sampled = len(sampled)
         ((_, obs),) = stream_obs(census, joinids, [sampled], config.anndata.obs_columns)
-    n_cells = len(cells)
+    n_cells, workers = len(cells), config.cluster.workers
     # Upper limit: the genes detected most often. Only part of them are highly variable.
     nonzeros = (_VARIABLE if n_genes < len(var) else 1.0) * np.sort(detected)[::-1][:n_genes].sum() / n_sampled
     kept = n_cells * (nonzeros * _BYTES_A_NONZERO[config.anndata.compression] + _stored_bytes(obs) / n_sampled)
@@ -264,9 +266,10 @@ def plan(config: Config) -> Plan:
         writes=[str(config.directory / name) for name in (artifacts.prepared, artifacts.genes)],
         cells=n_cells,
         genes=n_genes,
-        memory=_memory(n_cells, detected.sum() / n_sampled, nonzeros) + GeneTally.memory(len(groups), len(var)),
+        memory=workers * _memory(n_cells, detected.sum() / n_sampled, nonzeros)
+        + GeneTally.memory(len(groups), len(var)),
         disk=kept,
-        seconds=_FIXED_SECONDS + _PASSES * seconds / n_sampled * n_cells,
+        seconds=_FIXED_SECONDS + _PASSES * seconds / n_sampled * n_cells / workers,
         notes=[
             "genes are not selected yet: disk and memory are estimates from the genes detected most often",
             *(
@@ -276,7 +279,7 @@ def plan(config: Config) -> Plan:
             ),
             *(
                 [f"while it joins its parts, twice as much disk: {human_bytes(2 * kept)}"]
-                if len(runs) > PART_POOLS * POOL_RUNS
+                if len(runs) > PART_POOLS * POOL_RUNS or workers > 1
                 else []
             ),
         ],
@@ -301,7 +304,9 @@ def cost_of_writing(census: Census, cells: Cells, genes: list[str], config: Conf
     read = sum(block.counts.nnz for block in stream_blocks(census, cells.joinids, every, blocks=sample))
     rows = np.concatenate([np.arange(*run) for run in sample])
     started = time.monotonic()
-    counts = _write(census, Cells(cells.joinids[rows], cells.batch_codes[rows], cells.batches), genes, config, path)
+    sampled = Cells(cells.joinids[rows], cells.batch_codes[rows], cells.batches)
+    write_cells(census, sampled, genes, config, path)
+    counts = join_cells(census, sampled, genes, config, path)
     seconds = time.monotonic() - started
     return Cost(
         memory=_memory(len(cells), read / len(rows), counts["nonzeros"] / len(rows)),

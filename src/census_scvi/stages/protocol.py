@@ -30,7 +30,7 @@ from census_scvi.workspace import Artifacts, StageRun, Workspace
 from census_scvi.workspace.first_process import FirstProcess
 from census_scvi.workspace.record import Fingerprint, changes, fingerprint_of
 from census_scvi.workspace.result_files import ResultFiles
-from census_scvi.workspace.staged_parts import begin_part, divide, part_lock
+from census_scvi.workspace.staged_parts import begin_part, divide, done_mark, part_lock
 
 if TYPE_CHECKING:
     from census_scvi.census.open import Census
@@ -140,15 +140,19 @@ def run_stage(name: str, config: Config, *, force: bool = False, part: Part | No
 
 def _run_part(stage: Stage, config: Config, part: Part, stack: ExitStack) -> None:
     """Do a part of a stage, next to other processes that do other parts."""
-    place = stack.enter_context(Workspace(config.directory).locked(stage.name, shared=True))
+    place = stack.enter_context(Workspace(config.directory).locked(stage.name, new=not stage.reads, shared=True))
     census = _open_census(stage, config, stack)
     inputs, defaults = inputs_of(stage, config, census), Config().of_stage(stage.name)
-    run = begin_part(place, stage.name, part, config.of_stage(stage.name), inputs, defaults)
+    run = begin_part(place, stage.name, part, config.of_stage(stage.name), inputs, str(stage.progress), defaults)
     if run.done:
         log.info("%s is done for these settings in %s", stage.name, place)
         return
     stack.enter_context(part_lock(run, part))
-    _module(stage).run_part(Task(config, config.artifacts, run, place, census), part)
+    mark = done_mark(run.staging, part)
+    if not mark.exists() and not _module(stage).run_part(Task(config, config.artifacts, run, place, census), part):
+        log.info("%s of %s can go on when all parts are as far: run them again", part, stage.name)
+        return
+    mark.touch()
     log.info("%s of %s is done; when all are, %s joins them", part, stage.name, stage.script)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from census_scvi.config.flat import digest
-from census_scvi.config.run_names import FINGERPRINT, LOCK, MANIFEST, STAGING
+from census_scvi.config.run_names import FINGERPRINT, LOCK, MANIFEST, PARTS, STAGING
 from census_scvi.config.stages import script_of
 from census_scvi.errors import UserError
 from census_scvi.files.atomic import remove, sync, sync_tree, write_json
@@ -204,7 +204,8 @@ class Workspace:
         record, digest_now = self.record(stage), digest(fingerprint)
         if force:
             return run
-        unfinished = run.staged_fingerprint if progress and begun(run.path(progress)) else None
+        resumable = progress and (begun(run.path(progress)) or run.path(PARTS).exists())
+        unfinished = run.staged_fingerprint if resumable else None
         if unfinished is not None and not changes(unfinished, fingerprint, defaults or {}):
             run.resumed = True
         elif record is not None and self.manifest().get("redoing", {}).get(stage) != digest_now:

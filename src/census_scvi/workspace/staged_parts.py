@@ -6,17 +6,17 @@ parts, holds the lock of the directory alone.
 
 from __future__ import annotations
 
-import fcntl
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
-from census_scvi.config.run_names import PARTS, PARTS_LOCK, PROGRESS
+from census_scvi.config.run_names import PART_DONE, PART_LOCK, PARTS, PARTS_LOCK
 from census_scvi.config.stages import script_of
 from census_scvi.errors import UserError
 from census_scvi.files.atomic import write_json
 from census_scvi.files.json_file import read_json
-from census_scvi.files.lock import directory_lock, opened
+from census_scvi.files.lock import directory_lock, waiting_lock
 from census_scvi.files.parts import Part, begun
 from census_scvi.workspace.provenance import package_versions
 from census_scvi.workspace.record import changes
@@ -29,6 +29,7 @@ def begin_part(
     part: Part,
     settings: Mapping[str, Any],
     inputs: Mapping[str, Any],
+    progress: str,
     defaults: Mapping[str, Any],
 ) -> StageRun:
     """Prepare staging for a part: the first one creates it, the others must fit to it.
@@ -37,7 +38,7 @@ def begin_part(
     ----------
     workspace, stage, part
         The run directory, which the process has locked together with others, the stage and its part.
-    settings, inputs, defaults
+    settings, inputs, progress, defaults
         As in `Workspace.begin`.
 
     Returns
@@ -49,12 +50,12 @@ def begin_part(
     UserError
         The stage was begun with other settings, inputs, package versions or number of parts; or not in parts.
     """
-    with _one_at_a_time(workspace):
-        run = workspace.begin(stage, settings, inputs, force=False, defaults=defaults)
+    with waiting_lock(workspace.directory / PARTS_LOCK):
+        run = workspace.begin(stage, settings, inputs, force=False, defaults=defaults)  # decides if it is done
         if run.done:
             return run
         before = run.staged_fingerprint
-        if before is None or not (run.path(PARTS).exists() or begun(run.path(PROGRESS))):
+        if before is None or not (run.path(PARTS).exists() or begun(run.path(progress))):
             divide(run, part.of)
         elif words := changes(before, run.fingerprint, defaults):
             raise UserError(
@@ -93,17 +94,14 @@ def number_of_parts(run: StageRun) -> int:
     return int(record["of"])
 
 
+def done_mark(staging: Path, part: Part) -> Path:
+    """File in the staging folder of a stage that exists when a part is done."""
+    return staging / part.name(PART_DONE)
+
+
 def part_lock(run: StageRun, part: Part) -> AbstractContextManager[None]:
     """Lock of a part; UserError if another process does it."""
-    return directory_lock(run.path(part.name("part.lock")), f"another process that does {part}")
-
-
-@contextmanager
-def _one_at_a_time(workspace: Workspace) -> Iterator[None]:
-    """Wait for other parts that begin; the kernel releases the lock of a process that ends."""
-    with opened(workspace.directory / PARTS_LOCK) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    return directory_lock(run.path(part.name(PART_LOCK)), f"another process that does {part}")
 
 
 def _require_fits(run: StageRun, part: Part) -> None:

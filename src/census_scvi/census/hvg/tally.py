@@ -9,6 +9,8 @@ keep the largest counts of each gene and batch: the clipped sums are the plain s
 
 from __future__ import annotations
 
+from typing import IO
+
 import numba
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +28,7 @@ class GeneTally:
     n_batches, n_genes
         Size of the tally.
     kept
-        Number of largest counts to keep per gene and batch; None: as many as fit into 1 GiB, from 16 to 128.
+        Number of largest counts to keep per gene and batch; None: see `n_kept`.
 
     Attributes
     ----------
@@ -40,7 +42,7 @@ class GeneTally:
 
     def __init__(self, n_batches: int, n_genes: int, *, kept: int | None = None) -> None:
         if kept is None:
-            kept = _n_kept(n_batches, n_genes)
+            kept = n_kept(n_batches, n_genes)
         # Adjacent in memory, because they are used together: sum, sum of squares, smallest of the largest counts.
         self._moments = np.zeros((n_batches, n_genes, 3))
         self.largest = np.zeros((n_batches, n_genes, kept), dtype=np.float32)
@@ -49,7 +51,7 @@ class GeneTally:
     @staticmethod
     def memory(n_batches: int, n_genes: int) -> int:
         """Memory of a tally in bytes."""
-        return n_batches * n_genes * (24 + 4 * _n_kept(n_batches, n_genes))
+        return n_batches * n_genes * (24 + 4 * n_kept(n_batches, n_genes))
 
     @property
     def sums(self) -> npt.NDArray[np.float64]:
@@ -66,6 +68,39 @@ class GeneTally:
     ) -> None:
         """Add non-zero counts, given as arrays of equal length: batch (-1: ignored), gene and value."""
         _add(batch_codes, genes, counts, self._moments, self.largest, self.cells)
+
+    def merge(self, other: GeneTally, batches: npt.NDArray[np.integer]) -> None:
+        """Add the tally of other cells, which keeps as many counts; the result does not depend on the order of merging.
+
+        Sums are exact, so this holds if the counts are whole numbers (and the sums of squares below 2^53).
+
+        Parameters
+        ----------
+        other
+            The tally.
+        batches
+            The batch in this tally of each batch of the other, each once.
+        """
+        kept = self.largest.shape[2]
+        self.cells += other.cells
+        for place, batch in enumerate(batches):
+            self._moments[batch, :, :2] += other._moments[place, :, :2]
+            both = np.concatenate([self.largest[batch], other.largest[place]], axis=1)
+            self.largest[batch] = np.sort(both, axis=1)[:, -kept:]  # ascending, which is a min-heap, too
+            self._moments[batch, :, 2] = self.largest[batch, :, 0]
+
+    def save(self, file: IO[bytes], batches: npt.NDArray[np.int64]) -> None:
+        """Write the tally, and the batches that it has."""
+        np.savez(file, batches=batches, moments=self._moments, largest=self.largest, cells=self.cells)
+
+    @classmethod
+    def load(cls, file: IO[bytes]) -> tuple[GeneTally, npt.NDArray[np.int64]]:
+        """The tally of a file, and its batches."""
+        with np.load(file) as saved:
+            moments = saved["moments"]
+            tally = cls(*moments.shape[:2], kept=1)
+            tally._moments, tally.largest, tally.cells = moments, saved["largest"], saved["cells"]
+            return tally, saved["batches"]
 
     def clipped(
         self, clip: npt.NDArray[np.float64]
@@ -85,7 +120,8 @@ class GeneTally:
         sums, squares = self.sums.copy(), self.squares.copy()
         exact = np.ones(sums.shape, dtype=bool)
         for batch in range(len(sums)):  # one batch at a time; all at once would double the memory
-            kept, limit = self.largest[batch].astype(np.float64), clip[batch][:, None]
+            # Sorted, so that the sums do not depend on the order in which the counts were added.
+            kept, limit = np.sort(self.largest[batch], axis=1).astype(np.float64), clip[batch][:, None]
             above = kept > limit
             sums[batch] -= np.where(above, kept - limit, 0).sum(axis=1)
             squares[batch] -= np.where(above, kept**2 - limit**2, 0).sum(axis=1)
@@ -93,7 +129,8 @@ class GeneTally:
         return sums, squares, exact
 
 
-def _n_kept(n_batches: int, n_genes: int) -> int:
+def n_kept(n_batches: int, n_genes: int) -> int:
+    """Number of largest counts that are kept per gene and batch: as many as fit into 1 GiB, from 16 to 128."""
     return int(np.clip(_LARGEST_BYTES // (4 * n_batches * n_genes), _FEWEST_KEPT, _MOST_KEPT))
 
 
