@@ -6,7 +6,7 @@ BENCH ?= bench
 SEEDS ?= $(shell date +%s)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test fuzz lint notebooks bench bench-train bench-blood bench-annotation
+.PHONY: help env demo test fuzz lint notebooks bench bench-train bench-scale-out bench-blood bench-annotation
 
 # One worker per core, at most four: each has torch and scvi-tools in memory.
 WORKERS := $(shell n=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
@@ -14,7 +14,7 @@ WORKERS := $(shell n=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/nu
 ONE_THREAD := OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1
 
 help: ## list the targets; `census-scvi --help` lists the commands of the pipeline
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
 
 env: ## create or update .venv (scvi-init.sh); the other targets do it, too
 	@PYTHON="$(PYTHON)" ./scvi-init.sh
@@ -49,6 +49,10 @@ bench: env ## speed and memory compared with other libraries (docs/performance.m
 
 bench-train: env ## speed of training compared with scvi-tools (docs/performance.md), in BENCH=folder; 15 minutes on a CPU
 	.venv/bin/python benchmarks/train_step.py --folder $(BENCH)
+
+bench-scale-out: env ## cost of parts and workers, memory with many cells (docs/scaling.md), in BENCH=folder; an hour on two cores
+	.venv/bin/python benchmarks/scale_out.py --folder $(BENCH)/scale-out
+	.venv/bin/python benchmarks/many_cells.py --folder $(BENCH)/many-cells
 
 bench-blood: env ## label transfer on real blood cells (docs/blood.md), DATA=folder of the .h5ad files; 20 minutes
 	.venv/bin/python benchmarks/label_transfer.py --data $(DATA)

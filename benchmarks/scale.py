@@ -79,15 +79,9 @@ def _build(folder: Path, arguments: argparse.Namespace) -> None:
     """Build the Census, train a model for one epoch on a few of its cells, and prepare all its cells."""
     from scale_sides import Folder, run_stage
 
-    from census_scvi.local_census.demo.cells import demo_sources
-    from census_scvi.local_census.write import build_census
-
     folder.mkdir(parents=True, exist_ok=True)
     paths = Folder(folder, arguments.selected)
-    if not Path(paths.census).exists():
-        # 1,770 detected genes per cell, as in the tissues of the Census; 38 % of them are among the 8,000 selected.
-        sources = demo_sources(seed=0, scale=arguments.cells / 6000, n_genes=arguments.genes, depth=1.35, type_sd=0.8)
-        build_census(paths.census, [source for source in sources if source.organism == "homo_sapiens"])
+    build_census_once(Path(paths.census), arguments.cells, arguments.genes)
     if not (Path(paths.model) / "scvi.model").exists():
         small = ["census.obs_query_model='soma_joinid < 5000'", "train.max_epochs=1"]
         for stage in ("prepare", "train"):
@@ -95,6 +89,17 @@ def _build(folder: Path, arguments: argparse.Namespace) -> None:
     for directory, compression in ((paths.prepared, "gzip"), (paths.uncompressed, "none")):
         if not (Path(directory) / "anndata_model.h5ad").exists():
             run_stage("prepare", paths, directory, f"anndata.compression={compression}")
+
+
+def build_census_once(uri: Path, n_cells: int, n_genes: int) -> None:
+    """A Census of simulated human cells, unless it is there."""
+    from census_scvi.local_census.demo.cells import demo_sources
+    from census_scvi.local_census.write import build_census
+
+    if not uri.exists():
+        # 1,770 detected genes per cell, as in the tissues of the Census; 38 % of them are among the 8,000 selected.
+        sources = demo_sources(seed=0, scale=n_cells / 6000, n_genes=n_genes, depth=1.35, type_sd=0.8)
+        build_census(uri, [source for source in sources if source.organism == "homo_sapiens"])
 
 
 def _run(python: str, side: str, folder: Path, n_genes: int) -> dict[str, Any]:

@@ -1,9 +1,10 @@
-"""Embedding of all cells in parts, compared with one process: CPU-seconds, wall time and memory.
+"""prepare and create-latent-update in parts, compared with one process: CPU-seconds, wall time and memory.
 
-    python benchmarks/scale_out.py --folder FOLDER [--cells 50000] [--workers 2] [--parts 4] [--repeats 3]
+    python benchmarks/scale_out.py --folder FOLDER [--cells 200000] [--genes 60000] [--selected 8000]
+                                   [--workers 2] [--parts 4] [--repeats 3] [--stages prepare create-latent-update]
 
-Builds a Census of simulated cells in FOLDER, and trains a small model (both once). Then runs create-latent-update
-with one process, with `cluster.workers`, and with a command for each part followed by the join; interleaved, each
+Builds the Census of benchmarks/scale.py in FOLDER, and trains a model on a few of its cells (both once). Then runs each
+stage with one process, with `cluster.workers`, and with a command for each part followed by the join; interleaved, each
 process with one thread. Prints medians; FOLDER/scale_out.json has every run.
 """
 
@@ -25,8 +26,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from scale import build_census_once
+
 ROOT = Path(__file__).parents[1]
-STAGE = "create-latent-update"
+# Stages, and how often each part is run as a command.
+ROUNDS = {"prepare": 2, "create-latent-update": 1}
 _SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of Linux
 # A command, whose peak memory is the last line of its output.
 MEASURED = """
@@ -42,63 +46,65 @@ def main() -> None:
     """Build what is missing, run, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--cells", type=int, default=50_000)
+    parser.add_argument("--cells", type=int, default=200_000)
+    parser.add_argument("--genes", type=int, default=60_000)
+    parser.add_argument("--selected", type=int, default=8_000)
     parser.add_argument("--workers", type=int, nargs="+", default=[2])
     parser.add_argument("--parts", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--stages", nargs="+", choices=list(ROUNDS), default=list(ROUNDS))
     arguments = parser.parse_args()
     folder = arguments.folder.absolute()
-    config = _build(folder, arguments.cells)
+    config = _build(folder, arguments)
     ctypes.CDLL(None).prctl(_SUBREAPER, 1)  # so that the CPU-seconds of all processes are counted
     sides: dict[str, tuple[int, int, int]] = {"one process": (1, 1, 1)}
     for n in arguments.workers:
         sides[f"cluster.workers={n}"] = (1, 1, n)
         sides[f"{arguments.parts} commands, {n} at a time"] = (arguments.parts, n, 1)
-    runs: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
-    for _ in range(arguments.repeats):
-        for side, (n_parts, at_a_time, workers) in sides.items():
-            runs[side].append(_measured(folder, config, n_parts, at_a_time, workers))
-    (folder / "scale_out.json").write_text(json.dumps(runs, indent=1))
+    runs: dict[str, list[dict[str, float]]] = {f"{stage}, {side}": [] for stage in arguments.stages for side in sides}
+    for stage in arguments.stages:
+        for _ in range(arguments.repeats):
+            for side, how in sides.items():
+                runs[f"{stage}, {side}"].append(_measured(stage, folder, config, *how))
+                (folder / "scale_out.json").write_text(json.dumps(runs, indent=1))
     print(_table(runs))
 
 
-def _build(folder: Path, n_cells: int) -> Path:
-    """The Census, the prepared cells and the model in FOLDER/trained; returns the config."""
+def _build(folder: Path, arguments: argparse.Namespace) -> Path:
+    """The Census, and the model in FOLDER/trained; returns the config."""
     folder.mkdir(parents=True, exist_ok=True)
-    census, config = folder / f"census-{n_cells}", folder / f"config-{n_cells}.yaml"
-    if not census.exists():
-        from census_scvi.local_census.demo.cells import demo_sources
-        from census_scvi.local_census.write import build_census
-
-        sources = demo_sources(seed=0, scale=n_cells / 5900, n_genes=20_000)  # 6,000 human cells at scale 1
-        build_census(str(census), [source for source in sources if source.organism == "homo_sapiens"])
+    census, config, trained = folder / "census", folder / "config.yaml", folder / "trained"
+    build_census_once(census, arguments.cells, arguments.genes)
     settings: dict[str, Any] = {
         "census": {"uri": str(census)},
-        "hvg": {"top_n_hvg": 4000, "hvg_batch": ["assay"]},
+        "hvg": {"top_n_hvg": arguments.selected, "hvg_batch": ["assay"]},
         "anndata": {"batch_key": ["dataset_id", "donor_id"]},
         "train": {"max_epochs": 1, "accelerator": "cpu"},
         "latent": {"minified": "none"},
-        "output": {"directory": str(folder / f"trained-{n_cells}")},
+        "output": {"directory": str(folder / "whole")},
     }
     config.write_text(json.dumps(settings))
     for stage in ("prepare", "train"):
-        _run(stage, config)
+        _run(stage, config, f"output.directory={trained}", "census.obs_query_model='soma_joinid < 5000'")
     return config
 
 
-def _measured(folder: Path, config: Path, n_parts: int, at_a_time: int, workers: int) -> dict[str, float]:
-    """One run in a copy of the run directory: seconds, CPU-seconds of all processes, peak memory of the largest."""
+def _measured(stage: str, folder: Path, config: Path, n_parts: int, at_a_time: int, workers: int) -> dict[str, float]:
+    """One run in a new run directory: seconds, CPU-seconds of all processes, peak memory of the largest."""
     copy = folder / "run"
     shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(json.loads(config.read_text())["output"]["directory"], copy)
-    arguments = (f"output.directory={copy}",)
+    arguments = [f"output.directory={copy}"]
+    if stage != "prepare":
+        shutil.copytree(folder / "trained", copy)
+        arguments.append("census.obs_query_model='soma_joinid < 5000'")
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
-    memory = []
+    memory: list[float] = []
     if n_parts > 1:
-        with ThreadPoolExecutor(at_a_time) as pool:
-            done = [pool.submit(_run, STAGE, config, *arguments, f"--part={n + 1}/{n_parts}") for n in range(n_parts)]
-            memory = [each.result() for each in done]
-    memory.append(_run(STAGE, config, *arguments, f"cluster.workers={workers}"))
+        part = [f"--part={n + 1}/{n_parts}" for n in range(n_parts)]
+        for _ in range(ROUNDS[stage]):
+            with ThreadPoolExecutor(at_a_time) as pool:
+                memory += list(pool.map(lambda which: _run(stage, config, *arguments, which), part))
+    memory.append(_run(stage, config, *arguments, f"cluster.workers={workers}"))
     with suppress(ChildProcessError):  # the server of forks, which has no parent any more
         while True:
             os.waitpid(-1, 0)
