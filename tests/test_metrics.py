@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from scib_metrics.nearest_neighbors import NeighborsResults
 from scipy.stats import entropy as scipy_entropy
-from sklearn.metrics import silhouette_score
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, silhouette_score
 from sklearn.neighbors import NearestNeighbors
 
 from census_scvi.errors import UserError
 from census_scvi.metrics import classify
 from census_scvi.metrics.biology import biology
+from census_scvi.metrics.cluster_agreement import adjusted_rand_index, agreement, normalized_mutual_information
 from census_scvi.metrics.entropy import neighbor_entropy
 from census_scvi.metrics.interval import interval
 from census_scvi.metrics.mixing import mixing
@@ -68,6 +69,18 @@ def test_entropy_is_scipy_s(neighbors: np.ndarray, batches: list[int]) -> None:
     found = neighbor_entropy(neighbors, np.array(batches))
     expected = [scipy_entropy(np.bincount(np.array(batches)[row])) for row in neighbors]
     np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=60), st.data())
+def test_agreement_with_clusters_is_scikit_learn_s(cells: list[tuple[int, int]], data: st.DataObject) -> None:
+    labels, clusters = np.array(cells).T
+    rows = np.array(data.draw(st.lists(st.integers(0, len(cells) - 1), min_size=1, max_size=60)))
+    for measure, theirs in (
+        (normalized_mutual_information, normalized_mutual_info_score),
+        (adjusted_rand_index, adjusted_rand_score),
+    ):
+        found = agreement(measure, labels, clusters)(rows)
+        assert found == pytest.approx(theirs(labels[rows], clusters[rows]), abs=1e-9)
 
 
 def test_types_apart_and_studies_mixed_is_as_good_as_it_gets() -> None:

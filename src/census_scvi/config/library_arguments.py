@@ -12,13 +12,14 @@ import json
 import math
 from collections.abc import Callable
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError
 from importlib.resources import files
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from census_scvi.config.messages import shown, suggestion
+from census_scvi.config.versions import version
 
 # Name of each argument and its types, such as `int | None`, or its possible values, such as `'encoder' | 'none'`;
 # `other` is a type that only the library can check.

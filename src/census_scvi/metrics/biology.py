@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import numpy as np
 import scib_metrics
-from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, silhouette_samples
+from sklearn.metrics import silhouette_samples
 
 from census_scvi.config.random_streams import Stream, generator
 from census_scvi.errors import UserError
+from census_scvi.metrics.cluster_agreement import adjusted_rand_index, agreement, normalized_mutual_information
 from census_scvi.metrics.hierarchy import Lineage
 from census_scvi.metrics.score import (
     BIOLOGY,
     CHANCE,
     FEWEST_CELLS,
-    Codes,
     Names,
     Points,
     Score,
@@ -73,12 +72,11 @@ def biology(
     left_out = f"{(~known).sum():,} cells without a usable label excluded" if not known.all() else ""
     score = partial(scored, about=BIOLOGY, column=column, groups=groups, seed=space.seed, note=left_out)
     clusterings = [clusters[known] for clusters in space.clusterings]
-    found = []
-    best = int(np.argmax([normalized_mutual_info_score(codes, clusters) for clusters in clusterings]))
-    for metric, agreement in (("leiden_nmi", normalized_mutual_info_score), ("leiden_ari", adjusted_rand_score)):
-        chance = max(agreement(shuffled, clusters) for clusters in clusterings)
-        rows_agree = partial(_agreement, agreement, codes, clusterings[best])
-        found.append(score(metric, rows_agree, len(codes), {CHANCE: chance}))
+    found, every = [], np.arange(len(codes))
+    best = max(clusterings, key=lambda clusters: agreement(normalized_mutual_information, codes, clusters)(every))
+    for metric, measure in (("leiden_nmi", normalized_mutual_information), ("leiden_ari", adjusted_rand_index)):
+        chance = max(agreement(measure, shuffled, clusters)(every) for clusters in clusterings)
+        found.append(score(metric, agreement(measure, codes, best), len(codes), {CHANCE: chance}))
     widths = (silhouette_samples(points, codes) + 1) / 2
     chance = float(((silhouette_samples(points, shuffled) + 1) / 2).mean())
     found.append(score("silhouette_label", mean_of(widths), len(codes), {CHANCE: chance}))
@@ -89,14 +87,10 @@ def biology(
         partial(scaled_lisi, scib_metrics.lisi_knn(graph, values), len(names), keep=True)
         for values in (codes, shuffled)
     )
-    found.append(score("clisi", real, len(codes), {CHANCE: random(np.arange(len(codes)))}))
+    found.append(score("clisi", real, len(codes), {CHANCE: random(every)}))
     if len(np.unique(batches[known].astype(str))) > 1:
         found.append(_isolated(points, column, names[codes], names[shuffled], batches[known], left_out))
     return found
-
-
-def _agreement(measure: Callable[[Codes, Codes], float], labels: Codes, clusters: Codes, rows: Any) -> float:
-    return float(measure(labels[rows], clusters[rows]))
 
 
 def _isolated(points: Points, column: str, labels: Names, shuffled: Names, batches: Names, note: str) -> Score:

@@ -15,6 +15,8 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
+from census_scvi.config.threads import n_jobs
+
 NAMES = ("svm", "forest", "lr")
 _FOLDS = 5
 # Whole groups are held out if at least this share of the cells have labels that occur in several groups.
@@ -79,7 +81,7 @@ def held_out(
             continue
         scale = StandardScaler().fit(points[train])
         learnt, asked = scale.transform(points[train]), scale.transform(points[test])
-        models = (SVC(), RandomForestClassifier(random_state=seed, n_jobs=-1), LogisticRegression(max_iter=300))
+        models = (SVC(), RandomForestClassifier(random_state=seed, n_jobs=n_jobs()), LogisticRegression(max_iter=300))
         for name, classifier in zip(NAMES, models, strict=True):
             predicted[name].append(_fit(classifier, learnt, codes[train]).predict(asked))
         rows.append(test)

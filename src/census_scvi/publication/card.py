@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from importlib.metadata import version
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
@@ -15,6 +15,7 @@ from markupsafe import Markup
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from census_scvi.config.versions import version
 from census_scvi.model.families import SCANVI, SCVI, TOTALVI, Family, family_of
 from census_scvi.model.safe import ModelDescription
 from census_scvi.publication import markdown
@@ -48,16 +49,7 @@ def model_card(record: Mapping[str, Any], description: ModelDescription, n_sampl
     hardware = stages["train"]["hardware"]
     contact = record["contact"]
     here = record["model"]["uri"] == "."
-    template = files("census_scvi.publication").joinpath("card.md.jinja").read_text(encoding="utf-8")
-    # Titles, labels and reasons are untrusted text: each value is escaped when it is inserted.
-    environment = jinja2.Environment(
-        undefined=jinja2.StrictUndefined, autoescape=False, keep_trailing_newline=True, finalize=markdown.text
-    )
-    environment.filters |= {
-        "code": markdown.code, "literal": markdown.literal, "paragraphs": markdown.paragraphs, "number": "{:,}".format,
-        "rounded": _rounded,
-    }  # fmt: skip
-    return environment.from_string(template).render(
+    return _template().render(
         picture=PICTURE,
         record=record,
         header=Markup(_header(record, family)),
@@ -96,6 +88,21 @@ def model_card(record: Mapping[str, Any], description: ModelDescription, n_sampl
         },
         n_sample=n_sample,
     )
+
+
+@cache
+def _template() -> jinja2.Template:
+    """The template, compiled once per process."""
+    template = files("census_scvi.publication").joinpath("card.md.jinja").read_text(encoding="utf-8")
+    # Titles, labels and reasons are untrusted text: each value is escaped when it is inserted.
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, autoescape=False, keep_trailing_newline=True, finalize=markdown.text
+    )
+    environment.filters |= {
+        "code": markdown.code, "literal": markdown.literal, "paragraphs": markdown.paragraphs, "number": "{:,}".format,
+        "rounded": _rounded,
+    }  # fmt: skip
+    return environment.from_string(template)
 
 
 def _rounded(value: float | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
@@ -11,11 +12,17 @@ import jinja2
 
 def render(template: str, **values: Any) -> str:
     """The page of a template of this folder; a name that the template needs and that has no value is an error."""
+    return _environment().get_template(template).render(**values)
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    """Compiles each template once per process."""
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_read), undefined=jinja2.StrictUndefined, autoescape=True, trim_blocks=True
     )
     environment.filters |= {"shown": _shown, "place": _place}
-    return environment.get_template(template).render(**values)
+    return environment
 
 
 def _read(name: str) -> str:

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from census_scvi.census.cells import read_obs
 from census_scvi.census.open import open_census
 from census_scvi.config.random_streams import Stream, draw, generator
 from census_scvi.config.run_names import METRICS, REPORT
+from census_scvi.config.versions import version
 from census_scvi.errors import UserError
 from census_scvi.files.atomic import write_json
 from census_scvi.files.json_values import json_values

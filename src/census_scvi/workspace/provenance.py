@@ -7,9 +7,11 @@ import platform
 import resource
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
+
+from census_scvi.config.versions import version
 
 PACKAGES = (
     "census-scvi", "cellxgene-census", "tiledbsoma", "scvi-tools", "torch", "lightning", "anndata", "scanpy", "h5py",

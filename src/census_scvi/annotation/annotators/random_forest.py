@@ -7,6 +7,7 @@ from typing import Any
 from sklearn.ensemble import RandomForestClassifier
 
 from census_scvi.annotation.annotators.on_counts import OnCounts
+from census_scvi.config.threads import n_jobs
 
 _TREES = 200
 
@@ -18,4 +19,4 @@ class RandomForest(OnCounts):
 
     def classifier(self) -> Any:
         """scikit-learn's classifier."""
-        return RandomForestClassifier(_TREES, random_state=self._seed, n_jobs=-1)
+        return RandomForestClassifier(_TREES, random_state=self._seed, n_jobs=n_jobs())

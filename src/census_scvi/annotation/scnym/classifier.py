@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +20,7 @@ from census_scvi.annotation.scnym.cells import CellSource, Selected, in_order, l
 from census_scvi.annotation.scnym.network import CellTypeClassifier
 from census_scvi.annotation.scnym.settings import Hyperparameters
 from census_scvi.census.gene_ids import strip_version
+from census_scvi.config.versions import version
 from census_scvi.errors import UserError
 from census_scvi.files.atomic import replacing, write_json
 from census_scvi.files.json_file import read_json
