@@ -40,7 +40,7 @@ def dying(*a, **k):
 module.{name} = dying
 """
 POINTS = {
-    "prepare while it writes cells": ("prepare", "census_scvi.stages.prepare", "H5adWriter.append", 1),
+    "prepare while it writes cells": ("prepare", "census_scvi.stages.prepared_cells", "H5adWriter.append", 1),
     "prepare in its commit": ("prepare", "census_scvi.workspace.run", "Workspace.finish_commit", 1),
     "train in an epoch": ("train", "census_scvi.training.finite_loss", "FiniteLoss.on_train_batch_end", 12),
     "train while it saves": ("train", "census_scvi.stages.train", "save_safe", 1),
