@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -75,32 +76,40 @@ def finished_run(demo_census: str, tmp_path_factory: pytest.TempPathFactory) -> 
     return Run(tmp_path_factory.mktemp("finished"), demo_census).all()
 
 
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A bucket of an S3 server on this machine, which TileDB and fsspec find as they would any other."""
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """Address of an S3 server on this machine; started once a worker, because its libraries take seconds to import."""
     with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": f"http://{address}",
-        "TILEDB_VFS_S3_ENDPOINT_OVERRIDE": address,
-        "TILEDB_VFS_S3_SCHEME": "http",
-        "TILEDB_VFS_S3_USE_VIRTUAL_ADDRESSING": "false",
-        "NO_PROXY": "127.0.0.1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    host, port = address.split(":")
+        host, port = "127.0.0.1", str(free.getsockname()[1])
     server = subprocess.Popen([sys.executable, "-m", "moto.server", "-H", host, "-p", port], stderr=subprocess.DEVNULL)
     try:
         for _ in range(300):
             with suppress(ConnectionError), socket.create_connection((host, int(port))):
                 break
             time.sleep(0.1)
-        fsspec.filesystem("s3", skip_instance_cache=True).mkdir("bucket")
-        yield "s3://bucket"
+        yield f"{host}:{port}"
     finally:
         server.kill()
         server.wait()
+
+
+@pytest.fixture
+def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A new bucket of the S3 server, which TileDB and fsspec find as they would any other."""
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": f"http://{s3_server}",
+        "TILEDB_VFS_S3_ENDPOINT_OVERRIDE": s3_server,
+        "TILEDB_VFS_S3_SCHEME": "http",
+        "TILEDB_VFS_S3_USE_VIRTUAL_ADDRESSING": "false",
+        "NO_PROXY": "127.0.0.1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    try:
+        name = f"bucket-{uuid.uuid4().hex}"
+        fsspec.filesystem("s3", skip_instance_cache=True).mkdir(name)
+        yield f"s3://{name}"
+    finally:
         fsspec.get_filesystem_class("s3").clear_instance_cache()

@@ -7,6 +7,7 @@ small Experiment, again and again in forks of itself, and says what became of it
 from __future__ import annotations
 
 import ctypes
+import importlib
 import json
 import os
 import shutil
@@ -149,9 +150,14 @@ def copied(template: Path, scratch: Path) -> Iterator[str]:
 def main(folder: str, library: str, kind: str, full: str, first: str, stride: str) -> None:
     """Publish with a fault at each `stride`-th operation; prints what was found after it, and after a rerun."""
     faults = ctypes.CDLL(library)
-    import tiledbsoma  # noqa: F401  what is imported before the forks is imported once
-
-    import census_scvi.publication.summary  # noqa: F401
+    # What is imported before the forks is imported once.
+    for name in (
+        "census_scvi.publication.obsm",
+        "census_scvi.publication.summary",
+        "fsspec.implementations.local",
+        "pyarrow.pandas_compat",
+    ):
+        importlib.import_module(name)
 
     replace = kind == "replacement"
     template, scratch = Path(folder) / "template", Path(folder) / "experiment"

@@ -98,11 +98,11 @@ def test_from_a_run_directory_alone(published: Run, demo_census: str) -> None:
 
 
 def test_two_lines_from_a_file_to_its_types(published: Run, own_cells: ad.AnnData, tmp_path: Path) -> None:
-    """The record of the model names the Census and the embedding."""
+    """The record of the model names the Census and the embedding; the annotators are trained for a few steps."""
     own_cells.write_h5ad(tmp_path / "own.h5ad")
     for model in (published.path("published"), published.directory):
         atlas = Atlas.open(model)
-        named = atlas.predict(tmp_path / "own.h5ad")
+        named = atlas.predict(tmp_path / "own.h5ad", steps=30)
         atlas.close()
         assert named.obs["cell_type_predicted"].notna().all()
 

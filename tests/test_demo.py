@@ -23,6 +23,7 @@ def test_the_demo_shows_what_it_made(
         "hvg.top_n_hvg=100",
         "train.max_epochs=2",
         "evaluate.measured_cells=300",
+        "evaluate.batches=[dataset_id]",
     ]
     assert run_demo(small) == 0
     out = capsys.readouterr().out

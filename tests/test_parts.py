@@ -151,7 +151,7 @@ def test_processes_of_their_own_do_parts_at_the_same_time(tmp_path: Path, monkey
         folder.mkdir()
     for work in (prepare, embed):
         work(alone, N_CELLS, WHOLE)
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
+    with multiprocessing.get_context("forkserver").Pool(2) as pool:  # whose server has imported the libraries
         tasks = [(work, part) for part in parts(3) for work in (prepare, embed)]
         for done in [pool.apply_async(work, (together, N_CELLS, part)) for work, part in tasks[::-1]]:
             done.get()

@@ -58,6 +58,22 @@ def run(finished_run: Run, demo_census: str, tmp_path: Path) -> Run:
     return copy_of(finished_run, tmp_path)
 
 
+@pytest.fixture(scope="module")
+def published(finished_run: Run, demo_census: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Such a run that has published; tests only read it."""
+    folder = tmp_path_factory.mktemp("published")
+    shutil.copytree(demo_census, folder / "census")
+    run = copy_of(finished_run, folder)
+    assert run("publish") == 0
+    return run
+
+
+@pytest.fixture
+def folder(published: Run, tmp_path: Path) -> Path:
+    """A copy of the published folder, to damage."""
+    return Path(shutil.copytree(published.path("published"), tmp_path / "published"))
+
+
 def copy_of(finished: Run, folder: Path, **sections: dict[str, Any]) -> Run:
     """Another run directory with the same artifacts; records name the Census that they were made from."""
     run = Run(folder, str(folder / "census"), gates={"sample_size": 300}, **sections)
@@ -112,8 +128,8 @@ def broken(links: list[Link]) -> set[str]:
 # --- what is valid
 
 
-def test_what_is_published_is_the_embedding_and_the_census_api_reads_it(run: Run) -> None:
-    assert run("publish") == 0
+def test_what_is_published_is_the_embedding_and_the_census_api_reads_it(published: Run) -> None:
+    run = published
     assert not failed_gates(run)
     latent, joinids = latent_of(run), np.load(run.path("latent-idx.npy"))
     with cellxgene_census.open_soma(uri=census_of(run)) as census:
@@ -137,8 +153,8 @@ def test_what_is_published_is_the_embedding_and_the_census_api_reads_it(run: Run
     assert record["model"]["genes"] == load_safe(run.path("scvi.model"))[1].genes
 
 
-def test_all_links_are_sound(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("publish") == 0
+def test_all_links_are_sound(published: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    run = published
     folder = str(run.path("published"))
     assert broken(verify(folder)) == set()
     links = verify(folder, census_of(run), n_cells=200, seed=3)
@@ -159,8 +175,8 @@ def test_all_links_are_sound(run: Run, capsys: pytest.CaptureFixture[str]) -> No
     assert f"expected the published folder {folder}, or a config that says where it is" in capsys.readouterr().err
 
 
-def test_the_sealed_sample_is_random_cells_with_their_counts(run: Run) -> None:
-    assert run("publish") == 0
+def test_the_sealed_sample_is_random_cells_with_their_counts(published: Run) -> None:
+    run = published
     sealed = ad.read_h5ad(run.path("published") / "sealed_sample.h5ad")
     joinids = sealed.obs["soma_joinid"].to_numpy()
     assert len(joinids) == 300
@@ -310,10 +326,9 @@ def test_a_folder_that_is_not_empty_is_not_overwritten(
     assert (tmp_path / "mine" / "thesis.tex").exists()
 
 
-def test_a_download_ends_where_more_comes_than_the_record_says(run: Run, tmp_path: Path) -> None:
+def test_a_download_ends_where_more_comes_than_the_record_says(published: Run, tmp_path: Path) -> None:
     """From a server that does not say how long a file is."""
-    assert run("publish") == 0
-    files = {path.name: path.read_bytes() for path in run.path("published").iterdir()}
+    files = {path.name: path.read_bytes() for path in published.path("published").iterdir()}
     endless = files["README.md"] + b"x" * 20_000_000
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -507,19 +522,18 @@ def flip_bit(path: Path, place: float = 0.5) -> None:
         ("provenance.json", {"provenance"}),
     ],
 )
-def test_one_bit_of_the_folder_is_caught(file: str, links: set[str], run: Run) -> None:
-    assert run("publish") == 0
-    flip_bit(run.path("published") / file, 0.7)
-    assert links <= broken(verify(str(run.path("published"))))
+def test_one_bit_of_the_folder_is_caught(file: str, links: set[str], folder: Path) -> None:
+    assert broken(verify(str(folder))) == set()
+    flip_bit(folder / file, 0.7)
+    assert links <= broken(verify(str(folder)))
 
 
-def test_another_model_in_the_folder_is_caught(run: Run) -> None:
-    assert run("publish") == 0
-    path = run.path("published") / "weights.safetensors"
+def test_another_model_in_the_folder_is_caught(folder: Path) -> None:
+    path = folder / "weights.safetensors"
     weights = load_file(path)
     weights["z_encoder.mean_encoder.bias"][1] += 0.01
     save_file(weights, path)
-    assert broken(verify(str(run.path("published")))) == {"files", "sealed_embedding"}
+    assert broken(verify(str(folder))) == {"files", "sealed_embedding"}
 
 
 def test_one_bit_of_the_embedding_is_caught(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -545,23 +559,21 @@ def test_two_rows_that_change_places_in_the_census_are_caught(run: Run) -> None:
     assert "2 of 1,500 cells read again differ" in links["fresh_sample"].finding
 
 
-def test_another_census_is_caught(run: Run, demo_census: str, tmp_path: Path) -> None:
+def test_another_census_is_caught(published: Run, tmp_path: Path) -> None:
     from census_scvi.local_census.demo.cells import write_demo_census
 
-    assert run("publish") == 0
     write_demo_census(str(tmp_path / "other"), seed=5, scale=0.1, n_genes=200)
-    links = verify(str(run.path("published")), str(tmp_path / "other"))
+    links = verify(str(published.path("published")), str(tmp_path / "other"))
     assert links[-1].name == "census"
     assert not links[-1].valid
 
 
-def test_a_record_that_names_files_outside_its_folder_is_refused(run: Run) -> None:
-    assert run("publish") == 0
-    path = run.path("published") / "provenance.json"
+def test_a_record_that_names_files_outside_its_folder_is_refused(folder: Path) -> None:
+    path = folder / "provenance.json"
     record = json.loads(path.read_text())
     record["files"]["../../../etc/passwd"] = record["files"].pop("model.json")
     path.write_text(json.dumps(record))
-    (link,) = verify(str(run.path("published")))
+    (link,) = verify(str(folder))
     assert "which is outside its folder" in link.finding
 
 
@@ -661,9 +673,8 @@ def test_kill_9_and_a_rerun_publish_once(module: str, name: str, nth: int, run: 
 # --- the model
 
 
-def test_the_hub_folder_loads_offline_with_trained_batches_only(run: Run) -> None:
-    assert run("publish") == 0
-    folder = str(run.path("published"))
+def test_the_hub_folder_loads_offline_with_trained_batches_only(published: Run) -> None:
+    run, folder = published, str(published.path("published"))
     model, description = load_safe(run.path("scvi.model"))
     hub = HubModel(folder)
     loaded = hub.model

@@ -164,7 +164,7 @@ def test_a_census_in_a_private_bucket(
     server = {"vfs.s3.endpoint_override": address, "vfs.s3.scheme": "http", "vfs.s3.use_virtual_addressing": False}
     keys = {"vfs.s3.aws_access_key_id": key, "vfs.s3.aws_secret_access_key": secret, "vfs.s3.region": "eu-west-1"}
     no_aws.setenv("NO_PROXY", "127.0.0.1")
-    quick = {"gates": {"sample_size": 300}, "evaluate": {"baseline": False}}
+    quick = {"gates": {"sample_size": 300}, "evaluate": {"baseline": False, "batches": []}}
     run = Run(tmp_path, "s3://private/census", census={"tiledb": server}, **quick)
     refused = run.subprocess("prepare")
     assert refused.returncode == 2
@@ -208,7 +208,7 @@ def test_a_store_that_throttles_resets_and_is_late(
     keys = {"vfs.s3.aws_access_key_id": private_bucket["key"], "vfs.s3.aws_secret_access_key": private_bucket["secret"]}
     own = {**keys, "vfs.s3.region": "eu-west-1", "vfs.s3.scheme": "http", "vfs.s3.use_virtual_addressing": False}
     no_aws.setenv("NO_PROXY", "127.0.0.1")
-    with faulty_store(private_bucket["address"], 20, "throttled", "reset", "late") as store:
+    with faulty_store(private_bucket["address"], 40, "throttled", "reset", "late") as store:
         settings = {"tiledb": {**own, "vfs.s3.endpoint_override": store.address}}
         run = Run(tmp_path, "s3://private/census", census=settings)
         done = run.subprocess("prepare")
