@@ -24,12 +24,13 @@ from hypothesis import strategies as st
 from pipeline import ROOT, Run
 
 from census_scvi.cli import main
+from census_scvi.cluster.process import failure
 from census_scvi.config.run_names import PROGRESS, STAGING
 from census_scvi.counts.data_module import PreparedDataModule
 from census_scvi.errors import UserError
 from census_scvi.files.atomic import write_json
 from census_scvi.search.choose import Finalist, choose, tried_of
-from census_scvi.search.process import Job, failure
+from census_scvi.search.process import Job
 from census_scvi.search.settings import Range
 from census_scvi.search.space import Tried, n_combinations, suggest
 from census_scvi.search.study import Study, all_failed
