@@ -87,6 +87,7 @@ USERS = {None: [command.module for command in STAGES.values() if not command.ext
 USERS |= {command.extra: [command.module] for command in STAGES.values() if command.extra}
 USERS[None] += ["census_scvi.cli", "census_scvi.model.published"]
 USERS["atlas"] += [ATLAS]
+USERS["cluster"] = ["census_scvi.stages.workers", "census_scvi.cluster.ray_workers"]
 USERS["evaluate"] += ["census_scvi.stages.decision"]
 USERS["annotate"] += ["census_scvi.annotation.functions", "census_scvi.annotation.scnym.interpret"]
 
@@ -253,6 +254,16 @@ def test_a_missing_extra_is_one_line_that_names_it(name: str, core: Installation
     done = core.run(code, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr == f"error: census-scvi {REFUSALS[name]}; pip install 'census-scvi[{STAGES[name].extra}]'\n"
+
+
+def test_an_address_of_ray_names_the_extra_that_it_needs(core: Installation, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("cluster: {address: auto}")
+    arguments = ["create-latent-update", "--config", "config.yaml"]
+    done = core.run(f"from census_scvi.cli import console; raise SystemExit(console({arguments}))", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: cluster.address needs ray, which is not installed; pip install 'census-scvi[cluster]'\n"
+    )
 
 
 def test_atlas_names_the_extra_that_it_needs(core: Installation, tmp_path: Path) -> None:

@@ -89,6 +89,21 @@ def test_a_worker_that_is_always_killed_is_given_up(tmp_path: Path) -> None:
     assert (tmp_path / "1").read_text() == "x"
 
 
+def test_a_part_that_hangs_is_done_again(tmp_path: Path) -> None:
+    Workers(partial(hangs_once, tmp_path), 2, tmp_path / "logs", minutes=0.1).do(parts(2), "work")
+    assert (tmp_path / "2").read_text() == "xx"
+    assert (tmp_path / "1").read_text() == "x"
+
+
+def hangs_once(folder: Path, part: Part) -> int:
+    counted = folder / str(part.number)
+    with counted.open("a") as file:
+        file.write("x")
+    if part.number == 2 and counted.read_text() == "x":
+        time.sleep(600)
+    return 0
+
+
 def killed_or_counted(folder: Path, part: Part) -> int:
     with (folder / str(part.number)).open("a") as file:
         file.write("x")

@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+import re
+from typing import Annotated, ClassVar, Self
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
 
-from census_scvi.config.section import Section
+from census_scvi.config.section import Kind, Section
+
+# A process on another machine may live on for so long after the command that started it: 30 s until Ray notices the end
+# of a command that came by ray://, 90 s until NFS releases the locks of a machine that is gone.
+_LEFTOVER_SECONDS = 120.0
+
+LOCAL, AUTO = "local", "auto"
+
+
+def _address(text: str) -> str:
+    if text not in (LOCAL, AUTO) and not re.fullmatch(r"(ray://)?(\[[0-9a-fA-F:]+\]|[\w.-]+):\d{1,5}", text):
+        raise PydanticCustomError("address", "expected auto, local, host:port or ray://host:port")
+    return text
+
+
+Address = Annotated[str, AfterValidator(_address), Kind("auto, local, host:port or ray://host:port")]
 
 
 class ClusterSection(Section):
@@ -14,6 +31,33 @@ class ClusterSection(Section):
 
     changes: ClassVar[tuple[str, ...]] = ()
     workers: Annotated[int, Field(ge=1)] = 1
-    """Processes on this machine that do parts of the work at the same time; 1: the command does it alone."""
+    """Parts of the work that are done at the same time; 1 without an address: the command does it alone."""
     parts_per_worker: Annotated[int, Field(ge=1)] = 4
     """Parts for each of these processes: with more parts, a slow one delays the end less."""
+    address: Address | None = None
+    """Ray cluster that does the parts: `auto` (one that this machine is part of), `host:port`, `ray://host:port`, or
+    `local`: Ray is started on this machine. `null`: processes of this machine, without Ray."""
+    cpus_per_worker: Annotated[int, Field(ge=1)] = 1
+    """On Ray: cores, and threads, of a part."""
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0
+    """On Ray: GPUs of a part, for example 1 or 0.25. 0: parts use no GPU."""
+    part_minutes: Annotated[float, Field(gt=0)] | None = None
+    """Minutes after which a part that has not ended is done again, on another machine if there is one."""
+
+    @model_validator(mode="after")
+    def _divided(self) -> Self:
+        if self.address is not None and self.n_parts == 1:
+            raise ValueError(
+                "address is set, and workers times parts_per_worker is one part, which the command does alone"
+            )
+        return self
+
+    @property
+    def n_parts(self) -> int:
+        """Number of parts that the work is divided into; 1: the command does it alone."""
+        return 1 if self.address is None and self.workers == 1 else self.workers * self.parts_per_worker
+
+    @property
+    def patience(self) -> float:
+        """Seconds to wait for locks of processes that a killed command left behind."""
+        return 0.0 if self.address is None else _LEFTOVER_SECONDS

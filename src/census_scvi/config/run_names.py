@@ -38,9 +38,10 @@ SEARCH = "search"
 # Files of a stage in its staging folder, in addition to the unfinished results.
 FINGERPRINT = "fingerprint.json"
 PROGRESS = "progress.json"
-# Of a stage in parts: the number of parts, the lock of those that begin; of each part its lock, and whether it is done.
+# Of a stage in parts: the number of parts, the locks of those that begin, and of the command that starts them; of each
+# part its lock, and whether it is done.
 PARTS = "parts.json"
-PARTS_LOCK = ".parts.lock"
+PARTS_LOCK, COMMAND_LOCK = ".parts.lock", ".command.lock"
 PART_LOCK, PART_DONE = "part.lock", "part.done"
 LOGS = "logs"
 # Of prepare: what the parts select cells and genes from, and the number of genes that were excluded beforehand.
@@ -58,7 +59,8 @@ OWNED = frozenset(
     {
         MANIFEST, LOCK, STAGING, GENES, TENSORBOARD, LATENT, LATENT_JOINIDS, LATENT_HASHES, MINIFIED, QA, PUBLISHED,
         EVALUATION, METRICS, REPORT, COMPARISON, SEARCH, FINGERPRINT, PROGRESS, CHECKPOINT, VARIANCE, LIBRARY_SIZE,
-        SEEN_CELLS, DECISION, PARTS, PARTS_LOCK, PART_LOCK, PART_DONE, GENES_LOCK, LOGS, SELECTION, EXCLUDED_GENES,
+        SEEN_CELLS, DECISION, PARTS, PARTS_LOCK, COMMAND_LOCK, PART_LOCK, PART_DONE, GENES_LOCK, LOGS, SELECTION,
+        EXCLUDED_GENES,
     }
 )  # fmt: skip
 _PART = re.compile(re.escape(PART).replace(r"\{:05d\}", r"\d{5,}"))

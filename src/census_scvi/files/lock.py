@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import logging
 import os
 import platform
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -17,13 +19,25 @@ from typing import TextIO
 from census_scvi.errors import UserError
 from census_scvi.files.json_file import read_json
 
+log = logging.getLogger(__name__)
+
+_POLL_SECONDS = 0.2
 # Errors of NFS without its lock service, and of file systems without locks.
 _WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
 @contextmanager
-def directory_lock(path: Path, stage: str, *, shared: bool = False) -> Iterator[None]:
+def directory_lock(path: Path, stage: str, *, shared: bool = False, patience: float = 0.0) -> Iterator[None]:
     """Hold a lock on a file while the block runs, alone or `shared`; the kernel releases it when the process ends.
+
+    Parameters
+    ----------
+    path, stage
+        The file, and the name of the holder for errors of others.
+    shared
+        Hold it together with others.
+    patience
+        Seconds to wait for another process that is ending.
 
     Raises
     ------
@@ -33,7 +47,7 @@ def directory_lock(path: Path, stage: str, *, shared: bool = False) -> Iterator[
     """
     with opened(path) as file:
         try:
-            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            _acquire(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, path, patience)
         except BlockingIOError:
             raise UserError(f"{path.parent} is in use by {_holder(path)}; wait for it or stop it") from None
         except OSError as error:
@@ -58,6 +72,22 @@ def waiting_lock(path: Path) -> Iterator[None]:
     with opened(path) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _acquire(file: TextIO, kind: int, path: Path, patience: float) -> None:
+    """Lock the file; BlockingIOError if others hold it longer than for `patience` seconds."""
+    last, said = time.monotonic() + patience, False
+    while True:
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() >= last:
+                raise
+            if not said:
+                log.info("%s is in use by %s: waiting up to %d s for its end", path.parent, _holder(path), patience)
+                said = True
+            time.sleep(_POLL_SECONDS)
 
 
 def opened(path: Path) -> TextIO:

@@ -5,39 +5,30 @@ from __future__ import annotations
 import logging
 import math
 import os
-import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import ray
 from ray import tune
 from ray.tune.result import DONE
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from census_scvi.errors import UserError
+from census_scvi.cluster import ray_session
 from census_scvi.search.process import Job, TrialProcess
 from census_scvi.search.trials import FINISHED, STOPPED, Trial
-
-log = logging.getLogger(__name__)
 
 _METRIC = "elbo_validation"
 _ENDED = "process_ended"  # Ray's own `done` also says that the scheduler stopped the trial
 _POLL_SECONDS = 0.2
-_MOST_STARTS = 5
-_OBJECT_STORE_BYTES = 80_000_000  # the least that Ray accepts; trials communicate through their folders
-# Ray must not report its use, change the current folder, replace the handling of signals, or lower the priority.
+# Ray Tune must not change the current folder, write logs, or replace the handling of signals.
 _ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_worker_niceness": "0",
 }
 
 
@@ -177,38 +168,8 @@ def run_trials(
 
 @contextmanager
 def ray_here(n_gpus: int) -> Iterator[None]:
-    """Run Ray on this machine while the block runs; the handlers of signals stay as they are."""
+    """Run Ray on this machine while the block runs, set up for trials."""
     os.environ |= _ENVIRONMENT
-    for name in ("ray.tune", "ray._private.authentication"):  # they warn that records are off, and tokens used
-        logging.getLogger(name).setLevel(logging.ERROR)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    _start(n_gpus)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    try:
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)  # it warns that records are off
+    with ray_session.ray_here(n_gpus):
         yield
-    finally:
-        ray.shutdown()
-
-
-def _start(n_gpus: int) -> None:
-    """Start Ray, several times if need be: it waits for its own processes for 30 s, too short for a busy machine."""
-    for attempt in range(_MOST_STARTS):
-        try:
-            ray.init(
-                num_cpus=os.cpu_count(),
-                num_gpus=n_gpus,
-                include_dashboard=False,
-                configure_logging=False,
-                log_to_driver=False,
-                object_store_memory=_OBJECT_STORE_BYTES,
-            )
-            return
-        except Exception as error:
-            ray.shutdown()
-            if "timed out during startup" not in str(error):
-                raise
-            log.warning("Ray did not start within its time limit (%d of %d times)", attempt + 1, _MOST_STARTS)
-    raise UserError(
-        f"Ray did not start in {_MOST_STARTS} attempts: the machine is too busy; run the same command again later"
-    )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from census_scvi.annotation.results.places import annotate_results
 from census_scvi.cluster.settings import ClusterSection
+from census_scvi.config.extras import require_extra
 from census_scvi.config.run_names import FIRST_PROCESS, SEARCH, STAGING
 from census_scvi.config.stages import STAGES, Stage
 from census_scvi.errors import UserError
@@ -99,11 +100,23 @@ def run_stage(name: str, config: Config, *, force: bool = False, part: Part | No
     if stage.several_processes and is_follower():
         _follow(stage, config, force=force)
         return
-    place, new = _place(stage, config)
     with ExitStack() as stack:
         if part is not None:
             _run_part(stage, config, part, stack)
             return
+        if stage.parts and config.cluster.n_parts > 1:
+            if config.cluster.address is not None:
+                require_extra("cluster", "cluster.address")
+            place = Workspace(config.directory)
+            stack.enter_context(place.dividing(name, new=not stage.reads, patience=config.cluster.patience))
+        _run_whole(stage, config, force=force)
+
+
+def _run_whole(stage: Stage, config: Config, *, force: bool = False) -> None:
+    """Run a stage that several processes do not share, or divide it into parts, which workers do; then join them."""
+    name = stage.name
+    place, new = _place(stage, config)
+    with ExitStack() as stack:
         stack.enter_context(place.locked(name, new=new))
         first = None
         if stage.several_processes and _is_one_of_several(config) and config.directory.exists():
@@ -124,8 +137,8 @@ def run_stage(name: str, config: Config, *, force: bool = False, part: Part | No
             log.info("%s is done for these settings in %s; --force runs it again", name, place)
             return
         n_parts = 1
-        if stage.parts and config.cluster.workers > 1 and isinstance(run, StageRun):
-            n_parts = divide(run, config.cluster.workers * config.cluster.parts_per_worker)
+        if stage.parts and config.cluster.n_parts > 1 and isinstance(run, StageRun):
+            n_parts = divide(run, config.cluster.n_parts)
         if n_parts == 1:
             try:
                 _module(stage).run(Task(config, config.artifacts, run, place, census, first))
@@ -135,7 +148,7 @@ def run_stage(name: str, config: Config, *, force: bool = False, part: Part | No
             return
     # The directory is not locked now: the workers lock it together, then this process alone.
     importlib.import_module("census_scvi.stages.workers").do_parts(stage, config, n_parts)
-    run_stage(name, config.model_copy(update={"cluster": ClusterSection()}))
+    _run_whole(stage, config.model_copy(update={"cluster": ClusterSection()}))
 
 
 def _run_part(stage: Stage, config: Config, part: Part, stack: ExitStack) -> None:
@@ -147,7 +160,7 @@ def _run_part(stage: Stage, config: Config, part: Part, stack: ExitStack) -> Non
     if run.done:
         log.info("%s is done for these settings in %s", stage.name, place)
         return
-    stack.enter_context(part_lock(run, part))
+    stack.enter_context(part_lock(run, part, config.cluster.patience))
     mark = done_mark(run.staging, part)
     if not mark.exists() and not _module(stage).run_part(Task(config, config.artifacts, run, place, census), part):
         log.info("%s of %s can go on when all parts are as far: run them again", part, stage.name)

@@ -1,11 +1,15 @@
-"""The parts of a stage, done by `cluster.workers` processes of this machine."""
+"""The parts of a stage, done by `cluster.workers` processes of this machine, or by those of a Ray cluster."""
 
 from __future__ import annotations
 
+import importlib
 import itertools
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 from census_scvi.cli import guarded
+from census_scvi.cluster.pool import Pool
 from census_scvi.cluster.workers import Workers, threads_of_each
 from census_scvi.config.run_names import LOGS, STAGING
 from census_scvi.config.stages import Stage
@@ -17,19 +21,39 @@ from census_scvi.workspace.staged_parts import done_mark
 
 def do_parts(stage: Stage, config: Config, number: int) -> None:
     """Do all parts of a stage, in as many rounds as it needs; UserError: as a part alone has it, with its name."""
-    work = partial(do_part, stage.name, config)
-    staging, logs = config.directory / STAGING / stage.name, config.directory / LOGS / stage.name
-    workers = Workers(work, config.cluster.workers, logs, preload=(stage.module,))
-    for number_of_round in itertools.count(1):
-        left = [part for part in parts(number) if not done_mark(staging, part).exists()]
-        if not left or not staging.exists():  # another process may have finished the stage
-            break
-        workers.do(left, stage.name if number_of_round == 1 else f"{stage.name}, round {number_of_round}")
+    staging = config.directory / STAGING / stage.name
+    with _pool(stage, config) as pool:
+        for number_of_round in itertools.count(1):
+            left = [part for part in parts(number) if not done_mark(staging, part).exists()]
+            if not left or not staging.exists():  # another process may have finished the stage
+                break
+            pool.do(left, stage.name if number_of_round == 1 else f"{stage.name}, round {number_of_round}")
+
+
+def _pool(stage: Stage, config: Config) -> AbstractContextManager[Pool[Any]]:
+    """What does the parts, according to the settings."""
+    work, logs, cluster = partial(do_part, stage.name, config), config.directory / LOGS / stage.name, config.cluster
+    if cluster.address is None:
+        workers = Workers(work, cluster.workers, logs, preload=(stage.module,), minutes=cluster.part_minutes)
+        return nullcontext(workers)
+    ray_workers = importlib.import_module("census_scvi.cluster.ray_workers").ray_workers  # imports Ray
+    on_ray: AbstractContextManager[Pool[Any]] = ray_workers(
+        cluster.address,
+        work,
+        cluster.workers,
+        logs,
+        preload=(stage.module,),
+        cpus=cluster.cpus_per_worker,
+        gpus=cluster.gpus_per_worker,
+        minutes=cluster.part_minutes,
+    )
+    return on_ray
 
 
 def do_part(name: str, config: Config, part: Part) -> int:
     """Do a part in the process of a worker; returns the exit code."""
-    threads = str(threads_of_each(config.cluster.workers))
+    cluster = config.cluster
+    threads = str(threads_of_each(cluster.workers) if cluster.address is None else cluster.cpus_per_worker)
     of_tiledb = {"sm.compute_concurrency_level": threads, "sm.io_concurrency_level": threads}
     census = config.census.model_copy(update={"tiledb": of_tiledb | config.census.tiledb})
     return guarded(lambda: protocol.run_stage(name, config.model_copy(update={"census": census}), part=part))

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from census_scvi.config.flat import digest
-from census_scvi.config.run_names import FINGERPRINT, LOCK, MANIFEST, PARTS, STAGING
+from census_scvi.config.run_names import COMMAND_LOCK, FINGERPRINT, LOCK, MANIFEST, PARTS, STAGING
 from census_scvi.config.stages import script_of
 from census_scvi.errors import UserError
 from census_scvi.files.atomic import remove, sync, sync_tree, write_json
@@ -59,18 +59,9 @@ class Workspace:
         shared
             Lock it together with other processes that do the same; an open commit is refused.
         """
-        if "::" in str(self.directory.absolute()):
-            raise UserError(
-                f"{self.setting} {self.directory.absolute()}: Lightning interprets '::' in a path as a chain of file"
-                " systems; choose another folder"
-            )
-        if not new and not self.directory.exists():
+        if not self._exists(new=new):
             yield self
             return
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{self.setting} {self.directory} cannot be created: {error.strerror}") from None
         holder = f"{script_of(stage)}{' --part' * shared}"
         with directory_lock(self.directory / LOCK, holder, shared=shared):
             if not shared:
@@ -79,6 +70,41 @@ class Workspace:
                 script = script_of(next(iter(unfinished)))
                 raise UserError(f"{script} was stopped in {self} as it ended; run it again, which finishes it")
             yield self
+
+    @contextmanager
+    def dividing(self, stage: str, *, new: bool, patience: float) -> Iterator[None]:
+        """Refuse a second command that divides a stage into parts: its parts lock the directory, not the command.
+
+        Parameters
+        ----------
+        stage, new
+            As for `locked`.
+        patience
+            Seconds to wait for parts that a killed command left behind.
+        """
+        if not self._exists(new=new):
+            yield
+            return
+        holder = script_of(stage)
+        with directory_lock(self.directory / COMMAND_LOCK, holder):
+            with directory_lock(self.directory / LOCK, holder, patience=patience):
+                pass
+            yield
+
+    def _exists(self, *, new: bool) -> bool:
+        """Whether the directory exists, or is `new` and was created."""
+        if "::" in str(self.directory.absolute()):
+            raise UserError(
+                f"{self.setting} {self.directory.absolute()}: Lightning interprets '::' in a path as a chain of file"
+                " systems; choose another folder"
+            )
+        if not new and not self.directory.exists():
+            return False
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.setting} {self.directory} cannot be created: {error.strerror}") from None
+        return True
 
     def manifest(self) -> dict[str, Any]:
         """Content of the manifest, `{"stages": {stage: record}}`; empty if no stage has run."""

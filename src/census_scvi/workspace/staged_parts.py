@@ -99,9 +99,9 @@ def done_mark(staging: Path, part: Part) -> Path:
     return staging / part.name(PART_DONE)
 
 
-def part_lock(run: StageRun, part: Part) -> AbstractContextManager[None]:
-    """Lock of a part; UserError if another process does it."""
-    return directory_lock(run.path(part.name(PART_LOCK)), f"another process that does {part}")
+def part_lock(run: StageRun, part: Part, patience: float) -> AbstractContextManager[None]:
+    """Lock of a part; UserError if another process does it, and goes on for this number of seconds."""
+    return directory_lock(run.path(part.name(PART_LOCK)), f"another process that does {part}", patience=patience)
 
 
 def _require_fits(run: StageRun, part: Part) -> None:
