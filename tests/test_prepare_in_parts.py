@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+import tiledbsoma
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pipeline import Run, forked
@@ -150,19 +153,39 @@ def part_of_small_tiles(name: str, config: Config, part: Part) -> int:
     return DO_PART(name, config, part)
 
 
-def test_three_workers_of_which_two_are_killed(
-    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def workers_of_small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of 50 cells here and in the processes of workers."""
     for holder in (stream, select):
         monkeypatch.setattr(holder, "X_TILE", 50)
     monkeypatch.setattr(file_order, "POOL_RUNS", 2)
     monkeypatch.setattr(prepared_store, "PART_POOLS", 2)
     monkeypatch.setattr(workers, "do_part", part_of_small_tiles)
+
+
+@pytest.mark.usefixtures("workers_of_small_tiles")
+def test_three_workers_of_which_two_are_killed(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("prepare", "cluster.workers=3", "cluster.parts_per_worker=2") == 0
     said = capsys.readouterr().err
     assert "part 2 of 6 is done again: killed by signal 9" in said
     assert "part 3 of 6 is done again: killed by signal 9" in said
     assert run.record("prepare")["parts"] == 6
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("workers_of_small_tiles")
+def test_workers_publish_what_one_process_publishes(demo_census: str, tmp_path: Path) -> None:
+    published = []
+    for name, more in (("one", ()), ("workers", ("cluster.workers=2", "cluster.parts_per_worker=2"))):
+        uri = shutil.copytree(demo_census, tmp_path / f"census of {name}")
+        run = Run(tmp_path / name, str(uri), gates={"sample_size": 100}, latent={"block_size": 100})
+        for stage in ("prepare", "train", "create-latent-update", "publish"):
+            assert run(stage, *more) == 0, stage
+        with tiledbsoma.Experiment.open(f"{uri}/census_data/homo_sapiens") as experiment:
+            published.append(experiment.ms["RNA"].obsm["scvi"].read().tables().concat().to_pandas())
+        assert run.record("create-latent-update")["parts"] == (4 if more else 1)
+    assert len(published[0]) == 1500 * 4
+    pd.testing.assert_frame_equal(*published)
 
 
 @settings(max_examples=50)

@@ -26,7 +26,7 @@ _CHUNK_NONZEROS = 2**14
 _CHUNK_CELLS = 2**14
 # After a byte shuffle, gzip needs a fifth fewer bytes than lzf, and every HDF5 tool can read it.
 _COMPRESSION: dict[str, Any] = {"compression": "gzip", "compression_opts": 1, "shuffle": True}
-_THREADS = min(4, os.cpu_count() or 1)
+_THREADS = min(8, os.cpu_count() or 1)
 _HELD_BYTES = 4 * 2**20
 _STRING = h5py.string_dtype("utf-8")
 
