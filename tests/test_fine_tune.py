@@ -19,8 +19,10 @@ from nodes import on_two_nodes
 from pipeline import Run
 
 from census_scvi import Atlas
+from census_scvi.census import stream
 from census_scvi.census.cells import Cells
 from census_scvi.cli import main
+from census_scvi.counts import file_order
 from census_scvi.errors import UserError
 from census_scvi.fine_tuning import start
 from census_scvi.fine_tuning.new_cells import NewCells, seen_after, training_cells
@@ -180,6 +182,22 @@ def test_the_labels_are_those_of_the_new_cells(releases: tuple[str, str], traine
     assert run("prepare") == 0
     obs = ad.read_h5ad(run.path("anndata_model.h5ad")).obs
     assert list(obs["labels"].astype(str)) == list(obs["cell_type"].astype(str))
+
+
+def test_the_cells_are_prepared_in_parts(
+    releases: tuple[str, str], trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "X_TILE", 100)
+    monkeypatch.setattr(file_order, "POOL_RUNS", 2)
+    one, several = (next_run(tmp_path / name, releases[1], trained.directory) for name in ("one", "parts"))
+    assert one("prepare") == 0
+    for part in ("2/3", "3/3", "1/3"):
+        assert several("prepare", "--part", part) == 0  # no round for the genes, which are those of the model
+    assert len(list(several.path(".partial/prepare").glob("part-0000?-of-00003.done"))) == 3
+    assert several("prepare") == 0
+    for name in ("anndata_model.h5ad", "hv_genes.pkl", "seen-cells.npy"):
+        assert one.path(name).read_bytes() == several.path(name).read_bytes(), name
+    assert one.record("prepare")["counts"] == several.record("prepare")["counts"]
 
 
 def test_a_model_whose_census_is_gone(
