@@ -87,10 +87,10 @@ def test_a_part_that_hangs_or_whose_worker_dies_is_done_again(cluster: Cluster, 
 
 
 def test_errors_of_parts(cluster: Cluster, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"part 2 of 3 on .*: there is no column of that name; its output is in .*log$"):
+    with pytest.raises(UserError, match=r"part 2 of 3: on .*: there is no column of that name; its output is .*log$"):
         done(cluster, partial(ray_parts.fails, tmp_path), tmp_path)
     assert len(nodes_of(tmp_path, 2)) == 1
-    with pytest.raises(UserError, match=r"part 1 of 1 on .*: the disk of .*logs is full; free some space"):
+    with pytest.raises(UserError, match=r"part 1 of 1: on .*: the disk of .*logs is full; free some space"):
         done(cluster, ray_parts.fills_the_disk, tmp_path, n_parts=1)
 
 
@@ -102,7 +102,7 @@ def test_a_machine_that_does_not_see_the_files(
     monkeypatch.chdir(folder)
     with ray_workers(cluster.address, partial(ray_parts.noted, tmp_path), 1, tmp_path / "logs") as pool:
         folder.rmdir()
-        with pytest.raises(UserError, match=r"part 1 of 1 on .*: .*only-here does not exist there: every machine of"):
+        with pytest.raises(UserError, match=r"part 1 of 1: on .*: .*only-here does not exist there: every machine of"):
             pool.do(parts(1), "work")
 
 
@@ -196,7 +196,7 @@ def test_the_result_is_that_of_one_process_whatever_is_killed(
     other = partial(ray_parts.of_another_installation, packages, load_config(run.config, on_ray(cluster.address)))
     logs = run.path(f"{LOGS}/{STAGE}")
     with ray_workers(cluster.address, other, 1, logs) as pool:
-        with pytest.raises(UserError, match=r"part 1 of 6 on .* were done with other versions: torch 2.*, here 1.0;"):
+        with pytest.raises(UserError, match=r"part 1 of 6: on .* were done with other versions: torch 2.*, here 1.0;"):
             pool.do(parts(6), STAGE)
 
     monkeypatch.setattr(stream, "X_TILE", 100)
@@ -208,8 +208,8 @@ def test_the_result_is_that_of_one_process_whatever_is_killed(
         assert run(STAGE, *on_ray(cluster.address)) == 0
         removal.result()
     said = capsys.readouterr().err
-    assert "part 3 of 6: its process of Ray, or its machine, is gone; it is done again" in said
-    assert re.search(r"part 5 of 6: its (process of Ray, or its )?machine.*; it is done again", said)
+    assert "part 3 of 6 is done again: its process of Ray, or its machine, is gone" in said
+    assert re.search(r"part 5 of 6 is done again: its (process of Ray, or its )?machine", said)
     assert digest(run) == undisturbed
     assert run.record(STAGE)["parts"] == 6
     assert "part 4 of 6 of create-latent-update is done" in (logs / "part-00004-of-00006.log").read_text()

@@ -50,7 +50,7 @@ def test_three_workers_of_which_two_are_killed(
     assert run(STAGE, "cluster.workers=3", "cluster.parts_per_worker=2") == 0
     said = capsys.readouterr().err
     for part in ("part 2 of 6", "part 5 of 6"):
-        assert f"{part}: {KILLED}; it is done again" in said
+        assert f"{part} is done again: {KILLED}" in said
     assert digest(run) == undisturbed
     assert run.record(STAGE)["parts"] == 6
     logs = run.path(f"logs/{STAGE}")

@@ -39,9 +39,8 @@ class Failure:
     again: bool
     host: str | None = None
 
-    def of(self, part: Part) -> str:
-        """Text on a part: "part 2 of 3 on node-7: reason"."""
-        return f"{part}{f' on {self.host}' if self.host else ''}: {self.reason}"
+    def __str__(self) -> str:
+        return f"on {self.host}: {self.reason}" if self.host else self.reason
 
 
 class Pool(ABC, Generic[Running]):
@@ -94,10 +93,10 @@ class Pool(ABC, Generic[Running]):
 
     def _require_another_try(self, part: Part, failure: Failure, tries: int) -> None:
         if failure.again and tries < _MOST_TRIES:
-            log.warning("%s; it is done again", failure.of(part))
+            log.warning("%s is done again: %s", part, failure)
             return
         output = self.logs / part.name("part.log")
-        raise UserError(f"{failure.of(part)}{f'; its output is in {output}' if output.exists() else ''}")
+        raise UserError(f"{part}: {failure}{f'; its output is in {output}' if output.exists() else ''}")
 
     @abstractmethod
     def _start(self, part: Part) -> Running:

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import socket
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -48,7 +49,8 @@ def ray_at(address: str) -> Iterator[None]:
 
     def connect() -> None:
         try:
-            ray.init(place, configure_logging=False, log_to_driver=False)
+            with warnings.catch_warnings(action="ignore"):  # of what the error says, too
+                ray.init(place, configure_logging=False, log_to_driver=False)
         except Exception as error:
             ray.shutdown()
             raise UserError(f"cluster.address {address}: {_reason(error, place)}") from None
@@ -117,7 +119,8 @@ def _require_answer(address: str) -> None:
 
 
 def _reason(error: Exception, address: str) -> str:
-    text = on_one_line(str(error))
+    text = str(error).strip()
+    text = on_one_line(text.splitlines()[-1] if "Traceback" in text else text)
     if isinstance(error, ConnectionError):
         if address == AUTO:
             return "no Ray runs on this machine; start it (ray start --head), or give its address as host:port"

@@ -88,11 +88,17 @@ def ray_workers(
     Raises
     ------
     UserError
-        Ray is not reachable, or no machine has these cores and GPUs.
+        Ray is not reachable, or no longer; or no machine has these cores and GPUs.
     """
     environment = thread_variables(cpus) | ({} if gpus else {"CUDA_VISIBLE_DEVICES": ""})
     with ray_at(address):
-        yield RayWorkers(PartWork(work, logs.absolute(), preload, environment, minutes), number, cpus, gpus)
+        try:
+            yield RayWorkers(PartWork(work, logs.absolute(), preload, environment, minutes), number, cpus, gpus)
+        except (ConnectionError, RayError) as error:
+            raise UserError(
+                f"cluster.address {address}: the connection to Ray was lost ({on_one_line(str(error))}); run the same"
+                " command again, which resumes"
+            ) from None
 
 
 class RayWorkers(Pool[Any]):
