@@ -103,7 +103,7 @@ def test_a_prepare_that_was_killed_between_parts_keeps_those_it_had(
     run = shutil.copytree("prepare-killed", tmp_path / "run")
     assert stage("prepare", str(run)) == 0
     lines = capsys.readouterr().err
-    assert "resuming with 100 genes" in lines and "96 of 276 cells were written before" in lines
+    assert "100 genes were selected before" in lines and "96 of 276 cells were written before" in lines
     cells, undisturbed = (ad.read_h5ad(Path(folder) / "anndata_model.h5ad") for folder in (run, "finished"))
     assert (cells.X != undisturbed.X).nnz == 0
     assert cells.obs.equals(undisturbed.obs) and cells.var.equals(undisturbed.var)

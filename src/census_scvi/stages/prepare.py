@@ -147,7 +147,7 @@ class _Preparation:
         config, path = self.task.config, self.task.run.path(self.task.artifacts.genes)
         if path.exists():
             genes = read_genes(path)
-            log.info("resuming with %d genes that were selected before", len(genes))
+            log.info("%d genes were selected before", len(genes))
             return genes
         arguments = (self.task.census, config.training_filter, config.hvg, config.seed, config.genes.min_cells)
         if mine == [WHOLE]:
