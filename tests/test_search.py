@@ -35,7 +35,7 @@ from census_scvi.search.settings import Range
 from census_scvi.search.space import Tried, n_combinations, suggest
 from census_scvi.search.study import Study, all_failed
 from census_scvi.search.table import table_of
-from census_scvi.search.trials import SEARCHED, Trial, new_trial, trials_of
+from census_scvi.search.trials import FINAL, SEARCHED, Trial, new_trial, trials_of
 from census_scvi.search.tune import ray_here
 from census_scvi.settings import Config, load_config
 from census_scvi.settings.search_space import require_searchable, trial_config
@@ -363,30 +363,36 @@ def test_asha_stops_trials_that_are_worse_and_a_search_of_failures_says_why(
     prepared: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")]))  # for Ray's processes
-    job = Job(learn, (), str(tmp_path), os.cpu_count() or 1, 0.0)
+    job = Job(learn, (__name__,), str(tmp_path), os.cpu_count() or 1, 0.0)
 
     def study(name: str, values: list[int]) -> Study:
         search = {"space": {"model.n_latent": values}, "scheduler": "asha", "grace_epochs": 1, "trials": len(values)}
-        settings = config_with(tmp_path, search=search).search
+        settings = config_with(tmp_path, search={**search, "final_seeds": 2}).search
         return Study(
             tmp_path / name,
             settings,
             0,
             EPOCHS,
-            {},
+            {"model.n_latent": 1},
             partial(Trial.prepare, prepared=prepared.directory, config={}),
             job,
             1,
         )
 
-    some, failing = study("some", list(range(1, 8))), study("failing", [FAILING, FAILING + 1])
+    some, failing = study("some", list(range(1, 6))), study("failing", [FAILING, FAILING + 1])
     with ray_here(0):
-        some.search()
+        some.run()
         trials = some.trials
-        some.search()
+        some.run()
         assert some.trials == trials, "those that were stopped are not trained again"
-        failing.search()
-    assert len(trials) == 7
+        failing.run()
+    final = [trial for trial in trials if trial.part == FINAL]
+    finalists = {trial.settings["model.n_latent"] for trial in final}
+    assert len(finalists) == 2
+    assert 1 in finalists
+    assert all(len(trial.curves["elbo_validation"]) == EPOCHS for trial in final), "only the search stops trials"
+    trials = [trial for trial in trials if trial.part == SEARCHED]
+    assert len(trials) == 5
     best = math.inf
     for trial in trials:
         epochs, latent = len(trial.curves["elbo_validation"]), trial.settings["model.n_latent"]

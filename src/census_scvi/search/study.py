@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from census_scvi.search.choose import N_BEST, Finalist, distinct, finalists, measures_of, score_of, tried_of, words_of
 from census_scvi.search.process import Job
 from census_scvi.search.settings import SearchSection
 from census_scvi.search.space import Settings, n_combinations, suggest
 from census_scvi.search.trials import FAILED, FINAL, FINISHED, SEARCHED, STOPPED, Trial, new_trial, trials_of
-from census_scvi.search.tune import asha, run_trials
+from census_scvi.search.tune import Following, asha, run_trials
 
 log = logging.getLogger(__name__)
 
@@ -58,12 +57,21 @@ class Study:
         """All trials so far."""
         return trials_of(self.folder)
 
-    def search(self) -> None:
-        """Train the trials of the space; those that ended before are not trained again."""
+    def run(self) -> None:
+        """Train the trials of the space, then the best settings and the default with further seeds.
+
+        What ended before is not trained again. Nothing is confirmed if no trial finished.
+        """
         scheduled = self.settings.scheduler == "asha"
         before = [trial for trial in self.trials if trial.part == SEARCHED and (scheduled or trial.status is None)]
         scheduler = asha(self.settings.grace_epochs, self.max_epochs) if scheduled else None
-        self._run(lambda: before.pop(0) if before else self._next(), scheduler)
+        phases = [self._prepared(lambda: before.pop(0) if before else self._next()), self._prepared(self._confirming())]
+        while phases and (first := phases[0]()) is None:
+            del phases[0]
+        if phases:  # else nothing is left to train
+            waiting, rest = [first], phases[0]
+            phases[0] = lambda: waiting.pop() if waiting else rest()
+            run_trials(phases, self._log, self.job, max_epochs=self.max_epochs, scheduler=scheduler)
 
     def _next(self) -> Trial | None:
         """The next seed of the last settings, or the first seed of others; None at the end of the search."""
@@ -80,10 +88,18 @@ class Study:
         following = suggest(self.settings.space, tried, self.settings.searcher, self.seed)
         return None if following is None else new_trial(self.folder, following, self.seed, SEARCHED)
 
-    def confirm(self) -> None:
-        """Train the best settings and the default with further seeds, and with the first one where it is missing."""
-        wanted = [(settings, seed) for settings in self.finalists() for seed in (self.seed, *self.final_seeds)]
-        self._run(lambda: self._missing(wanted), None)
+    def _confirming(self) -> Following:
+        """The best settings and the default, with further seeds, and with the first one where it is missing."""
+        wanted: list[tuple[Settings, int]] | None = None
+
+        def following() -> Trial | None:
+            nonlocal wanted
+            if wanted is None:  # the trials of the space have ended
+                found = self.finalists() if any(trial.status == FINISHED for trial in self.trials) else []
+                wanted = [(settings, seed) for settings in found for seed in (self.seed, *self.final_seeds)]
+            return self._missing(wanted)
+
+        return following
 
     def finalists(self) -> list[Settings]:
         """The best settings of the search, and the default."""
@@ -138,19 +154,16 @@ class Study:
         found = [trial for trial in self.trials if trial.settings == settings and trial.status == FINISHED]
         return sorted(found, key=lambda trial: trial.seed)
 
-    def _run(self, following: Callable[[], Trial | None], scheduler: Any) -> None:
-        first = following()
-        if first is None:
-            return
-        waiting = [first]
+    def _prepared(self, following: Following) -> Following:
+        """The trials of a function, whose folders are written before they are trained."""
 
         def give() -> Trial | None:
-            trial = waiting.pop() if waiting else following()
+            trial = following()
             if trial is not None and trial.status is None:
                 self.prepare(trial)
             return trial
 
-        run_trials(give, self._log, self.job, max_epochs=self.max_epochs, scheduler=scheduler)
+        return give
 
     def _log(self, trial: Trial) -> None:
         epochs = len(trial.curves.get("elbo_train", []))

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,10 @@ from ray.tune.search import Searcher
 
 from census_scvi.cluster import ray_session
 from census_scvi.search.process import Job, TrialProcess
-from census_scvi.search.trials import FINISHED, STOPPED, Trial
+from census_scvi.search.trials import FINAL, FINISHED, STOPPED, Trial
+
+# Gives the next trial; None: there is no other.
+Following = Callable[[], Trial | None]
 
 _METRIC = "elbo_validation"
 _ENDED = "process_ended"  # Ray's own `done` also says that the scheduler stopped the trial
@@ -89,18 +92,22 @@ class TrialActor(tune.Trainable):
 class _Source(Searcher):
     """Gives Ray Tune the trials, one at a time, and hears when each ends."""
 
-    def __init__(self, following: Callable[[], Trial | None], ended: Callable[[Trial], None], values: Any) -> None:
+    def __init__(self, phases: Sequence[Following], ended: Callable[[Trial], None], values: Any) -> None:
         super().__init__()
-        self._following, self._ended, self._values = following, ended, values
+        self._phases, self._ended, self._values = list(phases), ended, values
         self._running: dict[str, Trial] = {}
 
     def suggest(self, trial_id: str) -> Any:
-        """The config of the next trial."""
-        trial = self._following()
-        if trial is None:
-            return Searcher.FINISHED
-        self._running[trial_id] = trial
-        return {"trial": trial, **self._values}
+        """The config of the next trial; None: trials of this phase are still running."""
+        while self._phases:
+            trial = self._phases[0]()
+            if trial is not None:
+                self._running[trial_id] = trial
+                return {"trial": trial, **self._values}
+            if self._running:
+                return None
+            del self._phases[0]
+        return Searcher.FINISHED
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """A trial that did not end by itself was stopped by the scheduler, unless it was complete already."""
@@ -116,9 +123,19 @@ class _Source(Searcher):
         """Nothing."""
 
 
+class _OfTheSearch(AsyncHyperBandScheduler):
+    """Stops trials of the search only: further seeds of the best settings are trained to their end."""
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Whether the trial goes on."""
+        if trial.config["trial"].part == FINAL:
+            return str(TrialScheduler.CONTINUE)
+        return str(super().on_trial_result(tune_controller, trial, result))
+
+
 def asha(grace_epochs: int, max_epochs: int) -> TrialScheduler:
     """Stop trials whose validation ELBO is worse than that of others after the same epochs (Li et al. 2020)."""
-    return AsyncHyperBandScheduler(
+    return _OfTheSearch(
         time_attr="training_iteration",
         metric=_METRIC,
         mode="min",
@@ -128,7 +145,7 @@ def asha(grace_epochs: int, max_epochs: int) -> TrialScheduler:
 
 
 def run_trials(
-    following: Callable[[], Trial | None],
+    phases: Sequence[Following],
     ended: Callable[[Trial], None],
     job: Job,
     *,
@@ -139,8 +156,9 @@ def run_trials(
 
     Parameters
     ----------
-    following
-        Function that returns the next trial, or None; it is called when there are resources for one.
+    phases
+        Functions that return the next trial, or None if there is no other, called when there are resources for one.
+        Each begins when all trials of the one before have ended.
     ended
         Function that is called with each trial at its end.
     job
@@ -155,7 +173,7 @@ def run_trials(
         tuner = tune.Tuner(
             tune.with_resources(TrialActor, resources),
             tune_config=tune.TuneConfig(
-                search_alg=_Source(following, ended, {"job": job, "max_epochs": max_epochs}),
+                search_alg=_Source(phases, ended, {"job": job, "max_epochs": max_epochs}),
                 scheduler=scheduler or FIFOScheduler(),
                 num_samples=-1,
                 reuse_actors=True,

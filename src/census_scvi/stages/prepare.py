@@ -47,6 +47,8 @@ log = logging.getLogger(__name__)
 _BASE_MEMORY = 0.4e9
 # Bytes per non-zero while it is read (two rows of tiles, two copies), and in the shuffle pool.
 _BYTES_READ, _BYTES_POOLED = 96.0, 16.0
+# Bytes per cell while the cells are selected for the genes; between 0.5 and 5 million cells (benchmarks/many_cells.py).
+_BYTES_A_CELL = 55.0
 _SAMPLE_RUNS = 12
 _VARIABLE = 0.6
 _BYTES_A_NONZERO = {"gzip": 1.9, "none": 8.0}
@@ -321,7 +323,7 @@ def _sampled(runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 def _memory(n_cells: int, read: float, written: float) -> float:
     """Bytes of memory to write cells of which `read` non-zeros are read and `written` are written, each on average."""
-    return _BASE_MEMORY + 25.0 * n_cells + X_TILE * (_BYTES_READ * read + POOL_RUNS * _BYTES_POOLED * written)
+    return _BASE_MEMORY + _BYTES_A_CELL * n_cells + X_TILE * (_BYTES_READ * read + POOL_RUNS * _BYTES_POOLED * written)
 
 
 def _stored_bytes(obs: pd.DataFrame) -> float:

@@ -64,11 +64,10 @@ def run(task: Task) -> None:
     for settings in _data_choices(config):
         _prepared(config, folder, settings)
     with ray_here(gpus_here):
-        study.search()
-        if not any(study.of(trial.settings) for trial in study.trials):
-            _write_table(folder / TABLE, study, config)
-            raise UserError(f"{all_failed(study.trials)}; {folder / TABLE} lists them")
-        study.confirm()
+        study.run()
+    if not any(study.of(trial.settings) for trial in study.trials):
+        _write_table(folder / TABLE, study, config)
+        raise UserError(f"{all_failed(study.trials)}; {folder / TABLE} lists them")
     _require_ended(study)
     choice = _choice(study, config)
     _write_table(task.run.path(TABLE), study, config)

@@ -63,12 +63,15 @@ def tally_genes(census: Census, cells: Cells, part: Part = WHOLE) -> tuple[GeneT
     """Tally of the batches that have cells in a part of the cells, and these batches."""
     rows = _rows(cells, part)
     n_genes, n_batches = _n_genes(census), len(cells.batches)
-    batches = np.flatnonzero(np.bincount(cells.batch_codes[rows], minlength=n_batches))
-    place = np.zeros(n_batches, np.int32)
-    place[batches] = np.arange(len(batches), dtype=np.int32)
+    codes = cells.batch_codes[rows]
+    batches = np.flatnonzero(np.bincount(codes, minlength=n_batches))
     tally = GeneTally(len(batches), n_genes, kept=n_kept(n_batches, n_genes))
+    if len(batches) < n_batches:
+        place = np.zeros(n_batches, np.int32)
+        place[batches] = np.arange(len(batches), dtype=np.int32)
+        codes = place[codes]
     if len(batches):
-        for batch, gene, count in stream_nonzeros(census, cells.joinids[rows], place[cells.batch_codes[rows]]):
+        for batch, gene, count in stream_nonzeros(census, cells.joinids[rows], codes):
             tally.add(batch, gene, count)
     return tally, batches
 
