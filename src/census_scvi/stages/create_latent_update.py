@@ -50,6 +50,8 @@ _TOLERANCE = 1e-5
 # Time: fixed, and per cell of the minified model.
 _BASE_MEMORY, _BYTES_A_NONZERO, _FIXED_SECONDS, _MINIFIED_SECONDS = 1.05e9, 125.0, 1.5, 11e-6
 _SAMPLE_BLOCKS = 4
+# Bytes per cell while the cells are selected; between 0.5 and 5 million cells (benchmarks/many_cells.py).
+_BYTES_A_CELL = 54.0
 
 
 def run(task: Task) -> None:
@@ -334,8 +336,8 @@ def plan(config: Config) -> Plan:
         ],
         cells=len(cells),
         genes=len(description.genes),
-        # Processes share the 12 bytes of a selected cell.
-        memory=12.0 * len(cells)
+        # Processes share the selected cells.
+        memory=_BYTES_A_CELL * len(cells)
         + workers
         * (_BASE_MEMORY + 4.0 * len(cells) + config.latent.block_size * (nonzeros * _BYTES_A_NONZERO + 8 * n_latent)),
         disk=len(cells) * (8.0 * n_latent + 20) + minified[config.latent.minified] * (8.0 * n_latent + 120),

@@ -47,6 +47,8 @@ _WRITERS = min(4, os.cpu_count() or 1)
 # sampled cell (embedding and PCA). Time: fixed, per sampled cell that is read again, and written cells/s.
 _BASE_MEMORY, _BYTES_A_GENE, _FIXED_SECONDS, _SAMPLE_SECONDS = 0.85e9, 80.0, 3.0, 0.005
 _CELLS_A_SECOND = 80_000.0
+# Bytes per cell, pages of memory-mapped files included; between 0.5 and 5 million cells (benchmarks/many_cells.py).
+_BYTES_A_CELL = 193.0
 
 
 def run(task: Task) -> None:
@@ -232,7 +234,7 @@ def plan(config: Config) -> Plan:
         ],
         cells=n_cells,
         genes=genes,
-        memory=_BASE_MEMORY + 32.0 * n_cells + _BYTES_A_GENE * config.gates.sample_size * genes,
+        memory=_BASE_MEMORY + _BYTES_A_CELL * n_cells + _BYTES_A_GENE * config.gates.sample_size * genes,
         disk=n_cells * n_latent * 3.7,
         seconds=_FIXED_SECONDS + _SAMPLE_SECONDS * config.gates.sample_size + n_cells / _CELLS_A_SECOND,
         notes=[f"{config.gates.sample_size:,} cells are read again"],
