@@ -4,7 +4,7 @@
 FROM python:3.11-slim
 WORKDIR /opt/census-scvi
 COPY . .
-RUN ./scvi-init.sh && rm -rf /root/.cache
+RUN PIP_NO_CACHE_DIR=1 ./scvi-init.sh
 # The home of any user: libraries write caches there.
 ENV PATH=/opt/census-scvi/.venv/bin:$PATH HOME=/tmp
 WORKDIR /work
