@@ -401,7 +401,7 @@ READABLE = ({"cells": CELLS, "embedding": None}, {"cells": CELLS, "embedding": 0
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "full", "first", "stride"),
-    [("first", 0, 1, 3), ("first", 1, 2, 6), ("replacement", 0, 2, 4)],
+    [("first", 0, 1, 2), ("first", 1, 2, 6), ("replacement", 0, 2, 4)],
     ids=["killed", "disk full", "killed while it replaces"],
 )
 def test_no_operation_at_which_a_publisher_ends_harms_a_reader_or_a_rerun(
