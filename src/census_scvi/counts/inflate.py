@@ -13,6 +13,7 @@ import logging
 import sys
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import llvmlite.binding
 import numba
@@ -60,11 +61,12 @@ def _inflates() -> bool:
 
 
 @numba.njit(nogil=True, cache=True)
-def _decode_chunks(descriptor, offsets, sizes, chunk, first, last, place, values, out):  # type: ignore[no-untyped-def]  # numba infers the types
+def _decode_chunks(descriptor, offsets, sizes, chunk, first, last, place, values, out, least, most):  # type: ignore[no-untyped-def]  # numba infers the types
     """Copy ranges of elements of shuffled and zipped chunks of 4-byte numbers into `out`.
 
     Range i is [first[i], last[i]), and is copied to `place[i]` and behind it. `values` is a buffer (chunk,) of the
-    file's dtype. Returns whether the dtype of `out` represents all elements exactly, and whether no chunk is damaged.
+    file's dtype, `least` and `most` are the `limits` of the dtype of `out`. Returns whether this dtype represents all
+    elements exactly, and whether no chunk is damaged.
     """
     planes, state = np.empty(4 * chunk, np.uint8), np.zeros(_STATE_BYTES, np.uint8)
     stream = np.empty(0, np.uint8)
@@ -82,7 +84,7 @@ def _decode_chunks(descriptor, offsets, sizes, chunk, first, last, place, values
             start = number * chunk
             low, high = max(first[i], start), min(last[i], start + chunk)
             shift = place[i] - first[i]
-            exact &= narrow(values[low - start : high - start], out[low + shift : high + shift])
+            exact &= narrow(values[low - start : high - start], out[low + shift : high + shift], least, most)
     return exact, True
 
 
@@ -121,11 +123,30 @@ def unshuffle(planes, values):  # type: ignore[no-untyped-def]  # numba infers t
         )
 
 
+def limits(dtype: np.dtype[Any]) -> tuple[float, float]:
+    """The least and the largest number of an integer dtype; -inf and inf for another."""
+    if dtype.kind not in "iu":
+        return -np.inf, np.inf
+    return float(np.iinfo(dtype).min), float(np.iinfo(dtype).max)
+
+
 @numba.njit(nogil=True, cache=True)
-def narrow(values, out):  # type: ignore[no-untyped-def]  # numba infers the types
-    """Copy into another dtype; returns whether all values are represented exactly."""
+def narrow(values, out, least, most):  # type: ignore[no-untyped-def]  # numba infers the types
+    """Copy into another dtype; returns whether all values are represented exactly.
+
+    `least` and `most` are the `limits` of that dtype. A number outside of them becomes 0: its conversion is undefined,
+    and a compiler may take it for exact.
+    """
     exact = True
-    for i in range(len(values)):
-        out[i] = values[i]
-        exact &= values[i] == out[i]
+    if most == np.inf:
+        for i in range(len(values)):
+            out[i] = values[i]
+            exact &= out[i] == values[i]
+    else:
+        nothing = values.dtype.type(0)
+        for i in range(len(values)):
+            inside = least <= values[i] <= most
+            value = values[i] if inside else nothing
+            out[i] = value
+            exact &= inside and out[i] == value
     return exact

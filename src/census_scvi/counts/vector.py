@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from isal import igzip_lib, isal_zlib
 
-from census_scvi.counts.inflate import decode_chunks, narrow, unshuffle
+from census_scvi.counts.inflate import decode_chunks, limits, narrow, unshuffle
 from census_scvi.errors import UserError
 
 Compression = Literal["gzip", "none"]
@@ -130,9 +130,8 @@ class Vector:
         """`read_into` for ranges [first[i], last[i]) of elements, each copied to `place[i]` of `out` and behind it."""
         if self._direct and self._shuffled and (decode := decode_chunks()):
             values = np.empty(self._chunk, self._dtype)
-            exact, complete = decode(
-                self._descriptor, self._offsets, self._sizes, self._chunk, first, last, place, values, out
-            )
+            stored = (self._descriptor, self._offsets, self._sizes, self._chunk)
+            exact, complete = decode(*stored, first, last, place, values, out, *limits(out.dtype))
             if complete:
                 return bool(exact)
             # What is wrong is found again, and reported, chunk by chunk.
@@ -151,14 +150,14 @@ class Vector:
         """
         if self._place is not None:
             size = self._dtype.itemsize
-            return narrow(self._fetch(first, size * (last - first), self._place + size * first), out)
+            return _narrow(self._fetch(first, size * (last - first), self._place + size * first), out)
         if not self._direct:
-            return narrow(self._dataset[first:last].astype(self._dtype.newbyteorder("=")), out)
+            return _narrow(self._dataset[first:last].astype(self._dtype.newbyteorder("=")), out)
         exact = True
         for start in range(first - first % self._chunk, last, self._chunk):
             values = self._decode(start)
             low, high = max(first, start), min(last, start + self._chunk)
-            exact &= narrow(values[low - start : high - start], out[low - first : high - first])
+            exact &= _narrow(values[low - start : high - start], out[low - first : high - first])
         return exact
 
     def _decode(self, start: int) -> npt.NDArray[np.generic]:
@@ -202,6 +201,11 @@ def _chunks(dataset: h5py.Dataset) -> Chunks:
 
     dataset.id.chunk_iter(note)
     return offsets, sizes
+
+
+def _narrow(values: npt.NDArray[np.generic], out: npt.NDArray[np.generic]) -> bool:
+    """Copy into another dtype; returns whether all values are represented exactly."""
+    return bool(narrow(values, out, *limits(out.dtype)))
 
 
 def _plain(values: npt.NDArray[np.generic]) -> bytes:
