@@ -8,7 +8,7 @@ import traceback
 import warnings
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import lightning
 import scvi
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.profilers import PassThroughProfiler
 from scvi.train import Trainer, TrainingPlan
 
 from census_scvi.counts.data_module import PreparedDataModule
@@ -37,7 +38,7 @@ from census_scvi.training.fast.plan import FastTrainingPlan
 from census_scvi.training.fast.step import unused_frozen
 from census_scvi.training.finite_loss import OF_TRAIN, FiniteLoss, Named
 from census_scvi.training.installed_arguments import require_known_arguments
-from census_scvi.training.plans import make_plan, plan_arguments
+from census_scvi.training.plans import make_plan, plan_arguments, unfused_if_clipped
 from census_scvi.training.progress import EventLog, Progress
 from census_scvi.training.rehearsal import diverged, one_line, require_trainable
 from census_scvi.training.settings import TrainSection
@@ -115,7 +116,7 @@ def choose_precision(settings: TrainSection) -> str:
     UserError
         The device does not support `train.precision`.
     """
-    gpu = _on_gpu(settings)
+    gpu = on_gpu(settings)
     if settings.precision == "fp16" and not gpu:
         raise UserError("train.precision is fp16, which needs a GPU; set it to float32 or bf16")
     if settings.precision == "bf16" and gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -130,7 +131,7 @@ def choose_precision(settings: TrainSection) -> str:
 
 
 @contextmanager
-def _matmul_precision(settings: TrainSection) -> Iterator[None]:
+def matmul_precision(settings: TrainSection) -> Iterator[None]:
     """Let torch multiply float32 matrices in tf32 if `train.precision` says so, and in float32 otherwise."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if settings.precision == "tf32" else "highest")
@@ -147,11 +148,9 @@ def loader_threads(settings: TrainSection) -> int:
     """
     if settings.num_workers != "auto":
         return settings.num_workers
-    if not _on_gpu(settings):
+    if not on_gpu(settings):
         return 1
-    devices = _devices(settings)["devices"]
-    processes = len(devices) if isinstance(devices, list) else int(devices)
-    return max(min(8, (os.cpu_count() or 1) // processes - 1), 1)
+    return max(min(8, (os.cpu_count() or 1) // local_processes(settings) - 1), 1)
 
 
 def slow_precision(settings: TrainSection, n_genes: int, n_hidden: int) -> str:
@@ -159,7 +158,7 @@ def slow_precision(settings: TrainSection, n_genes: int, n_hidden: int) -> str:
 
     A processor without bf16 instructions can still compute in bf16, but many times slower than in float32.
     """
-    if settings.precision == "float32" or _on_gpu(settings):
+    if settings.precision == "float32" or on_gpu(settings):
         return ""
     measured = measure_precision(n_genes, n_hidden, torch.bfloat16)
     if measured is None or measured.reduced <= measured.float32:
@@ -170,7 +169,8 @@ def slow_precision(settings: TrainSection, n_genes: int, n_hidden: int) -> str:
     )
 
 
-def _on_gpu(settings: TrainSection) -> bool:
+def on_gpu(settings: TrainSection) -> bool:
+    """Whether these settings train on a GPU here."""
     return settings.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
 
 
@@ -183,7 +183,7 @@ def check_arguments(settings: TrainSection, plan: dict[str, Any], data: Prepared
         kind,
         settings.trainer or {},
         plan_arguments(plan, kind, data.cells.n_cells),
-        _trainer_arguments(settings, data) | {"devices": 1, "num_nodes": 1, "strategy": "auto"},
+        trainer_arguments(settings, data) | {"devices": 1, "num_nodes": 1, "strategy": "auto"},
         minibatches=(minibatches[0], minibatches[1]),
         early_stopping=settings.early_stopping,
     )
@@ -191,8 +191,13 @@ def check_arguments(settings: TrainSection, plan: dict[str, Any], data: Prepared
 
 def n_processes(settings: TrainSection) -> int:
     """Number of training processes on all nodes."""
+    return settings.num_nodes * local_processes(settings)
+
+
+def local_processes(settings: TrainSection) -> int:
+    """Number of training processes on this node."""
     devices = _devices(settings)["devices"]
-    return settings.num_nodes * (len(devices) if isinstance(devices, list) else int(devices))
+    return len(devices) if isinstance(devices, list) else int(devices)
 
 
 def engine_of(plan: TrainingPlan) -> str:
@@ -270,7 +275,7 @@ def fit(
         quiet("lightning.pytorch", logging.WARNING),
         quiet("lightning.fabric", logging.WARNING),
         unused_frozen(model.module),
-        _matmul_precision(settings),
+        matmul_precision(settings),
     ):
         _ignore_known_warnings()
         trainer = Trainer(
@@ -278,9 +283,10 @@ def fit(
             plugins=StagedIO(),
             logger=EventLog(tensorboard.parent, name=tensorboard.name, version="", sub_dir=None),
             default_root_dir=str(tensorboard.parent),
-            **_trainer_arguments(settings, data) | arguments,
+            **trainer_arguments(settings, data) | arguments,
         )
         lightning.seed_everything(seed + trainer.global_rank, verbose=False)
+        unfused_if_clipped(plan, trainer)
         try:
             trainer.fit(plan, data, ckpt_path=_resumable(checkpoint), weights_only=True)
         except Exception as error:
@@ -322,8 +328,8 @@ def _of_lightning(error: Exception) -> bool:
     return f"{os.sep}lightning{os.sep}" in frames[-1].filename
 
 
-def _trainer_arguments(settings: TrainSection, data: PreparedDataModule) -> dict[str, Any]:
-    """Trainer arguments set by the pipeline; `train.trainer` may override the last four."""
+def trainer_arguments(settings: TrainSection, data: PreparedDataModule) -> dict[str, Any]:
+    """Trainer arguments set by the pipeline; `train.trainer` may override the last five."""
     return {
         **_devices(settings),
         "num_nodes": settings.num_nodes,
@@ -333,7 +339,19 @@ def _trainer_arguments(settings: TrainSection, data: PreparedDataModule) -> dict
         "limit_val_batches": None if data.n_val else 0,
         "enable_progress_bar": False,  # our own progress bar counts cells over all epochs
         "enable_model_summary": False,
+        "profiler": NoProfiler(),
     }
+
+
+class NoProfiler(PassThroughProfiler):
+    """Lightning's default profiler, which measures nothing, without its cost: 75 contexts are entered in each step."""
+
+    def profile(self, action_name: str) -> AbstractContextManager[None]:
+        """A context that does nothing."""
+        return _NOTHING
+
+
+_NOTHING: AbstractContextManager[None] = nullcontext()
 
 
 def _resumable(checkpoint: Path) -> Path | None:

@@ -6,6 +6,7 @@ import copy
 import logging
 from typing import Any
 
+import lightning
 import scvi
 import torch
 from scvi.train import AdversarialTrainingPlan, SemiSupervisedTrainingPlan, TrainingPlan
@@ -92,6 +93,12 @@ def library_plan(model: scvi.model.SCVI, arguments: dict[str, Any]) -> TrainingP
     for name, value in attributes.items():  # inherited from TrainingPlan, but not arguments of these plans
         setattr(plan, name, value)
     return plan
+
+
+def unfused_if_clipped(plan: TrainingPlan, trainer: lightning.Trainer) -> None:
+    """In reduced precision, Lightning cannot clip the gradients of a fused optimiser, which unscales them itself."""
+    if trainer.gradient_clip_val and trainer.precision != "32-true":
+        plan.fused_optimizer = False  # of scvi-tools 1.5 and newer, and of our own plan
 
 
 def plan_arguments(settings: dict[str, Any], kind: str, n_cells: int) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from census_scvi.errors import UserError
 from census_scvi.model.build import Labels, Proteins, build_model, quiet
 from census_scvi.model.families import SCANVI, TOTALVI
 from census_scvi.training.callbacks import LearningCurves, TrainMode, early_stopping_callbacks
-from census_scvi.training.plans import library_plan
+from census_scvi.training.plans import library_plan, unfused_if_clipped
 
 Arguments: TypeAlias = dict[str, Any]
 _Setting: TypeAlias = tuple[str, str]  # section and key
@@ -203,5 +203,6 @@ def _fit(kind: str, trainer: Trainer, plan: Arguments, minibatches: tuple[int, i
     plan = {key: value for key, value in plan.items() if not key.startswith("compile")}  # compiling takes minutes
     training = library_plan(model, plan)
     training.n_obs_training = training.n_obs_validation = 4
+    unfused_if_clipped(training, trainer)
     validation = _Minibatches(minibatches[1], kind) if minibatches[1] else None
     trainer.fit(training, _Minibatches(minibatches[0], kind), validation, weights_only=True)

@@ -118,7 +118,7 @@ def movement(before: scvi.model.SCVI, after: scvi.model.SCVI, sample: ReferenceS
             continue  # BatchNorm's number of minibatches, which nothing depends on
         # New batches are the last columns. A tensor without weights of batches has the same shape.
         kept = extended[name][tuple(slice(size) for size in values.shape)]
-        change = float((kept.double() - values.double()).abs().max()) if values.numel() else 0.0
+        change = float((kept.cpu().double() - values.cpu().double()).abs().max()) if values.numel() else 0.0
         if name.startswith(_ENCODERS):
             weights = max(weights, change)
         elif change:

@@ -34,7 +34,7 @@ class StepGraph:
     parameters
         The parameters whose `grad` it sets.
     state
-        Tensors that `work` changes, other than gradients: they keep their values during the recording.
+        Tensors that `work` changes, other than gradients: the recording restores their values.
     minibatch
         A minibatch for the recording.
     device
@@ -52,7 +52,8 @@ class StepGraph:
         self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self._minibatch = _with_room(minibatch, device)
         self.copy(minibatch)
-        before = [(tensor, tensor.clone()) for tensor in state]
+        # Detached: a clone of a parameter would keep a node of its gradient, which belongs to the current stream.
+        before = [(tensor.detach(), tensor.detach().clone()) for tensor in state]
         random = torch.cuda.get_rng_state(device)
         self._graph = torch.cuda.CUDAGraph()
         current, aside = torch.cuda.current_stream(device), torch.cuda.Stream(device)

@@ -19,6 +19,7 @@ from census_scvi.training.fast.graph import StepGraph, StepGraphs
 from census_scvi.training.fast.measure import faster_libraries, shape_of
 from census_scvi.training.fast.negative_binomial import compiled_kernel
 from census_scvi.training.fast.products import Libraries
+from census_scvi.training.fast.recorded_update import RecordedUpdate, can_record
 from census_scvi.training.fast.step import step
 from census_scvi.training.finite_loss import finite_if_all_are
 
@@ -42,10 +43,18 @@ class FastTrainingPlan(TrainingPlan):
     checked
         float32 (2,): loss of the last step, and a number that is finite if its gradients are, if a graph computed them;
         valid until the next step.
+    fused_optimizer
+        Whether the optimiser updates all parameters in one pass.
+
+    Notes
+    -----
+    On one GPU, the graph of a step also has the optimiser's update. `training_step` then returns None, and Lightning
+    skips its own backward pass; `optimizer_step` skips the update.
     """
 
     libraries: Libraries | None = None
     checked: torch.Tensor | None = None
+    fused_optimizer: bool = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -57,14 +66,20 @@ class FastTrainingPlan(TrainingPlan):
         self._filled: float | None = None
         self._trained: list[torch.nn.Parameter] = []
         self._buffers_of_module: list[torch.Tensor] = []
+        self._recorded_update: RecordedUpdate | None = None
 
-    def on_train_start(self) -> None:
-        """Choose the libraries: the same for all processes; a resumed training keeps its libraries."""
+    def on_fit_start(self) -> None:
+        """Move the sums to the device, before Lightning tries some validation minibatches."""
         for sums in self.sums.values():
             sums.to(self.device)
         self._kl_weight = self._kl_weight.to(self.device)
+
+    def on_train_start(self) -> None:
+        """Choose the libraries: the same for all processes; a resumed training keeps its libraries."""
         self._trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         self._buffers_of_module = list(self.module.buffers())
+        if self._has_graphs() and can_record(self.trainer):
+            self._recorded_update = RecordedUpdate(self.trainer.optimizers[0], self.device)
         if self.device.type != "cpu" or self.trainer.precision != "32-true":
             return
         if self.libraries is None:
@@ -97,8 +112,8 @@ class FastTrainingPlan(TrainingPlan):
         else:
             super().__setattr__(name, value)
 
-    def training_step(self, minibatch: Minibatch, batch_idx: int) -> torch.Tensor:
-        """Loss of a minibatch; its metrics are added to `sums`."""
+    def training_step(self, minibatch: Minibatch, batch_idx: int) -> torch.Tensor | None:
+        """Loss of a minibatch, or None if a graph has made the whole step; its metrics are added to `sums`."""
         self.checked = None
         if self.on_step:  # metrics of each step are wanted
             loss: torch.Tensor = super().training_step(minibatch, batch_idx)
@@ -110,7 +125,7 @@ class FastTrainingPlan(TrainingPlan):
         self.sums["train"].cells += len(minibatch["X"])
         if graph := self._graph("train", minibatch):
             loss, self.checked = graph(minibatch)
-            return loss
+            return None if self._recorded_update else loss
         return self._step("train", self._on_device(minibatch), weight)
 
     def validation_step(self, minibatch: Minibatch, batch_idx: int) -> None:
@@ -158,20 +173,29 @@ class FastTrainingPlan(TrainingPlan):
     # --- the step as a CUDA graph
 
     def _graph(self, mode: str, minibatch: Minibatch) -> StepGraph | None:
-        """The graph for a minibatch; None on a CPU, with several processes, or for a minibatch of another size."""
-        if self.device.type != "cuda" or self.trainer.world_size > 1 or self.trainer.accumulate_grad_batches > 1:
-            return None
-        if compiled_kernel("cuda") is None:  # torch's operations need memory that depends on the number of non-zeros
+        """The graph for a minibatch; None without graphs, or for a minibatch of another size."""
+        if not self._has_graphs():
             return None
         self._fill()
+        state = [self.sums[mode].values]
         if mode == "validation":
-            state = [self.sums[mode].values]
             return self._graphs.of(mode, minibatch, self._recorded_validation, (), state, self.device)
-        state = [*self._buffers_of_module, self.sums[mode].values]
+        state += self._buffers_of_module
+        if self._recorded_update:
+            state += [*self._trained, *self._recorded_update.state()]
         return self._graphs.of(mode, minibatch, self._recorded_training, self._trained, state, self.device)
 
+    def _has_graphs(self) -> bool:
+        """Whether steps are graphs: on a GPU, with one process, and each minibatch is a step."""
+        if self.device.type != "cuda" or self.trainer.world_size > 1 or self.trainer.accumulate_grad_batches > 1:
+            return False
+        # Without the kernel, torch's operations need memory that depends on the number of non-zeros.
+        return compiled_kernel("cuda") is not None
+
     def _fill(self) -> None:
-        """Update the numbers that a graph reads from the GPU's memory: KL weight, and scale of the loss (fp16)."""
+        """Update the numbers in the GPU's memory: KL weight, learning rate, and scale of the loss (fp16)."""
+        if self._recorded_update:
+            self._recorded_update.fill()
         if self._filled != self.loss_kwargs["kl_weight"]:
             self._filled = self.loss_kwargs["kl_weight"]
             self._kl_weight.fill_(self._filled)
@@ -187,6 +211,8 @@ class FastTrainingPlan(TrainingPlan):
         gradients = [parameter.grad for parameter in self._trained if parameter.grad is not None]
         # In fp16 the gradient scaler checks the gradients, and skips a step that overflowed.
         check = finite_if_all_are(gradients) if self._scale is None else torch.zeros_like(loss)
+        if self._recorded_update:
+            self._recorded_update()
         return loss, torch.stack([loss.float(), check.float()])
 
     def _recorded_validation(self, minibatch: Minibatch) -> tuple[torch.Tensor, ...]:
@@ -199,15 +225,28 @@ class FastTrainingPlan(TrainingPlan):
         else:
             super().backward(loss, *args, **kwargs)
 
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Compute the gradients and update the parameters, unless a graph does both."""
+        if self._recorded_update and optimizer_closure:
+            loss = optimizer_closure()
+            if self._graphs.used("train"):
+                return
+            super().optimizer_step(epoch, batch_idx, optimizer, lambda: loss)
+        else:
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
         """Remove the gradients, unless a graph has just computed new ones in their place."""
         if not self._graphs.used("train"):
             super().optimizer_zero_grad(epoch, batch_idx, optimizer)
 
     def _optimizer_creator_fn(self, optimizer_cls: type[torch.optim.Adam]) -> Callable[..., torch.optim.Optimizer]:
-        trainer = self._trainer
-        # In reduced precision, Lightning cannot clip the gradients of a fused optimiser, which unscales them itself.
-        clipped = trainer is not None and bool(trainer.gradient_clip_val) and trainer.precision != "32-true"
         return lambda parameters: optimizer_cls(
-            parameters, lr=self.lr, eps=self.eps, weight_decay=self.weight_decay, fused=not clipped
+            parameters, lr=self.lr, eps=self.eps, weight_decay=self.weight_decay, fused=self.fused_optimizer
         )
