@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import math
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
@@ -19,9 +20,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from census_scvi.census import stream
-from census_scvi.counts import file_order, prepared_store
+from census_scvi.counts import file_order, kept_cells, order, prepared_store
 from census_scvi.counts.data_module import PreparedDataModule
 from census_scvi.counts.file_order import pools
+from census_scvi.counts.inflate import limits, narrow
+from census_scvi.counts.kept_cells import EveryCell, bytes_in_memory
 from census_scvi.counts.loader import MinibatchLoader
 from census_scvi.counts.minibatch import DenseMinibatches, Minibatch, SparseCounts, densify, sparse_minibatch
 from census_scvi.counts.prepared_store import PreparedStore
@@ -92,6 +95,32 @@ def test_a_vector_that_another_program_wrote_is_read_too(filters: dict, tmp_path
         out = np.empty(500, np.int32)
         assert Vector(dataset).read_into(100, 600, out)
         assert out.tolist() == list(range(100, 600))
+
+
+@given(
+    n=st.integers(1, 600),
+    at=st.integers(0, 599),
+    odd=st.sampled_from([65_535, 65_536, 99_999, -1, 1.5, math.nan, math.inf, 1e30, 2.0**40]),
+    dtypes=st.tuples(st.sampled_from(["f4", "f8", "i4", "i8"]), st.sampled_from(["u2", "i4", "f4"])),
+)
+def test_a_number_that_another_dtype_cannot_represent_is_noticed(
+    n: int, at: int, odd: float, dtypes: tuple[str, str]
+) -> None:
+    """However many numbers there are: a compiler that joins several may take an undefined conversion for exact."""
+    before, after = map(np.dtype, dtypes)
+    values = np.arange(n, dtype=before)
+    if math.isfinite(odd) and abs(odd) < 2.0**31 and before.kind == "i":
+        odd = math.floor(odd)
+    if before.kind == "f" or (abs(odd) < 2.0**31):
+        values[at % n] = odd
+    out = np.empty(n, after)
+    exact = narrow(values, out, *limits(after))
+    with np.errstate(all="ignore"):
+        fits = np.array([after.kind == "f" or (value == value and limits(after)[0] <= value <= limits(after)[1])
+                         for value in values.tolist()])  # fmt: skip
+        same = fits & (np.where(fits, values, 0).astype(after) == values)
+    assert exact == same.all()
+    assert np.array_equal(out[same], values[same].astype(after))
 
 
 def test_values_that_do_not_fit_are_said_not_to(tmp_path: Path) -> None:
@@ -224,6 +253,43 @@ def test_sparse_and_dense_minibatches_are_the_counts(largest: int, workers: int,
     assert np.array_equal(made["X"].numpy(), counts[[3, 95, 0, 3, 95, 0]].toarray())
     assert sparse["X"].counts.dtype == (torch.float32 if largest > 65_535 else torch.uint16)
     assert torch.equal(made["batch"], DenseMinibatches(counts.shape[1]).make([read, read])["batch"])
+
+
+@pytest.mark.parametrize("largest", LARGEST.values(), ids=LARGEST)
+@pytest.mark.parametrize(("workers", "sparse"), [(0, True), (1, False), (3, True)])
+def test_cells_in_memory_give_the_same_minibatches_and_are_decoded_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, largest: int, workers: int, sparse: bool
+) -> None:
+    write(tmp_path / "x.h5ad", 1200, largest=largest)
+    monkeypatch.setattr(order, "WINDOW_ROWS", 512)
+    monkeypatch.setattr(kept_cells, "_BLOCK", 250)
+    reads = []
+    real = PreparedCells.read
+    monkeypatch.setattr(PreparedCells, "read", lambda *arguments: reads.append(1) or real(*arguments))
+
+    def two_epochs(*, in_memory: bool) -> list[tuple[list[int], np.ndarray]]:
+        data = PreparedDataModule(tmp_path / "x.h5ad", batch_size=100, train_size=0.8, seed=0, workers=workers)
+        data.sparse, data.in_memory = sparse, in_memory
+        loaders = [data.train_dataloader(), data.val_dataloader()] * 2
+        met = [(each["row"].tolist(), as_array(each["X"])) for loader in loaders for each in loader]
+        data.cells.close()
+        return met
+
+    wanted = two_epochs(in_memory=False)
+    reads.clear()
+    for (rows, counts), (wanted_rows, wanted_counts) in zip(two_epochs(in_memory=True), wanted, strict=True):
+        assert rows == wanted_rows
+        assert np.array_equal(counts, wanted_counts)
+    assert len(reads) == 1
+
+
+def test_memory_of_the_cells_is_as_said(tmp_path: Path) -> None:
+    write(tmp_path / "x.h5ad", 3000, n_genes=200)
+    cells = PreparedCells(tmp_path / "x.h5ad")
+    rows = EveryCell(cells, 2)._rows
+    taken = sum(value.nbytes for value in vars(rows).values() if value is not None)
+    assert bytes_in_memory(cells) == pytest.approx(taken, rel=0.1)
+    assert bytes_in_memory(cells, 6000) == 2 * bytes_in_memory(cells)
 
 
 def test_a_pass_goes_on_where_another_was(tmp_path: Path) -> None:

@@ -26,18 +26,21 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from waits import Waits
 
 from census_scvi.cli import main
+from census_scvi.config import memory
 from census_scvi.config.library_arguments import MEASURED
 from census_scvi.counts.data_module import PreparedDataModule
+from census_scvi.counts.kept_cells import bytes_in_memory
 from census_scvi.counts.minibatch import DenseMinibatches, Minibatch
-from census_scvi.counts.reader import Rows
+from census_scvi.counts.reader import PreparedCells, Rows
 from census_scvi.errors import UserError
 from census_scvi.model.build import build_model, init_arguments
 from census_scvi.model.safe import ModelDescription, load_safe
-from census_scvi.settings import load_config
+from census_scvi.settings import Config, load_config
 from census_scvi.stages import train
 from census_scvi.terminal import progress
-from census_scvi.training import checkpoint, finite_loss, fit, pace
+from census_scvi.training import cells_in_memory, checkpoint, finite_loss, fit
 from census_scvi.training import progress as training_progress
+from census_scvi.training.cells_in_memory import keeps_cells
 from census_scvi.training.fast import negative_binomial, products
 from census_scvi.training.fast import plan as fast_plan
 from census_scvi.training.fast.measure import Precision
@@ -1013,16 +1016,49 @@ def test_training_again_skips_and_force_replaces(
     assert run.record("train")["counts"]["epochs"] == 2
 
 
+def test_cells_in_memory_give_the_same_model(prepared: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = {}
+    for in_memory in ("true", "false", "auto"):
+        runs[in_memory] = copy_of(prepared, tmp_path / in_memory)
+        assert runs[in_memory]("train", f"train.cells_in_memory={in_memory}") == 0
+        decoded = f"{runs[in_memory].record('prepare')['counts']['cells']:,} cells decoded into memory: 0.0 GB"
+        assert (decoded in capsys.readouterr().err) == (in_memory == "true")  # auto: not on a CPU
+    assert equal(weights(runs["true"]), weights(runs["false"]))
+
+
+def test_auto_keeps_the_cells_of_a_training_on_a_gpu_that_take_a_quarter_of_the_free_memory(
+    prepared: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = PreparedCells(prepared.path("anndata_model.h5ad"))
+    settings = Config().train
+    needed = bytes_in_memory(cells)
+    for gpu, free, epochs, kept in ((1, 4.1, 2, True), (1, 3.9, 2, False), (1, 4.1, 1, False), (0, 4.1, 2, False)):
+        monkeypatch.setattr(cells_in_memory, "on_gpu", lambda _, gpu=gpu: bool(gpu))
+        monkeypatch.setattr(cells_in_memory, "free_memory", lambda free=free: free * needed)
+        assert keeps_cells(settings.model_copy(update={"max_epochs": epochs}), cells) == kept
+    assert keeps_cells(settings.model_copy(update={"cells_in_memory": True}), cells)
+
+
+def test_free_memory_heeds_the_limit_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = memory.free_memory()
+    assert 0 < free <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    monkeypatch.setattr(memory, "_own_group", lambda: tmp_path)
+    for limit, expected in (("100000000", 60_000_000), ("10000000", 0), ("max", None)):
+        (tmp_path / "memory.max").write_text(limit + "\n")
+        (tmp_path / "memory.current").write_text("40000000\n")
+        assert memory.free_memory() == expected if expected is not None else memory.free_memory() > 100_000_000
+
+
 def test_dry_run_samples_the_steps_in_their_precision(prepared: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "_SAMPLE_SECONDS", 0.1)
     seen = set()
-    real = pace._step
+    real = FastTrainingPlan.training_step
 
-    def step(*arguments: Any) -> int:
+    def step(self: FastTrainingPlan, minibatch: Any, batch_idx: int) -> torch.Tensor | None:
         seen.add(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
-        return real(*arguments)
+        return real(self, minibatch, batch_idx)
 
-    monkeypatch.setattr(pace, "_step", step)
+    monkeypatch.setattr(FastTrainingPlan, "training_step", step)
     for precision, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16)):
         seen.clear()
         assert prepared("train", "--dry-run", f"train.precision={precision}", "model.n_layers=2") == 0

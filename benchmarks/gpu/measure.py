@@ -40,6 +40,7 @@ GPU = torch.cuda.is_available()
 sys.path[:0] = ["benchmarks", "tests"]
 DEVICE = torch.device("cuda" if GPU else "cpu")
 LATENT, MINIBATCH = 50, 1024
+REDUCED = ("tf32", "bf16", "fp16")
 
 
 def main() -> None:
@@ -294,7 +295,9 @@ def warm(n_genes: int) -> None:
     wait()
 
 
-def training(prepared: Path, hidden: int, probe: Any, *, workers: int = 8, **settings: Any) -> float:
+def training(
+    prepared: Path, hidden: int, probe: Any, *, workers: int = 8, in_memory: bool = False, **settings: Any
+) -> float:
     """Seconds of this project's training, with `probe` among the callbacks."""
     from census_scvi.counts.data_module import PreparedDataModule
     from census_scvi.model.build import build_model
@@ -303,6 +306,7 @@ def training(prepared: Path, hidden: int, probe: Any, *, workers: int = 8, **set
 
     chosen = Config().train.model_copy(update={"batch_size": MINIBATCH, "engine": "fast", "max_epochs": 1, **settings})
     data = PreparedDataModule(prepared, batch_size=chosen.batch_size, train_size=0.9, seed=0, workers=workers)
+    data.in_memory = in_memory
     torch.manual_seed(0)
     arguments = {"n_hidden": hidden, "n_latent": LATENT, "gene_likelihood": "nb"}
     model = build_model(data.cells.genes, data.cells.batches, arguments)
@@ -378,16 +382,20 @@ def probe_class() -> type:
 def rates(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Cells/s within epochs: `SCVI.train` from memory, and this project from the file with many settings."""
     Probe = probe_class()
-    warm(_n_genes(arguments.prepared))
+    if GPU:
+        warm(_n_genes(arguments.prepared))
     kinds: dict[str, dict[str, Any]] = {"train.engine scvi-tools": {"engine": "scvi-tools"}}
     kinds |= {f"fast, {n} loader threads": {"workers": n} for n in arguments.threads}
-    kinds |= {f"fast, {name}": {"precision": name, "workers": 12} for name in ("tf32", "bf16", "fp16")}
+    kinds |= {f"fast, cells in memory, {n} threads": {"workers": n, "in_memory": True} for n in (4, 8)}
+    kinds |= {f"fast, cells in memory, {name}": {"precision": name, "in_memory": True} for name in REDUCED}
     kinds |= {
-        f"fast, {name}, 4,096 cells per minibatch": {"precision": name, "workers": 12, "batch_size": 4096}
+        f"fast, cells in memory, {name}, 4,096 cells per minibatch": {
+            "precision": name, "in_memory": True, "batch_size": 4096
+        }
         for name in ("float32", "bf16")
-    }
+    }  # fmt: skip
     if not GPU:
-        few = ("train.engine scvi-tools", "fast, 1 loader threads", "fast, bf16")
+        few = ("train.engine scvi-tools", "fast, 1 loader threads", "fast, cells in memory, bf16")
         kinds = {name: kinds[name] for name in few if name in kinds}
     found = []
     for hidden in arguments.hidden:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,13 +13,15 @@ import numpy.typing as npt
 import torch
 
 from census_scvi.config.random_streams import Stream, draw, generator
-from census_scvi.counts.kept_cells import KeptCells, worth_keeping
+from census_scvi.counts.kept_cells import EveryCell, KeptCells, bytes_in_memory, worth_keeping
 from census_scvi.counts.loader import KeptMinibatches, LabelledMinibatches, MinibatchLoader
 from census_scvi.counts.matching_rows import matching_rows
 from census_scvi.counts.minibatch import DenseMinibatches, Minibatch, densify, each_value
 from census_scvi.counts.order import CellOrder, training_mask, validation_mask
 from census_scvi.counts.reader import PreparedCells
 from census_scvi.errors import UserError
+
+log = logging.getLogger(__name__)
 
 # Passes over the labelled cells are numbered from here on: their orders differ from those of the epochs.
 _FIRST_LABELLED_PASS = 2**31
@@ -59,6 +63,9 @@ class PreparedDataModule(lightning.LightningDataModule):
     ----------
     sparse
         Whether X of a minibatch is `SparseCounts`; default False: a dense X.
+    in_memory
+        Whether all cells are decoded once, before the first minibatch, and kept in memory (see `EveryCell`); default
+        False.
     validation, training
         bool (cells,): cells for validation, and for training.
     """
@@ -85,6 +92,8 @@ class PreparedDataModule(lightning.LightningDataModule):
         self._n_samples_per_label = n_samples_per_label
         self._of_epoch: tuple[int | None, npt.NDArray[np.bool_]] | None = None
         self._kept: tuple[int | None, KeptCells] | None = None
+        self.in_memory = False
+        self._every: EveryCell | None = None
         self.sparse = False
         self._batch_size = batch_size
         self._seed = seed
@@ -150,8 +159,19 @@ class PreparedDataModule(lightning.LightningDataModule):
         order = CellOrder(wanted, self._seed, *self._rank())
         return self._loader(order, lambda: _FIRST_LABELLED_PASS + number, lambda: self._kept_cells(epoch, wanted))
 
-    def _kept_cells(self, epoch: int | None, wanted: npt.NDArray[np.bool_]) -> KeptCells | None:
+    def _every_cell(self) -> EveryCell | None:
+        """All cells in memory, if they are to be kept there."""
+        if self.in_memory and self._every is None:
+            started = time.monotonic()
+            self._every = EveryCell(self.cells, self._workers)
+            seconds, gigabytes = time.monotonic() - started, bytes_in_memory(self.cells) / 1e9
+            log.info("%s cells decoded into memory: %.1f GB, %.1f s", f"{self.cells.n_cells:,}", gigabytes, seconds)
+        return self._every
+
+    def _kept_cells(self, epoch: int | None, wanted: npt.NDArray[np.bool_]) -> KeptCells | EveryCell | None:
         """The labelled cells of an epoch (None: of all epochs) in memory, if they are worth it."""
+        if every := self._every_cell():
+            return every
         if not worth_keeping(self.cells, wanted):
             return None
         if self._kept is None or self._kept[0] != epoch:
@@ -182,7 +202,10 @@ class PreparedDataModule(lightning.LightningDataModule):
         self._dense.give_back(minibatch)
 
     def _loader(
-        self, order: CellOrder, epoch: Callable[[], int], kept: Callable[[], KeptCells | None] = lambda: None
+        self,
+        order: CellOrder,
+        epoch: Callable[[], int],
+        kept: Callable[[], KeptCells | EveryCell | None] | None = None,
     ) -> MinibatchLoader:
         return MinibatchLoader(
             self.cells,
@@ -193,7 +216,7 @@ class PreparedDataModule(lightning.LightningDataModule):
             device=self._device,
             sparse=lambda: self.sparse,
             dense=self._dense,
-            kept=kept,
+            kept=kept or self._every_cell,
         )
 
     def _device(self) -> torch.device:

@@ -1,7 +1,8 @@
-"""Cells of a prepared file that are kept in memory, because few of the cells around them in the file are used."""
+"""Cells of a prepared file that are kept in memory: all of them, or a few that are used again and again."""
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from typing import Any
 
@@ -18,7 +19,7 @@ _MOST = 512_000_000
 
 
 class KeptCells:
-    """Cells in memory: 4 bytes per non-zero (8 where counts exceed 65,535), and 4 per protein.
+    """Some cells in memory: 4 bytes per non-zero (8 where counts exceed 65,535), and 4 per protein.
 
     Parameters
     ----------
@@ -36,6 +37,42 @@ class KeptCells:
         """The cells of a window, in its order; all must be kept."""
         rows = np.concatenate([np.arange(start, stop) for start, stop in window.blocks])[window.chosen]
         return self._kept.take(np.searchsorted(self._kept.rows, rows))
+
+
+# Rows that a thread decodes at a time, of all cells.
+_BLOCK = 4096
+
+
+class EveryCell:
+    """All cells of a file in memory, decoded once: 4 bytes per non-zero (6 where counts exceed 65,535).
+
+    Parameters
+    ----------
+    cells
+        The prepared file.
+    threads
+        Number of threads that decode.
+    """
+
+    def __init__(self, cells: PreparedCells, threads: int) -> None:
+        blocks = [(start, min(start + _BLOCK, cells.n_cells)) for start in range(0, cells.n_cells, _BLOCK)]
+        with ThreadPoolExecutor(max(threads, 1), thread_name_prefix="decode") as pool:
+            self._rows = cells.read(blocks, pool, max(threads, 1))
+
+    def take(self, window: Window) -> Rows:
+        """The cells of a window, in its order."""
+        rows = np.concatenate([np.arange(start, stop) for start, stop in window.blocks])[window.chosen]
+        return self._rows.take(rows)
+
+
+def bytes_in_memory(cells: PreparedCells, n_cells: int | None = None) -> float:
+    """Memory of `EveryCell`, for this number of cells like those of the file; None: its own number."""
+    per_cell = 4 * (cells.density * cells.n_genes + len(cells.proteins)) + _BYTES_A_ROW
+    return per_cell * (cells.n_cells if n_cells is None else n_cells)
+
+
+# Of a cell, its row, batch, label, and the positions of its counts.
+_BYTES_A_ROW = 40
 
 
 def worth_keeping(cells: PreparedCells, wanted: npt.NDArray[np.bool_]) -> bool:

@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from census_scvi.counts.kept_cells import KeptCells
+from census_scvi.counts.kept_cells import EveryCell, KeptCells
 from census_scvi.counts.minibatch import LABELLED, DenseMinibatches, Minibatch, SparseCounts, sparse_minibatch
 from census_scvi.counts.order import CellOrder, Window, minibatch_sizes
 from census_scvi.counts.reader import PreparedCells, Rows
@@ -46,7 +46,8 @@ class MinibatchLoader:
     dense
         Creates and reuses dense minibatches; None: the loader has its own `DenseMinibatches`.
     kept
-        Called at the start of each pass; returns all cells of `order` in memory, or None: they are read from the file.
+        Called at the start of each pass; returns cells in memory, all those of `order` among them, or None: they are
+        read from the file.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class MinibatchLoader:
         device: Callable[[], torch.device] = lambda: torch.device("cpu"),
         sparse: Callable[[], bool] = lambda: False,
         dense: DenseMinibatches | None = None,
-        kept: Callable[[], KeptCells | None] = lambda: None,
+        kept: Callable[[], KeptCells | EveryCell | None] = lambda: None,
     ) -> None:
         self._kept = kept
         self._cells = cells
@@ -84,20 +85,23 @@ class MinibatchLoader:
         sizes = self._sizes[self._met :]
         order = self._order.windows(self._epoch(), skip=sum(self._sizes[: self._met]))
         with ThreadPoolExecutor(max(self._workers, 1), thread_name_prefix="decode") as pool:
-            windows = read_ahead(self._reader(pool), order, workers=min(self._workers, 1))
+            kept = self._kept()
+            windows = read_ahead(self._reader(pool, kept), order, workers=min(self._workers, 1))
             make = self._dense.make
             if sparse:
                 make = partial(sparse_minibatch, n_genes=self._cells.n_genes, pin=device.type == "cuda")
-            for minibatch in read_ahead(make, _cut(windows, sizes), workers=self._makers(sparse)):
+            for minibatch in read_ahead(make, _cut(windows, sizes), workers=self._makers(kept, sparse=sparse)):
                 self._met += 1
                 yield minibatch
 
-    def _makers(self, sparse: bool) -> int:
-        """Threads that make minibatches, one for four that decode; none for dense minibatches, which reuse memory."""
-        return -(-self._workers // 4) if sparse else 0
+    def _makers(self, kept: KeptCells | EveryCell | None, *, sparse: bool) -> int:
+        """Threads that make minibatches; one for four that decode. None for dense minibatches, which reuse memory."""
+        if not sparse:
+            return 0
+        return self._workers if kept else -(-self._workers // 4)
 
-    def _reader(self, pool: ThreadPoolExecutor) -> Callable[[Window], Rows]:
-        if kept := self._kept():
+    def _reader(self, pool: ThreadPoolExecutor, kept: KeptCells | EveryCell | None) -> Callable[[Window], Rows]:
+        if kept:
             return kept.take
         threads = pool if self._workers > 1 else None
         return lambda window: self._cells.read(window.blocks, threads, max(self._workers, 1)).take(window.chosen)

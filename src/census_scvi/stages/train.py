@@ -16,6 +16,7 @@ from scvi.train import TrainingPlan
 from census_scvi.config.flat import digest
 from census_scvi.config.run_names import CHECKPOINT, PROGRESS
 from census_scvi.counts.data_module import PreparedDataModule
+from census_scvi.counts.kept_cells import bytes_in_memory
 from census_scvi.counts.loader import MOST_KEPT
 from census_scvi.counts.reader import PreparedCells
 from census_scvi.errors import UserError
@@ -36,6 +37,7 @@ from census_scvi.settings import Config
 from census_scvi.stages.plan import Cost, Plan, human_bytes
 from census_scvi.stages.protocol import Task
 from census_scvi.training.callbacks import LearningCurves
+from census_scvi.training.cells_in_memory import keeps_cells
 from census_scvi.training.fast import products
 from census_scvi.training.fast.measure import faster_libraries, shape_of
 from census_scvi.training.fit import (
@@ -45,6 +47,7 @@ from census_scvi.training.fit import (
     engine_of,
     fit,
     loader_threads,
+    local_processes,
     n_processes,
     slow_precision,
 )
@@ -129,6 +132,7 @@ def _data(config: Config) -> PreparedDataModule:
         split_seed=config.train.split_seed,
         max_cells=config.train.max_cells,
     )
+    data.in_memory = keeps_cells(config.train, data.cells)
     if config.train.early_stopping and not data.n_val:
         raise UserError(f"train.early_stopping needs validation cells, but all {data.n_train} cells are for training")
     return data
@@ -314,8 +318,10 @@ def _cost(config: Config, data: PreparedDataModule, n_cells: int) -> Cost:
     if config.train.max_cells is not None:
         n_train = min(n_train, config.train.max_cells)
     passes = n_train + 0.4 * n_val  # of validation, a forward pass only
+    in_memory = bytes_in_memory(data.cells, n_cells) * local_processes(config.train) if data.in_memory else 0.0
     seconds, untrained = 0.0, "" if tuning is None else tuning.untrained
     if not untrained:
+        data.in_memory = False  # a sample of the steps does not need all cells
         step = _seconds_per_cell(config, training, data)
         seconds = step * passes * config.train.max_epochs / n_processes(config.train)
     nodes = f" on each of {config.train.num_nodes} nodes" if config.train.num_nodes > 1 else ""
@@ -324,11 +330,12 @@ def _cost(config: Config, data: PreparedDataModule, n_cells: int) -> Cost:
         kept = 0.0
     entries = config.train.batch_size * data.cells.n_genes
     return Cost(
-        memory=_BASE_MEMORY + 16.0 * parameters + _BYTES_AN_ENTRY[engine] * entries + kept,
+        memory=_BASE_MEMORY + 16.0 * parameters + _BYTES_AN_ENTRY[engine] * entries + kept + in_memory,
         disk=8.5 * parameters,
         seconds=_FIXED_SECONDS + seconds,
         notes=[
             f"{n_train:,} cells train, {n_val:,} validate, {len(data.cells.batches):,} batches",
+            *([f"the cells are kept in memory: {human_bytes(in_memory)}"] if in_memory else []),
             f"{parameters:,} parameters",
             f"devices: {devices['devices']} ({devices['accelerator']}){nodes}, steps by train.engine {engine}",
             f"while it trains, a checkpoint of {human_bytes(12.0 * parameters)}",
@@ -353,7 +360,7 @@ def _libraries(config: Config, plan: TrainingPlan, data: PreparedDataModule) -> 
 
 
 def _seconds_per_cell(config: Config, plan: TrainingPlan, data: PreparedDataModule) -> float:
-    return seconds_per_cell(plan, data, _device(config), config.train.precision, _SAMPLE_SECONDS)
+    return seconds_per_cell(plan, data, config.train, _SAMPLE_SECONDS)
 
 
 def _device(config: Config) -> str:

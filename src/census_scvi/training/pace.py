@@ -1,55 +1,87 @@
-"""How fast a model trains here: a few optimiser steps, timed for --dry-run."""
+"""How fast a model trains here: a few steps of a real training, timed for --dry-run."""
 
 from __future__ import annotations
 
-import itertools
 import time
+import warnings
+from typing import TypeAlias
 
+import lightning
 import torch
-from scvi.train import TrainingPlan
+from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch.loggers.logger import DummyLogger
+from scvi.train import Trainer, TrainingPlan
 
 from census_scvi.counts.data_module import PreparedDataModule
-from census_scvi.counts.minibatch import LABELLED, Minibatch, each_value
+from census_scvi.counts.minibatch import Minibatch
+from census_scvi.model.build import quiet
+from census_scvi.training.callbacks import GiveBack, TrainMode
 from census_scvi.training.fast.step import unused_frozen
+from census_scvi.training.fit import matmul_precision, trainer_arguments
+from census_scvi.training.settings import TrainSection
+
+Module: TypeAlias = lightning.LightningModule
+
+# Steps before the first that is timed: they fill the first window, and record the graph of a step on a GPU.
+_WARM_UP = 2
+_ONE_DEVICE = {"devices": 1, "num_nodes": 1, "strategy": "auto"}
 
 
 def seconds_per_cell(
-    plan: TrainingPlan, data: PreparedDataModule, device: str, precision: str, sample_seconds: float
+    plan: TrainingPlan, data: PreparedDataModule, settings: TrainSection, sample_seconds: float
 ) -> float:
-    """Seconds per cell of optimiser steps, including reading; the model is changed.
+    """Seconds per cell of training steps on one device, including reading; the model is changed.
 
     Parameters
     ----------
     plan, data
         The training.
-    device
-        `cpu` or `cuda`.
-    precision
-        `float32`, `bf16` or `fp16`.
+    settings
+        The `train` section.
     sample_seconds
         How long to train.
     """
-    module = plan.module.to(device).train()
-    minibatches = itertools.chain.from_iterable(itertools.repeat(data.train_dataloader()))
-    reduced = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    with unused_frozen(module), torch.autocast(device, reduced, enabled=reduced is not None):
-        optimiser = plan.get_optimizer_creator()(filter(lambda parameter: parameter.requires_grad, module.parameters()))
-        for minibatch in itertools.islice(minibatches, 2):  # warm-up; fills the first window
-            _step(plan, optimiser, minibatch, device)
-            data.give_back(minibatch)
-        started, cells = time.monotonic(), 0
-        while (elapsed := time.monotonic() - started) < sample_seconds:
-            minibatch = next(minibatches)
-            cells += _step(plan, optimiser, minibatch, device)
-            data.give_back(minibatch)
-    return elapsed / cells
+    sample = _Sample(sample_seconds)
+    arguments = trainer_arguments(settings, data) | _ONE_DEVICE | {"max_epochs": -1, "limit_val_batches": 0}
+    with (
+        warnings.catch_warnings(),
+        quiet("lightning.pytorch"),
+        quiet("lightning.fabric"),
+        unused_frozen(plan.module),
+        matmul_precision(settings),
+    ):
+        warnings.simplefilter("ignore")
+        callbacks = [TrainMode(), sample, GiveBack()]
+        trainer = Trainer(callbacks=callbacks, logger=DummyLogger(), plugins=LightningEnvironment(), **arguments)
+        trainer.fit(plan, data)
+    return sample.seconds / sample.cells
 
 
-def _step(plan: TrainingPlan, optimiser: torch.optim.Optimizer, minibatch: Minibatch, device: str) -> int:
-    cells = each_value(minibatch, lambda value: value.to(device))
-    labelled = {"labelled_tensors": cells.pop(LABELLED)} if LABELLED in cells else {}
-    _, _, losses = plan(cells, loss_kwargs=plan.loss_kwargs | {"kl_weight": 1.0} | labelled)
-    optimiser.zero_grad()
-    losses.loss.backward()
-    optimiser.step()
-    return len(minibatch["row"])
+class _Sample(lightning.Callback):
+    """Times steps, and stops the training after some seconds."""
+
+    def __init__(self, at_most: float) -> None:
+        self._at_most = at_most
+        self._steps = 0
+        self._started = self.seconds = 0.0
+        self.cells = 0
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: Module, outputs: object, batch: Minibatch, batch_idx: int
+    ) -> None:
+        """Count the cells of a minibatch."""
+        self._steps += 1
+        if self._steps == _WARM_UP:
+            self._started = _now(pl_module)
+        elif self._steps > _WARM_UP:
+            self.cells += len(batch["row"])
+            if time.monotonic() - self._started >= self._at_most:
+                self.seconds = _now(pl_module) - self._started
+                trainer.should_stop = True
+
+
+def _now(plan: Module) -> float:
+    """Seconds, when a GPU has finished the steps so far."""
+    if plan.device.type == "cuda":
+        torch.cuda.synchronize(plan.device)
+    return time.monotonic()

@@ -55,6 +55,10 @@ class TrainSection(Section):
         Annotated[int, Field(ge=0)] | Literal["auto"], Changes(), Expected("a number of threads, 0 or more, or auto")
     ] = "auto"
     """Threads that read minibatches ahead; 0: read between training steps; auto: up to 8 for a GPU, 1 on a CPU."""
+    cells_in_memory: Annotated[bool | Literal["auto"], Changes(), Expected("true, false or auto")] = "auto"
+    """Decode all cells once, before the first epoch, and keep them in memory: 4 bytes per non-zero in each process.
+    auto: for more than one epoch on a GPU, if this takes at most a quarter of the free memory.
+    """
     devices: Annotated[
         Devices, Expected("a number of devices, a list of device indices such as [0, 1], or auto"), USUAL
     ] = "auto"

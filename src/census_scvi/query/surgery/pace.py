@@ -12,7 +12,6 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
-import torch
 
 from census_scvi.config.run_names import PROTEINS
 from census_scvi.model.encode import labels_with
@@ -26,6 +25,8 @@ from census_scvi.training.plans import make_plan
 
 # Counts of the simulated cells: share of the genes with counts, as in real cells; mean count.
 _DENSITY, _MEAN = 0.1, 2.0
+# Minibatches of an epoch of the sample: with one, the time between epochs would be counted as that of a step.
+_MINIBATCHES = 8
 _SAMPLE_SECONDS = 1.0
 # Measured on one core for a small model: extending, checking and saving a model; logs and checkpoints of an epoch.
 _TRAINING_SECONDS, _EPOCH_SECONDS = 0.5, 0.02
@@ -86,19 +87,19 @@ def _seconds_per_step(
     numbers = np.random.default_rng(0)
     with TemporaryDirectory() as folder:
         part = TrainingCells([batch], extension.batches, Path(folder) / "cells.h5ad")
-        shape = (n_cells, len(description.genes))
+        n_written = _MINIBATCHES * n_cells
+        shape = (n_written, len(description.genes))
         filled = sp.random(*shape, _DENSITY, random_state=numbers, data_rvs=lambda n: 1 + numbers.poisson(_MEAN - 1, n))
-        counts = sp.csr_matrix(filled.toarray().astype(np.float32))
-        proteins = numbers.poisson(_MEAN, (n_cells, len(description.proteins))).astype(np.float32)
+        counts = sp.csr_matrix(filled).astype(np.float32)
+        proteins = numbers.poisson(_MEAN, (n_written, len(description.proteins))).astype(np.float32)
         with training_writer(part.file, description) as writer:
-            names = pd.RangeIndex(n_cells).astype(str)
-            obs = training_obs(np.full(n_cells, batch, dtype=object), part, description, names)
+            names = pd.RangeIndex(n_written).astype(str)
+            obs = training_obs(np.full(n_written, batch, dtype=object), part, description, names)
             writer.append(obs, counts=counts, obsm={PROTEINS: proteins} if description.proteins else None)
         train = train_section(settings, accelerator)
         data = training_data(part.file, description, train, 0)
         extended = extend_for_training(model, extension, seed=0, options=training.options)
         plan = make_plan(train, extended, data, settings.plan)
-        device = "cuda" if torch.cuda.is_available() and accelerator != "cpu" else "cpu"
-        seconds = seconds_per_cell(plan, data, device, train.precision, _SAMPLE_SECONDS)
+        seconds = seconds_per_cell(plan, data, train, _SAMPLE_SECONDS)
         data.cells.close()
     return seconds * n_cells

@@ -27,6 +27,7 @@ from census_scvi.query.surgery.cells import TrainingCells
 from census_scvi.query.surgery.movement import Movement, ReferenceSample, movement, require_unmoved
 from census_scvi.query.surgery.settings import SurgeryTraining
 from census_scvi.training.callbacks import LearningCurves
+from census_scvi.training.cells_in_memory import keeps_cells
 from census_scvi.training.finite_loss import Named
 from census_scvi.training.fit import fit, loader_threads
 from census_scvi.training.initial import set_protein_priors
@@ -245,7 +246,7 @@ def train_section(settings: SurgeryTraining, accelerator: str) -> TrainSection:
 
 def training_data(file: Path, description: ModelDescription, train: TrainSection, seed: int) -> PreparedDataModule:
     """Minibatches of a file of training cells."""
-    return PreparedDataModule(
+    data = PreparedDataModule(
         file,
         batch_size=train.batch_size,
         train_size=train.train_size,
@@ -255,6 +256,8 @@ def training_data(file: Path, description: ModelDescription, train: TrainSection
         proteins=bool(description.proteins),
         require_labels=False,
     )
+    data.in_memory = keeps_cells(train, data.cells)
+    return data
 
 
 def _extension(description: ModelDescription, part: TrainingCells, cells: PreparedCells) -> ModelDescription:
