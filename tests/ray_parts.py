@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from census_scvi.cli import guarded
 from census_scvi.files.parts import Part
 from census_scvi.settings import Config
-from census_scvi.stages import workers
+from census_scvi.stages import protocol, workers
+from census_scvi.terminal.guarded import guarded
 
 # Set in Ray's processes; tells the nodes of one machine apart.
 NODE = "RAY_RAYLET_PID"
@@ -71,10 +71,10 @@ def sleeps(folder: Path, part: Part) -> int:
 def of_another_installation(packages: Path, config: Config, part: Part) -> int:
     """A part of create-latent-update where other packages are installed."""
     sys.path.insert(0, str(packages))
-    return workers.do_part("create-latent-update", config, part)
+    return workers.do_part(protocol.run_stage, "create-latent-update", config, part)
 
 
-def of_small_tiles(name: str, config: Config, part: Part) -> int:
+def of_small_tiles(run_stage: workers.RunStage, name: str, config: Config, part: Part) -> int:
     """A part where rows of tiles have 100 cells; after its first block it does what a file next to the run says."""
     from census_scvi.census import stream
     from census_scvi.model.latent_store import LatentStore
@@ -91,7 +91,7 @@ def of_small_tiles(name: str, config: Config, part: Part) -> int:
             time.sleep(600)
 
     LatentStore.append = append_and_obey  # type: ignore[method-assign,assignment]  # a planted failure
-    return workers.do_part(name, config, part)
+    return workers.do_part(run_stage, name, config, part)
 
 
 def taken(order: Path) -> bool:

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from pipeline import ROOT
 
-from census_scvi.cli import configure_logging, console
+from census_scvi.cli import console
 from census_scvi.config.stages import PIPELINE, STAGES
+from census_scvi.terminal.guarded import configure_logging
 
 
 def test_each_command_has_its_script_and_module() -> None:

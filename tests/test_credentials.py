@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from census_scvi import cli
 from census_scvi.errors import UserError
 from census_scvi.files.uri import without_credentials
 from census_scvi.model.published import fetch
 from census_scvi.settings import Config
 from census_scvi.stages.plan import Plan
+from census_scvi.terminal import guarded
 
 FORMS = {
     "user and password": "https://user:{}@host/path",
@@ -94,7 +94,7 @@ def test_neither_errors_nor_logs_nor_tracebacks_show_them(kind: Any, capsys: pyt
         logging.getLogger("census_scvi").info("reading %s", "s3://key:se/cret@bucket")
         raise kind("s3://key:se/cret@bucket is not there\x1b[2J\x9b1m")
 
-    assert cli.guarded(work) in (cli.USER_ERROR, cli.DEFECT)
+    assert guarded.guarded(work) in (guarded.USER_ERROR, guarded.DEFECT)
     shown = capsys.readouterr().err
     assert "cret" not in shown
     assert "s3://***@bucket is not there\\x1b[2J\\x9b1m" in shown

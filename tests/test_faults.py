@@ -218,13 +218,12 @@ def test_the_settings_of_the_result_that_stands_make_it_the_result_again(
 
 STUCK = """
 import hashlib, os, signal, sys, threading
-from census_scvi import cli
-from census_scvi.terminal import stopping
+from census_scvi.terminal import guarded, stopping
 stopping._GRACE_SECONDS = 0.2
 def work():
     threading.Timer(0.1, os.kill, [os.getpid(), signal.SIGTERM]).start()
     hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # minutes within one call, during which Python handles no signal
-sys.exit(cli.guarded(work))
+sys.exit(guarded.guarded(work))
 """
 
 
@@ -235,7 +234,7 @@ def test_a_call_that_does_not_return_is_left() -> None:
 
 IGNORED = """
 import os, signal, sys
-from census_scvi.cli import guarded
+from census_scvi.terminal.guarded import guarded
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
 sys.exit(guarded(lambda: os.kill(os.getpid(), signal.SIGHUP)))
 """

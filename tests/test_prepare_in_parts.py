@@ -142,7 +142,7 @@ def test_parts_of_all_genes_need_no_selection(demo_census: str, tmp_path: Path) 
     assert prepared(run) == 0
 
 
-def part_of_small_tiles(name: str, config: Config, part: Part) -> int:
+def part_of_small_tiles(run_stage: workers.RunStage, name: str, config: Config, part: Part) -> int:
     """A part; the second is killed once while it counts, the third once while it writes."""
     small_tiles()
     flag = config.directory.parent / f"killed-{part.number}"
@@ -150,7 +150,7 @@ def part_of_small_tiles(name: str, config: Config, part: Part) -> int:
     if not flag.exists() and (part.number == 2 or (part.number == 3 and counted)):
         flag.touch()
         kill("tally" if part.number == 2 else "write")
-    return DO_PART(name, config, part)
+    return DO_PART(run_stage, name, config, part)
 
 
 @pytest.fixture

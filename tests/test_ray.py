@@ -22,7 +22,7 @@ from ray.cluster_utils import Cluster
 from test_run_parts import STAGE, copy_of, digest, trained, undisturbed
 
 from census_scvi.census import stream
-from census_scvi.cli import guarded, main
+from census_scvi.cli import main
 from census_scvi.cluster.ray_session import ray_at
 from census_scvi.cluster.ray_workers import ray_workers
 from census_scvi.config.run_names import LOGS
@@ -30,6 +30,7 @@ from census_scvi.errors import UserError
 from census_scvi.files.parts import Part, parts
 from census_scvi.settings import load_config
 from census_scvi.stages import workers
+from census_scvi.terminal.guarded import guarded
 
 __all__ = ["trained", "undisturbed"]  # fixtures
 SMALL = 80_000_000  # bytes of an object store: the least that Ray accepts

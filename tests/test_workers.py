@@ -26,7 +26,7 @@ KILLED = "killed by signal 9, probably because the memory of the machine was ful
 DO_PART = workers.do_part
 
 
-def part_of_small_tiles(name: str, config: Config, part: Part) -> int:
+def part_of_small_tiles(run_stage: workers.RunStage, name: str, config: Config, part: Part) -> int:
     """A part where rows of tiles have 100 cells; the second and the fifth are killed once, after their first block."""
     stream.X_TILE = 100
     flag = config.directory.parent / f"killed-{part.number}"
@@ -34,7 +34,7 @@ def part_of_small_tiles(name: str, config: Config, part: Part) -> int:
         flag.touch()
         append = LatentStore.append
         LatentStore.append = lambda *values: append(*values) or os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign,assignment,func-returns-value]  # a planted failure
-    return DO_PART(name, config, part)
+    return DO_PART(run_stage, name, config, part)
 
 
 def test_three_workers_of_which_two_are_killed(
@@ -77,7 +77,7 @@ def test_the_error_of_a_part_is_that_of_the_command(
     assert "cluster.workers" in capsys.readouterr().err
 
 
-def fails(name: str, config: Config, part: Part) -> int:
+def fails(run_stage: workers.RunStage, name: str, config: Config, part: Part) -> int:
     print("error: the disk is full", file=sys.stderr)
     return 2
 

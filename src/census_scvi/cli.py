@@ -1,20 +1,12 @@
-"""Command line of all commands: arguments, logging, exit codes, one-line error messages."""
+"""Command line of all commands."""
 
 from __future__ import annotations
 
 import argparse
-import errno
 import importlib
-import logging
-import os
 import re
-import shutil
-import signal
 import sys
-import tempfile
-import traceback
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,10 +19,9 @@ from census_scvi.files.parts import Part
 from census_scvi.files.paths import expand_argument
 from census_scvi.settings import Config, load_config
 from census_scvi.settings.table import help_of_stage
-from census_scvi.terminal.printing import on_one_line, printable
-from census_scvi.terminal.stopping import Stopped, Stopping, say
+from census_scvi.terminal.guarded import DONE, IN_FOLDER, USER_ERROR, fail, guarded
+from census_scvi.terminal.printing import printable
 
-DONE, DEFECT, USER_ERROR = 0, 1, 2
 DEFAULT_CONFIG = "scvi-config.yaml"
 
 _EPILOG = """\
@@ -88,7 +79,7 @@ def console(argv: Sequence[str] | None = None) -> int:
     """Entry point of `census-scvi`: run the command given as first argument; return the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments:
-        return _fail("expected a command; census-scvi --help lists them")
+        return fail("expected a command; census-scvi --help lists them")
     name, *rest = arguments
     if name in ("-h", "--help"):
         width = max(map(len, STAGES))
@@ -98,7 +89,7 @@ def console(argv: Sequence[str] | None = None) -> int:
         print(f"census-scvi {version('census-scvi')}")
         return DONE
     if name not in STAGES:
-        return _fail(f"{name} is not a command{suggestion(name, list(STAGES))}; census-scvi --help lists them")
+        return fail(f"{name} is not a command{suggestion(name, list(STAGES))}; census-scvi --help lists them")
     return main(name, rest, program=f"census-scvi {name}")
 
 
@@ -116,61 +107,6 @@ class Parser(argparse.ArgumentParser):
 
 
 _DASHED_SETTING = re.compile(r"unrecognized arguments: .*--?\w+(\.\w+)+")
-
-
-def guarded(work: Callable[[], None]) -> int:
-    """Run `work` and return the exit code; a UserError prints one line on stderr, a defect prints a traceback.
-
-    After a stop signal (Ctrl-C, SIGTERM, SIGHUP), the exit code is 128 + its number, and a line tells how to resume.
-    """
-    configure_logging()
-    stopping = Stopping()
-    try:
-        with stopping:
-            work()
-    except KeyboardInterrupt:  # raised without a signal
-        stopping.exit_code = 128 + signal.SIGINT
-    except (Stopped, SystemExit, Exception) as error:
-        if not stopping.exit_code:
-            return _exit_code(error)
-    if stopping.exit_code:  # a library may have replaced the exception of the signal
-        say(stopping.line)
-    return stopping.exit_code
-
-
-def _exit_code(error: BaseException) -> int:
-    if isinstance(error, SystemExit):
-        raise error
-    if isinstance(error, UserError):
-        return _fail(str(error))
-    if message := _storage_problem(error):
-        return _fail(message)
-    print(printable("".join(traceback.format_exception(error))), end="", file=sys.stderr)
-    return DEFECT
-
-
-class _Printable(logging.Formatter):
-    """Formatter that removes credentials and escapes terminal control characters."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Format a record as one safe line."""
-        return printable(super().format(record))
-
-
-def configure_logging() -> None:
-    """Log this project's messages with the time to stderr; of libraries, log only warnings and errors."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(_Printable("%(asctime)s %(message)s", "%H:%M:%S"))
-    project = logging.getLogger("census_scvi")
-    project.handlers = [handler]
-    project.setLevel(logging.INFO)
-    project.propagate = False
-    for name in ("lightning", "lightning.pytorch", "lightning.fabric", "cellxgene_census", "scvi"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    # Appended, so that PYTHONWARNINGS and the tests, which turn warnings into errors, take precedence.
-    warnings.filterwarnings("ignore", category=FutureWarning, append=True)  # addressed to developers of the libraries
-    # Not a problem here: genes are matched by their ids, which are checked.
-    warnings.filterwarnings("ignore", "Variable names are not unique", UserWarning, append=True)
 
 
 def _parser(stage: Stage, program: str | None, own: Any) -> Parser:
@@ -251,49 +187,5 @@ def _run(stage: Stage, arguments: argparse.Namespace, own: Any, program: str) ->
     try:
         protocol.run_stage(stage.name, config, force=arguments.force, part=part)
     except Exception as error:
-        error.add_note(f"{_IN_FOLDER}{config.directory}")
+        error.add_note(f"{IN_FOLDER}{config.directory}")
         raise
-
-
-def _fail(message: str) -> int:
-    print(f"error: {on_one_line(message)}", file=sys.stderr)
-    return USER_ERROR
-
-
-_IN_FOLDER = "run directory: "
-_HDF5_FILE = re.compile(r"filename = '([^']*)'")
-
-
-def _free_space(error: BaseException, cause: BaseException) -> str:
-    """Free space on the disk of the failed file (or of the run directory), and for temporary files."""
-    notes = [note.removeprefix(_IN_FOLDER) for note in getattr(error, "__notes__", []) if note.startswith(_IN_FOLDER)]
-    named = _HDF5_FILE.search(str(cause))
-    file = getattr(cause, "filename", None) or (named[1] if named else None)
-    place = Path(os.fsdecode(file)).parent if isinstance(file, str | bytes) else Path(notes[0] if notes else ".")
-    folders = {folder.stat().st_dev: folder for folder in (Path(tempfile.gettempdir()), _existing(place.absolute()))}
-    free = {folder: shutil.disk_usage(folder).free for folder in reversed(folders.values())}
-    return ", ".join(f"{number / 1e6:,.1f} MB in {folder}" for folder, number in free.items())
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or its nearest existing parent."""
-    return next(place for place in (folder, *folder.parents) if place.exists())
-
-
-def _storage_problem(error: BaseException) -> str | None:
-    """Message for a full disk, missing permission or read-only file system, anywhere in the chain of causes."""
-    seen: BaseException | None = error
-    while seen is not None:
-        text = str(seen)
-        number = getattr(seen, "errno", None)
-        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text or "errno = 28" in text:
-            return (
-                f"the disk is full ({text.splitlines()[0]}; {_free_space(error, seen)} free): free some space or choose"
-                " another output.directory, and run the same command again; nothing is lost"
-            )
-        if isinstance(seen, PermissionError):
-            return f"{seen.filename or text}: no permission to write or read there"
-        if isinstance(seen, OSError) and number == errno.EROFS:
-            return f"{seen.filename or text}: the file system is read-only"
-        seen = seen.__cause__ or seen.__context__
-    return None

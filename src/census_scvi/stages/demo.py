@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from census_scvi.cli import guarded, main
+from census_scvi.cli import main
 from census_scvi.config.stages import PIPELINE
 from census_scvi.errors import UserError
 from census_scvi.files.uri import local_path
 from census_scvi.settings import Config, load_config
+from census_scvi.terminal.guarded import guarded
 from census_scvi.workspace import Workspace
 
 CONFIG = "configs/demo.yaml"

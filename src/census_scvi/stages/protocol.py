@@ -147,7 +147,7 @@ def _run_whole(stage: Stage, config: Config, *, force: bool = False) -> None:
                     run.discard()
             return
     # The directory is not locked now: the workers lock it together, then this process alone.
-    importlib.import_module("census_scvi.stages.workers").do_parts(stage, config, n_parts)
+    importlib.import_module("census_scvi.stages.workers").do_parts(stage, config, n_parts, run_stage)
     _run_whole(stage, config.model_copy(update={"cluster": ClusterSection()}))
 
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from census_scvi.cli import DONE, main
+from census_scvi.cli import main
 from census_scvi.search.trials import CONFIG, Trial
 from census_scvi.settings import Config, load_config
+from census_scvi.terminal.guarded import DONE
 
 if TYPE_CHECKING:
     from census_scvi.counts.data_module import PreparedDataModule

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import importlib
 import itertools
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
-from census_scvi.cli import guarded
 from census_scvi.cluster.pool import Pool
 from census_scvi.cluster.workers import Workers, threads_of_each
 from census_scvi.config.run_names import LOGS, STAGING
 from census_scvi.config.stages import Stage
 from census_scvi.files.parts import Part, parts
 from census_scvi.settings import Config
-from census_scvi.stages import protocol
+from census_scvi.terminal.guarded import guarded
 from census_scvi.workspace.staged_parts import done_mark
 
+# `run_stage(name, config, part=part)` of `stages.protocol`, which uses this module.
+RunStage = Callable[..., None]
 
-def do_parts(stage: Stage, config: Config, number: int) -> None:
+
+def do_parts(stage: Stage, config: Config, number: int, run_stage: RunStage) -> None:
     """Do all parts of a stage, in as many rounds as it needs; UserError: as a part alone has it, with its name."""
     staging = config.directory / STAGING / stage.name
-    with _pool(stage, config) as pool:
+    with _pool(stage, config, run_stage) as pool:
         for number_of_round in itertools.count(1):
             left = [part for part in parts(number) if not done_mark(staging, part).exists()]
             if not left or not staging.exists():  # another process may have finished the stage
@@ -30,9 +33,10 @@ def do_parts(stage: Stage, config: Config, number: int) -> None:
             pool.do(left, stage.name if number_of_round == 1 else f"{stage.name}, round {number_of_round}")
 
 
-def _pool(stage: Stage, config: Config) -> AbstractContextManager[Pool[Any]]:
+def _pool(stage: Stage, config: Config, run_stage: RunStage) -> AbstractContextManager[Pool[Any]]:
     """What does the parts, according to the settings."""
-    work, logs, cluster = partial(do_part, stage.name, config), config.directory / LOGS / stage.name, config.cluster
+    work, cluster = partial(do_part, run_stage, stage.name, config), config.cluster
+    logs = config.directory / LOGS / stage.name
     if cluster.address is None:
         workers = Workers(work, cluster.workers, logs, preload=(stage.module,), minutes=cluster.part_minutes)
         return nullcontext(workers)
@@ -50,10 +54,10 @@ def _pool(stage: Stage, config: Config) -> AbstractContextManager[Pool[Any]]:
     return on_ray
 
 
-def do_part(name: str, config: Config, part: Part) -> int:
+def do_part(run_stage: RunStage, name: str, config: Config, part: Part) -> int:
     """Do a part in the process of a worker; returns the exit code."""
     cluster = config.cluster
     threads = str(threads_of_each(cluster.workers) if cluster.address is None else cluster.cpus_per_worker)
     of_tiledb = {"sm.compute_concurrency_level": threads, "sm.io_concurrency_level": threads}
     census = config.census.model_copy(update={"tiledb": of_tiledb | config.census.tiledb})
-    return guarded(lambda: protocol.run_stage(name, config.model_copy(update={"census": census}), part=part))
+    return guarded(lambda: run_stage(name, config.model_copy(update={"census": census}), part=part))
