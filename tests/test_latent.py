@@ -146,12 +146,14 @@ def test_any_counts_in_any_minibatches_give_scvi_tools_posterior(
 
 
 @pytest.mark.parametrize("n_layers", [1, 2, 3])
-@pytest.mark.parametrize("dropout_rate", [0.0, 0.1])
-def test_the_folded_encoder_is_scvi_tools_encoder(n_layers: int, dropout_rate: float) -> None:
+@pytest.mark.parametrize(("dropout_rate", "n_hidden", "n_cells"), [(0.0, 64, 0), (0.1, 64, 10**6), (0.1, 300, 10**6)])
+def test_the_folded_encoder_is_scvi_tools_encoder(
+    n_layers: int, dropout_rate: float, n_hidden: int, n_cells: int
+) -> None:
     """Random weights and BatchNorm statistics; cells from empty to counts in the tens of thousands."""
     torch.manual_seed(n_layers)
     genes = [f"g{i}" for i in range(300)]
-    arguments = {"n_layers": n_layers, "dropout_rate": dropout_rate, "n_hidden": 64, "gene_likelihood": "nb"}
+    arguments = {"n_layers": n_layers, "dropout_rate": dropout_rate, "n_hidden": n_hidden, "gene_likelihood": "nb"}
     model = build_model(genes, ["a", "b"], arguments)
     for layer in model.module.modules():
         if isinstance(layer, torch.nn.BatchNorm1d):
@@ -164,7 +166,10 @@ def test_the_folded_encoder_is_scvi_tools_encoder(n_layers: int, dropout_rate: f
     counts = generator.poisson(generator.gamma(0.1, 20, size=(50, 300))).astype(np.float32)
     counts[0], counts[1] = 0, generator.integers(0, 50_000, 300)
     mean, variance = reference_latent(model, genes, sp.csr_matrix(counts), ["a"] * 50)
-    latent = Encoder(model)(sp.csr_matrix(counts), np.zeros(50, dtype=np.int32), minibatch=7)
+    encode = Encoder(model, n_cells=n_cells)
+    assert encode._folded is not None
+    assert encode._folded._compiled == (n_hidden == 300)
+    latent = encode(sp.csr_matrix(counts), np.zeros(50, dtype=np.int32), minibatch=7)
     np.testing.assert_allclose(latent.mean, mean, atol=1e-5)
     np.testing.assert_allclose(latent.variance, variance, atol=1e-5, rtol=1e-5)
 

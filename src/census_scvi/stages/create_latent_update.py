@@ -166,7 +166,8 @@ class _Embedding:
             return
         # The extended model takes as much memory again. Most encoders do not use the batch, so they do not need it.
         sees_batch = self._description.arguments["encode_covariates"]
-        encode = Encoder(_on_device(self._extended() if sees_batch else self._trained, self._config, part))
+        model = _on_device(self._extended() if sees_batch else self._trained, self._config, part)
+        encode = Encoder(model, n_cells=self.n_cells)
         remaining = [block for block in every if block[0] - every[0][0] >= done]
         blocks = stream_blocks(self._census, self._cells.joinids, self._gene_joinids, blocks=remaining)
         with progress_bar(total, "embed", done=done) as bar:
@@ -303,7 +304,7 @@ def plan(config: Config) -> Plan:
         gene_joinids = locate_genes(census, description.genes, config.genes.min_share, "genes.min_share")
         cells = select_cells(census, config.census.obs_query, config.anndata.batch_key)
         model, _ = load_safe(config.directory / artifacts.model)
-        encode = Encoder(_on_device(model, config))
+        encode = Encoder(_on_device(model, config), n_cells=len(cells))
         # The first block includes opening and compilation. After it, reading and encoding overlap as in a real run.
         size = min(config.latent.block_size, -(-len(cells) // _SAMPLE_BLOCKS))
         sample = _blocks(cells, size)[-_SAMPLE_BLOCKS:]

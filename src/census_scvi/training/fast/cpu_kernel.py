@@ -12,7 +12,7 @@ import numba
 import numpy as np
 import torch
 
-from census_scvi.training.fast.compiled import in_threads
+from census_scvi.model.compiled import in_threads
 from census_scvi.training.fast.decoded import Decoded, LossAndSlopes
 
 _each = numba.njit(fastmath={"contract"}, error_model="numpy", nogil=True, cache=True)

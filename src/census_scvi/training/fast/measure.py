@@ -11,7 +11,8 @@ import torch
 from scvi.module import VAE
 
 from census_scvi.counts.minibatch import SparseCounts
-from census_scvi.training.fast import products, sparse_layer
+from census_scvi.model import sparse_layer
+from census_scvi.training.fast import products
 from census_scvi.training.fast.products import Libraries, Library, times_transposed
 
 Operands: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]

@@ -48,8 +48,8 @@ from typing import Any, NamedTuple
 import torch
 
 from census_scvi.counts.minibatch import SparseCounts
+from census_scvi.model.compiled import require_equal, works
 from census_scvi.training.fast import torch_kernel
-from census_scvi.training.fast.compiled import require_equal, works
 from census_scvi.training.fast.decoded import Decoded, LossAndSlopes
 from census_scvi.training.fast.products import input_gradient, layer_output, product_dtype, weight_gradient
 

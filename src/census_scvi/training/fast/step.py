@@ -24,6 +24,7 @@ from torch.distributions import Normal, kl_divergence
 from torch.nn import functional
 
 from census_scvi.counts.minibatch import Minibatch, SparseCounts
+from census_scvi.model.sparse_layer import sparse_layer, usable
 from census_scvi.training.fast import products
 from census_scvi.training.fast.negative_binomial import (
     Dispersion,
@@ -31,7 +32,6 @@ from census_scvi.training.fast.negative_binomial import (
     compiled_kernel,
     reconstruction_loss,
 )
-from census_scvi.training.fast.sparse_layer import sparse_layer, usable
 
 
 def reason_against(module: VAE) -> str:

@@ -28,7 +28,7 @@ from numba.core.base import BaseContext
 from numba.extending import intrinsic
 
 from census_scvi.counts.minibatch import SparseCounts
-from census_scvi.training.fast.compiled import in_threads, require_equal, works
+from census_scvi.model.compiled import in_threads, require_equal, works
 
 _TILE = 128  # inputs; a position within it is stored as uint8
 _WIDTH = 64  # hidden units: eight AVX2 registers, or four of AVX-512
