@@ -1021,7 +1021,7 @@ def test_cells_in_memory_give_the_same_model(prepared: Run, tmp_path: Path, caps
     for in_memory in ("true", "false", "auto"):
         runs[in_memory] = copy_of(prepared, tmp_path / in_memory)
         assert runs[in_memory]("train", f"train.cells_in_memory={in_memory}") == 0
-        decoded = f"{runs[in_memory].record('prepare')['counts']['cells']:,} cells decoded into memory: 0.0 GB"
+        decoded = f"{runs[in_memory].record('prepare')['counts']['cells']:,} cells decoded into memory: "
         assert (decoded in capsys.readouterr().err) == (in_memory == "true")  # auto: not on a CPU
     assert equal(weights(runs["true"]), weights(runs["false"]))
 

@@ -164,8 +164,8 @@ class PreparedDataModule(lightning.LightningDataModule):
         if self.in_memory and self._every is None:
             started = time.monotonic()
             self._every = EveryCell(self.cells, self._workers)
-            seconds, gigabytes = time.monotonic() - started, bytes_in_memory(self.cells) / 1e9
-            log.info("%s cells decoded into memory: %.1f GB, %.1f s", f"{self.cells.n_cells:,}", gigabytes, seconds)
+            taken = f"{bytes_in_memory(self.cells) / 1e6:,.0f} MB, {time.monotonic() - started:.1f} s"
+            log.info("%s cells decoded into memory: %s", f"{self.cells.n_cells:,}", taken)
         return self._every
 
     def _kept_cells(self, epoch: int | None, wanted: npt.NDArray[np.bool_]) -> KeptCells | EveryCell | None:
