@@ -38,7 +38,7 @@ def _pool(stage: Stage, config: Config, run_stage: RunStage) -> AbstractContextM
     work, cluster = partial(do_part, run_stage, stage.name, config), config.cluster
     logs = config.directory / LOGS / stage.name
     if cluster.address is None:
-        workers = Workers(work, cluster.workers, logs, preload=(stage.module,), minutes=cluster.part_minutes)
+        workers = Workers(work, cluster.workers, logs, preload=_preload(stage), minutes=cluster.part_minutes)
         return nullcontext(workers)
     ray_workers = importlib.import_module("census_scvi.cluster.ray_workers").ray_workers  # imports Ray
     on_ray: AbstractContextManager[Pool[Any]] = ray_workers(
@@ -46,12 +46,17 @@ def _pool(stage: Stage, config: Config, run_stage: RunStage) -> AbstractContextM
         work,
         cluster.workers,
         logs,
-        preload=(stage.module,),
+        preload=_preload(stage),
         cpus=cluster.cpus_per_worker,
         gpus=cluster.gpus_per_worker,
         minutes=cluster.part_minutes,
     )
     return on_ray
+
+
+def _preload(stage: Stage) -> tuple[str, ...]:
+    """What the server of forks imports, so that not each part does."""
+    return (stage.module, "census_scvi.cluster.numba_ready")
 
 
 def do_part(run_stage: RunStage, name: str, config: Config, part: Part) -> int:
