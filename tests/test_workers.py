@@ -90,7 +90,7 @@ def test_a_worker_that_is_always_killed_is_given_up(tmp_path: Path) -> None:
 
 
 def test_a_part_that_hangs_is_done_again(tmp_path: Path) -> None:
-    Workers(partial(hangs_once, tmp_path), 2, tmp_path / "logs", minutes=0.1).do(parts(2), "work")
+    Workers(partial(hangs_once, tmp_path), 2, tmp_path / "logs", minutes=0.2).do(parts(2), "work")
     assert (tmp_path / "2").read_text() == "xx"
     assert (tmp_path / "1").read_text() == "x"
 
