@@ -38,6 +38,7 @@ from census_scvi.stages.inputs import inputs_of
 from census_scvi.stages.plan import Plan
 from census_scvi.stages.protocol import Task
 from census_scvi.terminal.progress import progress_bar
+from census_scvi.training.threads import half_of_the_threads
 from census_scvi.workspace import Artifacts, StageRun
 from census_scvi.workspace.staged_parts import number_of_parts
 
@@ -170,7 +171,7 @@ class _Embedding:
         encode = Encoder(model, n_cells=self.n_cells)
         remaining = [block for block in every if block[0] - every[0][0] >= done]
         blocks = stream_blocks(self._census, self._cells.joinids, self._gene_joinids, blocks=remaining)
-        with progress_bar(total, "embed", done=done) as bar:
+        with progress_bar(total, "embed", done=done) as bar, half_of_the_threads():
             for block, proteins in zip(blocks, self._proteins(remaining), strict=True):
                 rows = slice(block.start, block.start + block.counts.shape[0])
                 latent = encode(block.counts, self._codes[rows], proteins)
@@ -309,14 +310,15 @@ def plan(config: Config) -> Plan:
         size = min(config.latent.block_size, -(-len(cells) // _SAMPLE_BLOCKS))
         sample = _blocks(cells, size)[-_SAMPLE_BLOCKS:]
         started, n_sampled = time.monotonic(), 0
-        for block in stream_blocks(census, cells.joinids, gene_joinids, blocks=sample):
-            n_cells = block.counts.shape[0]
-            proteins = np.zeros((n_cells, len(description.proteins)), np.float32) if description.proteins else None
-            encode(block.counts, np.zeros(n_cells, np.int32), proteins)
-            if block.start == sample[0][0]:
-                started = time.monotonic()
-            else:
-                n_sampled += block.counts.shape[0]
+        with half_of_the_threads():
+            for block in stream_blocks(census, cells.joinids, gene_joinids, blocks=sample):
+                n_cells = block.counts.shape[0]
+                proteins = np.zeros((n_cells, len(description.proteins)), np.float32) if description.proteins else None
+                encode(block.counts, np.zeros(n_cells, np.int32), proteins)
+                if block.start == sample[0][0]:
+                    started = time.monotonic()
+                else:
+                    n_sampled += block.counts.shape[0]
         seconds = (time.monotonic() - started) / max(n_sampled, 1) * len(cells)
     minified = {"all": len(cells), "sample": min(config.latent.sample_size, len(cells)), "none": 0}
     n_latent = int(model.module.n_latent)
