@@ -404,7 +404,7 @@ NOT_ENOUGH: dict[str, tuple[list[str], str]] = {
     ),
     "rat ids": (
         [f"ENSRNOG{n:011d}" for n in range(40)],
-        r"40 look like Ensembl ids of rat .* holds cells of homo_sapiens and",
+        r"40 look like Ensembl ids of rat .* holds cells of homo_sapiens, .* and pan_troglodytes",
     ),
     "transcripts": ([f"ENST{n:011d}.2" for n in range(40)], "40 look like transcript ids .*; sum the counts by gene"),
     "numbers": (

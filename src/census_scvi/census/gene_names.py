@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from census_scvi.census.schema import ORGANISMS
+from census_scvi.census.schema import ORGANISMS, PRIMATES
 
 
 @dataclass(frozen=True)
@@ -19,45 +19,48 @@ class Kind:
         Regular expression that matches the whole name.
     advice
         What to do with a file of such names.
-    organism
-        Organism of the genes; "" if the name does not show it.
+    organisms
+        Organisms that the genes may be of; none if the name does not show it.
     mixed
         If at least this share of a file's genes has such names, the file contains genes of another organism.
     """
 
     pattern: re.Pattern[str]
     advice: str
-    organism: str = ""
+    organisms: tuple[str, ...] = ()
     mixed: float = math.inf
 
 
 _NAME_GENES = "give the genes as Ensembl ids or symbols (gene_id: a column of var with them)"
 _PREFIXES = {
-    "mus_musculus": "ENSMUSG", "homo_sapiens": "ENSG", "rat": "ENSRNOG", "rhesus macaque": "ENSMMUG",
-    "crab-eating macaque": "ENSMFAG", "marmoset": "ENSCJAG", "chimpanzee": "ENSPTRG", "pig": "ENSSSCG",
-    "cow": "ENSBTAG", "dog": "ENSCAFG", "rabbit": "ENSOCUG", "chicken": "ENSGALG", "zebrafish": "ENSDARG",
-    "frog": "ENSXETG",
+    **{name: organism.gene_id_prefix for name, organism in ORGANISMS.items()},
+    "rat": "ENSRNOG", "crab-eating macaque": "ENSMFAG", "gorilla": "ENSGGOG", "pig": "ENSSSCG", "cow": "ENSBTAG",
+    "dog": "ENSCAFG", "rabbit": "ENSOCUG", "chicken": "ENSGALG", "zebrafish": "ENSDARG", "frog": "ENSXETG",
 }  # fmt: skip
 
 
 def _of(organism: str) -> str:
     if organism in ORGANISMS:
         return f"if the cells are of {organism}, set organism: {organism}"
-    return f"a local Census holds cells of {' and '.join(ORGANISMS)}"
+    return f"a local Census holds cells of {_listed(tuple(ORGANISMS), 'and')}"
+
+
+def _listed(names: tuple[str, ...], word: str) -> str:
+    return f"{', '.join(names[:-1])} {word} {names[-1]}"
 
 
 # The order matters: a name belongs to the first kind that it matches.
 KINDS = {
     **{
-        f"Ensembl ids of {name}": Kind(re.compile(prefix + r"\d{11}(\.\d+)?"), _of(name), name, 0.05)
+        f"Ensembl ids of {name}": Kind(re.compile(prefix + r"\d{11}(\.\d+)?"), _of(name), (name,), 0.05)
         for name, prefix in _PREFIXES.items()
     },
     "Ensembl ids of another organism": Kind(
-        re.compile(r"ENS[A-Z]{2,6}G\d{11}(\.\d+)?"), _of("another"), "another", 0.05
+        re.compile(r"ENS[A-Z]{2,6}G\d{11}(\.\d+)?"), _of("another"), ("another",), 0.05
     ),
-    "ids of fly genes": Kind(re.compile(r"FBgn\d{7}"), _of("fly"), "fly", 0.05),
-    "ids of worm genes": Kind(re.compile(r"WBGene\d{8}"), _of("worm"), "worm", 0.05),
-    "ids of yeast genes": Kind(re.compile(r"Y[A-P][LR]\d{3}[WC](-[A-Z])?"), _of("yeast"), "yeast", 0.05),
+    "ids of fly genes": Kind(re.compile(r"FBgn\d{7}"), _of("fly"), ("fly",), 0.05),
+    "ids of worm genes": Kind(re.compile(r"WBGene\d{8}"), _of("worm"), ("worm",), 0.05),
+    "ids of yeast genes": Kind(re.compile(r"Y[A-P][LR]\d{3}[WC](-[A-Z])?"), _of("yeast"), ("yeast",), 0.05),
     "transcript ids": Kind(re.compile(r"ENS[A-Z]*T\d{11}(\.\d+)?|[NX][MR]_\d+(\.\d+)?"), "sum the counts by gene"),
     "protein ids": Kind(re.compile(r"ENS[A-Z]*P\d{11}(\.\d+)?|[NX]P_\d+(\.\d+)?"), _NAME_GENES),
     "numbers, as of Entrez or of rows": Kind(re.compile(r"\d+(\.0)?"), _NAME_GENES),
@@ -65,13 +68,13 @@ KINDS = {
     "symbols of mouse genes": Kind(
         re.compile(r"(?!Ercc)[A-Z][a-z][A-Za-z0-9]*([.-][A-Za-z0-9]+)*|\d{6,}[A-Z]\d{2}Rik|mt-[A-Z]\w+"),
         _of("mus_musculus"),
-        "mus_musculus",
+        ("mus_musculus",),
         0.2,  # symbols without an id, for example old ones, may look like those of another organism
     ),
-    "symbols of human genes": Kind(
+    "symbols of primate genes": Kind(
         re.compile(r"(?!ERCC|[A-Z]{2}\d{6})[A-Z]{2,}[A-Z0-9]*(-[A-Z0-9]+)*|[A-Z]\d+orf\d+|MT-[A-Z]\w+"),
-        _of("homo_sapiens"),
-        "homo_sapiens",
+        f"symbols do not tell one primate from another: set organism to {_listed(PRIMATES, 'or')}, as the cells are",
+        PRIMATES,
         0.2,
     ),
 }
@@ -89,7 +92,7 @@ def count_kinds(names: pd.Series, organism: str) -> dict[str, tuple[int, str]]:
     """
     left, found = names, {}
     for kind, description in KINDS.items():
-        if description.organism == organism:
+        if organism in description.organisms:
             continue
         matches = left.str.fullmatch(description.pattern.pattern).astype(bool)
         if matches.any():

@@ -34,11 +34,14 @@ _NO_GENE_NAMES = {
 # A genome before the gene name, as Cell Ranger writes it for references of several genomes: GRCh38_TP53, mm10___Xkr4.
 _GENOME = re.compile(
     r"^((?:GRC[A-Za-z]{1,2}\d+|hg\d\d|mm\d+|rn\d|Rnor|mRatBN\d|T2T-CHM13|CHM13|dm\d|BDGP\d|danRer\d|galGal\d|Sscrofa\d"
-    r"|susScr\d|Mmul|rheMac\d|panTro\d|CanFam\d)[A-Za-z0-9.-]*)_+(?=[^_])"
+    r"|susScr\d|Mmul|rheMac\d|m?CalJac\d|calJac\d|Callithrix_jacchus|[Pp]anTro|Pan_tro|CanFam\d)[A-Za-z0-9.-]*)_+(?=[^_])"
 )
 _ORGANISM_OF_GENOME = {
     "homo_sapiens": re.compile(r"^(?:GRCh|hg\d|T2T|CHM)", re.IGNORECASE),
     "mus_musculus": re.compile(r"^(?:GRCm|mm\d)", re.IGNORECASE),
+    "macaca_mulatta": re.compile(r"^(?:Mmul|rheMac)", re.IGNORECASE),
+    "callithrix_jacchus": re.compile(r"^(?:m?CalJac|Callithrix)", re.IGNORECASE),
+    "pan_troglodytes": re.compile(r"^pan_?tro", re.IGNORECASE),
 }
 # An Ensembl id within other text: ENSG00000141510_TP53, TP53|ENSG00000141510.18, GRCh38_ENSG00000141510.
 _ENSEMBL_WITHIN = r"(?<![A-Za-z0-9])(ENS[A-Z]*G\d{11}(?:\.\d+)?(?:_PAR_Y)?)(?![A-Za-z0-9])"

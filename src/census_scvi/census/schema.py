@@ -15,21 +15,34 @@ DATASET_SCHEMA_VERSION = "na"
 
 @dataclass(frozen=True)
 class Organism:
-    """An organism of the Census: experiment name (`homo_sapiens`), label, taxon, and prefix of its gene ids."""
+    """An organism of the Census: experiment name (`homo_sapiens`), label, taxon, and names of its genes.
+
+    Attributes
+    ----------
+    gene_id_prefix
+        Prefix of its Ensembl ids.
+    primate
+        Whether its gene symbols are those of primates, in capitals: most of them do not tell which primate.
+    """
 
     name: str
     label: str
     ontology_term_id: str
     gene_id_prefix: str
+    primate: bool
 
 
 ORGANISMS = {
     organism.name: organism
     for organism in (
-        Organism("homo_sapiens", "Homo sapiens", "NCBITaxon:9606", "ENSG"),
-        Organism("mus_musculus", "Mus musculus", "NCBITaxon:10090", "ENSMUSG"),
+        Organism("homo_sapiens", "Homo sapiens", "NCBITaxon:9606", "ENSG", True),
+        Organism("mus_musculus", "Mus musculus", "NCBITaxon:10090", "ENSMUSG", False),
+        Organism("macaca_mulatta", "Macaca mulatta", "NCBITaxon:9544", "ENSMMUG", True),
+        Organism("callithrix_jacchus", "Callithrix jacchus", "NCBITaxon:9483", "ENSCJAG", True),
+        Organism("pan_troglodytes", "Pan troglodytes", "NCBITaxon:9598", "ENSPTRG", True),
     )
 }
+PRIMATES = tuple(organism.name for organism in ORGANISMS.values() if organism.primate)
 
 # obs columns with a label for every cell, in the order of the Census.
 LABEL_COLUMNS = (

@@ -96,7 +96,7 @@ class DatasetConfig(Section):
     """What a person reads; default: the dataset_id."""
 
     organism: OrganismName
-    """homo_sapiens or mus_musculus."""
+    """homo_sapiens, mus_musculus, macaca_mulatta, callithrix_jacchus or pan_troglodytes."""
 
     counts: str | None = None
     """Where the raw counts are: X, raw or layers/<name>; null: found, and refused where several may be."""

@@ -14,12 +14,16 @@ import pandas as pd
 import scipy.sparse as sp
 
 from census_scvi.census.gene_rows import NAMED_TWICE, GeneRows, find_gene_rows, left_out_words, name_columns
+from census_scvi.census.schema import PRIMATES
 from census_scvi.query.cells import QueryCells
 from census_scvi.query.gene_match import KnownGenes, Match, match_names
 from census_scvi.query.protein_alignment import AlignedProteins
 from census_scvi.query.too_few_genes import Refusal, TooFewGenes, enough_counts, listed
 
 log = logging.getLogger(__name__)
+
+# Symbols in capitals are those of this organism unless something else is said.
+_USUAL = "homo_sapiens"
 
 
 @dataclass
@@ -53,6 +57,9 @@ class AlignmentReport:
         Number of cells read so far, and number of these without counts in the model's genes.
     counts_share
         Share of the counts read so far in genes of the model; NaN if there are no counts.
+    undecided
+        The model's organism, if it is a primate other than human and all genes were matched by symbols, which most
+        primates share; else "".
     """
 
     counts: str
@@ -70,11 +77,15 @@ class AlignmentReport:
     n_cells: int = 0
     n_empty: int = 0
     counts_share: float = float("nan")
+    undecided: str = ""
 
     @classmethod
-    def of(cls, place: str, match: Match, rows: GeneRows, genes: list[str], expected_share: float) -> Self:
+    def of(
+        cls, place: str, match: Match, rows: GeneRows, genes: list[str], expected_share: float, organism: str
+    ) -> Self:
         """The report before any cell is read."""
         used = match.used
+        by_symbol_alone = bool(match.by_symbol[used].all())
         return cls(
             counts=place,
             names=match.where,
@@ -88,6 +99,7 @@ class AlignmentReport:
             missing=match.missing(genes),
             not_genes=rows.left_out | ({NAMED_TWICE: match.twice} if match.twice else {}),
             expected_share=expected_share,
+            undecided=organism if organism in PRIMATES and organism != _USUAL and by_symbol_alone else "",
         )
 
     @property
@@ -110,6 +122,11 @@ class AlignmentReport:
             lines.append(f"{self.summed:,} columns were summed with another one of the same gene")
         if self.ambiguous:
             lines.append(f"{self.ambiguous:,} columns were ignored: their symbol is that of several genes")
+        if self.undecided:
+            lines.append(
+                f"the cells are taken for those of {self.undecided}: most symbols are the same in all primates, so only"
+                " Ensembl ids would show another one"
+            )
         if self.n_cells:
             lines.append(f"{self.counts_share:.1%} of the counts of {self.n_cells:,} cells are in the model's genes")
         if self.n_empty:
@@ -198,7 +215,7 @@ class AlignedCells:
             raise TooFewGenes(
                 Refusal(cells, self._place, rows, best, found, known, organism, min_share, expected_share, owner)
             )
-        self.report = AlignmentReport.of(self._place, best, rows, genes, expected_share)
+        self.report = AlignmentReport.of(self._place, best, rows, genes, expected_share, organism)
         if expected_share < min_share:
             log.warning(
                 "the missing genes hold %.0f%% of the expected counts of the query's cells: %s",

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from census_scvi.census.gene_rows import GeneRows
+from census_scvi.census.schema import ORGANISMS
 from census_scvi.errors import UserError
 from census_scvi.query.cells import QueryCells
 from census_scvi.query.gene_match import KnownGenes, Match, match_names
@@ -103,8 +104,10 @@ class Refusal:
             prefixes = match.names.str.extract(_ENSEMBL)[0]
             others = prefixes[prefixes.notna() & (prefixes != (own and own[1]))]
             if own and len(others) > len(match.names) / 2:
+                prefix = str(others.mode()[0])
+                name = next((f", {key}" for key, other in ORGANISMS.items() if other.gene_id_prefix == prefix), "")
                 return (
-                    f"{match.where} holds Ensembl ids of another organism ({others.mode()[0]}...), the {self.owner}"
+                    f"{match.where} holds Ensembl ids of another organism ({prefix}...{name}), the {self.owner}"
                     " is of"
                     f" {self.organism} ({own[1]}...): use a {self.owner} of that organism"
                 )

@@ -40,12 +40,22 @@ _FIXED_SECONDS, _SECONDS_A_CELL, _SECONDS_A_NONZERO, _BYTES_A_NONZERO = 3.5, 1e-
 def add_arguments(parser: Parser) -> None:
     """Add the arguments that only this command has."""
     parser.add_argument("source", nargs="?", metavar="CONFIG.yaml", help="YAML file: which files, which columns")
-    parser.add_argument("--demo", metavar="URI", help="write a Census of simulated cells there (human and mouse)")
+    parser.add_argument("--demo", metavar="URI", help="write a Census of simulated cells there")
     parser.add_argument("--data", metavar="DIR", help="folder of the .h5ad files and gene maps (replaces `data`)")
     demo = parser.add_argument_group("with --demo")
     demo.add_argument("--seed", type=int, default=0, help="the same seed gives the same cells (default 0)")
     demo.add_argument(
-        "--scale", type=float, default=1.0, help="multiplies 6,000 human and 2,000 mouse cells (default 1)"
+        "--organisms",
+        nargs="+",
+        metavar="ORGANISM",
+        default=["homo_sapiens", "mus_musculus"],
+        help="of which organisms, e.g. macaca_mulatta (default: homo_sapiens mus_musculus)",
+    )
+    demo.add_argument(
+        "--scale",
+        type=float,
+        default=1.0,
+        help="multiplies 6,000 human cells, and 2,000 of each other organism (default 1)",
     )
     demo.add_argument("--genes", type=int, default=3000, help="genes of each organism (default 3000)")
     demo.add_argument("--proteins", action="store_true", help="with protein counts in three datasets, as of CITE-seq")
@@ -84,7 +94,8 @@ def _run_demo(arguments: argparse.Namespace) -> None:
 
     if arguments.settings:
         raise UserError(
-            f"--demo takes no settings, found {arguments.settings[0]}; see --seed, --scale, --genes and --proteins"
+            f"--demo takes no settings, found {arguments.settings[0]}; see --organisms, --seed, --scale, --genes and"
+            " --proteins"
         )
     uri = expand_argument(arguments.demo, "--demo")
     if arguments.dry_run:
@@ -97,6 +108,7 @@ def _run_demo(arguments: argparse.Namespace) -> None:
             scale=arguments.scale,
             n_genes=arguments.genes,
             proteins=arguments.proteins,
+            organisms=arguments.organisms,
             force=arguments.force,
         )
     )

@@ -5,7 +5,7 @@ their sum is negative binomial with mean `m` and variance `m / (1 - p)` (Quenoui
 a matrix takes time in proportion to the molecules, whatever the number of genes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ import scipy.sparse as sp
 
 from census_scvi.census.gene_ids import GeneReport
 from census_scvi.census.schema import LABEL_COLUMNS, default_label
+from census_scvi.config.messages import suggestion
 from census_scvi.errors import UserError
 from census_scvi.local_census.demo.design import (
     ASSAY_TERMS,
@@ -30,6 +31,7 @@ from census_scvi.local_census.demo.proteins import ProteinPanel, panel_of
 from census_scvi.local_census.sources import regroup
 from census_scvi.local_census.write import BuildReport, build_census, check_target
 
+DEFAULT_ORGANISMS = ("homo_sapiens", "mus_musculus")
 # Cells per random stream; the counts of a cell do not depend on the block in which it is read.
 _CHUNK = 512
 # Standard deviations of the natural logarithm of a gene's rate, by cause.
@@ -209,6 +211,7 @@ def demo_sources(
     depth: float = 1.0,
     type_sd: float = 0.0,
     proteins: bool = False,
+    organisms: Sequence[str] = DEFAULT_ORGANISMS,
 ) -> list[DemoSource]:
     """The datasets of the demo Census: about 6,000 human and 2,000 mouse cells times `scale`, `n_genes` genes each.
 
@@ -217,12 +220,18 @@ def demo_sources(
     with few genes; a donor with few cells. `depth` multiplies the counts per cell. With `type_sd`, the standard
     deviation of a log rate, all expressed genes differ between cell types and not the markers alone. With `proteins`,
     three datasets have counts of up to 12 proteins, without an effect on the RNA. The same arguments give the same
-    cells.
+    cells. Of other `organisms`, there are about 2,000 cells each.
     """
-    if scale * min(design.n_cells for design in DESIGNS) < 100 or n_genes < 100:
+    if wrong := [name for name in organisms if name not in DESIGNS]:
+        raise UserError(f"{wrong[0]!r} is not an organism of the Census{suggestion(wrong[0], list(DESIGNS))}")
+    if not organisms:
+        raise UserError(f"no organism for the demo; expected some of {', '.join(DESIGNS)}")
+    if scale * min(DESIGNS[name].n_cells for name in organisms) < 100 or n_genes < 100:
         raise UserError(f"{scale=} and {n_genes=} are too small for a demo; take a scale of 0.05 and 100 genes or more")
     sources: list[DemoSource] = []
-    for first, organism in enumerate(DESIGNS):
+    for first, organism in enumerate(DESIGNS.values()):
+        if organism.organism not in organisms:
+            continue
         genes_seed = np.random.SeedSequence(seed, spawn_key=(first,))
         transcriptome = Transcriptome(organism, n_genes=n_genes, seed=genes_seed, type_sd=type_sd)
         total = scale * organism.n_cells
@@ -253,11 +262,12 @@ def write_demo_census(
     scale: float = 1.0,
     n_genes: int = 3000,
     proteins: bool = False,
+    organisms: Sequence[str] = DEFAULT_ORGANISMS,
     force: bool = False,
 ) -> BuildReport:
     """Write the demo Census into the folder `uri`; see `demo_sources` and `build_census`."""
     check_target(uri, force=force)
-    return build_census(uri, demo_sources(seed, scale, n_genes, proteins=proteins), force=force)
+    return build_census(uri, demo_sources(seed, scale, n_genes, proteins=proteins, organisms=organisms), force=force)
 
 
 def _allocate(shares: list[float], n_cells: int) -> npt.NDArray[np.int64]:

@@ -1,6 +1,6 @@
 """Which organisms, datasets, donors, assays and cell types the demo Census has."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -215,4 +215,26 @@ _MOUSE = OrganismDesign(
     ),
 )
 
-DESIGNS = (_HUMAN, _MOUSE)
+
+def _primate(organism: str, called: str) -> OrganismDesign:
+    """The types and datasets of the human cells, for another primate."""
+    names = {design.dataset_id: design.dataset_id.replace("human", called) for design in _HUMAN.datasets}
+    datasets = (
+        replace(
+            design,
+            dataset_id=names[design.dataset_id],
+            title=design.title.replace("human", called),
+            copies={names[origin]: share for origin, share in design.copies.items()},
+        )
+        for design in _HUMAN.datasets
+    )
+    stage = ("prime adult stage", "UBERON:0018241")
+    return replace(_HUMAN, organism=organism, n_cells=2000, development_stage=stage, datasets=tuple(datasets))
+
+
+_OTHERS = {"macaca_mulatta": "macaque", "callithrix_jacchus": "marmoset", "pan_troglodytes": "chimpanzee"}
+# By organism; `make demo` has the first two.
+DESIGNS = {
+    design.organism: design
+    for design in (_HUMAN, _MOUSE, *(_primate(organism, called) for organism, called in _OTHERS.items()))
+}

@@ -42,7 +42,7 @@ class Transcriptome:
         leak = _LEAK * rng.lognormal(0, 1.2, n_genes)
         self._log_rate = np.log(_molecules(rank, leak, self._mean_burst))
         names = np.array([f"Gene{number + 1}" for number in range(n_genes)], dtype=object)
-        if design.organism == "homo_sapiens":
+        if ORGANISMS[design.organism].primate:
             names = np.array([name.upper() for name in names], dtype=object)
         free = rng.permutation(n_genes)
         self._programmes: dict[str, Floats] = {}
