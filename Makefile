@@ -8,8 +8,8 @@ SEEDS ?= $(shell date +%s)
 .DEFAULT_GOAL := help
 .PHONY: help env demo test fuzz lint notebooks bench bench-train bench-scale-out bench-blood bench-annotation
 
-# One worker per core, at most four: each has torch and scvi-tools in memory.
-WORKERS := $(shell n=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
+# One worker per core, at most four: each has torch and scvi-tools in memory. nproc would heed OMP_NUM_THREADS.
+WORKERS := $(shell n=$$(env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 # The workers use all cores: more threads would wait for each other.
 ONE_THREAD := OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1
 
