@@ -89,6 +89,32 @@ def test_every_row_of_the_benchmark(evaluated: Path, finished_run: Run) -> None:
     assert {score["note"] for score in svm if score["about"] == "biology"} == {"classifiers: donors held out"}
 
 
+def test_scores_in_the_form_of_cz_benchmarks(evaluated: Path) -> None:
+    """Its `MetricResult` has a type from a fixed list, a number, and parameters by name."""
+    found, record = json.loads((evaluated / "cz-benchmarks.json").read_text()), metrics_of(evaluated)
+    of_label = {"normalized_mutual_info", "adjusted_rand_index", "silhouette_score", "mean_fold_accuracy"}
+    assert list(found) == list(record["scores"])
+    for space, results in found.items():
+        assert {result["metric_type"] for result in results} == of_label | {"entropy_per_cell", "batch_silhouette"}
+        assert all(set(result) == {"metric_type", "value", "params"} for result in results)
+        for metric, name, column in (
+            ("leiden_ari", "adjusted_rand_index", "cell_type"),
+            ("entropy_scaled", "entropy_per_cell", "dataset_id"),
+        ):
+            (same,) = [
+                result["value"]
+                for result in results
+                if result["metric_type"] == name and column in result["params"].values()
+            ]
+            assert same == values(record, space, column)[metric]
+        classifiers = [r["params"]["classifier"] for r in results if r["metric_type"] == "mean_fold_accuracy"]
+        assert sorted(classifiers) == ["forest", "lr", "svm"]  # of the label alone: for a batch they score 1 - accuracy
+    definitions = record["definitions"]
+    assert set(definitions) == {score["metric"] for scores in record["scores"].values() for score in scores}
+    assert definitions["ilisi"] == f"scib-metrics {record['packages']['scib-metrics']}"
+    assert definitions["entropy"] == "census-scvi 1"
+
+
 def test_run_again_gives_the_same(
     evaluated: Path, finished_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

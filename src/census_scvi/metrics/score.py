@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from scib_metrics.nearest_neighbors import NeighborsResults
 
+from census_scvi.config.versions import version
 from census_scvi.metrics import classify
 from census_scvi.metrics.hierarchy import Lineage, hierarchical_scores
 from census_scvi.metrics.interval import interval
@@ -32,6 +33,11 @@ HIERARCHICAL = {
 _LISI_NEIGHBORS = 90
 # Classifiers use this number of classes at most, the most frequent ones: the SVM trains on each pair of classes.
 MOST_CLASSES = 100
+
+# Metrics whose value changes with the release of scib-metrics: release 0.6 changed LISI.
+_OF_SCIB_METRICS = ("clisi", "ilisi", "kbet", "isolated_labels")
+# Number of the definitions of all other metrics; a change of one that changes its values takes the next number.
+_DEFINITIONS = 1
 
 Points = npt.NDArray[np.float32]
 Names = npt.NDArray[np.object_]
@@ -71,6 +77,13 @@ class Score:
     levels: dict[str, float] = field(default_factory=dict)
     cells: int = 0
     note: str = ""
+
+
+def definition(metric: str) -> str:
+    """What defines a metric: values of equal metrics can be compared if this is equal, too."""
+    if metric in _OF_SCIB_METRICS:
+        return f"scib-metrics {version('scib-metrics')}"
+    return f"census-scvi {_DEFINITIONS}"
 
 
 def scored(

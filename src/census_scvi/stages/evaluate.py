@@ -15,7 +15,7 @@ from census_scvi.annotation.ontology import build_hierarchy, terms_in
 from census_scvi.census.cells import read_obs
 from census_scvi.census.open import open_census
 from census_scvi.config.random_streams import Stream, draw, generator
-from census_scvi.config.run_names import METRICS, REPORT
+from census_scvi.config.run_names import CZ_BENCHMARKS, METRICS, REPORT
 from census_scvi.config.versions import version
 from census_scvi.errors import UserError
 from census_scvi.files.atomic import write_json
@@ -24,8 +24,9 @@ from census_scvi.files.uri import local_path, without_credentials
 from census_scvi.metrics.biology import biology
 from census_scvi.metrics.breakdown import break_down
 from census_scvi.metrics.mixing import mixing
-from census_scvi.metrics.score import Score
+from census_scvi.metrics.score import Score, definition
 from census_scvi.metrics.space import Space
+from census_scvi.report.cz_benchmarks import as_cz_benchmarks
 from census_scvi.report.groups import same_groups
 from census_scvi.report.html import write_report
 from census_scvi.report.named import embeddings_of, evaluation_place
@@ -76,6 +77,7 @@ def run(task: Task) -> None:
         "seed": config.seed,
         "cells": {"matching": cells.n_matching, "evaluated": len(cells.obs), "measured": len(measured)},
         "packages": {name: version(name) for name in _PACKAGES},
+        "definitions": {score.metric: definition(score.metric) for some in found.scores.values() for score in some},
         "problems": found.problems,
         "latents": _latents(config),
         "same_as": found.same_as,
@@ -87,11 +89,12 @@ def run(task: Task) -> None:
     }
     record = without_credentials(json_values(record))
     write_json(stage.path(METRICS), record)
+    write_json(stage.path(CZ_BENCHMARKS), json_values(as_cz_benchmarks(found.scores)))
     log.info("drawing the report")
     write_report(
         stage.path(REPORT), config.evaluate, config.directory, cells, measured, found, record, _shown_settings(config)
     )
-    task.commit([METRICS, REPORT], dict(record["cells"]), census=task.census.identity)
+    task.commit([METRICS, CZ_BENCHMARKS, REPORT], dict(record["cells"]), census=task.census.identity)
     for problem in found.problems:
         log.warning("%s", problem)
     log.info("wrote %s and %s", folder / METRICS, folder / REPORT)
@@ -228,7 +231,7 @@ def plan(config: Config) -> Plan:
             f"{uri}: {n_cells:,} of {n_matching:,} cells of {settings.obs_filter or 'all'}",
             *places,
         ],
-        writes=[str(folder / METRICS), str(folder / REPORT)],
+        writes=[str(folder / name) for name in (METRICS, CZ_BENCHMARKS, REPORT)],
         cells=n_cells,
         genes=config.hvg.top_n_hvg if settings.baseline else 0,
         memory=_BASE_MEMORY + _BYTES_A_CELL * n_cells,
