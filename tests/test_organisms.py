@@ -1,4 +1,4 @@
-"""The five organisms of the Census: their genes are told apart where names tell, configs, demo, and all stages."""
+"""The five organisms of the Census: gene names of each, configs, demo data, and all stages for a primate."""
 
 from __future__ import annotations
 
