@@ -273,7 +273,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], None], dict[str, Any], str]] = {
         same_cells, {"annotate": {"reference": {"file": "cells.h5ad"}}}, "for all 930 cells, so there is nothing to"
     ),
     "symbols of a mouse": (of_a_mouse, {}, "differ from the reference's only in capitals"),
-    "ids of a mouse": (mouse_ids, {}, "Ensembl ids of another organism (ENSMUSG...), the reference is of homo_sapiens"),
+    "ids of a mouse": (mouse_ids, {}, "another organism (ENSMUSG..., mus_musculus), the reference is of homo_sapiens"),
     "normalised query": (normalised("cells"), {}, "X holds log1p of normalised counts: to use these, set"
     " query.values="),
     "normalised reference": (normalised("labelled"), {}, "X holds log1p of normalised counts: to use these, set"),

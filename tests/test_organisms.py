@@ -131,5 +131,6 @@ def test_all_stages_for_a_primate(tmp_path: Path, capsys: pytest.CaptureFixture[
     cells.var_names = cells.var["feature_name"].astype(str)
     cells.write_h5ad(tmp_path / "query.h5ad")
     capsys.readouterr()
-    assert run("map-query", f"query.file={tmp_path / 'query.h5ad'}", "query.labels=[cell_type]") == 0
+    quick = ["query.labels=[cell_type]", "query.umap_cells=0", "query.baseline_cells=0"]
+    assert run("map-query", f"query.file={tmp_path / 'query.h5ad'}", *quick) == 0
     assert "the cells are taken for those of macaca_mulatta" in capsys.readouterr().err
