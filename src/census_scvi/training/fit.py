@@ -371,6 +371,7 @@ def _ignore_known_warnings() -> None:
         "The lr scheduler dict contains the key",  # scvi-tools' plan of TOTALVI steps it itself
         "It is recommended to use .self.log",  # EpochMetrics logs sums over all processes
         "Found .* in eval mode",  # TrainMode switches to training mode
+        ".training_step. returned .None.",  # a graph has made the whole step
         ".isinstance.treespec, LeafSpec.. is deprecated",
     ):
         warnings.filterwarnings("ignore", message=message)
