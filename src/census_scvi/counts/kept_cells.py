@@ -35,12 +35,13 @@ class KeptCells:
 
     def take(self, window: Window) -> Rows:
         """The cells of a window, in its order; all must be kept."""
-        rows = np.concatenate([np.arange(start, stop) for start, stop in window.blocks])[window.chosen]
-        return self._kept.take(np.searchsorted(self._kept.rows, rows))
+        return self._kept.take(np.searchsorted(self._kept.rows, window.rows))
 
 
 # Rows that a thread decodes at a time, of all cells.
 _BLOCK = 4096
+# Of a cell, its row, batch, label, and the positions of its counts.
+_BYTES_A_ROW = 40
 
 
 class EveryCell:
@@ -61,18 +62,13 @@ class EveryCell:
 
     def take(self, window: Window) -> Rows:
         """The cells of a window, in its order."""
-        rows = np.concatenate([np.arange(start, stop) for start, stop in window.blocks])[window.chosen]
-        return self._rows.take(rows)
+        return self._rows.take(window.rows)
 
 
 def bytes_in_memory(cells: PreparedCells, n_cells: int | None = None) -> float:
     """Memory of `EveryCell`, for this number of cells like those of the file; None: its own number."""
     per_cell = 4 * (cells.density * cells.n_genes + len(cells.proteins)) + _BYTES_A_ROW
     return per_cell * (cells.n_cells if n_cells is None else n_cells)
-
-
-# Of a cell, its row, batch, label, and the positions of its counts.
-_BYTES_A_ROW = 40
 
 
 def worth_keeping(cells: PreparedCells, wanted: npt.NDArray[np.bool_]) -> bool:

@@ -65,6 +65,11 @@ class Window:
     blocks: list[tuple[int, int]]
     chosen: npt.NDArray[np.int64]
 
+    @property
+    def rows(self) -> npt.NDArray[np.int64]:
+        """int64 (cells,): rows of the file of the cells to use, in order."""
+        return np.concatenate([np.arange(start, stop) for start, stop in self.blocks])[self.chosen]
+
 
 @dataclass(frozen=True)
 class CellOrder:

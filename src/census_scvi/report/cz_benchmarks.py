@@ -11,7 +11,7 @@ from typing import Any
 
 from census_scvi.metrics.score import BIOLOGY, Score
 
-_OF_LABEL = {
+_OF_LABEL: dict[str, tuple[str, dict[str, str]]] = {
     "leiden_nmi": ("normalized_mutual_info", {"clustering": "leiden, the resolution of the greatest NMI"}),
     "leiden_ari": ("adjusted_rand_index", {"clustering": "leiden, the resolution of the greatest NMI"}),
     "silhouette_label": ("silhouette_score", {}),
@@ -25,21 +25,19 @@ _OF_BATCH: dict[str, tuple[str, dict[str, str]]] = {
 
 def as_cz_benchmarks(scores: dict[str, list[Score]]) -> dict[str, list[dict[str, Any]]]:
     """The scores of each embedding that cz-benchmarks has, too, if they are numbers."""
-    return {
-        name: [_result(score) for score in some if _type_of(score) and math.isfinite(score.value)]
-        for name, some in scores.items()
-    }
+    return {name: [result for score in some if (result := _result(score))] for name, some in scores.items()}
 
 
-def _type_of(score: Score) -> tuple[str, dict[str, str]] | None:
-    return (_OF_LABEL if score.about == BIOLOGY else _OF_BATCH).get(score.metric)
-
-
-def _result(score: Score) -> dict[str, Any]:
-    name, params = _type_of(score) or ("", {})
+def _result(score: Score) -> dict[str, Any] | None:
+    """The score in that form; None if it has none."""
+    named = (_OF_LABEL if score.about == BIOLOGY else _OF_BATCH).get(score.metric)
+    if named is None or not math.isfinite(score.value):
+        return None
+    name, params = named
     column = {"label" if score.about == BIOLOGY else "batch": score.column}
+    note = {"note": score.note} if score.note else {}
     return {
         "metric_type": name,
         "value": score.value,
-        "params": column | params | {"cells": str(score.cells)} | ({"note": score.note} if score.note else {}),
+        "params": column | params | {"cells": str(score.cells)} | note,
     }

@@ -48,7 +48,6 @@ def add_arguments(parser: Parser) -> None:
         "--organisms",
         nargs="+",
         metavar="ORGANISM",
-        default=["homo_sapiens", "mus_musculus"],
         help="of which organisms, e.g. macaca_mulatta (default: homo_sapiens mus_musculus)",
     )
     demo.add_argument(
@@ -89,7 +88,7 @@ def _show(report: BuildReport) -> None:
 
 
 def _run_demo(arguments: argparse.Namespace) -> None:
-    from census_scvi.local_census.demo.cells import write_demo_census
+    from census_scvi.local_census.demo.cells import DEFAULT_ORGANISMS, write_demo_census
     from census_scvi.local_census.write import check_target
 
     if arguments.settings:
@@ -108,7 +107,7 @@ def _run_demo(arguments: argparse.Namespace) -> None:
             scale=arguments.scale,
             n_genes=arguments.genes,
             proteins=arguments.proteins,
-            organisms=arguments.organisms,
+            organisms=arguments.organisms or DEFAULT_ORGANISMS,
             force=arguments.force,
         )
     )
