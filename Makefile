@@ -6,7 +6,7 @@ BENCH ?= bench
 SEEDS ?= $(shell date +%s)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test fuzz lint notebooks bench bench-train bench-scale-out bench-blood bench-annotation
+.PHONY: help env demo test fuzz lint notebooks bench bench-train bench-scale-out bench-index bench-blood bench-annotation
 
 # One worker per core, at most four: each has torch and scvi-tools in memory. nproc would heed OMP_NUM_THREADS.
 WORKERS := $(shell n=$$(env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
@@ -53,6 +53,10 @@ bench-train: env ## speed of training compared with scvi-tools (docs/performance
 bench-scale-out: env ## cost of parts and workers, memory with many cells (docs/scaling.md), in BENCH=folder; an hour on two cores
 	.venv/bin/python benchmarks/scale_out.py --folder $(BENCH)/scale-out
 	.venv/bin/python benchmarks/many_cells.py --folder $(BENCH)/many-cells
+
+bench-index: env ## build and search an index for nearest cells, compared with other libraries (docs/nearest-cells.md); 15 minutes
+	.venv/bin/python -c 'import usearch' 2>/dev/null || .venv/bin/python -m pip install -q -e '.[bench]'
+	.venv/bin/python benchmarks/nearest_cells.py --folder $(BENCH)/nearest-cells
 
 bench-blood: env ## label transfer on real blood cells (docs/blood.md), DATA=folder of the .h5ad files; 20 minutes
 	.venv/bin/python benchmarks/label_transfer.py --data $(DATA)

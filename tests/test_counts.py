@@ -85,6 +85,27 @@ def test_a_vector_is_what_h5py_reads_and_any_range_of_it_is_right(
         assert out.tobytes() == values[first:last].tobytes()
 
 
+@settings(deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=8),
+    chunk=st.integers(1, 16),
+    width=st.one_of(st.none(), st.integers(1, 20)),
+    dtype=st.sampled_from([bool, np.int8, np.int16, np.float32, np.int64, np.float64]),
+)
+def test_rows_of_any_dtype_are_what_h5py_reads(sizes: list[int], chunk: int, width: int | None, dtype: type) -> None:
+    """obs columns and latent dimensions are stored so."""
+    shape = (sum(sizes),) if width is None else (sum(sizes), width)
+    values = np.random.default_rng(sum(sizes)).integers(-100, 100, shape).astype(dtype)
+    with TemporaryDirectory() as folder, h5py.File(Path(folder) / "x.h5", "w") as file, ThreadPoolExecutor(2) as pool:
+        written = VectorWriter(file, "x", dtype, chunk=chunk, compression="gzip", pool=pool, width=width)
+        for part in np.split(values, np.cumsum(sizes)[:-1]):
+            written.append(part)
+        written.finish()
+        file.flush()
+        assert file["x"].dtype == dtype
+        assert np.array_equal(file["x"][:], values)
+
+
 @pytest.mark.parametrize(
     "filters", [{"compression": "lzf"}, {"compression": "gzip"}, {"chunks": None}, {"dtype": ">i4"}]
 )

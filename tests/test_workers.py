@@ -14,6 +14,7 @@ from pipeline import Run, forked
 from test_run_parts import STAGE, copy_of, digest, trained, undisturbed
 
 from census_scvi.census import stream
+from census_scvi.cluster.settings import ClusterSection
 from census_scvi.cluster.workers import Workers, threads_of_each
 from census_scvi.errors import UserError
 from census_scvi.files.parts import Part, parts
@@ -58,9 +59,24 @@ def test_three_workers_of_which_two_are_killed(
     assert "part 3 of 6 of create-latent-update is done" in (logs / "part-00003-of-00006.log").read_text()
     assert run(STAGE) == 0
     assert "create-latent-update is done for these settings" in capsys.readouterr().err
-    assert run(STAGE, "cluster.workers=2", "--force") == 0  # again, in eight parts
+    assert run(STAGE, "cluster.workers=2", "--force") == 0  # again, in other parts
     assert digest(run) == undisturbed
-    assert run.record(STAGE)["parts"] == 8
+    assert run.record(STAGE)["parts"] == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "n_cells", "n_parts"),
+    [
+        ({"workers": 3}, 2_000, 3),
+        ({"workers": 3}, 700_000, 7),
+        ({"workers": 3}, 10**8, 12),
+        ({"workers": 3, "parts_per_worker": 5}, 2_000, 15),
+        ({"address": "local"}, 2_000, 2),
+        ({"address": "local"}, 10**8, 4),
+    ],
+)
+def test_a_small_census_has_few_parts(settings: dict[str, object], n_cells: int, n_parts: int) -> None:
+    assert ClusterSection.model_validate(settings).n_parts(n_cells) == n_parts
 
 
 def test_the_error_of_a_part_is_that_of_the_command(
@@ -70,7 +86,7 @@ def test_the_error_of_a_part_is_that_of_the_command(
     monkeypatch.setattr(workers, "do_part", fails)
     assert run(STAGE, "cluster.workers=2") == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert "of 8: the disk is full; its output is in " in line
+    assert "of 2: the disk is full; its output is in " in line
     assert not run.path("latent.npy").exists()
     run.path(".partial").rename(run.path("aside"))
     assert run(STAGE, "cluster.workers=0") == 2

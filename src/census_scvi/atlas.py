@@ -744,7 +744,8 @@ class Atlas:
             Number of reference cells whose counts are read, the same number of every label where possible; 0: none, and
             only `neighbors` can be used.
         max_cells
-            Maximum size of the reference; if more cells match, this number is sampled at random.
+            Maximum size of the reference; if more cells match, this number is sampled at random. If the embedding has
+            an index (scvi-index.py), up to half of the reference are the nearest of all cells to yours.
         steps
             Training steps of the methods that train a network.
         scnym
@@ -792,7 +793,8 @@ class Atlas:
             return self._embedded(source, counts, min_share, proteins)
         _ = self._cells.embedding  # reports a damaged or foreign embedding before the cells are embedded
         mapped = self._embedded(source, counts, min_share, proteins)
-        reference = self.reference(obs_filter, columns, max_cells, seed)
+        near = self._nearest(mapped, n_neighbors, obs_filter, max_cells)
+        reference = self.reference(obs_filter, columns, max_cells, seed, near=None if near is None else near[1])
         with_counts = None
         if baseline_cells and _holds_counts(source):
             with_counts = self._counts(source, mapped, reference, counts, min_share, baseline_cells)
@@ -907,6 +909,8 @@ class Atlas:
     ) -> Neighbors:
         """Find the nearest neighbors of your own cells in the atlas.
 
+        If the embedding has an index (scvi-index.py), all cells are searched, however many they are.
+
         Parameters
         ----------
         source
@@ -918,7 +922,7 @@ class Atlas:
         n_neighbors
             Neighbors per cell; if the atlas has fewer cells, all of them.
         max_cells
-            Maximum number of cells to search; if more match, this number is sampled at random.
+            Maximum number of cells to search without an index; if more match, this number is sampled at random.
         seed
             Seed of the sampling and of the neighbor index.
         counts, min_share, proteins
@@ -926,6 +930,11 @@ class Atlas:
         """
         require_whole("n_neighbors", n_neighbors, 1)
         mapped = self._embedded(source, counts, min_share, proteins)
+        if (near := self._nearest(mapped, n_neighbors, obs_filter, max_cells)) is not None:
+            distances, joinids = near
+            require_columns(self._cells.census, obs_columns or [], "obs_columns")
+            obs = self._cells.obs(np.unique(joinids), self._with_terms(obs_columns)).set_index("soma_joinid")
+            return Neighbors(joinids, distances, obs)
         reference = self.reference(obs_filter, obs_columns, max_cells, seed)
         index = NeighborIndex(reference.obsm[EMBEDDING], seed=seed)
         distances, positions = index.query(mapped.obsm[OWN_EMBEDDING], n_neighbors)
@@ -959,8 +968,18 @@ class Atlas:
         obs_columns: list[str] | None = None,
         max_cells: int = REFERENCE_CELLS,
         seed: int = 0,
+        *,
+        near: npt.NDArray[np.int64] | None = None,
     ) -> ad.AnnData:
         """Read reference cells with `embeddings`, after a check that this model computed the embedding.
+
+        Parameters
+        ----------
+        obs_filter, obs_columns, max_cells, seed
+            As of `embeddings`; columns that an annotation needs are added to `obs_columns`.
+        near
+            int64 (cells, neighbors): soma_joinids of cells, nearest first, of which the reference shall have as many as
+            fit in half of it.
 
         Raises
         ------
@@ -968,12 +987,26 @@ class Atlas:
             Another model computed the embedding: distances to your cells would be meaningless.
         """
         self._cells.require_embedding_of_model()
-        columns = None
-        if obs_columns is not None:
-            known = self._cells.census.experiment.obs.schema.names
-            terms = [name for column in obs_columns if (name := f"{column}_ontology_term_id") in known]
-            columns = list(dict.fromkeys([*obs_columns, *terms, *STUDY_COLUMNS]))
-        return self.embeddings(obs_filter, obs_columns=columns, max_cells=max_cells, seed=seed)
+        require_whole("max_cells", max_cells, 1)
+        require_whole("seed", seed, 0)
+        return self._cells.embedded(obs_filter, self._with_terms(obs_columns), max_cells, seed, near)
+
+    def _with_terms(self, obs_columns: list[str] | None) -> list[str] | None:
+        """The columns, those of their ontology terms, and those of the studies; None: all columns."""
+        if obs_columns is None:
+            return None
+        known = self._cells.census.experiment.obs.schema.names
+        terms = [name for column in obs_columns if (name := f"{column}_ontology_term_id") in known]
+        return list(dict.fromkeys([*obs_columns, *terms, *STUDY_COLUMNS]))
+
+    def _nearest(
+        self, mapped: ad.AnnData, n_neighbors: int, obs_filter: str | None, max_cells: int
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]] | None:
+        """Distances and soma_joinids of the nearest of all cells to embedded cells; None: search a sample instead."""
+        self._cells.require_embedding_of_model()
+        require_whole("max_cells", max_cells, 1)
+        points = np.asarray(mapped.obsm[OWN_EMBEDDING], np.float32)
+        return self._cells.nearest(points, n_neighbors, obs_filter, max_cells)
 
     @cached_property
     def _mapper(self) -> Mapper:

@@ -14,6 +14,9 @@ from census_scvi.config.section import Kind, Section
 # of a command that came by ray://, 90 s until NFS releases the locks of a machine that is gone.
 _LEFTOVER_SECONDS = 120.0
 
+# Defaults: a part of fewer cells would take little longer than its start.
+_CELLS_A_PART, _MOST_PARTS_A_WORKER = 100_000, 4
+
 LOCAL, AUTO = "local", "auto"
 
 
@@ -32,8 +35,9 @@ class ClusterSection(Section):
     changes: ClassVar[tuple[str, ...]] = ()
     workers: Annotated[int, Field(ge=1)] = 1
     """Parts of the work that are done at the same time; 1 without an address: the command does it alone."""
-    parts_per_worker: Annotated[int, Field(ge=1)] = 4
-    """Parts for each of these processes: with more parts, a slow one delays the end less."""
+    parts_per_worker: Annotated[int, Field(ge=1)] | None = None
+    """Parts for each of these processes: with more parts, a slow one delays the end less, but each has a start. `null`:
+    four, or fewer if a part would have less than 100,000 cells of the Census."""
     address: Address | None = None
     """Ray cluster that does the parts: `auto` (one that this machine is part of), `host:port`, `ray://host:port`, or
     `local`: Ray is started on this machine. `null`: processes of this machine, without Ray."""
@@ -46,16 +50,22 @@ class ClusterSection(Section):
 
     @model_validator(mode="after")
     def _divided(self) -> Self:
-        if self.address is not None and self.n_parts == 1:
+        if self.address is not None and self.workers == self.parts_per_worker == 1:
             raise ValueError(
                 "address is set, and workers times parts_per_worker is one part, which the command does alone"
             )
         return self
 
     @property
-    def n_parts(self) -> int:
-        """Number of parts that the work is divided into; 1: the command does it alone."""
-        return 1 if self.address is None and self.workers == 1 else self.workers * self.parts_per_worker
+    def divides(self) -> bool:
+        """Whether the work is divided into parts; else the command does it alone."""
+        return self.address is not None or self.workers > 1
+
+    def n_parts(self, n_cells: int) -> int:
+        """Number of parts of work on a Census with this number of cells."""
+        if self.parts_per_worker is not None:
+            return self.workers * self.parts_per_worker
+        return min(max(n_cells // _CELLS_A_PART, self.workers, 2), self.workers * _MOST_PARTS_A_WORKER)
 
     @property
     def patience(self) -> float:

@@ -34,6 +34,8 @@ class Stream(IntEnum):
     CLASSIFIER_INTERPRETATION = 23
     CLASSIFIER_KEPT_CELLS = 24
     LABELLED_CELLS = 30  # with the epoch
+    INDEX_CELLS = 31
+    RECALL_CELLS = 32
 
 
 def generator(seed: int, stream: Stream, *numbers: int) -> np.random.Generator:

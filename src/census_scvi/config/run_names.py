@@ -18,6 +18,8 @@ LATENT = "latent.npy"
 LATENT_JOINIDS = "latent-idx.npy"
 LATENT_HASHES = "latent-hash.npy"
 MINIFIED = "final_scvi_optimized"
+# Folder of the indexes for nearest cells, and the file in it that describes them.
+INDEX, INDEX_RECORD = "index", "index.json"
 # Files in the folder of a model.
 WEIGHTS, DESCRIPTION = "weights.safetensors", "model.json"
 # File in the folder of a model that was adapted to a query.
@@ -60,7 +62,7 @@ OWNED = frozenset(
         MANIFEST, LOCK, STAGING, GENES, TENSORBOARD, LATENT, LATENT_JOINIDS, LATENT_HASHES, MINIFIED, QA, PUBLISHED,
         EVALUATION, METRICS, CZ_BENCHMARKS, REPORT, COMPARISON, SEARCH, FINGERPRINT, PROGRESS, CHECKPOINT, VARIANCE,
         LIBRARY_SIZE, SEEN_CELLS, DECISION, PARTS, PARTS_LOCK, COMMAND_LOCK, PART_LOCK, PART_DONE, GENES_LOCK, LOGS,
-        SELECTION, EXCLUDED_GENES,
+        SELECTION, EXCLUDED_GENES, INDEX,
     }
 )  # fmt: skip
 _PART = re.compile(re.escape(PART).replace(r"\{:05d\}", r"\d{5,}"))

@@ -134,6 +134,14 @@ STAGES = {
             extra="publish",
         ),
         Stage(
+            "index",
+            "Build an index that finds the nearest cells of all embedded cells, and publish it with the embedding.",
+            reads={"create-latent-update": ("latent", "latent_joinids")},
+            pipeline=True,
+            progress=PROGRESS,
+            extra="index",
+        ),
+        Stage(
             "verify", "Check that a published embedding is what its model computes from its cells.", own_arguments=True
         ),
         Stage(

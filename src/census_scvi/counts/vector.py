@@ -32,7 +32,7 @@ _LEVEL = 3
 
 
 class VectorWriter:
-    """Appends to a new one-dimensional dataset of 4-byte numbers.
+    """Appends to a new dataset of numbers: a vector, or rows of the same number of values.
 
     Parameters
     ----------
@@ -41,9 +41,11 @@ class VectorWriter:
     name
         Name of the dataset.
     dtype
-        A 4-byte dtype; it is stored little-endian.
+        Numbers or booleans; stored little-endian.
     chunk
-        Elements per chunk.
+        Elements per chunk, or a little less with rows.
+    width
+        Values per row; None: a vector.
     compression
         gzip after a byte shuffle, or none.
     random_low_byte
@@ -62,37 +64,46 @@ class VectorWriter:
         compression: Compression,
         pool: Executor,
         random_low_byte: bool = False,
+        width: int | None = None,
     ) -> None:
         zipped = compression == "gzip"
         filters = {"compression": "gzip", "compression_opts": _LEVEL, "shuffle": True} if zipped else {}
+        row = () if width is None else (width,)
+        self._rows = max(chunk // (width or 1), 1)  # per chunk
+        self._values = self._rows * (width or 1)  # per chunk
+        stored = h5py.h5t.py_create(np.dtype(dtype).newbyteorder("<"), logical=True)  # a boolean as anndata has it
         self._dataset = group.create_dataset(
-            name, shape=(0,), maxshape=(None,), chunks=(chunk,), dtype=np.dtype(dtype).newbyteorder("<"), **filters
+            name, shape=(0, *row), maxshape=(None, *row), chunks=(self._rows, *row), dtype=stored, **filters
         )
         self._dataset.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
-        self._chunk, self._pool = chunk, pool
-        self._encode = partial(_compress, n_stored=chunk * random_low_byte) if zipped else _plain
-        self._rest = np.empty(0, self._dataset.dtype)
+        self._pool = pool
+        self._encode = partial(_compress, n_stored=self._values * random_low_byte) if zipped else _plain
+        self._rest = np.empty((0, *row), self._dataset.dtype)
         self._written = 0
 
     def append(self, values: npt.NDArray[np.generic]) -> None:
-        """Append values; those that do not fill a chunk are buffered."""
+        """Append values, or rows; those that do not fill a chunk are buffered."""
         waiting = np.concatenate([self._rest, values.astype(self._dataset.dtype, copy=False)])
-        full = len(waiting) - len(waiting) % self._chunk
-        self._write(waiting[:full].reshape(-1, self._chunk), full)
+        full = len(waiting) - len(waiting) % self._rows
+        self._write(waiting[:full])
         self._rest = waiting[full:].copy()
 
     def finish(self) -> None:
         """Write the buffered values."""
-        if len(self._rest):
-            padded = np.zeros((1, self._chunk), self._dataset.dtype)
-            padded[0, : len(self._rest)] = self._rest
-            self._write(padded, len(self._rest))
+        if n_left := len(self._rest):
+            padded = np.zeros((self._rows, *self._rest.shape[1:]), self._rest.dtype)
+            padded[:n_left] = self._rest
+            self._write(padded)
+            self._dataset.resize(self._written - self._rows + n_left, axis=0)
 
-    def _write(self, chunks: npt.NDArray[np.generic], n_values: int) -> None:
-        self._dataset.resize(self._written + n_values, axis=0)
+    def _write(self, values: npt.NDArray[np.generic]) -> None:
+        """Write whole chunks."""
+        first, self._written = self._written, self._written + len(values)
+        self._dataset.resize(self._written, axis=0)
+        chunks = values.reshape(-1, self._values)
+        columns = (0,) * (self._dataset.ndim - 1)
         for number, data in enumerate(self._pool.map(self._encode, chunks)):
-            self._dataset.id.write_direct_chunk((self._written + number * self._chunk,), data)
-        self._written += n_values
+            self._dataset.id.write_direct_chunk((first + number * self._rows, *columns), data)
 
 
 class Vector:
@@ -214,8 +225,11 @@ def _plain(values: npt.NDArray[np.generic]) -> bytes:
 
 def _compress(values: npt.NDArray[np.generic], n_stored: int) -> bytes:
     """Compress to a zlib stream (RFC 1950) of the shuffled bytes; the first `n_stored` < 65,536 stay uncompressed."""
-    planes = np.empty(4 * len(values), np.uint8)
-    _shuffle(values.view(np.uint32), planes)
+    if values.itemsize == 4:
+        planes = np.empty(4 * len(values), np.uint8)
+        _shuffle(values.view(np.uint32), planes)
+    else:
+        planes = np.ascontiguousarray(values.view(np.uint8).reshape(-1, values.itemsize).T).ravel()
     if not n_stored:
         return isal_zlib.compress(planes, _LEVEL)
     stream = isal_zlib.compressobj(_LEVEL, isal_zlib.DEFLATED, -isal_zlib.MAX_WBITS)

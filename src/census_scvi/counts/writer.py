@@ -20,12 +20,9 @@ from anndata.io import write_elem
 
 from census_scvi.counts.vector import Compression, VectorWriter
 
-# The loader reads blocks of 256 cells, which have 100,000 or more non-zeros. With much larger chunks, it would decode
-# many values that it does not use.
-_CHUNK_NONZEROS = 2**14
-_CHUNK_CELLS = 2**14
-# After a byte shuffle, gzip needs a fifth fewer bytes than lzf, and every HDF5 tool can read it.
-_COMPRESSION: dict[str, Any] = {"compression": "gzip", "compression_opts": 1, "shuffle": True}
+# Values per chunk. The loader reads blocks of 256 cells, which have 100,000 or more non-zeros: with much larger chunks,
+# it would decode many values that it does not use.
+_CHUNK = 2**14
 _THREADS = min(8, os.cpu_count() or 1)
 _HELD_BYTES = 4 * 2**20
 _STRING = h5py.string_dtype("utf-8")
@@ -68,6 +65,7 @@ class H5adWriter:
             write_elem(self._file, name, {})
         self._row_ends: list[npt.NDArray[np.int64]] = [np.zeros(1, np.int64)]
         self._categories: dict[str, pd.Index] = {}
+        self._numbers: dict[str, VectorWriter] = {}
         self._n_cells = 0
 
     def __enter__(self) -> Self:
@@ -106,8 +104,8 @@ class H5adWriter:
         self._require_room(8 * counts.nnz + int(obs.memory_usage(deep=True).sum()) + _bytes_of(obsm))
         if not self._n_cells:
             self._begin(obs)
-        self._counts.append(counts.data)
-        self._genes.append(counts.indices)
+        self._numbers["X/data"].append(counts.data)
+        self._numbers["X/indices"].append(counts.indices)
         self._row_ends.append(counts.indptr[1:].astype(np.int64) + self._row_ends[-1][-1])
         self._extend("obs/_index", obs.index.to_numpy(dtype=object))
         for name in obs.columns:
@@ -117,8 +115,8 @@ class H5adWriter:
                 raise ValueError(f"the categories of obs column {name!r} differ from those of the first block")
             self._extend(f"obs/{name}" + "/codes" * categorical, column.cat.codes if categorical else column)
         for name, values in (obsm or {}).items():
-            if name not in self._file["obsm"]:
-                self._dataset(f"obsm/{name}", values.dtype, values.shape[1:])
+            if f"obsm/{name}" not in self._numbers:
+                self._begin_numbers(f"obsm/{name}", values.dtype, width=values.shape[1])
             self._extend(f"obsm/{name}", values)
         self._n_cells += len(obs)
 
@@ -136,14 +134,13 @@ class H5adWriter:
         frame = self._file.create_group("obs")
         frame.attrs.update({"encoding-type": "dataframe", "encoding-version": "0.2.0", "_index": "_index"})
         frame.attrs["column-order"] = np.array(list(obs.columns), dtype=object)
-        self._dataset("obs/_index", _STRING)
+        self._begin_text("obs/_index")
         for name in obs.columns:
             self._begin_column(f"obs/{name}", obs[name])
         group = self._file.create_group("X")
         group.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0"})
-        options: dict[str, Any] = {"chunk": _CHUNK_NONZEROS, "compression": self._compression, "pool": self._pool}
-        self._counts = VectorWriter(group, "data", np.float32, **options)
-        self._genes = VectorWriter(group, "indices", np.int32, random_low_byte=True, **options)
+        self._begin_numbers("X/data", np.float32, compression=self._compression)
+        self._begin_numbers("X/indices", np.int32, compression=self._compression, random_low_byte=True)
 
     def _begin_column(self, key: str, column: pd.Series) -> None:
         if isinstance(column.dtype, pd.CategoricalDtype):
@@ -152,27 +149,28 @@ class H5adWriter:
             group.attrs["ordered"] = bool(column.cat.ordered)
             self._categories[str(column.name)] = column.cat.categories
             write_elem(group, "categories", column.cat.categories.to_numpy(dtype=object))
-            self._dataset(f"{key}/codes", column.cat.codes.dtype)
+            self._begin_numbers(f"{key}/codes", column.cat.codes.dtype)
         elif column.dtype.kind in "OTU" or isinstance(column.dtype, pd.StringDtype):
-            self._dataset(key, _STRING)
+            self._begin_text(key)
         else:
-            self._dataset(key, column.dtype)
+            self._begin_numbers(key, column.dtype)
 
-    def _dataset(self, key: str, dtype: Any, row_shape: tuple[int, ...] = ()) -> None:
-        text = dtype is _STRING
-        dataset = self._file.create_dataset(
-            key,
-            shape=(0, *row_shape),
-            maxshape=(None, *row_shape),
-            chunks=(max(_CHUNK_CELLS // max(int(np.prod(row_shape)), 1), 1), *row_shape),
-            dtype=dtype,
-            **({} if text else _COMPRESSION),
+    def _begin_text(self, key: str) -> None:
+        dataset = self._file.create_dataset(key, shape=(0,), maxshape=(None,), chunks=(_CHUNK,), dtype=_STRING)
+        dataset.attrs.update({"encoding-type": "string-array", "encoding-version": "0.2.0"})
+
+    def _begin_numbers(self, key: str, dtype: Any, *, compression: Compression = "gzip", **options: Any) -> None:
+        group, _, name = key.rpartition("/")
+        self._numbers[key] = VectorWriter(
+            self._file[group], name, dtype, chunk=_CHUNK, compression=compression, pool=self._pool, **options
         )
-        dataset.attrs.update({"encoding-type": "string-array" if text else "array", "encoding-version": "0.2.0"})
 
     def _extend(self, key: str, values: Any) -> None:
-        dataset = self._file[key]
         values = np.asarray(values)
+        if key in self._numbers:
+            self._numbers[key].append(values)
+            return
+        dataset = self._file[key]
         start = dataset.shape[0]
         dataset.resize(start + len(values), axis=0)
         dataset[start:] = values
@@ -181,8 +179,8 @@ class H5adWriter:
         if not self._n_cells:
             raise ValueError("no cell was appended")
         self._require_room(16 * self._n_cells)
-        self._counts.finish()
-        self._genes.finish()
+        for numbers in self._numbers.values():
+            numbers.finish()
         row_ends = np.concatenate(self._row_ends)
         if row_ends[-1] <= np.iinfo(np.int32).max:  # the dtype that scipy would choose
             row_ends = row_ends.astype(np.int32)

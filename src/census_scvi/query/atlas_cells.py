@@ -20,6 +20,8 @@ from census_scvi.census.proteins import read_named_proteins
 from census_scvi.census.settings import CensusSection
 from census_scvi.census.slices import (
     Embedding,
+    Joinids,
+    Values,
     choose_cells,
     choose_cells_and_batches,
     read_counts_of,
@@ -27,11 +29,13 @@ from census_scvi.census.slices import (
     read_positions,
 )
 from census_scvi.census.stream import Block
+from census_scvi.config.random_streams import draw
 from census_scvi.errors import UserError
 from census_scvi.files.uri import without_credentials
 from census_scvi.model.safe import ModelDescription
+from census_scvi.neighbors.cell_index import CellIndex, nearest_matching
 from census_scvi.query.mapping import MIN_SHARE
-from census_scvi.query.reference import prove_embedding
+from census_scvi.query.reference import PublishedEmbedding, RunEmbedding, prove_embedding
 
 log = logging.getLogger(__name__)
 
@@ -95,11 +99,49 @@ class AtlasCells:
         log.info("embedding of the Census' cells: %s", without_credentials(found.name))
         return found
 
-    def embedded(self, obs_filter: str | None, columns: list[str] | None, max_cells: int, seed: int) -> ad.AnnData:
-        """Cells with obs and embedding; the result of `Atlas.embeddings`."""
+    @cached_property
+    def _index(self) -> CellIndex | None:
+        """Index of all cells of the embedding; None without one."""
+        embedding = self.embedding
+        return embedding.index() if isinstance(embedding, RunEmbedding | PublishedEmbedding) else None
+
+    def nearest(
+        self, points: Values, n_neighbors: int, obs_filter: str | None, max_cells: int
+    ) -> tuple[Values, Joinids] | None:
+        """Distances and soma_joinids of the nearest of all cells that match, each (points, n_neighbors).
+
+        None: there is no index of all cells, or it is not needed, because at most `max_cells` cells match, or it does
+        not help, because few of very many cells match.
+        """
+        index = self._index
+        if index is None or index.n_cells <= max_cells:
+            return None
+        if obs_filter is None:
+            log.info("the nearest of all %s cells are searched with the index", f"{index.n_cells:,}")
+            return index.query(points, n_neighbors)
+        matching = matching_joinids(self.census, obs_filter)
+        return None if len(matching) <= max_cells else nearest_matching(index, points, n_neighbors, matching)
+
+    def embedded(
+        self,
+        obs_filter: str | None,
+        columns: list[str] | None,
+        max_cells: int,
+        seed: int,
+        near: Joinids | None = None,
+    ) -> ad.AnnData:
+        """Cells with obs and embedding; the result of `Atlas.embeddings`.
+
+        `near`: soma_joinids (cells, neighbors) of nearest cells, nearest first, that take up to half of the cells.
+        """
         census, embedding = self.census, self.embedding
         require_columns(census, columns or [], "obs_columns")
-        joinids, _ = choose_cells(census, obs_filter, max_cells=max_cells, numbers=np.random.default_rng(seed))
+        numbers = np.random.default_rng(seed)
+        joinids, _ = choose_cells(census, obs_filter, max_cells=max_cells, numbers=numbers)
+        if near is not None:
+            nearest = _nearest_of(near, max_cells // 2)
+            others = np.setdiff1d(joinids, nearest)
+            joinids = np.union1d(nearest, others[draw(len(others), max_cells - len(nearest), numbers)])
         found, positions = read_positions(embedding, joinids)
         if not len(found):
             raise UserError(f"none of the {len(joinids):,} cells has an embedding in {embedding.name}")
@@ -148,3 +190,12 @@ class AtlasCells:
         census = self.census
         prove_embedding(self.embedding, matching_joinids(census, None), census, *self.model)
         self._proven = True
+
+
+def _nearest_of(near: Joinids, most: int) -> Joinids:
+    """At most this number of distinct cells, ascending: of each point as many of its nearest as all can have."""
+    for n_neighbors in range(near.shape[1], 0, -1):
+        cells = np.unique(near[:, :n_neighbors])
+        if len(cells) <= most:
+            return cells
+    return cells[:0]

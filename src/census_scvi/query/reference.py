@@ -27,7 +27,9 @@ from census_scvi.model.encode import Encoder
 from census_scvi.model.published import fetch, read_provenance, warn_if_running_again
 from census_scvi.model.safe import ModelDescription
 from census_scvi.model.source import Kind, Source
+from census_scvi.neighbors.cell_index import CellIndex
 from census_scvi.query.mapping import MIN_SHARE
+from census_scvi.query.nearest import index_of_array, index_of_run
 from census_scvi.workspace import Artifacts, Workspace
 
 log = logging.getLogger(__name__)
@@ -56,6 +58,10 @@ class PublishedEmbedding:
         with tiledbsoma.open(uri, context=soma_context(uri)) as array:
             self.n_latent = int(array.shape[1])
 
+    def index(self) -> CellIndex | None:
+        """Index of all its cells; None without one."""
+        return index_of_array(self._uri)
+
     def read(self, joinids: Joinids) -> Iterator[tuple[Joinids, Values]]:
         """As `Embedding` says."""
         return read_some(self._uri, joinids)
@@ -72,9 +78,13 @@ class RunEmbedding:
         _require_same(record["census"], census, str(directory))
         workspace.check(_STAGE, _FILES)
         warn_if_running_again(workspace, _STAGE)
-        self.name = str(directory)
+        self.name, self._directory = str(directory), directory
         self._latent, self._joinids = (np.load(directory / name, mmap_mode="r") for name in _FILES)
         self.n_latent = int(self._latent.shape[1])
+
+    def index(self) -> CellIndex | None:
+        """Index of all its cells; None without one."""
+        return index_of_run(self._directory)
 
     def read(self, joinids: Joinids) -> Iterator[tuple[Joinids, Values]]:
         """As `Embedding` says."""

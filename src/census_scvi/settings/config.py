@@ -23,6 +23,7 @@ from census_scvi.errors import UserError
 from census_scvi.files.paths import expand_argument
 from census_scvi.fine_tuning.settings import CostSection, FineTuneSection
 from census_scvi.model.settings import ImportSection, LatentSection, ModelSection
+from census_scvi.neighbors.settings import IndexSection
 from census_scvi.publication.settings import GatesSection, PublishSection
 from census_scvi.query.settings import QuerySection
 from census_scvi.releases.settings import CompareReleasesSection
@@ -50,6 +51,7 @@ class Config(Section):
     import_model: ImportSection = ImportSection()
     gates: GatesSection = GatesSection()
     publish: PublishSection = PublishSection()
+    index: IndexSection = IndexSection()
     query: QuerySection = QuerySection()
     annotate: AnnotateSection = AnnotateSection()
     evaluate: EvaluateSection = EvaluateSection()

@@ -39,12 +39,12 @@ def _run(overrides: list[str]) -> None:
         _require_done(main(stage, ["--config", CONFIG, *overrides]), f"in {stage}; the line above says why")
     published = str(config.directory / config.artifacts.published)
     verification = [published, "--census", str(config.census.uri)]
-    _say(f"6. scvi-verify.py {' '.join(verification)}")
+    _say(f"7. scvi-verify.py {' '.join(verification)}")
     _require_done(main("verify", verification), "because the published folder is not valid; the lines above say where")
-    _say(f"7. scvi-evaluate.py --config {CONFIG}")
+    _say(f"8. scvi-evaluate.py --config {CONFIG}")
     evaluated = main("evaluate", ["--config", CONFIG, "--force", *overrides])
     _require_done(evaluated, "in evaluate; the line above says why")
-    _say("8. the picture")
+    _say("9. the picture")
     picture = config.directory.parent / "demo-umap.png"
     _draw(config, picture)
     _say(f"done in {time.monotonic() - started:.0f} s")
@@ -119,7 +119,7 @@ def artifact_table(config: Config, more: Sequence[Path] = ()) -> str:
 
     workspace = Workspace(config.directory)
     names, title = config.artifacts, family_of(config.model.kind).title
-    prepared, trained, embedded, _ = ((workspace.whole_record(stage) or {})["counts"] for stage in PIPELINE)
+    prepared, trained, embedded, *_ = ((workspace.whole_record(stage) or {})["counts"] for stage in PIPELINE)
     shape = f"{prepared['cells']:,} cells x {prepared['genes']:,} genes"
     contents = {
         names.genes: f"{prepared['genes']:,} highly variable genes (feature_id)",
@@ -132,6 +132,7 @@ def artifact_table(config: Config, more: Sequence[Path] = ()) -> str:
         names.minified: "minified model: obs, latent means and variances",
         names.qa: "the gates: value, threshold, passed or not",
         names.published: "model, sealed sample of cells, provenance",
+        names.index: "index for the nearest of all cells",
         "evaluation": "metrics.json, and report.html to open in a browser",
         "manifest.json": "how it was made: config, Census, versions, hashes, times",
     }

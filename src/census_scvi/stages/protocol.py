@@ -104,7 +104,7 @@ def run_stage(name: str, config: Config, *, force: bool = False, part: Part | No
         if part is not None:
             _run_part(stage, config, part, stack)
             return
-        if stage.parts and config.cluster.n_parts > 1:
+        if stage.parts and config.cluster.divides:
             if config.cluster.address is not None:
                 require_extra("cluster", "cluster.address")
             place = Workspace(config.directory)
@@ -134,11 +134,13 @@ def _run_whole(stage: Stage, config: Config, *, force: bool = False) -> None:
         if run.done:
             if name == "publish":
                 _require_published(config, place, census)
+            elif name == "index":
+                _module(stage).when_done(config)
             log.info("%s is done for these settings in %s; --force runs it again", name, place)
             return
         n_parts = 1
-        if stage.parts and config.cluster.n_parts > 1 and isinstance(run, StageRun):
-            n_parts = divide(run, config.cluster.n_parts)
+        if stage.parts and config.cluster.divides and isinstance(run, StageRun) and census is not None:
+            n_parts = divide(run, config.cluster.n_parts(census.experiment.obs.count))
         if n_parts == 1:
             try:
                 _module(stage).run(Task(config, config.artifacts, run, place, census, first))

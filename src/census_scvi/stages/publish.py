@@ -28,6 +28,7 @@ from census_scvi.publication import measure_gates, target
 from census_scvi.publication.drift import drift_gates
 from census_scvi.publication.folder import copy_to, write_published
 from census_scvi.publication.gates import Gate, stopped_by
+from census_scvi.publication.index_copy import publish_index
 from census_scvi.publication.obsm import EmbeddingDraft
 from census_scvi.publication.record import embedding_info, evaluation_of, publication_record, summary_row
 from census_scvi.publication.sample import draw_rows, read_sample
@@ -42,10 +43,11 @@ log = logging.getLogger(__name__)
 
 _BLOCK_CELLS = 2**16
 # Blocks that are written at the same time: TileDB writes a block on one or two cores.
-_WRITERS = min(4, os.cpu_count() or 1)
-# Constants for --dry-run, measured on publications of 200,000 and 6,000 cells. Memory: of the imports, and per gene and
-# sampled cell (embedding and PCA). Time: fixed, per sampled cell that is read again, and written cells/s.
-_BASE_MEMORY, _BYTES_A_GENE, _FIXED_SECONDS, _SAMPLE_SECONDS = 0.85e9, 80.0, 3.0, 0.005
+_WRITERS = min(12, os.cpu_count() or 1)
+# Constants for --dry-run, measured on publications of 200,000 and 6,000 cells. Memory: of the imports, per gene and
+# sampled cell (embedding and PCA), and per value of the blocks that are written at the same time. Time: fixed, per
+# sampled cell that is read again, and written cells/s.
+_BASE_MEMORY, _BYTES_A_GENE, _BYTES_A_VALUE, _FIXED_SECONDS, _SAMPLE_SECONDS = 0.85e9, 80.0, 57.0, 3.0, 0.005
 _CELLS_A_SECOND = 80_000.0
 # Bytes per cell, pages of memory-mapped files included; between 0.5 and 5 million cells (benchmarks/many_cells.py).
 _BYTES_A_CELL = 193.0
@@ -63,8 +65,9 @@ def run(task: Task) -> None:
         job = _Publishing(task, experiment_uri, progress)
         job.prepare()
         job.publish()
-        task.commit([artifacts.published], job.counts(), publication=progress.publication)
+        task.commit([artifacts.published], job.counts(), publication=progress.publication, array=job.array)
     log.info("published %s as obsm[%r] of %s", artifacts.latent, config.publish.name, experiment_uri)
+    publish_index(task.directory, artifacts)
 
 
 class _Progress:
@@ -93,7 +96,7 @@ class _Publishing:
         self._latent = np.load(config.directory / artifacts.latent, mmap_mode="r")
         self._joinids = np.load(config.directory / artifacts.latent_joinids)
         self._folder = stage.path(artifacts.published)
-        self.n_latent = int(self._latent.shape[1])
+        self.n_latent, self.array = int(self._latent.shape[1]), ""
 
     def prepare(self) -> None:
         """Measure the gates and write the folder that is published with the embedding."""
@@ -177,6 +180,7 @@ class _Publishing:
             draft = EmbeddingDraft(
                 self._experiment_uri, name, shape, self._progress.publication, replace=self._config.publish.replace
             )
+            self.array = draft.uri
             if not draft.done:
                 if self._config.publish.model_uri:  # first, since it may fail
                     copy_to(self._folder, self._config.publish.model_uri, replace=self._config.publish.replace)
@@ -223,6 +227,8 @@ def plan(config: Config) -> Plan:
         experiment_uri = target.experiment_uri(config.publish, census)
     n_cells, n_latent = latent.shape
     genes = len(load_safe(config.directory / artifacts.model)[1].genes)
+    sampled = _BYTES_A_GENE * config.gates.sample_size * genes
+    written = _BYTES_A_VALUE * n_latent * min(n_cells, _WRITERS * _BLOCK_CELLS)
     return Plan(
         "publish",
         reads=[str(config.directory / name) for name in (artifacts.latent, artifacts.latent_joinids, artifacts.model)],
@@ -234,7 +240,7 @@ def plan(config: Config) -> Plan:
         ],
         cells=n_cells,
         genes=genes,
-        memory=_BASE_MEMORY + _BYTES_A_CELL * n_cells + _BYTES_A_GENE * config.gates.sample_size * genes,
+        memory=_BASE_MEMORY + _BYTES_A_CELL * n_cells + max(sampled, written),
         disk=n_cells * n_latent * 3.7,
         seconds=_FIXED_SECONDS + _SAMPLE_SECONDS * config.gates.sample_size + n_cells / _CELLS_A_SECOND,
         notes=[f"{config.gates.sample_size:,} cells are read again"],

@@ -19,6 +19,7 @@ class Artifacts:
     latent_joinids: str = run_names.LATENT_JOINIDS
     latent_hashes: str = run_names.LATENT_HASHES
     minified: str = run_names.MINIFIED
+    index: str = run_names.INDEX
     qa: str = run_names.QA
     published: str = run_names.PUBLISHED
 

@@ -15,7 +15,7 @@ from census_scvi.config.versions import version
 
 PACKAGES = (
     "census-scvi", "cellxgene-census", "tiledbsoma", "scvi-tools", "torch", "lightning", "anndata", "scanpy", "h5py",
-    "numpy", "pandas", "scipy", "pyarrow", "scikit-misc", "safetensors",
+    "numpy", "pandas", "scipy", "pyarrow", "scikit-misc", "safetensors", "tiledb-vector-search",
 )  # fmt: skip
 # Keys are the names in /proc/cpuinfo.
 _INSTRUCTIONS = {
