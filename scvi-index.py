@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Build an index that finds the nearest cells of all embedded cells, and publish it with the embedding."""
+"""Build an index for the nearest of all embedded cells, and publish it with the embedding."""
 
 import sys
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -97,11 +96,12 @@ def measured(library: str, folder: Path, threads: int) -> dict[str, Any]:
     place.unlink(missing_ok=True)
     prepare, build = {"index": ours, "usearch": with_usearch, "pynndescent": with_pynndescent}[library](threads)
     prepare()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+    before = peak_memory()
     started, cpu = time.perf_counter(), time.process_time()
     search = build(vectors, place)
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
-    memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    memory = peak_memory() - before
     files = [file for file in place.rglob("*") if file.is_file()] if place.is_dir() else [place]
     efforts = {}
     for effort in EFFORTS[library]:
@@ -118,6 +118,12 @@ def measured(library: str, folder: Path, threads: int) -> dict[str, Any]:
         }
     disk = sum(file.stat().st_size for file in files)
     return {"seconds": seconds, "cpu_seconds": cpu, "memory": memory, "disk": disk, "efforts": efforts}
+
+
+def peak_memory() -> int:
+    """Peak memory of this process in bytes, pages of memory-mapped files included."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return 1024 * int(line.split()[1])
 
 
 def ours(_threads: int) -> tuple[Callable[[], None], Callable[[np.ndarray, Path], Search]]:

@@ -32,7 +32,8 @@ from census_scvi.census.embedding import published_uri
 from census_scvi.errors import UserError
 from census_scvi.neighbors import ivf_flat
 from census_scvi.neighbors.cell_index import CellIndex, nearest_matching, recall_at_ten
-from census_scvi.neighbors.ivf_flat import IvfFlatBuilder, scaled
+from census_scvi.neighbors.ivf_flat import IvfFlatBuilder
+from census_scvi.neighbors.scaled import scaled
 from census_scvi.query.nearest import index_of_array, index_of_run, index_place
 
 pytest.importorskip("tiledb.vector_search")
@@ -334,6 +335,7 @@ def test_a_low_recall_is_refused(
         "with index.nprobe 1, and index.min_recall is 1; increase index.nprobe, or set fewer index.partitions" in said
     )
     assert not run.path("index").exists()
+    assert run("index", "index.nprobe=30") == 0  # as the error says
     assert run("index", "index.metrics=[euclidean, euclidean]") == 2
     assert "index.metrics is ['euclidean', 'euclidean']: expected euclidean, cosine or both" in capsys.readouterr().err
     assert run("index", "--dry-run") == 0

@@ -37,6 +37,10 @@ SETTINGS_OF_STAGES = {
         "model.filename", "model.kind", "model.n_hidden", "model.n_latent", "model.n_layers", "model.dropout_rate",
         "model.gene_likelihood", "model.encode_covariates", "model.arguments",
     ),
+    "index": (
+        "index.metrics", "index.partitions", "index.nprobe", "index.min_recall", "index.measured_cells", "seed",
+    ),
+    "import-embedding": ("census.obs_query", "import_embedding.method"),
     "evaluate": (
         "census.organism", "census.uri", "census.version", "hvg.top_n_hvg", "anndata.batch_key", "seed",
         "evaluate.embeddings", "evaluate.obs_filter", "evaluate.labels", "evaluate.batches", "evaluate.donors",

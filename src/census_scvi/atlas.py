@@ -724,7 +724,7 @@ class Atlas:
         Parameters
         ----------
         source
-            Input or result of `embed`.
+            Input or result of `embed`; without a model, an AnnData with the vectors of your cells in obsm["X_scvi"].
         labels
             obs columns of the Census, one or more: `cell_type`, `tissue`, `disease`, ...
         obs_filter
@@ -796,7 +796,7 @@ class Atlas:
         near = self._nearest(mapped, n_neighbors, obs_filter, max_cells)
         reference = self.reference(obs_filter, columns, max_cells, seed, near=None if near is None else near[1])
         with_counts = None
-        if baseline_cells and _holds_counts(source):
+        if baseline_cells and self.model is not None and _holds_counts(source):
             with_counts = self._counts(source, mapped, reference, counts, min_share, baseline_cells)
         batches = [] if batch_key is None else _columns(batch_key)
         joined = join_atlas(
@@ -845,7 +845,7 @@ class Atlas:
         var = read_var(census)
         symbols = dict(zip(var["feature_id"].astype(str), var["feature_name"].astype(str), strict=True))
         refused = []
-        if missing := len(mapped.uns["scvi_alignment"]["missing"]):
+        if self.model is not None and (missing := len(mapped.uns["scvi_alignment"]["missing"])):
             refused.append(
                 f"{missing:,} of {len(self._cells.model[1].genes):,} genes of the model are not in the cells' data"
             )
@@ -944,6 +944,8 @@ class Atlas:
 
     def _embedded(self, source: QuerySource, counts: str | None, min_share: float, proteins: str | None) -> ad.AnnData:
         """The embedded cells; a result of `embed` by this model is copied, everything else is embedded."""
+        if self.model is None:
+            return self._given_vectors(source)
         if isinstance(source, ad.AnnData) and OWN_EMBEDDING in source.obsm and EMPTY in source.obs:
             if str(source.uns.get(_MODEL)) == self._model_identity:
                 require_number("min_share", min_share, most=1)
@@ -954,6 +956,25 @@ class Atlas:
             if source.X is None:
                 raise UserError("these cells were embedded by another model and have no counts; embed your own file")
         return self.embed(source, counts=counts, min_share=min_share, proteins=proteins)
+
+    def _given_vectors(self, source: QuerySource) -> ad.AnnData:
+        """Cells with the vectors that the user gives, because there is no model; without counts."""
+        n_latent = self._cells.embedding.n_latent
+        if not isinstance(source, ad.AnnData) or OWN_EMBEDDING not in source.obsm:
+            raise UserError(
+                "this needs a model: Atlas.open(model=...); or give an AnnData whose obsm['X_scvi'] has the vectors of"
+                " your cells by the model of the atlas' embedding"
+            )
+        vectors = np.asarray(source.obsm[OWN_EMBEDDING])
+        if vectors.shape[1:] != (n_latent,) or vectors.dtype.kind != "f" or not np.isfinite(vectors).all():
+            raise UserError(
+                f"obsm[{OWN_EMBEDDING!r}] of your cells is {vectors.dtype} {vectors.shape}; expected finite floats with"
+                f" {n_latent} dimensions, as {without_credentials(self._cells.embedding.name)} has"
+            )
+        log.warning("without a model, nothing shows that your vectors are of the space of the atlas' embedding")
+        cells = ad.AnnData(obs=source.obs.copy(), obsm={OWN_EMBEDDING: vectors.astype(np.float32)})
+        cells.obs[EMPTY] = False
+        return cells
 
     @cached_property
     def _model_identity(self) -> str:

@@ -48,7 +48,9 @@ class CensusSection(Section):
     """TileDB settings for reading the Census, e.g. {vfs.s3.region: eu-west-1}; they take precedence over AWS
     environment variables.
     """
-    obs_query: Annotated[ObsFilter | None, Changes("prepare", "create-latent-update", "publish"), USUAL] = None
+    obs_query: Annotated[
+        ObsFilter | None, Changes("prepare", "create-latent-update", "import-embedding", "publish"), USUAL
+    ] = None
     """SOMA value filter: the cells to embed; null: all cells."""
     obs_query_model: Annotated[ObsFilter | None, Changes("prepare", "create-latent-update", "publish"), USUAL] = None
     """SOMA value filter: the cells, within `obs_query`, for gene selection and training; null: all of them."""

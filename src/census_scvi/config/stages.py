@@ -39,6 +39,8 @@ class Stage:
         Stages that it runs itself, whose settings change its result, too.
     actions
         Values of the setting `<name>.action`, which may be given as the first argument.
+    records
+        Stage as whose run its run is recorded, because it writes the same; None: its own name.
     example
         Arguments of an example in the help of a stage without own arguments.
     """
@@ -55,6 +57,7 @@ class Stage:
     extra: str | None = None
     runs: tuple[str, ...] = ()
     actions: tuple[str, ...] = ()
+    records: str | None = None
     example: str = "--config configs/demo.yaml hvg.top_n_hvg=2000 output.directory=run2"
 
     @property
@@ -135,7 +138,7 @@ STAGES = {
         ),
         Stage(
             "index",
-            "Build an index that finds the nearest cells of all embedded cells, and publish it with the embedding.",
+            "Build an index for the nearest of all embedded cells, and publish it with the embedding.",
             reads={"create-latent-update": ("latent", "latent_joinids")},
             pipeline=True,
             progress=PROGRESS,
@@ -148,6 +151,14 @@ STAGES = {
             "import-model",
             "Import a model that scvi-tools saved, so that it can be used without its pickle.",
             own_arguments=True,
+        ),
+        Stage(
+            "import-embedding",
+            "Make a run directory from the embedding of any model: vectors and soma_joinids.",
+            reads_census=True,
+            progress=PROGRESS,
+            records="create-latent-update",
+            example="--config my-config.yaml import_embedding.vectors=pca.npy import_embedding.joinids=joinids.npy",
         ),
         Stage(
             "compare-releases",

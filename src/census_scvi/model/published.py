@@ -70,7 +70,8 @@ def read_provenance(folder: Path) -> dict[str, Any]:
 def damaged_files(folder: Path, record: dict[str, Any]) -> list[str]:
     """Problems with the files of a published folder, one string per problem."""
     found = {name: damage(folder / name, identity) for name, identity in record["files"].items()}
-    unlisted = [f"{name} is not in the record" for name in (WEIGHTS, DESCRIPTION, SEALED) if name not in found]
+    of_model = () if record["model"] is None else (WEIGHTS, DESCRIPTION, SEALED)
+    unlisted = [f"{name} is not in the record" for name in of_model if name not in found]
     return [*unlisted, *(f"{name} {wrong}" for name, wrong in found.items() if wrong)]
 
 
@@ -184,7 +185,13 @@ def load_described(uri: str, *, cache: Path | None = None) -> tuple[scvi.model.S
     if (model := _checked_model(source)) is not None:
         return load_safe(model)
     folder = fetch(uri, cache)
-    if wrong := damaged_files(folder, read_provenance(folder)):
+    record = read_provenance(folder)
+    if record["model"] is None:
+        raise UserError(
+            f"{uri} is an embedding that was published without its model; open its Census to read it:"
+            f" Atlas.open(census=..., embedding={record['embedding']['name']!r})"
+        )
+    if wrong := damaged_files(folder, record):
         raise UserError(f"{uri} differs from what was published: {'; '.join(wrong)}")
     return load_safe(folder)
 

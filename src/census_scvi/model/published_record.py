@@ -93,7 +93,7 @@ class _Record(_Part):
     published_by: str
     embedding: _Embedding
     census: _Census
-    model: _Model
+    model: _Model | None
     config: Annotated[_Config, BeforeValidator(_translated)]
     gates: _Gates
     cells_sha256: Digest

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from census_scvi.config.library_arguments import check_model_arguments, listed
 from census_scvi.config.section import USUAL, Changes, Section
-from census_scvi.config.types import FileName, LocalPath, PathName
+from census_scvi.config.types import FileName, LocalPath, Name, PathName
 
 
 class ModelSection(Section):
@@ -60,6 +60,23 @@ class LatentSection(Section):
     """Cells in final_scvi_optimized: all, a random sample, or no such folder."""
     sample_size: Annotated[int, Field(ge=1)] = 10000
     """Cells in that sample."""
+
+
+class ImportEmbeddingSection(Section):
+    """Import of an embedding of any model (import-embedding)."""
+
+    changes: ClassVar[tuple[str, ...]] = ("import-embedding",)
+    vectors: Annotated[PathName | None, Changes()] = None
+    """.npy file of floats (cells, dimensions), or a SOMA array, such as an embedding that CELLxGENE publishes."""
+    joinids: Annotated[LocalPath | None, Changes()] = None
+    """.npy file with the soma_joinid of each row of the vectors; not for a SOMA array."""
+    method: Name = "embedding"
+    """Name of the model for reports, e.g. TranscriptFormer."""
+
+    @property
+    def is_file(self) -> bool:
+        """Whether the vectors are a .npy file."""
+        return str(self.vectors).endswith(".npy")
 
 
 class ImportSection(Section):

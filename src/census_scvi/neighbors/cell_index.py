@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import math
 from collections.abc import Iterable, Mapping
@@ -14,7 +15,8 @@ import numpy.typing as npt
 from census_scvi.config.random_streams import Stream, draw, generator
 from census_scvi.errors import UserError
 from census_scvi.files.uri import without_credentials
-from census_scvi.neighbors.ivf_flat import Ids, Vectors, scaled
+from census_scvi.neighbors.index import NeighborIndex
+from census_scvi.neighbors.scaled import Ids, Vectors, scaled
 from census_scvi.neighbors.settings import Metric
 
 log = logging.getLogger(__name__)
@@ -60,13 +62,12 @@ class CellIndex:
 
     @cached_property
     def _index(self) -> Any:
-        import tiledb
-        from tiledb.vector_search import IVFFlatIndex
-
+        # Not by an import statement: the classes that use an index where there is one do not need the extra.
+        tiledb, library = (importlib.import_module(name) for name in ("tiledb", "tiledb.vector_search"))
         of_vector = 4 * self.n_dimensions
         held = {} if of_vector * self.n_cells <= _MEMORY_BYTES else {"memory_budget": _MEMORY_BYTES // of_vector}
         try:
-            return IVFFlatIndex(uri=self.uri, config=self._tiledb, **held)
+            return library.IVFFlatIndex(uri=self.uri, config=self._tiledb, **held)
         except (tiledb.TileDBError, RuntimeError, KeyError) as error:
             raise UserError(
                 f"the index {without_credentials(self.uri)} cannot be read ({str(error).splitlines()[0]}); build it"
@@ -111,7 +112,7 @@ class CellIndex:
 
 
 def nearest_matching(index: CellIndex, points: Vectors, n_neighbors: int, matching: Ids) -> tuple[Vectors, Ids] | None:
-    """The result of `CellIndex.query` among some of the cells: more neighbors are searched, and the others left out.
+    """The result of `CellIndex.query` among some of the cells: more neighbors are searched, and the others excluded.
 
     Parameters
     ----------
@@ -185,12 +186,9 @@ def recall_at_ten(
 
 def _exact_distances(queries: Vectors, vectors: Vectors, n_nearest: int, metric: Metric) -> npt.NDArray[np.float64]:
     """Euclidean distances of the nearest vectors, ascending; the vectors are read in blocks."""
-    from sklearn.neighbors import NearestNeighbors
-
     queries, nearest = scaled(queries, metric), np.empty((len(queries), 0))
     for start in range(0, len(vectors), _BLOCK_CELLS):
         block = scaled(vectors[start : start + _BLOCK_CELLS], metric)
-        search = NearestNeighbors(algorithm="brute").fit(block)
-        distances, _ = search.kneighbors(queries, min(n_nearest, len(block)))
+        distances, _ = NeighborIndex(block, exact_cells=len(block)).query(queries, n_nearest)
         nearest = np.sort(np.concatenate([nearest, distances], axis=1), axis=1)[:, :n_nearest]
     return nearest

@@ -14,16 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from census_scvi.config.random_streams import Stream, draw, generator
-from census_scvi.errors import UserError
 from census_scvi.files.atomic import remove, write_json
 from census_scvi.files.json_file import read_json
+from census_scvi.neighbors.scaled import Ids, Vectors, scaled
 from census_scvi.neighbors.settings import Metric
-
-Vectors = npt.NDArray[np.float32]
-Ids = npt.NDArray[np.int64]
 
 # Cells per block that is divided into partitions. Bytes of a tile, as in the library, and tiles per written block.
 _BLOCK_CELLS, _TILE_BYTES, _TILES = 2**16, 64_000_000, 2
@@ -189,14 +185,3 @@ def _schema(attribute: str, dtype: Any, n_rows: int, tile: int) -> Any:
         cell_order="col-major",
         tile_order="col-major",
     )
-
-
-def scaled(vectors: Any, metric: Metric) -> Vectors:
-    """The vectors, float32 in memory; for `cosine` of length 1 (zeros stay). UserError: they have NaN or infinities."""
-    vectors = np.ascontiguousarray(vectors, np.float32)
-    if not np.isfinite(vectors).all():
-        raise UserError("the embedding has NaN or infinite values; nearest cells need finite numbers")
-    if metric == "euclidean":
-        return vectors
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return vectors / np.where(lengths > 0, lengths, 1)

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
-from census_scvi.config.section import Changes, Kind, Section
+from census_scvi.config.section import Kind, Section
 from census_scvi.config.types import Share
 
 Metric = Literal["euclidean", "cosine"]
@@ -38,5 +38,5 @@ class IndexSection(Section):
     `cellxgene_census`."""
     min_recall: Share = 0.95
     """Minimum recall at 10 with `nprobe`, compared with exact search; an index below it is not written."""
-    measured_cells: Annotated[int, Field(ge=1), Changes("index")] = 1000
+    measured_cells: Annotated[int, Field(ge=1)] = 1000
     """Random cells whose neighbors are searched to measure the recall; a cell is not its own neighbor."""

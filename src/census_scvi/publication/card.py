@@ -47,9 +47,8 @@ def model_card(record: Mapping[str, Any], description: ModelDescription, n_sampl
     family = family_of(description.model)
     config, stages = record["config"], record["stages"]
     hardware = stages["train"]["hardware"]
-    contact = record["contact"]
     here = record["model"]["uri"] == "."
-    return _template().render(
+    return card_template("card.md.jinja").render(
         picture=PICTURE,
         record=record,
         header=Markup(_header(record, family)),
@@ -65,11 +64,8 @@ def model_card(record: Mapping[str, Any], description: ModelDescription, n_sampl
         likelihood={"nb": "negative binomial", "zinb": "zero-inflated negative binomial"}.get(
             record["model"]["gene_likelihood"], record["model"]["gene_likelihood"]
         ),
-        author=", ".join(value for value in (contact["name"], contact["affiliation"]) if value),
-        contact=" ".join(value for value in contact.values() if value),
+        **named(record),
         data=record["data"],
-        evaluation=record.get("evaluation"),
-        others=_others(record.get("evaluation")),
         place="the folder with this card" if here else record["model"]["uri"],
         model_uri=record["model"]["uri"],
         prepare=stages["prepare"],
@@ -90,10 +86,21 @@ def model_card(record: Mapping[str, Any], description: ModelDescription, n_sampl
     )
 
 
+def named(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a card says of the authors, and of the evaluation."""
+    contact, evaluation = record["contact"], record.get("evaluation")
+    return {
+        "author": ", ".join(value for value in (contact["name"], contact["affiliation"]) if value),
+        "contact": " ".join(value for value in contact.values() if value),
+        "evaluation": evaluation,
+        "others": _others(evaluation),
+    }
+
+
 @cache
-def _template() -> jinja2.Template:
-    """The template, compiled once per process."""
-    template = files("census_scvi.publication").joinpath("card.md.jinja").read_text(encoding="utf-8")
+def card_template(name: str) -> jinja2.Template:
+    """A template of this folder, compiled once per process."""
+    template = files("census_scvi.publication").joinpath(name).read_text(encoding="utf-8")
     # Titles, labels and reasons are untrusted text: each value is escaped when it is inserted.
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, autoescape=False, keep_trailing_newline=True, finalize=markdown.text

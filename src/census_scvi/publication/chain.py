@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -29,7 +30,7 @@ from census_scvi.model.encode import reference_latent
 from census_scvi.model.facts import built_facts
 from census_scvi.model.published import damaged_files, fetch, read_provenance
 from census_scvi.model.safe import load_safe, read_description
-from census_scvi.publication.gates import architecture, broken_verdicts, re_embedding
+from census_scvi.publication.gates import NO_MODEL, WITHOUT_MODEL, architecture, broken_verdicts, re_embedding
 from census_scvi.publication.sample import draw_rows, read_sample
 from census_scvi.publication.sealed import COUNT_HASH, SEALED_EMBEDDING, read_sealed
 from census_scvi.publication.settings import GatesSection
@@ -92,7 +93,8 @@ def verify(published: str, census: str | None = None, *, n_cells: int = 500, see
         words = f"published {record['published_on']}{by}, publication {record['publication']}"
         links = [Link("provenance", True, words)]
         offline = _Folder(folder, record)
-        for look in (offline.files, offline.model, offline.sealed_counts, offline.sealed_embedding, offline.gates):
+        of_model = (offline.model, offline.sealed_counts, offline.sealed_embedding) if offline.has_model else ()
+        for look in (offline.files, *of_model, offline.gates):
             links.append(_looked_at(look))
         if census is None:
             return links
@@ -106,8 +108,8 @@ def verify(published: str, census: str | None = None, *, n_cells: int = 500, see
         online = _InCensus(offline, opened, n_cells, seed)
         links.append(_looked_at(online.census))
         if links[-1].valid:  # in another Census, the same soma_joinids refer to other cells
-            looks = (online.publication, online.embedding, online.sealed_cells, online.fresh_sample)
-            links += [_looked_at(look) for look in looks]
+            again = (online.sealed_cells, online.fresh_sample) if offline.has_model else ()
+            links += [_looked_at(look) for look in (online.publication, online.embedding, *again)]
         return links
 
 
@@ -132,6 +134,7 @@ class _Folder:
 
     def __init__(self, folder: Path, record: dict[str, Any]) -> None:
         self.path, self.record = folder, record
+        self.has_model = record["model"] is not None
 
     def files(self) -> tuple[bool, str]:
         """The files are the ones that were published."""
@@ -160,9 +163,11 @@ class _Folder:
     def gates(self) -> tuple[bool, str]:
         """The gates were passed, or waived with a reason."""
         found = self.record["gates"]["gates"]
-        wrong = broken_verdicts(self.record["gates"], _ALWAYS, _MAX_DIFFERENCE)
+        names, most = (_ALWAYS, _MAX_DIFFERENCE) if self.has_model else (WITHOUT_MODEL, math.inf)
+        wrong = broken_verdicts(self.record["gates"], names, most)
         waived = [f"{gate['name']} ({gate['waived']})" for gate in found if "waived" in gate]
         words = f"{len(found)} gates" + (f", waived: {', '.join(waived)}" if waived else "")
+        words += "" if self.has_model else f"; of the model: {NO_MODEL}"
         return not wrong, "; ".join(wrong) or words
 
     def sealed(self) -> ad.AnnData:

@@ -11,6 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.floating]
+# Gates of an embedding that is published without its model: those that are measured, and those that need the model.
+WITHOUT_MODEL = ("cells", "finite", "variance", "duplicate_dimensions", "effective_rank", "order")
+NOT_APPLICABLE = (
+    "genes", "counts", "architecture", "convergence", "overfitting", "re_embedding", "active_units",
+    "cell_type_separation", "batch_mixing",
+)  # fmt: skip
+NO_MODEL = "not applicable: no model given"
 # Minimum number of measured epochs to estimate the fall of the ELBO.
 _FEWEST_EPOCHS = 5
 

@@ -69,7 +69,7 @@ def measure(
     joinids = np.load(directory / artifacts.latent_joinids)
     hashes = np.load(directory / artifacts.latent_hashes)
     found = [gates.same_cells(cells.joinids, joinids)]
-    moments = _moments(latent)
+    moments = moments_of(latent)
     found += [
         gates.finite(moments),
         gates.variance(moments, bounds.min_variance),
@@ -105,7 +105,8 @@ def _comparable(sample: Sample, description: ModelDescription) -> npt.NDArray[np
     return sample.obs["batch"].isin(description.batches).to_numpy()
 
 
-def _moments(latent: npt.NDArray[np.float32]) -> LatentMoments:
+def moments_of(latent: npt.NDArray[np.float32]) -> LatentMoments:
+    """Moments of an embedding, which is read in blocks."""
     moments = LatentMoments(latent.shape[1])
     for start in range(0, len(latent), _ROWS):
         moments.add(latent[start : start + _ROWS])
@@ -169,10 +170,12 @@ def table(found: Iterable[Gate], waived: dict[str, str]) -> str:
     )
 
 
-def record(found: Iterable[Gate], waived: dict[str, str]) -> dict[str, Any]:
-    """Content of `qa.json`: every gate with its verdict, and the reasons for waived gates."""
+def record(found: Iterable[Gate], waived: dict[str, str], not_applicable: Iterable[str] = ()) -> dict[str, Any]:
+    """Content of `qa.json`: every gate with its verdict, the reasons for waived gates, gates that do not apply."""
     listed = [
         {**gate.record(), **({"waived": waived[gate.name]} if gate.name in waived and not gate.passed else {})}
         for gate in found
     ]
-    return {"gates": listed, "sound": all(gate["passed"] or "waived" in gate or not gate["stops"] for gate in listed)}
+    sound = all(gate["passed"] or "waived" in gate or not gate["stops"] for gate in listed)
+    others = list(not_applicable)
+    return {"gates": listed, "sound": sound, **({"not_applicable": others} if others else {})}

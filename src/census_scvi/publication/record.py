@@ -39,8 +39,8 @@ def publication_record(
     latent: npt.NDArray[np.float32],
     n_batches: int,
     method: str,
-    model: dict[str, Any],
-    weights: Identity,
+    model: dict[str, Any] | None,
+    weights: Identity | None,
     stages: dict[str, dict[str, Any]],
     gates: dict[str, Any],
     data: dict[str, Any],
@@ -69,9 +69,9 @@ def publication_record(
     method
         Title of the kind of model, such as `scVI`.
     model
-        Facts of the built module.
+        Facts of the built module; None: the embedding is published without a model.
     weights
-        Identity of the model's weights.
+        Identity of the model's weights, or None.
     stages
         Records of the earlier stages.
     gates
@@ -106,8 +106,7 @@ def publication_record(
         "data": data,
         "cells_sha256": hashlib.sha256(np.ascontiguousarray(joinids, "<i8").tobytes()).hexdigest(),
         "batches": n_batches,
-        "genes_sha256": hashlib.sha256("\n".join(model["genes"]).encode()).hexdigest(),
-        "model": {**model, "sha256": _whole(weights), "uri": elsewhere or THIS_FOLDER},
+        **_of_model(model, weights, elsewhere or THIS_FOLDER),
         "config": without_paths(config, folder),
         "stages": {
             stage: without_paths({name: value for name, value in values.items() if name not in _NOT_OURS}, folder)
@@ -121,6 +120,13 @@ def publication_record(
         "seed": config["seed"],
     }
     return dict(without_credentials(record))
+
+
+def _of_model(model: dict[str, Any] | None, weights: Identity | None, uri: str) -> dict[str, Any]:
+    if model is None or weights is None:
+        return {"model": None}
+    genes = hashlib.sha256("\n".join(model["genes"]).encode()).hexdigest()
+    return {"genes_sha256": genes, "model": {**model, "sha256": _whole(weights), "uri": uri}}
 
 
 def _title(method: str, data: dict[str, Any], organism: str, n_cells: int) -> str:
@@ -219,7 +225,7 @@ def summary_row(record: dict[str, Any]) -> dict[str, Any]:
         "n_features": embedding["n_features"],
         "published_on": record["published_on"],
         "published_by": record["published_by"],
-        "model_sha256": record["model"]["sha256"],
+        "model_sha256": "" if record["model"] is None else record["model"]["sha256"],
         "model_uri": _link(record),
         "census_uri": census["uri"] or "",
         "census_version": census["version"],
@@ -230,6 +236,8 @@ def summary_row(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _link(record: dict[str, Any]) -> str:
-    """URL of the model for readers of the Census; empty if the model is on a local disk."""
+    """URL of the model for readers of the Census; empty if the model is on a local disk, or not given."""
+    if record["model"] is None:
+        return ""
     uri = str(record["model"]["uri"])
     return "" if uri == THIS_FOLDER else uri

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
 import tiledbsoma
 
 from census_scvi.census.embedding import publication_of, published_uri
@@ -15,9 +17,6 @@ from census_scvi.files.lock import directory_lock
 from census_scvi.files.uri import local_path, tiledb_place
 from census_scvi.publication.obsm import check_target
 from census_scvi.publication.settings import PublishSection
-
-if TYPE_CHECKING:
-    from census_scvi.publication.sample import Sample
 
 _IDENTIFYING = ("dataset_id", "observation_joinid", "donor_id", "assay")
 
@@ -56,19 +55,19 @@ def require_free(settings: PublishSection, census: Census, experiment_uri: str, 
     check_target(experiment_uri, settings.name, publication, replace=settings.replace)
 
 
-def require_same_cells(experiment_uri: str, sample: Sample) -> None:
-    """UserError if the same soma_joinids refer to other cells in the Experiment."""
+def require_same_cells(experiment_uri: str, joinids: npt.NDArray[np.int64], obs: pd.DataFrame) -> None:
+    """UserError if the same soma_joinids refer to other cells in the Experiment; obs has a row for each."""
     with tiledbsoma.Experiment.open(experiment_uri, context=soma_context(experiment_uri)) as experiment:
-        names = [name for name in _IDENTIFYING if name in experiment.obs.schema.names and name in sample.obs]
-        obs = experiment.obs.read(coords=(sample.joinids.tolist(),), column_names=["soma_joinid", *names]).concat()
-    theirs = obs.to_pandas().set_index("soma_joinid").reindex(sample.joinids)[names].astype(str).to_numpy()
-    differing = (theirs != sample.obs[names].astype(str).to_numpy()).any(axis=1)
+        names = [name for name in _IDENTIFYING if name in experiment.obs.schema.names and name in obs]
+        found = experiment.obs.read(coords=(joinids.tolist(),), column_names=["soma_joinid", *names]).concat()
+    theirs = found.to_pandas().set_index("soma_joinid").reindex(joinids)[names].astype(str).to_numpy()
+    differing = (theirs != obs[names].astype(str).to_numpy()).any(axis=1)
     if differing.any():
         raise UserError(
             f"{experiment_uri} belongs to another build of the Census: {int(differing.sum()):,} of"
             f" {len(differing):,} cells"
             f" with the same soma_joinid are different cells there ({', '.join(names)}), the first"
-            f" {sample.joinids[differing][0]}; set publish.experiment_uri to the Experiment that was embedded"
+            f" {joinids[differing][0]}; set publish.experiment_uri to the Experiment that was embedded"
         )
 
 

@@ -184,8 +184,8 @@ class AtlasCells:
         return obs
 
     def require_embedding_of_model(self) -> None:
-        """UserError if the embedding was not computed by this model; checked once."""
-        if self._proven:
+        """UserError if the embedding was not computed by this model; checked once, and not without a model."""
+        if self._proven or self._model is None:
             return
         census = self.census
         prove_embedding(self.embedding, matching_joinids(census, None), census, *self.model)

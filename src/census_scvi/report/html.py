@@ -21,8 +21,8 @@ from census_scvi.report import figures
 from census_scvi.report.groups import same_groups
 from census_scvi.report.page import render
 from census_scvi.report.result import Evaluation
-from census_scvi.report.settings import EvaluateSection
-from census_scvi.report.slice import PCA, Slice
+from census_scvi.report.settings import PCA, EvaluateSection
+from census_scvi.report.slice import Slice
 from census_scvi.workspace import Workspace
 
 _COLOURED_BY = ("cell_type", "dataset_id", "assay", "donor_id")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from census_scvi.config.run_names import METRICS, REPORT
 from census_scvi.files.writable import require_writable_folder
-from census_scvi.report.settings import EvaluateSection
+from census_scvi.report.settings import PCA, EvaluateSection
 from census_scvi.workspace import Workspace
 
 
@@ -24,6 +24,10 @@ def embeddings_of(settings: EvaluateSection, directory: Path) -> dict[str, str]:
     Workspace(directory).require_run(way_out)
     from census_scvi.model.families import SCVI, family_of  # imports scvi-tools, which takes seconds
 
+    embedded = Workspace(directory).record("create-latent-update") or {}
+    if "imported" in embedded:
+        method = embedded["imported"]["method"]
+        return {f"{method} (imported)" if method == PCA else method: str(directory)}
     trained = Workspace(directory).record("train") or {}
     kind = trained.get("config", {}).get("model", {}).get("kind", SCVI)
     return {family_of(kind).title: str(directory)}

@@ -10,6 +10,8 @@ from census_scvi.config.section import USUAL, Changes, Section
 from census_scvi.config.types import Columns, LocalPath, Name, ObsFilter, PathName
 
 # Stages that compute the metrics.
+# Name of the PCA of the counts that is evaluated next to the embeddings.
+PCA = "PCA"
 _MEASURED = ("evaluate", "compare-releases", "search")
 
 

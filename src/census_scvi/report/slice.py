@@ -28,12 +28,12 @@ from census_scvi.neighbors.log_pca import log_pca
 from census_scvi.neighbors.numba_threads import start_numba_threads
 from census_scvi.query.reference import open_embedding
 from census_scvi.report.named import embeddings_of
-from census_scvi.report.settings import EvaluateSection
+from census_scvi.report.settings import PCA, EvaluateSection
 from census_scvi.workspace import Workspace
 
 log = logging.getLogger(__name__)
 
-PCA, BATCH = "PCA", "batch"
+BATCH = "batch"
 _TERMS = "cell_type_ontology_term_id"
 # Columns that colour the UMAPs, in addition to labels and batches.
 _SHOWN = ("cell_type", "dataset_id", "assay", "donor_id")

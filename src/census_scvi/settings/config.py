@@ -22,7 +22,7 @@ from census_scvi.counts.settings import AnndataSection
 from census_scvi.errors import UserError
 from census_scvi.files.paths import expand_argument
 from census_scvi.fine_tuning.settings import CostSection, FineTuneSection
-from census_scvi.model.settings import ImportSection, LatentSection, ModelSection
+from census_scvi.model.settings import ImportEmbeddingSection, ImportSection, LatentSection, ModelSection
 from census_scvi.neighbors.settings import IndexSection
 from census_scvi.publication.settings import GatesSection, PublishSection
 from census_scvi.query.settings import QuerySection
@@ -49,6 +49,7 @@ class Config(Section):
     cost: CostSection = CostSection()
     latent: LatentSection = LatentSection()
     import_model: ImportSection = ImportSection()
+    import_embedding: ImportEmbeddingSection = ImportEmbeddingSection()
     gates: GatesSection = GatesSection()
     publish: PublishSection = PublishSection()
     index: IndexSection = IndexSection()
@@ -59,7 +60,9 @@ class Config(Section):
     search: SearchSection = SearchSection()
     cluster: ClusterSection = ClusterSection()
     output: OutputSection = OutputSection()
-    seed: Annotated[int, Field(ge=0, lt=2**32), Changes(*READ_THE_CENSUS, "train", "compare-releases"), USUAL] = 0
+    seed: Annotated[
+        int, Field(ge=0, lt=2**32), Changes(*READ_THE_CENSUS, "train", "index", "compare-releases"), USUAL
+    ] = 0
     """Seed of all random numbers: validation split, order of cells, weights, dropout, samples."""
 
     @field_validator("training_plan")

@@ -49,7 +49,7 @@ _PROVEN_CELLS = 256
 _TOLERANCE = 1e-5
 # Constants for --dry-run, checked by benchmarks/stages.py. Memory: of the imports, and per non-zero of a block.
 # Time: fixed, and per cell of the minified model.
-_BASE_MEMORY, _BYTES_A_NONZERO, _FIXED_SECONDS, _MINIFIED_SECONDS = 1.05e9, 125.0, 1.5, 11e-6
+_BASE_MEMORY, _BYTES_A_NONZERO, _FIXED_SECONDS, _MINIFIED_SECONDS = 1.05e9, 125.0, 1.5, 7e-6
 _SAMPLE_BLOCKS = 4
 # Bytes per cell while the cells are selected; between 0.5 and 5 million cells (benchmarks/many_cells.py).
 _BYTES_A_CELL = 54.0

@@ -31,7 +31,8 @@ from census_scvi.report.groups import same_groups
 from census_scvi.report.html import write_report
 from census_scvi.report.named import embeddings_of, evaluation_place
 from census_scvi.report.result import Evaluation
-from census_scvi.report.slice import PCA, Slice, read_slice
+from census_scvi.report.settings import PCA
+from census_scvi.report.slice import Slice, read_slice
 from census_scvi.settings import Config
 from census_scvi.stages.plan import Plan
 from census_scvi.stages.protocol import Task

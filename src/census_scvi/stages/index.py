@@ -53,7 +53,11 @@ def run(task: Task) -> None:
             with progress_bar(2 * len(latent), f"index, {metric}") as bar:
                 for n_cells in builder.build():
                     bar.update(n_cells)
-            indexes[metric] = _measured(str(folder / metric), metric, latent, joinids, config)
+            try:
+                indexes[metric] = _measured(str(folder / metric), metric, latent, joinids, config)
+            except UserError:
+                task.run.discard()  # so that it can be built with the settings that the error asks for
+                raise
             write_json(progress, indexes)
     n_cells, n_dimensions = latent.shape
     record = {

@@ -5,6 +5,7 @@ This module has no slow imports, so that a finished stage is reported immediatel
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from census_scvi.annotation.results.places import MODEL_FILES, model_folder, reference_source
@@ -48,8 +49,13 @@ def inputs_of(stage: Stage, config: Config, census: Census | None = None) -> Inp
     if stage.name == "compare-releases":
         return _compared(config)
     found: Inputs = {}
+    if stage.name == "import-embedding":
+        found |= _imported(config)
     artifacts, workspace = config.artifacts, Workspace(config.directory)
-    for earlier, names in stage.reads.items():
+    reads = stage.reads
+    if stage.name == "publish" and imported_embedding(config) is not None:
+        reads = {"create-latent-update": reads["create-latent-update"]}
+    for earlier, names in reads.items():
         found |= workspace.require(earlier, [getattr(artifacts, name) for name in names])
     if stage.name in ("prepare", "train") and config.fine_tune.model is not None:
         found["fine_tune.model"] = _model(config.fine_tune.model)
@@ -63,6 +69,12 @@ def inputs_of(stage: Stage, config: Config, census: Census | None = None) -> Inp
     return found
 
 
+def imported_embedding(config: Config) -> str | None:
+    """Name of the model whose embedding was imported to the run directory; None: it was computed here."""
+    record = Workspace(config.directory).record("create-latent-update") or {}
+    return str(record["imported"]["method"]) if "imported" in record else None
+
+
 def _annotated(config: Config) -> Inputs:
     """The query, and what it is annotated with: a file, a Census or a trained classifier."""
     settings, found = config.annotate, {"query.file": query_identity(query_source(config.query))}
@@ -73,6 +85,18 @@ def _annotated(config: Config) -> Inputs:
     if source is None:
         return found | {"census": config.census.model_dump(mode="json", include=_NAMING)}
     return found | {"annotate.reference.file": query_identity(source)}
+
+
+def _imported(config: Config) -> Inputs:
+    """The vectors and their soma_joinids; of a SOMA array, its location."""
+    settings = config.import_embedding
+    if settings.vectors is None or not settings.is_file:
+        return {"import_embedding.vectors": without_credentials(settings.vectors)}
+    return {
+        f"import_embedding.{name}": file_identity(Path(place))
+        for name, place in (("vectors", settings.vectors), ("joinids", settings.joinids))
+        if place is not None and Path(place).is_file()
+    }
 
 
 def _compared(config: Config) -> Inputs:

@@ -117,14 +117,14 @@ def _run_whole(stage: Stage, config: Config, *, force: bool = False) -> None:
     name = stage.name
     place, new = _place(stage, config)
     with ExitStack() as stack:
-        stack.enter_context(place.locked(name, new=new))
+        stack.enter_context(place.locked(stage.records or name, new=new))
         first = None
         if stage.several_processes and _is_one_of_several(config) and config.directory.exists():
             first = _first_process(config)
             stack.enter_context(first.leading())
         census = _open_census(stage, config, stack)
         run = place.begin(
-            name,
+            stage.records or name,
             config.of_stage(name),
             inputs_of(stage, config, census),
             force=force,

@@ -6,16 +6,18 @@ import json
 import logging
 import os
 import uuid
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tiledbsoma
 
-from census_scvi.census.cells import require_columns, select_cells
+from census_scvi.census.cells import Cells, require_columns, select_cells
 from census_scvi.census.datasets import describe_data
 from census_scvi.census.genes import locate_genes
 from census_scvi.census.open import open_census
+from census_scvi.census.slices import read_obs_of
 from census_scvi.config.run_names import PROGRESS, PROVENANCE
 from census_scvi.config.stages import STAGES
 from census_scvi.errors import UserError
@@ -24,20 +26,21 @@ from census_scvi.files.readahead import read_ahead
 from census_scvi.model.facts import built_facts
 from census_scvi.model.families import family_of
 from census_scvi.model.safe import load_safe
-from census_scvi.publication import measure_gates, target
+from census_scvi.publication import measure_gates, target, without_model
 from census_scvi.publication.drift import drift_gates
 from census_scvi.publication.folder import copy_to, write_published
-from census_scvi.publication.gates import Gate, stopped_by
+from census_scvi.publication.gates import NO_MODEL, NOT_APPLICABLE, Gate, stopped_by
 from census_scvi.publication.index_copy import publish_index
 from census_scvi.publication.obsm import EmbeddingDraft
 from census_scvi.publication.record import embedding_info, evaluation_of, publication_record, summary_row
 from census_scvi.publication.sample import draw_rows, read_sample
 from census_scvi.publication.summary import append_summary
 from census_scvi.settings import Config
-from census_scvi.stages.inputs import inputs_of
+from census_scvi.stages.inputs import imported_embedding, inputs_of
 from census_scvi.stages.plan import Plan
 from census_scvi.stages.protocol import Task
 from census_scvi.terminal.progress import progress_bar
+from census_scvi.workspace.identity import Identity
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +100,7 @@ class _Publishing:
         self._joinids = np.load(config.directory / artifacts.latent_joinids)
         self._folder = stage.path(artifacts.published)
         self.n_latent, self.array = int(self._latent.shape[1]), ""
+        self._imported = imported_embedding(config)
 
     def prepare(self) -> None:
         """Measure the gates and write the folder that is published with the embedding."""
@@ -104,6 +108,9 @@ class _Publishing:
             log.info("continuing publication %s, whose gates are measured", self._progress.publication)
             return
         config, artifacts = self._config, self._artifacts
+        if self._imported is not None:
+            self._prepare_without_model(self._imported)
+            return
         model, description = load_safe(config.directory / artifacts.model)
         gene_joinids = locate_genes(self._census, description.genes, 0.0)
         cells = select_cells(self._census, config.census.obs_query, config.anndata.batch_key)
@@ -113,7 +120,7 @@ class _Publishing:
         sample = read_sample(
             self._census, cells, rows, description.genes, gene_joinids, description.proteins, measurement
         )
-        target.require_same_cells(self._experiment_uri, sample)
+        target.require_same_cells(self._experiment_uri, sample.joinids, sample.obs)
         found = measure_gates.measure(
             config.directory,
             artifacts,
@@ -131,24 +138,13 @@ class _Publishing:
             config.comparison_folder, self._stage.fingerprint["inputs"][artifacts.latent], config.gates
         )
         self._judge(found)
-        inputs = self._stage.fingerprint["inputs"]
-        record = publication_record(
-            config.publish,
-            self._progress.publication,
-            config=config.model_dump(mode="json"),
-            folder=config.directory / artifacts.published,
-            experiment_uri=self._experiment_uri,
-            census=self._census.identity,
-            joinids=self._joinids,
-            latent=self._latent,
-            n_batches=len(cells.batches),
-            method=family_of(description.model).title,
+        record = self._record(
+            found,
+            cells,
+            family_of(description.model).title,
+            stages=STAGES["publish"].reads,
             model=built_facts(model, description.genes),
-            weights=inputs[artifacts.weights],
-            stages={stage: self._workspace.whole_record(stage) or {} for stage in STAGES["publish"].reads},
-            gates=measure_gates.record(found, config.gates.reasons),
-            data=describe_data(self._census),
-            evaluation=evaluation_of(config.evaluation_folder, inputs[artifacts.latent]),
+            weights=self._stage.fingerprint["inputs"][artifacts.weights],
         )
         write_published(
             self._folder,
@@ -160,11 +156,61 @@ class _Publishing:
         )
         self._progress.save(0)  # from here on the stage can resume
 
-    def _judge(self, found: list[Gate]) -> None:
+    def _prepare_without_model(self, method: str) -> None:
+        """`prepare` for an embedding that was imported."""
+        config, artifacts = self._config, self._artifacts
+        cells = select_cells(self._census, config.census.obs_query, config.anndata.batch_key)
+        rows = draw_rows(len(cells), config.gates.sample_size, config.seed)
+        joinids = cells.joinids[rows]
+        obs = read_obs_of(self._census, joinids, None)
+        target.require_same_cells(self._experiment_uri, joinids, obs)
+        latent = self._stage.fingerprint["inputs"][artifacts.latent]
+        found = without_model.measure(config.directory, artifacts, config.gates, cells)
+        found += drift_gates(config.comparison_folder, latent, config.gates)
+        log.info("gates of the model are %s", NO_MODEL)
+        self._judge(found, NOT_APPLICABLE)
+        record = self._record(found, cells, method, stages=["create-latent-update"], not_applicable=NOT_APPLICABLE)
+        without_model.write_folder(self._folder, record)
+        self._progress.save(0)
+
+    def _record(
+        self,
+        found: list[Gate],
+        cells: Cells,
+        method: str,
+        *,
+        stages: Iterable[str],
+        not_applicable: Sequence[str] = (),
+        model: dict[str, Any] | None = None,
+        weights: Identity | None = None,
+    ) -> dict[str, Any]:
+        """The provenance: gates, title of the method, records of the stages, facts of the model and its weights."""
+        config, artifacts = self._config, self._artifacts
+        return publication_record(
+            config.publish,
+            self._progress.publication,
+            config=config.model_dump(mode="json"),
+            folder=config.directory / artifacts.published,
+            experiment_uri=self._experiment_uri,
+            census=self._census.identity,
+            joinids=self._joinids,
+            latent=self._latent,
+            n_batches=len(cells.batches),
+            method=method,
+            model=model,
+            weights=weights,
+            stages={stage: self._workspace.whole_record(stage) or {} for stage in stages},
+            gates=measure_gates.record(found, config.gates.reasons, not_applicable),
+            data=describe_data(self._census),
+            evaluation=evaluation_of(config.evaluation_folder, self._stage.fingerprint["inputs"][artifacts.latent]),
+        )
+
+    def _judge(self, found: list[Gate], not_applicable: Sequence[str] = ()) -> None:
         """Log the gates and write `qa.json`; UserError if a gate stops publishing."""
         waived = self._config.gates.reasons
         log.info("gates:\n%s", measure_gates.table(found, waived))
-        write_json(self._config.directory / self._artifacts.qa, measure_gates.record(found, waived))
+        qa = measure_gates.record(found, waived, not_applicable)
+        write_json(self._config.directory / self._artifacts.qa, qa)
         if failed := stopped_by(found, waived):
             words = "; ".join(f"{gate.name}: {gate.detail}" for gate in failed)
             raise UserError(
@@ -226,12 +272,16 @@ def plan(config: Config) -> Plan:
     with open_census(config.census) as census:
         experiment_uri = target.experiment_uri(config.publish, census)
     n_cells, n_latent = latent.shape
-    genes = len(load_safe(config.directory / artifacts.model)[1].genes)
+    model = None if imported_embedding(config) else config.directory / artifacts.model
+    genes = 0 if model is None else len(load_safe(model)[1].genes)
     sampled = _BYTES_A_GENE * config.gates.sample_size * genes
     written = _BYTES_A_VALUE * n_latent * min(n_cells, _WRITERS * _BLOCK_CELLS)
     return Plan(
         "publish",
-        reads=[str(config.directory / name) for name in (artifacts.latent, artifacts.latent_joinids, artifacts.model)],
+        reads=[
+            *(str(config.directory / name) for name in (artifacts.latent, artifacts.latent_joinids)),
+            *([] if model is None else [str(model)]),
+        ],
         writes=[
             f"obsm[{config.publish.name!r}] and scvi_summary in {experiment_uri}",
             f"{config.directory / artifacts.published}/",
