@@ -13,6 +13,7 @@ import pytest
 import tiledbsoma
 import yaml
 from cellxgene_census.experimental import get_embedding_metadata
+from huggingface_hub import ModelCard
 from pipeline import Run
 
 from census_scvi.atlas import Atlas
@@ -23,6 +24,7 @@ from census_scvi.census.settings import CensusSection
 from census_scvi.errors import UserError
 from census_scvi.files.place import recorded, resolved, without_paths
 from census_scvi.publication import markdown
+from census_scvi.publication.card import model_index
 from census_scvi.publication.chain import verify
 from census_scvi.publication.record import evaluation_of
 from census_scvi.publication.summary import read_summary
@@ -263,3 +265,23 @@ def test_old_records_are_read_as_before(run: Run) -> None:
     with cellxgene_census.open_soma(uri=str(census)):
         found = {link.name for link in verify(str(run.path("published")), str(census)) if not link.valid}
     assert found == {"publication"}  # the table has the record that was written
+
+
+def test_a_hub_reads_the_results_from_the_header() -> None:
+    score = {"metric": "clisi", "about": "biology", "column": "cell_type", "value": 0.93218, "low": None, "high": None}
+    record = {
+        "title": "An embedding: *of cells*",
+        "census": {"version": "2025-11-08", "organism": "homo_sapiens", "created_on": "2025-10-01"},
+        "data": {"cellxgene": True},
+        "evaluation": {
+            "cells": 10_000,
+            "obs_filter": "is_primary_data == True",
+            "scores": [score, {**score, "value": None}],
+        },
+    }
+    text = f"---\n{yaml.safe_dump(model_index(record))}---\n"
+    (result,) = ModelCard(text, ignore_metadata_errors=False).data.eval_results
+    assert (result.metric_type, result.metric_value, result.metric_name) == ("clisi", 0.9322, "clisi of cell_type")
+    assert result.dataset_name == "10,000 cells of homo_sapiens in a Census release 2025-11-08"
+    assert result.dataset_config == "is_primary_data == True"
+    assert model_index({**record, "evaluation": None}) == {}

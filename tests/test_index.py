@@ -121,7 +121,8 @@ def test_a_killed_build_goes_on(after: int, tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("share", [1.0, 0.3, 0.02])
-def test_a_filter_is_honoured(share: float, tmp_path: Path) -> None:
+def test_a_filter_is_honoured(share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("census_scvi.neighbors.cell_index._MOST_FOUND", 1_000)  # of some points at a time
     vectors, joinids = cells_of(2_000, 6)
     index = built(tmp_path / "index", vectors, joinids, n=30)
     index.nprobe = 10
@@ -306,6 +307,31 @@ def test_an_index_of_another_publication_is_not_used(published: Run, messages: p
         record = json.loads(own.read_text()) | {"publication": published.record("publish")["publication"]}
         (place / "index.json").write_text(json.dumps(record))
     assert index_of_array(array_of(published)) is not None
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"indexes": {"euclidean": {}}}', b'{"indexes": 3}'])
+def test_a_damaged_record_of_an_index_is_noticed(
+    content: bytes, published: Run, messages: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    run = copy_of(published, tmp_path)
+    run.path("index/index.json").write_bytes(content)
+    assert index_of_run(run.directory) is None
+    assert "index/index.json is damaged (" in messages.text and "build it again" in messages.text
+
+
+@pytest.mark.parametrize("name", ["_copy", "_name_in_info"])
+def test_a_kill_while_the_index_is_published(
+    name: str, finished_run: Run, demo_census: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(demo_census, tmp_path / "census")
+    run = copy_of(finished_run, tmp_path)
+    assert run("publish") == 0
+    kill = KILL.format(module="census_scvi.publication.index_copy", name=name, nth=1, signal="SIGKILL")
+    assert run.subprocess("index", before=kill).returncode == -signal.SIGKILL
+    assert run("index") == 0
+    assert index_of_array(array_of(run)) is not None
+    with tiledbsoma.open(array_of(run)) as array:
+        assert "indexes" in json.loads(array.metadata["CxG_embedding_info"])
 
 
 def test_the_index_is_published_in_either_order(finished_run: Run, demo_census: str, tmp_path: Path) -> None:

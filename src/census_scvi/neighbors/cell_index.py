@@ -21,8 +21,8 @@ from census_scvi.neighbors.settings import Metric
 
 log = logging.getLogger(__name__)
 
-# Neighbors that are searched at most for a point, if only some cells may be neighbors.
-_MOST_NEIGHBORS = 10_000
+# Neighbors that are searched at most for a point, if only some cells may be neighbors; and for all points at a time.
+_MOST_NEIGHBORS, _MOST_FOUND = 10_000, 10_000_000
 # An index of up to this size is read into memory when it is opened; of a larger one, the searched partitions are read.
 _MEMORY_BYTES = 2 * 2**30
 _BLOCK_CELLS = 2**18
@@ -127,6 +127,21 @@ def nearest_matching(index: CellIndex, points: Vectors, n_neighbors: int, matchi
     """
     n_neighbors = min(n_neighbors, len(matching))
     wanted = 2 * math.ceil(n_neighbors * max(index.n_cells / len(matching), 1))
+    parts = []
+    step = max(_MOST_FOUND // wanted, 1)
+    for start in range(0, len(points), step):
+        part = _nearest_matching(index, points[start : start + step], n_neighbors, matching, wanted)
+        if part is None:
+            return None
+        parts.append(part)
+    log.info("%d or more neighbors of each cell were searched, because only some match the filter", wanted)
+    distances, found = (np.concatenate(each) for each in zip(*parts, strict=True))
+    return distances, found
+
+
+def _nearest_matching(
+    index: CellIndex, points: Vectors, n_neighbors: int, matching: Ids, wanted: int
+) -> tuple[Vectors, Ids] | None:
     while wanted <= _MOST_NEIGHBORS:
         # Partitions with ten times as many cells: the nearest matching cells are further away than the nearest cells.
         nprobe = max(index.nprobe, math.ceil(10 * wanted * index.n_partitions / index.n_cells))
@@ -134,7 +149,6 @@ def nearest_matching(index: CellIndex, points: Vectors, n_neighbors: int, matchi
         places = np.minimum(np.searchsorted(matching, found), len(matching) - 1)
         there = matching[places] == found
         if (there.sum(axis=1) >= n_neighbors).all():
-            log.info("%d neighbors of each cell were searched, because only some match the filter", wanted)
             first = np.argsort(~there, axis=1, kind="stable")[:, :n_neighbors]
             return np.take_along_axis(distances, first, 1), np.take_along_axis(found, first, 1)
         if wanted >= index.n_cells:

@@ -135,8 +135,31 @@ def _header(record: Mapping[str, Any], family: Family) -> str:
             f"anndata_version:{version('anndata')}",
             *(f"modality:{modality}" for modality in family.modalities),
         ],
+        **model_index(record),
     }
     return yaml.safe_dump(values, sort_keys=False)
+
+
+def model_index(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Entry `model-index` of the header, from which a model hub lists the results; empty without an evaluation."""
+    evaluation, census = record.get("evaluation"), record["census"]
+    if not evaluation:
+        return {}
+    release = f"release {census['version']}" if census["version"] else f"created on {census['created_on']}"
+    cells = {
+        "type": "cellxgene-census" if record["data"]["cellxgene"] else "census",
+        "name": f"{evaluation['cells']:,} cells of {census['organism']} in a Census {release}",
+        **({"config": evaluation["obs_filter"]} if evaluation["obs_filter"] else {}),
+    }
+    metrics = [
+        {"type": score["metric"], "name": f"{score['metric']} of {score['column']}", "value": round(score["value"], 4)}
+        for score in evaluation["scores"]
+        if score["value"] is not None
+    ]
+    task = {"type": "feature-extraction", "name": "Embedding of cells"}
+    return {
+        "model-index": [{"name": record["title"], "results": [{"task": task, "dataset": cells, "metrics": metrics}]}]
+    }
 
 
 def learning_curve(curves: Mapping[str, list[float]]) -> bytes:

@@ -13,7 +13,7 @@ import tiledbsoma
 from census_scvi.census.storage import soma_context, storage
 from census_scvi.config.run_names import INDEX_RECORD
 from census_scvi.errors import UserError
-from census_scvi.files.atomic import remove, sync, sync_tree, write_json
+from census_scvi.files.atomic import remove, sync, sync_tree
 from census_scvi.files.json_file import read_json
 from census_scvi.files.uri import local_path, without_credentials
 from census_scvi.publication.obsm import INFO
@@ -48,29 +48,30 @@ def publish_index(directory: Path, artifacts: Artifacts) -> None:
     folder = directory / artifacts.index
     record = {**read_json(folder / INDEX_RECORD), "publication": published["publication"]}
     try:
-        if _copy(folder, index_place(uri), record):
-            _name_in_info(uri, record)
-            log.info("published the index: %s", without_credentials(index_place(uri)))
+        copied = _copy(folder, index_place(uri), record)
+        named = _name_in_info(uri, record)
     except (OSError, ValueError, tiledbsoma.SOMAError) as error:
         raise UserError(
             f"the index cannot be written to {without_credentials(index_place(uri))}: {error}; the embedding is"
             " published without it; run scvi-index.py again"
         ) from None
+    if copied or named:
+        log.info("published the index: %s", without_credentials(index_place(uri)))
 
 
 def _copy(folder: Path, uri: str, record: dict[str, Any]) -> bool:
     """Copy the folder, its record last; returns False if it is there already."""
     system, target = storage(uri)
-    place = f"{target}/{INDEX_RECORD}"
+    place, content = f"{target}/{INDEX_RECORD}", json.dumps(record, indent=2).encode()
     if system.exists(place):
         with system.open(place, "rb") as file:
-            if json.loads(file.read()) == record:
+            if file.read() == content:
                 return False
     if (path := local_path(uri)) is not None:
         partial = path.with_name(f"{path.name}.partial")
         remove(partial)
         shutil.copytree(folder, partial)
-        write_json(partial / INDEX_RECORD, record)
+        (partial / INDEX_RECORD).write_bytes(content)
         sync_tree(partial)
         remove(path)
         partial.rename(path)
@@ -82,14 +83,18 @@ def _copy(folder: Path, uri: str, record: dict[str, Any]) -> bool:
     for file in files:
         system.put_file(str(file), f"{target}/{file.relative_to(folder).as_posix()}")
     with system.open(place, "wb") as out:
-        out.write(json.dumps(record).encode())
+        out.write(content)
     return True
 
 
-def _name_in_info(uri: str, record: dict[str, Any]) -> None:
+def _name_in_info(uri: str, record: dict[str, Any]) -> bool:
+    """Name the indexes in the array's metadata; returns False if it names them already."""
     with tiledbsoma.open(uri, context=soma_context(uri)) as array:
         info = json.loads(array.metadata[INFO])
     folder = index_place(uri).rstrip("/").rpartition("/")[2]
-    info["indexes"] = [{"type": "IVFFlat", "relative_uri": f"{folder}/{metric}"} for metric in record["indexes"]]
+    indexes = [{"type": "IVFFlat", "relative_uri": f"{folder}/{metric}"} for metric in record["indexes"]]
+    if info.get("indexes") == indexes:
+        return False
     with tiledbsoma.SparseNDArray.open(uri, "w", context=soma_context(uri)) as array:
-        array.metadata[INFO] = json.dumps(info)
+        array.metadata[INFO] = json.dumps({**info, "indexes": indexes})
+    return True

@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
+from markupsafe import Markup
 
 from census_scvi.census.cells import Cells
 from census_scvi.files.atomic import remove, sync_tree, write_json
 from census_scvi.model.published import FORMAT, seal_of
 from census_scvi.model.source import PROVENANCE
 from census_scvi.publication import gates
-from census_scvi.publication.card import card_template, named
+from census_scvi.publication.card import card_template, model_index, named
 from census_scvi.publication.folder import CARD
 from census_scvi.publication.gates import NO_MODEL, Gate
 from census_scvi.publication.measure_gates import moments_of
@@ -48,6 +50,15 @@ def measure(directory: Path, artifacts: Artifacts, bounds: GatesSection, cells: 
     ]
 
 
+def _header(record: dict[str, Any]) -> str:
+    values = {
+        **({"license": record["license"].lower()} if record["license"] else {}),
+        "tags": ["biology", "genomics", "single-cell"],
+        **model_index(record),
+    }
+    return yaml.safe_dump(values, sort_keys=False)
+
+
 def write_folder(folder: Path, record: dict[str, Any]) -> None:
     """Write the folder with card and provenance, completely or not at all."""
     partial = folder.with_name(folder.name + ".partial")
@@ -55,6 +66,7 @@ def write_folder(folder: Path, record: dict[str, Any]) -> None:
     partial.mkdir()
     card = card_template("card_without_model.md.jinja").render(
         record=record,
+        header=Markup(_header(record)),
         imported=record["stages"]["create-latent-update"]["imported"],
         query=record["config"]["census"]["obs_query"] or "all",
         organism=record["census"]["organism"].replace("_", " ").capitalize(),

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import Any
 
 from census_scvi.census.embedding import publication_of
 from census_scvi.census.storage import soma_context, storage
 from census_scvi.config.extras import require_extra
 from census_scvi.config.run_names import INDEX, INDEX_RECORD, LATENT
 from census_scvi.errors import UserError
-from census_scvi.files.json_file import read_json
 from census_scvi.files.uri import without_credentials
 from census_scvi.neighbors.cell_index import CellIndex
 from census_scvi.neighbors.settings import Metric
@@ -35,7 +33,7 @@ def index_of_run(directory: Path, metric: Metric = "euclidean") -> CellIndex | N
     if built["fingerprint"]["inputs"][LATENT] != embedded["outputs"][LATENT]:
         log.warning("the index of %s is of an earlier embedding; scvi-index.py --force builds it again", directory)
         return None
-    return _opened(str(directory / INDEX), read_json(directory / INDEX / INDEX_RECORD), metric)
+    return _opened(str(directory / INDEX), (directory / INDEX / INDEX_RECORD).read_bytes(), metric)
 
 
 def index_of_array(uri: str, metric: Metric = "euclidean") -> CellIndex | None:
@@ -44,22 +42,29 @@ def index_of_array(uri: str, metric: Metric = "euclidean") -> CellIndex | None:
     if not system.exists(f"{folder}/{INDEX_RECORD}"):
         return None
     with system.open(f"{folder}/{INDEX_RECORD}", "rb") as file:
-        record = json.loads(file.read())
-    if record.get("publication") != publication_of(uri):
-        log.warning("the index %s is of another publication, and is not used", without_credentials(index_place(uri)))
-        return None
-    return _opened(index_place(uri), record, metric)
+        return _opened(index_place(uri), file.read(), metric, publication_of(uri))
 
 
-def _opened(place: str, record: dict[str, Any], metric: Metric) -> CellIndex | None:
-    found = record["indexes"].get(metric)
-    if found is None:
+def _opened(place: str, record: bytes, metric: Metric, publication: str | None = None) -> CellIndex | None:
+    """The index that a record describes; None if it is of another publication or metric, or cannot be used."""
+    shown = without_credentials(place)
+    try:
+        described = json.loads(record)
+        if publication is not None and described.get("publication") != publication:
+            log.warning("the index %s is of another publication, and is not used", shown)
+            return None
+        if (found := described["indexes"].get(metric)) is None:
+            return None
+        n_cells, n_dimensions, n_partitions, nprobe = map(
+            int, (described["n_cells"], described["n_dimensions"], found["partitions"], found["nprobe"])
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        log.warning("%s/%s is damaged (%s); the index is not used, build it again", shown, INDEX_RECORD, error)
         return None
     try:
-        require_extra("index", f"the index of all cells in {without_credentials(place)}")
+        require_extra("index", f"the index of all cells in {shown}")
     except UserError as error:
         log.warning("%s. Without it, a sample of the cells is searched", error)
         return None
     settings = {key: str(value) for key, value in soma_context(place).native_context.config().items()}
-    size = (record["n_cells"], record["n_dimensions"], found["partitions"])
-    return CellIndex(f"{place}/{metric}", metric, *size, found["nprobe"], tiledb=settings)
+    return CellIndex(f"{place}/{metric}", metric, n_cells, n_dimensions, n_partitions, nprobe, settings)
