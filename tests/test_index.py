@@ -10,6 +10,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,15 +29,18 @@ from test_faults import KILL
 from test_publish import ORGANISM, census_of, copy_of, experiment_of
 
 from census_scvi.atlas import Atlas
-from census_scvi.census.embedding import published_uri
+from census_scvi.census.embedding import open_experiment, published_uri
 from census_scvi.errors import UserError
+from census_scvi.files.tiledb_py import tiledb_py
 from census_scvi.neighbors import ivf_flat
 from census_scvi.neighbors.cell_index import CellIndex, nearest_matching, recall_at_ten
 from census_scvi.neighbors.ivf_flat import IvfFlatBuilder
 from census_scvi.neighbors.scaled import scaled
 from census_scvi.query.nearest import index_of_array, index_of_run, index_place
 
-pytest.importorskip("tiledb.vector_search")
+if find_spec("tiledb") is None or find_spec("tiledb.vector_search") is None:
+    pytest.skip("tiledb-vector-search is not installed", allow_module_level=True)
+tiledb_py()  # before anything else imports it
 
 
 @pytest.fixture
@@ -168,6 +172,16 @@ def test_bad_vectors_are_refused(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "index" / "shuffled_vectors")
     with pytest.raises(UserError, match=r"the index .* cannot be read .*; build it again with scvi-index.py --force"):
         CellIndex(str(tmp_path / "index"), "euclidean", 100, 4, 5, 5).query(np.zeros((1, 4), np.float32), 2)
+
+
+def test_errors_of_tiledb_stay_what_tiledbsoma_expects(tmp_path: Path) -> None:
+    """In a process that has imported TileDB-Py for an index."""
+    assert issubclass(tiledb_py().TileDBError, RuntimeError)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(tiledbsoma.SOMAError):
+        tiledbsoma.open(str(tmp_path / "empty"))
+    with pytest.raises(UserError, match="is not a SOMA Experiment"), open_experiment(str(tmp_path / "empty")):
+        pass
 
 
 # --- the command
@@ -387,7 +401,7 @@ SEARCH = """
 import sys
 import numpy as np
 from census_scvi.query.nearest import index_of_array
-from census_scvi.census.embedding import published_uri
+from census_scvi.census.embedding import open_experiment, published_uri
 index = index_of_array(published_uri(sys.argv[1], "scvi"))
 np.save(sys.argv[3], index.query(np.load(sys.argv[2])[:20], 5, 99)[0])
 """

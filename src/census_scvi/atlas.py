@@ -144,8 +144,9 @@ class Atlas:
             URI of the Census, or a release such as `stable` or `2025-11-08`. None: the Census in the model's record;
             it is opened when it is needed.
         embedding
-            Embedding of the Census' cells: a name in obsm, a run directory, or the URI of an Experiment. None: the
-            embedding published with the model, `latent.npy` of its run directory, or `obsm["scvi"]` of the Census.
+            Embedding of the Census' cells: a name in obsm, a run directory, or the URI of an Experiment or of an array,
+            such as CELLxGENE's community embeddings. None: the embedding published with the model, `latent.npy` of its
+            run directory, or `obsm["scvi"]` of the Census.
         organism
             For example `homo_sapiens`; None: the model's organism.
         tiledb

@@ -13,9 +13,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import tiledbsoma
 
-from census_scvi.census.open import MEASUREMENT
+from census_scvi.census.open import MEASUREMENT, Census
 from census_scvi.census.storage import soma_context
 from census_scvi.errors import UserError
+from census_scvi.files.uri import without_credentials
 
 OBSM, PUBLICATION = "obsm", "census_scvi_publication"
 # Cells per tile of the array, and cells per block that is read.
@@ -133,6 +134,22 @@ def _require_measurement(experiment_uri: str, experiment: Any) -> None:
 
 
 _CUT_RECORD = re.compile(r"exceeds file size: .* URI (\S+/__group/\S+)")
+
+
+def is_array(uri: str) -> bool:
+    """Whether a location has an array, such as an embedding that is not in obsm."""
+    return bool(tiledbsoma.SparseNDArray.exists(uri, context=soma_context(uri)))
+
+
+def require_same_release(info: dict[str, Any], uri: str, census: Census) -> None:
+    """UserError if the `CxG_embedding_info` of an array names another release or organism than those of the Census."""
+    expected = {census.identity["version"], census.identity["created_on"]} - {None}
+    release, organism = info.get("census_version"), info.get("experiment_name")
+    if (release and release not in expected) or (organism and organism != census.identity["organism"]):
+        raise UserError(
+            f"{without_credentials(uri)} is an embedding of {organism or 'cells'} of the Census {release}, and this is"
+            f" {census.identity['organism']} of {' or '.join(sorted(expected))}: soma_joinids are valid in one release"
+        )
 
 
 def publication_of(uri: str) -> str | None:

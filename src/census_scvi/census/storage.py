@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -12,10 +13,14 @@ import tiledbsoma
 
 from census_scvi.config.messages import suggestion
 from census_scvi.errors import UserError
+from census_scvi.files.tiledb_py import tiledb_py
 from census_scvi.files.uri import file_system, local_path
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
+
+if "tiledb" in sys.modules:
+    tiledb_py()  # so that errors in tiledbsoma stay what they are without it
 
 # The default, 1 GiB per column, uses 8 GB for a gene selection over 90,000 cells, and is slower.
 _BUFFERS = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
@@ -12,6 +12,8 @@ from census_scvi.config import run_names
 from census_scvi.config.obs_filter import parse_filter
 from census_scvi.config.section import Kind
 from census_scvi.files.paths import expand
+
+Precision = Literal["float32", "bfloat16"]
 
 
 def _file_name(name: str) -> str:

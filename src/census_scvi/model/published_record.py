@@ -20,7 +20,14 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
 
+class _Array(_Part):
+    uri: str | None
+    precision: Literal["float32", "bfloat16"]
+    sha256: Digest
+
+
 class _Embedding(_Part):
+    array: _Array | None = None
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
     experiment_uri: str | None
     n_cells: Count

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from census_scvi.config.random_streams import Stream, draw, generator
 from census_scvi.errors import UserError
+from census_scvi.files.tiledb_py import tiledb_py
 from census_scvi.files.uri import without_credentials
 from census_scvi.neighbors.index import NeighborIndex
 from census_scvi.neighbors.scaled import Ids, Vectors, scaled
@@ -63,12 +64,12 @@ class CellIndex:
     @cached_property
     def _index(self) -> Any:
         # Not by an import statement: the classes that use an index where there is one do not need the extra.
-        tiledb, library = (importlib.import_module(name) for name in ("tiledb", "tiledb.vector_search"))
+        tiledb, library = tiledb_py(), importlib.import_module("tiledb.vector_search")
         of_vector = 4 * self.n_dimensions
         held = {} if of_vector * self.n_cells <= _MEMORY_BYTES else {"memory_budget": _MEMORY_BYTES // of_vector}
         try:
             return library.IVFFlatIndex(uri=self.uri, config=self._tiledb, **held)
-        except (tiledb.TileDBError, RuntimeError, KeyError) as error:
+        except (tiledb.TileDBError, KeyError) as error:
             raise UserError(
                 f"the index {without_credentials(self.uri)} cannot be read ({str(error).splitlines()[0]}); build it"
                 " again with scvi-index.py --force"

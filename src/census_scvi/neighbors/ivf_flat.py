@@ -8,6 +8,7 @@ without a seed (or takes the first ones, which belong to few datasets), and star
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 from census_scvi.config.random_streams import Stream, draw, generator
 from census_scvi.files.atomic import remove, write_json
 from census_scvi.files.json_file import read_json
+from census_scvi.files.tiledb_py import tiledb_py
 from census_scvi.neighbors.scaled import Ids, Vectors, scaled
 from census_scvi.neighbors.settings import Metric
 
@@ -98,8 +100,7 @@ class IvfFlatBuilder:
 
     def _store(self, centroids: Vectors) -> Iterator[int]:
         """Write the arrays of the index, the cells of each partition one after the other."""
-        import tiledb
-
+        tiledb = tiledb_py()
         partitions = np.fromfile(self._partitions, np.int32)
         order = np.argsort(partitions, kind="stable")
         sizes = np.bincount(partitions, minlength=self._n_partitions)
@@ -132,9 +133,7 @@ class IvfFlatBuilder:
 
     def _create(self) -> None:
         """Create the group and its empty arrays."""
-        import tiledb
-        from tiledb.vector_search import _tiledbvspy as library
-
+        tiledb, library = tiledb_py(), importlib.import_module("tiledb.vector_search._tiledbvspy")
         n_dimensions = self._vectors.shape[1]
         # The library's enumeration: squared Euclidean distance or cosine distance.
         distances = library.DistanceMetric
@@ -171,8 +170,7 @@ def _tile_cells(n_dimensions: int) -> int:
 
 def _schema(attribute: str, dtype: Any, n_rows: int, tile: int) -> Any:
     """Schema of a dense array: of one dimension, or of `n_rows` rows."""
-    import tiledb
-
+    tiledb = tiledb_py()
     zipped = tiledb.FilterList([tiledb.ZstdFilter()])
     of_cells = {"domain": (0, _LAST), "tile": tile, "dtype": np.int32, "filters": zipped}
     dimensions = [tiledb.Dim(name="cols" if n_rows else "rows", **of_cells)]

@@ -18,19 +18,22 @@ from census_scvi.census.cells import Cells, select_cells
 from census_scvi.census.embedding import EmbeddingHash, publication_of, published_uri, read_cells, read_embedding
 from census_scvi.census.genes import locate_genes
 from census_scvi.census.open import Census, open_census
+from census_scvi.census.precision import BFLOAT16, rounded
 from census_scvi.census.settings import CensusSection
 from census_scvi.config.renamed import translate_recorded_config
 from census_scvi.config.run_names import PROTEINS
+from census_scvi.config.types import Precision
 from census_scvi.counts.row_hash import count_hashes
 from census_scvi.errors import UserError
 from census_scvi.files.paths import expand_argument
 from census_scvi.files.place import resolved
-from census_scvi.files.uri import local_path
+from census_scvi.files.uri import local_path, tiledb_place
 from census_scvi.model.encode import reference_latent
 from census_scvi.model.facts import built_facts
-from census_scvi.model.published import damaged_files, fetch, read_provenance
+from census_scvi.model.published import damaged_files, fetch, read_provenance, seal_of
 from census_scvi.model.safe import load_safe, read_description
 from census_scvi.publication.gates import NO_MODEL, WITHOUT_MODEL, architecture, broken_verdicts, re_embedding
+from census_scvi.publication.own_array import seal_in
 from census_scvi.publication.sample import draw_rows, read_sample
 from census_scvi.publication.sealed import COUNT_HASH, SEALED_EMBEDDING, read_sealed
 from census_scvi.publication.settings import GatesSection
@@ -108,8 +111,9 @@ def verify(published: str, census: str | None = None, *, n_cells: int = 500, see
         online = _InCensus(offline, opened, n_cells, seed)
         links.append(_looked_at(online.census))
         if links[-1].valid:  # in another Census, the same soma_joinids refer to other cells
+            arrays = (*([online.embedding] if online.in_obsm else []), *([online.array] if online.has_array else []))
             again = (online.sealed_cells, online.fresh_sample) if offline.has_model else ()
-            links += [_looked_at(look) for look in (online.publication, online.embedding, *again)]
+            links += [_looked_at(look) for look in (online.publication, *arrays, *again)]
         return links
 
 
@@ -175,8 +179,8 @@ class _Folder:
         model, n_latent = self.record["model"], self.record["embedding"]["n_features"]
         return read_sealed(self.path, model["genes"], n_latent, model.get("n_proteins", 0))
 
-    def re_embedded(self, cells: ad.AnnData, published: Any) -> tuple[bool, str]:
-        """The published model reproduces the published embedding of cells.
+    def re_embedded(self, cells: ad.AnnData, published: Any, precision: Precision = "float32") -> tuple[bool, str]:
+        """The published model reproduces the published embedding of cells, but for the rounding to `precision`.
 
         Their obs has soma_joinid and batch; of a model with proteins, their obsm has the protein counts.
         """
@@ -189,7 +193,10 @@ class _Folder:
         mean, _ = reference_latent(model, description.genes, cells.X, batches, proteins)
         # The record is untrusted: a forged one could allow any difference.
         bound = min(float(translate_recorded_config(self.record["config"])["gates"]["max_difference"]), _MAX_DIFFERENCE)
-        gate = re_embedding(cells.obs["soma_joinid"].to_numpy(), np.asarray(published), mean, bound)
+        published = np.asarray(published)
+        if precision == "bfloat16":
+            published = np.where(np.abs(published - mean) <= BFLOAT16 * np.abs(mean), mean, published)
+        gate = re_embedding(cells.obs["soma_joinid"].to_numpy(), published, mean, bound)
         words = f"{len(mean):,} cells, largest difference to scvi-tools' own {gate.value:.1e}"
         return gate.passed, words if gate.passed else gate.detail
 
@@ -202,6 +209,10 @@ class _InCensus:
         self._n_cells = n_cells
         self._seed = int(np.random.default_rng().integers(2**31)) if seed is None else seed
         self._name = str(self._record["embedding"]["name"])
+        self._array: dict[str, Any] = self._record["embedding"].get("array") or {}
+        self.has_array = bool(self._array)
+        # An embedding that is an array of its own, and not in obsm, has no Experiment in its record.
+        self.in_obsm = not self.has_array or self._record["embedding"]["experiment_uri"] is not None
 
     def census(self) -> tuple[bool, str]:
         """The Census is the one that the embedding was computed from."""
@@ -218,23 +229,33 @@ class _InCensus:
         live = publication_of(self._embedding_uri())
         if live != publication:
             return False, f"the Census has publication {live}, this folder {publication}"
+        if not self.in_obsm:
+            same = seal_in(self._embedding_uri()) == seal_of(self._record)
+            return same, "its seal is in the array" if same else "the array has the seal of another provenance"
         stated = provenance_of(self._experiment_uri(), publication)
         stated.pop("seal", None)
         same = json.dumps(stated, sort_keys=True) == json.dumps(self._record, sort_keys=True)
         return same, "as in scvi_summary" if same else "scvi_summary has another provenance of this publication"
 
     def embedding(self) -> tuple[bool, str]:
-        """Every value of the embedding is the published one."""
+        """Every value of the embedding in obsm is the published one."""
+        return self._values(self._in_obsm(), self._record["embedding"]["sha256"])
+
+    def array(self) -> tuple[bool, str]:
+        """Every value of the array of its own is the published one."""
+        return self._values(self._own_array(), self._array["sha256"])
+
+    def _values(self, uri: str, expected: str) -> tuple[bool, str]:
         digest, found = EmbeddingHash(), [np.empty(0, np.int64)]
-        for joinids, values in read_embedding(self._embedding_uri()):
+        for joinids, values in read_embedding(uri):
             digest.update(joinids, values)
             found.append(joinids)
-        cells, stated = np.concatenate(found), self._record["embedding"]
+        cells, n_cells = np.concatenate(found), self._record["embedding"]["n_cells"]
         wrong = []
-        if digest.hexdigest() != stated["sha256"]:
+        if digest.hexdigest() != expected:
             wrong.append("their hash differs from that of the published ones")
-        if len(cells) != stated["n_cells"]:
-            wrong.append(f"the record says {stated['n_cells']:,}")
+        if len(cells) != n_cells:
+            wrong.append(f"the record says {n_cells:,}")
         if not np.array_equal(cells, self._cells().joinids):
             wrong.append("they are not the cells that match the recorded query")
         return not wrong, "; ".join([f"{len(cells):,} cells", *wrong])
@@ -243,7 +264,8 @@ class _InCensus:
         """The embedding of the sealed cells in the Census equals their sealed embedding."""
         cells = self._folder.sealed()
         published = read_cells(self._embedding_uri(), cells.obs["soma_joinid"].to_numpy())
-        wrong = int((published != np.asarray(cells.obsm[SEALED_EMBEDDING])).any(axis=1).sum())
+        sealed = rounded(np.asarray(cells.obsm[SEALED_EMBEDDING]), self._precision)
+        wrong = int((published != sealed).any(axis=1).sum())
         return not wrong, f"{wrong:,} of {cells.n_obs:,} sealed cells have another embedding in the Census"
 
     def fresh_sample(self) -> tuple[bool, str]:
@@ -256,7 +278,8 @@ class _InCensus:
         obsm = {} if sample.proteins is None else {PROTEINS: sample.proteins}
         obs = sample.obs[["soma_joinid", "batch"]].set_axis(sample.joinids.astype(str))
         published = read_cells(self._embedding_uri(), sample.joinids)
-        valid, words = self._folder.re_embedded(ad.AnnData(sample.counts, obs=obs, obsm=obsm), published)
+        cells_again = ad.AnnData(sample.counts, obs=obs, obsm=obsm)
+        valid, words = self._folder.re_embedded(cells_again, published, self._precision)
         return valid, f"{words} (--seed {self._seed})"
 
     @property
@@ -275,7 +298,22 @@ class _InCensus:
         gone = there is None or (path is not None and not path.exists())
         return here if gone or published_uri(here, self._name) else str(there)
 
+    @property
+    def _precision(self) -> Precision:
+        """Of the values that are compared."""
+        return "float32" if self.in_obsm else self._array["precision"]
+
     def _embedding_uri(self) -> str:
+        """The published values: in obsm, or else in an array of their own."""
+        return self._in_obsm() if self.in_obsm else self._own_array()
+
+    def _own_array(self) -> str:
+        uri = resolved(self._array["uri"], self._folder.path)
+        if uri is None:
+            raise UserError("the record does not say where the array is")
+        return tiledb_place(uri, "the array")
+
+    def _in_obsm(self) -> str:
         experiment = self._experiment_uri()
         uri = published_uri(experiment, self._name)
         if uri is None:

@@ -109,13 +109,7 @@ class EmbeddingDraft:
         values
             float32 (cells, dimensions).
         """
-        rows = np.repeat(joinids, values.shape[1])
-        columns = np.tile(np.arange(values.shape[1]), len(joinids))
-        # Ascending cells are already in the order of the array's tiles; with sorting, writing takes six times as long.
-        ordered = tiledbsoma.TileDBWriteOptions(sort_coords=False)
-        with tiledbsoma.SparseNDArray.open(self.uri, "w", context=soma_context(self.uri)) as array:
-            table = pa.table({"soma_dim_0": rows, "soma_dim_1": columns, "soma_data": values.ravel()})
-            array.write(table, platform_config=ordered)
+        write_cells(self.uri, joinids, values)
 
     def publish(self, info: dict[str, Any]) -> None:
         """Let readers see the embedding, with `info` in its metadata; may be repeated after a kill at any point."""
@@ -160,6 +154,17 @@ class EmbeddingDraft:
             f" {'removed' if live is None else f'replaced by another ({live})'} while this publication was written;"
             " run the same command again to publish after it"
         )
+
+
+def write_cells(uri: str, joinids: Joinids, values: Values) -> None:
+    """Write cells to an array: int64 (cells,), ascending, and float32 (cells, dimensions)."""
+    rows = np.repeat(joinids, values.shape[1])
+    columns = np.tile(np.arange(values.shape[1]), len(joinids))
+    # Ascending cells are already in the order of the array's tiles; with sorting, writing takes six times as long.
+    ordered = tiledbsoma.TileDBWriteOptions(sort_coords=False)
+    with tiledbsoma.SparseNDArray.open(uri, "w", context=soma_context(uri)) as array:
+        table = pa.table({"soma_dim_0": rows, "soma_dim_1": columns, "soma_data": values.ravel()})
+        array.write(table, platform_config=ordered)
 
 
 def _clear(uri: str) -> None:

@@ -13,9 +13,10 @@ import numpy.typing as npt
 
 from census_scvi.census.embedding import EmbeddingHash
 from census_scvi.census.open import MEASUREMENT
+from census_scvi.census.precision import rounded
 from census_scvi.files.json_file import read_json
 from census_scvi.files.place import recorded, without_paths
-from census_scvi.files.uri import local_path, without_credentials
+from census_scvi.files.uri import local_path, tiledb_place, without_credentials
 from census_scvi.publication.settings import PublishSection
 from census_scvi.workspace import provenance
 from census_scvi.workspace.identity import Identity
@@ -81,9 +82,11 @@ def publication_record(
     evaluation
         Result of `evaluation_of`.
     """
-    digest = EmbeddingHash()
+    digests = {precision: EmbeddingHash() for precision in ("float32", settings.precision)}
     for start in range(0, len(joinids), _BLOCK_CELLS):
-        digest.update(joinids[start : start + _BLOCK_CELLS], latent[start : start + _BLOCK_CELLS])
+        block = slice(start, start + _BLOCK_CELLS)
+        for precision, digest in digests.items():
+            digest.update(joinids[block], rounded(latent[block], precision))
     folder = folder.absolute()
     elsewhere = settings.model_uri if settings.model_uri and local_path(settings.model_uri) is None else None
     record = {
@@ -97,10 +100,11 @@ def publication_record(
         "contact": settings.contact.model_dump(),
         "embedding": {
             "name": settings.name,
-            "experiment_uri": recorded(experiment_uri, folder),
+            "experiment_uri": recorded(experiment_uri, folder) if settings.in_obsm else None,
             "n_cells": len(joinids),
             "n_features": int(latent.shape[1]),
-            "sha256": digest.hexdigest(),
+            "sha256": digests["float32"].hexdigest(),
+            **_own_array(settings, digests[settings.precision].hexdigest(), folder),
         },
         "census": census | {"uri": recorded(census["uri"], folder)},
         "data": data,
@@ -120,6 +124,13 @@ def publication_record(
         "seed": config["seed"],
     }
     return dict(without_credentials(record))
+
+
+def _own_array(settings: PublishSection, digest: str, folder: Path) -> dict[str, Any]:
+    if settings.array_uri is None:
+        return {}
+    uri = recorded(tiledb_place(settings.array_uri, "publish.array_uri"), folder)
+    return {"array": {"uri": uri, "precision": settings.precision, "sha256": digest}}
 
 
 def _of_model(model: dict[str, Any] | None, weights: Identity | None, uri: str) -> dict[str, Any]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from census_scvi.config.section import USUAL, Section
-from census_scvi.config.types import MemberName, Name, PathName, Share
+from census_scvi.config.types import MemberName, Name, PathName, Precision, Share
 
 StoppingGate = Literal[
     "cells", "finite", "variance", "duplicate_dimensions", "effective_rank", "genes", "counts", "architecture",
@@ -72,6 +72,14 @@ class PublishSection(Section):
     """SOMA Experiment to write to; null: that of the organism in the Census of the run, where that is a local one."""
     name: Annotated[MemberName, USUAL] = "scvi"
     """Name of the embedding in obsm."""
+    form: Literal["obsm", "array", "both"] = "obsm"
+    """Where the embedding is written: `obsm` of the Experiment; an `array` of its own (`array_uri`), the form in which
+    CELLxGENE carries community embeddings, which needs no Experiment that you may write to; or both."""
+    array_uri: PathName | None = None
+    """Folder or URL of that array."""
+    precision: Precision = "float32"
+    """Precision of that array: bfloat16 keeps 7 bits of the mantissa, as CELLxGENE's arrays do, and takes less space;
+    obsm has float32."""
     replace: bool = False
     """Whether to replace an embedding of that name."""
     model_uri: PathName | None = None
@@ -86,3 +94,17 @@ class PublishSection(Section):
     """DOI of a paper or data set that describes the embedding."""
     contact: ContactSection = ContactSection()
     """Who publishes it, and whom to ask."""
+
+    @property
+    def in_obsm(self) -> bool:
+        """Whether obsm is written."""
+        return self.form != "array"
+
+    @model_validator(mode="after")
+    def _array(self) -> Self:
+        if (self.form == "obsm") != (self.array_uri is None):
+            raise ValueError(
+                f"form is {self.form}, and array_uri is {self.array_uri or 'not set'}: an array of its own needs both"
+                " form: array (or both) and array_uri"
+            )
+        return self

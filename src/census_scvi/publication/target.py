@@ -15,6 +15,7 @@ from census_scvi.census.storage import soma_context
 from census_scvi.errors import UserError
 from census_scvi.files.lock import directory_lock
 from census_scvi.files.uri import local_path, tiledb_place
+from census_scvi.publication import own_array
 from census_scvi.publication.obsm import check_target
 from census_scvi.publication.settings import PublishSection
 
@@ -22,7 +23,12 @@ _IDENTIFYING = ("dataset_id", "observation_joinid", "donor_id", "assay")
 
 
 def experiment_uri(settings: PublishSection, census: Census) -> str:
-    """The Experiment to publish to; UserError if none is given and the Census is not on a local disk."""
+    """The Experiment to publish to, or of an array of its own that of the Census.
+
+    UserError if none is given and the Census is not on a local disk.
+    """
+    if not settings.in_obsm:
+        return str(census.experiment.uri)
     if settings.experiment_uri:
         return tiledb_place(settings.experiment_uri, "publish.experiment_uri")
     uri = census.identity["uri"]
@@ -78,6 +84,13 @@ def n_rows(census: Census) -> int:
 
 def require_published(settings: PublishSection, experiment_uri: str, publication: str) -> None:
     """UserError if the publication of a finished run no longer exists."""
+    if settings.array_uri is not None and not own_array.is_of(settings.array_uri, publication):
+        raise UserError(
+            f"this run published {publication} as {settings.array_uri}, which is no longer there; --force publishes it"
+            " again"
+        )
+    if not settings.in_obsm:
+        return
     uri = published_uri(experiment_uri, settings.name)
     if uri is None or publication_of(uri) != publication:
         raise UserError(

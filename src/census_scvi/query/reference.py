@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import scvi
 import tiledbsoma
 
-from census_scvi.census.embedding import published_uri, read_some
+from census_scvi.census.embedding import is_array, published_uri, read_some, require_same_release
 from census_scvi.census.genes import locate_genes
 from census_scvi.census.open import Census
 from census_scvi.census.proteins import read_named_proteins
@@ -22,7 +23,7 @@ from census_scvi.census.storage import soma_context
 from census_scvi.census.stream import stream_blocks
 from census_scvi.errors import UserError
 from census_scvi.files.place import resolved
-from census_scvi.files.uri import local_path, tiledb_place
+from census_scvi.files.uri import local_path, tiledb_place, without_credentials
 from census_scvi.model.encode import Encoder
 from census_scvi.model.published import fetch, read_provenance, warn_if_running_again
 from census_scvi.model.safe import ModelDescription
@@ -46,17 +47,32 @@ class _NotThereError(UserError):
 
 
 class PublishedEmbedding:
-    """An embedding that is `ms["RNA"].obsm[name]` of an Experiment."""
+    """An embedding that is a SOMA array: in obsm of an Experiment, or on its own."""
 
-    def __init__(self, experiment_uri: str, name: str = "scvi") -> None:
+    def __init__(self, uri: str) -> None:
+        self.name, self._uri = uri, uri
+        with tiledbsoma.SparseNDArray.open(uri, context=soma_context(uri)) as array:
+            self.n_latent = int(array.shape[1])
+
+    @classmethod
+    def in_obsm(cls, experiment_uri: str, name: str = "scvi") -> Self:
+        """`ms["RNA"].obsm[name]` of an Experiment; UserError if there is none."""
         uri = published_uri(experiment_uri, name)
         if uri is None:
             raise _NotThereError(
                 f"{experiment_uri} has no obsm[{name!r}]; give another embedding, or a run directory that has one"
             )
-        self.name, self._uri = uri, uri
-        with tiledbsoma.open(uri, context=soma_context(uri)) as array:
-            self.n_latent = int(array.shape[1])
+        return cls(uri)
+
+    @classmethod
+    def own_array(cls, uri: str, census: Census) -> Self:
+        """An array of its own; UserError if it is not complete, or of another Census or organism."""
+        with tiledbsoma.SparseNDArray.open(uri, context=soma_context(uri)) as array:
+            info = array.metadata.get("CxG_embedding_info")
+        if info is None:
+            raise UserError(f"{without_credentials(uri)} has no CxG_embedding_info, and is not a complete embedding")
+        require_same_release(json.loads(info), uri, census)
+        return cls(uri)
 
     def index(self) -> CellIndex | None:
         """Index of all its cells; None without one."""
@@ -106,12 +122,15 @@ class Origin:
     published
         Experiment (None: that of the Census) and name of the embedding that was published with the model; None for a
         run directory or without a record.
+    array
+        The array of its own that was published with the model, if it is not in obsm.
     directory
         The run directory; None for a published folder or without a record.
     """
 
     identity: dict[str, Any] | None = None
     published: tuple[str | None, str] | None = None
+    array: str | None = None
     directory: Path | None = None
 
     @classmethod
@@ -130,6 +149,8 @@ class Origin:
         census, embedding = record["census"], record["embedding"]
         run_census, run_experiment = (None, None) if path is None else _run_around(path, record)
         uri = _place(census["uri"], path) or _place(run_census, path)
+        if embedding["experiment_uri"] is None and embedding.get("array"):
+            return cls(census | {"uri": uri}, array=_place(embedding["array"]["uri"], path))
         experiment = _place(embedding["experiment_uri"], path) or _place(run_experiment, path)
         return cls(census | {"uri": uri}, published=(experiment, embedding["name"]))
 
@@ -147,10 +168,13 @@ class Origin:
         """The embedding computed with the model, None without a record; UserError if it cannot be read."""
         if self.directory is not None:
             return RunEmbedding(self.directory, census)
+        if self.array is not None and self.identity is not None:
+            _require_same(self.identity, census, self.array)
+            return PublishedEmbedding.own_array(tiledb_place(self.array, "embedding"), census)
         if self.published is not None and self.identity is not None:
             experiment, name = self.published
             _require_same(self.identity, census, experiment or "the published folder")
-            return PublishedEmbedding(experiment or census.experiment.uri, name)
+            return PublishedEmbedding.in_obsm(experiment or census.experiment.uri, name)
         return None
 
     def open_embedding(self, census: Census) -> Embedding:
@@ -162,7 +186,7 @@ class Origin:
             if self.directory is not None and not isinstance(error, _NotThereError):
                 raise  # it exists, but is damaged
             log.warning("%s. Using obsm['scvi'] of the Census instead, if it exists", error)
-        return PublishedEmbedding(census.experiment.uri)
+        return PublishedEmbedding.in_obsm(census.experiment.uri)
 
 
 def _place(recorded: str | None, folder: Path | None) -> str | None:
@@ -203,10 +227,13 @@ def open_embedding(place: str, census: Census) -> Embedding:
     if source.run is not None:
         return RunEmbedding(source.run, census)
     if "/" not in place:
-        return PublishedEmbedding(census.experiment.uri, place)
+        return PublishedEmbedding.in_obsm(census.experiment.uri, place)
     if source.kind is Kind.MISSING:
         raise UserError(f"{place} does not exist; give a run directory, an Experiment, or a name in obsm")
-    return PublishedEmbedding(tiledb_place(place, "embedding"))
+    uri = tiledb_place(place, "embedding")
+    if is_array(uri):
+        return PublishedEmbedding.own_array(uri, census)
+    return PublishedEmbedding.in_obsm(uri)
 
 
 def prove_embedding(

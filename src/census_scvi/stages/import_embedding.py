@@ -12,7 +12,7 @@ import numpy.typing as npt
 import tiledbsoma
 
 from census_scvi.census.cells import matching_joinids
-from census_scvi.census.embedding import read_embedding
+from census_scvi.census.embedding import read_embedding, require_same_release
 from census_scvi.census.open import MEASUREMENT, Census, open_census
 from census_scvi.census.storage import soma_context
 from census_scvi.census.stream import consecutive, stream_blocks, tile_runs
@@ -125,13 +125,7 @@ def _read_array(place: str, census: Census, copy: Path) -> tuple[Any, Joinids]:
         reason = str(error).splitlines()[0]
         raise UserError(f"{without_credentials(uri)} is not a SOMA array of an embedding ({reason})") from None
     _require_dimensions(without_credentials(uri), n_dimensions)
-    expected = {census.identity["version"], census.identity["created_on"]} - {None}
-    release, organism = info.get("census_version"), info.get("experiment_name")
-    if (release and release not in expected) or (organism and organism != census.identity["organism"]):
-        raise UserError(
-            f"{without_credentials(uri)} is an embedding of {organism or 'cells'} of the Census {release}, and this is"
-            f" {census.identity['organism']} of {' or '.join(sorted(expected))}: soma_joinids are valid in one release"
-        )
+    require_same_release(info, uri, census)
     found = []
     with copy.open("wb") as file, progress_bar(n_rows, "read") as bar:
         for joinids, values in read_embedding(uri):

@@ -112,14 +112,16 @@ def _compared(config: Config) -> Inputs:
 
 def _embedding(place: str, census: Census) -> Any:
     """Identity of a user's embedding; None if it cannot be read."""
-    from census_scvi.census.embedding import publication_of, published_uri
+    from census_scvi.census.embedding import is_array, publication_of, published_uri
 
     try:
         if run := Source.at(place).run:
             record = Workspace(run).record("create-latent-update")
             return None if record is None else record["outputs"][Artifacts.latent]
-        experiment = census.experiment.uri if "/" not in place else tiledb_place(place, "embedding")
-        uri = published_uri(experiment, place if "/" not in place else "scvi")
+        if "/" not in place:
+            uri = published_uri(census.experiment.uri, place)
+        elif not is_array(uri := tiledb_place(place, "embedding")):
+            uri = published_uri(uri, "scvi")
         return None if uri is None else {"uri": without_credentials(uri), "publication": publication_of(uri)}
     except UserError:
         return None

@@ -7,6 +7,7 @@ import logging
 import os
 import uuid
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from census_scvi.config.stages import STAGES
 from census_scvi.errors import UserError
 from census_scvi.files.atomic import write_json
 from census_scvi.files.readahead import read_ahead
+from census_scvi.files.uri import without_credentials
 from census_scvi.model.facts import built_facts
 from census_scvi.model.families import family_of
 from census_scvi.model.safe import load_safe
@@ -32,6 +34,7 @@ from census_scvi.publication.folder import copy_to, write_published
 from census_scvi.publication.gates import NO_MODEL, NOT_APPLICABLE, Gate, stopped_by
 from census_scvi.publication.index_copy import publish_index
 from census_scvi.publication.obsm import EmbeddingDraft
+from census_scvi.publication.own_array import ArrayDraft, contribution_problems
 from census_scvi.publication.record import embedding_info, evaluation_of, publication_record, summary_row
 from census_scvi.publication.sample import draw_rows, read_sample
 from census_scvi.publication.summary import append_summary
@@ -45,6 +48,8 @@ from census_scvi.workspace.identity import Identity
 log = logging.getLogger(__name__)
 
 _BLOCK_CELLS = 2**16
+# Names of what is written, in the record of progress.
+_OBSM, _ARRAY = "cells", "cells of the array"
 # Blocks that are written at the same time: TileDB writes a block on one or two cores.
 _WRITERS = min(12, os.cpu_count() or 1)
 # Constants for --dry-run, measured on publications of 200,000 and 6,000 cells. Memory: of the imports, per gene and
@@ -61,31 +66,35 @@ def run(task: Task) -> None:
     config, artifacts, census = task.config, task.artifacts, task.census
     require_columns(census, [config.gates.label], "gates.label")
     experiment_uri = target.experiment_uri(config.publish, census)
-    with target.target_lock(experiment_uri):
+    with target.target_lock(experiment_uri) if config.publish.in_obsm else nullcontext():
         progress = _Progress(task.run.path(PROGRESS), resumes=task.run.resumed)
-        target.require_free(config.publish, census, experiment_uri, progress.publication)
+        if config.publish.in_obsm:
+            target.require_free(config.publish, census, experiment_uri, progress.publication)
         task.run.start()
         job = _Publishing(task, experiment_uri, progress)
         job.prepare()
         job.publish()
         task.commit([artifacts.published], job.counts(), publication=progress.publication, array=job.array)
-    log.info("published %s as obsm[%r] of %s", artifacts.latent, config.publish.name, experiment_uri)
+    if config.publish.in_obsm:
+        log.info("published %s as obsm[%r] of %s", artifacts.latent, config.publish.name, experiment_uri)
+    if config.publish.array_uri is not None:
+        log.info("published %s as %s", artifacts.latent, without_credentials(config.publish.array_uri))
     publish_index(task.directory, artifacts)
 
 
 class _Progress:
-    """State from which a killed run resumes: id of the publication, and number of written cells."""
+    """State from which a killed run resumes: id of the publication, and number of written cells by kind of draft."""
 
     def __init__(self, path: Path, *, resumes: bool) -> None:
         self._path = path
         values = json.loads(path.read_text(encoding="utf-8")) if resumes else {}
         self.publication: str = values.get("publication", uuid.uuid4().hex)
-        self.cells: int = values.get("cells", 0)
+        self.cells: dict[str, int] = {name: values.get(name, 0) for name in (_OBSM, _ARRAY)}
 
-    def save(self, cells: int) -> None:
+    def save(self, draft: str, cells: int) -> None:
         """Record the number of written cells."""
-        self.cells = cells
-        write_json(self._path, {"publication": self.publication, "cells": cells})
+        self.cells[draft] = cells
+        write_json(self._path, {"publication": self.publication, **self.cells})
 
 
 class _Publishing:
@@ -154,7 +163,7 @@ class _Publishing:
             np.asarray(self._latent[sample.rows]),
             record,
         )
-        self._progress.save(0)  # from here on the stage can resume
+        self._progress.save(_OBSM, 0)  # from here on the stage can resume
 
     def _prepare_without_model(self, method: str) -> None:
         """`prepare` for an embedding that was imported."""
@@ -171,7 +180,7 @@ class _Publishing:
         self._judge(found, NOT_APPLICABLE)
         record = self._record(found, cells, method, stages=["create-latent-update"], not_applicable=NOT_APPLICABLE)
         without_model.write_folder(self._folder, record)
-        self._progress.save(0)
+        self._progress.save(_OBSM, 0)
 
     def _record(
         self,
@@ -220,33 +229,52 @@ class _Publishing:
 
     def publish(self) -> None:
         """Write the model, the embedding and the summary, then show the embedding to readers."""
+        settings = self._config.publish
         record = json.loads((self._folder / PROVENANCE).read_text(encoding="utf-8"))
-        name, shape = self._config.publish.name, (target.n_rows(self._census), self.n_latent)
+        info, shape = embedding_info(record), (target.n_rows(self._census), self.n_latent)
         try:
-            draft = EmbeddingDraft(
-                self._experiment_uri, name, shape, self._progress.publication, replace=self._config.publish.replace
-            )
-            self.array = draft.uri
-            if not draft.done:
-                if self._config.publish.model_uri:  # first, since it may fail
-                    copy_to(self._folder, self._config.publish.model_uri, replace=self._config.publish.replace)
-                self._write(draft)
+            own = None
+            if settings.array_uri is not None:
+                own = ArrayDraft(
+                    settings.array_uri,
+                    shape,
+                    self._progress.publication,
+                    settings.precision,
+                    replace=settings.replace,
+                )
+                self.array = own.uri
+                for problem in contribution_problems(info):
+                    log.warning("CELLxGENE's contribution tool would refuse the array: %s", problem)
+            draft = None
+            if settings.in_obsm:
+                draft = EmbeddingDraft(
+                    self._experiment_uri, settings.name, shape, self._progress.publication, replace=settings.replace
+                )
+                self.array = draft.uri
+            drafts = {name: each for name, each in ((_OBSM, draft), (_ARRAY, own)) if each and not each.done}
+            if drafts and settings.model_uri:  # first, since it may fail
+                copy_to(self._folder, settings.model_uri, replace=settings.replace)
+            for name, each in drafts.items():
+                self._write(name, each)
+            if own is not None:
+                own.publish(info, record["seal"])
+            if draft is not None and not draft.done:
                 append_summary(self._experiment_uri, summary_row(record), record)
-                draft.publish(embedding_info(record))
+                draft.publish(info)
                 if draft.replaces:
                     log.info(
                         "the replaced array stays for its readers; delete it when nobody reads it: %s", draft.replaces
                     )
         except tiledbsoma.SOMAError as error:
+            where = self._experiment_uri if settings.in_obsm else without_credentials(str(settings.array_uri))
             raise UserError(
-                f"{self._experiment_uri} cannot be written ({str(error).splitlines()[0]}); readers see the"
-                " earlier state;"
+                f"{where} cannot be written ({str(error).splitlines()[0]}); readers see the earlier state;"
                 " run the same command again to continue"
             ) from error
 
-    def _write(self, draft: EmbeddingDraft) -> None:
+    def _write(self, name: str, draft: EmbeddingDraft | ArrayDraft) -> None:
         total = len(self._joinids)
-        done = 0 if draft.empty else self._progress.cells
+        done = 0 if draft.empty else self._progress.cells[name]
 
         def write(start: int) -> int:
             block = slice(start, min(start + _BLOCK_CELLS, total))
@@ -256,7 +284,7 @@ class _Publishing:
         with progress_bar(total, "publish", done=done) as bar:
             # In order, so that all cells before the recorded one are written; others are written again after a kill.
             for written in read_ahead(write, range(done, total, _BLOCK_CELLS), workers=_WRITERS):
-                self._progress.save(written)
+                self._progress.save(name, written)
                 bar.update(written - bar.n)
 
     def counts(self) -> dict[str, Any]:
@@ -283,7 +311,12 @@ def plan(config: Config) -> Plan:
             *([] if model is None else [str(model)]),
         ],
         writes=[
-            f"obsm[{config.publish.name!r}] and scvi_summary in {experiment_uri}",
+            *(
+                [f"obsm[{config.publish.name!r}] and scvi_summary in {experiment_uri}"]
+                if config.publish.in_obsm
+                else []
+            ),
+            *([f"{config.publish.array_uri}/"] if config.publish.array_uri else []),
             f"{config.directory / artifacts.published}/",
             *([f"{config.publish.model_uri}/"] if config.publish.model_uri else []),
             str(config.directory / artifacts.qa),
