@@ -62,7 +62,10 @@ class ArrayDraft:
         self.empty = found.get(PUBLICATION) != publication
         self.done = not self.empty and INFO in found
         if self.empty:
-            _make_room(self.uri, found, replace=replace)
+            check_place(place, publication, replace=replace)
+            system, path = storage(self.uri)
+            if system.exists(path):
+                system.rm(path, recursive=True)
             with tiledbsoma.SparseNDArray.create(
                 self.uri,
                 type=pa.float32(),
@@ -92,6 +95,20 @@ def is_of(place: str, publication: str) -> bool:
     """Whether a place has the complete array of a publication."""
     found = _metadata(tiledb_place(place, "publish.array_uri"))
     return found.get(PUBLICATION) == publication and INFO in found
+
+
+def check_place(place: str, publication: str, *, replace: bool) -> None:
+    """UserError if a place has another publication and `replace` is false, or anything else."""
+    uri = tiledb_place(place, "publish.array_uri")
+    system, path = storage(uri)
+    found = _metadata(uri)
+    if not system.exists(path) or found.get(PUBLICATION) == publication:
+        return
+    shown = without_credentials(uri)
+    if PUBLICATION not in found and not _is_begun(uri, found, system.ls(path, detail=False)):
+        raise UserError(f"publish.array_uri {shown} has something else than an array of ours; give a new place")
+    if INFO in found and not replace:
+        raise UserError(f"publish.array_uri {shown} has another publication; set publish.replace to true to replace it")
 
 
 def seal_in(uri: str) -> str | None:
@@ -125,19 +142,6 @@ def _metadata(uri: str) -> dict[str, Any]:
         return {}
     with tiledbsoma.SparseNDArray.open(uri, context=context) as array:
         return dict(array.metadata)
-
-
-def _make_room(uri: str, found: dict[str, Any], *, replace: bool) -> None:
-    """Remove an array that may be replaced; UserError if the place is not free."""
-    system, path = storage(uri)
-    if not system.exists(path):
-        return
-    shown = without_credentials(uri)
-    if PUBLICATION not in found and not _is_begun(uri, found, system.ls(path, detail=False)):
-        raise UserError(f"publish.array_uri {shown} has something else than an array of ours; give a new place")
-    if INFO in found and not replace:
-        raise UserError(f"publish.array_uri {shown} has another publication; set publish.replace to true to replace it")
-    system.rm(path, recursive=True)
 
 
 def _is_begun(uri: str, found: dict[str, Any], entries: list[str]) -> bool:

@@ -34,7 +34,7 @@ from census_scvi.publication.folder import copy_to, write_published
 from census_scvi.publication.gates import NO_MODEL, NOT_APPLICABLE, Gate, stopped_by
 from census_scvi.publication.index_copy import publish_index
 from census_scvi.publication.obsm import EmbeddingDraft
-from census_scvi.publication.own_array import ArrayDraft, contribution_problems
+from census_scvi.publication.own_array import ArrayDraft, check_place, contribution_problems
 from census_scvi.publication.record import embedding_info, evaluation_of, publication_record, summary_row
 from census_scvi.publication.sample import draw_rows, read_sample
 from census_scvi.publication.summary import append_summary
@@ -70,6 +70,8 @@ def run(task: Task) -> None:
         progress = _Progress(task.run.path(PROGRESS), resumes=task.run.resumed)
         if config.publish.in_obsm:
             target.require_free(config.publish, census, experiment_uri, progress.publication)
+        if config.publish.array_uri is not None:
+            check_place(config.publish.array_uri, progress.publication, replace=config.publish.replace)
         task.run.start()
         job = _Publishing(task, experiment_uri, progress)
         job.prepare()
