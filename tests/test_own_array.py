@@ -150,6 +150,15 @@ def test_a_forged_array_is_noticed(run: Run, tmp_path: Path) -> None:
     assert broken(verify(str(run.path("published")), census_of(run), n_cells=20)) == {"publication"}
     with Atlas.open(census=census_of(run), embedding=uri) as atlas:
         assert atlas.embeddings().n_obs
+    for damaged in ("{", "[1]", "3"):
+        with tiledbsoma.SparseNDArray.open(uri) as array:
+            info = array.metadata["CxG_embedding_info"]
+        with tiledbsoma.SparseNDArray.open(uri, "w") as array:
+            array.metadata["CxG_embedding_info"] = damaged
+        with pytest.raises(UserError, match="its CxG_embedding_info is damaged"):
+            Atlas.open(census=census_of(run), embedding=uri)
+        with tiledbsoma.SparseNDArray.open(uri, "w") as array:
+            array.metadata["CxG_embedding_info"] = info
     with tiledbsoma.SparseNDArray.open(uri, "w") as array:
         info = json.loads(array.metadata["CxG_embedding_info"]) | {"census_version": "2020-01-01"}
         array.metadata["CxG_embedding_info"] = json.dumps(info)

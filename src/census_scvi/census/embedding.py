@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -141,8 +142,12 @@ def is_array(uri: str) -> bool:
     return bool(tiledbsoma.SparseNDArray.exists(uri, context=soma_context(uri)))
 
 
-def require_same_release(info: dict[str, Any], uri: str, census: Census) -> None:
-    """UserError if the `CxG_embedding_info` of an array names another release or organism than those of the Census."""
+def require_same_release(text: str, uri: str, census: Census) -> None:
+    """UserError if the `CxG_embedding_info` of an array is damaged, or names another release or organism."""
+    try:
+        info = dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{without_credentials(uri)}: its CxG_embedding_info is damaged ({error})") from None
     expected = {census.identity["version"], census.identity["created_on"]} - {None}
     release, organism = info.get("census_version"), info.get("experiment_name")
     if (release and release not in expected) or (organism and organism != census.identity["organism"]):

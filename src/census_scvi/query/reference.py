@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -71,7 +70,7 @@ class PublishedEmbedding:
             info = array.metadata.get("CxG_embedding_info")
         if info is None:
             raise UserError(f"{without_credentials(uri)} has no CxG_embedding_info, and is not a complete embedding")
-        require_same_release(json.loads(info), uri, census)
+        require_same_release(info, uri, census)
         return cls(uri)
 
     def index(self) -> CellIndex | None:

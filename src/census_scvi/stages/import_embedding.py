@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from census_scvi.terminal.progress import progress_bar
 log = logging.getLogger(__name__)
 
 _BLOCK_CELLS = 2**16
-# Constants for --dry-run. Memory: of the imports and of a block of counts, and per cell. Seconds per cell: to read the
+# Estimates for --dry-run. Memory: of the imports and of a block of counts, and per cell. Seconds per cell: to read the
 # counts of all genes.
 _BASE_MEMORY, _BYTES_A_CELL, _CELL_SECONDS = 0.8e9, 40.0, 1e-4
 
@@ -120,7 +119,7 @@ def _read_array(place: str, census: Census, copy: Path) -> tuple[Any, Joinids]:
     try:
         with tiledbsoma.SparseNDArray.open(uri, context=soma_context(uri)) as array:
             n_rows, n_dimensions = array.shape[0], int(array.shape[1])
-            info = json.loads(array.metadata.get("CxG_embedding_info", "{}"))
+            info = str(array.metadata.get("CxG_embedding_info", "{}"))
     except (tiledbsoma.DoesNotExistError, tiledbsoma.SOMAError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{without_credentials(uri)} is not a SOMA array of an embedding ({reason})") from None
