@@ -14,6 +14,7 @@ from pipeline import Run, forked
 from test_run_parts import STAGE, copy_of, digest, trained, undisturbed
 
 from census_scvi.census import stream
+from census_scvi.cli import main
 from census_scvi.cluster.settings import ClusterSection
 from census_scvi.cluster.workers import Workers, threads_of_each
 from census_scvi.errors import UserError
@@ -24,7 +25,7 @@ from census_scvi.stages import workers
 
 __all__ = ["trained", "undisturbed"]  # fixtures
 KILLED = "killed by signal 9, probably because the memory of the machine was full"
-DO_PART = workers.do_part
+DO_PART, DO_JOIN = workers.do_part, workers.do_join
 
 
 def part_of_small_tiles(run_stage: workers.RunStage, name: str, config: Config, part: Part) -> int:
@@ -38,6 +39,11 @@ def part_of_small_tiles(run_stage: workers.RunStage, name: str, config: Config, 
     return DO_PART(run_stage, name, config, part)
 
 
+def join_of_small_tiles(run_stage: workers.RunStage, name: str, config: Config) -> int:
+    stream.X_TILE = 100
+    return DO_JOIN(run_stage, name, config)
+
+
 def test_three_workers_of_which_two_are_killed(
     trained: Run,
     undisturbed: str,
@@ -48,6 +54,7 @@ def test_three_workers_of_which_two_are_killed(
     run = copy_of(trained, tmp_path)
     monkeypatch.setattr(stream, "X_TILE", 100)
     monkeypatch.setattr(workers, "do_part", part_of_small_tiles)
+    monkeypatch.setattr(workers, "do_join", join_of_small_tiles)
     assert run(STAGE, "cluster.workers=3", "cluster.parts_per_worker=2") == 0
     said = capsys.readouterr().err
     for part in ("part 2 of 6", "part 5 of 6"):
@@ -96,6 +103,63 @@ def test_the_error_of_a_part_is_that_of_the_command(
 def fails(run_stage: workers.RunStage, name: str, config: Config, part: Part) -> int:
     print("error: the disk is full", file=sys.stderr)
     return 2
+
+
+def test_a_join_that_fails_or_is_killed(
+    trained: Run,
+    undisturbed: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = copy_of(trained, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(workers, "do_join", failing_join)
+        assert run(STAGE, "cluster.workers=2") == 2
+        assert "error:" not in capsys.readouterr().err  # the process that joins has printed it
+        patch.setattr(workers, "do_join", killed_join)
+        assert run(STAGE, "cluster.workers=2") == 2
+    assert f"error: the process that joins the parts was {KILLED}; run the same" in capsys.readouterr().err
+    assert not run.path("latent.npy").exists()
+    assert run(STAGE, "cluster.workers=2") == 0
+    assert digest(run) == undisturbed
+
+
+def test_a_command_that_is_stopped_stops_its_join(trained: Run, tmp_path: Path) -> None:
+    run = copy_of(trained, tmp_path)
+    done = forked(command_with_terminated_join, str(run.config))
+    assert done.returncode == 128 + signal.SIGTERM
+    assert done.stderr.count("terminated; run the same command again to resume") == 1
+    assert "Traceback" not in done.stderr
+
+
+def command_with_terminated_join(config: str) -> None:
+    workers.do_join = terminated_join
+    sys.exit(main(STAGE, ["--config", config, "cluster.workers=2"]))
+
+
+def killed_join(run_stage: workers.RunStage, name: str, config: Config) -> int:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return 0
+
+
+def failing_join(run_stage: workers.RunStage, name: str, config: Config) -> int:
+    return DO_JOIN(full_disk, name, config)
+
+
+def full_disk(*_: object) -> None:
+    raise UserError("the disk is full")
+
+
+def terminated_join(run_stage: workers.RunStage, name: str, config: Config) -> int:
+    return DO_JOIN(terminates_driver, name, config)
+
+
+def terminates_driver(*_: object) -> None:
+    server = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[1])
+    driver = int(Path(f"/proc/{server}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    os.kill(driver, signal.SIGTERM)
+    time.sleep(60)
 
 
 def test_a_worker_that_is_always_killed_is_given_up(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from census_scvi.files.parts import Part
 from census_scvi.files.paths import expand_argument
 from census_scvi.settings import Config, load_config
 from census_scvi.settings.table import help_of_stage
-from census_scvi.terminal.guarded import DONE, IN_FOLDER, USER_ERROR, fail, guarded
+from census_scvi.terminal.guarded import DONE, USER_ERROR, fail, guarded
 from census_scvi.terminal.printing import printable
 
 DEFAULT_CONFIG = "scvi-config.yaml"
@@ -184,8 +184,4 @@ def _run(stage: Stage, arguments: argparse.Namespace, own: Any, program: str) ->
     part = getattr(arguments, "part", None)
     if part is not None and arguments.force:
         raise UserError("--force starts a stage again and --part does a part of it; give one of them")
-    try:
-        protocol.run_stage(stage.name, config, force=arguments.force, part=part)
-    except Exception as error:
-        error.add_note(f"{IN_FOLDER}{config.directory}")
-        raise
+    protocol.run_stage(stage.name, config, force=arguments.force, part=part)

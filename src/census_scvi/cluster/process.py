@@ -24,14 +24,14 @@ _NOTE = "run directory: "  # below the traceback of a defect
 
 
 class ForkedProcess:
-    """A running process; what it prints is appended to a file.
+    """A running process.
 
     Parameters
     ----------
     work
         Its work, which returns the exit code; it can be pickled.
     output
-        The file.
+        File to which what it prints is appended; None: it prints where this process does.
     cwd
         Its current folder.
     preload
@@ -43,7 +43,7 @@ class ForkedProcess:
     def __init__(
         self,
         work: Callable[[], int],
-        output: Path,
+        output: Path | None,
         *,
         cwd: Path,
         preload: Iterable[str] = (),
@@ -92,12 +92,14 @@ class ForkedProcess:
         self._process.join()
 
 
-def failure(code: int | None, output: Path) -> str:
+def failure(code: int | None, output: Path | None) -> str:
     """Why a process failed, in one line: the signal that killed it, or the last line of its output."""
     if code == -signal.SIGKILL:
         return "killed by signal 9, probably because the memory of the machine was full"
     if code is not None and code < 0:
         return f"killed by signal {-code}"
+    if output is None:
+        return f"ended with exit code {code}"
     if code == DISK_FULL:
         return f"the disk of {output.parent} is full; free some space, and run the same command again; nothing is lost"
     text = output.read_text(encoding="utf-8", errors="replace") if output.exists() else ""
@@ -120,16 +122,17 @@ def _variables(added: Mapping[str, str]) -> Iterator[None]:
                 del os.environ[name]
 
 
-def _run(work: Callable[[], int], output: Path, cwd: Path, environment: dict[str, str]) -> None:
+def _run(work: Callable[[], int], output: Path | None, cwd: Path, environment: dict[str, str]) -> None:
     """Run in the new process."""
     _end_with_the_parent()
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
     try:
-        descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        for stream in (1, 2):
-            os.dup2(descriptor, stream)
+        if output is not None:
+            descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+            for stream in (1, 2):
+                os.dup2(descriptor, stream)
         code = work()
     except OSError as error:  # the command could not even print its own error
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from census_scvi.annotation.results.places import annotate_results
-from census_scvi.cluster.settings import ClusterSection
 from census_scvi.config.extras import require_extra
 from census_scvi.config.run_names import FIRST_PROCESS, SEARCH, STAGING
 from census_scvi.config.stages import STAGES, Stage
@@ -27,6 +26,7 @@ from census_scvi.report.named import evaluation_place
 from census_scvi.settings import Config
 from census_scvi.stages.inputs import inputs_of
 from census_scvi.stages.plan import Plan
+from census_scvi.terminal.guarded import IN_FOLDER
 from census_scvi.workspace import Artifacts, StageRun, Workspace
 from census_scvi.workspace.first_process import FirstProcess
 from census_scvi.workspace.record import Fingerprint, changes, fingerprint_of
@@ -96,7 +96,14 @@ def run_stage(name: str, config: Config, *, force: bool = False, part: Part | No
     UserError
         The location is locked or holds results of other settings or inputs; or the stage itself fails.
     """
-    stage = STAGES[name]
+    try:
+        _run(STAGES[name], config, force=force, part=part)
+    except Exception as error:
+        error.add_note(f"{IN_FOLDER}{config.directory}")
+        raise
+
+
+def _run(stage: Stage, config: Config, *, force: bool, part: Part | None) -> None:
     if stage.several_processes and is_follower():
         _follow(stage, config, force=force)
         return
@@ -108,7 +115,7 @@ def run_stage(name: str, config: Config, *, force: bool = False, part: Part | No
             if config.cluster.address is not None:
                 require_extra("cluster", "cluster.address")
             place = Workspace(config.directory)
-            stack.enter_context(place.dividing(name, new=not stage.reads, patience=config.cluster.patience))
+            stack.enter_context(place.dividing(stage.name, new=not stage.reads, patience=config.cluster.patience))
         _run_whole(stage, config, force=force)
 
 
@@ -149,8 +156,9 @@ def _run_whole(stage: Stage, config: Config, *, force: bool = False) -> None:
                     run.discard()
             return
     # The directory is not locked now: the workers lock it together, then this process alone.
-    importlib.import_module("census_scvi.stages.workers").do_parts(stage, config, n_parts, run_stage)
-    _run_whole(stage, config.model_copy(update={"cluster": ClusterSection()}))
+    workers = importlib.import_module("census_scvi.stages.workers")
+    workers.do_parts(stage, config, n_parts, run_stage)
+    workers.join_parts(stage, config, run_stage)
 
 
 def _run_part(stage: Stage, config: Config, part: Part, stack: ExitStack) -> None:

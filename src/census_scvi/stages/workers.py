@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import signal
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from census_scvi.cluster.pool import Pool
+from census_scvi.cluster.process import ForkedProcess
+from census_scvi.cluster.settings import ClusterSection
 from census_scvi.cluster.workers import Workers, threads_of_each
 from census_scvi.config.run_names import LOGS, STAGING
 from census_scvi.config.stages import Stage
+from census_scvi.errors import UserError
 from census_scvi.files.parts import Part, parts
 from census_scvi.settings import Config
-from census_scvi.terminal.guarded import guarded
+from census_scvi.terminal.guarded import ReportedError, guarded
 from census_scvi.workspace.staged_parts import done_mark
 
 # `run_stage(name, config, part=part)` of `stages.protocol`, which uses this module.
@@ -31,6 +36,39 @@ def do_parts(stage: Stage, config: Config, number: int, run_stage: RunStage) -> 
             if not left or not staging.exists():  # another process may have finished the stage
                 break
             pool.do(left, stage.name if number_of_round == 1 else f"{stage.name}, round {number_of_round}")
+
+
+def join_parts(stage: Stage, config: Config, run_stage: RunStage) -> None:
+    """Join the parts; after workers of this machine, in a process of their server, which has imported the libraries.
+
+    ReportedError: it failed, and has printed why.
+    """
+    of_one_process = config.model_copy(update={"cluster": ClusterSection()})
+    if config.cluster.address is not None:
+        run_stage(stage.name, of_one_process)
+        return
+    process = ForkedProcess(
+        partial(do_join, run_stage, stage.name, of_one_process),
+        None,
+        cwd=Path.cwd(),
+        preload=_preload(stage),
+    )
+    try:
+        process.wait()
+    finally:
+        process.stop()
+    code = process.exit_code
+    if code is not None and code < 0:
+        raise UserError(f"the process that joins the parts was {process.failure}; run the same command again to resume")
+    if code:
+        raise ReportedError(code)
+
+
+def do_join(run_stage: RunStage, name: str, config: Config) -> int:
+    """Join the parts in a process of their own; returns the exit code."""
+    for number in (signal.SIGINT, signal.SIGHUP):  # of the terminal: the waiting process ends this one
+        signal.signal(number, signal.SIG_IGN)
+    return guarded(lambda: run_stage(name, config), says_how_to_resume=False)
 
 
 def _pool(stage: Stage, config: Config, run_stage: RunStage) -> AbstractContextManager[Pool[Any]]:

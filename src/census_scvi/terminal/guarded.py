@@ -22,10 +22,25 @@ from census_scvi.terminal.stopping import Stopped, Stopping, say
 DONE, DEFECT, USER_ERROR = 0, 1, 2
 
 
-def guarded(work: Callable[[], None]) -> int:
+class ReportedError(Exception):
+    """The command ends with an exit code; another process of it has printed why.
+
+    Attributes
+    ----------
+    exit_code
+        The exit code.
+    """
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(f"a process of this command has printed its error, and ended with exit code {exit_code}")
+        self.exit_code = exit_code
+
+
+def guarded(work: Callable[[], None], *, says_how_to_resume: bool = True) -> int:
     """Run `work` and return the exit code; a UserError prints one line on stderr, a defect prints a traceback.
 
-    After a stop signal (Ctrl-C, SIGTERM, SIGHUP), the exit code is 128 + its number, and a line tells how to resume.
+    After a stop signal (Ctrl-C, SIGTERM, SIGHUP), the exit code is 128 + its number, and a line tells how to resume,
+    unless the process that waits for this one prints it.
     """
     configure_logging()
     stopping = Stopping()
@@ -37,7 +52,7 @@ def guarded(work: Callable[[], None]) -> int:
     except (Stopped, SystemExit, Exception) as error:
         if not stopping.exit_code:
             return _exit_code(error)
-    if stopping.exit_code:  # a library may have replaced the exception of the signal
+    if stopping.exit_code and says_how_to_resume:  # a library may have replaced the exception of the signal
         say(stopping.line)
     return stopping.exit_code
 
@@ -45,6 +60,8 @@ def guarded(work: Callable[[], None]) -> int:
 def _exit_code(error: BaseException) -> int:
     if isinstance(error, SystemExit):
         raise error
+    if isinstance(error, ReportedError):
+        return error.exit_code
     if isinstance(error, UserError):
         return fail(str(error))
     if message := _storage_problem(error):
