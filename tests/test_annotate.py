@@ -404,6 +404,14 @@ def test_several_columns_are_as_each_alone(files: Path, blood: ad.AnnData) -> No
     assert page.count('id="input"') == 1
 
 
+def test_several_values_in_a_cell(files: Path) -> None:
+    relabelled(lambda types: types.where(np.arange(len(types)) % 3 > 0, types + " || rash"))(files)
+    assert annotate(files, query={"split_labels": True}, annotate={"method": "pca"}) == 0
+    found = ad.read_h5ad(files / "cells-annotated.h5ad")
+    assert "rash" in found.uns["annotation"]["cell_type"]["classes"]
+    assert not any("||" in name for name in found.uns["annotation"]["cell_type"]["classes"])
+
+
 def test_numbers_of_clusters_are_names(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     relabelled(lambda types: pd.factorize(types, sort=True)[0].astype(float))(files)
     assert annotate(files) == 0

@@ -18,8 +18,11 @@ from hypothesis import strategies as st
 from pipeline import ROOT
 
 from census_scvi.annotation.annotate import FittedMethod, annotate
+from census_scvi.annotation.annotate_labels import annotate_labels
 from census_scvi.annotation.annotators.neighbor_vote import neighbor_vote
 from census_scvi.annotation.labelled.genes import variable_genes
+from census_scvi.annotation.labelled.joined import Joined
+from census_scvi.annotation.labelled.several_values import split_labels
 from census_scvi.annotation.ontology import build_hierarchy, term_columns
 from census_scvi.annotation.protocol import Annotation, Cells
 from census_scvi.annotation.unknown.rule import Batch, HeldOutCells, apply_rule, set_rule
@@ -55,6 +58,37 @@ def studies(cells: Cells) -> dict[str, np.ndarray]:
 
 def fast(cells: Cells, labels: np.ndarray, **units: np.ndarray) -> Annotation:
     return annotate(cells, labels[: cells.n_reference], units or studies(cells), method="fast")
+
+
+@pytest.mark.parametrize("known_studies", [True, False])
+def test_a_cell_with_several_values_counts_for_each(known_studies: bool) -> None:
+    cells, labels = simulated()
+    given = labels[: cells.n_reference].copy()
+    given[:200:2] = given[:200:2] + " || rash"  # a symptom without genes of its own
+    given[7] = None
+    joined = Joined(
+        cells, {"disease": given, "type": labels[: cells.n_reference]}, studies(cells) if known_studies else {},
+        cells.query, True, cells.genes, {"disease": {}, "type": {}},
+    )  # fmt: skip
+    split = split_labels(joined)
+    assert split.cells.n_reference == cells.n_reference + 100
+    assert set(split.labels["disease"]) == {*NAMES, "rash", None}
+    assert (split.labels["disease"] == "rash").sum() == 100
+    assert (split.cells.counts[-200:] != cells.counts[-200:]).nnz == 0
+    pairs = pd.DataFrame({"type": split.labels["type"], "disease": split.labels["disease"]}).dropna()
+    pairs = pairs[pairs["disease"] != "rash"]
+    assert (pairs["type"] == pairs["disease"]).all()
+    if not known_studies:  # both copies of a cell are held out together
+        codes = np.unique(split.labels["disease"].astype(str), return_inverse=True)[1]
+        folds, name = held_out_folds(codes, split.units, 0)
+        assert (len(folds), name) == (3, "cells")
+        rows = split.units["cells"]
+        assert not any(set(rows[fold.train]) & set(rows[fold.test]) for fold in folds)
+    disease, of_type = annotate_labels(split, "fast")
+    assert disease.annotation.classes == sorted([*NAMES, "rash"])
+    assert (disease.annotation.labels == labels[cells.n_reference :]).mean() > 0.9
+    assert (of_type.annotation.labels == labels[cells.n_reference :]).mean() > 0.95
+    assert split_labels(split) is split
 
 
 def test_labels_members_and_the_table_of_held_out_studies() -> None:

@@ -22,6 +22,7 @@ from scipy.spatial.distance import pdist
 from sklearn.metrics import balanced_accuracy_score
 
 from census_scvi import Atlas, load_model
+from census_scvi.annotation.labelled import several_values
 from census_scvi.errors import UserError
 from census_scvi.neighbors.compile_cache import keep_compiled
 from census_scvi.neighbors.log_pca import log_pca
@@ -175,6 +176,15 @@ def test_without_counts_the_embedding_annotates(atlas: Atlas, own_cells: ad.AnnD
         atlas.quality(named, "tissue")
     with pytest.raises(UserError, match="method is 'random_forrest'; did you mean random_forest"):
         atlas.predict(own_cells, method="random_forrest")
+
+
+def test_values_of_a_cell_are_split_where_asked(
+    atlas: Atlas, own_cells: ad.AnnData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(several_values, "SEPARATOR", " ")  # the demo has no cell with several values
+    named = atlas.predict(own_cells, baseline_cells=0, split_labels=True)
+    assert {"cell", "monocyte"} <= set(named.uns["scvi_prediction"]["cell_type"]["classes"])
+    assert not any(" " in name for name in named.uns["scvi_prediction"]["cell_type"]["classes"])
 
 
 def test_an_empty_cell_is_unknown(atlas: Atlas, own_cells: ad.AnnData) -> None:

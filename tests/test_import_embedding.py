@@ -156,6 +156,36 @@ def test_it_is_published_verified_searched_and_annotates(
                 atlas.predict(wrong)
 
 
+def test_a_file_with_vectors_is_annotated(
+    given: Callable[..., Run], pca: Vectors, demo_census: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = given()
+    assert run("import-embedding") == 0
+    with cellxgene_census.open_soma(uri=demo_census) as census:
+        mine = cellxgene_census.get_anndata(census, ORGANISM, obs_value_filter="dataset_id == 'demo-human-blood'")
+    places = np.argsort(pca[1])[mine.obs["soma_joinid"]]
+    mine.obsm["X_svd"], true = pca[0][places], mine.obs.pop("cell_type").astype(str).to_numpy()
+    mine.obsm["X_short"] = mine.obsm["X_svd"][:, :3]
+    mine.write_h5ad(tmp_path / "mine.h5ad")
+    query = [f"query.file={tmp_path}/mine.h5ad", "query.obs_filter=dataset_id != 'demo-human-blood'"]
+    assert run("map-query", *query, "query.vectors=X_svd", "query.umap_cells=300", "--dry-run") == 0
+    assert "10 dimensions from obsm['X_svd']" in capsys.readouterr().out
+    assert run("map-query", *query, "query.vectors=X_svd", "query.umap_cells=300") == 0
+    found = ad.read_h5ad(tmp_path / "mine-mapped.h5ad")
+    assert (found.obs["cell_type_best"].astype(str).to_numpy() == true).mean() > 0.8
+    assert np.array_equal(found.obsm["X_scvi"], mine.obsm["X_svd"])
+    assert found.obsm["X_umap"].shape == (len(true), 2)
+    assert "alignment" not in json.loads((tmp_path / "mine-mapped.json").read_text())
+    for wrong, message in (
+        ("query.vectors=X_svt", r"has no obsm\['X_svt'\]; did you mean X_svd\?; obsm has X_short, X_svd"),
+        ("query.vectors=X_short", r"is float32 \(\d+, 3\); expected finite floats with 10 dimensions"),
+    ):
+        assert run("map-query", *query, wrong, f"query.output={tmp_path}/wrong.h5ad") == 2
+        assert re.search(message, capsys.readouterr().err)
+    assert run("map-query", *query, "query.vectors=X_svd", "query.model=somewhere") == 2
+    assert "would make others; set one of them" in capsys.readouterr().err
+
+
 def test_random_vectors_are_not_published(
     given: Callable[..., Run], pca: Vectors, census: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

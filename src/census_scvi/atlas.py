@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from census_scvi.annotation.annotate_labels import annotate_labels
 from census_scvi.annotation.annotators.joint_model import STEPS
 from census_scvi.annotation.annotators.neighbor_vote import NEIGHBORS
+from census_scvi.annotation.labelled import several_values
 from census_scvi.annotation.labelled.atlas import Counts, join_atlas
 from census_scvi.annotation.labelled.joined import Joined
 from census_scvi.annotation.labelled.labels import read_labels
@@ -706,6 +707,7 @@ class Atlas:
         source: QuerySource,
         labels: str | Sequence[str] = "cell_type",
         *,
+        split_labels: bool = False,
         obs_filter: str | None = None,
         method: str = CONSENSUS,
         batch_key: str | Sequence[str] | None = None,
@@ -728,6 +730,9 @@ class Atlas:
             Input or result of `embed`; without a model, an AnnData with the vectors of your cells in obsm["X_scvi"].
         labels
             obs columns of the Census, one or more: `cell_type`, `tissue`, `disease`, ...
+        split_labels
+            Whether a reference cell with several values ("influenza || pneumonia" in `disease`) counts for each of
+            them; else their combination is a label of its own.
         obs_filter
             Cells of the Census as reference; None: all. Cells with an uninformative label ("unknown") are excluded.
         method
@@ -804,6 +809,8 @@ class Atlas:
             mapped, reference, columns, with_counts, batch_key=batches, n_neighbors=n_neighbors, seed=seed,
             embedding=OWN_EMBEDDING, latent=EMBEDDING,
         )  # fmt: skip
+        if split_labels:
+            joined = several_values.split_labels(joined)
         annotated = annotate_labels(joined, method, n_neighbors=n_neighbors, steps=steps, scnym=scnym, seed=seed)
         empty = mapped.obs[EMPTY].to_numpy(dtype=bool)
         add_results(mapped, results_of(annotated, joined.query_rows, mapped.obs_names, quality=PREDICTION, empty=empty))

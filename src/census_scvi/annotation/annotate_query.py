@@ -16,6 +16,7 @@ from census_scvi.annotation.cost import effort
 from census_scvi.annotation.labelled.joined import Joined, alone, join
 from census_scvi.annotation.labelled.labels import column_of, read_labels
 from census_scvi.annotation.labelled.reference import Reference, reference_in_census, reference_in_file
+from census_scvi.annotation.labelled.several_values import split_labels
 from census_scvi.annotation.methods import EMBEDDED
 from census_scvi.annotation.protocol import Annotated
 from census_scvi.annotation.settings import AnnotateSection, ReferenceSection
@@ -47,6 +48,8 @@ class Sources:
         Whether the labelled cells are the other rows of the query.
     n_top_genes
         As of `join`.
+    split_labels
+        Whether labelled cells with several values count for each of them, see `split_labels`.
     """
 
     query: QueryCells
@@ -55,11 +58,16 @@ class Sources:
     rows: npt.NDArray[np.int64]
     same_file: bool
     n_top_genes: int | None = None
+    split_labels: bool = False
 
     def join(self, batch_key: list[str] | None, min_share: float) -> Joined:
         """Reference and query with the same genes, or the reference alone if all cells have a label; errors as of
         `joined.join`.
         """
+        joined = self._joined(batch_key, min_share)
+        return split_labels(joined) if self.split_labels else joined
+
+    def _joined(self, batch_key: list[str] | None, min_share: float) -> Joined:
         if not len(self.rows):
             return alone(self.reference, self.n_top_genes)
         return join(
@@ -85,6 +93,7 @@ def open_sources(
     reference: QuerySource | None = None,
     same_file: bool = False,
     all_labelled: bool = False,
+    split_labels: bool = False,
     seed: int = 0,
 ) -> Iterator[Sources]:
     """Open the labelled cells of a query.
@@ -105,6 +114,8 @@ def open_sources(
         The labelled cells are those of the query that have a label in the first column.
     all_labelled
         Whether all cells of the query may have a label.
+    split_labels
+        As of `Sources`.
     seed
         Seed of the choice of labelled cells.
 
@@ -126,7 +137,7 @@ def open_sources(
         else:
             found = reference_in_census(stack.enter_context(open_census(census)), settings, columns, seed)
             rows = np.arange(len(query))
-        yield Sources(query, place, found, rows, same_file, settings.n_top_genes)
+        yield Sources(query, place, found, rows, same_file, settings.n_top_genes, split_labels)
 
 
 def label_columns(labels: Sequence[str], settings: ReferenceSection) -> dict[str, str]:

@@ -197,7 +197,7 @@ def find_proteins(
     """
     if asked == NO_PROTEINS:
         return None
-    obsm = _members(data)
+    obsm = obsm_members(data)
     place = asked or _only_place(obsm, features, name, setting)
     if place is None:
         return None
@@ -241,8 +241,8 @@ def _check(proteins: Proteins, n_cells: int) -> None:
     proteins.check_sample()
 
 
-def _members(data: Any) -> Mapping[str, Any]:
-    """Members of obsm by name."""
+def obsm_members(data: Any) -> Mapping[str, Any]:
+    """Members of obsm by name, of an AnnData or an open .h5ad or zarr store; empty for another format (None)."""
     obsm = data.obsm if isinstance(data, ad.AnnData) else {} if data is None else data.get("obsm", {})
     return {str(key): obsm[key] for key in obsm} if hasattr(obsm, "keys") else {}  # a table before anndata 0.7
 

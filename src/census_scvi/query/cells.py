@@ -9,15 +9,18 @@ from types import TracebackType
 from typing import Any, Self, TypeAlias
 
 import anndata as ad
+import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import scipy.sparse as sp
 
 from census_scvi.census.protein_rows import find_protein_rows
+from census_scvi.config.messages import suggestion
 from census_scvi.counts.array_matrix import ArrayMatrix
 from census_scvi.counts.formats.open_cells import open_cells
 from census_scvi.counts.h5ad import check_counts, require_place, unreadable
 from census_scvi.counts.log_normalized import Normalization, RecoveredCounts, find_log_normalized, inspect
-from census_scvi.counts.proteins import Proteins, find_proteins, protein_features
+from census_scvi.counts.proteins import Proteins, find_proteins, obsm_members, protein_features
 from census_scvi.counts.raw_counts import Matrix, check_place, find_raw_counts, sample_spans
 from census_scvi.errors import UserError
 from census_scvi.files.paths import expand_argument
@@ -141,6 +144,27 @@ class QueryCells:
         columns, names = find_protein_rows(self.var(place))
         features = protein_features(self._matrices[place], columns, names, f"{self.name}: {place}")
         return find_proteins(self._data, features, asked, n_cells=len(self), name=self.name, setting=setting)
+
+    def vectors(self, name: str) -> npt.NDArray[Any]:
+        """A member of obsm, (cells, dimensions); UserError if there is none, or it is no such array."""
+        members = obsm_members(self._data)
+        if name not in members:
+            have = ", ".join(members) or "nothing"
+            raise UserError(f"{self.name} has no obsm[{name!r}]{suggestion(name, list(members))}; obsm has {have}")
+        member: Any = members[name]
+        if not isinstance(self._data, ad.AnnData):
+            try:
+                member = ad.io.read_elem(member)
+            except Exception as error:  # anndata raises many kinds of errors
+                raise unreadable(self.name, error) from error
+        if hasattr(member, "toarray"):  # sparse
+            member = member.toarray()
+        values = np.asarray(member)
+        if values.ndim != 2 or len(values) != len(self):
+            raise UserError(
+                f"{self.name}: obsm[{name!r}] has the shape {values.shape}; expected ({len(self):,} cells, dimensions)"
+            )
+        return values
 
     def _find_log_normalized(self, asked: str | None) -> str:
         place, normalization = find_log_normalized(self._matrices, asked, len(self), name=self.name)

@@ -63,7 +63,10 @@ def query_results(settings: QuerySection, directory: Path) -> ResultFiles:
         if path.exists() and path.samefile(source):
             raise UserError(f"query.output is query.file, {source}; give another file")
     with_model = (Kind.RUN, Kind.PUBLISHED, Kind.MODEL)
-    if settings.model is None and Source.at(str(directory)).kind not in with_model:
+    if settings.vectors is not None:
+        if settings.embedding is None and Source.at(str(directory)).kind is not Kind.RUN:
+            Workspace(directory).require_run("give it in output.directory, or an embedding in query.embedding")
+    elif settings.model is None and Source.at(str(directory)).kind not in with_model:
         Workspace(directory).require_run("give it in output.directory, or a published model in query.model")
     return ResultFiles(target, target.with_suffix(".json"), "query.output")
 

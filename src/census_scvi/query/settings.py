@@ -29,6 +29,10 @@ class QuerySection(Section):
     """Embedding of the reference cells: a name in the obsm of the Census, a run directory or an Experiment; null:
     `scvi`, or the run's.
     """
+    vectors: Name | None = None
+    """Member of obsm of your file that holds the vectors of your cells, by the model (of any kind) that made
+    `embedding`: no model is loaded, and the nearest cells annotate; null: the model embeds your cells.
+    """
     counts: Annotated[Name | None, Changes("map-query", "annotate")] = None
     """Where the raw counts are: X, raw or layers/<name>; null: detected, and an error where several places may hold
     them.
@@ -57,6 +61,8 @@ class QuerySection(Section):
     surgery_training: SurgeryTraining = SurgeryTraining()
     labels: Annotated[Columns, Changes("map-query", "annotate"), USUAL] = Field(default_factory=lambda: ["cell_type"])
     """Labels to predict: obs columns of the Census; map-query: empty for none."""
+    split_labels: Annotated[bool, Changes("map-query", "annotate")] = False
+    """Whether a reference cell with several values ("influenza || pneumonia" in `disease`) counts for each of them."""
     obs_filter: ObsFilter | None = None
     """SOMA value filter of the reference cells; null: all."""
     reference_cells: Annotated[int, Field(ge=100)] = 200_000
@@ -65,6 +71,17 @@ class QuerySection(Section):
     """Reference cells whose counts are read, balanced by label; 0: none, and only `neighbors` is used."""
     umap_cells: Annotated[int, Field(ge=0)] = 20_000
     """Reference cells in the UMAP; 0: no UMAP."""
+
+    @model_validator(mode="after")
+    def _vectors_or_model(self) -> Self:
+        if self.vectors is not None:
+            for name, value, unset in (("model", self.model, None), ("surgery", self.surgery, NONE)):
+                if value != unset:
+                    raise ValueError(
+                        f"query.vectors takes the vectors of your cells from obsm[{self.vectors!r}], and query.{name}"
+                        f" ({value}) would make others; set one of them"
+                    )
+        return self
 
     @model_validator(mode="after")
     def _batches_of_surgery(self) -> Self:

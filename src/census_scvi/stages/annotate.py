@@ -132,6 +132,7 @@ def _sources(config: Config, query: QueryCells, place: str) -> Iterator[Sources]
         config.census,
         reference=reference_source(config.query, settings),
         same_file=same_source(config.query, settings),
+        split_labels=config.query.split_labels,
         seed=config.seed,
     ) as sources:
         yield sources

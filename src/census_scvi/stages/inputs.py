@@ -39,16 +39,15 @@ def inputs_of(stage: Stage, config: Config, census: Census | None = None) -> Inp
     if stage.name == "map-query":
         # Only a Census that the config names is included: the model's Census is part of the model's identity.
         named = config.census.model_dump(mode="json", include=config.census.model_fields_set & _NAMING)
-        return {
-            "query.file": query_identity(query_source(config.query)),
-            "model": _model(config.query.model or config.output.directory),
-            "census": named,
-        }
+        found: Inputs = {"query.file": query_identity(query_source(config.query)), "census": named}
+        if config.query.vectors is not None:
+            return found | {"embedding": _latent(config.query.embedding or config.output.directory)}
+        return found | {"model": _model(config.query.model or config.output.directory)}
     if stage.name == "annotate":
         return _annotated(config)
     if stage.name == "compare-releases":
         return _compared(config)
-    found: Inputs = {}
+    found = {}
     if stage.name == "import-embedding":
         found |= _imported(config)
     artifacts, workspace = config.artifacts, Workspace(config.directory)
@@ -110,14 +109,20 @@ def _compared(config: Config) -> Inputs:
     return found | of_query | {"query.file": query_identity(query_source(config.query))}
 
 
+def _latent(place: str) -> Any:
+    """Identity of the embedding in a run directory; None if it has none, or the place is none."""
+    run = Source.at(place).run
+    record = Workspace(run).record("create-latent-update") if run else None
+    return None if record is None else record["outputs"][Artifacts.latent]
+
+
 def _embedding(place: str, census: Census) -> Any:
     """Identity of a user's embedding; None if it cannot be read."""
     from census_scvi.census.embedding import is_array, publication_of, published_uri
 
     try:
-        if run := Source.at(place).run:
-            record = Workspace(run).record("create-latent-update")
-            return None if record is None else record["outputs"][Artifacts.latent]
+        if Source.at(place).run:
+            return _latent(place)
         if "/" not in place:
             uri = published_uri(census.experiment.uri, place)
         elif not is_array(uri := tiledb_place(place, "embedding")):

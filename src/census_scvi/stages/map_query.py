@@ -68,9 +68,9 @@ def run(task: Task) -> None:
     with (
         in_section("query"),
         Atlas.open(
-            settings.model or config.directory,
+            None if settings.vectors else settings.model or config.directory,
             census=_census(config),
-            embedding=settings.embedding,
+            embedding=_embedding(config),
             organism=config.census.organism if "organism" in config.census.model_fields_set else None,
             tiledb=config.census.tiledb,
         ) as reference,
@@ -168,8 +168,9 @@ def predict(atlas: Atlas, cells: QueryCells, config: Config, report: Path | None
         log.warning("%s", chosen.note)
     with _settings_named(config):
         return atlas.predict(
-            cells,
+            cells if settings.vectors is None else _with_vectors(cells, settings.vectors),
             settings.labels,
+            split_labels=settings.split_labels,
             obs_filter=settings.obs_filter,
             method=chosen.method,
             **chosen.of_method,
@@ -181,8 +182,15 @@ def predict(atlas: Atlas, cells: QueryCells, config: Config, report: Path | None
         )
 
 
+def _with_vectors(cells: QueryCells, name: str) -> ad.AnnData:
+    """The cells with the vectors that the user gives, and without counts."""
+    return ad.AnnData(obs=cells.obs.copy(), obsm={OWN_EMBEDDING: cells.vectors(name)})
+
+
 def _arguments(config: Config, cells: QueryCells) -> dict[str, Any]:
     """Arguments that the methods of `Atlas` for a user's cells share."""
+    if config.query.vectors is not None:
+        return {"seed": config.seed}
     return {
         "seed": config.seed,
         "counts": cells.find_counts(config.query.counts, setting=_COUNTS),
@@ -208,8 +216,15 @@ def _effort(config: Config, n_cells: int) -> Effort:
 
 def _census(config: Config) -> str | None:
     """URI or version of the Census in the config; None if the config names none: the model's Census is used."""
-    named = config.census.model_fields_set & {"uri", "version"}
+    named = config.census.model_fields_set & {"uri", "version"} or config.query.vectors
     return config.census.uri or config.census.version if named else None
+
+
+def _embedding(config: Config) -> str | None:
+    """Embedding of the reference cells; None: that of the model."""
+    if config.query.vectors is None:
+        return config.query.embedding
+    return config.query.embedding or str(config.directory)
 
 
 def _min_share(config: Config) -> tuple[str, float]:
@@ -253,7 +268,7 @@ def _report(mapped: ad.AnnData, labels: list[str]) -> dict[str, Any]:
     """Content of the report: gene alignment, quality of the predictions, and number of cells per label."""
     return {
         "cells": mapped.n_obs,
-        "alignment": mapped.uns["scvi_alignment"],
+        **({"alignment": mapped.uns["scvi_alignment"]} if "scvi_alignment" in mapped.uns else {}),
         **({"proteins": mapped.uns[PROTEIN_REPORT]} if PROTEIN_REPORT in mapped.uns else {}),
         "predictions": {
             name: {
@@ -271,15 +286,20 @@ def plan(config: Config) -> Plan:
     source, target = query_source(config.query), query_results(config.query, config.directory).target
     settings = config.query
     with QueryCells(source, settings.values) as cells:
-        n_cells, place = len(cells), cells.find_counts(settings.counts, setting=_COUNTS)
-        n_genes = len(cells.var(place))
+        n_cells, n_genes = len(cells), 0
+        if settings.vectors is None:
+            place = cells.find_counts(settings.counts, setting=_COUNTS)
+            n_genes, what = len(cells.var(place)), f"raw counts from {place}"
+        else:
+            what = f"{cells.vectors(settings.vectors).shape[1]} dimensions from obsm[{settings.vectors!r}]"
         surgery = _planned_surgery(config, cells)
-    with_counts = (n_cells + settings.baseline_cells) * bool(settings.baseline_cells and settings.labels)
+    reads_counts = settings.baseline_cells and settings.labels and settings.vectors is None
+    with_counts = (n_cells + settings.baseline_cells) * bool(reads_counts)
     return Plan(
         "map-query",
         reads=[
-            f"{source}: raw counts from {place}",
-            settings.model or f"{config.directory}/",
+            f"{source}: {what}",
+            _embedding(config) or settings.model or f"{config.directory}/",
             f"{_census(config) or 'the Census of the model'}: embedding and labels of up to"
             f" {settings.reference_cells:,} cells",
         ],
