@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def test_the_elbo_is_that_of_scvi_tools(finished_run: Run) -> None:
     assert elbo(model, group, codes, 0) == pytest.approx(abs(expected), rel=2e-3)
 
 
-def test_the_old_held_out_cells_are_those_that_the_model_was_validated_on(finished_run: Run) -> None:
+def test_the_old_held_out_cells_are_those_that_the_model_was_validated_on(finished_run: Run, tmp_path: Path) -> None:
     path = finished_run.path("anndata_model.h5ad")
     keys = cell_keys(ad.read_h5ad(path).obs)
     data = PreparedDataModule(path, batch_size=8, train_size=0.9, seed=0, workers=0)
@@ -120,6 +121,12 @@ def test_the_old_held_out_cells_are_those_that_the_model_was_validated_on(finish
     assert len(set(held) - set(keys)) == 20
     held, source = held_out_keys(found, str(finished_run.path("scvi.model").parent), 1)
     assert set(held) & set(keys) == set(keys[data.validation])  # the seed is that of the training
+    shutil.copytree(finished_run.directory, tmp_path / "run")
+    manifest = finished_run.manifest()
+    manifest["stages"]["train"]["config"]["train"]["split_seed"] = 5
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps(manifest))
+    other = PreparedDataModule(path, batch_size=8, train_size=0.9, seed=0, split_seed=5, workers=0)
+    assert set(held_out_keys(found, str(tmp_path / "run"), 0)[0]) & set(keys) == set(keys[other.validation])
     few = NewCells(cells, every, np.arange(len(every)) == 0, 1, len(keys), 0)
     with pytest.raises(UserError, match=r"0 new cells and .* can be held out, and 10 of each are needed to decide"):
         held_out_keys(few, str(finished_run.directory), 0)

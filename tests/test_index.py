@@ -399,11 +399,13 @@ def test_a_killed_command_resumes(finished_run: Run, demo_census: str, tmp_path:
 
 SEARCH = """
 import sys
+import anndata as ad
 import numpy as np
-from census_scvi.query.nearest import index_of_array
-from census_scvi.census.embedding import open_experiment, published_uri
-index = index_of_array(published_uri(sys.argv[1], "scvi"))
-np.save(sys.argv[3], index.query(np.load(sys.argv[2])[:20], 5, 99)[0])
+from census_scvi import Atlas
+census, embedding, latent, result = sys.argv[1:]
+mine = ad.AnnData(obsm={"X_scvi": np.load(latent)[:20]})
+with Atlas.open(census=census, embedding=embedding) as atlas:
+    np.save(result, atlas.neighbors(mine, n_neighbors=5, max_cells=100).distances)
 """
 
 
@@ -419,8 +421,9 @@ def test_an_index_in_a_bucket(finished_run: Run, demo_census: str, bucket: str, 
     assert done.returncode == 0, done.stderr
     done = run.subprocess("index")
     assert f"published the index: {experiment}/ms/RNA/obsm/scvi-" in done.stderr
-    found = forked(run_code, SEARCH, experiment, str(run.path("latent.npy")), str(tmp_path / "distances.npy"))
+    places = (experiment, str(run.path("latent.npy")), str(tmp_path / "distances.npy"))
+    found = forked(run_code, SEARCH, str(tmp_path / "census"), *places)
     assert found.returncode == 0, found.stderr
     latent = np.load(run.path("latent.npy"))
-    wanted = np.sort(exact(latent[:20], latent, "euclidean"), axis=1)[:, :5]
-    np.testing.assert_allclose(np.load(tmp_path / "distances.npy"), wanted, atol=1e-3)
+    nearest = np.sort(exact(latent[:20], latent, "euclidean"), axis=1)[:, :5]  # of all cells, not of a sample of 100
+    assert np.isclose(np.load(tmp_path / "distances.npy"), nearest, atol=1e-3).mean() > 0.95

@@ -81,6 +81,7 @@ def test_every_link_is_valid(published: Run) -> None:
     record = json.loads(published.path("published/provenance.json").read_text())
     sizes = {"SCANVI": {"n_labels"}, "TOTALVI": {"n_proteins"}}[kind_of(published)]
     assert {"kind", *sizes} <= record["model"].keys()
+    assert record["predictions"]["cell_variation"]["validation"]["pearson"] > 0
     assert any(gate["name"] == "order" and gate["passed"] for gate in record["gates"]["gates"])
 
 

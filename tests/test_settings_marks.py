@@ -54,7 +54,8 @@ SETTINGS_OF_STAGES = {
     "annotate": (
         "census.organism", "census.uri", "census.version", "seed", "query.file", "query.model",
         "query.counts", "query.values", "query.min_share", "query.batch_key",
-        "query.labels", "annotate.method", "annotate.preset", "annotate.overrides", "annotate.budget",
+        "query.labels", "query.split_labels",
+        "annotate.method", "annotate.preset", "annotate.overrides", "annotate.budget",
         "annotate.reference", "annotate.key_added", "annotate.model",
     ),
     "search": (
@@ -71,7 +72,8 @@ SETTINGS_OF_STAGES = {
     "map-query": (
         "census.organism", "census.uri", "census.version", "genes.min_share", "seed",
         "query.file", "query.model", "query.embedding", "query.counts", "query.values", "query.min_share",
-        "query.batch_key", "query.labels", "query.obs_filter", "query.reference_cells", "query.baseline_cells",
+        "query.batch_key", "query.labels", "query.split_labels", "query.vectors", "query.obs_filter",
+        "query.reference_cells", "query.baseline_cells",
         "query.umap_cells", "query.surgery", "query.surgery_training", "query.proteins",
         "annotate.method", "annotate.preset", "annotate.overrides", "annotate.budget",
     ),

@@ -36,6 +36,7 @@ class Stream(IntEnum):
     LABELLED_CELLS = 30  # with the epoch
     INDEX_CELLS = 31
     RECALL_CELLS = 32
+    PREDICTED_CELLS = 33
 
 
 def generator(seed: int, stream: Stream, *numbers: int) -> np.random.Generator:

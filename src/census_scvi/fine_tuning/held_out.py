@@ -14,12 +14,12 @@ import scipy.sparse as sp
 from census_scvi.census.open import Census
 from census_scvi.census.slices import read_counts_of, read_obs_of
 from census_scvi.config.random_streams import Stream, draw, generator
-from census_scvi.counts.order import validation_mask
 from census_scvi.errors import UserError
 from census_scvi.fine_tuning.new_cells import NewCells
 from census_scvi.fine_tuning.seen_cells import Keys, prepared_keys, run_of
 from census_scvi.model.source import Source
 from census_scvi.report.slice import VAGUE
+from census_scvi.training.recorded_split import recorded_split
 from census_scvi.workspace import Workspace
 
 log = logging.getLogger(__name__)
@@ -119,11 +119,13 @@ def _validation_keys(place: str) -> Keys | None:
     prepared, trained = workspace.record("prepare"), workspace.record("train")
     if prepared is None or trained is None or prepared["config"].get("fine_tune", {}).get("model"):
         return None
-    keys = prepared_keys(next(run / name for name in prepared["artifacts"] if str(name).endswith(".h5ad")))
-    share = trained["config"]["train"]["train_size"]
-    if keys is None or share == 1.0:
+    path = next(run / name for name in prepared["artifacts"] if str(name).endswith(".h5ad"))
+    keys = prepared_keys(path)
+    if keys is None:
         return None
-    return keys[validation_mask(len(keys), share, trained["seed"])]
+    split = recorded_split(path, trained)
+    split.cells.close()
+    return keys[split.validation] if split.n_val else None
 
 
 def read_held_out(

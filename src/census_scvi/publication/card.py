@@ -66,6 +66,7 @@ def model_card(record: Mapping[str, Any], description: ModelDescription, n_sampl
         ),
         **named(record),
         data=record["data"],
+        predictions=record.get("predictions"),
         place="the folder with this card" if here else record["model"]["uri"],
         model_uri=record["model"]["uri"],
         prepare=stages["prepare"],

@@ -41,6 +41,7 @@ def publication_record(
     n_batches: int,
     method: str,
     model: dict[str, Any] | None,
+    predictions: dict[str, Any] | None,
     weights: Identity | None,
     stages: dict[str, dict[str, Any]],
     gates: dict[str, Any],
@@ -71,6 +72,8 @@ def publication_record(
         Title of the kind of model, such as `scVI`.
     model
         Facts of the built module; None: the embedding is published without a model.
+    predictions
+        Result of `check_predictions`, or None.
     weights
         Identity of the model's weights, or None.
     stages
@@ -118,6 +121,7 @@ def publication_record(
         },
         "gates": gates,
         **({"evaluation": evaluation} if evaluation else {}),
+        **({"predictions": predictions} if predictions else {}),
         "code": provenance.code_state(),
         "packages": provenance.package_versions(),
         "hardware": provenance.hardware(),

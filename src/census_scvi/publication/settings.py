@@ -84,6 +84,9 @@ class PublishSection(Section):
     """Whether to replace an embedding of that name."""
     model_uri: PathName | None = None
     """Folder or URL (any that fsspec can write to) for the model; null: `published` in the run directory."""
+    predictive_cells: Annotated[int, Field(ge=0)] = 1000
+    """Cells for training, and as many for validation, for posterior predictive checks: the card says how well counts
+    that the model generates agree with the measured ones; 0: none."""
     title: Annotated[Name | None, USUAL] = None
     """Title; null: generated, for instance `scVI embedding of CELLxGENE Census`."""
     description: str = ""

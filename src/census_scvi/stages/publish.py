@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scvi
 import tiledbsoma
 
 from census_scvi.census.cells import Cells, require_columns, select_cells
@@ -27,7 +28,7 @@ from census_scvi.files.readahead import read_ahead
 from census_scvi.files.uri import without_credentials
 from census_scvi.model.facts import built_facts
 from census_scvi.model.families import family_of
-from census_scvi.model.safe import load_safe
+from census_scvi.model.safe import ModelDescription, load_safe
 from census_scvi.publication import measure_gates, target, without_model
 from census_scvi.publication.drift import drift_gates
 from census_scvi.publication.folder import copy_to, write_published
@@ -35,6 +36,7 @@ from census_scvi.publication.gates import NO_MODEL, NOT_APPLICABLE, Gate, stoppe
 from census_scvi.publication.index_copy import publish_index
 from census_scvi.publication.obsm import EmbeddingDraft
 from census_scvi.publication.own_array import ArrayDraft, check_place, contribution_problems
+from census_scvi.publication.predictive_checks import check_predictions
 from census_scvi.publication.record import embedding_info, evaluation_of, publication_record, summary_row
 from census_scvi.publication.sample import draw_rows, read_sample
 from census_scvi.publication.summary import append_summary
@@ -43,6 +45,7 @@ from census_scvi.stages.inputs import imported_embedding, inputs_of
 from census_scvi.stages.plan import Plan
 from census_scvi.stages.protocol import Task
 from census_scvi.terminal.progress import progress_bar
+from census_scvi.training.recorded_split import recorded_split
 from census_scvi.workspace.identity import Identity
 
 log = logging.getLogger(__name__)
@@ -54,9 +57,9 @@ _OBSM, _ARRAY = "cells", "cells of the array"
 _WRITERS = min(12, os.cpu_count() or 1)
 # Constants for --dry-run, measured on publications of 200,000 and 6,000 cells. Memory: of the imports, per gene and
 # sampled cell (embedding and PCA), and per value of the blocks that are written at the same time. Time: fixed, per
-# sampled cell that is read again, and written cells/s.
+# sampled cell that is read again, per gene and cell whose counts are generated, and written cells/s.
 _BASE_MEMORY, _BYTES_A_GENE, _BYTES_A_VALUE, _FIXED_SECONDS, _SAMPLE_SECONDS = 0.85e9, 80.0, 57.0, 3.0, 0.005
-_CELLS_A_SECOND = 80_000.0
+_PREDICTED_SECONDS, _CELLS_A_SECOND = 1.5e-6, 80_000.0
 # Bytes per cell, pages of memory-mapped files included; between 0.5 and 5 million cells (benchmarks/many_cells.py).
 _BYTES_A_CELL = 193.0
 
@@ -155,6 +158,7 @@ class _Publishing:
             family_of(description.model).title,
             stages=STAGES["publish"].reads,
             model=built_facts(model, description.genes),
+            predictions=self._predictions(model, description),
             weights=self._stage.fingerprint["inputs"][artifacts.weights],
         )
         write_published(
@@ -166,6 +170,19 @@ class _Publishing:
             record,
         )
         self._progress.save(_OBSM, 0)  # from here on the stage can resume
+
+    def _predictions(self, model: scvi.model.SCVI, description: ModelDescription) -> dict[str, Any] | None:
+        """Posterior predictive checks; None: not wanted."""
+        n_cells, trained = self._config.publish.predictive_cells, self._workspace.whole_record("train")
+        if not n_cells or trained is None:
+            return None
+        log.info("posterior predictive checks of up to %s cells for training and for validation", f"{n_cells:,}")
+        prepared = self._config.directory / self._artifacts.prepared
+        data = recorded_split(prepared, trained, proteins=bool(description.proteins))
+        try:
+            return check_predictions(model, description, data, n_cells, self._config.gates.label, self._config.seed)
+        finally:
+            data.cells.close()
 
     def _prepare_without_model(self, method: str) -> None:
         """`prepare` for an embedding that was imported."""
@@ -193,6 +210,7 @@ class _Publishing:
         stages: Iterable[str],
         not_applicable: Sequence[str] = (),
         model: dict[str, Any] | None = None,
+        predictions: dict[str, Any] | None = None,
         weights: Identity | None = None,
     ) -> dict[str, Any]:
         """The provenance: gates, title of the method, records of the stages, facts of the model and its weights."""
@@ -209,6 +227,7 @@ class _Publishing:
             n_batches=len(cells.batches),
             method=method,
             model=model,
+            predictions=predictions,
             weights=weights,
             stages={stage: self._workspace.whole_record(stage) or {} for stage in stages},
             gates=measure_gates.record(found, config.gates.reasons, not_applicable),
@@ -327,6 +346,9 @@ def plan(config: Config) -> Plan:
         genes=genes,
         memory=_BASE_MEMORY + _BYTES_A_CELL * n_cells + max(sampled, written),
         disk=n_cells * n_latent * 3.7,
-        seconds=_FIXED_SECONDS + _SAMPLE_SECONDS * config.gates.sample_size + n_cells / _CELLS_A_SECOND,
+        seconds=_FIXED_SECONDS
+        + _SAMPLE_SECONDS * config.gates.sample_size
+        + _PREDICTED_SECONDS * genes * 2 * config.publish.predictive_cells
+        + n_cells / _CELLS_A_SECOND,
         notes=[f"{config.gates.sample_size:,} cells are read again"],
     )
