@@ -19,6 +19,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,15 +33,8 @@ ROOT = Path(__file__).parents[1]
 # Stages, and how often each part is run as a command.
 ROUNDS = {"prepare": 2, "create-latent-update": 1}
 _SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of Linux
-# A command, whose peak memory is the last line of its output.
-MEASURED = """
-import sys
-from census_scvi.cli import console
-code = console(sys.argv[1:])
-# Not ru_maxrss, which begins with that of the process that started this one.
-print(1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")))
-sys.exit(code)
-"""
+COMMAND = "import sys; from census_scvi.cli import console; sys.exit(console(sys.argv[1:]))"
+_SECONDS_BETWEEN_LOOKS = 0.2
 
 
 def main() -> None:
@@ -115,13 +109,33 @@ def _measured(stage: str, folder: Path, config: Path, n_parts: int, at_a_time: i
 
 
 def _run(stage: str, config: Path, *arguments: str) -> float:
-    """Run a command with one thread; returns its peak memory in bytes."""
+    """Run a command with one thread; returns the peak memory of the largest of its processes in bytes."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", "-c", MEASURED, stage, "--config", str(config), *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{stage} failed: {done.stderr}")
-    return float(done.stdout.splitlines()[-1])
+    command = [sys.executable, "-W", "ignore", "-c", COMMAND, stage, "--config", str(config), *arguments]
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=said, stderr=said, text=True, start_new_session=True
+        )
+        memory = 0.0
+        while process.poll() is None:
+            memory = max(memory, *_memory_of_session(process.pid))
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+        if process.returncode:
+            said.seek(0)
+            raise SystemExit(f"{stage} failed: {said.read()}")
+    return memory
+
+
+def _memory_of_session(session: int) -> list[float]:
+    """Peak memory in bytes of each process of a session."""
+    # Not ru_maxrss, which begins with that of the process that started this one.
+    found = [0.0]
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError, StopIteration):
+            if int((folder / "stat").read_text().rpartition(")")[2].split()[3]) == session:
+                lines = (folder / "status").read_text().splitlines()
+                found.append(1024 * next(float(line.split()[1]) for line in lines if line.startswith("VmHWM")))
+    return found
 
 
 def _table(runs: dict[str, list[dict[str, float]]]) -> str:
