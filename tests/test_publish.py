@@ -732,7 +732,7 @@ def test_the_card_says_what_was_built_and_its_snippets_run(run: Run, monkeypatch
     for words in (
         "17,386 parameters", "1 hidden layers of 16, 4 latent dimensions, dropout 0.1", "negative binomial",
         "| genes | 200, by Ensembl id |", "atlas@example.org", "| epochs | 3 of at most 3 |", "| re_embedding |",
-        "within each combination of assay", "## Bias and risks", "![Learning curve](training-curve.png)",
+        "within each combination of assay", "![Learning curve](training-curve.png)",
     ):  # fmt: skip
         assert words in card, words
     assert matplotlib.image.imread(run.path("published") / "training-curve.png").std() > 0.02

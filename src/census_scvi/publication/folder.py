@@ -20,11 +20,13 @@ from fsspec import AbstractFileSystem
 from census_scvi.errors import UserError
 from census_scvi.files.atomic import exchange, remove, sync, sync_tree, write_json
 from census_scvi.files.uri import file_system, local_path
+from census_scvi.model.families import family_of
 from census_scvi.model.published import FORMAT, SEALED, seal_of
 from census_scvi.model.safe import DESCRIPTION, WEIGHTS, ModelDescription, load_safe, save_safe
 from census_scvi.model.source import PROVENANCE
 from census_scvi.publication.card import PICTURE, learning_curve, model_card
 from census_scvi.publication.hub import trained_cells, write_hub
+from census_scvi.publication.platform import METADATA, platform_metadata
 from census_scvi.publication.sample import Sample
 from census_scvi.publication.sealed import COLUMNS, write_sealed
 from census_scvi.workspace.identity import identities
@@ -67,7 +69,9 @@ def write_published(
     (partial / PICTURE).write_bytes(learning_curve(record["stages"]["train"]["learning_curves"]))
     card = model_card(record, description, int(trained_cells(sample, description).sum()))
     (partial / CARD).write_text(card, encoding="utf-8")
-    files = identities(partial, [WEIGHTS, DESCRIPTION, SEALED, *hub, PICTURE, CARD])
+    metadata = platform_metadata(record, family_of(description.model))
+    (partial / METADATA).write_text(metadata, encoding="utf-8")
+    files = identities(partial, [WEIGHTS, DESCRIPTION, SEALED, *hub, PICTURE, CARD, METADATA])
     record = {**record, "format": FORMAT, "files": files}
     write_json(partial / PROVENANCE, {**record, "seal": seal_of(record)})
     sync_tree(partial)
