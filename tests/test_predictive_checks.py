@@ -56,6 +56,8 @@ def test_the_metrics_are_those_of_their_definitions() -> None:
     found = predictive_checks._variation(measured.sum(axis=1), measured.power(2).sum(axis=1), 200)
     np.testing.assert_allclose(found, dense.std(axis=1) / dense.mean(axis=1))
     assert predictive_checks._variation([0.0], [0.0], 5) == [0.0]
+    constant = predictive_checks._agreement(np.ones(5), np.arange(5.0))
+    assert constant == {"mean_absolute_error": 1.4, "pearson": None, "spearman": None}
     same = predictive_checks._differential_expression(measured, measured, types)
     assert [(each["type"], each["cells"], each["gene_f1"]) for each in same] == [("a", 60, 1.0), ("b", 40, 1.0)]
     assert all(each["lfc_pearson"] > 0.999 and each["lfc_mean_absolute_error"] == 0 for each in same)

@@ -8,9 +8,8 @@ import math
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,14 +20,13 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from pipeline import ROOT, Run
+from pipeline import ROOT, Run, forked, run_script
+from search_trials import EPOCHS, FAILING, learn
 
 from census_scvi.cli import main
 from census_scvi.cluster.process import failure
-from census_scvi.config.run_names import PROGRESS, STAGING
 from census_scvi.counts.data_module import PreparedDataModule
 from census_scvi.errors import UserError
-from census_scvi.files.atomic import write_json
 from census_scvi.search.choose import Finalist, choose, tried_of
 from census_scvi.search.process import Job
 from census_scvi.search.settings import Range
@@ -41,8 +39,6 @@ from census_scvi.settings import Config, load_config
 from census_scvi.settings.search_space import require_searchable, trial_config
 
 DONORS = "donor_id in ['A']"
-EPOCHS = 8
-FAILING = 1000
 LATENT: dict[str, Any] = {"model.n_latent": [4, 8]}
 
 
@@ -240,8 +236,9 @@ def prepared(demo_census: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
-def in_process(run: Run, *arguments: str) -> list[str]:
-    return [sys.executable, str(ROOT / "scvi-search.py"), "--config", str(run.config), *arguments]
+def search_that_writes_its_id(config: str, path: Path) -> None:
+    path.write_text(str(os.getpid()))
+    run_script(str(ROOT / "scvi-search.py"), "--config", config)
 
 
 @pytest.mark.slow
@@ -253,22 +250,22 @@ def test_a_killed_search_resumes_and_its_winner_trains_the_reported_model(
     values["search"] = {"space": {"model.n_latent": [4, 8, 10**13]}, "trials": 5, "final_seeds": 2}
     values["evaluate"] |= {"labels": [], "batches": []}
     prepared.config.write_text(yaml.safe_dump(values))
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     folder = prepared.path("search")
-    first = subprocess.Popen(in_process(prepared), env=environment, stderr=subprocess.DEVNULL)
 
     def finished() -> list[Any]:
         return [trial for trial in trials_of(folder) if trial.status == "finished"]
 
-    while not finished() and first.poll() is None:
-        time.sleep(0.2)
-    assert first.poll() is None
-    first.send_signal(signal.SIGKILL)
-    first.wait()
+    pid = prepared.path("pid")
+    with ThreadPoolExecutor() as threads:
+        first = threads.submit(forked, search_that_writes_its_id, str(prepared.config), pid)
+        while not finished() and not first.done():
+            time.sleep(0.2)
+        os.kill(int(pid.read_text()), signal.SIGKILL)
+        assert first.result().returncode == -signal.SIGKILL
     before = {trial.number: trial.record for trial in finished()}
     assert before
 
-    done = subprocess.run(in_process(prepared), env=environment, capture_output=True, text=True, check=False)
+    done = forked(run_script, str(ROOT / "scvi-search.py"), "--config", str(prepared.config))
     assert done.returncode == 0, done.stderr
     trials = {trial.number: trial for trial in trials_of(folder)}
     assert {number: trials[number].record for number in before} == before, "nothing is trained twice"
@@ -343,27 +340,12 @@ def test_a_failed_trial_says_why(code: int, log: str, why: str, tmp_path: Path) 
     assert table["score"].isna().all()
 
 
-def learn(trial: Trial) -> int:
-    """Work of a trial that learns as its setting says, or fails; like the command train, it records each epoch."""
-    path = trial.folder / STAGING / "train" / PROGRESS
-    path.parent.mkdir(parents=True, exist_ok=True)
-    latent, losses = trial.settings["model.n_latent"], []
-    if latent >= FAILING:
-        print("error: no memory", flush=True)
-        return 2
-    for epoch in range(EPOCHS):
-        losses.append(latent + 1 / (epoch + 1))
-        write_json(path, {"elbo_train": losses, "elbo_validation": losses})
-        time.sleep(0.3)
-    return 0
-
-
 @pytest.mark.slow
 def test_asha_stops_trials_that_are_worse_and_a_search_of_failures_says_why(
     prepared: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")]))  # for Ray's processes
-    job = Job(learn, (__name__,), str(tmp_path), os.cpu_count() or 1, 0.0)
+    job = Job(learn, (learn.__module__,), str(tmp_path), os.cpu_count() or 1, 0.0)
 
     def study(name: str, values: list[int]) -> Study:
         search = {"space": {"model.n_latent": values}, "scheduler": "asha", "grace_epochs": 1, "trials": len(values)}

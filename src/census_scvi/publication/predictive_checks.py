@@ -8,6 +8,7 @@ with two-sided P values.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import anndata as ad
@@ -18,7 +19,7 @@ import scanpy as sc
 import scipy.sparse as sp
 import scvi
 import torch
-from scipy.stats import pearsonr, spearmanr
+from scipy.stats import ConstantInputWarning, pearsonr, spearmanr
 
 from census_scvi.config.random_streams import Stream, draw, generator
 from census_scvi.counts.data_module import PreparedDataModule
@@ -132,12 +133,16 @@ def _variation(total: npt.ArrayLike, squares: npt.ArrayLike, number: int) -> Val
     return np.divide(deviation, mean, out=np.zeros_like(mean), where=mean > 0)
 
 
-def _agreement(generated: Values, measured: Values) -> dict[str, float]:
-    return {
-        "mean_absolute_error": float(np.abs(generated - measured).mean()),
-        "pearson": float(pearsonr(measured, generated)[0]),
-        "spearman": float(spearmanr(measured, generated)[0]),
-    }
+def _agreement(generated: Values, measured: Values) -> dict[str, float | None]:
+    """Error and correlations; None: not defined, as the correlation with values that are all equal."""
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore", ConstantInputWarning)
+        found = {
+            "mean_absolute_error": np.abs(generated - measured).mean(),
+            "pearson": pearsonr(measured, generated)[0],
+            "spearman": spearmanr(measured, generated)[0],
+        }
+    return {name: float(value) if np.isfinite(value) else None for name, value in found.items()}
 
 
 def _differential_expression(
@@ -167,13 +172,9 @@ def _ranked(counts: sp.csr_matrix, types: npt.NDArray[np.object_]) -> dict[str, 
     return {name: sc.get.rank_genes_groups_df(cells, name).set_index("names").sort_index() for name in set(types)}
 
 
-def _agreement_of_genes(measured: pd.DataFrame, generated: pd.DataFrame) -> dict[str, float]:
+def _agreement_of_genes(measured: pd.DataFrame, generated: pd.DataFrame) -> dict[str, float | None]:
     n_top = min(_TOP_GENES, max(len(measured) // 10, 1))
     top = [set(table["scores"].nlargest(n_top).index) for table in (measured, generated)]
-    changes = [table["logfoldchanges"].to_numpy() for table in (measured, generated)]
-    return {
-        "gene_f1": len(top[0] & top[1]) / n_top,
-        "lfc_pearson": float(pearsonr(*changes)[0]),
-        "lfc_spearman": float(spearmanr(*changes)[0]),
-        "lfc_mean_absolute_error": float(np.abs(changes[0] - changes[1]).mean()),
-    }
+    changes = [table["logfoldchanges"].to_numpy(np.float64) for table in (generated, measured)]
+    of_changes = {f"lfc_{name}": value for name, value in _agreement(*changes).items()}
+    return {"gene_f1": len(top[0] & top[1]) / n_top, **of_changes}
