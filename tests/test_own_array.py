@@ -5,6 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fsspec
@@ -13,7 +18,8 @@ import pyarrow as pa
 import pytest
 import tiledbsoma
 import torch
-from cellxgene_census.experimental import get_embedding_metadata
+from cellxgene_census import _release_directory
+from cellxgene_census.experimental import get_embedding, get_embedding_metadata
 from hypothesis import given
 from hypothesis import strategies as st
 from pipeline import ROOT, Run, forked, run_script
@@ -90,6 +96,35 @@ def test_an_array_of_its_own(
     shutil.rmtree(uri)
     assert run("publish", *settings) == 2
     assert "which is no longer there; --force publishes it again" in capsys.readouterr().err
+
+
+@contextmanager
+def directory_of_releases(folder: Path, name: str, census: str) -> Iterator[None]:
+    """A server of the directories from which the Census library learns where a release is."""
+    folder.mkdir()
+    mirror = {"provider": "unknown", "base_uri": "", "region": None}
+    (folder / "MIRRORS").write_text(json.dumps({"default": "here", "here": mirror}))
+    place = {"uri": census, "s3_region": None}
+    release = {"release_date": None, "release_build": name, "soma": place, "h5ads": place}
+    (folder / "RELEASE").write_text(json.dumps({name: release}))
+    handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, pytest.MonkeyPatch.context() as patch:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for what in ("RELEASE", "MIRRORS"):
+            url = f"http://127.0.0.1:{server.server_port}/{what}"
+            patch.setattr(_release_directory, f"CELL_CENSUS_{what}_DIRECTORY_URL", url)
+        yield
+        server.shutdown()
+
+
+def test_the_census_library_reads_the_array(run: Run, tmp_path: Path) -> None:
+    uri = str(tmp_path / "array")
+    assert run("publish", "publish.form=array", f"publish.array_uri={uri}", *CONTRIBUTED) == 0
+    latent, joinids = np.load(run.path("latent.npy")), np.load(run.path("latent-idx.npy"))
+    release = get_embedding_metadata(uri)["census_version"]
+    with directory_of_releases(tmp_path / "directory", release, census_of(run)):
+        found = get_embedding(release, uri, joinids[::-50].copy())  # it ignores strides
+    assert np.array_equal(found, latent[::-50])
 
 
 @pytest.mark.parametrize("nth", [1, 3])
