@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import pytest
 import scipy.sparse as sp
 import torch
 from pipeline import Run
@@ -18,14 +17,13 @@ from census_scvi.publication import predictive_checks
 from census_scvi.publication.predictive_checks import check_predictions
 
 
-@pytest.fixture
-def data(finished_run: Run) -> PreparedDataModule:
-    path = finished_run.path("anndata_model.h5ad")
-    return PreparedDataModule(path, batch_size=128, train_size=0.9, seed=0, workers=1)
-
-
-def test_a_trained_model_is_better_than_its_initial_weights(finished_run: Run, data: PreparedDataModule) -> None:
-    model, description = load_safe(finished_run.path("scvi.model"))
+def test_a_trained_model_is_better_than_random_weights(finished_run: Run, demo_census: str, tmp_path: Path) -> None:
+    run = Run(tmp_path, demo_census)
+    shutil.copytree(finished_run.directory, run.directory)
+    assert run("train", "train.max_epochs=60", "--force") == 0
+    path = run.path("anndata_model.h5ad")
+    data = PreparedDataModule(path, batch_size=128, train_size=0.9, seed=0, workers=1)
+    model, description = load_safe(run.path("scvi.model"))
     before = torch.get_rng_state()
     found = check_predictions(model, description, data, 150, "cell_type", seed=0)
     assert torch.equal(torch.get_rng_state(), before)
@@ -37,7 +35,7 @@ def test_a_trained_model_is_better_than_its_initial_weights(finished_run: Run, d
     for weights in model.module.parameters():
         torch.nn.init.normal_(weights, std=0.1)
     worse = check_predictions(model, description, data, 150, "cell_type", seed=0)
-    assert found["gene_variation"]["pearson"] > worse["gene_variation"]["pearson"]
+    assert found["gene_variation"]["spearman"] > worse["gene_variation"]["spearman"] + 0.2
     f1 = [np.mean([each["gene_f1"] for each in result["differential_expression"]]) for result in (found, worse)]
     assert f1[0] > f1[1]
     assert check_predictions(model, description, data, 20, "no such column", seed=0)["differential_expression"] == []

@@ -28,7 +28,7 @@ from census_scvi.files.parts import Part
 from census_scvi.settings import Config
 from census_scvi.stages import workers
 
-DO_PART = workers.do_part
+DO_PART, DO_JOIN = workers.do_part, workers.do_join
 
 
 def small_tiles(kept: int = 0) -> None:
@@ -153,6 +153,11 @@ def part_of_small_tiles(run_stage: workers.RunStage, name: str, config: Config, 
     return DO_PART(run_stage, name, config, part)
 
 
+def join_of_small_tiles(run_stage: workers.RunStage, name: str, config: Config) -> int:
+    small_tiles()
+    return DO_JOIN(run_stage, name, config)
+
+
 @pytest.fixture
 def workers_of_small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of 50 cells here and in the processes of workers."""
@@ -161,6 +166,7 @@ def workers_of_small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(file_order, "POOL_RUNS", 2)
     monkeypatch.setattr(prepared_store, "PART_POOLS", 2)
     monkeypatch.setattr(workers, "do_part", part_of_small_tiles)
+    monkeypatch.setattr(workers, "do_join", join_of_small_tiles)
 
 
 @pytest.mark.usefixtures("workers_of_small_tiles")
