@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from functools import partial
 from pathlib import Path
 
 import pytest
-from pipeline import Run, forked
+from pipeline import ROOT, Run, forked
 from test_run_parts import STAGE, copy_of, digest, trained, undisturbed
 
 from census_scvi.census import stream
@@ -212,6 +213,22 @@ def kills_driver(folder: Path, driver: int, part: Part) -> int:
     os.kill(driver, signal.SIGKILL)
     time.sleep(60)
     return 0
+
+
+CTRL_C = """
+import functools, pathlib, signal, sys
+from census_scvi.cluster.process import ForkedProcess
+before = signal.getsignal(signal.SIGINT)
+work = functools.partial(eval, "int(__import__('signal').getsignal(2) is not __import__('signal').SIG_IGN)")
+process = ForkedProcess(work, None, cwd=pathlib.Path())
+process.wait()
+sys.exit(process.exit_code or int(signal.getsignal(signal.SIGINT) is not before))
+"""
+
+
+def test_ctrl_c_is_for_the_command_alone() -> None:
+    """It stops its workers; a server that is importing, and a worker, would print a traceback."""
+    assert subprocess.run([sys.executable, "-c", CTRL_C], cwd=ROOT, check=False).returncode == 0
 
 
 def test_threads() -> None:

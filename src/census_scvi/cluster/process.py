@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from pathlib import Path
 
 from census_scvi.terminal.printing import on_one_line
@@ -53,6 +54,7 @@ class ForkedProcess:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["__main__", *preload])
         with _variables(environment or {}):  # read by the libraries that the server imports
+            _start_server()
             self._process = context.Process(target=_run, args=(work, output, cwd, dict(os.environ)))
             self._process.start()
 
@@ -105,6 +107,20 @@ def failure(code: int | None, output: Path | None) -> str:
     text = output.read_text(encoding="utf-8", errors="replace") if output.exists() else ""
     lines = [line for line in text.splitlines() if line.strip() and not line.startswith(_NOTE)]
     return on_one_line(lines[-1]).removeprefix("error: ") if lines else f"ended with exit code {code}"
+
+
+def _start_server() -> None:
+    """Start the server of forks, if it does not run, so that Ctrl-C is only for this process, which stops the others.
+
+    A server that imports would print a traceback.
+    """
+    here = threading.current_thread() is threading.main_thread()  # only this thread can handle signals in Python
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if here else None
+    try:
+        forkserver.ensure_running()
+    finally:
+        if here:
+            signal.signal(signal.SIGINT, before or signal.SIG_DFL)
 
 
 @contextmanager
